@@ -1,0 +1,149 @@
+"""Reads the shards of an HF checkpoint directory without loading tensors: headers, index, truncation.
+
+The safetensors header is parsed here (eight bytes of length, JSON, data), because a damaged file must become a list of
+faults and not an exception of a library at the first of them. Left out: any knowledge of models or quantization.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+ITEM_BYTES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I16": 2,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "BOOL": 1,
+}
+
+AddFault = Callable[[str, str], None]  # (name of the tensor or file, what is wrong and what was expected)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One entry of a shard's header."""
+
+    file: Path
+    dtype: str  # safetensors' name: "U8", "F8_E4M3", "F32", "BF16", ...
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+@dataclass
+class Shards:
+    """All tensors of a directory."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    num_bytes: int = 0
+    readable: set[Path] = field(default_factory=set)  # files whose data is complete
+
+
+def read_shards(directory: Path, fault: AddFault) -> Shards:
+    """Headers of every shard of ``directory``, checked against the index if there is one. Faults go to ``fault``."""
+    shards = Shards()
+    index_path, single = directory / INDEX_NAME, directory / SINGLE_NAME
+    present = sorted(path.name for path in directory.glob("*.safetensors"))
+    weight_map: dict[str, str] | None = None
+    if index_path.exists():
+        weight_map = _read_index(index_path, fault)
+        if single.exists():
+            fault(SINGLE_NAME, f"stands beside {INDEX_NAME}; loaders disagree on which they read, expected one of them")
+    elif not single.exists():
+        fault(str(directory), f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found shards {present}")
+    listed = set(weight_map.values()) if weight_map is not None else {SINGLE_NAME} & set(present)
+    for name in sorted(set(present) - listed - {SINGLE_NAME}):
+        fault(name, "is a shard that the index does not name")
+    for name in sorted(listed):
+        if not (directory / name).is_file():
+            fault(name, f"is named by {INDEX_NAME} and missing")
+            continue
+        for tensor, stored in _read_header(directory / name, shards, fault).items():
+            if tensor in shards.tensors:
+                fault(tensor, f"is in two shards, {shards.tensors[tensor].file.name} and {name}")
+            shards.tensors[tensor] = stored
+            shards.num_bytes += stored.num_bytes
+    if weight_map is not None:
+        _compare_with_index(weight_map, shards, fault)
+    return shards
+
+
+def read_json(path: Path, fault: AddFault) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None, and a fault, if it is missing or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fault(path.name, "is missing")
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        fault(path.name, f"is no valid JSON: {error}")
+        return None
+    if not isinstance(value, dict):
+        fault(path.name, f"holds a {type(value).__name__}, expected a JSON object")
+        return None
+    return value
+
+
+def _read_index(path: Path, fault: AddFault) -> dict[str, str]:
+    index = read_json(path, fault) or {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        fault(path.name, "has no weight_map from tensor names to file names")
+        return {}
+    return weight_map
+
+
+def _compare_with_index(weight_map: dict[str, str], shards: Shards, fault: AddFault) -> None:
+    for tensor, name in weight_map.items():
+        stored = shards.tensors.get(tensor)
+        if stored is None:
+            fault(tensor, f"is named by {INDEX_NAME}, but {name} does not hold it")
+        elif stored.file.name != name:
+            fault(tensor, f"is in {stored.file.name}; {INDEX_NAME} says {name}")
+    for tensor in sorted(set(shards.tensors) - set(weight_map)):
+        fault(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}: loaders will not see it")
+    if shards.tensors:
+        directory = next(iter(shards.tensors.values())).file.parent
+        total = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+        if total is not None and total != shards.num_bytes:
+            fault(INDEX_NAME, f"says total_size {total}; the shards hold {shards.num_bytes} bytes of tensors")
+
+
+def _read_header(path: Path, shards: Shards, fault: AddFault) -> dict[str, StoredTensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length == 0 or 8 + length > size:
+            fault(path.name, f"is truncated or no safetensors file: {size} bytes, too few for its header")
+            return {}
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            fault(path.name, f"has an unreadable header: {error}")
+            return {}
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for tensor, entry in header.items():
+        first, last = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        end = max(end, last)
+        if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != last - first:
+            fault(tensor, f"{dtype} {list(shape)} does not fit the {last - first} bytes stored for it in {path.name}")
+        tensors[tensor] = StoredTensor(path, dtype, shape, last - first)
+    if 8 + length + end != size:
+        fault(path.name, f"is {size} bytes long, its header needs {8 + length + end}: truncated or written twice")
+    else:
+        shards.readable.add(path)
+    return tensors

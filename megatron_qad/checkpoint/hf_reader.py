@@ -1,0 +1,73 @@
+"""Reads a Hugging Face model directory tensor by tensor, and says what is wrong with it by name."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_qad.runtime.errors import QADError
+
+# What makes the exported directory usable beside the weights.
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+)
+
+
+class HFReader:
+    """Tensors of a directory of safetensors files, read when asked for.
+
+    Raises:
+        QADError: no config.json, no safetensors, an index that names a missing file, or a truncated file.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        if not (self.directory / "config.json").is_file():
+            raise QADError(f"{self.directory}: no config.json; expected a Hugging Face model directory")
+        self.config = json.loads((self.directory / "config.json").read_text())
+        self._open: dict[Path, object] = {}
+        self._file_of = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = {name: self.directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            for name, file in files.items():
+                if not file.is_file():
+                    raise QADError(f"{index}: {name} is said to be in {file.name}, which is missing; download it again")
+            return files
+        found = sorted(self.directory.glob("*.safetensors"))
+        if not found:
+            raise QADError(f"{self.directory}: no .safetensors file; convert other formats with transformers first")
+        return {name: file for file in found for name in self._handle_of(file).keys()}
+
+    def _handle_of(self, file: Path):
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise QADError(f"{file}: not a whole safetensors file ({error}); download it again") from error
+        return self._open[file]
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, as stored. QADError if the directory has none of that name or its file is cut short."""
+        if name not in self._file_of:
+            raise QADError(f"{self.directory}: no tensor {name!r}, which the config's architecture needs")
+        handle = self._handle_of(self._file_of[name])
+        try:
+            return handle.get_tensor(name)
+        except SafetensorError as error:
+            raise QADError(f"{self._file_of[name]}: cannot read {name}: {error}") from error

@@ -1,0 +1,251 @@
+"""Writes an HF checkpoint directory from a stream of tensors: bounded shards, index, configs, tokenizer files.
+
+Everything goes to a hidden sibling directory that is renamed into place at the very end, so that a failure (an
+exception, a full disk, a killed process) leaves nothing that looks complete. At most one shard is held in memory. Left
+out: where the tensors come from, and gathering them over ranks; one process calls this.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_qad.checkpoint.layouts import (
+    HFTensor,
+    LayoutName,
+    check_layout,
+    exclusions,
+    hf_quant_config,
+    quantization_config,
+    stored_tensors,
+)
+from megatron_qad.runtime.errors import QADError
+
+# What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
+CARRIED_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "*.jinja",
+    "chat_template*",
+    "additional_chat_templates",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+    "LICENSE*",
+)
+DEFAULT_SHARD_BYTES = 5_000_000_000  # the hub's own default
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    directory: Path
+    num_tensors: int
+    num_bytes: int  # of tensor data
+    shards: tuple[str, ...]  # file names
+    quantized: tuple[str, ...]  # modules
+    excluded: tuple[str, ...]  # linears left as they are
+
+
+def write_hf_checkpoint(
+    items: Iterable[HFTensor],
+    directory: str | Path,
+    *,
+    config: dict[str, Any],
+    layout: LayoutName,
+    linear_modules: Sequence[str],
+    source: str | Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Written:
+    """Write ``items``, in their order, as the HF checkpoint ``directory``.
+
+    Args:
+        items: the model's tensors in HF names, each name once. Tied heads are left out by the caller, who must not
+            write
+            into a tensor after yielding it: it may wait in memory until its shard is full.
+        directory: must not exist, or be empty.
+        config: becomes config.json, with ``quantization_config`` added for packed layouts.
+        layout: "bf16", "modelopt" or "compressed-tensors".
+        linear_modules: names of all linears of the model, ``lm_head`` included; those not quantized become the
+            exclusions.
+        source: HF directory whose tokenizer, chat template and generation config are copied; None copies nothing.
+        max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
+
+    Raises QADError for a used directory, a full disk, a name given twice, and whatever ``stored_tensors`` refuses.
+    """
+    check_layout(layout)
+    directory = Path(directory).absolute()
+    _check_target(directory)
+    source = _check_source(source)
+    if max_shard_bytes <= 0:
+        raise QADError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes.")
+    if "quantization_config" in config:
+        raise QADError(
+            "config.json already has a quantization_config; expected that of a BF16 model. Remove the entry."
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process that had our number
+    aside.mkdir()
+    shards = _Shards(aside, max_shard_bytes)
+    try:
+        quantized = [item.module for item in _added(items, shards, layout) if item.fmt == "nvfp4" and layout != "bf16"]
+        shards.finish()
+        excluded = exclusions(linear_modules, quantized) if layout != "bf16" else []
+        _carry(source, aside)
+        _write_configs(aside, config, layout, excluded, quantized)
+        for path in (*aside.rglob("*"), aside):
+            _sync(path)
+        os.rename(aside, directory)  # atomic; replaces an empty directory
+        _sync(directory.parent)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise _disk_full(directory, shards) from error
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # gone already if all went well
+    return Written(
+        directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), tuple(quantized), tuple(excluded)
+    )
+
+
+def _added(items: Iterable[HFTensor], shards: "_Shards", layout: LayoutName) -> Iterable[HFTensor]:
+    for item in items:
+        shards.add(stored_tensors(item, layout))
+        yield item
+
+
+class _Shards:
+    """Collects tensors into shard files. Their final names need the number of shards, so they are given at the end."""
+
+    def __init__(self, directory: Path, max_bytes: int):
+        self.directory, self.max_bytes = directory, max_bytes
+        self.pending: dict[str, Tensor] = {}
+        self.pending_bytes = self.num_bytes = 0
+        self.weight_map: dict[str, int | str] = {}  # tensor name -> shard number, at the end -> file name
+        self.names: list[str] = []  # file names, temporary until finish()
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name in self.weight_map or name in self.pending:
+                raise QADError(f"{name}: given twice to the checkpoint writer; each name may be written once.")
+            if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
+                self._flush()
+            self.pending[name] = _own(tensor, self.pending.values())
+            self.pending_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        if self.pending or not self.names:
+            self._flush()
+        if not self.weight_map:
+            raise QADError("No tensor was given to the checkpoint writer; the model's export produced nothing.")
+        total = len(self.names)
+        final = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        final = final if total > 1 else ["model.safetensors"]
+        for old, new in zip(self.names, final, strict=True):
+            os.rename(self.directory / old, self.directory / new)
+        self.names = final
+        self.weight_map = {name: final[number] for name, number in self.weight_map.items()}
+        if total > 1:
+            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(self.weight_map.items()))}
+            _write_json(self.directory / "model.safetensors.index.json", index)
+
+    def _flush(self) -> None:
+        file_name = f"shard-{len(self.names):05d}.safetensors"
+        path = self.directory / file_name
+        try:
+            save_file(self.pending, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library wraps the operating system's error and drops its number
+            if number := next((n for n in _DISK_FULL if f"(os error {n})" in str(error)), None):
+                raise OSError(number, os.strerror(number), str(path)) from error
+            raise
+        _sync(path)
+        self.weight_map.update(dict.fromkeys(self.pending, len(self.names)))
+        self.names.append(file_name)
+        self.num_bytes += self.pending_bytes
+        self.pending, self.pending_bytes = {}, 0
+
+
+def _own(tensor: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Contiguous, with a storage of its own: safetensors refuses shared ones, and a view would keep the whole alive."""
+    tensor = tensor.contiguous()
+    is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
+    is_shared = any(tensor.data_ptr() == other.data_ptr() for other in others if other.nbytes)
+    return tensor.clone() if is_view or is_shared else tensor
+
+
+def _check_target(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise QADError(
+            f"{directory}: exists and is not empty. Give a new directory, or remove this one; nothing is overwritten."
+        )
+
+
+def _check_source(source: str | Path | None) -> Path | None:
+    if source is not None and not Path(source).is_dir():
+        raise QADError(
+            f"{source}: is no directory; expected the HF checkpoint whose tokenizer and configs are to be copied."
+        )
+    return None if source is None else Path(source)
+
+
+def _carry(source: Path | None, directory: Path) -> None:
+    if source is None:
+        return
+    for path in sorted({path for pattern in CARRIED_FILES for path in source.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, directory / path.name)
+        else:
+            shutil.copyfile(path, directory / path.name)
+
+
+def _write_configs(
+    directory: Path, config: dict, layout: LayoutName, excluded: list[str], quantized: list[str]
+) -> None:
+    if layout != "bf16":
+        if not quantized:
+            raise QADError(
+                f"Layout {layout!r} was asked for, but no tensor is NVFP4. Check the policy, or write layout 'bf16'."
+            )
+        config = {**config, "quantization_config": quantization_config(layout, excluded)}
+    if layout == "modelopt":
+        _write_json(directory / "hf_quant_config.json", hf_quant_config(excluded))
+    _write_json(directory / "config.json", config)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Wait until ``path`` is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_full(directory: Path, shards: _Shards) -> QADError:
+    needed = shards.num_bytes + shards.pending_bytes
+    free = shutil.disk_usage(directory.parent).free
+    return QADError(
+        f"{directory}: the disk is full or a quota is reached. At least {needed} bytes were needed up to shard "
+        f"{len(shards.names) + 1}; {free} bytes are free now, with {shards.num_bytes} bytes of finished shards about "
+        "to be removed. Nothing was left behind. Free space or choose another file system."
+    )

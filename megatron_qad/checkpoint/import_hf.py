@@ -1,0 +1,85 @@
+"""Hugging Face -> torch_dist: the weights under Megatron's global names, which any TP, PP or EP reads.
+
+Needs no model and no GPU: the family's name map says what to do, a layer's tensors are read when their turn comes. Under
+torchrun each rank imports its share. Values are copied, never changed but for a cast to the asked dtype.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_qad.checkpoint.hf_reader import ASSETS, HFReader
+from megatron_qad.models.families import family_of
+from megatron_qad.models.families.base import TensorMap
+from megatron_qad.runtime.distributed import rank_and_size
+from megatron_qad.runtime.errors import QADError
+
+
+def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Write ``target`` (``release/`` in torch_dist format, ``hf/`` with config and tokenizer); return its number of tensors.
+
+    torch.distributed must be initialized; every rank calls this.
+
+    Raises:
+        QADError: unsupported family, missing, left-over, truncated, wrong-shaped or non-finite tensors, or a target that
+            exists and is not empty.
+    """
+    source, target = Path(source), Path(target)
+    rank, size = rank_and_size()
+    if target.exists() and any(target.iterdir()):
+        raise QADError(f"{target} exists and is not empty; choose another directory or remove it")
+    torch.distributed.barrier()  # every rank has seen it empty before one fills it
+    reader = HFReader(source)
+    maps = family_of(reader.config).tensors(reader.config)
+    _check_names(reader, maps)
+    mine = maps[rank::size]
+    sharded = {m.megatron: ShardedTensor.from_rank_offsets(m.megatron, _convert(reader, m, dtype)) for m in mine}
+    release = target / "release"
+    if rank == 0:
+        release.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(sharded, str(release))
+    if rank == 0:
+        copy_assets(source, target / "hf")
+        (target / "latest_checkpointed_iteration.txt").write_text("release")
+    torch.distributed.barrier()
+    return len(maps)
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Config, generation config and tokenizer files, so that the checkpoint describes itself."""
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in ASSETS:
+        for file in source.glob(pattern):
+            shutil.copy2(file, target / file.name)
+
+
+def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
+    wanted = {name for m in maps for name in m.hf}
+    left_over = reader.names - wanted
+    if reader.config.get("tie_word_embeddings"):
+        left_over.discard("lm_head.weight")  # some files store the tied head a second time
+    left_over = {name for name in left_over if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
+    if left_over:
+        raise QADError(
+            f"{reader.directory}: {len(left_over)} tensors have no place in the model, first {sorted(left_over)[0]!r}"
+        )
+    if missing := wanted - reader.names:
+        raise QADError(f"{reader.directory}: {len(missing)} tensors are missing, first {sorted(missing)[0]!r}")
+
+
+def _convert(reader: HFReader, tensor_map: TensorMap, dtype: torch.dtype) -> torch.Tensor:
+    parts = []
+    for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
+        tensor = reader.read(name)
+        if tuple(tensor.shape) != shape:
+            raise QADError(
+                f"{reader.directory}: {name} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise QADError(f"{reader.directory}: {name} holds NaN or Inf")
+        parts.append(tensor.to(dtype))
+    return tensor_map.to_megatron(parts).contiguous()

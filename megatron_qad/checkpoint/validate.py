@@ -1,0 +1,304 @@
+"""Checks an exported NVFP4 directory on its own, as the strictest of its consumers would, and names every fault.
+
+Needs no model and no GPU: config.json says what must be there (``hf_inventory``), the shard headers say what is
+(``hf_directory``), and the scales are read. It covers what servers accept and compute garbage from: a missing scale,
+block scales stored as U8, scales that differ within a fused group, exclusions that do not match. Left out: whether the
+weights are good ones.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
+from megatron_qad.checkpoint.hf_inventory import Inventory, inventory
+from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout, hf_quant_config, quantization_config
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+from megatron_qad.runtime.errors import QADError
+
+_PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong: ``name`` of the tensor, module or file, and ``text``: what was found and what was expected."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}"
+
+
+@dataclass
+class Report:
+    """The result of a validation; no fault means valid."""
+
+    directory: Path
+    layout: str = "unknown"
+    num_tensors: int = 0
+    num_bytes: int = 0
+    quantized: list[str] = field(default_factory=list)
+    num_linears: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+    def add(self, name: str, text: str) -> None:
+        self.faults.append(Fault(name, text))
+
+    def summary(self) -> str:
+        verdict = f"{len(self.faults)} faults" if self.faults else "valid"
+        return (
+            f"{self.directory}: {verdict}; layout {self.layout}, {self.num_tensors} tensors, "
+            f"{len(self.quantized)} of {self.num_linears} linears quantized, {self.num_bytes} bytes"
+        )
+
+
+def validate_nvfp4(directory: str | Path) -> Report:
+    """Check the HF NVFP4 checkpoint ``directory``, in the modelopt or the compressed-tensors layout.
+
+    Never raises for what is wrong with the checkpoint; every fault is in the report, with the tensor's name.
+    """
+    report = Report(Path(directory))
+    if not report.directory.is_dir():
+        report.add(str(directory), "is no directory; expected an exported checkpoint")
+        return report
+    config = read_json(report.directory / "config.json", report.add)
+    shards = read_shards(report.directory, report.add)
+    report.num_tensors, report.num_bytes = len(shards.tensors), shards.num_bytes
+    if config is None:
+        return report
+    layout = _find_layout(config, report)
+    try:
+        model = inventory(config)
+    except QADError as error:
+        report.add("config.json", str(error))
+        return report
+    report.num_linears = len(model.linears)
+    if layout is None:
+        return report
+    report.quantized = [module for module in model.linears if _is_quantized(module, layout, shards)]
+    _check_config(config, layout, model, report)
+    _check_names_and_shapes(config, layout, model, shards, report)
+    _check_values(layout, model, shards, report)
+    return report
+
+
+def _find_layout(config: dict[str, Any], report: Report) -> PackedLayout | None:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method not in PACKED_LAYOUTS:
+        report.add(
+            "config.json", f"quantization_config.quant_method is {method!r}, expected {' or '.join(PACKED_LAYOUTS)}"
+        )
+        return None
+    report.layout = method
+    return PACKED_LAYOUTS[method]
+
+
+def _is_quantized(module: str, layout: PackedLayout, shards: Shards) -> bool:
+    """By its packed weight, or by any companion, so that a missing packed weight is a missing tensor and not an
+    unquantized layer."""
+    if any(f"{module}.{part}" in shards.tensors for part in layout.companions):
+        return True
+    stored = shards.tensors.get(f"{module}.{layout.packed}")
+    return stored is not None and (layout.packed != "weight" or stored.dtype == "U8")
+
+
+def _check_config(config: dict[str, Any], layout: PackedLayout, model: Inventory, report: Report) -> None:
+    found = config["quantization_config"]
+    unquantized = sorted(set(model.linears) - set(report.quantized))
+    wanted = quantization_config(layout.name, unquantized)
+    _check_exclusions("config.json ignore", found.get("ignore"), model, report)
+    # What a consumer acts on; other keys (producer, observer) may differ between exporters.
+    keys = {"modelopt": ("quant_algo",), "compressed-tensors": ("format", "quantization_status")}[layout.name]
+    for key in keys:
+        if found.get(key) != wanted[key]:
+            report.add("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted[key]!r}")
+    _check_groups(found.get("config_groups"), wanted["config_groups"]["group_0"], layout, report)
+    if not report.quantized:
+        report.add("config.json", "announces NVFP4, but no linear is quantized")
+    if layout.name == "modelopt":
+        _check_hf_quant_config(found, model, report)
+
+
+def _check_groups(found: Any, wanted: dict[str, Any], layout: PackedLayout, report: Report) -> None:
+    if not isinstance(found, dict) or len(found) != 1:
+        report.add("config.json", f"quantization_config.config_groups is {found!r}, expected one group for all linears")
+        return
+    group = next(iter(found.values()))
+    for key, value in wanted.items():
+        if not isinstance(value, dict):
+            if value is not None and group.get(key, value) != value:
+                report.add("config.json", f"config_groups {key} is {group.get(key)!r}, expected {value!r}")
+            continue
+        for entry, expected in value.items():
+            actual = (group.get(key) or {}).get(entry)
+            if entry != "observer" and actual != expected:
+                report.add(
+                    "config.json", f"config_groups {key}.{entry} is {actual!r}, expected {expected!r} ({layout.name})"
+                )
+
+
+def _check_hf_quant_config(found: dict[str, Any], model: Inventory, report: Report) -> None:
+    name = "hf_quant_config.json"
+    other = read_json(report.directory / name, report.add)
+    if other is None:
+        return
+    if not isinstance(other.get("quantization"), dict):
+        report.add(name, "has no quantization object")
+        return
+    other = other["quantization"]
+    wanted = hf_quant_config([])["quantization"]
+    for key in wanted:
+        if key not in other:
+            report.add(name, f"lacks quantization.{key}; TensorRT-LLM wants the key, null is fine")
+    for key in ("quant_algo", "group_size", "kv_cache_quant_algo"):
+        if other.get(key) != wanted[key]:
+            report.add(name, f"quantization.{key} is {other.get(key)!r}, expected {wanted[key]!r}")
+        if found.get(key, wanted[key]) != other.get(key):
+            report.add(name, f"quantization.{key} is {other.get(key)!r}, config.json says {found.get(key)!r}")
+    if found.get("kv_cache_scheme") is not None:
+        report.add(
+            "config.json", "has a kv_cache_scheme; hf_quant_config.json and the tensors know of no quantized KV cache"
+        )
+    _check_exclusions(f"{name} exclude_modules", other.get("exclude_modules"), model, report)
+    if isinstance(found.get("ignore"), list) and sorted(found["ignore"]) != sorted(other.get("exclude_modules") or []):
+        report.add(name, "exclude_modules and config.json's ignore differ; servers read one or the other")
+
+
+def _check_exclusions(where: str, found: Any, model: Inventory, report: Report) -> None:
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
+        report.add(where, f"is {found!r}, expected a list of module names")
+        return
+    for module in sorted(set(found)):
+        if module in report.quantized:
+            report.add(module, f"is quantized and stands in {where}")
+        elif module not in model.linears:
+            report.add(
+                module, f"stands in {where} and is no linear; expected exact names, servers read patterns differently"
+            )
+    for module in sorted(set(model.linears) - set(report.quantized) - set(found)):
+        report.add(module, f"is not quantized and missing from {where}")
+
+
+def _expected(
+    config: dict, layout: PackedLayout, model: Inventory, report: Report
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> dtype and shape of every tensor that must be there."""
+    named = config.get("dtype", config.get("torch_dtype"))
+    plain = _PLAIN_DTYPES.get(str(named).removeprefix("torch."), "BF16")
+    tensors = {name: (plain, shape) for name, shape in model.tensors.items()}
+    for module, (rows, columns) in model.linears.items():
+        if module not in report.quantized:
+            tensors[f"{module}.weight"] = (plain, (rows, columns))
+            continue
+        if columns % BLOCK_SIZE:
+            report.add(module, f"is quantized with {columns} input columns, which is no multiple of {BLOCK_SIZE}")
+        tensors[f"{module}.{layout.packed}"] = ("U8", (rows, columns // 2))
+        tensors[f"{module}.{layout.block_scale}"] = ("F8_E4M3", (rows, columns // BLOCK_SIZE))
+        tensors[f"{module}.{layout.global_scale}"] = ("F32", layout.scalar_shape)
+        tensors[f"{module}.{layout.input_scale}"] = ("F32", layout.scalar_shape)
+    return tensors
+
+
+def _check_names_and_shapes(
+    config: dict[str, Any], layout: PackedLayout, model: Inventory, shards: Shards, report: Report
+) -> None:
+    expected = _expected(config, layout, model, report)
+    head = f"{model.head}.weight"
+    if model.tied_head:
+        if model.head in report.quantized:
+            report.add(model.head, "is quantized, but tied to the embedding (tie_word_embeddings), which cannot be")
+        elif head not in shards.tensors:
+            del expected[head]
+    for name, (dtype, shape) in expected.items():
+        stored = shards.tensors.get(name)
+        if stored is None:
+            report.add(name, f"is missing; expected {dtype} {list(shape)}")
+        elif stored.dtype != dtype:
+            report.add(name, f"is {stored.dtype}, expected {dtype}")
+        elif stored.shape != shape:
+            report.add(name, f"has shape {list(stored.shape)}, expected {list(shape)}")
+    for name in sorted(set(shards.tensors) - set(expected)):
+        report.add(name, "is unknown; expected no such tensor in this model")
+    for group in model.fused:
+        parts = [module for module in group if module in report.quantized]
+        if 0 < len(parts) < len(group):
+            rest = ", ".join(module for module in group if module not in parts)
+            report.add(
+                parts[0], f"is quantized and {rest} not; servers fuse {len(group)} linears here and refuse a part"
+            )
+
+
+def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report: Report) -> None:
+    names_by_file = defaultdict(list)
+    for name, stored in shards.tensors.items():
+        if stored.file in shards.readable:
+            names_by_file[stored.file].append(name)
+    scalars: dict[str, Tensor] = {}
+    per_tensor = {f"{m}.{part}" for m in report.quantized for part in (layout.global_scale, layout.input_scale)}
+    block_scales = {f"{module}.{layout.block_scale}" for module in report.quantized}
+    tied = {}
+    for path, names in names_by_file.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                if shards.tensors[name].dtype == "U8" and name not in block_scales:
+                    continue  # any byte is a pair of codes
+                tensor = file.get_tensor(name)
+                if name in per_tensor:
+                    scalars[name] = tensor
+                    _check_scalar(name, tensor, report)
+                elif name in block_scales:
+                    _check_block_scale(name, tensor, report)
+                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                    report.add(name, f"holds {int((~torch.isfinite(tensor.float())).sum())} values that are NaN or Inf")
+                if model.tied_head and name in (model.embedding, f"{model.head}.weight"):
+                    tied[name] = tensor
+    if len(tied) == 2 and not torch.equal(*tied.values()):
+        report.add(f"{model.head}.weight", f"differs from {model.embedding}, to which config.json ties it")
+    _check_fused(layout, model, scalars, report)
+
+
+def _check_scalar(name: str, tensor: Tensor, report: Report) -> None:
+    if tensor.numel() != 1 or not tensor.is_floating_point():
+        return  # shape and dtype are reported already
+    value = tensor.float().item()
+    if not 0 < value < float("inf"):
+        report.add(name, f"is {value}, expected a finite number > 0")
+    elif not 0 < 1.0 / torch.tensor(value) < float("inf"):
+        report.add(name, f"is {value}, whose reciprocal is not finite in float32")
+
+
+def _check_block_scale(name: str, tensor: Tensor, report: Report) -> None:
+    if tensor.element_size() != 1:
+        return  # dtype is reported already
+    codes = tensor.view(torch.uint8)
+    magnitude = codes & 0x7F
+    if count := int((magnitude == 0x7F).sum()):
+        report.add(name, f"holds {count} NaN block scales (E4M3 0x7F or 0xFF)")
+    if count := int((magnitude == 0).sum()):
+        report.add(name, f"holds {count} block scales that are zero; expected > 0, also for blocks of zeros")
+    if count := int(((codes > 0x80) & (codes != 0xFF)).sum()):
+        report.add(name, f"holds {count} negative block scales")
+
+
+def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], report: Report) -> None:
+    for group in model.fused:
+        for part in (layout.global_scale, layout.input_scale):
+            present = [name for module in group if (name := f"{module}.{part}") in scalars]
+            for name in present[1:]:
+                first, other = scalars[present[0]], scalars[name]
+                if (
+                    first.dtype != torch.float32
+                    or other.dtype != torch.float32
+                    or (first.numel(), other.numel()) != (1, 1)
+                ):
+                    continue  # reported already
+                if first.view(torch.int32).item() != other.view(torch.int32).item():  # bits: a NaN equals nothing
+                    report.add(
+                        name, f"is {other.item()!r}, {present[0]} is {first.item()!r}; servers fuse them, must be equal"
+                    )

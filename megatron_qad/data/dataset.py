@@ -1,0 +1,122 @@
+"""Megatron's GPTDataset with a loss mask for each token.
+
+Samples are cut exactly as GPTDataset cuts them: documents end to end, in ``sequence_length + 1`` tokens. The loss mask
+of a sample says which *labels* count, so it is the tokens' mask one place on. Left out: the mask of attention between
+documents, which stays Megatron's business (``--dataloader-inter-document-masking``).
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
+from megatron_qad.runtime.errors import QADError
+
+# No token has this id, so what carries it is padding and nothing else. GPTDataset would take the tokenizer's pad token,
+# and then replace that token by 0 wherever a document holds it.
+_PADDING = -1
+
+
+class QADDataset(GPTDataset):
+    """GPTDataset whose ``loss_mask`` comes from PREFIX_loss_mask.bin/.idx; without those files every token counts.
+
+    ``dataset[i]`` is a dict: ``tokens`` int64 [s], ``labels`` int64 [s] (the token after), ``loss_mask`` float32 [s]
+    (1.0 where the label counts), ``position_ids`` int64 [s], and ``attention_mask`` only if the config asks for it.
+    Padding never counts; with ``eod_mask_loss`` neither does the label that follows an EOD, as in GPTDataset.
+
+    Raises:
+        QADError: a split without tokens, a loss mask that is missing or does not fit its tokens.
+    """
+
+    def __init__(self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config) -> None:
+        self._metadata = load_metadata(dataset_path)
+        self._mask = _open_loss_mask(dataset_path, indexed_dataset, config.mmap_bin_files, self._metadata)
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
+        self._pad_token_id = _PADDING
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        extra = self.config.add_extra_token_to_sequence
+        # Ours and not GPTDataset's: it caches the mask of the first sample it is asked for, padding included, and hands
+        # that to every later sample.
+        counts = np.zeros(self.config.sequence_length + 1, dtype=np.float32)
+        if idx is not None:  # None asks for a sample that only fills a batch
+            position = 0
+            for document, offset, length in self._parts(idx):
+                counts[position : position + length] = (
+                    1 if self._mask is None else self._mask.get(document, offset=offset, length=length)
+                )
+                position += length
+        if not extra:
+            counts[self.config.sequence_length :] = 0  # the last label is unknown
+        loss_mask = torch.from_numpy(counts[1:].copy())
+        if self.config.eod_mask_loss:
+            loss_mask[sample["tokens"] == self.config.tokenizer.eod] = 0.0
+        sample["loss_mask"] = loss_mask
+        return sample
+
+    def _parts(self, idx: int) -> list[tuple[int, int, int]]:
+        """(document, offset, length) of the pieces that sample ``idx`` is made of, in order."""
+        shuffled = self.shuffle_index[idx]
+        first, first_offset = (int(n) for n in self.sample_index[shuffled])
+        last, last_offset = (int(n) for n in self.sample_index[shuffled + 1])
+        parts = []
+        for place in range(first, last + 1):
+            document = int(self.document_index[place])
+            begin = first_offset if place == first else 0
+            end = int(self.dataset.sequence_lengths[document])
+            if place == last:
+                end = min(end, last_offset + int(self.config.add_extra_token_to_sequence))
+            parts.append((document, begin, end - begin))
+        return parts
+
+    def _build_document_sample_shuffle_indices(self):
+        self._check_not_empty()
+        # Megatron caches the indices under a name made of paths and settings. Data that was prepared anew under the
+        # same prefix would be cut by the old indices; its content's hash in the name prevents that.
+        if self._metadata is not None:
+            self.unique_identifiers["content"] = self._metadata.sha256
+            self.unique_description = json.dumps(
+                self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
+            )
+            self.unique_description_hash = hashlib.md5(
+                self.unique_description.encode("utf-8"), usedforsecurity=False
+            ).hexdigest()
+        return super()._build_document_sample_shuffle_indices()
+
+    def _check_not_empty(self) -> None:
+        """GPTDataset counts epochs until there are enough tokens: with none it would never end."""
+        if self.indices is None:  # --dataloader-fast-cache-load: the indices were built, and checked, before
+            return
+        tokens = self._get_num_tokens_per_epoch()
+        # A fixed number of samples repeats the data as often as needed; one epoch must hold a sample by itself.
+        needed = 1 if self.num_samples is not None else self.config.sequence_length + 1
+        if tokens < needed:
+            raise QADError(
+                f"The {self.index_split.name} split of {self.dataset_path} has {len(self.indices)} of "
+                f"{len(self.dataset)} documents and {tokens} tokens; at least {needed} are needed. Change --split "
+                f"(now {self.config.split!r}; '100,0,0' asks for no validation and test split) or give more data."
+            )
+
+
+def _open_loss_mask(prefix: str, tokens: IndexedDataset, mmap: bool, metadata) -> IndexedDataset | None:
+    """The indexed dataset of the masks, or None where all tokens count."""
+    mask_prefix = loss_mask_prefix(prefix)
+    if not IndexedDataset.exists(mask_prefix):
+        if metadata is not None and metadata.loss_mask:
+            raise QADError(
+                f"{prefix}.json says that there is a loss mask, but {mask_prefix}.bin or .idx is missing. Without it "
+                "every token would count. Copy the files together, or prepare the data again."
+            )
+        return None
+    mask = IndexedDataset(mask_prefix, multimodal=False, mmap=mmap)
+    if mask.index.dtype != np.uint8 or not np.array_equal(mask.sequence_lengths, tokens.sequence_lengths):
+        raise QADError(
+            f"{mask_prefix} does not fit {prefix}: expected uint8 and {len(tokens)} documents of the same lengths, "
+            f"found {np.dtype(mask.index.dtype).name} and {len(mask)} documents. Prepare the data again."
+        )
+    return mask

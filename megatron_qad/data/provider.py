@@ -1,0 +1,173 @@
+"""The train, validation and test data of ``pretrain()``: ``--data-path`` and its kin, through ``QADDataset``.
+
+Checks what Megatron leaves to chance: that each prefix exists, that its ids fit the model's vocabulary, and that it was
+made with the tokenizer of this run. Left out: mock data, fill-in-the-middle, Megatron's own ``--sft`` packing, data
+in object storage.
+"""
+
+import json
+import struct
+from functools import partial
+from pathlib import Path
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+from megatron_qad.data.dataset import QADDataset
+from megatron_qad.data.metadata import load_metadata
+from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.runtime.errors import QADError
+
+
+def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
+    """What ``pretrain`` calls for its data, on every rank.
+
+    Args:
+        train_val_test_num_samples: samples wanted of each split; None is one epoch.
+        vp_stage: virtual pipeline stage of the caller.
+
+    Returns:
+        (train, valid, test): datasets, or None where a split has no data or this rank needs none.
+
+    Raises:
+        QADError: no data given, a prefix that does not exist, or data of another tokenizer or vocabulary.
+    """
+    args = get_args()
+    config = dataset_config(args)
+    check_data(args, config)
+    print_rank_0("megatron_qad: building the train, validation and test datasets")
+    return BlendedMegatronDatasetBuilder(
+        QADDataset, train_val_test_num_samples, partial(_is_built_on_rank, vp_stage), config
+    ).build()
+
+
+# Read by megatron.training: every rank calls the provider, and the builder decides who holds data.
+datasets_provider.is_distributed = True
+
+
+def dataset_config(args) -> GPTDatasetConfig:
+    """The dataset configuration that Megatron's flags ask for.
+
+    Raises:
+        QADError: the flags name no data, or ask for data of another kind.
+    """
+    for flag in ("sft", "mock_data"):
+        if getattr(args, flag, False):
+            raise QADError(
+                f"--{flag.replace('_', '-')} is for other data than QAD's. Prepare the data with tools/prepare_data.py "
+                "(chat data gets its loss mask there) and give it with --data-path."
+            )
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend is None and not any(blend_per_split or []):
+        raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        # Megatron's batch code on the other side reads the same flag; attention is causal without a mask too.
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        sequences_per_dataset=_sequences_per_dataset(args),
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )
+
+
+def check_data(args, config: GPTDatasetConfig) -> None:
+    """Compare every prefix of the blends with the file system, the model's vocabulary and the run's tokenizer.
+
+    Args:
+        args: needs ``padded_vocab_size``, ``tokenizer_model`` and ``tokenizer_type``.
+        config: its blends name the prefixes.
+
+    Raises:
+        QADError: names the prefix, what was found and what was expected.
+    """
+    blends = [config.blend] if config.blend is not None else config.blend_per_split
+    prefixes = list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
+    run_vocab = None
+    for prefix in prefixes:
+        missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
+        if missing:
+            raise QADError(
+                f"--data-path {prefix}: {' and '.join(missing)} not found. Expected the prefix that was "
+                "tools/prepare_data.py's --output (without .bin), or 'WEIGHT PREFIX' pairs."
+            )
+        if not config.fast_cache_load:  # that flag promises that no index is read at the start
+            _check_index(prefix)
+        metadata = load_metadata(prefix)
+        if metadata is None:
+            continue
+        if args.padded_vocab_size is not None and metadata.vocab_size > args.padded_vocab_size:
+            raise QADError(
+                f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name} of {metadata.vocab_size} "
+                f"ids, but the model has {args.padded_vocab_size} (padding included). Prepare the data with the "
+                "model's tokenizer."
+            )
+        if run_vocab is None:
+            run_vocab = _run_vocabulary(args)
+        if run_vocab and metadata.vocab_sha256 != run_vocab:
+            raise QADError(
+                f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name} (vocabulary "
+                f"{metadata.vocab_sha256[:12]}), but --tokenizer-model {args.tokenizer_model} maps other pieces to its "
+                f"ids (vocabulary {run_vocab[:12]}). Prepare the data with the model's tokenizer."
+            )
+
+
+def _check_index(prefix: str) -> None:
+    """The index must be readable and the data as long as it says: a broken-off copy is found here, not at step n."""
+    try:
+        # Without mmap: an empty .bin cannot be mapped.
+        data = IndexedDataset(prefix, mmap=False)
+    except (AssertionError, ValueError, OSError, KeyError, struct.error) as error:
+        raise QADError(
+            f"--data-path {prefix}: {prefix}.idx cannot be read ({error}). Prepare the data again."
+        ) from error
+    expected = int(data.sequence_lengths.sum(dtype="int64")) * data.index.dtype_size
+    found = Path(f"{prefix}.bin").stat().st_size
+    if found != expected or not len(data):
+        raise QADError(
+            f"--data-path {prefix}: {prefix}.bin has {found} bytes; its index of {len(data)} documents says "
+            f"{expected}, and there must be at least one document. Copy or prepare the data again."
+        )
+
+
+def _sequences_per_dataset(args) -> dict | None:
+    """The counts of ``--per-dataset-sequences-path``, which spare Megatron a read of each index's header."""
+    if args.per_dataset_sequences_path is None:
+        return None
+    return json.loads(Path(args.per_dataset_sequences_path).read_text(encoding="utf-8"))
+
+
+def _run_vocabulary(args) -> str:
+    """The hash of the run's vocabulary, or "" where the run has no tokenizer with pieces (NullTokenizer)."""
+    model = args.tokenizer_model
+    if args.tokenizer_type == "NullTokenizer" or model is None or not Path(model).exists():
+        return ""
+    return load_tokenizer(model).vocab_sha256()
+
+
+def _is_built_on_rank(vp_stage: int | None) -> bool:
+    """Tensor-parallel rank 0 of the first and last pipeline stages reads data: tokens enter there, labels end there."""
+    return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)

@@ -1,0 +1,192 @@
+"""Input files -> records, each with the file and line it came from.
+
+A JSONL file gives one record a line. A text file is one record, unless a pattern splits it. Records are bytes: decoding
+and parsing happen in ``encode_record``, in the worker, where a fault becomes a named bad line. Left out: compressed
+files, JSON arrays, directories.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_qad.data.chat import BadDocument
+from megatron_qad.data.tokenizer import DataTokenizer
+from megatron_qad.runtime.errors import QADError
+
+BLANK_LINES = r"\n(?:[ \t\r]*\n)+"
+"""What ``--split-on blank`` means: groups of lines apart by at least one blank line."""
+
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+JSON_KEYS = ("auto", "text", "messages")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One candidate document."""
+
+    file: str
+    line: int
+    """1-based line of the file at which it starts."""
+    is_json: bool
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document, EOD included."""
+
+    ids: list[int]
+    mask: list[int] | None
+    """None: every token counts."""
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """One record that did not become a document."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+def file_format(path: Path, asked: str) -> str:
+    """ "text" or "jsonl" for an input file; ``asked`` is the user's --format, "auto" goes by the suffix."""
+    if asked != "auto":
+        return asked
+    if path.suffix.lower() in JSONL_SUFFIXES:
+        return "jsonl"
+    if path.suffix.lower() == ".json":
+        raise QADError(f"--input {path}: .json may be one value or one value a line. Say --format jsonl or text.")
+    return "text"
+
+
+def read_records(path: Path, fmt: str, split_on: str | None) -> Iterator[Record | int]:
+    """The records of one file, in order; an int stands for that many blank lines or pieces that were passed over.
+
+    Args:
+        path: the file.
+        fmt: "text" or "jsonl".
+        split_on: regular expression (over UTF-8 bytes, ^ and $ at lines) between two documents of a text file, or None
+            for one document a file.
+    """
+    if fmt == "jsonl":
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                # A byte order mark at the start of a file is no fault of its first line.
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                yield Record(str(path), number, True, line) if line.strip() else 1
+        return
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if split_on is None:
+        yield Record(str(path), 1, False, content) if content.strip() else 1
+        return
+    start, number = 0, 1
+    for match in re.finditer(split_on.encode("utf-8"), content, flags=re.MULTILINE):
+        if match.end() == match.start():
+            raise QADError(f"--split-on {split_on!r} matches the empty string, at byte {match.start()} of {path}.")
+        piece = content[start : match.start()]
+        yield Record(str(path), number, False, piece) if piece.strip() else 1
+        number += content.count(b"\n", start, match.end())
+        start = match.end()
+    if start < len(content):
+        piece = content[start:]
+        yield Record(str(path), number, False, piece) if piece.strip() else 1
+
+
+def encode_record(
+    record: Record, tokenizer: DataTokenizer, json_key: str = "auto", prepend_bos: bool = False
+) -> Encoded | BadLine:
+    """Tokenize one record and end it with EOD, or say why that cannot be.
+
+    EOD is appended unless the document ends with it already. In a chat it counts only if the token before it does, that
+    is, if the template leaves the assistant's last message without an end of its own.
+
+    Raises:
+        QADError: the tokenizer cannot do what the input needs at all (chat without a chat template).
+    """
+    try:
+        ids, mask = _encode(record, tokenizer, json_key)
+    except BadDocument as error:
+        line = record.line + error.line_offset
+        return BadLine(record.file, line, str(error))
+    if prepend_bos and ids[0] != tokenizer.bos:
+        ids.insert(0, tokenizer.bos)
+        if mask is not None:
+            mask.insert(0, 0)
+    if ids[-1] != tokenizer.eod:
+        ids.append(tokenizer.eod)
+        if mask is not None:
+            mask.append(mask[-1])
+    return Encoded(ids, mask)
+
+
+def _encode(record: Record, tokenizer: DataTokenizer, json_key: str) -> tuple[list[int], list[int] | None]:
+    try:
+        text = record.data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = BadDocument(f"not UTF-8: byte {record.data[error.start]:#04x} ({error.reason})")
+        bad.line_offset = record.data.count(b"\n", 0, error.start)
+        raise bad from error
+    mask = None
+    if record.is_json:
+        key, value, tools = _json_document(text, json_key)
+        if key == "messages":
+            ids, mask = tokenizer.encode_chat(value, tools)
+        else:
+            ids = _encode_text(value, tokenizer)
+    else:
+        ids = _encode_text(text, tokenizer)
+    if not ids:
+        raise BadDocument("the text has no tokens")
+    return ids, mask
+
+
+def _encode_text(text: str, tokenizer: DataTokenizer) -> list[int]:
+    if not text.strip():
+        raise BadDocument("the text is empty")
+    return tokenizer.encode(text)
+
+
+def _json_document(text: str, json_key: str) -> tuple[str, str | list, list | None]:
+    """(key, value, tools) of a JSONL line."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"not JSON: {error}") from error
+    if not isinstance(line, dict):
+        raise BadDocument(f"expected a JSON object with 'text' or 'messages', found {type(line).__name__}")
+    keys = [k for k in ("text", "messages") if k in line] if json_key == "auto" else [json_key]
+    if len(keys) == 2:
+        raise BadDocument("has both 'text' and 'messages'; say which with --json-key")
+    if not keys or keys[0] not in line:
+        wanted = "'text' or 'messages'" if json_key == "auto" else repr(json_key)
+        raise BadDocument(f"has no {wanted}; its keys are {sorted(line)[:10]}")
+    if not _is_unicode(text):
+        raise BadDocument("holds a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
+    key, value = keys[0], line[keys[0]]
+    if key == "text":
+        if not isinstance(value, str):
+            raise BadDocument(f"'text' is {type(value).__name__}, expected a string")
+        return key, value, None
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
+        raise BadDocument("'messages' is not a non-empty list of objects with a 'role'")
+    tools = line.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise BadDocument(f"'tools' is {type(tools).__name__}, expected a list of JSON schemas")
+    return key, value, tools or None
+
+
+def _is_unicode(json_text: str) -> bool:
+    """False if a string of the JSON text decodes to a lone surrogate (only an escape can make one)."""
+    if "\\u" not in json_text:
+        return True
+    try:
+        json.dumps(json.loads(json_text), ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,163 @@
+"""The two kinds of tokenizer that data is prepared with: Hugging Face directories and sentencepiece models.
+
+One small interface over both (``encode``, ``encode_chat``, ids, fingerprints). Nothing is downloaded and no code from a
+tokenizer's directory is run. Left out: tiktoken, BERT word pieces.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from megatron_qad.data.chat import encode_chat
+from megatron_qad.runtime.errors import QADError
+
+# The files that decide how text becomes ids; the first group is Hugging Face's, by the names it gives them.
+_HF_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+class DataTokenizer:
+    """Text -> ids. Subclasses set the attributes below.
+
+    Attributes:
+        name: what the user gave, shortened to its last part.
+        kind: "huggingface" or "sentencepiece".
+        files: the files that define it.
+        vocab: {piece: id}, added tokens included.
+        vocab_size: ids are 0 .. vocab_size - 1.
+        eod: id that ends each document (the tokenizer's EOS, as Megatron's tokenizers have it).
+        bos, unk: ids or None.
+    """
+
+    name: str
+    kind: str
+    files: list[Path]
+    vocab: dict[str, int]
+    vocab_size: int
+    eod: int
+    bos: int | None
+    unk: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a plain document, opened as the tokenizer opens it (some put BOS first), without EOD."""
+        raise NotImplementedError
+
+    def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+        """Ids and loss mask of a conversation, without EOD; see ``chat.encode_chat``."""
+        raise NotImplementedError
+
+    def vocab_sha256(self) -> str:
+        """Hash of the map piece -> id: equal vocabularies are equal here, however their files were written."""
+        pieces = json.dumps(sorted((id_, piece) for piece, id_ in self.vocab.items()), ensure_ascii=True)
+        return hashlib.sha256(pieces.encode("ascii")).hexdigest()
+
+    def files_sha256(self) -> dict[str, str]:
+        """{file name: SHA-256 of its bytes} of the defining files."""
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
+
+
+class HFTokenizer(DataTokenizer):
+    """A directory that ``AutoTokenizer`` reads."""
+
+    kind = "huggingface"
+
+    def __init__(self, directory: Path):
+        from transformers import AutoTokenizer
+
+        try:
+            self.hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise QADError(
+                f"--tokenizer {directory}: transformers cannot read it ({type(error).__name__}: {error}). Expected a "
+                "directory with tokenizer.json and tokenizer_config.json that needs no remote code."
+            ) from error
+        if self.hf.eos_token_id is None:
+            raise QADError(
+                f"--tokenizer {directory} has no EOS token, and documents end with it. Set eos_token in its "
+                "tokenizer_config.json."
+            )
+        self.name = directory.resolve().name
+        self.files = [directory / name for name in _HF_FILES if (directory / name).is_file()]
+        self.vocab = self.hf.get_vocab()
+        # Ids may have holes; the model's rows must reach the largest, so the size is counted from it.
+        self.vocab_size = max(self.vocab.values()) + 1
+        self.eod, self.bos, self.unk = self.hf.eos_token_id, self.hf.bos_token_id, self.hf.unk_token_id
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.hf(text, verbose=False)["input_ids"])
+
+    def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+        if not self.hf.chat_template:
+            raise QADError(
+                f"The input has chat messages, but the tokenizer {self.name} has no chat template. Add "
+                "chat_template.jinja to its directory, or give plain text."
+            )
+        if not self.hf.is_fast:
+            raise QADError(
+                f"Chat messages need a fast tokenizer (one with character offsets); {self.name} is a "
+                f"{type(self.hf).__name__}. Save it with a tokenizer.json."
+            )
+        return encode_chat(self.hf, messages, tools)
+
+
+class SentencePieceTokenizer(DataTokenizer):
+    """A sentencepiece ``.model`` file. It puts no BOS first; ``--prepend-bos`` does."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, model_file: Path):
+        import sentencepiece
+
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError) as error:
+            raise QADError(f"--tokenizer {model_file}: sentencepiece cannot read it as a model: {error}") from error
+        if self.sp.eos_id() < 0:
+            raise QADError(
+                f"--tokenizer {model_file} has no EOS piece, and documents end with it. Train it with eos_id >= 0."
+            )
+        self.name = model_file.name
+        self.files = [model_file]
+        self.vocab_size = self.sp.get_piece_size()
+        self.vocab = {self.sp.id_to_piece(i): i for i in range(self.vocab_size)}
+        self.eod = self.sp.eos_id()
+        self.bos = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
+        self.unk = self.sp.unk_id() if self.sp.unk_id() >= 0 else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.sp.encode(text)
+
+    def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+        raise QADError(
+            f"The input has chat messages, but the sentencepiece model {self.name} has no chat template. Give a "
+            "Hugging Face tokenizer directory that has one, or plain text."
+        )
+
+
+def load_tokenizer(path: str | Path) -> DataTokenizer:
+    """A Hugging Face directory or a sentencepiece ``.model`` file.
+
+    Raises:
+        QADError: the path does not exist, cannot be read as either, or has no EOS.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in _HF_FILES):
+            raise QADError(f"--tokenizer {path} holds no tokenizer file (looked for {', '.join(_HF_FILES)}).")
+        return HFTokenizer(path)
+    if path.is_file():
+        if path.name == "tokenizer.json":
+            raise QADError(f"--tokenizer {path} is one file of a Hugging Face tokenizer; give its directory.")
+        return SentencePieceTokenizer(path)
+    raise QADError(
+        f"--tokenizer {path} does not exist. Expected a Hugging Face tokenizer directory or a sentencepiece .model "
+        "file; names on the hub are not downloaded."
+    )

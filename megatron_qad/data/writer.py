@@ -1,0 +1,100 @@
+"""Documents -> the indexed datasets of tokens and loss mask at one prefix, and their move to the final names."""
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from megatron_qad.data.metadata import DataMetadata, loss_mask_prefix, metadata_path, output_files
+from megatron_qad.data.sources import BadLine, Encoded
+from megatron_qad.data.tokenizer import DataTokenizer
+
+
+class DocumentWriter:
+    """Collects documents into indexed datasets at a temporary prefix and counts what goes by."""
+
+    def __init__(self, prefix: str, tokenizer: DataTokenizer):
+        # Imported here so that worker processes, which write nothing, do not load Megatron.
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+        self.prefix, self.tokenizer = prefix, tokenizer
+        dtype = DType.optimal_dtype(tokenizer.vocab_size)
+        self.tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+        self.mask = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
+        self.documents = self.chat_documents = self.num_tokens = self.supervised = self.unknown = 0
+        self.bad_lines = self.blank_lines = 0
+
+    def add(self, results: list[Encoded | BadLine], bad_path: Path) -> None:
+        bad = [result for result in results if isinstance(result, BadLine)]
+        if bad:
+            self.bad_lines += len(bad)
+            with bad_path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.writelines(" ".join(str(line).split("\n")) + "\n" for line in bad)
+        for document in results:
+            if isinstance(document, BadLine):
+                continue
+            ids = np.asarray(document.ids, dtype=np.int64)
+            if document.mask is None:
+                mask = np.ones(len(ids), dtype=np.uint8)
+            else:
+                mask = np.asarray(document.mask, dtype=np.uint8)
+                self.chat_documents += 1
+            self.tokens.add_document(ids, [len(ids)])
+            self.mask.add_document(mask, [len(ids)])
+            self.documents += 1
+            self.num_tokens += len(ids)
+            self.supervised += int(mask.sum())
+            self.unknown += 0 if self.tokenizer.unk is None else int((ids == self.tokenizer.unk).sum())
+
+    def finish(self) -> DataMetadata:
+        """Close the data files, drop a mask that says nothing, and describe the whole."""
+        mask_prefix = loss_mask_prefix(self.prefix)
+        self.tokens.finalize(f"{self.prefix}.idx")
+        self.mask.finalize(f"{mask_prefix}.idx")
+        has_mask = self.supervised != self.num_tokens
+        sha256 = {"bin": _sha256(f"{self.prefix}.bin"), "idx": _sha256(f"{self.prefix}.idx")}
+        if has_mask:
+            sha256["loss_mask.bin"] = _sha256(f"{mask_prefix}.bin")
+        else:
+            for suffix in (".bin", ".idx"):
+                Path(mask_prefix + suffix).unlink()
+        return DataMetadata(
+            tokenizer_name=self.tokenizer.name,
+            tokenizer_kind=self.tokenizer.kind,
+            tokenizer_files_sha256=self.tokenizer.files_sha256(),
+            vocab_sha256=self.tokenizer.vocab_sha256(),
+            vocab_size=self.tokenizer.vocab_size,
+            eod=self.tokenizer.eod,
+            documents=self.documents,
+            chat_documents=self.chat_documents,
+            tokens=self.num_tokens,
+            supervised_tokens=self.supervised,
+            unknown_tokens=self.unknown,
+            bad_lines=self.bad_lines,
+            blank_lines=self.blank_lines,
+            loss_mask=has_mask,
+            sha256=sha256,
+        )
+
+
+def publish(aside: str, prefix: str) -> None:
+    """Rename the finished files of the prefix ``aside`` to ``prefix``.
+
+    Index and metadata of a former output go first and the new ones come last, so that an interruption leaves a prefix
+    that is missing rather than one that mixes two outputs.
+    """
+    metadata_path(prefix).unlink(missing_ok=True)
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    for source, target in zip(output_files(aside), output_files(prefix), strict=True):
+        if source.exists():
+            os.replace(source, target)
+        else:  # a loss mask that this preparation does not have, left by the one it replaces
+            with contextlib.suppress(FileNotFoundError):
+                target.unlink()
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,80 @@
+"""What validation reports of a student beside its teacher: sums over tokens, divided once, at the end."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_qad.distillation import vocab_parallel
+from megatron_qad.distillation.losses import VocabShard
+
+NAMES = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement")
+"""KL(teacher || student) and the cross entropies in nats a token; the share of tokens with the same most likely token."""
+
+
+@dataclass
+class Metrics:
+    """Sums over tokens, float64, and their count. Add across microbatches, then all-reduce, then ``means``."""
+
+    sums: Tensor
+    """[len(NAMES)]."""
+    num_tokens: Tensor
+    """[]: tokens that count."""
+
+    @classmethod
+    def zero(cls, device=None) -> "Metrics":
+        return cls(
+            torch.zeros(len(NAMES), dtype=torch.float64, device=device),
+            torch.zeros((), dtype=torch.float64, device=device),
+        )
+
+    def __iadd__(self, other: "Metrics") -> "Metrics":
+        self.sums += other.sums
+        self.num_tokens += other.num_tokens
+        return self
+
+    def all_reduce(self, group) -> "Metrics":
+        packed = torch.cat((self.sums, self.num_tokens.view(1)))
+        torch.distributed.all_reduce(packed, group=group)
+        return Metrics(packed[:-1], packed[-1])
+
+    def means(self, *, has_teacher: bool = True) -> dict[str, float]:
+        """Means per token, and ``num_tokens``. Without a teacher only the student's cross entropy means anything."""
+        values = dict(zip(NAMES, (self.sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
+        if not has_teacher:
+            values = {"cross_entropy": values["cross_entropy"]}
+        return {**values, "num_tokens": int(self.num_tokens.item())}
+
+
+@torch.no_grad()
+def compare(student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: Tensor, shard: VocabShard) -> Metrics:
+    """Metrics of one microbatch.
+
+    Args:
+        student, teacher: logits [..., V/tp]; not changed. ``teacher`` None: its metrics are zero.
+        labels: int64 [...]; loss_mask: float [...], the weight of each token, 0 leaves it out.
+    """
+    weight = loss_mask.reshape(-1).double()
+    columns = {"num_columns": shard.num_columns}
+    ce = {**columns, "first_column": shard.first_column}
+    per_token = [torch.zeros_like(weight)] * len(NAMES)
+    per_token[1] = vocab_parallel.cross_entropy(student, labels, shard.group, **ce)
+    if teacher is not None:
+        per_token[0] = vocab_parallel.kl_divergence(student, teacher, shard.group, **columns)
+        per_token[2] = vocab_parallel.cross_entropy(teacher, labels, shard.group, **ce)
+        per_token[3] = _most_likely_token(student, shard) == _most_likely_token(teacher, shard)
+    sums = torch.stack([(value.reshape(-1).double() * weight).sum() for value in per_token])
+    return Metrics(sums, weight.sum())
+
+
+def _most_likely_token(logits: Tensor, shard: VocabShard) -> Tensor:
+    """[..., V/tp] -> token ids [tokens], over the whole vocabulary; the lowest id wins a tie."""
+    flat = logits.reshape(-1, logits.shape[-1])[:, : shard.num_columns]
+    if shard.num_columns:
+        value, index = flat.max(dim=1)
+    else:
+        value = index = flat.new_full((flat.shape[0],), torch.finfo(flat.dtype).min)
+    best = torch.stack((value.double(), index.double() + shard.first_column), dim=1)  # float64 holds any token id
+    candidates = vocab_parallel.all_gather(best, shard.group)  # [ranks, tokens, 2]
+    winner = candidates[:, :, 0].argmax(dim=0, keepdim=True)
+    return candidates[:, :, 1].gather(0, winner)[0].long()

@@ -1,0 +1,23 @@
+"""One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides."""
+
+from megatron_qad.models.families import dense
+from megatron_qad.models.families.base import Family
+from megatron_qad.runtime.errors import QADError
+
+_FAMILIES = {family.architecture: family for family in (dense.LLAMA, dense.QWEN2, dense.QWEN3)}
+
+
+def family_of(hf_config: dict) -> Family:
+    """The family of a Hugging Face ``config.json``, by its ``architectures`` entry.
+
+    Raises:
+        QADError: the architecture is not supported; the message lists those that are.
+    """
+    found = hf_config.get("architectures") or ["(no architectures entry)"]
+    for architecture in found:
+        if architecture in _FAMILIES:
+            return _FAMILIES[architecture]
+    raise QADError(
+        f"config.json names the architecture {found[0]!r}, which is not supported. Supported: "
+        + ", ".join(sorted(_FAMILIES))
+    )

@@ -1,0 +1,117 @@
+"""What a family declares, and the tensor maps it declares it with.
+
+A map relates one Megatron tensor, by its name in a torch_dist checkpoint (global, unsharded), to the Hugging Face tensors
+it holds. Both directions are exact: they copy values and never compute. No Megatron is imported here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_qad.runtime.errors import QADError
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """One Megatron tensor and the Hugging Face tensors it holds, in order.
+
+    ``kind`` says what the tensor is to a quantization policy: "attention", "mlp", "embedding", "head" or "norm"
+    (norms and biases are never quantized); ``layer`` is the index in the layer pattern, None outside the decoder.
+    """
+
+    megatron: str
+    hf: tuple[str, ...]
+    kind: str
+    shape: tuple[int, ...]
+    """Global shape of the Megatron tensor, vocabulary unpadded."""
+    layer: int | None = None
+    is_linear: bool = False
+    """A GEMM's weight [out, in]: what a policy may quantize."""
+    is_tied: bool = False
+    """The output head of a model whose head is its embedding: a GEMM without a tensor of its own."""
+
+    def hf_shapes(self) -> list[tuple[int, ...]]:
+        return [self.shape]
+
+    def to_megatron(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return tensors[0]
+
+    def to_hf(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        return [tensor]
+
+    @property
+    def megatron_module(self) -> str:
+        return self.megatron.rsplit(".", 1)[0]
+
+
+@dataclass(frozen=True)
+class RowStack(TensorMap):
+    """Hugging Face tensors stacked along the rows: gate and up in ``linear_fc1``."""
+
+    rows: tuple[int, ...] = ()
+
+    def hf_shapes(self):
+        return [(rows, *self.shape[1:]) for rows in self.rows]
+
+    def to_megatron(self, tensors):
+        return torch.cat(tensors)
+
+    def to_hf(self, tensor):
+        return list(tensor.split(self.rows))
+
+
+@dataclass(frozen=True)
+class GroupedQKV(TensorMap):
+    """q, k, v in ``linear_qkv``: for each query group its queries, its key, its value (weights and biases alike)."""
+
+    num_heads: int = 0
+    num_groups: int = 0
+    head_dim: int = 0
+
+    def hf_shapes(self):
+        return [
+            (heads * self.head_dim, *self.shape[1:]) for heads in (self.num_heads, self.num_groups, self.num_groups)
+        ]
+
+    def to_megatron(self, tensors):
+        grouped = [t.reshape(self.num_groups, -1, self.head_dim, *self.shape[1:]) for t in tensors]
+        return torch.cat(grouped, dim=1).reshape(self.shape)
+
+    def to_hf(self, tensor):
+        queries = self.num_heads // self.num_groups
+        grouped = tensor.reshape(self.num_groups, queries + 2, self.head_dim, *self.shape[1:])
+        return [part.reshape(-1, *self.shape[1:]) for part in grouped.split((queries, 1, 1), dim=1)]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One Hugging Face architecture. Everything is a function of its ``config.json``."""
+
+    architecture: str
+    layer_pattern: Callable[[dict], str]
+    """config -> HybridModel's pattern, one symbol a layer ("*" attention, "-" MLP)."""
+    megatron_args: Callable[[dict], dict]
+    """config -> Megatron argument names and values (True: a flag without a value)."""
+    tensors: Callable[[dict], list[TensorMap]]
+    """config -> every tensor of the model."""
+    rope_scaling: Callable[[dict], dict | None]
+
+    def linears(self, hf_config: dict) -> list[TensorMap]:
+        """Every GEMM, in model order, the head last; a tied head is there too, marked ``is_tied``."""
+        tensors = self.tensors(hf_config)
+        found = [tensor for tensor in tensors if tensor.is_linear]
+        if not any(tensor.kind == "head" for tensor in found):
+            embedding = next(tensor for tensor in tensors if tensor.kind == "embedding")
+            head = TensorMap(
+                "output_layer.weight", ("lm_head.weight",), "head", embedding.shape, is_linear=True, is_tied=True
+            )
+            found.append(head)
+        return found
+
+
+def required(hf_config: dict, key: str):
+    """A key that the family cannot do without."""
+    if hf_config.get(key) is None:
+        raise QADError(f"config.json of {hf_config.get('architectures')} has no {key!r}, which is required")
+    return hf_config[key]

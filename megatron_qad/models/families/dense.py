@@ -1,0 +1,158 @@
+"""Dense decoder families that share one shape: Llama, Qwen2 / Qwen2.5 (QKV bias), Qwen3 (QK norm).
+
+Each Hugging Face block becomes two layers of the pattern, attention ``*`` and MLP ``-``: block i holds layers 2i, 2i+1.
+"""
+
+from functools import partial
+
+from megatron_qad.models.families.base import Family, GroupedQKV, RowStack, TensorMap, required
+from megatron_qad.runtime.errors import QADError
+
+
+def _head_dim(config: dict) -> int:
+    return config.get("head_dim") or required(config, "hidden_size") // required(config, "num_attention_heads")
+
+
+def _num_groups(config: dict) -> int:
+    return config.get("num_key_value_heads") or required(config, "num_attention_heads")
+
+
+def _rope(config: dict) -> dict:
+    """transformers 5 keeps theta and scaling together under ``rope_parameters``; files of before have both apart."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def rope_scaling(config: dict) -> dict | None:
+    """The llama3 scaling, None for plain rope; any other type is an error rather than a wrong model."""
+    rope = _rope(config)
+    if rope["rope_type"] == "default":
+        return None
+    if rope["rope_type"] == "llama3":
+        return rope
+    raise QADError(f"config.json asks for rope type {rope['rope_type']!r}; supported: default, llama3")
+
+
+def layer_pattern(config: dict) -> str:
+    return "*-" * required(config, "num_hidden_layers")
+
+
+def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
+    rope_scaling(config)  # an unsupported type stops here
+    if config.get("hidden_act", "silu") != "silu":
+        raise QADError(f"config.json has hidden_act {config['hidden_act']!r}; these families use 'silu'")
+    if config.get("attention_bias") and not qkv_bias or config.get("mlp_bias"):
+        raise QADError("config.json sets attention_bias or mlp_bias, which is supported only as Qwen2's QKV bias")
+    if config.get("use_sliding_window"):
+        raise QADError("config.json sets use_sliding_window, which is not supported")
+    tied = bool(config.get("tie_word_embeddings", False))
+    return {
+        "hybrid-layer-pattern": layer_pattern(config),
+        "hidden-size": required(config, "hidden_size"),
+        "ffn-hidden-size": required(config, "intermediate_size"),
+        "num-attention-heads": required(config, "num_attention_heads"),
+        "group-query-attention": True,
+        "num-query-groups": _num_groups(config),
+        "kv-channels": _head_dim(config),
+        "normalization": "RMSNorm",
+        "norm-epsilon": config.get("rms_norm_eps", 1e-6),
+        "position-embedding-type": "rope",
+        "rotary-base": int(_rope(config)["rope_theta"]),
+        "swiglu": True,
+        "disable-bias-linear": True,
+        "add-qkv-bias": qkv_bias,
+        "qk-layernorm": qk_norm,
+        "untie-embeddings-and-output-weights": not tied,
+        "max-position-embeddings": config.get("max_position_embeddings", 2048),
+        "vocab-size": required(config, "vocab_size"),
+    }
+
+
+def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[TensorMap]:
+    hidden, ffn, vocab = (required(config, k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    heads, groups, head_dim = required(config, "num_attention_heads"), _num_groups(config), _head_dim(config)
+    qkv_rows = (heads + 2 * groups) * head_dim
+    found = [
+        TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "embedding", (vocab, hidden))
+    ]
+    for block in range(required(config, "num_hidden_layers")):
+        attention, mlp = f"decoder.layers.{2 * block}.self_attention", f"decoder.layers.{2 * block + 1}.mlp"
+        hf = f"model.layers.{block}"
+        norm = partial(TensorMap, kind="norm", shape=(hidden,))
+        qkv = partial(
+            GroupedQKV, kind="attention", layer=2 * block, num_heads=heads, num_groups=groups, head_dim=head_dim
+        )
+        names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
+        found += [
+            norm(f"{attention}.linear_qkv.layer_norm_weight", (f"{hf}.input_layernorm.weight",), layer=2 * block),
+            qkv(
+                f"{attention}.linear_qkv.weight",
+                tuple(f"{n}.weight" for n in names),
+                shape=(qkv_rows, hidden),
+                is_linear=True,
+            ),
+        ]
+        if qkv_bias:
+            found.append(qkv(f"{attention}.linear_qkv.bias", tuple(f"{n}.bias" for n in names), shape=(qkv_rows,)))
+        if qk_norm:
+            found += [
+                TensorMap(
+                    f"{attention}.{x}_layernorm.weight",
+                    (f"{hf}.self_attn.{x}_norm.weight",),
+                    "norm",
+                    (head_dim,),
+                    2 * block,
+                )
+                for x in "qk"
+            ]
+        found += [
+            TensorMap(
+                f"{attention}.linear_proj.weight",
+                (f"{hf}.self_attn.o_proj.weight",),
+                "attention",
+                (hidden, heads * head_dim),
+                2 * block,
+                is_linear=True,
+            ),
+            norm(
+                f"{mlp}.linear_fc1.layer_norm_weight", (f"{hf}.post_attention_layernorm.weight",), layer=2 * block + 1
+            ),
+            RowStack(
+                f"{mlp}.linear_fc1.weight",
+                (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
+                "mlp",
+                (2 * ffn, hidden),
+                2 * block + 1,
+                is_linear=True,
+                rows=(ffn, ffn),
+            ),
+            TensorMap(
+                f"{mlp}.linear_fc2.weight",
+                (f"{hf}.mlp.down_proj.weight",),
+                "mlp",
+                (hidden, ffn),
+                2 * block + 1,
+                is_linear=True,
+            ),
+        ]
+    found.append(TensorMap("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,)))
+    if not config.get("tie_word_embeddings", False):
+        found.append(TensorMap("output_layer.weight", ("lm_head.weight",), "head", (vocab, hidden), is_linear=True))
+    return found
+
+
+def _family(architecture: str, *, qkv_bias: bool = False, qk_norm: bool = False) -> Family:
+    return Family(
+        architecture=architecture,
+        layer_pattern=layer_pattern,
+        megatron_args=partial(megatron_args, qkv_bias=qkv_bias, qk_norm=qk_norm),
+        tensors=partial(tensors, qkv_bias=qkv_bias, qk_norm=qk_norm),
+        rope_scaling=rope_scaling,
+    )
+
+
+LLAMA = _family("LlamaForCausalLM")
+QWEN2 = _family("Qwen2ForCausalLM", qkv_bias=True)
+QWEN3 = _family("Qwen3ForCausalLM", qk_norm=True)

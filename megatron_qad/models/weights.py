@@ -1,0 +1,75 @@
+"""Loads the weights of a torch_dist checkpoint into a model of any parallel layout.
+
+For checkpoints made by ``tools/import_hf.py`` or saved by a QAD job. Only weights are read: optimizer state and the
+quantizers' amaxes of a job that resumes are Megatron's ``load_checkpoint``'s to load.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+
+from megatron_qad.runtime.errors import QADError
+
+_NOT_WEIGHTS = ("_extra_state", "_quantizer.")
+
+
+def iteration_dir(checkpoint: str | Path) -> Path:
+    """The newest iteration inside a checkpoint directory, by ``latest_checkpointed_iteration.txt``."""
+    root = Path(checkpoint)
+    tracker = root / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        raise QADError(f"{root}: no latest_checkpointed_iteration.txt; expected a checkpoint directory")
+    latest = tracker.read_text().strip()
+    found = root / ("release" if latest == "release" else f"iter_{int(latest):07d}")
+    if not (found / ".metadata").is_file():
+        raise QADError(
+            f"{root}: latest_checkpointed_iteration.txt says {latest}, but {found.name} is not a torch_dist checkpoint"
+        )
+    return found
+
+
+def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
+    """Global shape of every tensor in a checkpoint, by name."""
+    metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint)))
+    return {name: tuple(tensor.global_shape) for name, tensor in metadata.items()}
+
+
+def has_amaxes(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint holds calibrated input quantizers."""
+    return any(name.endswith("input_quantizer._amax") for name in stored_shapes(checkpoint))
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path) -> None:
+    """Fill the model chunks (one a virtual stage) with the weights of ``checkpoint``.
+
+    Raises:
+        QADError: a tensor of the model that the checkpoint lacks, or one of another shape; named.
+    """
+    stored = stored_shapes(checkpoint)
+    for chunk in unwrap_model(list(chunks)):
+        sharded = {
+            name: tensor
+            for name, tensor in chunk.sharded_state_dict().items()
+            if not any(part in name for part in _NOT_WEIGHTS)
+        }
+        _check(sharded, stored, checkpoint)
+        loaded = dist_checkpointing.load(sharded, str(iteration_dir(checkpoint)))
+        missing, unexpected = chunk.load_state_dict(loaded, strict=False)
+        wrong = [n for n in missing if not any(part in n for part in _NOT_WEIGHTS)] + list(unexpected)
+        if wrong:
+            raise QADError(f"{checkpoint}: tensors that the model and the checkpoint do not share: {wrong[:5]}")
+
+
+def _check(sharded: dict, stored: dict[str, tuple[int, ...]], checkpoint) -> None:
+    for tensor in sharded.values():
+        key, shape = getattr(tensor, "key", None), getattr(tensor, "global_shape", None)
+        if key is None or shape is None:
+            continue  # a factory (gate and up): dist_checkpointing checks what it makes
+        if key not in stored:
+            raise QADError(f"{checkpoint}: no tensor {key!r}; the checkpoint is of another architecture")
+        # Rows of vocabulary padding differ with the tensor-parallel size and may.
+        if not tensor.allow_shape_mismatch and tuple(shape) != stored[key]:
+            raise QADError(f"{checkpoint}: {key} has shape {list(stored[key])}, the model expects {list(shape)}")

@@ -1,0 +1,73 @@
+"""The student's weights on the NVFP4 grid, in place, once per optimizer step.
+
+The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``: the
+straight-through estimator is then exact and free, since the gradient of the parameter is the gradient of the master, and no
+weight quantizer runs in any forward pass. Inside ``on_grid()``, which spans one schedule (all microbatches), the weights are
+quantized; the next ``optimizer.step`` overwrites them from its masters.
+
+In float32 training Megatron's optimizer keeps no masters: the parameters are the masters. There ``on_grid`` keeps a copy
+and restores it afterwards.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from megatron_qad.formats import nvfp4
+from megatron_qad.quantization.names import named_modules_globally
+
+
+class InPlaceWeights:
+    """The quantized weights of one student, over all its model chunks on this rank.
+
+    Args:
+        chunks: model chunks, wrapped or not.
+        formats: format of every linear, by global Megatron weight name (``policy.resolve``).
+        tp_group: tensor-parallel group; a weight's global scale is shared by its shards. None: one rank.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], tp_group=None):
+        self.tp_group = tp_group
+        self.weights: dict[str, torch.nn.Parameter] = {}
+        for chunk in chunks:
+            for name, module in named_modules_globally(chunk):
+                if formats.get(f"{name}.weight") == "nvfp4":
+                    self.weights[f"{name}.weight"] = module.weight
+        self.num_quantizations = 0
+        """How often every weight has been quantized: once per schedule."""
+
+    @contextmanager
+    def on_grid(self) -> Iterator[None]:
+        """Quantize, run the block, and leave the parameters to the optimizer (or restore float32 ones)."""
+        masters = {name: w.detach().clone() for name, w in self.weights.items() if w.dtype == torch.float32}
+        self.quantize_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, master in masters.items():
+                    self.weights[name].copy_(master)
+
+    @torch.no_grad()
+    def quantize_(self) -> None:
+        """Replace every weight by its fake-quantized self. The amaxes of all weights travel in one all-reduce.
+
+        Raises:
+            QADError: a weight holds NaN or Inf; named.
+        """
+        if not self.weights:
+            return
+        for (name, weight), amax in zip(self.weights.items(), self.amaxes(), strict=True):
+            scale = nvfp4.global_scale_from_amax(amax, name=name)
+            nvfp4.fake_quant_(weight.data, scale, name=name)
+        self.num_quantizations += 1
+
+    def amaxes(self) -> torch.Tensor:
+        """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""
+        amaxes = torch.stack([nvfp4.tensor_amax(weight.data) for weight in self.weights.values()])
+        if self.tp_group is not None and self.tp_group.size() > 1:
+            # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
+            amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)
+            torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=self.tp_group)
+        return amaxes

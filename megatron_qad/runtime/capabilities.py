@@ -1,0 +1,76 @@
+"""What this machine can do, asked once, with the reason for each choice."""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+from megatron_qad.runtime import adamw, cpu_backend
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """The choices that follow from the hardware and from what is installed."""
+
+    device: str
+    """"cuda" or "cpu"."""
+    backend: str
+    """Collectives: "nccl" or "gloo"."""
+    layer_spec: str
+    """"te" (Transformer Engine's layers) or "local" (Megatron's torch layers)."""
+    kernels: str
+    """"triton" or "torch"."""
+    reasons: tuple[str, ...]
+    """One sentence a choice, for the log."""
+
+    def report(self) -> str:
+        return "\n".join(f"megatron_qad: {reason}" for reason in self.reasons)
+
+
+@functools.cache
+def capabilities() -> Capabilities:
+    """Ask the machine. The first call must come before the CPU backend is installed; ``prepare`` sees to that."""
+    gpu = torch.cuda.is_available()
+    reasons = [
+        f"device {'cuda' if gpu else 'cpu'}: torch {torch.__version__} "
+        + (f"found {torch.cuda.get_device_name(0)}" if gpu else "found no GPU; Megatron runs on the CPU backend")
+    ]
+    reasons.append("collectives nccl" if gpu else "collectives gloo: nccl needs a GPU")
+    te = _version("transformer_engine") if importlib.util.find_spec("transformer_engine") else None
+    if te and gpu:
+        layer_spec, why = "te", f"Transformer Engine {te} is installed"
+    elif te:
+        layer_spec, why = "local", f"Transformer Engine {te} is installed, but its forward pass refuses CPU tensors"
+    else:
+        layer_spec, why = "local", "Transformer Engine is not installed"
+    reasons.append(f"layer spec {layer_spec}: {why}")
+    triton = gpu and importlib.util.find_spec("triton") is not None
+    reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
+    return Capabilities(
+        device="cuda" if gpu else "cpu",
+        backend="nccl" if gpu else "gloo",
+        layer_spec=layer_spec,
+        kernels="triton" if triton else "torch",
+        reasons=tuple(reasons),
+    )
+
+
+def prepare() -> Capabilities:
+    """Install the CPU backend if there is no GPU. Call before importing ``megatron``; later calls are free."""
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
+    found = capabilities()
+    if found.device == "cpu":
+        cpu_backend.install()
+    if not importlib.util.find_spec("transformer_engine"):
+        adamw.install()
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"

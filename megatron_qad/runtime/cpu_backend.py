@@ -1,0 +1,198 @@
+"""Runs Megatron, which asks for CUDA at every turn, on the CPU over gloo.
+
+``install()`` answers the calls that Megatron makes of ``torch.cuda`` and maps the device "cuda" to "cpu", so that the
+same training loop, schedules, optimizer and checkpoints run where there is no GPU. It is installed before ``megatron``
+is imported and only when no GPU is there (``runtime.prepare`` decides). It is slow where a GPU is fast and changes no
+arithmetic. Left out: CUDA graphs, streams that overlap, memory pools, profilers.
+"""
+
+import contextlib
+import functools
+import os
+import resource
+import types
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Answer CUDA's calls with the CPU, in this process, until it ends. Idempotent."""
+    if getattr(install, "done", False):
+        return
+    install.done = True
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles its fusions; inductor on CPU costs minutes
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron refuses sequence parallelism without it
+    _answer_cuda_calls()
+    _make_collectives_gloo()
+    _CudaMeansCpu().__enter__()
+
+
+def _is_cuda(device) -> bool:
+    if isinstance(device, bool):
+        return False
+    if isinstance(device, int):
+        return True  # torch reads a bare index as "cuda:index"
+    if isinstance(device, str):
+        return device.split(":")[0] == "cuda"
+    return isinstance(device, torch.device) and device.type == "cuda"
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Every torch function that is told "cuda" works on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # DistributedOptimizer sorts parameters by this string.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}  # pinning asks the CUDA driver
+        if func is torch.Tensor.to and len(args) > 1 and not isinstance(args[1], bool) and _is_cuda(args[1]):
+            args = (args[0], _CPU, *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A stream on which everything has already happened."""
+
+    cuda_stream = 0
+    device = _CPU
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def query(self):
+        return True
+
+    def record_event(self, event=None):
+        return event or _Event()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        return None
+
+
+class _Event:
+    """An event that has already happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 0.0
+
+
+def _peak_rss_bytes(device=None) -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _memory_stats(device=None) -> dict:
+    rss = _peak_rss_bytes()
+    kinds = ("allocated_bytes", "reserved_bytes", "active_bytes", "allocation", "segment")
+    stats = {f"{kind}.all.{when}": rss for kind in kinds for when in ("current", "peak")}
+    return {**stats, "num_alloc_retries": 0, "num_ooms": 0}
+
+
+def _answer_cuda_calls() -> None:
+    # Dynamo keys its rules by function object: no two names may share an answer.
+    def nothing():
+        return lambda *args, **kwargs: None
+
+    def returns(value):
+        return lambda *args, **kwargs: value
+
+    cpu = types.SimpleNamespace(
+        name="cpu", major=8, minor=0, multi_processor_count=os.cpu_count(), total_memory=_physical_memory_bytes()
+    )
+    stream = _Stream()
+    answers = {
+        "is_available": returns(True),
+        "is_initialized": returns(True),
+        "_is_compiled": returns(True),
+        "_lazy_init": nothing(),
+        "init": nothing(),
+        "device_count": returns(1),
+        "current_device": returns(0),
+        "set_device": nothing(),
+        "device": lambda *args, **kwargs: contextlib.nullcontext(),
+        "get_device_properties": returns(cpu),
+        "get_device_capability": returns((cpu.major, cpu.minor)),
+        "get_device_name": returns(cpu.name),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
+        "ipc_collect": nothing(),
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": returns(stream),
+        "default_stream": returns(stream),
+        "set_stream": nothing(),
+        "stream": lambda stream=None: contextlib.nullcontext(),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
+        "get_rng_state": lambda device=None: torch.default_generator.get_state(),
+        "set_rng_state": lambda state, device=None: torch.default_generator.set_state(state),
+        "default_generators": (torch.default_generator,),
+        "is_current_stream_capturing": returns(False),
+        "memory_allocated": lambda device=None: _peak_rss_bytes(),
+        "memory_reserved": lambda device=None: _peak_rss_bytes(),
+        "max_memory_allocated": lambda device=None: _peak_rss_bytes(),
+        "max_memory_reserved": lambda device=None: _peak_rss_bytes(),
+        "reset_peak_memory_stats": nothing(),
+        "memory_stats": _memory_stats,
+        "mem_get_info": returns((_physical_memory_bytes() // 2, _physical_memory_bytes())),
+        "is_bf16_supported": returns(True),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch.accelerator.is_available = returns(False)  # the data loader then pins no memory
+    torch.cuda.random.get_rng_state = answers["get_rng_state"]
+    torch.cuda.random.set_rng_state = answers["set_rng_state"]
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing())
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _make_collectives_gloo() -> None:
+    init_process_group = torch.distributed.init_process_group
+
+    @functools.wraps(init_process_group)
+    def over_gloo(backend=None, *args, **kwargs):
+        kwargs.pop("device_id", None)  # binds a rank to a GPU
+        return init_process_group("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
+
+    torch.distributed.init_process_group = over_gloo

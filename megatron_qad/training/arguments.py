@@ -1,0 +1,152 @@
+"""Command line -> Megatron's args, with the model's shape taken from the Hugging Face config inside the checkpoint.
+
+The parts are laid one after the other, and the last one wins: what this machine needs, the model's shape, ``--config``
+files, the user's flags. So every Megatron flag works unchanged.
+"""
+
+import argparse
+import copy
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron.training.argument_utils import ArgumentGroupFactory, hybrid_config_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+
+from megatron_qad.config.options import LOSSES, LOSSES_WITH_TEACHER, QADOptions
+from megatron_qad.config.yaml_file import expand, to_flags
+from megatron_qad.models.builder import QADModelConfig
+from megatron_qad.models.families import family_of
+from megatron_qad.models.specs import hybrid_stack_spec
+from megatron_qad.runtime import Capabilities, QADError, capabilities
+from megatron_qad.runtime.megatron_wheel import use_compiled_dataset_helpers
+
+
+def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    ArgumentGroupFactory(QADOptions).build_group(parser, title="quantization-aware distillation")
+    return parser
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and validate; sets Megatron's global args.
+
+    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
+
+    Raises:
+        QADError: for what QAD itself checks; Megatron's own checks raise as they do upstream.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = add_qad_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    argv = expand(argv, parser)
+    early, _ = parser.parse_known_args(argv)
+    options = _qad_options(early)
+    if options.qad_loss not in LOSSES:
+        raise QADError(f"--qad-loss {options.qad_loss!r}: expected one of {', '.join(LOSSES)}")
+    if options.qad_teacher is None and options.qad_loss in LOSSES_WITH_TEACHER:
+        raise QADError(f"--qad-loss {options.qad_loss} needs --qad-teacher, a checkpoint made by tools/import_hf.py")
+    student = options.qad_student or options.qad_teacher
+    if student is None:
+        raise QADError("--qad-student or --qad-teacher must name the student's initial checkpoint")
+    hf_config = read_hf_config(student)
+    shape = family_of(hf_config).megatron_args(hf_config)
+    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], early.pipeline_model_parallel_size)
+    check_tensor_parallel(shape, early.tensor_model_parallel_size)
+    sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities()), **shape}), *argv]
+    use_compiled_dataset_helpers()
+    args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
+    args.qad = _qad_options(args)
+    args.hf_config = hf_config
+    args.teacher_hf_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
+    return args
+
+
+def with_stages(pattern: str, num_stages: int) -> str:
+    """Cut a layer pattern into pipeline stages with ``|``, as evenly as its number of layers allows."""
+    if num_stages > len(pattern):
+        raise QADError(f"{num_stages} pipeline stages for {len(pattern)} layers ({pattern}): at most one stage a layer")
+    cuts = [round(i * len(pattern) / num_stages) for i in range(num_stages + 1)]
+    return "|".join(pattern[a:b] for a, b in itertools.pairwise(cuts))
+
+
+def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespace:
+    """``args`` with the model's shape replaced by that of another config: how a teacher of another shape is built."""
+    shape = family_of(hf_config).megatron_args(hf_config)
+    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], args.pipeline_model_parallel_size)
+    check_tensor_parallel(shape, args.tensor_model_parallel_size)
+    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    parsed = parser.parse_args(to_flags(shape))
+    other = copy.copy(args)
+    for name in shape:
+        dest = parser._option_string_actions[f"--{name}"].dest
+        setattr(other, dest, getattr(parsed, dest))
+    other.num_layers = len(shape["hybrid-layer-pattern"].replace("|", ""))
+    other.padded_vocab_size = (
+        None if hf_config["vocab_size"] != args.hf_config["vocab_size"] else args.padded_vocab_size
+    )
+    return other
+
+
+def machine_options(machine: Capabilities) -> dict:
+    """Megatron options that follow from the machine and from the method, not from the model."""
+    options = {
+        "calculate-per-token-loss": True,  # losses are sums; the division by the global token count happens once
+        "attention-dropout": 0.0,  # Megatron's default of 0.1 would be most of the KL between equal models
+        "hidden-dropout": 0.0,
+        "no-create-attention-mask-in-dataloader": True,  # attention is causal by the layer spec
+        "ckpt-format": "torch_dist",
+        "tokenizer-type": "NullTokenizer",  # the data is tokenized already; its metadata names the tokenizer
+    }
+    if machine.layer_spec == "local":
+        # Fused kernels that come with Transformer Engine or apex.
+        options |= {
+            "transformer-impl": "local",
+            "no-persist-layer-norm": True,
+            "no-rope-fusion": True,
+            "no-masked-softmax-fusion": True,
+            "no-gradient-accumulation-fusion": True,
+        }
+    if machine.backend == "gloo":
+        options["distributed-backend"] = "gloo"
+    return options
+
+
+def read_hf_config(checkpoint: str) -> dict:
+    """``config.json`` of the Hugging Face model that a checkpoint directory was imported from."""
+    file = Path(checkpoint) / "hf" / "config.json"
+    if not file.is_file():
+        raise QADError(f"{checkpoint}: no hf/config.json; expected a checkpoint directory made by tools/import_hf.py")
+    return json.loads(file.read_text())
+
+
+def model_config(args: argparse.Namespace, hf_config: dict) -> QADModelConfig:
+    """The ``HybridModelConfig`` of a model in this job's parallel layout."""
+    config = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
+    layer_spec = args.qad.qad_layer_spec or capabilities().layer_spec
+    config.hybrid_stack_spec = hybrid_stack_spec(layer_spec, qk_layernorm=config.transformer.qk_layernorm)
+    config.rope_scaling = family_of(hf_config).rope_scaling(hf_config)
+    return config
+
+
+def check_tensor_parallel(shape: dict, tp: int) -> None:
+    """Refuse a tensor-parallel size that this model cannot have, saying which it can."""
+    width = shape["num-attention-heads"] * shape["kv-channels"]
+    parts = {
+        "the attention heads": shape["num-attention-heads"],
+        "the key-value heads": shape["num-query-groups"],
+        "the 16-element blocks of the attention output": width // 16,
+        "the 16-element blocks of the MLP": shape["ffn-hidden-size"] // 16,
+    }
+    possible = [t for t in range(1, shape["num-attention-heads"] + 1) if all(n % t == 0 for n in parts.values())]
+    for name, number in parts.items():
+        if number % tp:
+            raise QADError(
+                f"--tensor-model-parallel-size {tp} does not divide {name} ({number}); possible for this model: "
+                + ", ".join(map(str, possible))
+            )
+
+
+def _qad_options(args: argparse.Namespace) -> QADOptions:
+    return QADOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(QADOptions)})

@@ -1,0 +1,68 @@
+"""forward_step and its loss function: what Megatron's schedule calls for every microbatch of the student."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+
+from megatron_qad.distillation import Metrics, compare, per_token_loss
+from megatron_qad.distillation.losses import VocabShard
+from megatron_qad.training.batch import Batch, logits_of
+from megatron_qad.training.teacher import check_finite
+
+
+def forward_step(batches: Iterator[Batch], model: torch.nn.Module):
+    """One microbatch through the student. Returns its logits and the function that turns them into a loss."""
+    batch = next(batches)
+    logits = logits_of(model, batch)
+    return logits, partial(loss_function, batch)
+
+
+def loss_function(batch: Batch, logits: torch.Tensor):
+    """The loss of one microbatch, on the last stage.
+
+    Args:
+        batch: with ``teacher_logits`` filled, where there is a teacher.
+        logits: the student's, [b, s, V/tp]; the backward pass consumes them.
+
+    Returns:
+        sum of the loss over counted tokens, their number, and the report: sum and count by name. In evaluation the
+        metrics go to ``validation_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
+    """
+    args = get_args()
+    shard = VocabShard.of_rank(logits.shape[-1], args.hf_config["vocab_size"], mpu.get_tensor_model_parallel_group())
+    teacher_logits, batch.teacher_logits = batch.teacher_logits, None  # freed as soon as this microbatch is done
+    num_tokens = batch.loss_mask.count_nonzero().int()
+    if not torch.is_grad_enabled():
+        validation_metrics.add(compare(logits, teacher_logits, batch.labels, batch.loss_mask, shard))
+        return logits.new_zeros(()), num_tokens, {}
+    if teacher_logits is not None:
+        check_finite(teacher_logits[..., : shard.num_columns], "the teacher's logits")
+    loss = per_token_loss(
+        args.qad.qad_loss, logits, teacher_logits, batch.labels, shard, temperature=args.qad.qad_temperature
+    )
+    total = (loss * batch.loss_mask).sum()
+    name = {"kl": "kl loss", "ce": "ce loss"}[args.qad.qad_loss]
+    return total, num_tokens, {name: torch.stack((total.detach(), num_tokens.float()))}
+
+
+class _ValidationMetrics:
+    """Metrics of the evaluation that is running, on this rank."""
+
+    def __init__(self):
+        self._total: Metrics | None = None
+
+    def add(self, metrics: Metrics) -> None:
+        if self._total is None:
+            self._total = Metrics.zero(metrics.sums.device)
+        self._total += metrics
+
+    def take(self) -> Metrics:
+        """The sums since the last call; zeros on ranks that compute no loss."""
+        total, self._total = self._total, None
+        return total or Metrics.zero(torch.cuda.current_device())
+
+
+validation_metrics = _ValidationMetrics()

@@ -1,0 +1,64 @@
+"""Builds the two models of a QAD job: the student that Megatron trains and the frozen teacher beside it."""
+
+import argparse
+
+import torch
+from megatron.core import mpu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.checkpointing import checkpoint_exists
+from megatron.training.utils import print_rank_0
+
+from megatron_qad.models.weights import has_amaxes, load_weights
+from megatron_qad.models.builder import QADModelConfig, freeze
+from megatron_qad.models.families import family_of
+from megatron_qad.quantization import policy
+from megatron_qad.quantization.activations import InputQuantizers
+from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.training.arguments import model_config, with_shape_of
+from megatron_qad.training.schedule import QADStep, wrap_schedule
+from megatron_qad.training.teacher import Teacher
+
+
+def student_config(args: argparse.Namespace) -> QADModelConfig:
+    """The config that ``pretrain`` builds the student from. Its hook loads, quantizes and accompanies it."""
+    config = model_config(args, args.hf_config)
+    config.pre_wrap_hooks.append(lambda chunks: _prepare_student(args, chunks))
+    return config
+
+
+def resolve_formats(args: argparse.Namespace) -> dict[str, str]:
+    """The format of every linear of the student, by global Megatron weight name."""
+    rules = policy.load(args.qad.qad_policy, args.qad.qad_rule)
+    return policy.resolve(rules, family_of(args.hf_config).linears(args.hf_config))
+
+
+def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Before the student is wrapped: its weights, its quantizers, the teacher, and the schedule that joins them."""
+    resumes = args.load is not None and checkpoint_exists(args.load)
+    if not resumes:
+        start = args.qad.qad_student or args.qad.qad_teacher
+        load_weights(chunks, start)
+        print_rank_0(f"megatron_qad: student starts from {start}")
+    formats = resolve_formats(args)
+    tp_group = mpu.get_tensor_model_parallel_group()
+    data_group = mpu.get_data_parallel_group(with_context_parallel=True)
+    inputs = InputQuantizers(chunks, formats, groups=(tp_group, data_group))
+    if resumes and has_amaxes(args.load):
+        inputs.expect_amax(device=torch.cuda.current_device())
+    teacher = build_teacher(args) if args.teacher_hf_config is not None else None
+    weights = InPlaceWeights(chunks, formats, tp_group)
+    print_rank_0(f"megatron_qad: {len(weights.weights)} weights of this rank are NVFP4 by policy {args.qad.qad_policy}")
+    wrap_schedule(QADStep(teacher, weights, inputs, args.qad.qad_calibration_samples))
+    return chunks
+
+
+def build_teacher(args: argparse.Namespace) -> Teacher:
+    """The frozen teacher in BF16 (or the job's precision), in this job's parallel layout."""
+    config = model_config(with_shape_of(args, args.teacher_hf_config), args.teacher_hf_config)
+    builder = config.get_builder_cls()(config)
+    chunks = builder.build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    load_weights(chunks, args.qad.qad_teacher)
+    print_rank_0(f"megatron_qad: teacher from {args.qad.qad_teacher}, frozen")
+    return Teacher([freeze(chunk) for chunk in chunks])

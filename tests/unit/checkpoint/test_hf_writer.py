@@ -1,0 +1,168 @@
+"""The writer: shards and index, carried files, and nothing left behind by any failure."""
+
+import json
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
+from megatron_qad.checkpoint.layouts import HFTensor, stored_tensors
+from megatron_qad.runtime.errors import QADError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exported import CONFIG, items, linears  # noqa: E402  (a helper beside the tests)
+
+
+def write(directory, layout="modelopt", stream=None, **more):
+    stream = items() if stream is None else stream
+    return write_hf_checkpoint(stream, directory, config=CONFIG, layout=layout, linear_modules=linears(), **more)
+
+
+def contents(directory):
+    return {k: v for path in Path(directory).glob("*.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("layout", ["bf16", "modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 3000, 1])
+def test_what_is_read_back_is_what_was_given(tmp_path, layout, max_shard_bytes):
+    written = write(tmp_path / "out", layout, max_shard_bytes=max_shard_bytes)
+    expected = {k: v for item in items() for k, v in stored_tensors(item, layout).items()}
+    found = contents(tmp_path / "out")
+    assert found.keys() == expected.keys() and len(expected) == written.num_tensors
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
+            name
+        )
+    assert written.num_bytes == sum(t.nbytes for t in expected.values())
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    if layout == "bf16":
+        assert config == CONFIG and written.excluded == ()
+    else:
+        assert config["quantization_config"]["ignore"] == ["lm_head"] == list(written.excluded)
+        assert len(written.quantized) == 14
+    assert (tmp_path / "out/hf_quant_config.json").exists() == (layout == "modelopt")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_shards_are_bounded_named_and_indexed(tmp_path):
+    written = write(tmp_path / "out", max_shard_bytes=3000)
+    total = len(written.shards)
+    assert total > 2 and written.shards[-1] == f"model-{total:05d}-of-{total:05d}.safetensors"
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == written.num_bytes
+    for shard in written.shards:
+        tensors = load_file(tmp_path / "out" / shard)
+        assert sum(t.nbytes for t in tensors.values()) <= 3000 or len(tensors) == 1
+        assert all(index["weight_map"][name] == shard for name in tensors)
+    one = write(tmp_path / "one")
+    assert one.shards == ("model.safetensors",) and not (tmp_path / "one/model.safetensors.index.json").exists()
+
+
+def test_tokenizer_and_generation_files_are_carried_and_weights_are_not(tmp_path):
+    source = tmp_path / "source"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates/tool.jinja").write_text("t")
+    for name in ("tokenizer.json", "tokenizer.model", "generation_config.json", "chat_template.jinja", "merges.txt"):
+        (source / name).write_text(name)
+    for name in ("model.safetensors", "config.json", "training_args.bin"):
+        (source / name).write_text("old")
+    write(tmp_path / "out", source=source)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        *("tokenizer.json", "tokenizer.model", "generation_config.json", "chat_template.jinja", "merges.txt"),
+        *("additional_chat_templates", "model.safetensors", "config.json", "hf_quant_config.json"),
+    }
+    assert json.loads((tmp_path / "out/config.json").read_text())["hidden_size"] == 32
+    assert (tmp_path / "out/tokenizer.model").read_text() == "tokenizer.model"
+
+
+def test_views_of_one_storage_are_written_apart(tmp_path):
+    fused = torch.arange(64, dtype=torch.bfloat16).view(8, 8)
+    stream = [HFTensor("q", fused[:4]), HFTensor("k", fused[4:]), HFTensor("same", fused), HFTensor("again", fused)]
+    write(tmp_path / "out", "bf16", [*stream, HFTensor("t", fused.t())])
+    found = contents(tmp_path / "out")
+    assert (
+        torch.equal(found["k"], fused[4:]) and torch.equal(found["again"], fused) and torch.equal(found["t"], fused.t())
+    )
+
+
+def test_a_used_directory_is_refused_and_an_empty_one_is_filled(tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    with pytest.raises(QADError, match="not empty"):
+        write(used)
+    with pytest.raises(QADError, match="not empty"):
+        write(used / "notes.txt")
+    assert (used / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    assert (tmp_path / "empty/config.json").exists()
+
+
+def broken_stream():
+    for number, item in enumerate(items()):
+        if number == 12:
+            raise ValueError("a rank was lost")
+        yield item
+
+
+@pytest.mark.parametrize(
+    ("stream", "error", "text"),
+    [
+        (broken_stream, ValueError, "a rank was lost"),
+        (lambda: [*items(), next(iter(items()))], QADError, r"model\.embed_tokens\.weight: given twice"),
+        (lambda: [], QADError, "No tensor"),
+        (lambda: [HFTensor("a", torch.ones(2))], QADError, "no tensor is NVFP4"),
+    ],
+)
+def test_a_failure_leaves_nothing(tmp_path, stream, error, text):
+    with pytest.raises(error, match=text):
+        write(tmp_path / "out", stream=stream(), max_shard_bytes=2000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_senseless_arguments_are_refused(tmp_path):
+    with pytest.raises(QADError, match="already has a quantization_config"):
+        write_hf_checkpoint(
+            items(), tmp_path / "o", config={"quantization_config": {}}, layout="modelopt", linear_modules=linears()
+        )
+    with pytest.raises(QADError, match="awq"):
+        write(tmp_path / "o", "awq")
+    with pytest.raises(QADError, match="max_shard_bytes"):
+        write(tmp_path / "o", max_shard_bytes=0)
+    with pytest.raises(QADError, match="no directory"):
+        write(tmp_path / "o", source=tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = """
+    import resource, sys
+    sys.path[:0] = [{helpers!r}, {root!r}]
+    from test_hf_writer import write
+    # No file may grow beyond this size: a write that really fails.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
+    write({target!r})
+"""
+
+
+def test_a_full_disk_says_how_much_was_needed_and_leaves_nothing(tmp_path):
+    """A limit on file size makes the operating system refuse the write, as a quota or a full disk does."""
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    here = Path(__file__).parent
+    script = textwrap.dedent(FULL_DISK).format(
+        helpers=str(here), root=str(here.parents[2]), target=str(tmp_path / "out")
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert "QADError" in message and "the disk is full or a quota is reached" in message
+    assert f"At least {sum(t.nbytes for i in items() for t in stored_tensors(i, 'modelopt').values())} bytes" in message
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,367 @@
+"""Good directories of every family and layout are valid; each silent fault of the facts is caught and named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
+from megatron_qad.checkpoint.validate import validate_nvfp4
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exported import CONFIG, FAMILIES, items, linears  # noqa: E402  (a helper beside the tests)
+
+LAYER = "model.layers.1"
+DOWN, Q, K, V, UP = (
+    f"{LAYER}.{part}"
+    for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+)
+INDEX = "model.safetensors.index.json"
+
+
+def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **more):
+    stream = items(config, unquantized)
+    write_hf_checkpoint(stream, directory, config=config, layout=layout, linear_modules=linears(config), **more)
+    return directory
+
+
+def faults(directory):
+    return [str(fault) for fault in validate_nvfp4(directory).faults]
+
+
+def edit(directory, change):
+    """Apply ``change`` to the dict of tensors of a one-shard directory."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_good_directories_are_valid(tmp_path, layout, family):
+    config = FAMILIES[family]
+    for name, more in (("one", {}), ("many", {"max_shard_bytes": 3000})):
+        report = validate_nvfp4(export(tmp_path / name, layout, config, **more))
+        assert not report.faults, "\n".join(map(str, report.faults))
+        assert report.layout == layout and len(report.quantized) == 14 and report.num_linears == 15
+        assert "valid" in report.summary() and str(report.num_bytes) in report.summary()
+    mixed = export(tmp_path / "mixed", layout, config, ("lm_head", *linears(config)[1:8], DOWN))
+    assert faults(mixed) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inventory_is_what_transformers_builds(family):
+    """Names and shapes of the independent inventory against the model classes themselves."""
+    transformers = pytest.importorskip("transformers")
+    from megatron_qad.checkpoint.hf_inventory import inventory
+
+    config = FAMILIES[family]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+    ours = inventory(config)
+    named = {**ours.tensors, **{f"{module}.weight": shape for module, shape in ours.linears.items()}}
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert named == theirs
+    assert set(ours.linears) == {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.__setitem__(name, value(tensors[name]) if callable(value) else value)
+
+
+def poke(name, code):
+    """One E4M3 byte of a block scale."""
+
+    def change(tensors):
+        tensors[name].view(torch.uint8)[0, 0] = code
+
+    return change
+
+
+MODELOPT_FAULTS = {
+    # What vLLM lets through silently.
+    "weight_scale_2 missing": (drop(f"{DOWN}.weight_scale_2"), f"{DOWN}.weight_scale_2: is missing"),
+    "input_scale missing": (drop(f"{DOWN}.input_scale"), f"{DOWN}.input_scale: is missing"),
+    "weight_scale as U8": (
+        put(f"{DOWN}.weight_scale", lambda t: t.view(torch.uint8)),
+        f"{DOWN}.weight_scale: is U8, expected F8_E4M3",
+    ),
+    # Equality of what servers fuse.
+    "q differs from k and v": (put(f"{K}.weight_scale_2", lambda t: t * 1.0000002), f"{K}.weight_scale_2: is "),
+    "v input differs": (put(f"{V}.input_scale", lambda t: t * 1.5), f"{V}.input_scale: is "),
+    "up differs from gate": (put(f"{UP}.weight_scale_2", lambda t: t * 2), f"{UP}.weight_scale_2: is "),
+    # Scales.
+    "scale NaN": (put(f"{DOWN}.weight_scale_2", torch.tensor(float("nan"))), f"{DOWN}.weight_scale_2: is nan"),
+    "scale zero": (put(f"{DOWN}.weight_scale_2", torch.tensor(0.0)), f"{DOWN}.weight_scale_2: is 0.0"),
+    "scale negative": (put(f"{DOWN}.input_scale", torch.tensor(-1.0)), f"{DOWN}.input_scale: is -1.0"),
+    "scale infinite": (put(f"{DOWN}.input_scale", torch.tensor(float("inf"))), f"{DOWN}.input_scale: is inf"),
+    "scale of shape [1]": (
+        put(f"{DOWN}.weight_scale_2", lambda t: t.reshape(1)),
+        f"{DOWN}.weight_scale_2: has shape [1], expected []",
+    ),
+    "scale BF16": (put(f"{DOWN}.input_scale", lambda t: t.bfloat16()), f"{DOWN}.input_scale: is BF16, expected F32"),
+    "block scale 0x7F": (poke(f"{DOWN}.weight_scale", 0x7F), f"{DOWN}.weight_scale: holds 1 NaN"),
+    "block scale 0xFF": (poke(f"{DOWN}.weight_scale", 0xFF), f"{DOWN}.weight_scale: holds 1 NaN"),
+    "block scale zero": (
+        poke(f"{DOWN}.weight_scale", 0x00),
+        f"{DOWN}.weight_scale: holds 1 block scales that are zero",
+    ),
+    "block scale minus zero": (
+        poke(f"{DOWN}.weight_scale", 0x80),
+        f"{DOWN}.weight_scale: holds 1 block scales that are",
+    ),
+    "block scale negative": (poke(f"{DOWN}.weight_scale", 0xB8), f"{DOWN}.weight_scale: holds 1 negative"),
+    "block scales transposed": (
+        put(f"{DOWN}.weight_scale", lambda t: t.t().contiguous()),
+        f"{DOWN}.weight_scale: has shape [3, 32], expected [32, 3]",
+    ),
+    # Weights and names.
+    "packed weight missing": (drop(f"{DOWN}.weight"), f"{DOWN}.weight: is missing"),
+    "packed weight too wide": (
+        put(f"{DOWN}.weight", lambda t: torch.cat([t, t], 1)),
+        f"{DOWN}.weight: has shape [32, 48], expected [32, 24]",
+    ),
+    "weight left BF16 beside scales": (
+        put(f"{DOWN}.weight", torch.zeros(32, 48, dtype=torch.bfloat16)),
+        f"{DOWN}.weight: is BF16, expected U8",
+    ),
+    "norm missing": (drop("model.norm.weight"), "model.norm.weight: is missing"),
+    "norm NaN": (
+        put("model.norm.weight", lambda t: t * float("nan")),
+        "model.norm.weight: holds 32 values that are NaN",
+    ),
+    "norm F32": (put("model.norm.weight", lambda t: t.float()), "model.norm.weight: is F32, expected BF16"),
+    "embedding padded": (
+        put("model.embed_tokens.weight", lambda t: torch.cat([t, t[:8]])),
+        "model.embed_tokens.weight: has shape [48, 32], expected [40, 32]",
+    ),
+    "unknown tensor": (put("model.layers.1.mlp.down_proj.bias", torch.zeros(32)), f"{DOWN}.bias: is unknown"),
+    "third layer": (
+        put("model.layers.2.input_layernorm.weight", torch.zeros(32)),
+        "model.layers.2.input_layernorm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELOPT_FAULTS)
+def test_a_damaged_tensor_is_named(tmp_path, case):
+    directory = export(tmp_path / "out", "modelopt")
+    change, text = MODELOPT_FAULTS[case]
+    edit(directory, change)
+    found = faults(directory)
+    assert any(fault.startswith(text) for fault in found), found
+
+
+def unpack_k(tensors):
+    """k_proj becomes BF16 while q and v stay NVFP4."""
+    for part in ("weight_scale", "weight_scale_2", "input_scale"):
+        tensors.pop(f"{K}.{part}")
+    tensors[f"{K}.weight"] = torch.zeros(16, 32, dtype=torch.bfloat16)
+
+
+def test_a_fused_layer_quantized_in_part_is_named(tmp_path):
+    directory = export(tmp_path / "out", "modelopt")
+    edit(directory, unpack_k)
+    found = faults(directory)
+    assert any(fault.startswith(f"{Q}: is quantized and {K} not") for fault in found), found
+    assert any(fault.startswith(f"{K}: is not quantized and missing from config.json ignore") for fault in found)
+
+
+@pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"])
+def test_compressed_tensors_missing_companions_are_named(tmp_path, part):
+    directory = export(tmp_path / "out", "compressed-tensors")
+    edit(directory, drop(f"{DOWN}.{part}"))
+    found = faults(directory)
+    assert len(found) == 1 and found[0].startswith(f"{DOWN}.{part}: is missing"), found
+
+
+def test_compressed_tensors_fused_scales_and_names(tmp_path):
+    directory = export(tmp_path / "out", "compressed-tensors")
+    edit(directory, put(f"{V}.weight_global_scale", lambda t: t * 2))
+    edit(directory, put(f"{DOWN}.weight_scale_2", torch.tensor(1.0)))  # modelopt's name in the other layout
+    found = faults(directory)
+    assert any(fault.startswith(f"{V}.weight_global_scale: is") and "servers fuse them" in fault for fault in found)
+    assert any(fault.startswith(f"{DOWN}.weight_scale_2: is unknown") for fault in found)
+
+
+def config_change(*keys_and_value):
+    *keys, last, value = keys_and_value
+
+    def change(config):
+        for key in keys:
+            config = config[key]
+        if value is None:
+            config.pop(last)
+        else:
+            config[last] = value
+
+    return change
+
+
+QC = "quantization_config"
+CONFIG_FAULTS = {
+    "layer missing from both": ("modelopt", None, [], "lm_head: is not quantized and missing from config.json ignore"),
+    "quantized layer excluded": ("modelopt", None, ["lm_head", DOWN], f"{DOWN}: is quantized and stands in"),
+    "wildcard": ("modelopt", None, ["lm_head", "model.layers.1*"], "model.layers.1*: stands in config.json ignore"),
+    "embedding excluded": ("modelopt", None, ["lm_head", "model.embed_tokens"], "model.embed_tokens: stands in"),
+    "lists differ": ("modelopt", config_change(QC, "ignore", []), None, "hf_quant_config.json: exclude_modules and"),
+    "algorithm": (
+        "modelopt",
+        config_change(QC, "quant_algo", "FP8"),
+        None,
+        "config.json: quantization_config.quant_algo",
+    ),
+    "no method": (
+        "modelopt",
+        config_change(QC, "quant_method", None),
+        None,
+        "config.json: quantization_config.quant_m",
+    ),
+    "kv cache": (
+        "modelopt",
+        config_change(QC, "kv_cache_quant_algo", "FP8"),
+        None,
+        "hf_quant_config.json: quantization.kv",
+    ),
+    "no config": ("modelopt", config_change(QC, None), None, "config.json: quantization_config.quant_method is None"),
+    "family": (
+        "modelopt",
+        config_change("model_type", "mamba"),
+        None,
+        "config.json: config.json: model_type is 'mamba'",
+    ),
+    "hidden size": ("modelopt", config_change("hidden_size", "many"), None, "config.json: config.json: hidden_size"),
+    "tied": ("modelopt", config_change("tie_word_embeddings", True), None, "lm_head.weight: differs from model.embed"),
+    "scale_dtype missing": (
+        "compressed-tensors",
+        config_change(QC, "config_groups", "group_0", "input_activations", "scale_dtype", None),
+        None,
+        "config.json: config_groups input_activations.scale_dtype is None",
+    ),
+    "no activations": (
+        "compressed-tensors",
+        config_change(QC, "config_groups", "group_0", "input_activations", None),
+        None,
+        "config.json: config_groups input_activations.num_bits is None",
+    ),
+    "group size": (
+        "compressed-tensors",
+        config_change(QC, "config_groups", "group_0", "weights", "group_size", 32),
+        None,
+        "config.json: config_groups weights.group_size is 32",
+    ),
+    "format": (
+        "compressed-tensors",
+        config_change(QC, "format", "dense"),
+        None,
+        "config.json: quantization_config.format",
+    ),
+    "ignore empty": (
+        "compressed-tensors",
+        config_change(QC, "ignore", []),
+        None,
+        "lm_head: is not quantized and missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_FAULTS)
+def test_a_wrong_configuration_is_named(tmp_path, case):
+    layout, change, exclude, text = CONFIG_FAULTS[case]
+    directory = export(tmp_path / "out", layout)
+    if exclude is not None:  # in both files
+        edit_json(directory / "config.json", config_change(QC, "ignore", exclude))
+        edit_json(directory / "hf_quant_config.json", config_change("quantization", "exclude_modules", exclude))
+    else:
+        edit_json(directory / "config.json", change)
+    found = faults(directory)
+    assert any(fault.startswith(text) for fault in found), found
+
+
+@pytest.mark.parametrize("key", ["quant_algo", "kv_cache_quant_algo", "exclude_modules", "group_size"])
+def test_hf_quant_config_needs_each_of_its_keys(tmp_path, key):
+    directory = export(tmp_path / "out", "modelopt")
+    edit_json(directory / "hf_quant_config.json", config_change("quantization", key, None))
+    assert any(fault.startswith(f"hf_quant_config.json: lacks quantization.{key}") for fault in faults(directory))
+    (directory / "hf_quant_config.json").unlink()
+    assert faults(directory) == ["hf_quant_config.json: is missing"]
+
+
+def test_damaged_files_are_named(tmp_path):
+    def fresh(name):
+        directory = export(tmp_path / name, "modelopt", max_shard_bytes=3000)
+        return directory, sorted(directory.glob("*.safetensors"))
+
+    directory, shards = fresh("truncated")
+    shards[1].write_bytes(shards[1].read_bytes()[:-100])
+    assert any(fault.startswith(f"{shards[1].name}: is ") and "truncated" in fault for fault in faults(directory))
+    for size in (0, 5, 40):
+        shards[1].write_bytes(shards[1].read_bytes()[:size])
+        assert any(fault.startswith(f"{shards[1].name}: is truncated") for fault in faults(directory))
+
+    directory, shards = fresh("missing")
+    shards[0].unlink()
+    found = faults(directory)
+    assert f"{shards[0].name}: is named by {INDEX} and missing" in found
+    assert any(fault.startswith("model.embed_tokens.weight: is named by") for fault in found)
+
+    directory, shards = fresh("index")
+    edit_json(directory / INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
+    assert any("model.norm.weight: is in" in f and "loaders will not see it" in f for f in faults(directory))
+    edit_json(directory / INDEX, lambda index: index["metadata"].update(total_size=7))
+    assert any(f.startswith(f"{INDEX}: says total_size 7") for f in faults(directory))
+    (directory / INDEX).write_text("{")
+    assert any(f.startswith(f"{INDEX}: is no valid JSON") for f in faults(directory))
+    (directory / INDEX).unlink()
+    assert any("holds neither" in f for f in faults(directory))
+
+    directory, shards = fresh("stray")
+    save_file({"x": torch.zeros(1)}, directory / "old.safetensors")
+    save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
+    found = faults(directory)
+    assert "old.safetensors: is a shard that the index does not name" in found
+    assert any(f.startswith("model.safetensors: stands beside") for f in found)
+
+
+def test_a_quantized_tied_head_is_a_fault(tmp_path):
+    config = {**CONFIG, "tie_word_embeddings": True}
+    directory = export(tmp_path / "out", "modelopt", unquantized=())
+    edit_json(directory / "config.json", lambda value: value.update(tie_word_embeddings=True))
+    assert any(fault.startswith("lm_head: is quantized, but tied") for fault in faults(directory))
+    # A stored copy of the embedding is fine.
+    directory = export(tmp_path / "copy", "modelopt", config)
+    edit(directory, lambda t: t.__setitem__("lm_head.weight", t["model.embed_tokens.weight"].clone()))
+    assert faults(directory) == []
+
+
+def test_command_line_prints_faults_and_exits_1(tmp_path):
+    root = Path(__file__).resolve().parents[3]
+    directory = export(tmp_path / "out", "modelopt")
+
+    def run(target):
+        command = [sys.executable, str(root / "tools/validate_nvfp4.py"), str(target)]
+        environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+    good = run(directory)
+    assert good.returncode == 0 and "valid; layout modelopt" in good.stdout, good.stderr
+    edit(directory, drop(f"{DOWN}.input_scale"))
+    bad = run(directory)
+    assert bad.returncode == 1 and f"FAULT {DOWN}.input_scale: is missing" in bad.stdout
+    assert "1 faults" in bad.stdout
+    assert faults(tmp_path / "nowhere") == [f"{tmp_path / 'nowhere'}: is no directory; expected an exported checkpoint"]

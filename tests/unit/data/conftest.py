@@ -1,0 +1,127 @@
+"""Real tokenizers, trained here on text that every CPython carries, and files made with them."""
+
+import json
+import os
+import pydoc_data.topics
+
+import pytest
+import sentencepiece
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_qad.data.prepare import PrepareOptions, prepare_data
+from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.runtime import prepare
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+prepare()  # the test modules import megatron, and are imported after this file
+
+CORPUS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:30]
+
+# ChatML as SmolLM2 has it: a newline after the end of each turn, and EOS is the end of a turn.
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# {{ '\\n' }}: a newline right after a block is dropped by jinja as transformers sets it up.
+CHATML_TAGGED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    return CORPUS
+
+
+@pytest.fixture(scope="session")
+def sp_model(tmp_path_factory):
+    """A sentencepiece .model file of 400 pieces that keeps white space and falls back to bytes."""
+    directory = tmp_path_factory.mktemp("sp")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in CORPUS[:10] for line in text.splitlines() if line),
+        model_prefix=str(directory / "tiny"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"],
+        num_threads=1,
+        minloglevel=2,
+    )
+    return directory / "tiny.model"
+
+
+def _hf_tokenizer(directory, template, eos="<|im_end|>"):
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    # trim_offsets=True is what GPT-2's and SmolLM2's files have: white space is cut from the offsets.
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    bpe.train_from_iterator(
+        CORPUS[:10],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=500,
+            special_tokens=specials,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|im_start|>", eos_token=eos, pad_token=eos)
+    fast.chat_template = template
+    fast.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def hf_dir(tmp_path_factory):
+    return _hf_tokenizer(tmp_path_factory.mktemp("hf") / "chatml", CHATML)
+
+
+@pytest.fixture(scope="session")
+def hf_tagged_dir(tmp_path_factory):
+    return _hf_tokenizer(tmp_path_factory.mktemp("hf") / "chatml_tagged", CHATML_TAGGED)
+
+
+@pytest.fixture(scope="session")
+def make_hf_dir(tmp_path_factory):
+    """``make_hf_dir(template, eos=...)`` saves another tokenizer."""
+    return lambda template, **kwargs: _hf_tokenizer(tmp_path_factory.mktemp("hf") / "other", template, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(hf_dir):
+    return load_tokenizer(hf_dir)
+
+
+@pytest.fixture(scope="session")
+def hf_tagged(hf_tagged_dir):
+    return load_tokenizer(hf_tagged_dir)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """``write_jsonl(lines, name)``: dicts become JSON, strings stay as they are."""
+
+    def write(lines, name="input.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """``prepared(inputs, tokenizer, **options)`` -> (prefix, metadata)."""
+
+    def run(inputs, tokenizer, name="out", **options):
+        prefix = str(tmp_path / name)
+        inputs = [inputs] if isinstance(inputs, str) else inputs
+        return prefix, prepare_data(PrepareOptions(inputs=inputs, tokenizer=str(tokenizer), output=prefix, **options))
+
+    return run

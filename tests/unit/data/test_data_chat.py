@@ -1,0 +1,127 @@
+"""Loss masks of chat data, compared with the text that the assistant wrote."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_qad.data.chat import BadDocument, mask_from_spans
+
+CHAT = [
+    {"role": "system", "content": "You are brief."},
+    {"role": "user", "content": "What is a class?"},
+    {"role": "assistant", "content": "A class is a template."},
+    {"role": "user", "content": "And 日本語?\n\n"},
+    {"role": "assistant", "content": "Naïve 日本語 😀\n\nand a tail \n"},
+]
+
+
+def counted_runs(tokenizer, ids, mask):
+    """The decoded text of each run of tokens that count."""
+    runs, run = [], []
+    for token, counts in zip([*ids, None], [*mask, 0], strict=True):
+        if counts:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.hf.decode(run, clean_up_tokenization_spaces=False))
+            run = []
+    return runs
+
+
+@pytest.mark.parametrize("name", ["hf_tokenizer", "hf_tagged"])
+def test_the_assistant_and_its_end_of_turn_count_and_nothing_else(name, request):
+    tokenizer = request.getfixturevalue(name)
+    ids, mask = tokenizer.encode_chat(CHAT)
+    assert counted_runs(tokenizer, ids, mask) == [CHAT[2]["content"] + "<|im_end|>", CHAT[4]["content"] + "<|im_end|>"]
+    assert tokenizer.hf.decode(ids, clean_up_tokenization_spaces=False) == tokenizer.hf.apply_chat_template(
+        CHAT, tokenize=False
+    )
+
+
+def test_tagged_template_agrees_with_transformers(hf_tagged):
+    ids, mask = hf_tagged.encode_chat(CHAT)
+    theirs = hf_tagged.hf.apply_chat_template(CHAT, return_assistant_tokens_mask=True, return_dict=True)
+    assert ids == theirs["input_ids"]
+    assert mask == theirs["assistant_masks"]
+
+
+def test_an_answer_that_starts_with_white_space_keeps_its_mask(hf_tagged):
+    """transformers 5.14 stops at such an answer, and no token of it or of any later answer would count."""
+    chat = [*CHAT[:2], {"role": "assistant", "content": "  Two spaces."}, *CHAT[3:]]
+    ids, mask = hf_tagged.encode_chat(chat)
+    runs = [run.strip() for run in counted_runs(hf_tagged, ids, mask)]
+    assert runs == ["Two spaces.<|im_end|>", CHAT[4]["content"] + "<|im_end|>"]
+
+
+# Special tokens inside a message would end its turn; that is the template's matter, not the mask's.
+_CONTENT = st.text(st.characters(codec="utf-8"), max_size=30).filter(lambda s: "<|" not in s)
+_TURNS = st.lists(st.tuples(_CONTENT, _CONTENT), min_size=1, max_size=3)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(_TURNS)
+def test_both_ways_find_every_answer(hf_tokenizer, hf_tagged, turns):
+    messages = [
+        {"role": role, "content": content}
+        for pair in turns
+        for role, content in zip(("user", "assistant"), pair, strict=True)
+    ]
+    found = [t.encode_chat(messages) for t in (hf_tokenizer, hf_tagged)]
+    assert found[0] == found[1]
+    ids, mask = found[0]
+    answers = "".join(answer + "<|im_end|>" for _, answer in turns)
+    decoded = hf_tokenizer.hf.decode(
+        [i for i, m in zip(ids, mask, strict=True) if m], clean_up_tokenization_spaces=False
+    )
+    # White space at the start of an answer may share a token with the header's newline, and then either all of that
+    # token counts or none of it.
+    if not any(answer[:1].isspace() for _, answer in turns):
+        assert decoded == answers
+    else:
+        assert "".join(decoded.split()) == "".join(answers.split())
+
+
+def test_a_template_without_a_generation_prompt_counts_the_whole_turn(make_hf_dir):
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }};{% endfor %}"
+    tokenizer = load_tokenizer(make_hf_dir(template, eos="<|endoftext|>"))
+    ids, mask = tokenizer.encode_chat([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])
+    assert counted_runs(tokenizer, ids, mask) == ["[assistant] Yes.;"]
+
+
+def test_a_template_that_rewrites_history_is_a_bad_document(make_hf_dir):
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    # Like reasoning models: what stands before </think> is cut from all but the last message.
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content if loop.last else "
+        "m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = load_tokenizer(make_hf_dir(template))
+    turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hm</think>Yes."}]
+    ids, mask = tokenizer.encode_chat(turn)
+    assert counted_runs(tokenizer, ids, mask) == ["hm</think>Yes.<|im_end|>"]
+    with pytest.raises(BadDocument, match="through message 1 differently"):
+        tokenizer.encode_chat(turn + turn)
+
+
+def test_a_chat_without_an_assistant_is_a_bad_document(hf_tokenizer):
+    with pytest.raises(BadDocument, match="no message has the role 'assistant'"):
+        hf_tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_template_that_refuses_gives_its_own_reason(make_hf_dir):
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(make_hf_dir("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(BadDocument, match="roles must alternate"):
+        tokenizer.encode_chat(CHAT)
+
+
+def test_mask_from_spans_with_trimmed_and_repeated_offsets():
+    # "a \n bé": tokens a, white space trimmed to nothing, b, and two byte tokens of é with the same offsets.
+    offsets = [(0, 1), (4, 4), (4, 5), (5, 6), (5, 6)]
+    assert mask_from_spans(offsets, [(1, 4)]) == [0, 1, 0, 0, 0]
+    assert mask_from_spans(offsets, [(4, 5)]) == [0, 0, 1, 0, 0]
+    assert mask_from_spans(offsets, [(0, 1), (5, 6)]) == [1, 0, 0, 1, 1]

@@ -1,0 +1,180 @@
+"""QADDataset and the provider on real files, under Megatron's blend builder."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.tokenizers import MegatronTokenizer
+
+from megatron_qad.data.dataset import QADDataset
+from megatron_qad.data.metadata import loss_mask_prefix
+from megatron_qad.runtime.errors import QADError
+
+SEQUENCE = 16
+
+
+@pytest.fixture(scope="module")
+def megatron_tokenizer(hf_dir):
+    return MegatronTokenizer.from_pretrained(tokenizer_path=str(hf_dir), metadata_path={"library": "huggingface"})
+
+
+@pytest.fixture
+def build(megatron_tokenizer):
+    def run(blend, sizes, split="80,20,0", cls=QADDataset, **changes):
+        settings = {
+            "random_seed": 7,
+            "sequence_length": SEQUENCE,
+            "blend": blend,
+            "split": split,
+            "tokenizer": megatron_tokenizer,
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "eod_mask_loss": False,
+            "create_attention_mask": False,
+        }
+        config = GPTDatasetConfig(**(settings | changes))
+        return BlendedMegatronDatasetBuilder(cls, sizes, lambda: True, config).build()
+
+    return run
+
+
+@pytest.fixture
+def chats(write_jsonl, prepared, hf_dir):
+    """Prefix of 40 chats: users write capital letters, the assistant digits."""
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": "ABCDEFG"[: i % 7 + 1]},
+                {"role": "assistant", "content": str(10**7 + i)[i % 5 :]},
+            ]
+        }
+        for i in range(40)
+    ]
+    return prepared(write_jsonl(lines, "chats.jsonl"), hf_dir, name="chats")[0]
+
+
+@pytest.fixture
+def texts(write_jsonl, prepared, hf_dir):
+    lines = [{"text": "plain text here " * (i % 3 + 1)} for i in range(30)]
+    return prepared(write_jsonl(lines, "texts.jsonl"), hf_dir, name="texts")[0]
+
+
+def stream(dataset, prefix):
+    """(tokens, mask) of all documents end to end in the order of this split: what samples are cut from."""
+    order = dataset.document_index
+    tokens = np.concatenate([dataset.dataset[int(d)] for d in order]).astype(np.int64)
+    if not IndexedDataset.exists(loss_mask_prefix(prefix)):
+        return tokens, np.ones(len(tokens))
+    masks = IndexedDataset(loss_mask_prefix(prefix))
+    return tokens, np.concatenate([masks[int(d)] for d in order])
+
+
+def check_sample(dataset, prefix, index, sample):
+    tokens, mask = stream(dataset, prefix)
+    begin = int(dataset.shuffle_index[index]) * SEQUENCE
+    assert sample["tokens"].tolist() == tokens[begin : begin + SEQUENCE].tolist()
+    assert sample["labels"].tolist() == tokens[begin + 1 : begin + SEQUENCE + 1].tolist()
+    assert sample["loss_mask"].tolist() == mask[begin + 1 : begin + SEQUENCE + 1].tolist()
+    assert sample["position_ids"].tolist() == list(range(SEQUENCE))
+
+
+def test_a_blend_gives_the_mask_of_the_labels_across_documents(build, chats, texts, hf_tokenizer):
+    train, valid, test = build(([chats, texts], [0.6, 0.4]), [60, 12, 0])
+    assert test is None and len(train) >= 60
+    prefixes, seen, crossings = [chats, texts], set(), 0
+    for blended in (train, valid):
+        for i in range(len(blended)):
+            sample = dict(blended[i])
+            which = int(sample.pop("dataset_id"))
+            assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
+            assert sample["loss_mask"].dtype == torch.float32
+            check_sample(blended.datasets[which], prefixes[which], blended.dataset_sample_index[i], sample)
+            seen.add(which)
+            crossings += int((sample["tokens"] == hf_tokenizer.eod).any())
+            if which == 0:
+                counted = hf_tokenizer.hf.decode(sample["labels"][sample["loss_mask"] == 1])
+                assert set(counted.replace("<|im_end|>", "")) <= set("0123456789")
+    assert seen == {0, 1} and crossings > 10, "the test must see both parts and samples over document boundaries"
+
+
+def test_train_and_valid_share_no_document(build, chats):
+    train, valid, _ = build(([chats], None), [20, 5, None])
+    assert not set(train.document_index.tolist()) & set(valid.document_index.tolist())
+
+
+def test_plain_data_equals_gpt_dataset(build, texts):
+    ours = build(([texts], None), [20, 5, None])[0]
+    theirs = build(([texts], None), [20, 5, None], cls=GPTDataset)[0]
+    for i in range(20):
+        mine, his = ours[i], theirs[i]
+        assert mine.keys() == his.keys()
+        # the tokenizer's pad is its EOS, so GPTDataset pads with -1 as well and nothing differs
+        assert all(torch.equal(mine[k], his[k]) for k in mine)
+
+
+def test_padding_never_counts_and_does_not_leak_into_other_samples(build, texts):
+    changes = {"drop_last_partial_validation_sequence": False}
+    valid = build(([texts], None), [None, None, None], split="0,100,0", **changes)[1]
+    tokens, _ = stream(valid, texts)
+    last = int(np.argmax(valid.shuffle_index))
+    real = (len(tokens) - 1) % SEQUENCE
+    assert real, "choose texts whose last sample is not full"
+    padded = valid[last]  # asked for first, on purpose: what GPTDataset caches then is the padded mask
+    assert padded["loss_mask"].tolist() == [1.0] * real + [0.0] * (SEQUENCE - real)
+    for i in range(len(valid)):
+        if i != last:
+            assert valid[i]["loss_mask"].sum() == SEQUENCE
+    assert valid[None]["loss_mask"].sum() == 0
+
+
+def test_eod_mask_loss_and_one_token_less(build, chats, hf_tokenizer):
+    plain = build(([chats], None), [20, 5, None])[0]
+    masked = build(([chats], None), [20, 5, None], eod_mask_loss=True)[0]
+    for i in range(20):
+        want = plain[i]["loss_mask"] * (plain[i]["tokens"] != hf_tokenizer.eod)
+        assert torch.equal(masked[i]["loss_mask"], want)
+    short = build(([chats], None), [20, 5, None], add_extra_token_to_sequence=False)[0]
+    tokens, mask = stream(short, chats)
+    for i in range(20):
+        begin = int(short.shuffle_index[i]) * SEQUENCE
+        want = [*mask[begin + 1 : begin + SEQUENCE], 0]
+        assert short[i]["loss_mask"].tolist() == want and short[i]["tokens"][0] == tokens[begin]
+
+
+def test_masks_between_documents_leave_the_loss_mask_alone(build, chats):
+    plain = build(([chats], None), [20, 5, None])[0]
+    packed = build(([chats], None), [20, 5, None], inter_document_masking=True)[0]
+    for i in range(20):
+        assert "cu_seqlens" in packed[i]
+        assert all(torch.equal(plain[i][k], packed[i][k]) for k in ("tokens", "labels", "loss_mask"))
+
+
+def test_data_prepared_anew_is_not_cut_by_the_cached_indices(build, texts, write_jsonl, prepared, hf_dir):
+    build(([texts], None), [20, 5, None])
+    lines = [{"text": "other " * (40 - i)} for i in range(30)]
+    prepared(write_jsonl(lines, "other.jsonl"), hf_dir, name="texts", force=True)
+    train = build(([texts], None), [20, 5, None])[0]
+    for i in range(20):
+        check_sample(train, texts, i, train[i])
+
+
+def test_a_split_without_documents_is_named(build, write_jsonl, prepared, hf_dir):
+    prefix, _ = prepared(write_jsonl([{"text": "only one"}]), hf_dir)
+    with pytest.raises(QADError, match=r"valid split of .*out has 0 of 1 documents.*--split"):
+        build(([prefix], None), [4, 4, None], split="90,10,0")
+
+
+def test_a_lost_or_foreign_mask_is_named(build, chats, texts):
+    for suffix in (".bin", ".idx"):
+        source = loss_mask_prefix(chats) + suffix
+        with open(source, "rb") as stream_, open(loss_mask_prefix(texts) + suffix, "wb") as target:
+            target.write(stream_.read())
+    with pytest.raises(QADError, match=r"texts_loss_mask does not fit"):
+        build(([texts], None), [4, 4, None])
+    os.remove(loss_mask_prefix(chats) + ".bin")
+    with pytest.raises(QADError, match=r"chats.json says that there is a loss mask"):
+        build(([chats], None), [4, 4, None])

@@ -1,0 +1,106 @@
+"""Text sampled from a tiny random Llama: shape of the lines, resuming, and the way into prepare_data."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts
+from megatron_qad.runtime.errors import QADError
+
+OPTIONS = GenerateOptions(num_documents=6, max_new_tokens=12, batch_size=2, seed=5, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, hf_tokenizer):
+    directory = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=hf_tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=hf_tokenizer.bos,
+        eos_token_id=hf_tokenizer.eod,
+    )
+    model = LlamaForCausalLM(config)
+    # Rare EOS would leave "finish": "eos" untested; this makes it one token in about ten.
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.1)
+    model.save_pretrained(directory)
+    hf_tokenizer.hf.save_pretrained(directory)
+    return directory
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_from_bos_and_on_to_prepare(model_dir, tmp_path, prepared, hf_dir):
+    path = tmp_path / "own.jsonl"
+    assert generate_documents(model_dir, None, path, OPTIONS) == 6
+    lines = read(path)
+    assert len(lines) == 6 and all(set(line) == {"text", "finish"} for line in lines)
+    assert len({line["text"] for line in lines}) == 6, "batches must not repeat each other"
+    _, metadata = prepared(str(path), hf_dir)
+    assert metadata.documents == 6 and metadata.bad_lines == 0
+
+
+def test_prompts_become_chats(model_dir, tmp_path, prepared, hf_dir):
+    (tmp_path / "prompts.txt").write_text("Short?\n\nA much longer question than the other one?\n", encoding="utf-8")
+    prompts = read_prompts(tmp_path / "prompts.txt")
+    assert len(prompts) == 2
+    generate_documents(model_dir, prompts, tmp_path / "chats.jsonl", OPTIONS)
+    lines = read(tmp_path / "chats.jsonl")
+    assert [line["messages"][0]["content"] for line in lines] == prompts * 3
+    assert all(line["messages"][1]["role"] == "assistant" for line in lines)
+    _, metadata = prepared(str(tmp_path / "chats.jsonl"), hf_dir)
+    assert metadata.chat_documents == 6
+
+
+def test_a_run_that_was_killed_goes_on_with_the_same_text(model_dir, tmp_path):
+    generate_documents(model_dir, None, tmp_path / "whole.jsonl", OPTIONS)
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS)
+    third_line = whole.index(b"\n", whole.index(b"\n") + 1) + 1
+    # two whole lines, then a third and half of a fourth, as if killed while writing the second batch
+    fourth_line = whole.index(b"\n", third_line) + 1
+    (tmp_path / "cut.jsonl").write_bytes(whole[: fourth_line + 5])
+    assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 4
+    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 0
+
+
+def test_other_settings_do_not_continue_a_file(model_dir, tmp_path):
+    generate_documents(model_dir, None, tmp_path / "a.jsonl", OPTIONS)
+    other = GenerateOptions(**{**vars(OPTIONS), "seed": 6, "num_documents": 8})
+    with pytest.raises(QADError, match="other settings: seed differ"):
+        generate_documents(model_dir, None, tmp_path / "a.jsonl", other)
+
+
+def test_bad_options_and_prompts(model_dir, tmp_path):
+    with pytest.raises(QADError, match="temperature must be above 0"):
+        generate_documents(model_dir, None, tmp_path / "x", GenerateOptions(num_documents=1, temperature=0))
+    with pytest.raises(QADError, match="not a directory"):
+        generate_documents(tmp_path / "nowhere", None, tmp_path / "x", OPTIONS)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(QADError, match="holds no prompt"):
+        read_prompts(tmp_path / "empty.txt")
+
+
+def test_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
+    tool = Path(__file__).resolve().parents[3] / "tools" / "generate_data.py"
+    arguments = ["--model", str(model_dir), "--output", str(tmp_path / "o.jsonl"), "--max-new-tokens", "4"]
+    monkeypatch.setattr(sys, "argv", [str(tool), *arguments, "--device", "cpu"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert exit_.value.code == 1 and "--num-documents is needed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-documents", "2"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(tool), run_name="__main__")
+    assert exit_.value.code == 0 and len(read(tmp_path / "o.jsonl")) == 2

@@ -1,0 +1,209 @@
+"""Text and JSONL -> .bin/.idx: round trips, named bad lines, whole or absent outputs."""
+
+import json
+import resource
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_qad.data.metadata import load_metadata, loss_mask_prefix, output_files
+from megatron_qad.data.prepare import PrepareOptions, prepare_data
+from megatron_qad.data.sources import BLANK_LINES, BadLine, Record, encode_record, read_records
+from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.runtime.errors import QADError
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
+
+
+def documents(prefix):
+    return [doc.tolist() for doc in IndexedDataset(prefix)]
+
+
+def test_text_files_round_trip_through_sentencepiece(tmp_path, corpus, sp_model, prepared):
+    files = []
+    for i, text in enumerate(corpus[:3]):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+        files.append(str(tmp_path / f"{i}.txt"))
+    prefix, metadata = prepared(files, sp_model)
+    tokenizer = load_tokenizer(sp_model)
+    found = documents(prefix)
+    assert [tokenizer.sp.decode(ids[:-1]) for ids in found] == corpus[:3]
+    assert {ids[-1] for ids in found} == {tokenizer.eod}
+    assert metadata == load_metadata(prefix)
+    assert (metadata.documents, metadata.tokens) == (3, sum(map(len, found)))
+    assert metadata.supervised_tokens == metadata.tokens and not metadata.loss_mask
+    assert not IndexedDataset.exists(loss_mask_prefix(prefix)), "a mask of ones says nothing"
+    assert IndexedDataset(prefix).index.dtype == np.uint16, "400 ids fit 16 bits"
+    assert metadata.vocab_size == 400 and metadata.tokenizer_files_sha256.keys() == {"tiny.model"}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40).filter(str.strip), min_size=1, max_size=5))
+def test_any_unicode_text_round_trips(tmp_path_factory, hf_dir, hf_tokenizer, texts):
+    texts = [t.replace("<|", "<") for t in texts]
+    directory = tmp_path_factory.mktemp("any")
+    (directory / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+    prefix = str(directory / "out")
+    prepare_data(PrepareOptions(inputs=[str(directory / "in.jsonl")], tokenizer=str(hf_dir), output=prefix))
+    decoded = [hf_tokenizer.hf.decode(ids[:-1], clean_up_tokenization_spaces=False) for ids in documents(prefix)]
+    assert decoded == texts
+
+
+def test_chat_and_text_in_one_file(write_jsonl, prepared, hf_dir, hf_tokenizer):
+    chat = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "the answer"}]
+    path = write_jsonl([{"messages": chat}, {"text": "plain"}, {"messages": chat, "id": 7}])
+    prefix, metadata = prepared(path, hf_dir)
+    tokens, mask = documents(prefix), documents(loss_mask_prefix(prefix))
+    assert [len(t) for t in tokens] == [len(m) for m in mask]
+    counted = [[i for i, m in zip(*pair, strict=True) if m] for pair in zip(tokens, mask, strict=True)]
+    assert [hf_tokenizer.hf.decode(ids) for ids in counted] == [
+        "the answer<|im_end|>",
+        "plain<|im_end|>",
+        "the answer<|im_end|>",
+    ]
+    assert all(ids[-1] == hf_tokenizer.eod for ids in tokens)
+    assert mask[0][-1] == 0, "the turn had its end already; the EOD after the template's newline is not the model's"
+    assert metadata.loss_mask and metadata.chat_documents == 2
+    assert metadata.supervised_tokens == sum(map(sum, mask))
+
+
+def test_eod_counts_where_the_template_leaves_the_answer_open(make_hf_dir):
+    tokenizer = load_tokenizer(make_hf_dir("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"))
+    line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    encoded = encode_record(Record("f", 1, True, json.dumps(line).encode()), tokenizer)
+    assert encoded.ids[-1] == tokenizer.eod and encoded.mask[-1] == 1
+
+
+BAD = [
+    ('{"text": "cut off', "not JSON"),
+    ("[1, 2]", "expected a JSON object"),
+    ('{"content": "x"}', "has no 'text' or 'messages'; its keys are ['content']"),
+    ('{"text": 3}', "'text' is int"),
+    ('{"text": "  "}', "the text is empty"),
+    ('{"text": "a", "messages": []}', "has both"),
+    ('{"messages": []}', "'messages' is not"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "no message has the role 'assistant'"),
+    ('{"text": "\\ud800"}', "lone surrogate"),
+    ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "lone surrogate"),
+]
+
+
+def test_bad_lines_are_named_with_their_reason(write_jsonl, prepared, hf_dir):
+    lines = [{"text": "good one"}, *[line for line, _ in BAD], "", {"text": "good two"}]
+    path = write_jsonl(lines)
+    prefix, metadata = prepared(path, hf_dir, max_bad_fraction=0.9)
+    listed = Path(f"{prefix}.bad.txt").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == len(BAD)
+    for number, (found, (_, reason)) in enumerate(zip(listed, BAD, strict=True), start=2):
+        assert found.startswith(f"{path}:{number}: ") and reason in found
+    assert (metadata.documents, metadata.bad_lines, metadata.blank_lines) == (2, len(BAD), 1)
+
+
+def test_too_many_bad_lines_write_nothing_but_their_list(tmp_path, write_jsonl, prepared, hf_dir):
+    path = write_jsonl([{"text": "good"}, "broken"])
+    with pytest.raises(QADError, match=r"1 of 2 records are bad.*input.jsonl:2: not JSON"):
+        prepared(path, hf_dir)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["input.jsonl", "out.bad.txt"]
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path, sp_model):
+    (tmp_path / "x.txt").write_bytes(b"one\ntwo\nthr\xff\n")
+    (record,) = read_records(tmp_path / "x.txt", "text", None)
+    bad = encode_record(record, load_tokenizer(sp_model))
+    assert isinstance(bad, BadLine) and bad.line == 3 and "0xff" in bad.reason
+
+
+def test_splitting_keeps_line_numbers(tmp_path):
+    (tmp_path / "x.txt").write_text("a\nb\n\n \n  c\n---\nd\n", encoding="utf-8")
+    blank = list(read_records(tmp_path / "x.txt", "text", BLANK_LINES))
+    assert [(r.line, r.data) for r in blank] == [(1, b"a\nb"), (5, b"  c\n---\nd\n")]
+    dashes = list(read_records(tmp_path / "x.txt", "text", r"^-+\n"))
+    assert [(r.line, r.data) for r in dashes] == [(1, b"a\nb\n\n \n  c\n"), (7, b"d\n")]
+    with pytest.raises(QADError, match="matches the empty string"):
+        list(read_records(tmp_path / "x.txt", "text", "z*"))
+
+
+def test_workers_keep_the_order(write_jsonl, prepared, sp_model):
+    lines = [{"text": f"document {i} " * (i % 7 + 1)} if i % 50 else "bad" for i in range(400)]
+    path = write_jsonl(lines)
+    one, metadata_one = prepared(path, sp_model, name="one", max_bad_fraction=0.1)
+    two, metadata_two = prepared(path, sp_model, name="two", max_bad_fraction=0.1, workers=2)
+    assert metadata_one == metadata_two
+    for suffix in (".bin", ".idx", ".bad.txt"):
+        assert Path(one + suffix).read_bytes() == Path(two + suffix).read_bytes()
+
+
+def test_an_existing_output_is_kept_unless_forced(write_jsonl, prepared, hf_dir):
+    chat = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]}
+    prefix, _ = prepared(write_jsonl([chat]), hf_dir)
+    before = {p: p.read_bytes() for p in output_files(prefix)}
+    text = write_jsonl([{"text": "plain"}])
+    with pytest.raises(QADError, match=r"out\.bin.*exists.*--force"):
+        prepared(text, hf_dir)
+    with pytest.raises(QADError, match="records are bad"):
+        prepared(write_jsonl(["broken"], "broken.jsonl"), hf_dir, force=True)
+    assert {p: p.read_bytes() for p in output_files(prefix)} == before, "a failed replacement must change nothing"
+    prepared(text, hf_dir, force=True)
+    assert not IndexedDataset.exists(loss_mask_prefix(prefix)), "the old mask must not stay beside new tokens"
+
+
+def test_a_full_disk_leaves_no_output(tmp_path, write_jsonl, prepared, sp_model):
+    path = write_jsonl([{"text": "some text " * 50}] * 2000)  # more than a file may have below, and than is buffered
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(QADError, match="Preparing .*out failed: .*File too large"):
+            prepared(path, sp_model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["input.jsonl"]
+
+
+def test_bos_is_prepended_once(write_jsonl, prepared, sp_model):
+    prefix, _ = prepared(write_jsonl([{"text": "a"}]), sp_model, prepend_bos=True)
+    tokenizer = load_tokenizer(sp_model)
+    assert documents(prefix)[0] == [tokenizer.bos, *tokenizer.encode("a"), tokenizer.eod]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": ["nowhere.jsonl"]}, "nowhere.jsonl is not a file"),
+        ({"tokenizer": "org/name"}, "names on the hub are not downloaded"),
+        ({"split_on": "("}, "--split-on '\\(' is not a regular expression"),
+        ({"workers": 0}, "--workers 0"),
+        ({"max_bad_fraction": 2}, "--max-bad-fraction 2"),
+        ({"json_key": "messages"}, "has no chat template"),
+    ],
+)
+def test_wrong_options_are_named(tmp_path, write_jsonl, sp_model, change, message):
+    path = write_jsonl([{"messages": [{"role": "assistant", "content": "x"}]}])
+    options = {"inputs": [path], "tokenizer": str(sp_model), "output": str(tmp_path / "out"), **change}
+    with pytest.raises(QADError, match=message):
+        prepare_data(PrepareOptions(**options))
+
+
+def test_an_empty_input_is_an_error(write_jsonl, prepared, sp_model):
+    with pytest.raises(QADError, match="holds no document"):
+        prepared(write_jsonl(["", " "]), sp_model)
+
+
+def run_tool(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    return exit_.value.code
+
+
+def test_the_command_line(tmp_path, write_jsonl, sp_model, monkeypatch, capsys):
+    common = ["--tokenizer", str(sp_model), "--output", str(tmp_path / "out")]
+    assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}, "bad"]), *common) == 1
+    assert "input.jsonl:2" in capsys.readouterr().err
+    assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}]), *common) == 0
+    assert "1 documents (0 chats)" in capsys.readouterr().out

@@ -1,0 +1,118 @@
+"""pack_on_grid(fake_quant(w)) decodes to fake_quant(w), bit for bit, and export can find the global scale from w
+alone."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
+from megatron_qad.formats.nvfp4_pack import OffGridError, is_on_grid, pack_on_grid, recover_global_scale
+from megatron_qad.runtime.errors import QADError
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def bits(x):
+    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def spread_weight(seed, dtype, rows=16, dim=128, exponent=0, spread=4.0):
+    """Rows of very different size, so that block scales run through the subnormal E4M3 numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(torch.randn(rows, 1, generator=generator) * spread)
+    weight = (torch.randn(rows, dim, generator=generator) * sizes).clamp(-3e4, 3e4)  # float16 ends at 65504
+    return (weight * 2.0**exponent).to(dtype)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(DTYPES),
+    exponent=st.integers(-12, 0),
+    spread=st.floats(0, 6),
+)
+def test_packing_a_fake_quantized_weight_is_exact(seed, dtype, exponent, spread):
+    weight = spread_weight(seed, dtype, exponent=exponent, spread=spread)
+    on_grid = fake_quant(weight, global_scale_from_amax(tensor_amax(weight)))
+    scale = recover_global_scale(on_grid)
+    packed, block_scale = pack_on_grid(on_grid, scale)
+    assert torch.equal(bits(dequantize(packed, block_scale, scale, dtype)), bits(on_grid))
+    assert (block_scale.view(torch.uint8) >= 1).all() and (block_scale.view(torch.uint8) <= 0x7E).all()
+
+
+def test_requantizing_is_not_idempotent_where_the_block_scale_is_subnormal():
+    """The case that makes pack_on_grid necessary; if this ever holds by plain quantize, the search can go."""
+    scale = torch.tensor(1.0)
+    weight = torch.zeros(1, 16)
+    weight[0, :3] = (
+        torch.tensor([6 * 1.6, 1.0, -3.0]) * 2.0**-9
+    )  # wants scale 1.6 * 2^-9, gets 2 * 2^-9 and codes up to 4
+    on_grid = fake_quant(weight, scale)
+    assert on_grid[0, 0] == 8 * 2.0**-9
+    assert not torch.equal(dequantize(*quantize(on_grid, scale), scale), on_grid)
+    packed, block_scale = pack_on_grid(on_grid, scale)
+    assert block_scale.view(torch.uint8).item() == 0x02
+    assert torch.equal(dequantize(packed, block_scale, scale), on_grid)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_group_that_shares_a_scale_recovers_it_together(dtype):
+    for seed in range(20):
+        group = [spread_weight(seed, dtype), spread_weight(seed + 100, dtype) * 0.1, torch.zeros(4, 128, dtype=dtype)]
+        amax = torch.stack([tensor_amax(w) for w in group]).amax()
+        original = global_scale_from_amax(amax)
+        group = [fake_quant(w, original) for w in group]
+        scale = recover_global_scale(group, name="qkv")
+        for weight in group:
+            assert torch.equal(bits(dequantize(*pack_on_grid(weight, scale), scale, dtype)), bits(weight))
+        if dtype != torch.float32:
+            assert torch.equal(scale, original)
+
+
+def test_float32_scale_moves_by_one_ulp_at_most():
+    """All 2^23 mantissas: the bound behind the search among neighbours. Exponents only shift it, above the floor of
+    the scale."""
+    divisor = torch.tensor(2688.0)
+    moved = 0
+    for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
+        scale = part.view(torch.float32) / divisor
+        again = (6 * (448 * scale)) / divisor  # the amax of the fake-quantized tensor: code 6, block scale 448
+        ulps = (scale.view(torch.int32) - again.view(torch.int32)).abs()
+        assert ulps.max() <= 1
+        moved += int(ulps.sum())
+    assert moved > 0  # else recover_global_scale would be needless
+
+
+def test_what_is_off_the_grid_is_refused_with_name_and_count():
+    weight = torch.randn(8, 64)
+    scale = global_scale_from_amax(tensor_amax(weight))
+    on_grid = fake_quant(weight, scale)
+    on_grid[3, 20:40] *= 1.01
+    with pytest.raises(QADError, match=r"model\.w: 2 of the first 32 blocks"):
+        pack_on_grid(on_grid, scale, name="model.w")
+    assert not is_on_grid(on_grid, scale)
+    with pytest.raises(OffGridError, match=r"model\.w"):
+        recover_global_scale(weight, name="model.w")
+    with pytest.raises(QADError, match="no tensor"):
+        recover_global_scale([], name="empty")
+
+
+def test_an_all_zero_weight_packs():
+    weight = torch.zeros(4, 32, dtype=torch.bfloat16)
+    scale = recover_global_scale(weight)
+    packed, block_scale = pack_on_grid(weight, scale)
+    assert scale == 1.0 and packed.sum() == 0 and (block_scale.view(torch.uint8) == 0x38).all()
+
+
+def test_the_bytes_packed_are_those_quantize_gave_in_training():
+    """For ordinary weights nothing is searched: codes and block scales are the original ones, up to the sign of
+    zero."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = global_scale_from_amax(tensor_amax(weight))
+    packed, block_scale = quantize(weight, scale)
+    again, again_scale = pack_on_grid(fake_quant(weight, scale), scale)
+    assert torch.equal(block_scale.view(torch.uint8), again_scale.view(torch.uint8))
+    low, high = packed & 0x0F, packed >> 4
+    plus_zero = torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
+    assert torch.equal(plus_zero, again)

@@ -1,0 +1,33 @@
+"""Hugging Face -> torch_dist: ``python tools/import_hf.py --hf-model DIR --output CHECKPOINT [--dtype bfloat16]``."""
+
+import argparse
+import sys
+
+from megatron_qad.runtime import QADError, prepare
+
+DTYPES = ("bfloat16", "float32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hf-model", required=True, help="Hugging Face model directory (config.json, *.safetensors)")
+    parser.add_argument("--output", required=True, help="checkpoint directory to write; must be empty or new")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
+    options = parser.parse_args()
+    prepare()
+    import torch
+
+    from megatron_qad.checkpoint.import_hf import import_hf
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))
+    if torch.distributed.get_rank() == 0:
+        print(f"wrote {tensors} tensors to {options.output}")
+
+
+if __name__ == "__main__":  # saving spawns processes that import this file again
+    try:
+        main()
+    except QADError as error:
+        sys.exit(f"error: {error}")
