@@ -115,7 +115,8 @@ def _compare_with_index(weight_map: dict[str, str], shards: Shards, fault: AddFa
         fault(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}: loaders will not see it")
     if shards.tensors:
         directory = next(iter(shards.tensors.values())).file.parent
-        total = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+        metadata = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8")).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total is not None and total != shards.num_bytes:
             fault(INDEX_NAME, f"says total_size {total}; the shards hold {shards.num_bytes} bytes of tensors")
 
@@ -133,11 +134,18 @@ def _read_header(path: Path, shards: Shards, fault: AddFault) -> dict[str, Store
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             fault(path.name, f"has an unreadable header: {error}")
             return {}
+    if not isinstance(header, dict):
+        fault(path.name, f"has an unreadable header: a {type(header).__name__}, expected a JSON object")
+        return {}
     header.pop("__metadata__", None)
     tensors, end = {}, 0
     for tensor, entry in header.items():
-        first, last = entry["data_offsets"]
-        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+        try:
+            first, last = (int(offset) for offset in entry["data_offsets"])
+            shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
+        except (KeyError, TypeError, ValueError):
+            fault(path.name, f"has an unreadable header: the entry of {tensor!r} is {entry!r}")
+            return {}
         end = max(end, last)
         if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != last - first:
             fault(tensor, f"{dtype} {list(shape)} does not fit the {last - first} bytes stored for it in {path.name}")

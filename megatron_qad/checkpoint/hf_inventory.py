@@ -31,7 +31,7 @@ def inventory(config: dict[str, Any]) -> Inventory:
     Raises QADError for an unsupported family, listing those supported, and for a missing or senseless entry.
     """
     model_type = config.get("model_type")
-    if model_type not in _FAMILIES:
+    if model_type not in tuple(_FAMILIES):  # a tuple, because a damaged file may hold an unhashable value
         raise QADError(
             f"config.json: model_type is {model_type!r}; the inventory is known for {', '.join(sorted(_FAMILIES))}. "
             "A new family is one function in megatron_qad/checkpoint/hf_inventory.py."

@@ -1,9 +1,9 @@
 """Checks an exported NVFP4 directory on its own, as the strictest of its consumers would, and names every fault.
 
 Needs no model and no GPU: config.json says what must be there (``hf_inventory``), the shard headers say what is
-(``hf_directory``), and the scales are read. It covers what servers accept and compute garbage from: a missing scale,
-block scales stored as U8, scales that differ within a fused group, exclusions that do not match. Left out: whether the
-weights are good ones.
+(``hf_directory``), ``validate_config`` compares the configurations, and the scales are read. It covers what servers
+accept and compute garbage from: a missing scale, block scales stored as U8, scales that differ within a fused group,
+exclusions that do not match. Left out: whether the weights are good ones.
 """
 
 from collections import defaultdict
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.hf_inventory import Inventory, inventory
-from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout, hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
+from megatron_qad.checkpoint.validate_config import check_config
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 from megatron_qad.runtime.errors import QADError
 
@@ -82,15 +83,16 @@ def validate_nvfp4(directory: str | Path) -> Report:
     if layout is None:
         return report
     report.quantized = [module for module in model.linears if _is_quantized(module, layout, shards)]
-    _check_config(config, layout, model, report)
+    check_config(report.directory, config, layout, model, report.quantized, report.add)
     _check_names_and_shapes(config, layout, model, shards, report)
     _check_values(layout, model, shards, report)
     return report
 
 
 def _find_layout(config: dict[str, Any], report: Report) -> PackedLayout | None:
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method not in PACKED_LAYOUTS:
+    found = config.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method not in tuple(PACKED_LAYOUTS):
         report.add(
             "config.json", f"quantization_config.quant_method is {method!r}, expected {' or '.join(PACKED_LAYOUTS)}"
         )
@@ -108,89 +110,15 @@ def _is_quantized(module: str, layout: PackedLayout, shards: Shards) -> bool:
     return stored is not None and (layout.packed != "weight" or stored.dtype == "U8")
 
 
-def _check_config(config: dict[str, Any], layout: PackedLayout, model: Inventory, report: Report) -> None:
-    found = config["quantization_config"]
-    unquantized = sorted(set(model.linears) - set(report.quantized))
-    wanted = quantization_config(layout.name, unquantized)
-    _check_exclusions("config.json ignore", found.get("ignore"), model, report)
-    # What a consumer acts on; other keys (producer, observer) may differ between exporters.
-    keys = {"modelopt": ("quant_algo",), "compressed-tensors": ("format", "quantization_status")}[layout.name]
-    for key in keys:
-        if found.get(key) != wanted[key]:
-            report.add("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted[key]!r}")
-    _check_groups(found.get("config_groups"), wanted["config_groups"]["group_0"], layout, report)
-    if not report.quantized:
-        report.add("config.json", "announces NVFP4, but no linear is quantized")
-    if layout.name == "modelopt":
-        _check_hf_quant_config(found, model, report)
-
-
-def _check_groups(found: Any, wanted: dict[str, Any], layout: PackedLayout, report: Report) -> None:
-    if not isinstance(found, dict) or len(found) != 1:
-        report.add("config.json", f"quantization_config.config_groups is {found!r}, expected one group for all linears")
-        return
-    group = next(iter(found.values()))
-    for key, value in wanted.items():
-        if not isinstance(value, dict):
-            if value is not None and group.get(key, value) != value:
-                report.add("config.json", f"config_groups {key} is {group.get(key)!r}, expected {value!r}")
-            continue
-        for entry, expected in value.items():
-            actual = (group.get(key) or {}).get(entry)
-            if entry != "observer" and actual != expected:
-                report.add(
-                    "config.json", f"config_groups {key}.{entry} is {actual!r}, expected {expected!r} ({layout.name})"
-                )
-
-
-def _check_hf_quant_config(found: dict[str, Any], model: Inventory, report: Report) -> None:
-    name = "hf_quant_config.json"
-    other = read_json(report.directory / name, report.add)
-    if other is None:
-        return
-    if not isinstance(other.get("quantization"), dict):
-        report.add(name, "has no quantization object")
-        return
-    other = other["quantization"]
-    wanted = hf_quant_config([])["quantization"]
-    for key in wanted:
-        if key not in other:
-            report.add(name, f"lacks quantization.{key}; TensorRT-LLM wants the key, null is fine")
-    for key in ("quant_algo", "group_size", "kv_cache_quant_algo"):
-        if other.get(key) != wanted[key]:
-            report.add(name, f"quantization.{key} is {other.get(key)!r}, expected {wanted[key]!r}")
-        if found.get(key, wanted[key]) != other.get(key):
-            report.add(name, f"quantization.{key} is {other.get(key)!r}, config.json says {found.get(key)!r}")
-    if found.get("kv_cache_scheme") is not None:
-        report.add(
-            "config.json", "has a kv_cache_scheme; hf_quant_config.json and the tensors know of no quantized KV cache"
-        )
-    _check_exclusions(f"{name} exclude_modules", other.get("exclude_modules"), model, report)
-    if isinstance(found.get("ignore"), list) and sorted(found["ignore"]) != sorted(other.get("exclude_modules") or []):
-        report.add(name, "exclude_modules and config.json's ignore differ; servers read one or the other")
-
-
-def _check_exclusions(where: str, found: Any, model: Inventory, report: Report) -> None:
-    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        report.add(where, f"is {found!r}, expected a list of module names")
-        return
-    for module in sorted(set(found)):
-        if module in report.quantized:
-            report.add(module, f"is quantized and stands in {where}")
-        elif module not in model.linears:
-            report.add(
-                module, f"stands in {where} and is no linear; expected exact names, servers read patterns differently"
-            )
-    for module in sorted(set(model.linears) - set(report.quantized) - set(found)):
-        report.add(module, f"is not quantized and missing from {where}")
-
-
 def _expected(
     config: dict, layout: PackedLayout, model: Inventory, report: Report
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> dtype and shape of every tensor that must be there."""
     named = config.get("dtype", config.get("torch_dtype"))
-    plain = _PLAIN_DTYPES.get(str(named).removeprefix("torch."), "BF16")
+    plain = _PLAIN_DTYPES.get(str(named).removeprefix("torch."))
+    if plain is None:
+        report.add("config.json", f"dtype is {named!r}, expected one of {', '.join(_PLAIN_DTYPES)}")
+        plain = "BF16"
     tensors = {name: (plain, shape) for name, shape in model.tensors.items()}
     for module, (rows, columns) in model.linears.items():
         if module not in report.quantized:
@@ -244,7 +172,12 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report
     block_scales = {f"{module}.{layout.block_scale}" for module in report.quantized}
     tied = {}
     for path, names in names_by_file.items():
-        with safe_open(path, framework="pt") as file:
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            report.add(path.name, f"is refused by the safetensors library: {error}")
+            continue
+        with opened as file:
             for name in names:
                 if shards.tensors[name].dtype == "U8" and name not in block_scales:
                     continue  # any byte is a pair of codes

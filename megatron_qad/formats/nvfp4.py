@@ -166,7 +166,8 @@ def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool) -> tuple[T
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
         raise QADError(
             f"{name}: shape is {list(x.shape)}; NVFP4 needs a last dimension that is a positive "
-            f"multiple of {BLOCK_SIZE}. With tensor parallelism that holds for each shard; choose a smaller parallel size or exclude the layer."
+            f"multiple of {BLOCK_SIZE}. With tensor parallelism that holds for each shard; choose a smaller parallel "
+            "size or exclude the layer."
         )
     scale = global_scale.detach().float().reshape(()).to(x.device)
     if check and not GLOBAL_SCALE_MIN <= scale.item() < float("inf"):

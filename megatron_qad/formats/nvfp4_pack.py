@@ -124,8 +124,8 @@ def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -
     if unsolved:
         raise OffGridError(
             f"{name}: {unsolved} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values under the "
-            f"global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was fake-quantized "
-            "with exactly this scale; was it changed since, or does it share the scale of another group?"
+            f"global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
+            "fake-quantized with exactly this scale; was it changed since, or does it share the scale of another group?"
         )
     return torch.cat(all_codes), torch.cat(all_scales).view(torch.float8_e4m3fn)
 

@@ -1,6 +1,9 @@
 """Builds the two models of a QAD job: the student that Megatron trains and the frozen teacher beside it."""
 
 import argparse
+import json
+import shutil
+from pathlib import Path
 
 import torch
 from megatron.core import mpu
@@ -46,6 +49,8 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     if resumes and has_amaxes(args.load):
         inputs.expect_amax(device=torch.cuda.current_device())
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
+    if args.save is not None and torch.distributed.get_rank() == 0:
+        describe_checkpoint(args, formats)
     weights = InPlaceWeights(chunks, formats, tp_group)
     print_rank_0(f"megatron_qad: {len(weights.weights)} weights of this rank are NVFP4 by policy {args.qad.qad_policy}")
     wrap_schedule(QADStep(teacher, weights, inputs, args.qad.qad_calibration_samples))
@@ -62,3 +67,12 @@ def build_teacher(args: argparse.Namespace) -> Teacher:
     load_weights(chunks, args.qad.qad_teacher)
     print_rank_0(f"megatron_qad: teacher from {args.qad.qad_teacher}, frozen")
     return Teacher([freeze(chunk) for chunk in chunks])
+
+
+def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:
+    """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear."""
+    save = Path(args.save)
+    start = Path(args.qad.qad_student or args.qad.qad_teacher)
+    shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True)
+    job = {"policy": args.qad.qad_policy, "rules": args.qad.qad_rule, "loss": args.qad.qad_loss, "formats": formats}
+    (save / "qad.json").write_text(json.dumps(job, indent=1))

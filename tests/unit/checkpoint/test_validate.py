@@ -246,6 +246,20 @@ CONFIG_FAULTS = {
         "config.json: config.json: model_type is 'mamba'",
     ),
     "hidden size": ("modelopt", config_change("hidden_size", "many"), None, "config.json: config.json: hidden_size"),
+    "dtype": ("modelopt", config_change("dtype", "fp8"), None, "config.json: dtype is 'fp8'"),
+    "no architecture": ("modelopt", config_change("architectures", None), None, "config.json: architectures is None"),
+    "unhashable family": (
+        "modelopt",
+        config_change("model_type", []),
+        None,
+        "config.json: config.json: model_type is []",
+    ),
+    "no groups": (
+        "modelopt",
+        config_change(QC, "config_groups", []),
+        None,
+        "config.json: quantization_config.config_gr",
+    ),
     "tied": ("modelopt", config_change("tie_word_embeddings", True), None, "lm_head.weight: differs from model.embed"),
     "scale_dtype missing": (
         "compressed-tensors",
@@ -310,6 +324,10 @@ def test_damaged_files_are_named(tmp_path):
     directory, shards = fresh("truncated")
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
     assert any(fault.startswith(f"{shards[1].name}: is ") and "truncated" in fault for fault in faults(directory))
+    header = shards[1].read_bytes()[:200]
+    for offset, junk in ((8, b"["), (8, b'{"a":1}'.ljust(190)), (0, b"\xff" * 8)):
+        shards[1].write_bytes(header[:offset] + junk + header[offset + len(junk) :])
+        assert any(fault.startswith(f"{shards[1].name}: ") for fault in faults(directory))
     for size in (0, 5, 40):
         shards[1].write_bytes(shards[1].read_bytes()[:size])
         assert any(fault.startswith(f"{shards[1].name}: is truncated") for fault in faults(directory))

@@ -1,0 +1,50 @@
+"""Reads tensors of a torch_dist checkpoint whole, a few at a time, without building a model."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.weights import iteration_dir
+from megatron_qad.runtime.errors import QADError
+
+
+class TorchDistReader:
+    """Global tensors of the newest iteration in a checkpoint directory. torch.distributed must be initialized."""
+
+    def __init__(self, checkpoint: str | Path):
+        self.checkpoint = Path(checkpoint)
+        self.directory = iteration_dir(checkpoint)
+        self._metadata = dist_checkpointing.load_tensors_metadata(str(self.directory))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._metadata
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Whole tensors by name, each in its stored dtype."""
+        for name in names:
+            if name not in self._metadata:
+                raise QADError(f"{self.directory}: no tensor {name!r}; the checkpoint is of another architecture or damaged")
+        wanted = {}
+        for name in names:
+            stored = self._metadata[name]
+            empty = torch.empty(stored.global_shape, dtype=stored.dtype)
+            wanted[name] = ShardedTensor.from_rank_offsets(name, empty)
+        return dist_checkpointing.load(wanted, str(self.directory), validate_access_integrity=False)
+
+    def layers(self, maps: Sequence[TensorMap]) -> Iterator[tuple[TensorMap, torch.Tensor]]:
+        """The tensors of ``maps`` in order, read a layer at a time; vocabulary padding cut off, shapes checked."""
+        for _, group in groupby(maps, key=lambda m: m.layer):
+            group = list(group)
+            tensors = self.read([m.megatron for m in group])
+            for m in group:
+                tensor = tensors.pop(m.megatron)
+                if m.kind in ("embedding", "head"):
+                    tensor = tensor[: m.shape[0]]
+                if tuple(tensor.shape) != m.shape:
+                    raise QADError(f"{self.directory}: {m.megatron} has shape {list(tensor.shape)}, expected {list(m.shape)}")
+                yield m, tensor

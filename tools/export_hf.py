@@ -1,0 +1,38 @@
+"""torch_dist -> Hugging Face: ``python tools/export_hf.py --checkpoint DIR --output DIR --layout modelopt``."""
+
+import argparse
+import sys
+
+from megatron_qad.runtime import QADError, prepare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="directory that pretrain_qad.py saved (or import_hf.py wrote)")
+    parser.add_argument("--output", required=True, help="Hugging Face directory to write; must be empty or new")
+    parser.add_argument(
+        "--layout",
+        choices=("modelopt", "compressed-tensors", "bf16"),
+        default="modelopt",
+        help="modelopt: vLLM, SGLang, TensorRT-LLM. compressed-tensors: vLLM, transformers. bf16: unpacked",
+    )
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="bound on a safetensors file, in 10^9 bytes")
+    options = parser.parse_args()
+    prepare()
+
+    from megatron_qad.checkpoint.export_hf import export_hf
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    written = export_hf(options.checkpoint, options.output, options.layout, int(options.max_shard_gb * 1e9))
+    print(
+        f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, {len(written.quantized)} NVFP4 linears, "
+        f"{len(written.excluded)} linears left in BF16, in {len(written.shards)} file(s) to {written.directory}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QADError as error:
+        sys.exit(f"error: {error}")
