@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.weights import iteration_dir
+from megatron_qad.models.weights import GATED_HALVES, iteration_dir
 from megatron_qad.runtime.errors import QADError
 
 
@@ -26,9 +26,14 @@ class TorchDistReader:
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Whole tensors by name, each in its stored dtype."""
+        halves = {name: [f"{name}{half}" for half in GATED_HALVES] for name in names if f"{name}{GATED_HALVES[0]}" in self}
+        loaded = self._load([part for name in names for part in halves.get(name, [name])])
+        return {name: torch.cat([loaded[part] for part in halves.get(name, [name])]) for name in names}
+
+    def _load(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         for name in names:
-            if name not in self._metadata:
-                raise QADError(f"{self.directory}: no tensor {name!r}; the checkpoint is of another architecture or damaged")
+            if name not in self:
+                raise QADError(f"{self.directory}: no tensor {name!r}; it is of another architecture or damaged")
         wanted = {}
         for name in names:
             stored = self._metadata[name]

@@ -13,6 +13,9 @@ from megatron.core.utils import unwrap_model
 
 from megatron_qad.runtime.errors import QADError
 
+# Megatron's training loop stores gate and up of a gated MLP as two tensors with these endings (the metadata key
+# "singleton_local_shards"); the importer, as Megatron's default, as the two halves of one.
+GATED_HALVES = ("_w", "_v")
 _NOT_WEIGHTS = ("_extra_state", "_quantizer.")
 
 
@@ -49,10 +52,11 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path) -> N
         QADError: a tensor of the model that the checkpoint lacks, or one of another shape; named.
     """
     stored = stored_shapes(checkpoint)
+    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in stored)}
     for chunk in unwrap_model(list(chunks)):
         sharded = {
             name: tensor
-            for name, tensor in chunk.sharded_state_dict().items()
+            for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
             if not any(part in name for part in _NOT_WEIGHTS)
         }
         _check(sharded, stored, checkpoint)

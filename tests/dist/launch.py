@@ -1,0 +1,67 @@
+"""Starts torchrun for a worker script and brings its results back.
+
+A start costs ten seconds or more of imports, so a worker handles many cases in one launch. In the test:
+
+    results = run_workers(Path(__file__).with_name("worker_x.py"), 2, {"model": str(tmp_path)})
+
+In the worker, which runs on every rank (``tests/dist`` is on its path):
+
+    def cases(arguments: dict) -> list[dict]: ...        # any JSON; rank 0's is what the test receives
+
+    if __name__ == "__main__":
+        report(cases)
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_workers(worker_file: str | Path, nproc: int, arguments: dict | None = None, timeout: float = 300) -> list:
+    """Run ``worker_file`` on ``nproc`` ranks of this machine and return rank 0's list, one result a case.
+
+    Raises:
+        AssertionError: the launch failed, ran past ``timeout`` seconds or wrote no result; with the end of its output.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        result, given = Path(directory) / "result.json", Path(directory) / "arguments.json"
+        given.write_text(json.dumps(arguments or {}))
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+        # --standalone: the agent's store picks a free port itself, so two tests never meet on one.
+        command += ["--standalone", str(worker_file), str(given), str(result)]
+        # tempfile, and not a pipe: a child that outlives a killed agent would keep a pipe open for ever.
+        with open(Path(directory) / "output.txt", "w+") as output:
+            launch = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment())
+            try:
+                code = launch.wait(timeout)
+            except subprocess.TimeoutExpired:
+                launch.terminate()  # the agent passes it on to its workers
+                code = f"none after {timeout} s; last exit status {launch.wait(30)}"
+            output.seek(0)
+            text = output.read()
+        if code != 0 or not result.is_file():
+            raise AssertionError(f"{Path(worker_file).name} on {nproc} ranks: exit status {code}\n{text[-12000:]}")
+        return json.loads(result.read_text())
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, no compilation, this checkout first on the path."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "dist"), os.environ.get("PYTHONPATH", "")])
+    fixed = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+    return {**os.environ, **fixed}
+
+
+def report(cases: Callable[[dict], list]) -> None:
+    """The worker's main: call ``cases`` with the test's arguments on every rank; rank 0 hands its list back."""
+    given, result = sys.argv[1:3]
+    results = cases(json.loads(Path(given).read_text()))
+    if os.environ["RANK"] == "0":
+        aside = Path(result + ".part")
+        aside.write_text(json.dumps(results))
+        aside.rename(result)
