@@ -8,7 +8,7 @@ from megatron_qad.runtime import QADError, prepare
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="directory that pretrain_qad.py saved (or import_hf.py wrote)")
+    parser.add_argument("--checkpoint", required=True, help="directory that pretrain_qad.py saved")
     parser.add_argument("--output", required=True, help="Hugging Face directory to write; must be empty or new")
     parser.add_argument(
         "--layout",
@@ -26,8 +26,8 @@ def main() -> None:
     init_process_group()
     written = export_hf(options.checkpoint, options.output, options.layout, int(options.max_shard_gb * 1e9))
     print(
-        f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, {len(written.quantized)} NVFP4 linears, "
-        f"{len(written.excluded)} linears left in BF16, in {len(written.shards)} file(s) to {written.directory}"
+        f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, in {len(written.shards)} file(s) to "
+        f"{written.directory}: {len(written.quantized)} NVFP4 linears, {len(written.excluded)} left in BF16"
     )
 
 

@@ -1,8 +1,9 @@
 """torch_dist -> Hugging Face, in BF16 or NVFP4: one layer at a time, with no model and no GPU.
 
-The checkpoint says what it is: ``hf/config.json`` the architecture and ``qad.json`` the format of every linear. A weight that
-the job saved on the NVFP4 grid packs to exactly itself; one saved between an optimizer step and its quantization is rounded
-here, by the same arithmetic and with the same global scale, to what the next forward pass would have used.
+The checkpoint says what it is: ``hf/config.json`` the architecture and ``qad.json`` the format of every linear. A
+weight that the job saved on the NVFP4 grid packs to exactly itself; one saved between an optimizer step and its
+quantization is rounded here, by the same arithmetic and with the same global scale, to what the next forward pass would
+have used.
 """
 
 import json
@@ -57,7 +58,7 @@ def read_formats(checkpoint: Path) -> dict[str, str]:
     """Format of every linear, by Megatron weight name, as the job that saved the checkpoint resolved its policy."""
     file = checkpoint / JOB_FILE
     if not file.is_file():
-        raise QADError(f"{checkpoint}: no {JOB_FILE}; only a checkpoint saved by pretrain_qad.py can be exported as NVFP4")
+        raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
     return json.loads(file.read_text())["formats"]
 
 

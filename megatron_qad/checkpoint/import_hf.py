@@ -1,7 +1,7 @@
 """Hugging Face -> torch_dist: the weights under Megatron's global names, which any TP, PP or EP reads.
 
-Needs no model and no GPU: the family's name map says what to do, a layer's tensors are read when their turn comes. Under
-torchrun each rank imports its share. Values are copied, never changed but for a cast to the asked dtype.
+Needs no model and no GPU: the family's name map says what to do, a layer's tensors are read when their turn comes.
+Under torchrun each rank imports its share. Values are copied, never changed but for a cast to the asked dtype.
 """
 
 import shutil
@@ -19,12 +19,14 @@ from megatron_qad.runtime.errors import QADError
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Write ``target`` (``release/`` in torch_dist format, ``hf/`` with config and tokenizer); return its number of tensors.
+    """Write ``target`` (``release/`` in torch_dist format, ``hf/`` with config and tokenizer); return its number of
+    tensors.
 
     torch.distributed must be initialized; every rank calls this.
 
     Raises:
-        QADError: unsupported family, missing, left-over, truncated, wrong-shaped or non-finite tensors, or a target that
+        QADError: unsupported family, missing, left-over, truncated, wrong-shaped or non-finite tensors, or a target
+        that
             exists and is not empty.
     """
     source, target = Path(source), Path(target)

@@ -26,9 +26,10 @@ class TorchDistReader:
 
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Whole tensors by name, each in its stored dtype."""
-        halves = {name: [f"{name}{half}" for half in GATED_HALVES] for name in names if f"{name}{GATED_HALVES[0]}" in self}
-        loaded = self._load([part for name in names for part in halves.get(name, [name])])
-        return {name: torch.cat([loaded[part] for part in halves.get(name, [name])]) for name in names}
+        split = {name for name in names if f"{name}{GATED_HALVES[0]}" in self}
+        parts = {name: [f"{name}{half}" for half in GATED_HALVES] if name in split else [name] for name in names}
+        loaded = self._load([part for group in parts.values() for part in group])
+        return {name: torch.cat([loaded.pop(part) for part in group]) for name, group in parts.items()}
 
     def _load(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         for name in names:
@@ -51,5 +52,6 @@ class TorchDistReader:
                 if m.kind in ("embedding", "head"):
                     tensor = tensor[: m.shape[0]]
                 if tuple(tensor.shape) != m.shape:
-                    raise QADError(f"{self.directory}: {m.megatron} has shape {list(tensor.shape)}, expected {list(m.shape)}")
+                    found = list(tensor.shape)
+                    raise QADError(f"{self.directory}: {m.megatron} has shape {found}, expected {list(m.shape)}")
                 yield m, tensor

@@ -1,4 +1,5 @@
-"""What QAD adds to Megatron's arguments. Every field is a flag (``--qad-...``), a YAML key, and its docstring the help."""
+"""What QAD adds to Megatron's arguments. Every field is a flag (``--qad-...``), a YAML key, and its docstring the
+help."""
 
 from dataclasses import dataclass, field
 
@@ -8,13 +9,16 @@ class QADOptions:
     """Quantization-aware distillation"""
 
     qad_teacher: str | None = None
-    """Checkpoint directory of the frozen BF16 teacher, as tools/import_hf.py writes it. Required unless --qad-loss ce."""
+    """Checkpoint directory of the frozen BF16 teacher, as tools/import_hf.py writes it. Required unless --qad-loss
+    ce."""
 
     qad_student: str | None = None
-    """Checkpoint directory with the student's initial weights, as tools/import_hf.py writes it. Default: the teacher's."""
+    """Checkpoint directory with the student's initial weights, as tools/import_hf.py writes it. Default: the
+    teacher's."""
 
     qad_loss: str = "kl"
-    """Training loss: 'kl' (KL divergence from teacher to student, which is QAD) or 'ce' (cross entropy, which is QAT)."""
+    """Training loss: 'kl' (KL divergence from teacher to student, which is QAD) or 'ce' (cross entropy, which is
+    QAT)."""
 
     qad_temperature: float = 1.0
     """Temperature of teacher and student in the KL loss; 1 is the report's."""
@@ -26,10 +30,15 @@ class QADOptions:
     """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins."""
 
     qad_calibration_samples: int = 64
-    """Training sequences whose activations set the quantizers' amax before the first step, rounded up to whole microbatches."""
+    """Training sequences whose activations set the quantizers' amax before the first step, rounded up to whole
+    microbatches."""
 
     qad_layer_spec: str | None = None
-    """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU is there."""
+    """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU
+    is there."""
+
+    qad_ptq: bool = False
+    """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""
 
     qad_dry_run: bool = False
     """Print the plan (model, formats, layout, tokens, bytes per rank) and exit without building weights."""

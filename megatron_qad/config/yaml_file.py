@@ -1,4 +1,5 @@
-"""``--config FILE.yaml``: Megatron and QAD options by name, turned into command-line flags that the real ones override."""
+"""``--config FILE.yaml``: Megatron and QAD options by name, turned into command-line flags that the real ones
+override."""
 
 import argparse
 import difflib
@@ -13,8 +14,8 @@ from megatron_qad.runtime.errors import QADError
 def expand(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
     """Replace ``--config FILE`` by the file's options, placed before the other flags, which therefore win.
 
-    Keys are option names with ``-`` or ``_``; ``true`` sets a flag, ``false`` and ``null`` leave it at its default, a list
-    gives several values.
+    Keys are option names with ``-`` or ``_``; ``true`` sets a flag, ``false`` and ``null`` leave it at its default, a
+    list gives several values.
 
     Args:
         argv: command line without the program's name.

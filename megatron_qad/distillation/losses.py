@@ -7,7 +7,8 @@ from torch import Tensor
 from megatron_qad.distillation import vocab_parallel
 
 LOSSES = ("kl", "ce")
-"""kl: KL(teacher || student), what QAD trains with. ce: cross entropy against the labels, which is QAT; needs no teacher."""
+"""kl: KL(teacher || student), what QAD trains with. ce: cross entropy against the labels, which is QAT; needs no
+teacher."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ def per_token_loss(
     """The loss of each token, float32, in nats.
 
     Args:
-        name: one of ``LOSSES``.
-        student, teacher: logits [..., V/tp]; the backward pass consumes the student's. ``teacher`` may be None for "ce".
-        labels: int64 [...].
-        temperature: of both distributions; used by "kl".
+        name: one of ``LOSSES``. student, teacher: logits [..., V/tp]; the backward pass consumes the student's.
+        ``teacher`` may be None for "ce". labels: int64 [...]. temperature: of both distributions; used by "kl".
     """
     if name == "kl":
         return vocab_parallel.kl_divergence(

@@ -9,7 +9,8 @@ from megatron_qad.distillation import vocab_parallel
 from megatron_qad.distillation.losses import VocabShard
 
 NAMES = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement")
-"""KL(teacher || student) and the cross entropies in nats a token; the share of tokens with the same most likely token."""
+"""KL(teacher || student) and the cross entropies in nats a token; the share of tokens with the same most likely
+token."""
 
 
 @dataclass

@@ -1,11 +1,11 @@
 """KL divergence and cross entropy per token over vocabulary-parallel logits, with their own backward passes.
 
 Each rank holds ``logits [..., V/tp]``. A token's loss needs only a few numbers a rank: its maximum, its sum of
-exponentials and a weighted sum. One all-gather merges them; the backward pass needs no collective and writes the gradient
-over the student's logits, so that neither pass makes a float32 copy of them: tokens are taken in chunks.
+exponentials and a weighted sum. One all-gather merges them; the backward pass needs no collective and writes the
+gradient over the student's logits, so that neither pass makes a float32 copy of them: tokens are taken in chunks.
 
-The student's logits are consumed: after the backward pass they hold their own gradient. Columns past ``num_columns`` are
-vocabulary padding: they are not part of either distribution and their gradient is zero.
+The student's logits are consumed: after the backward pass they hold their own gradient. Columns past ``num_columns``
+are vocabulary padding: they are not part of either distribution and their gradient is zero.
 """
 
 import torch
@@ -117,12 +117,14 @@ class _KLDivergence(torch.autograd.Function):
     def backward(ctx, grad):
         student, teacher, log_s, log_t = ctx.saved_tensors
         width, columns, scale = student.shape[-1], ctx.columns, ctx.inverse_temperature
-        # detach(): the saved tensor's version must not count this write, which nobody reads again.
-        grad_logits, teacher2d = student.detach().view(-1, width), teacher.view(-1, width)
+        # detach(): the saved tensor's version must not count this write, which nobody reads again. reshape: a copy, and
+        # so not over the logits, only where their strides allow no view.
+        grad_logits, teacher2d = student.detach().reshape(-1, width), teacher.reshape(-1, width)
         grad = grad.reshape(-1).float() * scale
         for rows in token_chunks(grad_logits.shape[0], columns):
             p_s = grad_logits[rows, :columns].float().mul_(scale).sub_(log_s[rows, None]).exp_()
-            p_t = teacher2d[rows, :columns].float().mul_(scale).sub_(log_t[rows, None]).exp_()
+            # copy: float32 logits of the teacher are not ours to write
+            p_t = teacher2d[rows, :columns].to(torch.float32, copy=True).mul_(scale).sub_(log_t[rows, None]).exp_()
             grad_logits[rows, :columns] = p_s.sub_(p_t).mul_(grad[rows, None])
         grad_logits[:, columns:] = 0
         return grad_logits.view(student.shape), None, None, None, None
@@ -152,7 +154,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         logits, index, here, log_z = ctx.saved_tensors
         width, columns = logits.shape[-1], ctx.columns
-        grad_logits = logits.detach().view(-1, width)
+        grad_logits = logits.detach().reshape(-1, width)  # as above
         grad = grad.reshape(-1).float()
         for rows in token_chunks(grad_logits.shape[0], columns):
             p = grad_logits[rows, :columns].float().sub_(log_z[rows, None]).exp_()

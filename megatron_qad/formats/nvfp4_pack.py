@@ -111,22 +111,21 @@ def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -
     exactly."""
     candidates = torch.arange(1, 0x7F, dtype=torch.uint8, device=blocks.device).view(torch.float8_e4m3fn)
     decode_scales = candidates.float() * global_scale.float().reshape(()).to(blocks.device)
-    all_codes, all_scales, unsolved = [], [], 0
+    all_codes, all_scales = [], []
     for chunk in blocks.split(_SEARCH_BLOCKS):
         scaled = chunk.float().unsqueeze(1) / decode_scales.view(1, -1, 1)  # [B, candidates, 16]
         codes = encode(scaled)
         decoded = (decode_codes(codes) * decode_scales.view(1, -1, 1)).to(chunk.dtype)
         exact = (decoded == chunk.unsqueeze(1)).all(dim=-1)
-        unsolved += int((~exact.any(dim=-1)).sum())
+        if unsolved := int((~exact.any(dim=-1)).sum()):  # at once: a tensor that never was quantized fails everywhere
+            raise OffGridError(
+                f"{name}: at least {unsolved} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values "
+                f"under the global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
+                "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"
+            )
         first = exact.int().argmax(dim=-1)
         all_codes.append(codes[torch.arange(len(chunk), device=chunk.device), first])
         all_scales.append(candidates.view(torch.uint8)[first])
-    if unsolved:
-        raise OffGridError(
-            f"{name}: {unsolved} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values under the "
-            f"global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
-            "fake-quantized with exactly this scale; was it changed since, or does it share the scale of another group?"
-        )
     return torch.cat(all_codes), torch.cat(all_scales).view(torch.float8_e4m3fn)
 
 

@@ -1,7 +1,7 @@
 """Torch layers for the local layer spec: what Megatron takes from Transformer Engine where that is not installed.
 
-Only the two that Megatron has no torch version of: a norm that works with sequence parallelism, and a hybrid stack whose
-final norm is that norm. Linears and attention are Megatron's own.
+Only the two that Megatron has no torch version of: a norm that works with sequence parallelism, and a hybrid stack
+whose final norm is that norm. Linears and attention are Megatron's own.
 """
 
 import torch
@@ -28,7 +28,8 @@ class RMSNorm(torch.nn.Module):
 
 
 class LocalHybridStack(HybridStack):
-    """``HybridStack`` without Transformer Engine: the final norm, which upstream fixes to ``TENorm``, is ``RMSNorm``."""
+    """``HybridStack`` without Transformer Engine: the final norm, which upstream fixes to ``TENorm``, is
+    ``RMSNorm``."""
 
     def __init__(self, config, *args, post_layer_norm: bool = True, **kwargs):
         super().__init__(config, *args, post_layer_norm=False, **kwargs)

@@ -16,7 +16,8 @@ from megatron_qad.runtime.errors import QADError
 # Megatron's training loop stores gate and up of a gated MLP as two tensors with these endings (the metadata key
 # "singleton_local_shards"); the importer, as Megatron's default, as the two halves of one.
 GATED_HALVES = ("_w", "_v")
-_NOT_WEIGHTS = ("_extra_state", "_quantizer.")
+_EXTRA_STATE = "_extra_state"  # of Transformer Engine's and modelopt's modules: made anew, never loaded
+_QUANTIZER = "_quantizer."
 
 
 def iteration_dir(checkpoint: str | Path) -> Path:
@@ -45,24 +46,29 @@ def has_amaxes(checkpoint: str | Path) -> bool:
     return any(name.endswith("input_quantizer._amax") for name in stored_shapes(checkpoint))
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path) -> None:
+def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False) -> None:
     """Fill the model chunks (one a virtual stage) with the weights of ``checkpoint``.
+
+    Args:
+        with_amaxes: also the input quantizers' amaxes, whose buffers must be there (``InputQuantizers.expect_amax``).
 
     Raises:
         QADError: a tensor of the model that the checkpoint lacks, or one of another shape; named.
     """
     stored = stored_shapes(checkpoint)
+    left_out = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
     metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in stored)}
     for chunk in unwrap_model(list(chunks)):
         sharded = {
             name: tensor
             for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
-            if not any(part in name for part in _NOT_WEIGHTS)
+            if not any(part in name for part in left_out)
         }
         _check(sharded, stored, checkpoint)
         loaded = dist_checkpointing.load(sharded, str(iteration_dir(checkpoint)))
+        loaded = {name: loaded[name] for name in sharded}  # a job's checkpoint also has args, iteration, ...
         missing, unexpected = chunk.load_state_dict(loaded, strict=False)
-        wrong = [n for n in missing if not any(part in n for part in _NOT_WEIGHTS)] + list(unexpected)
+        wrong = [n for n in missing if not any(part in n for part in (_EXTRA_STATE, _QUANTIZER))] + list(unexpected)
         if wrong:
             raise QADError(f"{checkpoint}: tensors that the model and the checkpoint do not share: {wrong[:5]}")
 

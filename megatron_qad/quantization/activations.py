@@ -1,7 +1,7 @@
 """The student's activations in NVFP4: quantizers put in by modelopt, calibrated by maximum, run by our arithmetic.
 
-modelopt knows Megatron's linears (also Transformer Engine's fused ones) and where their inputs are; it has no NVFP4 forward
-pass on the CPU, so a backend of ours, registered by name, computes it: the same arithmetic as everywhere else.
+modelopt knows Megatron's linears (also Transformer Engine's fused ones) and where their inputs are; it has no NVFP4
+forward pass on the CPU, so a backend of ours, registered by name, computes it: the same arithmetic as everywhere else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backend
 
 from megatron_qad.formats import nvfp4
@@ -22,6 +23,15 @@ _NVFP4_INPUT = {
     "backend": BACKEND,
     "enable": True,
 }
+
+
+class _RunningAmax(MaxCalibrator):
+    """modelopt's max calibrator stops at a NaN without a name, on one rank of many. Here NaN and Inf stay in the
+    maximum until the linear's name is known and all ranks stop together; no pass waits for the device."""
+
+    def collect(self, x: torch.Tensor) -> None:
+        amax = nvfp4.tensor_amax(x)
+        self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
 
 
 class _FakeQuantSTE(torch.autograd.Function):
@@ -48,15 +58,16 @@ class InputQuantizers:
     """The input quantizers of one student, over all its model chunks on this rank.
 
     Args:
-        chunks: unwrapped model chunks; modelopt replaces their linears in place.
-        formats: format of every linear, by global Megatron weight name.
-        groups: process groups over which a linear's input is the same tensor or a part of it (tensor and data parallel);
+        chunks: unwrapped model chunks; modelopt replaces their linears in place. formats: format of every linear, by
+        global Megatron weight name. groups: process groups over which a linear's input is the same tensor or a part of
+        it (tensor and data parallel);
             its amax is the maximum over all of them.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], groups: Sequence = ()):
         self.groups = [group for group in groups if group is not None and group.size() > 1]
         self.quantizers: dict[str, TensorQuantizer] = {}
+        self._calibrated = False
         for chunk in chunks:
             mtq.replace_quant_module(chunk)
             for module in chunk.modules():
@@ -70,10 +81,19 @@ class InputQuantizers:
     @property
     def calibrated(self) -> bool:
         """Whether every quantizer knows its amax (from calibration or from a checkpoint)."""
-        return all(getattr(q, "_amax", None) is not None and bool(q._amax > 0) for q in self.quantizers.values())
+        if not self._calibrated:  # asked once: each look at an amax waits for the device
+            amaxes = [getattr(quantizer, "_amax", None) for quantizer in self.quantizers.values()]
+            self._calibrated = all(amax is not None and bool(amax > 0) for amax in amaxes)
+            if self._calibrated:
+                # Loading leaves them as modelopt and Megatron's 16-bit wrapper make them: without an axis, and in the
+                # inputs' precision, which holds their maximum exactly. A job saves them as it found them.
+                for quantizer in self.quantizers.values():
+                    quantizer._amax = quantizer._amax.float().view(1)
+        return self._calibrated
 
     def expect_amax(self, device=None) -> None:
         """Register the amax buffers, so that loading a checkpoint fills them."""
+        self._calibrated = False
         for quantizer in self.quantizers.values():
             quantizer.amax = torch.zeros(1, dtype=torch.float32, device=device)
 
@@ -84,8 +104,10 @@ class InputQuantizers:
         Raises:
             QADError: a linear that saw no input, or one whose input held NaN, Inf or only zeros; named.
         """
+        self._calibrated = False
         for quantizer in self.quantizers.values():
             quantizer.reset_amax()
+            quantizer._calibrator = _RunningAmax()
             quantizer.disable_quant()
             quantizer.enable_calib()
         yield

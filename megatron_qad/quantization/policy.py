@@ -2,7 +2,8 @@
 
 A rule selects by ``kind`` (attention, mlp, head) or by ``name`` (a shell pattern on the Megatron module, such as
 ``decoder.layers.3.*``) and gives a ``format``. Later rules win. Every rule must reach a linear and every linear must be
-reached by a rule: what stays in BF16 stays there on purpose. Left to a later room: rules by position (first, last, before).
+reached by a rule: what stays in BF16 stays there on purpose. Left to a later room: rules by position (first, last,
+before).
 """
 
 import fnmatch
@@ -62,7 +63,10 @@ def load(policy: str, overrides: Sequence[str] = ()) -> list[Rule]:
             f"no quantization policy {policy!r}: it is neither a YAML file nor one of "
             + ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
         )
-    document = yaml.safe_load(path.read_text())
+    try:
+        document = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise QADError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict) or set(document) != {"rules"} or not isinstance(document["rules"], list):
         raise QADError(f"{path}: a policy is one list named 'rules', found {document!r:.200}")
     rules = [_parse(entry, str(path)) for entry in document["rules"]]
@@ -109,7 +113,7 @@ def resolve(rules: Sequence[Rule], linears: Sequence[Linear]) -> dict[str, str]:
             )
         if linear.is_tied and formats[linear.megatron] != "bf16":
             raise QADError(
-                f"the policy quantizes the head, but this model's head is its embedding table ({linear.megatron} is tied): "
-                "quantizing it would quantize the embedding. Keep head=bf16"
+                "the policy quantizes the head, but this model's head is its embedding table "
+                f"({linear.megatron} is tied): quantizing it would quantize the embedding. Keep head=bf16"
             )
     return formats

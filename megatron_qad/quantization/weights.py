@@ -1,12 +1,14 @@
 """The student's weights on the NVFP4 grid, in place, once per optimizer step.
 
 The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``: the
-straight-through estimator is then exact and free, since the gradient of the parameter is the gradient of the master, and no
-weight quantizer runs in any forward pass. Inside ``on_grid()``, which spans one schedule (all microbatches), the weights are
-quantized; the next ``optimizer.step`` overwrites them from its masters.
+straight-through estimator is then exact and free, since the gradient of the parameter is the gradient of the master,
+and no weight quantizer runs in any forward pass. Inside ``on_grid()``, which spans one schedule (all microbatches), the
+weights are quantized; the next ``optimizer.step`` overwrites them from its masters. Between two steps they are
+quantized once, whatever evaluations run: NVFP4 is not idempotent where block scales are subnormal, so that quantizing
+twice could move a weight.
 
-In float32 training Megatron's optimizer keeps no masters: the parameters are the masters. There ``on_grid`` keeps a copy
-and restores it afterwards.
+In float32 training Megatron's optimizer keeps no masters: the parameters are the masters. There ``on_grid`` keeps a
+copy and restores it afterwards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_qad.formats import nvfp4
+from megatron_qad.formats import nvfp4, nvfp4_pack
 from megatron_qad.quantization.names import named_modules_globally
 
 
@@ -35,13 +37,21 @@ class InPlaceWeights:
                 if formats.get(f"{name}.weight") == "nvfp4":
                     self.weights[f"{name}.weight"] = module.weight
         self.num_quantizations = 0
-        """How often every weight has been quantized: once per schedule."""
+        """How often the weights have been quantized: once per optimizer step."""
+        self._may_be_on_grid = True  # a checkpoint may have been saved on the grid
+        self._is_stale = True
 
     @contextmanager
-    def on_grid(self) -> Iterator[None]:
-        """Quantize, run the block, and leave the parameters to the optimizer (or restore float32 ones)."""
+    def on_grid(self, *, then_updated: bool) -> Iterator[None]:
+        """Quantize, run the block, and leave the parameters to the optimizer (or restore float32 ones).
+
+        Args:
+            then_updated: an optimizer step follows the block (training), so that the weights must be quantized again.
+        """
         masters = {name: w.detach().clone() for name, w in self.weights.items() if w.dtype == torch.float32}
-        self.quantize_()
+        if self._is_stale:
+            self.quantize_()
+        self._is_stale = then_updated or bool(masters)
         try:
             yield
         finally:
@@ -60,7 +70,10 @@ class InPlaceWeights:
             return
         for (name, weight), amax in zip(self.weights.items(), self.amaxes(), strict=True):
             scale = nvfp4.global_scale_from_amax(amax, name=name)
+            if self._may_be_on_grid and nvfp4_pack.is_on_grid(weight.data, scale, name=name):
+                continue
             nvfp4.fake_quant_(weight.data, scale, name=name)
+        self._may_be_on_grid = False
         self.num_quantizations += 1
 
     def amaxes(self) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """torch's AdamW made resumable, for machines without Transformer Engine's or apex's FusedAdam.
 
-Two things of Megatron's distributed optimizer do not fit torch's: it asks for the state before the first step, to know what
-a checkpoint must fill, and torch makes it at the first step; and it restores the step counter into the parameter groups,
-where FusedAdam keeps it, and overwrites torch's, which is a tensor a parameter, with the counter from before loading.
+Two things of Megatron's distributed optimizer do not fit torch's: it asks for the state before the first step, to know
+what a checkpoint must fill, and torch makes it at the first step; and it restores the step counter into the parameter
+groups, where FusedAdam keeps it, and overwrites torch's, which is a tensor a parameter, with the counter from before
+loading.
 """
 
 import torch

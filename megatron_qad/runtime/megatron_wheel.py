@@ -8,7 +8,8 @@ from megatron_qad.runtime.errors import QADError
 def use_compiled_dataset_helpers() -> None:
     """Keep Megatron from compiling its dataset helpers at start-up.
 
-    The wheel ships them compiled but without the Makefile that ``compile_helpers`` runs, so that every start would fail.
+    The wheel ships them compiled but without the Makefile that ``compile_helpers`` runs, so that every start would
+    fail.
     """
     from megatron.core.datasets import utils
 

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities
 from megatron_qad.runtime.megatron_wheel import use_compiled_dataset_helpers
+from megatron_qad.training.vocabulary import check_same_vocabulary
 
 
 def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -51,15 +53,24 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if student is None:
         raise QADError("--qad-student or --qad-teacher must name the student's initial checkpoint")
     hf_config = read_hf_config(student)
+    teacher_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
+    if teacher_config is not None:
+        check_same_vocabulary(student, hf_config, options.qad_teacher, teacher_config)
     shape = family_of(hf_config).megatron_args(hf_config)
     shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], early.pipeline_model_parallel_size)
     check_tensor_parallel(shape, early.tensor_model_parallel_size)
+    if options.qad_ptq:
+        argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
+    if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
+        # A plan can be made anywhere: as if on one model-parallel group.
+        ranks = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
+        os.environ["WORLD_SIZE"] = str(ranks)
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities()), **shape}), *argv]
     use_compiled_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     args.qad = _qad_options(args)
     args.hf_config = hf_config
-    args.teacher_hf_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
+    args.teacher_hf_config = teacher_config
     return args
 
 

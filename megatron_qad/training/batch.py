@@ -58,7 +58,8 @@ def logits_of(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 def iterators(batches: Sequence[Batch], data_iterator) -> Iterator[Batch] | list[Iterator[Batch]]:
-    """Iterators over ``batches`` in the form of the schedule's ``data_iterator``: each virtual stage reads all of them."""
+    """Iterators over ``batches`` in the form of the schedule's ``data_iterator``: each virtual stage reads all of
+    them."""
     if isinstance(data_iterator, list):
         return [iter(batches) for _ in data_iterator]
     return iter(batches)

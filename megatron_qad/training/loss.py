@@ -29,7 +29,8 @@ def loss_function(batch: Batch, logits: torch.Tensor):
 
     Returns:
         sum of the loss over counted tokens, their number, and the report: sum and count by name. In evaluation the
-        metrics go to ``validation_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
+        metrics go to ``validation_metrics`` instead, because Megatron would print each report's exponential as a
+        perplexity.
     """
     args = get_args()
     shard = VocabShard.of_rank(logits.shape[-1], args.hf_config["vocab_size"], mpu.get_tensor_model_parallel_group())
@@ -39,7 +40,8 @@ def loss_function(batch: Batch, logits: torch.Tensor):
         validation_metrics.add(compare(logits, teacher_logits, batch.labels, batch.loss_mask, shard))
         return logits.new_zeros(()), num_tokens, {}
     if teacher_logits is not None:
-        check_finite(teacher_logits[..., : shard.num_columns], "the teacher's logits")
+        step = args.curr_iteration + 1  # Megatron counts a step when it is done
+        check_finite(teacher_logits[..., : shard.num_columns], "the teacher's logits", step)
     loss = per_token_loss(
         args.qad.qad_loss, logits, teacher_logits, batch.labels, shard, temperature=args.qad.qad_temperature
     )

@@ -1,13 +1,17 @@
 """The one seam in Megatron's loop that has no hook: the schedule.
 
 ``megatron.training.training`` asks ``get_forward_backward_func`` for the function that runs all microbatches of a step.
-``wrap_schedule`` wraps what it answers, there and nowhere else, because a step of QAD is: read the microbatches, run the
-teacher over them, put the student's weights on the NVFP4 grid, then run the student's own schedule unchanged.
+``wrap_schedule`` wraps what it answers, there and nowhere else, because a step of QAD is: read the microbatches, run
+the teacher over them, put the student's weights on the NVFP4 grid, then run the student's own schedule unchanged.
 """
 
+import argparse
 from collections.abc import Callable
 
+from megatron.core import mpu
+from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
+from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_qad.quantization.activations import InputQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
@@ -22,7 +26,7 @@ class QADStep:
         teacher: None for a loss that needs none.
         weights: the student's weights to quantize in place.
         inputs: the student's input quantizers; calibrated here before they are first used.
-        calibration_samples: sequences that calibration sees, on each data-parallel rank.
+        calibration_samples: sequences that calibration sees, over all data-parallel ranks.
     """
 
     def __init__(
@@ -33,15 +37,19 @@ class QADStep:
         self.inputs = inputs
         self.calibration_samples = calibration_samples
         self._read_ahead: list[Batch] = []
+        self._read_ahead_in_evaluation = False
 
     def run(self, schedule: Callable, *, data_iterator, model, num_microbatches: int, forward_step_func, **rest):
         shape = {name: rest.get(name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
+        # The rank's place in Megatron's loop, because ranks without data have no iterator to tell by.
+        evaluates = bool(rest.get("forward_only"))
         if not self.inputs.calibrated:
             self._calibrate(schedule, data_iterator, model, forward_step_func, shape)
-        batches = self._next_batches(data_iterator, num_microbatches, shape)
+            self._read_ahead_in_evaluation = evaluates
+        batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
         if self.teacher is not None:
             self.teacher.annotate(batches, data_iterator, **shape)
-        with self.weights.on_grid():
+        with self.weights.on_grid(then_updated=not rest.get("forward_only", False)):
             return schedule(
                 data_iterator=iterators(batches, data_iterator),
                 model=model,
@@ -50,16 +58,22 @@ class QADStep:
                 **rest,
             )
 
-    def _next_batches(self, data_iterator, number: int, shape: dict) -> list[Batch]:
-        ready, self._read_ahead = self._read_ahead[:number], self._read_ahead[number:]
+    def _next_batches(self, data_iterator, number: int, shape: dict, evaluates: bool) -> list[Batch]:
+        """What calibration read ahead comes first, but only where it was read: an evaluation between the first steps
+        must not be given training data."""
+        ready: list[Batch] = []
+        if evaluates == self._read_ahead_in_evaluation:
+            ready, self._read_ahead = self._read_ahead[:number], self._read_ahead[number:]
         missing = number - len(ready)
         if missing:
             ready += read_batches(data_iterator, missing, shape["micro_batch_size"], shape["seq_length"])
         return ready
 
     def _calibrate(self, schedule, data_iterator, model, forward_step_func, shape) -> None:
-        """Max calibration with unquantized weights. Its microbatches go back: training sees the data it would have seen."""
-        number = -(-self.calibration_samples // shape["micro_batch_size"])
+        """Max calibration with unquantized weights. Its microbatches go back: training sees the data it would have
+        seen."""
+        # Shared out over the data-parallel ranks, so that the amaxes do not depend on their number.
+        number = -(-self.calibration_samples // (shape["micro_batch_size"] * mpu.get_data_parallel_world_size()))
         batches = read_batches(data_iterator, number, shape["micro_batch_size"], shape["seq_length"])
         self._read_ahead = batches
         with self.inputs.calibrating():
@@ -78,8 +92,22 @@ def _only_forward(batches, model):
     return logits_of(model, batch), lambda logits: (logits.new_zeros(()), logits.new_zeros((), dtype=int), {})
 
 
+def say_if_masters_are_lost(args: argparse.Namespace) -> None:
+    """Warn where a job resumes without the float32 masters that its optimizer saved."""
+    if args.load is None or not checkpoint_exists(args.load) or not (args.no_load_optim or args.finetune):
+        return
+    flag = "--no-load-optim" if args.no_load_optim else "--finetune"
+    if args.bf16 or args.fp16:
+        print_rank_0(
+            f"megatron_qad: WARNING: {flag}: resuming from {args.load} without its optimizer state. The high-precision "
+            "masters are lost: new ones are made of the checkpoint's 16-bit weights, which a validation may have left "
+            f"on the NVFP4 grid. Leave out {flag} to continue exactly"
+        )
+
+
 def wrap_schedule(step: QADStep) -> None:
     """Make Megatron's loop run ``step`` around every schedule. Once a process."""
+    say_if_masters_are_lost(get_args())
     upstream = megatron_loop.get_forward_backward_func
 
     def get_forward_backward_func(*args, **kwargs):

@@ -11,9 +11,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
-from megatron_qad.models.weights import has_amaxes, load_weights
 from megatron_qad.models.builder import QADModelConfig, freeze
 from megatron_qad.models.families import family_of
+from megatron_qad.models.weights import has_amaxes, load_weights
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import InputQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights

@@ -1,7 +1,8 @@
 """The teacher: a second model beside the student on every rank, frozen, with a pipeline pass of its own.
 
-Before the student's schedule of a step, the same microbatches go through the teacher's forward-only schedule; the last stage
-keeps the logits, and the loss reads them there. Nothing of the teacher is in an optimizer, a DDP wrapper or a checkpoint.
+Before the student's schedule of a step, the same microbatches go through the teacher's forward-only schedule; the last
+stage keeps the logits, and the loss reads them there. Nothing of the teacher is in an optimizer, a DDP wrapper or a
+checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +53,10 @@ def _forward_step(batches: Iterator[Batch], model: torch.nn.Module):
     return logits_of(model, batch), None
 
 
-def check_finite(logits: torch.Tensor, what: str) -> None:
+def check_finite(logits: torch.Tensor, what: str, step: int) -> None:
+    """Raise QADError, which names the ``step``, if any of the logits is NaN or Inf. Synchronizes the device."""
     if not bool(torch.isfinite(logits).all()):
-        raise QADError(f"{what} hold NaN or Inf; the checkpoint is damaged or overflows in this precision")
+        raise QADError(
+            f"{what} hold NaN or Inf at step {step}; the checkpoint is damaged or overflows in {logits.dtype}. "
+            "Look for NaN in its weights, or train in another precision"
+        )

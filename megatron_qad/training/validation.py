@@ -1,7 +1,7 @@
 """What an evaluation reports: KL to the teacher, cross entropies, top-1 agreement, each weighted by tokens.
 
-Called by Megatron at the end of every evaluation (``non_loss_data_func``). It writes the log line, TensorBoard and wandb
-itself: Megatron would print the exponential of each number as a perplexity.
+Called by Megatron at the end of every evaluation (``non_loss_data_func``). It writes the log line, TensorBoard and
+wandb itself: Megatron would print the exponential of each number as a perplexity.
 """
 
 from megatron.core import mpu

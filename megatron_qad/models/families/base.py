@@ -1,7 +1,7 @@
 """What a family declares, and the tensor maps it declares it with.
 
-A map relates one Megatron tensor, by its name in a torch_dist checkpoint (global, unsharded), to the Hugging Face tensors
-it holds. Both directions are exact: they copy values and never compute. No Megatron is imported here.
+A map relates one Megatron tensor, by its name in a torch_dist checkpoint (global, unsharded), to the Hugging Face
+tensors it holds. Both directions are exact: they copy values and never compute. No Megatron is imported here.
 """
 
 from collections.abc import Callable

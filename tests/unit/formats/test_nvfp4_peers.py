@@ -66,24 +66,34 @@ def test_compressed_tensors_quantizes_to_our_values_but_for_ties_moved_by_its_re
     from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
     from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 
-    x = awkward(2, rows=256, dim=256, spread=0.5)
-    blocks = x.view(256, 16, 16)
-    their_global = generate_gparam(x.min(), x.max())
-    their_scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, their_global)
-    theirs = their_quantize(x, their_scale.float(), zero_point.float(), args, global_scale=their_global)
-    theirs = unpack_codes(pack_fp4_to_uint8(theirs)).view(-1, 16)
+    num_codes = num_flips = num_scales_differ = 0
+    for seed in range(40):
+        # bfloat16 weights: quotients of short numbers meet ties, where float32 noise hardly ever does. Cast before use,
+        # because compressed-tensors would take minima and maxima in bfloat16.
+        x = awkward(seed, rows=128, dim=256, spread=0.5).bfloat16().float()
+        blocks = x.view(128, 16, 16)
+        their_global = generate_gparam(x.min(), x.max())
+        their_scale, zero_point = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, their_global)
+        theirs = their_quantize(x, their_scale.float(), zero_point.float(), args, global_scale=their_global)
+        theirs = unpack_codes(pack_fp4_to_uint8(theirs)).view(-1, 16)
 
-    scale = global_scale_from_amax(tensor_amax(x))
-    packed, block_scale = quantize(x, scale)
-    ours = unpack_codes(packed).view(-1, 16)
-    zero_block = (x.view(-1, 16) == 0).all(-1)  # we store 1.0, they 0.125; the codes are 0 either way
-    scale_differs = (their_scale.float().view(-1) != block_scale.float().view(-1)) & ~zero_block
-    flips = ((theirs & 7) != (ours & 7)) & ~scale_differs.unsqueeze(-1)
-    scaled = (x.view(-1, 16) / (block_scale.float().view(-1, 1) * scale)).abs()
-    bounds = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-    distance = (scaled.unsqueeze(-1) - bounds).abs().amin(-1)
-    # A code may differ only where the scaled value sits on a tie: within four float32 roundings (of 5, the largest) of
-    # it.
-    assert (distance[flips] <= 5 * 4 * 2.0**-24).all()
-    # Block scales may differ only by an E4M3 tie, moved by the same roundings: rare on random data.
-    assert scale_differs.float().mean() < 1e-3 and flips.float().mean() < 1e-3
+        scale = global_scale_from_amax(tensor_amax(x))
+        packed, block_scale = quantize(x, scale)
+        ours = unpack_codes(packed).view(-1, 16)
+        zero_block = (x.view(-1, 16) == 0).all(-1)  # we store 1.0, they 0.125; the codes are 0 either way
+        scale_differs = (their_scale.float().view(-1) != block_scale.float().view(-1)) & ~zero_block
+        flips = ((theirs & 7) != (ours & 7)) & ~scale_differs.unsqueeze(-1)
+        scaled = (x.view(-1, 16) / (block_scale.float().view(-1, 1) * scale)).abs()
+        distance = (scaled.unsqueeze(-1) - torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])).abs().amin(-1)
+        # A code may differ only where the scaled value sits on a tie: within four float32 roundings (of 5, the top).
+        assert (distance[flips] <= 5 * 4 * 2.0**-24).all()
+        # A block scale may differ only where its quotient sits on a tie of E4M3: one step of it, by the same roundings.
+        steps = their_scale.to(torch.float8_e4m3fn).view(torch.uint8).int() - block_scale.view(torch.uint8).int()
+        assert (steps.view(-1)[scale_differs].abs() == 1).all()
+        num_codes += flips.numel()
+        num_flips += int(flips.sum())
+        num_scales_differ += int(scale_differs.sum())
+    print(f"{num_flips} of {num_codes} codes and {num_scales_differ} of {num_codes // 16} block scales differ by a tie")
+    assert num_flips > 0  # else this test shows nothing
+    # Measured over 200 seeds: 3e-4 of the codes, 4e-4 of the block scales. They come in bunches, hence the room.
+    assert num_flips <= 2e-3 * num_codes and num_scales_differ <= 5e-3 * num_codes / 16

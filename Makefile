@@ -1,0 +1,41 @@
+# make demo   the whole method on an embedded tiny model: minutes on two CPU cores
+# make test   lint and all tests
+# Each sets up what it needs; a second run reuses the environment.
+VENV ?= .venv
+SHELL := /bin/bash
+BIN = $(abspath $(VENV))/bin
+RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test unit lint format test-te smollm2 env
+
+env:
+	@VENV="$(VENV)" tools/setup_env.sh dev
+
+demo: env
+	$(RUN) examples/tiny_cpu/run.sh $(DEMO_DIR)
+
+test: env lint
+	$(RUN) pytest -q tests --ignore tests/te
+
+unit: env
+	$(RUN) pytest -q tests/unit
+
+lint: env
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+
+format: env
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+# Names, sharded state, conversion and quantizers of Transformer Engine's layers against the local ones, without a GPU.
+# Needs transformer_engine: installed already, or TE_WHEEL=FILE naming a built wheel of its torch extension.
+test-te: env
+	@if [ -n "$(TE_WHEEL)" ]; then VENV="$(VENV)-te" TE_WHEEL="$(TE_WHEEL)" tools/setup_env.sh dev te; fi
+	@bin="$(BIN)"; [ -n "$(TE_WHEEL)" ] && bin="$(abspath $(VENV)-te)/bin"; \
+	PATH="$$bin:$$PATH" OMP_NUM_THREADS=1 pytest -q -rs tests/te
+
+# A real post-trained model, SmolLM2-135M-Instruct: half an hour on two cores.
+smollm2: 
+	@VENV="$(VENV)" tools/setup_env.sh dev examples
+	PATH="$(BIN):$$PATH" examples/smollm2_135m/run.sh $(SMOLLM2_DIR)

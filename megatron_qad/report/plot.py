@@ -1,0 +1,93 @@
+"""The report's picture: training loss, validation KL, top-1 agreement, and each linear's weight error, in one PNG."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot: a figure of its own draws with Agg and needs no display
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from megatron_qad.report.runs import Run
+from megatron_qad.report.scalars import Curve
+from megatron_qad.report.weights import LinearError
+
+_PROJECTION_COLORS = ("C4", "C5", "C6", "C7", "C8", "C9")
+"""None of the first runs' colors, C0 to C3."""
+
+
+def write_png(file: Path, title: str, runs: Sequence[Run], linears: Sequence[LinearError]) -> None:
+    """Draw the four panels; one for which there are no numbers says so."""
+    figure = Figure(figsize=(12, 8.5), layout="constrained")
+    figure.suptitle(title)
+    loss, kl, agreement, weights = figure.subplots(2, 2).flat
+    colors = {run.name: f"C{i}" for i, run in enumerate(runs)}
+
+    losses = {f"{r.name} ({r.training_loss[0]})": (colors[r.name], r.training_loss[1]) for r in runs if r.is_trained}
+    _curves(loss, "Training loss", "nats per token", losses, log=True)
+    for axes, metric, heading, unit in (
+        (kl, "kl_to_teacher", "Validation: KL to the teacher", "nats per token"),
+        (agreement, "top1_agreement", "Validation: top-1 agreement with the teacher", "share of tokens"),
+    ):
+        found = {run.name: (colors[run.name], run.validation_curve(metric)) for run in runs}
+        _curves(axes, heading, unit, found, log=metric == "kl_to_teacher")
+    if agreement.lines:
+        agreement.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _weights(weights, linears, [run.name for run in runs if run.is_trained])
+    figure.savefig(file, dpi=110)
+
+
+def _curves(axes: Axes, heading: str, unit: str, curves: dict[str, tuple[str, Curve]], *, log: bool) -> None:
+    """One line a run over its iterations; a run with a single value is a level to compare with: dashed, all across."""
+    axes.set(title=heading, xlabel="iteration", ylabel=unit)
+    curves = {label: (color, curve) for label, (color, curve) in curves.items() if curve}
+    if not curves:
+        return _say_nothing_here(axes)
+    for label, (color, curve) in curves.items():
+        if len(curve) == 1:
+            axes.axhline(curve[0][1], color=color, linestyle="--", label=label)
+        else:
+            marker = "o" if len(curve) <= 25 else None
+            axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markersize=3, linewidth=1.4, label=label)
+    if log and all(value > 0 for _, curve in curves.values() for _, value in curve):
+        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _weights(axes: Axes, linears: Sequence[LinearError], trained: Sequence[str]) -> None:
+    """Color says which projection, line style whose weight: the teacher rounded (solid), a trained run's (broken)."""
+    axes.set(title="NVFP4 weights: distance from the teacher's weight", xlabel="layer", ylabel="relative RMS")
+    if not linears:
+        return _say_nothing_here(axes)
+    beyond = 1 + max((m.layer for m in linears if m.layer is not None), default=-1)  # where the head is drawn
+    projections = list(dict.fromkeys(m.projection for m in linears))
+    colors = dict(zip(projections, itertools.cycle(_PROJECTION_COLORS), strict=False))
+    trained = [run for run in trained if any(run in m.runs for m in linears)]
+    styles = dict(zip(trained, itertools.cycle(("--", ":", "-.")), strict=False))
+
+    def line(projection: str, style: str, points: Curve) -> None:
+        if points:
+            look = {"color": colors[projection], "linestyle": style, "marker": "o", "markersize": 3, "linewidth": 1.2}
+            axes.plot(*zip(*points, strict=True), **look)
+
+    for projection in projections:
+        own = [(beyond if m.layer is None else m.layer, m) for m in linears if m.projection == projection]
+        line(projection, "-", [(x, m.ptq_error) for x, m in own])
+        for run, style in styles.items():
+            line(projection, style, [(x, m.runs[run].distance) for x, m in own if run in m.runs])
+    keys = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    keys.append(Line2D([], [], color="0.3", label="teacher, rounded (PTQ)"))
+    keys += [Line2D([], [], color="0.3", linestyle=style, label=f"{run}, trained") for run, style in styles.items()]
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(handles=keys, fontsize="small", ncols=2)  # above zero there is room for it
+
+
+def _say_nothing_here(axes: Axes) -> None:
+    axes.text(0.5, 0.5, "nothing recorded", transform=axes.transAxes, ha="center", va="center", color="0.4")
+    axes.set(xticks=[], yticks=[])

@@ -1,0 +1,52 @@
+"""One run as the report sees it: its curves, its last evaluation, what its job was."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
+from megatron_qad.report.weights import has_checkpoint, read_job
+
+TRAINING_LOSSES = ("kl loss", "ce loss")
+"""What ``training.loss`` reports, by Megatron's TensorBoard name."""
+
+
+@dataclass
+class Run:
+    name: str
+    directory: str
+    """As the user wrote it."""
+    scalars: dict[str, Curve]
+    validation: dict[str, float]
+    """``last_validation``; empty if the run never evaluated."""
+    job: dict | None
+    """``qad.json``; None if there is none."""
+    checkpoint_iteration: str | None
+    """What latest_checkpointed_iteration.txt says; None if no checkpoint was saved."""
+
+    @classmethod
+    def read(cls, name: str, directory: str | Path) -> "Run":
+        """Raises QADError as ``read_scalars`` does."""
+        scalars = read_scalars(directory)
+        saved = None
+        if has_checkpoint(directory):
+            saved = (Path(directory) / "latest_checkpointed_iteration.txt").read_text().strip()
+        return cls(name, str(directory), scalars, validation_of(scalars), read_job(directory), saved)
+
+    @property
+    def training_loss(self) -> tuple[str, Curve]:
+        """(TensorBoard name, curve) of the loss that was trained; ("", []) if none was."""
+        return next(((name, self.scalars[name]) for name in TRAINING_LOSSES if name in self.scalars), ("", []))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any iteration had a learning rate above 0. Post-training quantization runs one at 0, to calibrate."""
+        rates = self.scalars.get("learning-rate")
+        return bool(self.training_loss[1]) and (rates is None or any(rate > 0 for _, rate in rates))
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations that changed weights: the last one that reported a loss."""
+        return self.training_loss[1][-1][0] if self.is_trained else 0
+
+    def validation_curve(self, metric: str) -> Curve:
+        return self.scalars.get(VALIDATION + metric, [])

@@ -1,0 +1,125 @@
+"""``--qad-dry-run``: what a job would build and how much memory a rank would hold, from the configs alone.
+
+Counted are tensors whose size is known beforehand: weights, teacher, gradients, optimizer state, logits. Not counted:
+activations, communication buffers, the allocator's fragmentation. Pipeline stages differ; the largest is shown.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+
+from megatron_qad.models.families import family_of
+from megatron_qad.models.families.base import TensorMap
+from megatron_qad.training.arguments import with_stages
+
+_NVFP4_BYTES = 0.5 + 1 / 16
+"""Bytes an element: a 4-bit code and a sixteenth of an E4M3 block scale."""
+
+
+def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
+    """Print the plan of the job that ``args`` describe. ``formats``: every linear's, by Megatron weight name."""
+    print("\n".join(plan(args, formats)))
+
+
+def plan(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[str]:
+    family, config = family_of(args.hf_config), args.hf_config
+    tensors = family.tensors(config)
+    yield f"model       {family.architecture}, {_count(tensors):,} parameters, layers {args.hybrid_layer_pattern}"
+    if args.teacher_hf_config is not None:
+        teacher = family_of(args.teacher_hf_config)
+        number = _count(teacher.tensors(args.teacher_hf_config))
+        yield f"teacher     {teacher.architecture}, {number:,} parameters, frozen"
+    yield f"loss        {args.qad.qad_loss}, temperature {args.qad.qad_temperature:g}; policy {args.qad.qad_policy}"
+    yield from _format_table(family.linears(config), formats)
+    yield from _layout(args)
+    yield from _bytes_per_rank(args, tensors)
+
+
+def _format_table(linears: list[TensorMap], formats: dict[str, str]) -> Iterator[str]:
+    yield ""
+    yield f"{'layer':>5}  {'kind':<10} {'module':<48} {'shape':<16} {'format':<6} {'bytes':>14}"
+    total = Counter()
+    for linear in linears:
+        fmt, numel = formats[linear.megatron], linear.shape[0] * linear.shape[1]
+        size = int(numel * (_NVFP4_BYTES if fmt == "nvfp4" else 2))
+        total[fmt] += numel
+        layer = "-" if linear.layer is None else linear.layer
+        module = linear.megatron_module + (" (tied to the embedding)" if linear.is_tied else "")
+        shape = f"{linear.shape[0]} x {linear.shape[1]}"
+        yield f"{layer:>5}  {linear.kind:<10} {module:<48} {shape:<16} {fmt:<6} {size:>14,}"
+    yield "linears     " + ", ".join(f"{numel:,} elements {fmt}" for fmt, numel in sorted(total.items()))
+
+
+def _layout(args: argparse.Namespace) -> Iterator[str]:
+    tokens = args.global_batch_size * args.seq_length
+    microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    yield ""
+    yield (
+        f"layout      {args.world_size} ranks = TP {args.tensor_model_parallel_size} x PP "
+        f"{args.pipeline_model_parallel_size} x CP {args.context_parallel_size} x DP {args.data_parallel_size}"
+    )
+    yield (
+        f"step        {args.global_batch_size} sequences of {args.seq_length} = {tokens:,} tokens in {microbatches} "
+        f"microbatches of {args.micro_batch_size}"
+    )
+    if args.train_iters:
+        yield f"training    {args.train_iters} iterations = {args.train_iters * tokens:,} tokens"
+
+
+def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Iterator[str]:
+    width = 2 if args.bf16 or args.fp16 else 4
+    student = _largest_stage(args, tensors, args.hybrid_layer_pattern)
+    rows = {"student weights": student * width}
+    if args.teacher_hf_config is not None:
+        family = family_of(args.teacher_hf_config)
+        pattern = with_stages(family.layer_pattern(args.teacher_hf_config), args.pipeline_model_parallel_size)
+        rows["teacher weights"] = _largest_stage(args, family.tensors(args.teacher_hf_config), pattern) * width
+    rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
+    # Two moments of Adam, and the float32 master where the weights are 16 bits wide.
+    optimizer = student * (12 if width == 2 else 8)
+    rows["optimizer state"] = optimizer // (args.data_parallel_size if args.use_distributed_optimizer else 1)
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    logits = tokens * args.padded_vocab_size // args.tensor_model_parallel_size * width
+    in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
+    rows["student logits, one microbatch"] = logits
+    if args.teacher_hf_config is not None:
+        rows[f"teacher logits, {in_flight} microbatch(es)"] = logits * in_flight
+    yield ""
+    yield "bytes on a rank (largest stage; the logits on the last stage only)"
+    for name, size in rows.items():
+        yield f"  {name:<34} {size:>18,}"
+    yield f"  {'sum':<34} {sum(rows.values()):>18,}"
+
+
+def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> int:
+    """Parameters on the rank that holds most of them."""
+    stages = pattern.split("|")
+    stage_of = [stage for stage, layers in enumerate(stages) for _ in layers]
+    held = [0] * len(stages)
+    for tensor in tensors:
+        numel = _on_one_tensor_rank(tensor, args.tensor_model_parallel_size)
+        if tensor.layer is not None:
+            held[stage_of[tensor.layer]] += numel
+        elif tensor.kind == "embedding":
+            held[0] += numel
+            if not args.untie_embeddings_and_output_weights and len(stages) > 1:
+                held[-1] += numel  # a tied head on another stage is a copy
+        else:
+            held[-1] += numel
+    return max(held)
+
+
+def _on_one_tensor_rank(tensor: TensorMap, tp: int) -> int:
+    numel = _numel(tensor)
+    return numel if tensor.kind == "norm" else -(-numel // tp)
+
+
+def _numel(tensor: TensorMap) -> int:
+    numel = 1
+    for size in tensor.shape:
+        numel *= size
+    return numel
+
+
+def _count(tensors: list[TensorMap]) -> int:
+    return sum(_numel(tensor) for tensor in tensors)

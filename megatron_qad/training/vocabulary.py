@@ -1,0 +1,50 @@
+"""Whether teacher and student mean the same token by the same id: without that, a divergence between them means
+nothing."""
+
+from pathlib import Path
+
+from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.runtime import QADError
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
+"""The files that map pieces to ids. Settings and templates may differ: they touch how text is read, not what ids
+mean."""
+
+
+def check_same_vocabulary(student: str, student_config: dict, teacher: str, teacher_config: dict) -> None:
+    """Compare the vocabularies of two checkpoint directories.
+
+    Tokenizer files that are equal byte by byte are not opened; where they differ, the maps from piece to id decide, so
+    that a file which was only written anew passes. Checkpoints without tokenizer files are compared by size alone.
+
+    Args:
+        student, teacher: checkpoint directories made by tools/import_hf.py.
+        student_config, teacher_config: their ``hf/config.json``.
+
+    Raises:
+        QADError: another ``vocab_size``, or another piece for the same id.
+    """
+    found, expected = student_config["vocab_size"], teacher_config["vocab_size"]
+    if found != expected:
+        raise QADError(
+            f"vocab_size is {expected} in the teacher {teacher} and {found} in the student {student}; QAD compares "
+            "their distributions over the same tokens. Choose a teacher of the student's vocabulary"
+        )
+    if Path(student).resolve() == Path(teacher).resolve():
+        return
+    files = {name: (Path(student) / "hf" / name, Path(teacher) / "hf" / name) for name in _FILES}
+    differ = [
+        name for name, (a, b) in files.items() if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes()
+    ]
+    only_one = [name for name, (a, b) in files.items() if a.is_file() != b.is_file()]
+    both = all(any(pair[i].is_file() for pair in files.values()) for i in (0, 1))
+    if not both or not (differ or only_one):
+        return
+    vocab_a, vocab_b = (load_tokenizer(str(Path(root) / "hf")).vocab for root in (student, teacher))
+    if vocab_a != vocab_b:
+        piece = min((p for p, _ in vocab_a.items() ^ vocab_b.items()), key=lambda p: vocab_b.get(p, vocab_a.get(p)))
+        raise QADError(
+            f"the tokenizers of student and teacher differ ({', '.join(differ + only_one)} in {student}/hf and "
+            f"{teacher}/hf): the piece {piece!r} has id {vocab_a.get(piece)} in the student and {vocab_b.get(piece)} "
+            "in the teacher. Choose a teacher of the student's tokenizer"
+        )

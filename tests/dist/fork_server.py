@@ -1,0 +1,138 @@
+"""Runs many small jobs of several ranks from one process that has imported everything once.
+
+A rank of a QAD job takes ten seconds to import torch, Megatron and modelopt, and two to train a tiny model. This server
+imports once and forks its ranks, so that one test file runs twenty jobs in the time of two. In the test:
+
+    with ForkServer(log_directory) as server:
+        output = server.run("training_jobs:train", nproc=2, arguments={...})
+
+Each rank calls ``module:function(**arguments)`` with torchrun's environment variables set. Left out: what torchrun itself
+does; ``launch.run_workers`` is for that.
+"""
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from launch import ROOT, environment
+
+
+class JobFailed(AssertionError):
+    """A rank ended with another status than the test expects."""
+
+
+class ForkServer:
+    """The test's side. ``run`` blocks until all ranks of a job have ended."""
+
+    def __init__(self, directory: Path):
+        self.directory, self._jobs = directory, 0
+
+    def __enter__(self):
+        self._log = open(self.directory / "server.log", "w")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            cwd=ROOT,
+            env=environment(),
+        )
+        return self
+
+    def __exit__(self, *exc):
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._log.close()
+
+    def run(self, function: str, nproc: int = 1, arguments: dict | None = None, *, fails: bool = False, timeout=120):
+        """Run one job and return the text of all its ranks' output, rank after rank.
+
+        Raises:
+            JobFailed: a rank failed, or none did though ``fails``; with the end of the output.
+        """
+        self._jobs += 1
+        log = self.directory / f"job{self._jobs}"
+        job = {"function": function, "nproc": nproc, "arguments": arguments or {}, "log": str(log), "timeout": timeout}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise JobFailed(f"the fork server died:\n{(self.directory / 'server.log').read_text()[-6000:]}")
+        codes = json.loads(answer)
+        output = "\n".join(_log_of(log, rank).read_text() for rank in range(nproc))
+        if fails != any(codes):
+            raise JobFailed(f"{function} on {nproc} ranks: exit statuses {codes}\n{output[-12000:]}")
+        return output
+
+
+def _log_of(log: str | Path, rank: int) -> Path:
+    return Path(f"{log}.rank{rank}.log")
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what imports print is no answer
+    import pretrain_qad  # noqa: F401  prepares the backend and imports all that a job needs
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        ranks = [_start(job, rank, port) for rank in range(job["nproc"])]
+        answers.write(json.dumps(_wait(ranks, job["timeout"])) + "\n")
+        answers.flush()
+
+
+def _start(job: dict, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(_log_of(job["log"], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["nproc"], "LOCAL_WORLD_SIZE": job["nproc"]}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    code = 0
+    try:
+        module, function = job["function"].split(":")
+        getattr(importlib.import_module(module), function)(**job["arguments"])
+    except SystemExit as exit_:
+        if isinstance(exit_.code, str):
+            print(exit_.code)
+        code = exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(ranks: list[int], timeout: float) -> list[int]:
+    """Exit statuses. Once a rank has failed or time is up, the others, which would wait for it, are ended soon."""
+    codes: dict[int, int] = {}
+    end = time.monotonic() + timeout
+    while len(codes) < len(ranks):
+        for pid in ranks:
+            if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(status[1])
+                if codes[pid]:
+                    end = min(end, time.monotonic() + 5)  # time for the others to print their own error
+            elif pid not in codes and time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[pid] for pid in ranks]
+
+
+if __name__ == "__main__":
+    _serve()

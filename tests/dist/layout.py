@@ -1,0 +1,40 @@
+"""For workers: one process, several jobs one after the other, each in a parallel layout of its own.
+
+Import it inside ``cases``: Megatron's checkpoint writer spawns a process that imports the worker's own file again.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_qad.runtime import prepare
+
+prepare()
+
+from megatron.core import mpu  # noqa: E402
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
+from megatron.training import initialize_megatron  # noqa: E402
+from megatron.training.global_vars import destroy_global_vars  # noqa: E402
+
+from megatron_qad.training.arguments import parse_arguments  # noqa: E402
+
+
+@contextmanager
+def job(checkpoint: str, tp: int = 1, pp: int = 1, *flags: str) -> Iterator:
+    """Megatron as ``pretrain_qad.py`` sets it up for ``checkpoint`` as the teacher; yields its arguments.
+
+    Model-parallel groups, global arguments and random state are made anew; torch.distributed stays.
+    """
+    argv = ["--qad-teacher", checkpoint, "--tensor-model-parallel-size", str(tp)]
+    argv += ["--pipeline-model-parallel-size", str(pp), "--mock-data", "--train-iters", "1", "--lr", "1e-3"]
+    sys.argv = ["worker"]
+    args = parse_arguments([*argv, *flags])
+    initialize_megatron()
+    try:
+        yield args
+    finally:
+        mpu.destroy_model_parallel()
+        destroy_rerun_state_machine()
+        destroy_num_microbatches_calculator()
+        destroy_global_vars()

@@ -1,0 +1,79 @@
+"""What test_model_parity.py and test_conversion.py look at, made in four launches for both."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny_models
+import torch
+from safetensors.torch import save_file
+
+from launch import run_workers
+
+WORKER = Path(__file__).with_name("worker_models.py")
+# name -> (tensor-parallel size, pipeline-parallel size), flags
+LAYOUTS = {
+    "tp1": ((1, 1), ()),
+    "tp2": ((2, 1), ()),
+    "tp2-sp": ((2, 1), ("--sequence-parallel",)),
+    "pp2": ((1, 2), ()),
+    "tp2-pp2": ((2, 2), ("--sequence-parallel",)),
+}
+# One of each family and way of tying. Sequence parallelism changes nothing in what is saved.
+CONVERTED = ("llama-tied", "llama3-rope", "qwen2", "qwen3-tied")
+SAVED = ("tp1", "tp2", "pp2", "tp2-pp2")
+# Bytes of tensor data a shard: less than the whole of every tiny model, more than its largest tensor.
+SHARD_BYTES = 40_000
+
+
+@dataclass(frozen=True)
+class Made:
+    """``root`` holds hf/CASE (BF16, by transformers), ranks1/CASE and ranks2/CASE (imported by one process and by two),
+    LAYOUT/CASE (saved by Megatron), and under out/ what was exported from each; ``logits`` the comparisons."""
+
+    root: Path
+    logits: list[dict]
+
+
+def make_models(root: Path) -> Made:
+    """Save, import, run, save and export every case under ``root``."""
+    imports = [_model_with_logits(root, case) for case in tiny_models.CASES]
+    for case in CONVERTED:
+        tiny_models.make(case, root / "hf" / case, torch.bfloat16)
+        imports.append([str(root / "hf" / case), str(root / "ranks1" / case), "bfloat16"])
+    again = [
+        [source, target.replace("ranks1", "ranks2"), dtype] for source, target, dtype in imports[-len(CONVERTED) :]
+    ]
+    logits: list[dict] = []
+    for nproc, to_import in ((1, imports), (2, again), (4, [])):
+        names = [name for name, ((tp, pp), _) in LAYOUTS.items() if tp * pp == nproc]
+        arguments = {
+            "imports": to_import,
+            "logits": [_logits(root, case, name) for name in names for case in tiny_models.CASES],
+            "saves": [_save(root, case, name) for name in names if name in SAVED for case in CONVERTED],
+        }
+        logits += [r for r in run_workers(WORKER, nproc, arguments) if isinstance(r, dict)]
+    sources = [f"{name}/{case}" for name in ("ranks1", "ranks2", *SAVED) for case in CONVERTED]
+    exports = [[str(root / source), str(root / "out" / source), "bf16", SHARD_BYTES] for source in sources]
+    run_workers(WORKER, 1, {"exports": exports})
+    return Made(root, logits)
+
+
+def _model_with_logits(root: Path, case: str) -> list[str]:
+    """The case in float32, by transformers, and its logits; returns what to import."""
+    model, tokens = tiny_models.make(case, root / "float32" / case), tiny_models.tokens(case, rows=4)
+    with torch.no_grad():
+        save_file({"tokens": tokens, "logits": model(tokens).logits}, root / f"{case}.safetensors")
+    return [str(root / "float32" / case), str(root / "float32-imported" / case), "float32"]
+
+
+def _logits(root: Path, case: str, layout: str) -> dict:
+    parallel, flags = LAYOUTS[layout]
+    expected, checkpoint = str(root / f"{case}.safetensors"), str(root / "float32-imported" / case)
+    names = {"case": case, "layout": layout}
+    return {**names, "checkpoint": checkpoint, "expected": expected, "parallel": parallel, "flags": flags}
+
+
+def _save(root: Path, case: str, layout: str) -> dict:
+    parallel, flags = LAYOUTS[layout]
+    checkpoint, target = str(root / "ranks1" / case), str(root / layout / case)
+    return {"checkpoint": checkpoint, "target": target, "parallel": parallel, "flags": flags}

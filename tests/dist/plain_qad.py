@@ -1,0 +1,112 @@
+"""QAD as a plain loop: float32 masters, weights fake-quantized in every forward pass, torch's AdamW on the masters.
+
+The reference for weights that are quantized in place: no Megatron loop, schedule, DDP or optimizer, and none of
+``quantization.weights``. It has in common with a job the modules of the model, the input quantizers, the loss per token,
+and the NVFP4 arithmetic, each of which other tests compare with something else.
+"""
+
+import sys
+
+import torch
+from torch.func import functional_call
+from torch.optim.adamw import AdamW  # torch's own: torch.optim's is replaced by runtime.adamw
+
+
+class _FakeQuant(torch.autograd.Function):
+    """fake_quant with one scale a tensor; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        from megatron_qad.formats import nvfp4
+
+        return nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(weight.abs().amax()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def train(argv: list[str], record: str, result: str, lr: float, weight_decay: float) -> None:
+    """Train on the microbatches of ``record`` (one rank's) and write the same steps' loss, grads and masters to ``result``.
+
+    Args:
+        argv: the job's command line, for the model and its precision.
+    """
+    from megatron.training import initialize_megatron
+
+    from megatron_qad.quantization.activations import InputQuantizers
+    from megatron_qad.training.arguments import parse_arguments
+    from megatron_qad.training.setup import build_teacher, resolve_formats
+
+    sys.argv = ["plain_qad"]
+    args = parse_arguments(argv)
+    initialize_megatron()
+    student, teacher = _student(args), build_teacher(args).chunks[0]
+    formats = resolve_formats(args)
+    steps = torch.load(f"{record}.rank0")
+    inputs = InputQuantizers([student], formats)
+    for name, quantizer in inputs.quantizers.items():
+        quantizer.amax = steps[0]["amaxes"][name]
+
+    masters = {name: p.detach().float().requires_grad_() for name, p in student.named_parameters()}
+    optimizer = AdamW(
+        [
+            {"params": [m for m in masters.values() if m.dim() > 1], "weight_decay": weight_decay},
+            {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=lr,
+    )
+    results = []
+    for step in steps:
+        optimizer.zero_grad()
+        total, count = torch.zeros(()), 0
+        for batch in step["batches"]:
+            loss = _loss(student, teacher, masters, formats, batch, args.hf_config["vocab_size"])
+            loss.backward()
+            total, count = total + loss.detach(), count + int(batch["loss_mask"].count_nonzero())
+        for master in masters.values():
+            master.grad *= 1.0 / count
+        grads = {_global(name): master.grad.clone() for name, master in masters.items()}
+        optimizer.step()
+        results.append(
+            {
+                "loss": (total / count).item(),
+                "grads": grads,
+                "masters": {_global(name): master.detach().clone() for name, master in masters.items()},
+            }
+        )
+    torch.save(results, result)
+
+
+def _student(args):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_qad.models.weights import load_weights
+    from megatron_qad.training.arguments import model_config
+
+    config = model_config(args, args.hf_config)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    chunks = config.get_builder_cls()(config).build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
+    load_weights(chunks, args.qad.qad_student)
+    return chunks[0]
+
+
+def _loss(student, teacher, masters, formats, batch, vocab_size) -> torch.Tensor:
+    from megatron_qad.distillation import per_token_loss
+    from megatron_qad.distillation.losses import VocabShard
+
+    weights = {}
+    for name, master in masters.items():
+        weight = master.to(torch.bfloat16)
+        weights[name] = _FakeQuant.apply(weight) if formats.get(_global(name)) == "nvfp4" else weight
+    inputs = (batch["tokens"], batch["position_ids"], None)
+    keep = {"fp32_output": False}
+    with torch.no_grad():
+        target = teacher(*inputs, **keep)
+    logits = functional_call(student, weights, inputs, keep)
+    shard = VocabShard.of_rank(logits.shape[-1], vocab_size)
+    return (per_token_loss("kl", logits, target, batch["labels"], shard) * batch["loss_mask"]).sum()
+
+
+def _global(name: str) -> str:
+    return name.removeprefix("module.")

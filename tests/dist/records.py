@@ -1,0 +1,53 @@
+"""Reads what ``training_jobs._Watch`` wrote: each step's numbers, and tensors put together from their shards."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def read(record: Path, num_ranks: int, *, vocab_size: int) -> list[dict]:
+    """One dict a step: "loss" by name, "grad_norm", "batches" and "amaxes" of the first rank, and as whole tensors "grads"
+    (after all reductions), "on_grid" (parameters during the step), "params" and "masters" (after it)."""
+    ranks = [torch.load(f"{record}.rank{rank}") for rank in range(num_ranks)]
+    steps = []
+    for parts in zip(*ranks, strict=True):
+        losses = [part["loss"] for part in parts if part["loss"]]
+        assert all(loss == losses[0] for loss in losses)
+        assert len({part["grad_norm"] for part in parts}) == 1
+        step = {"loss": losses[0]} | {what: parts[0][what] for what in ("grad_norm", "batches", "amaxes")}
+        for what in ("grads", "params", "masters", "on_grid"):
+            step[what] = _whole([part[what] for part in parts], vocab_size)
+        steps.append(step)
+    return steps
+
+
+def _whole(ranks: list[dict], vocab_size: int) -> dict[str, Tensor]:
+    found = {}
+    for name in {name for rank in ranks for name in rank}:
+        shards: dict[int, Tensor] = {}
+        for tensor, axis, num_parts, tp_rank in (rank[name] for rank in ranks if name in rank):
+            place = 0 if axis is None else tp_rank
+            # Data-parallel ranks, a tied embedding's two stages and uncut tensors: copies that must be the same.
+            assert torch.equal(shards.setdefault(place, tensor), tensor), name
+        tensors = [shards[place] for place in sorted(shards)]
+        parts = [tensor.chunk(num_parts, dim=axis or 0) for tensor in tensors]
+        whole = torch.cat([part[i] for i in range(num_parts) for part in parts], dim=axis or 0)
+        is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        found[name] = whole[:vocab_size] if is_vocabulary else whole
+    return found
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, in float64."""
+    difference = (found.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp(min=torch.finfo(torch.float64).tiny)).item()
+
+
+def largest_error(found: list[dict], expected: list[dict], what: str) -> tuple[float, str]:
+    """The largest ``relative_error`` over all steps and tensors, and where it is."""
+    errors = []
+    for number, (a, b) in enumerate(zip(found, expected, strict=True), 1):
+        assert a[what].keys() == b[what].keys()
+        errors += [(relative_error(a[what][name], b[what][name]), f"step {number}, {name}") for name in b[what]]
+    return max(errors)

@@ -1,0 +1,60 @@
+"""What a tiny QAD job needs: Hugging Face directories of a teacher and a different student, and data with loss masks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megatron_qad.models.families import family_of
+
+# 120 tokens: padded to 128 at TP1 and to 256 at TP2, where the second rank holds no real column of the vocabulary.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "vocab_size": 120,
+    "tie_word_embeddings": False,
+}
+
+
+def write_hf(directory: Path, config: dict, *, seed: int = 0, noise: float = 0.0) -> Path:
+    """A random model in Hugging Face layout, float32; ``noise`` moves each weight by that share of its scale."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    weights, moves = (torch.Generator().manual_seed(n) for n in (seed, seed + 1000))
+    tensors = {}
+    for tensor_map in family_of(config).tensors(config):
+        for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
+            # Larger than an initialization: distributions far from uniform, so that the KL is not near zero.
+            scale = {"norm": 0.1, "embedding": 0.5}.get(tensor_map.kind, 0.15)
+            tensor = torch.randn(shape, generator=weights) * scale
+            tensor += torch.randn(shape, generator=moves) * scale * noise
+            tensors[name] = tensor + 1 if tensor_map.kind == "norm" else tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def write_data(prefix: Path, *, vocab_size: int, num_documents: int = 60, seed: int = 0) -> Path:
+    """Random tokens; each document counts another share of its tokens in the loss, some of them none."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    rng = np.random.default_rng(seed)
+    tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    mask = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
+    for i in range(num_documents):
+        length = int(rng.integers(20, 60))
+        tokens.add_document(rng.integers(0, vocab_size, size=length), [length])
+        mask.add_document((rng.random(length) < (i % 5) / 4).astype(np.uint8), [length])
+    tokens.finalize(f"{prefix}.idx")
+    mask.finalize(f"{prefix}_loss_mask.idx")
+    return prefix

@@ -1,0 +1,125 @@
+"""What the ranks of test_training run: pretrain_qad.py's ``main``, watched from outside.
+
+Watching takes nothing away: Megatron's ``train_step`` is called as it is, and before and after the optimizer's step the
+gradients, parameters and masters of this rank are copied, whole tensors' names and shard axes beside them.
+"""
+
+import os
+import sys
+
+import torch
+
+
+def import_checkpoints(models: dict[str, str], dtype: str) -> None:
+    """tools/import_hf.py for several directories, {source: target}."""
+    from megatron_qad.checkpoint.import_hf import import_hf
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    for source, target in models.items():
+        import_hf(source, target, getattr(torch, dtype))
+
+
+def train(argv: list[str], record: str | None = None) -> None:
+    """``pretrain_qad.py *argv``, with its errors printed as the script prints them.
+
+    Args:
+        record: each rank writes what it saw to ``{record}.rank{r}``: a list of steps, see ``_Watch``.
+    """
+    import pretrain_qad
+    from megatron_qad.runtime import QADError
+
+    sys.argv = ["pretrain_qad.py", *argv]
+    watch = _Watch() if record else None
+    try:
+        pretrain_qad.main()
+    except QADError as error:
+        sys.exit(f"error: {error}")
+    finally:  # --exit-interval leaves by SystemExit
+        if watch:
+            torch.save(watch.steps, f"{record}.rank{os.environ['RANK']}")
+
+
+class _Watch:
+    """Records of every step: loss (sum, count) on the last stage, grad_norm, and shards by global parameter name.
+
+    A shard is (tensor, axis along which tensor parallelism cut it or None, number of stacked parts that were each cut,
+    tensor-parallel rank).
+    "batches" has the microbatches that the student was trained on, "amaxes" those of its input quantizers.
+    """
+
+    def __init__(self):
+        from megatron.training import training as megatron_loop
+
+        import pretrain_qad
+
+        self.steps: list[dict] = []
+        self._train_step, self._forward_step = megatron_loop.train_step, pretrain_qad.forward_step
+        megatron_loop.train_step, pretrain_qad.forward_step = self._step, self._forward
+
+    def _forward(self, batches, model):
+        batch = next(batches)
+        if torch.is_grad_enabled():
+            if not self.steps[-1]["batches"]:
+                self.steps[-1]["on_grid"] = self._shards([model], lambda p: p.data)
+            self.steps[-1]["batches"].append(vars(batch) | {"teacher_logits": None})
+        return self._forward_step(iter([batch]), model)
+
+    def _step(self, forward_step, data_iterator, model, optimizer, *args, **kwargs):
+        self.steps.append({"batches": []})
+        step, now = optimizer.step, self.steps[-1]
+
+        def watched():
+            now["grads"] = self._shards(model, lambda p: p.main_grad)
+            return step()
+
+        optimizer.step = watched
+        found = self._train_step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
+        del optimizer.step
+        now["loss"] = {name: torch.as_tensor(value).tolist() for name, value in found[0].items()}
+        now["grad_norm"] = float(found[5])
+        now["params"] = self._shards(model, lambda p: p.data)
+        now["masters"] = self._shards(model, _master)
+        now["amaxes"] = _amaxes(model)
+        return found
+
+    @staticmethod
+    def _shards(model, value_of) -> dict:
+        from megatron.core import mpu
+        from megatron.training import get_args
+
+        from megatron_qad.quantization.names import named_modules_globally
+
+        is_tied = not get_args().untie_embeddings_and_output_weights
+
+        found = {}
+        for chunk in model:
+            for name, module in named_modules_globally(chunk):
+                if is_tied and name == "output_layer":  # the last stage's copy
+                    name = "embedding.word_embeddings"
+                for kind, parameter in module.named_parameters(recurse=False):
+                    if (value := value_of(parameter)) is None:
+                        continue
+                    is_cut = getattr(parameter, "tensor_model_parallel", False)
+                    parts = 2 if name.endswith("linear_fc1") else 1  # gate and up
+                    axis = parameter.partition_dim if is_cut else None
+                    found[f"{name}.{kind}"] = (value.clone(), axis, parts, mpu.get_tensor_model_parallel_rank())
+        return found
+
+
+def _amaxes(model) -> dict[str, torch.Tensor]:
+    from megatron_qad.quantization.names import named_modules_globally
+
+    suffix = ".input_quantizer"
+    return {
+        name.removesuffix(suffix): module._amax.clone()
+        for chunk in model
+        for name, module in named_modules_globally(chunk)
+        if name.endswith(suffix) and getattr(module, "_amax", None) is not None
+    }
+
+
+def _master(parameter):
+    """The float32 master of a BF16 parameter, in its shape (one data-parallel rank holds it whole)."""
+    master = getattr(parameter, "main_param", None)
+    return None if master is None else master.view(parameter.shape)

@@ -1,0 +1,149 @@
+"""Worker: losses, metrics and quantizers over vocabulary and weights cut across 1, 2 and 4 ranks."""
+
+import torch
+from launch import report
+
+from megatron_qad.runtime import prepare
+
+prepare()
+
+from megatron_qad.distillation import compare, per_token_loss  # noqa: E402
+from megatron_qad.distillation.losses import VocabShard  # noqa: E402
+from megatron_qad.formats import nvfp4  # noqa: E402
+from megatron_qad.quantization.activations import InputQuantizers  # noqa: E402
+from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
+from megatron_qad.runtime import QADError  # noqa: E402
+
+COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "reduce_scatter_tensor", "broadcast", "all_to_all_single")
+PADDED, REAL, TOKENS = 64, 30, 21  # the second half of the ranks has no real column, one has some
+
+
+class _Counts:
+    """Counts the collectives of a block by name; they run as ever."""
+
+    def __enter__(self):
+        self.calls = {}
+        self._originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+        for name, original in self._originals.items():
+            setattr(torch.distributed, name, self._counting(name, original))
+        return self.calls
+
+    def _counting(self, name, original):
+        def call(*args, **kwargs):
+            self.calls[name] = self.calls.get(name, 0) + 1
+            return original(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *exc):
+        for name, original in self._originals.items():
+            setattr(torch.distributed, name, original)
+
+
+def _given(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, TOKENS // 3, PADDED, generator=generator).mul(3).to(dtype) for _ in range(2))
+    student[0, 0, [4, 20]] = 30.0  # the two best tokens, on two ranks of four, are equal
+    teacher[0, 0, 4] = 30.0
+    student[0, 1, [4, 20]] = 30.0
+    teacher[0, 1, 20] = 30.0
+    labels = torch.randint(0, REAL, (3, TOKENS // 3), generator=generator)
+    return student, teacher, labels, torch.rand(3, TOKENS // 3, generator=generator)
+
+
+def _loss(name, dtype, temperature, group) -> dict:
+    student, teacher, labels, weight = _given(dtype)
+    width = PADDED // group.size()
+    mine = slice(group.rank() * width, (group.rank() + 1) * width)
+    shard = VocabShard.of_rank(width, REAL, group)
+    leaf = student[..., mine].clone().requires_grad_()
+    with _Counts() as forward:
+        out = per_token_loss(name, leaf * 1, teacher[..., mine].clone(), labels, shard, temperature=temperature)
+    with _Counts() as backward:
+        (out * weight).sum().backward()
+    grads = [torch.empty_like(leaf) for _ in range(group.size())]
+    torch.distributed.all_gather(grads, leaf.grad, group=group)
+    return {
+        "loss": out.tolist(),
+        "grad": torch.cat(grads, dim=-1).tolist(),
+        "forward": forward,
+        "backward": backward,
+        "columns": shard.num_columns,
+    }
+
+
+def _metrics(dtype, group) -> dict:
+    student, teacher, labels, weight = _given(dtype)
+    width = PADDED // group.size()
+    mine = slice(group.rank() * width, (group.rank() + 1) * width)
+    shard = VocabShard.of_rank(width, REAL, group)
+    found = compare(student[..., mine], teacher[..., mine], labels, (weight > 0.3).float(), shard)
+    mask = torch.zeros_like(weight)
+    mask[0, :2] = 1
+    ties = compare(student[..., mine], teacher[..., mine], labels, mask, shard)
+    return {"means": found.means(), "ties": ties.means()["top1_agreement"]}
+
+
+def _stack(weight: torch.Tensor) -> torch.nn.Module:
+    """A model chunk of one linear, as far as naming goes."""
+    chunk, layer = torch.nn.Module(), torch.nn.Module()
+    layer.layer_number = 1
+    layer.linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.linear.weight.data = weight.clone()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList([layer])
+    return chunk
+
+
+NAME = "decoder.layers.0.linear"
+
+
+def _weights(axis: int, group) -> dict:
+    whole = torch.randn(32, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    whole[0, 0] = 40.0  # on the first rank only: the others would choose a smaller scale
+    chunk = _stack(whole.chunk(group.size(), dim=axis)[group.rank()].contiguous())
+    weights = InPlaceWeights([chunk], {f"{NAME}.weight": "nvfp4"}, group)
+    with _Counts() as calls:
+        weights.quantize_()
+    parts = [torch.empty_like(chunk.decoder.layers[0].linear.weight.data) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, chunk.decoder.layers[0].linear.weight.data, group=group)
+    expected = nvfp4.fake_quant(whole, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(whole)))
+    return {"equal": torch.equal(torch.cat(parts, dim=axis), expected), "calls": calls}
+
+
+def _inputs(group, value: float) -> dict:
+    chunk = _stack(torch.ones(16, 32))
+    inputs = InputQuantizers([chunk], {f"{NAME}.weight": "nvfp4"}, groups=(group,))
+    try:
+        with inputs.calibrating():
+            x = torch.ones(4, 32)
+            x[1, 2] = -3.0 - group.rank() if group.rank() else value
+            chunk.decoder.layers[0].linear(x)
+    except QADError as error:
+        return {"error": str(error)}
+    return {"amax": inputs.quantizers[NAME]._amax.tolist()}
+
+
+def cases(arguments: dict) -> list:
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    results = []
+    for size in (1, 2, 4):
+        group = torch.distributed.new_group(list(range(size)))
+        if rank >= size:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, temperature in (("kl", 1.0), ("kl", 2.0), ("ce", 1.0)):
+                case = {"what": "loss", "size": size, "dtype": str(dtype), "name": name, "temperature": temperature}
+                results.append(case | _loss(name, dtype, temperature, group))
+            results.append({"what": "metrics", "size": size, "dtype": str(dtype)} | _metrics(dtype, group))
+        for axis in (0, 1):
+            results.append({"what": "weights", "size": size} | _weights(axis, group))
+        for value in (-2.0, float("nan")):
+            results.append({"what": "inputs", "size": size, "value": value} | _inputs(group, value))
+    torch.distributed.barrier()
+    return results
+
+
+if __name__ == "__main__":
+    report(cases)

@@ -1,0 +1,67 @@
+"""Models of Transformer Engine's layer spec and of the local one are one model: names, shards, values, files."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from launch import run_workers
+
+HERE = Path(__file__).parent
+CASES = ("llama-tied", "llama3-rope", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def compared(request, tmp_path_factory):
+    """Every case imported, built, saved and loaded by both specs at this tensor-parallel size, and exported."""
+    root = tmp_path_factory.mktemp(f"te{request.param}")
+    imports, models, exports = [], [], []
+    for case in CASES:
+        tiny_models.make(case, root / "hf" / case, torch.bfloat16)
+        imports.append([str(root / "hf" / case), str(root / "imported" / case), "bfloat16"])
+        saved = root / "saved" / case
+        models.append({"case": case, "checkpoint": str(root / "imported" / case), "saved": str(saved)})
+        for spec in ("local", "te"):
+            for layout in ("bf16", "modelopt"):
+                exports.append([str(saved / spec), str(root / "out" / case / spec / layout), layout, 10**9])
+    arguments = {"imports": imports, "models": models, "tp": request.param}
+    results = run_workers(HERE / "worker_te.py", request.param, arguments)
+    run_workers(HERE.parent / "dist" / "worker_models.py", 1, {"exports": exports})
+    return root, {result["case"]: result for result in results}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_shards_values_and_quantizers_agree(compared, case):
+    """As imported, with quantizers, and each spec's checkpoint in a model of the other."""
+    result = compared[1][case]
+    assert result["faults"] == []
+    blocks = tiny_models.config_of(case).num_hidden_layers
+    assert result["linears"] == result["quantizers"] == 4 * blocks  # qkv, proj, fc1, fc2
+    assert result["tensors"] > 6 * blocks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_te_saved_checkpoint_exports_to_the_bytes_that_were_imported(compared, case):
+    root, _ = compared
+    given, found = _tensors(root / "hf" / case), _tensors(root / "out" / case / "te" / "bf16")
+    assert set(given) == set(found)
+    for name, tensor in given.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_te_saved_checkpoint_exports_to_the_nvfp4_bytes_of_the_local_one(compared, case):
+    root, _ = compared
+    local, te = (root / "out" / case / spec / "modelopt" for spec in ("local", "te"))
+    names = sorted(file.name for file in local.iterdir())
+    assert names == sorted(file.name for file in te.iterdir())
+    for name in names:
+        assert (local / name).read_bytes() == (te / name).read_bytes(), name
+    assert any(name.endswith("weight_scale_2") for name in _tensors(te)), "nothing was quantized"
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -1,0 +1,112 @@
+"""What arguments check before Megatron sees them: stages, tensor-parallel sizes, the vocabularies of the two models."""
+
+import json
+
+import pytest
+
+from megatron_qad.distillation import LOSSES as KNOWN_LOSSES
+from megatron_qad.runtime import QADError, prepare
+
+prepare()
+
+from megatron_qad.config.options import LOSSES  # noqa: E402
+from megatron_qad.training.arguments import check_tensor_parallel, read_hf_config, with_stages  # noqa: E402
+from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    "pattern, stages, expected",
+    [
+        ("*-*-", 1, "*-*-"),
+        ("*-*-", 2, "*-|*-"),
+        ("*-*-*-", 2, "*-*|-*-"),
+        ("*-*-", 4, "*|-|*|-"),
+        ("*-*-*-*-*-", 4, "*-|*-*|-*-|*-"),
+    ],
+)
+def test_stages(pattern, stages, expected):
+    found = with_stages(pattern, stages)
+    assert found == expected
+    assert found.replace("|", "") == pattern
+    sizes = [len(part) for part in found.split("|")]
+    assert len(sizes) == stages and max(sizes) - min(sizes) <= 1
+
+
+def test_more_stages_than_layers():
+    with pytest.raises(QADError, match=r"5 pipeline stages for 4 layers \(\*-\*-\): at most one stage a layer"):
+        with_stages("*-*-", 5)
+
+
+SHAPE = {"num-attention-heads": 12, "num-query-groups": 4, "kv-channels": 16, "ffn-hidden-size": 256}
+
+
+@pytest.mark.parametrize(
+    "change, tp, message",
+    [
+        ({}, 5, "does not divide the attention heads (12); possible for this model: 1, 2, 4"),
+        ({}, 3, "does not divide the key-value heads (4); possible for this model: 1, 2, 4"),
+        ({"kv-channels": 4}, 2, "does not divide the 16-element blocks of the attention output (3)"),
+        ({"ffn-hidden-size": 224}, 4, "does not divide the 16-element blocks of the MLP (14); possible for this model: 1, 2"),
+        ({"num-attention-heads": 9, "num-query-groups": 3, "ffn-hidden-size": 1536}, 2, "possible for this model: 1, 3"),
+    ],
+)
+def test_tensor_parallel_sizes_that_cannot_be(change, tp, message):
+    with pytest.raises(QADError) as error:
+        check_tensor_parallel(SHAPE | change, tp)
+    assert f"--tensor-model-parallel-size {tp} " in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_tensor_parallel_sizes_that_can(tp):
+    check_tensor_parallel(SHAPE, tp)
+
+
+def test_a_checkpoint_without_its_config(tmp_path):
+    with pytest.raises(QADError, match=r"no hf/config\.json; expected a checkpoint directory"):
+        read_hf_config(str(tmp_path))
+
+
+def test_the_options_know_the_losses():
+    assert LOSSES == KNOWN_LOSSES  # floor 1 cannot import floor 2
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def make(name: str, vocab: dict[str, int] | None, indent: int | None = None) -> str:
+        hf = tmp_path / name / "hf"
+        hf.mkdir(parents=True)
+        if vocab is not None:
+            model = {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}
+            content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+            content |= {"pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model}
+            (hf / "tokenizer.json").write_text(json.dumps(content, indent=indent))
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a", "eos_token": "b"}
+            (hf / "tokenizer_config.json").write_text(json.dumps(settings))
+        return str(tmp_path / name)
+
+    return make
+
+
+SIZE = {"vocab_size": 3}
+
+
+def test_vocabularies_of_different_sizes(checkpoint):
+    student, teacher = checkpoint("student", None), checkpoint("teacher", None)
+    with pytest.raises(QADError, match=r"vocab_size is 4 in the teacher .*teacher and 3 in the student .*student;"):
+        check_same_vocabulary(student, SIZE, teacher, {"vocab_size": 4})
+
+
+def test_tokenizers_with_other_pieces(checkpoint):
+    student, teacher = checkpoint("student", {"a": 0, "b": 1, "c": 2}), checkpoint("teacher", {"a": 0, "b": 2, "c": 1})
+    with pytest.raises(QADError) as error:
+        check_same_vocabulary(student, SIZE, teacher, SIZE)
+    assert "tokenizer.json" in str(error.value)
+    assert "the piece 'c' has id 2 in the student and 1 in the teacher" in str(error.value)
+
+
+def test_tokenizers_with_the_same_pieces(checkpoint):
+    pieces = {"a": 0, "b": 1, "c": 2}
+    student, same = checkpoint("student", pieces), checkpoint("same", pieces)
+    written_anew, without = checkpoint("anew", pieces, indent=1), checkpoint("without", None)
+    for teacher in (student, same, written_anew, without):
+        check_same_vocabulary(student, SIZE, teacher, SIZE)

@@ -1,0 +1,122 @@
+"""Policies: what rules reach, which wins, and every way to get one wrong."""
+
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from megatron_qad.quantization.policy import SHIPPED, load, resolve
+from megatron_qad.runtime import QADError
+
+
+@dataclass
+class Linear:
+    megatron: str
+    kind: str
+    is_tied: bool = False
+
+
+LINEARS = [
+    Linear("decoder.layers.0.self_attention.linear_qkv.weight", "attention"),
+    Linear("decoder.layers.0.self_attention.linear_proj.weight", "attention"),
+    Linear("decoder.layers.1.mlp.linear_fc1.weight", "mlp"),
+    Linear("decoder.layers.11.mlp.linear_fc1.weight", "mlp"),
+    Linear("output_layer.weight", "head"),
+]
+TIED = [*LINEARS[:-1], Linear("output_layer.weight", "head", is_tied=True)]
+
+
+def write(tmp_path, document) -> str:
+    file = tmp_path / "policy.yaml"
+    file.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return str(file)
+
+
+def test_nvfp4_all_linear_quantizes_the_decoder_and_not_the_head():
+    formats = resolve(load("nvfp4-all-linear"), LINEARS)
+    assert formats.pop("output_layer.weight") == "bf16"
+    assert set(formats) == {linear.megatron for linear in LINEARS[:-1]} and set(formats.values()) == {"nvfp4"}
+
+
+def test_bf16_quantizes_nothing():
+    assert set(resolve(load("bf16"), LINEARS).values()) == {"bf16"}
+
+
+def test_every_shipped_policy_fits_a_dense_model():
+    for file in SHIPPED.glob("*.yaml"):
+        assert set(resolve(load(file.stem), TIED)) == {linear.megatron for linear in TIED}
+
+
+def test_overrides_come_last_and_win():
+    rules = load("nvfp4-all-linear", ["head=nvfp4", "decoder.layers.1.*=bf16", "mlp=nvfp4", "*.layers.0.*proj=bf16"])
+    formats = resolve(rules, LINEARS)
+    assert formats["output_layer.weight"] == "nvfp4"
+    assert formats["decoder.layers.1.mlp.linear_fc1.weight"] == "nvfp4"  # mlp=nvfp4 came after
+    assert formats["decoder.layers.0.self_attention.linear_proj.weight"] == "bf16"
+
+
+def test_a_pattern_means_whole_names():
+    rules = load("nvfp4-all-linear", ["decoder.layers.1.*=bf16"])
+    formats = resolve(rules, LINEARS)
+    assert formats["decoder.layers.1.mlp.linear_fc1.weight"] == "bf16"
+    assert formats["decoder.layers.11.mlp.linear_fc1.weight"] == "nvfp4"
+
+
+def test_a_file_is_a_policy(tmp_path):
+    document = {"rules": [{"kind": ["attention", "mlp", "head"], "format": "bf16"}, {"name": "*fc1", "format": "nvfp4"}]}
+    formats = resolve(load(write(tmp_path, document)), LINEARS)
+    assert [name for name, fmt in formats.items() if fmt == "nvfp4"] == [linear.megatron for linear in LINEARS[2:4]]
+
+
+@pytest.mark.parametrize(
+    "document, message",
+    [
+        ("- a\n- b\n", "one list named 'rules'"),
+        ({"rules": [], "other": 1}, "one list named 'rules'"),
+        ({"rules": {"kind": "mlp"}}, "one list named 'rules'"),
+        ("", "one list named 'rules'"),
+        ({"rules": [{"kind": "mlp"}]}, "'format' and one of 'kind' and 'name'"),
+        ({"rules": [{"kind": "mlp", "name": "x", "format": "bf16"}]}, "'format' and one of 'kind' and 'name'"),
+        ({"rules": ["mlp=bf16"]}, "'format' and one of 'kind' and 'name'"),
+        ({"rules": [{"kind": "mlp", "format": "fp8"}]}, "unknown format 'fp8'; one of bf16, nvfp4"),
+        ({"rules": [{"kind": "experts", "format": "bf16"}]}, "unknown kind 'experts'; one of attention, mlp, head"),
+        ("rules: [}", "not valid YAML"),
+    ],
+)
+def test_faults_of_a_file_name_it(tmp_path, document, message):
+    file = write(tmp_path, document)
+    with pytest.raises(QADError) as error:
+        load(file)
+    assert file in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("policy", ["nvfp4-al-linear", "missing.yaml"])
+def test_no_such_policy(policy):
+    with pytest.raises(QADError, match=f"no quantization policy '{policy}'.*bf16, nvfp4-all-linear"):
+        load(policy)
+
+
+@pytest.mark.parametrize(
+    "rule, message", [("head", "expected KIND=FORMAT or PATTERN=FORMAT"), ("head=int4", "unknown format 'int4'")]
+)
+def test_faults_of_an_override_name_it(rule, message):
+    with pytest.raises(QADError) as error:
+        load("bf16", [rule])
+    assert f"--qad-rule {rule}" in str(error.value).replace("'head'", "head") and message in str(error.value)
+
+
+def test_a_rule_that_reaches_nothing():
+    with pytest.raises(QADError, match=r"rule decoder\.layers\.7\.\*=bf16 reaches no linear.*linear_qkv"):
+        resolve(load("bf16", ["decoder.layers.7.*=bf16"]), LINEARS)
+
+
+def test_a_linear_that_no_rule_reaches(tmp_path):
+    rules = load(write(tmp_path, {"rules": [{"kind": ["attention", "mlp"], "format": "nvfp4"}]}))
+    with pytest.raises(QADError, match=r"no policy rule reaches output_layer\.weight \(head\)"):
+        resolve(rules, LINEARS)
+
+
+def test_a_tied_head_stays_in_bf16():
+    assert resolve(load("nvfp4-all-linear"), TIED)["output_layer.weight"] == "bf16"
+    with pytest.raises(QADError, match="its embedding table.*Keep head=bf16"):
+        resolve(load("nvfp4-all-linear", ["head=nvfp4"]), TIED)

@@ -1,0 +1,117 @@
+"""Weights on the grid in place. Shards: tests/dist/test_sharded.py. In training: tests/dist/test_training.py."""
+
+import pytest
+import torch
+
+from megatron_qad.formats import nvfp4, nvfp4_pack
+from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.runtime import QADError
+
+FORMATS = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "bf16"}
+
+
+def on_grid(weight: torch.Tensor) -> bool:
+    return nvfp4_pack.is_on_grid(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
+
+
+def expected(weight: torch.Tensor) -> torch.Tensor:
+    return nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
+
+
+def test_only_what_the_policy_names_is_quantized(make_chunk, linears):
+    chunk = make_chunk()
+    first, second = (linear.weight.detach().clone() for linear in linears(chunk))
+    weights = InPlaceWeights([chunk], FORMATS)
+    assert list(weights.weights) == ["decoder.layers.0.linear.weight"]
+    weights.quantize_()
+    assert torch.equal(linears(chunk)[0].weight, expected(first)) and not torch.equal(expected(first), first)
+    assert torch.equal(linears(chunk)[1].weight, second)
+
+
+def test_names_are_global_over_chunks(make_chunk):
+    chunks = [make_chunk(), make_chunk(first_layer=3)]
+    weights = InPlaceWeights(chunks, FORMATS | {"decoder.layers.3.linear.weight": "nvfp4"})
+    assert list(weights.weights) == ["decoder.layers.0.linear.weight", "decoder.layers.3.linear.weight"]
+    assert weights.weights["decoder.layers.3.linear.weight"] is chunks[1].decoder.layers[1].linear.weight
+
+
+def test_bfloat16_weights_stay_on_the_grid_until_the_optimizer_writes(make_chunk, linears):
+    chunk = make_chunk(dtype=torch.bfloat16)
+    weight = linears(chunk)[0].weight
+    before, place = weight.detach().clone(), weight.data_ptr()
+    assert not on_grid(before)
+    weights = InPlaceWeights([chunk], FORMATS)
+    with weights.on_grid(then_updated=True):
+        assert on_grid(weight.detach()) and torch.equal(weight, expected(before))
+    assert torch.equal(weight, expected(before))
+    assert weight.data_ptr() == place and weight.requires_grad  # the parameter itself, not a copy
+    assert weights.num_quantizations == 1
+
+
+def test_evaluations_between_two_steps_quantize_once(make_chunk, linears):
+    chunk = make_chunk(dtype=torch.bfloat16)
+    weights = InPlaceWeights([chunk], FORMATS)
+    for then_updated, number in ((False, 1), (False, 1), (True, 1), (True, 2), (False, 3), (True, 3)):
+        with weights.on_grid(then_updated=then_updated):
+            assert weights.num_quantizations == number
+        if then_updated:
+            linears(chunk)[0].weight.data.add_(0.1)
+
+
+def test_weights_of_a_checkpoint_on_the_grid_are_left_alone(make_chunk, linears):
+    """Also where quantizing again would move them: block scales of 2^-9 are too coarse to find the same ones twice."""
+    chunk = make_chunk(dtype=torch.bfloat16)
+    weight = linears(chunk)[0].weight
+    weight.data.mul_(torch.tensor([1e-6, 1.0], dtype=torch.bfloat16).repeat_interleave(24)[:, None])
+    weight.data[:24] *= torch.rand(24, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    InPlaceWeights([chunk], FORMATS).quantize_()
+    saved = weight.detach().clone()
+    assert on_grid(saved)
+    InPlaceWeights([chunk], FORMATS).quantize_()
+    assert torch.equal(weight, saved)
+
+
+def test_quantizing_normal_weights_twice_changes_no_bit(make_chunk):
+    weight = expected(torch.randn(64, 64, generator=torch.Generator().manual_seed(5)).bfloat16())
+    assert torch.equal(expected(weight), weight)
+
+
+def test_float32_masters_come_back_also_after_an_error(make_chunk, linears):
+    chunk = make_chunk()
+    weight = linears(chunk)[0].weight
+    before = weight.detach().clone()
+    weights = InPlaceWeights([chunk], FORMATS)
+    for then_updated in (True, False, False):
+        with weights.on_grid(then_updated=then_updated):
+            assert torch.equal(weight, expected(before))
+        assert torch.equal(weight, before)
+    with pytest.raises(ZeroDivisionError), weights.on_grid(then_updated=True):
+        _ = 1 / 0
+    assert torch.equal(weight, before)
+
+
+def test_the_gradient_is_that_of_the_quantized_weight(make_chunk, linears):
+    """Straight through: dL/dW at the quantized weight, whatever the master was."""
+    chunk = make_chunk()
+    linear = linears(chunk)[0]
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    quantized = expected(linear.weight.detach()).requires_grad_()
+    (x @ quantized.T).square().sum().backward()
+    with InPlaceWeights([chunk], FORMATS).on_grid(then_updated=True):
+        linear(x).square().sum().backward()
+    torch.testing.assert_close(linear.weight.grad, quantized.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(make_chunk, linears, value):
+    chunk = make_chunk(dtype=torch.bfloat16)
+    linears(chunk)[0].weight.data[3, 4] = value
+    with pytest.raises(QADError, match=r"decoder\.layers\.0\.linear\.weight: amax is (nan|inf)"):
+        InPlaceWeights([chunk], FORMATS).quantize_()
+
+
+def test_nothing_to_quantize(make_chunk):
+    weights = InPlaceWeights([make_chunk()], {})
+    with weights.on_grid(then_updated=True):
+        pass
+    assert weights.num_quantizations == 0

@@ -1,0 +1,198 @@
+"""The whole report: three runs from one teacher, and runs that lack something."""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.report.report import write_report
+from megatron_qad.runtime.errors import QADError
+
+LOSS = [(i, 1.0 / i) for i in range(1, 5)]
+RATES = [(i, 1e-4) for i in range(1, 5)]
+
+
+@pytest.fixture
+def make_run(tmp_path, teacher, formats, write_events):
+    """make_run(name, scalars, loss=...): a run's directory with events, hf/ and qad.json."""
+
+    def make(name, scalars, loss="kl", of_formats=formats):
+        directory = tmp_path / name
+        write_events(directory / "tensorboard", scalars)
+        shutil.copytree(teacher / "hf", directory / "hf")
+        job = {"policy": "nvfp4-all-linear", "rules": ["head=bf16"], "loss": loss, "formats": of_formats}
+        (directory / "qad.json").write_text(json.dumps(job))
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def three_runs(make_run, evaluations, teacher, save_checkpoint):
+    ptq = evaluations({1: (0.5, 2.25, 2.0, 0.75, 20480)}) | {"kl loss": [(1, 0.5)], "learning-rate": [(1, 0.0)]}
+    qat = evaluations({2: (0.4, 2.1, 2.0, 0.8, 20480), 4: (0.375, 2.0625, 2.0, 0.8125, 20480)})
+    qad = evaluations({2: (0.2, 2.1, 2.0, 0.9, 20480), 4: (0.125, 2.03125, 2.0, 0.9375, 20480)})
+    runs = {
+        "PTQ": make_run("ptq", ptq),
+        "QAT": make_run("qat", qat | {"ce loss": LOSS, "learning-rate": RATES}, loss="ce"),
+        "QAD": make_run("qad", qad | {"kl loss": LOSS, "learning-rate": RATES}),
+    }
+    names = [
+        name for name, fmt in json.loads((runs["QAD"] / "qad.json").read_text())["formats"].items() if fmt == "nvfp4"
+    ]
+    save_checkpoint(runs["QAD"], 4, TorchDistReader(teacher).read(names))  # an untrained student, not yet rounded
+    return runs
+
+
+def row_of(text, name):
+    """The first table row of a run, as cells."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def test_report_of_three_runs(three_runs, teacher, tmp_path):
+    out = tmp_path / "deep" / "out"
+    write_report(three_runs, teacher, out, title="Tiny")
+    text = (out / "report.md").read_text()
+    assert text.startswith("# Tiny\n")
+    assert row_of(text, "PTQ") == ["PTQ", "0.5", "1.000", "2.2500", "2.0000", "75.00%", "20,480", "none"]
+    assert row_of(text, "QAT") == ["QAT", "0.375", "0.750", "2.0625", "2.0000", "81.25%", "20,480", "4"]
+    assert row_of(text, "QAD") == ["QAD", "0.125", "0.250", "2.0312", "2.0000", "93.75%", "20,480", "4"]
+    assert "| QAT | `nvfp4-all-linear` | `head=bf16` | cross entropy | 8 of 9 |" in text
+    assert "| PTQ | `nvfp4-all-linear` | `head=bf16` | not trained | 8 of 9 |" in text
+    assert "LlamaForCausalLM, 2 blocks, hidden size 64, vocabulary 120" in text
+    assert "PTQ: no saved checkpoint" in text and "QAT: no saved checkpoint" in text and "QAD: no" not in text
+    assert "different held-out tokens" not in text
+
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["runs"]) == ["PTQ", "QAT", "QAD"]
+    qad = results["runs"]["QAD"]
+    assert qad["validation"]["kl_to_teacher"] == 0.125 and qad["checkpoint_iteration"] == "4"
+    assert qad["validation_curves"]["top1_agreement"] == [[2, pytest.approx(0.9)], [4, 0.9375]]
+    assert qad["training_loss"]["name"] == "kl loss" and len(qad["training_loss"]["curve"]) == 4
+    assert results["runs"]["PTQ"]["training_loss"] is None
+    # q 64x64, k and v 32x64, o 64x64; gate, up, down 96x64 each; two norms; embedding, head 120x64, last norm.
+    assert results["model"]["num_weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64) + 2 * 120 * 64 + 64
+    assert len(results["linears"]) == 8
+    for linear in results["linears"]:
+        # The student is the teacher before rounding, so that export would round it to exactly the PTQ weight.
+        assert linear["runs"]["QAD"]["distance"] == linear["ptq_error"] > 0
+        assert linear["runs"]["QAD"]["input_amax"] is None
+    with Image.open(out / "report.png") as image:
+        assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_the_worst_ten_lead(three_runs, teacher, tmp_path, formats):
+    results = write_report(three_runs, teacher, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `decoder")]
+    expected = sorted(results.linears, key=lambda linear: linear.ptq_error, reverse=True)[:10]
+    assert listed == [linear.name.removesuffix(".weight") for linear in expected]
+
+
+def test_what_is_missing_is_said(make_run, write_events, evaluations, teacher, tmp_path):
+    bare = tmp_path / "bare"
+    write_events(bare, {"ce loss": LOSS})
+    no_teacher = make_run("ce", {"validation/cross_entropy": [(2, 2.5)], "ce loss": LOSS}, loss="ce")
+    broken = make_run("nan", evaluations({4: (math.nan, 2.0, 2.0, 0.5, 10)}))
+    write_report({"bare": bare, "alone": no_teacher, "nan": broken}, teacher, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "bare: no evaluation is recorded" in text and "bare: no qad.json" in text
+    assert row_of(text, "bare")[1:] == [*["not measured"] * 5, "4"]
+    assert "alone: evaluated without a teacher" in text
+    assert "alone: its last evaluation is of iteration 2, training went on to 4." in text
+    assert row_of(text, "alone")[1:3] == ["not measured", "2.5000"]
+    assert "nan: not finite in the last evaluation: kl_to_teacher" in text and row_of(text, "nan")[1] == "nan"
+    assert "distances and input amaxes are left out" in text
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["runs"]["nan"]["validation"]["kl_to_teacher"] is None
+
+
+def test_without_any_job_file_there_are_no_weight_errors(write_events, teacher, tmp_path):
+    write_events(tmp_path / "bare", {"ce loss": LOSS})
+    results = write_report({"bare": tmp_path / "bare"}, teacher, tmp_path / "out")
+    assert results.linears == [] and "No run says which linears are NVFP4" in (tmp_path / "out/report.md").read_text()
+
+
+def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, tmp_path):
+    run = make_run("small", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}))
+    config = json.loads((run / "hf" / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (run / "hf" / "config.json").write_text(json.dumps(config))
+    results = write_report({"small": run}, teacher, tmp_path / "out")
+    assert results.linears == [] and any("other layers than the teacher" in note for note in results.notes)
+
+
+@pytest.mark.parametrize(
+    ("second", "warning"),
+    [
+        ((0.2, 2.0, 2.001, 0.5, 1024), "teacher's cross entropy differs"),
+        ((0.2, 2.0, 2.0, 0.5, 2048), "different numbers of held-out tokens"),
+        ((0.2, 2.0, 2.0 + 1e-6, 0.5, 1024), None),
+    ],
+)
+def test_runs_on_different_tokens_are_noticed(make_run, evaluations, teacher, tmp_path, second, warning):
+    one = make_run("one", evaluations({4: (0.5, 2.0, 2.0, 0.5, 1024)}))
+    two = make_run("two", evaluations({4: second}))
+    notes = write_report({"one": one, "two": two}, teacher, tmp_path / "out").notes
+    found = [note for note in notes if "held-out" in note]
+    assert found == [] if warning is None else warning in found[0]
+
+
+def test_a_checkpoint_of_another_iteration_is_noticed(three_runs, teacher, tmp_path):
+    (three_runs["QAD"] / "iter_0000004").rename(three_runs["QAD"] / "iter_0000003")
+    (three_runs["QAD"] / "latest_checkpointed_iteration.txt").write_text("3")
+    notes = write_report(three_runs, teacher, tmp_path / "out").notes
+    assert "QAD: its checkpoint is of iteration 3, its last evaluation of 4." in notes
+
+
+def test_errors(three_runs, teacher, tmp_path):
+    with pytest.raises(QADError, match="at least one run"):
+        write_report({}, teacher, tmp_path / "out")
+    with pytest.raises(QADError, match="no hf/config.json"):
+        write_report(three_runs, tmp_path, tmp_path / "out")
+    (three_runs["QAD"] / "latest_checkpointed_iteration.txt").write_text("9")
+    with pytest.raises(QADError, match="says 9"):
+        write_report(three_runs, teacher, tmp_path / "out")
+    assert not (tmp_path / "out").exists()  # nothing half-written
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    """tool(*arguments): tools/report.py run in this process, as its command line would."""
+    source = Path(__file__).parents[3] / "tools" / "report.py"
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(source), *map(str, arguments)])
+        runpy.run_path(str(source), run_name="__main__")
+
+    return call
+
+
+def test_command_line(tool, three_runs, teacher, tmp_path, capsys):
+    runs = [word for name, directory in three_runs.items() for word in ("--run", f"{name}={directory}")]
+    tool(*runs, "--teacher", teacher, "--output", tmp_path / "out", "--title", "By hand")
+    assert "note: PTQ: no saved checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.md").read_text().startswith("# By hand\n")
+    assert (tmp_path / "out" / "report.png").is_file() and (tmp_path / "out" / "results.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (["QAD"], "expected NAME=DIR"),
+        (["=dir"], "expected NAME=DIR"),
+        (["QAD="], "expected NAME=DIR"),
+        (["A=x", "A=y"], "given twice"),
+        (["A=nowhere"], "nowhere: no such directory"),
+    ],
+)
+def test_command_line_errors_are_one_line(tool, teacher, tmp_path, runs, message):
+    with pytest.raises(SystemExit) as stopped:
+        tool(*(word for run in runs for word in ("--run", run)), "--teacher", teacher, "--output", tmp_path / "out")
+    assert str(stopped.value).startswith("error: ") and message in str(stopped.value)

@@ -1,0 +1,154 @@
+"""Weight errors against Hugging Face's own tensors and modelopt's NVFP4, on a real imported checkpoint."""
+
+import json
+
+import pytest
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.formats import nvfp4
+from megatron_qad.report.weights import linear_errors, quantized, read_job, relative_distance
+from megatron_qad.runtime.errors import QADError
+
+# Two float64 sums of the same float32 squares in another order and two roots: far below this.
+SAME = {"rel": 1e-9}
+
+
+def hf_parts(teacher):
+    """The Hugging Face tensors that each Megatron weight holds; norms do not depend on the order of rows."""
+    hf = torch.load(teacher.parent / "hf.pt")
+    parts = {}
+    for block in range(2):
+        at = f"model.layers.{block}"
+        attention, mlp = f"decoder.layers.{2 * block}.self_attention", f"decoder.layers.{2 * block + 1}.mlp"
+        parts[f"{attention}.linear_qkv.weight"] = [hf[f"{at}.self_attn.{x}_proj.weight"] for x in "qkv"]
+        parts[f"{attention}.linear_proj.weight"] = [hf[f"{at}.self_attn.o_proj.weight"]]
+        parts[f"{mlp}.linear_fc1.weight"] = [hf[f"{at}.mlp.{x}_proj.weight"] for x in ("gate", "up")]
+        parts[f"{mlp}.linear_fc2.weight"] = [hf[f"{at}.mlp.down_proj.weight"]]
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def modelopt_round(weight):
+    """modelopt's quantize and dequantize of one weight under its own global scale, as BF16."""
+    packed, block_scale, global_scale = NVFP4QTensor.quantize(weight.float(), 16)
+    return packed.dequantize(
+        dtype=torch.float32, scale=block_scale, double_scale=global_scale, block_sizes={-1: 16}
+    ).to(weight.dtype)
+
+
+def norm_ratio(a, b):
+    return ((a.double() - b.double()).square().sum().sqrt() / b.double().square().sum().sqrt()).item()
+
+
+def run_tensors(teacher, noise, *, on_grid):
+    """A trained run's tensors: the teacher's moved by noise; gate and up apart, as Megatron's loop saves them."""
+    generator = torch.Generator().manual_seed(5)
+    tensors = {}
+    for i, (name, weight) in enumerate(hf_parts(teacher).items()):
+        moved = (weight.float() + noise * torch.randn(weight.shape, generator=generator)).bfloat16()
+        if on_grid:
+            moved = nvfp4.fake_quant(moved, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(moved)))
+        tensors[name] = moved
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.input_quantizer._amax"] = torch.tensor([1.5 + i])
+    return tensors
+
+
+def as_saved(tensors):
+    saved = {}
+    for name, tensor in tensors.items():
+        if name.endswith("linear_fc1.weight"):
+            saved[f"{name}_w"], saved[f"{name}_v"] = (half.contiguous() for half in tensor.chunk(2))
+        else:
+            saved[name] = tensor
+    return saved
+
+
+def test_ptq_error_is_that_of_modelopts_rounding(teacher, formats):
+    found = linear_errors(teacher, {"QAD": formats}, {})
+    expected = hf_parts(teacher)
+    assert [m.name for m in found] == list(expected)  # model order, the BF16 head left out
+    for linear in found:
+        weight = expected[linear.name]
+        assert linear.shape == tuple(weight.shape) and linear.runs == {}
+        assert linear.ptq_error == pytest.approx(norm_ratio(modelopt_round(weight), weight), **SAME)
+        assert 0.05 < linear.ptq_error < 0.15  # Gaussian weights in NVFP4 lose about 9.5 %
+
+
+@pytest.mark.parametrize("on_grid", [True, False], ids=["saved-on-grid", "saved-before-rounding"])
+def test_distance_and_amax_of_a_trained_run(teacher, formats, save_checkpoint, tmp_path, on_grid):
+    # qkv's distance needs Megatron's order of rows on both sides: the run's starts from the imported tensor.
+    tensors = run_tensors(teacher, 0.01, on_grid=on_grid)
+    qkv = [name for name in tensors if name.endswith("linear_qkv.weight")]
+    for name, weight in TorchDistReader(teacher).read(qkv).items():
+        moved = (weight.float() * 1.25).bfloat16()
+        tensors[name] = modelopt_round(moved) if on_grid else moved
+    save_checkpoint(tmp_path, 7, as_saved(tensors))
+
+    teacher_weights = hf_parts(teacher) | TorchDistReader(teacher).read(qkv)
+    found = linear_errors(teacher, {"QAD": formats, "PTQ": formats}, {"QAD": tmp_path})
+    for i, linear in enumerate(found):
+        weight = tensors[linear.name]
+        final = weight if on_grid else modelopt_round(weight)
+        measured = linear.runs["QAD"]
+        assert measured.distance == pytest.approx(norm_ratio(final, teacher_weights[linear.name]), **SAME)
+        assert measured.distance > linear.ptq_error * 1.5  # a distance that ignores the run's weight would fail here
+        assert measured.input_amax == 1.5 + i
+        assert set(linear.runs) == {"QAD"}
+
+
+def test_only_nvfp4_linears_of_a_run_are_measured(teacher, formats, save_checkpoint, tmp_path):
+    tensors = run_tensors(teacher, 0.01, on_grid=True)
+    del tensors["decoder.layers.1.mlp.linear_fc1.input_quantizer._amax"]
+    save_checkpoint(tmp_path, 1, as_saved(tensors))
+    skipped = "decoder.layers.0.self_attention.linear_proj.weight"
+    found = linear_errors(
+        teacher,
+        {"all": formats | {"output_layer.weight": "nvfp4"}, "part": formats | {skipped: "bf16"}},
+        {"part": tmp_path},
+    )
+    by_name = {linear.name: linear for linear in found}
+    assert list(by_name)[-1] == "output_layer.weight" and by_name["output_layer.weight"].layer is None
+    assert by_name["output_layer.weight"].projection == "output_layer" and by_name["output_layer.weight"].runs == {}
+    assert by_name[skipped].runs == {} and by_name[skipped].ptq_error > 0
+    assert by_name["decoder.layers.1.mlp.linear_fc1.weight"].runs["part"].input_amax is None
+
+
+def test_a_missing_tensor_is_named(teacher, formats, save_checkpoint, tmp_path):
+    tensors = as_saved(run_tensors(teacher, 0.01, on_grid=True))
+    del tensors["decoder.layers.3.mlp.linear_fc2.weight"]
+    save_checkpoint(tmp_path, 1, tensors)
+    with pytest.raises(QADError, match="decoder.layers.3.mlp.linear_fc2.weight"):
+        linear_errors(teacher, {"QAD": formats}, {"QAD": tmp_path})
+
+
+def test_a_weight_with_nan_is_named(teacher, formats, save_checkpoint, tmp_path):
+    tensors = as_saved(run_tensors(teacher, 0.01, on_grid=True))
+    tensors["decoder.layers.3.mlp.linear_fc2.weight"][3, 5] = float("nan")
+    save_checkpoint(tmp_path, 1, tensors)
+    with pytest.raises(QADError, match="decoder.layers.3.mlp.linear_fc2.weight"):
+        linear_errors(teacher, {"QAD": formats}, {"QAD": tmp_path})
+
+
+def test_a_float32_weight_on_the_grid_stays_itself():
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
+    rounded = nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
+    assert torch.equal(quantized(rounded, "w"), rounded)
+    assert torch.equal(quantized(weight, "w"), rounded)
+
+
+def test_relative_distance_of_zeros():
+    zero, one = torch.zeros(4), torch.ones(4)
+    assert relative_distance(zero, zero) == 0.0
+    assert relative_distance(one, zero) == float("inf")
+    assert relative_distance(zero, one) == 1.0
+
+
+def test_job_file(tmp_path):
+    assert read_job(tmp_path) is None
+    (tmp_path / "qad.json").write_text(json.dumps({"policy": "x", "formats": {"a": "nvfp4"}}))
+    assert read_job(tmp_path)["formats"] == {"a": "nvfp4"}
+    (tmp_path / "qad.json").write_text("{}")
+    with pytest.raises(QADError, match="qad.json: no map 'formats'"):
+        read_job(tmp_path)

@@ -1,0 +1,93 @@
+"""The house: rooms import from lower floors only, importing the package starts nothing, files stay pages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_qad"
+FLOORS = {
+    "runtime": 0,
+    "formats": 1,
+    "config": 1,
+    "models": 2,
+    "quantization": 2,
+    "distillation": 2,
+    "data": 2,
+    "training": 3,
+    "checkpoint": 3,
+    "report": 4,
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+
+
+def rooms_imported(source: str, module: str) -> set[str]:
+    """Rooms that a module's source names in any import, also inside functions and relative ones."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: -node.level]
+                base = ".".join([*package, base] if base else package)
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "megatron_qad" and len(parts) > 1 and parts[1] in FLOORS:
+                found.add(parts[1])
+    return found
+
+
+def test_every_room_has_a_floor():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms == set(FLOORS)
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_go_down(file):
+    relative = file.relative_to(ROOT).with_suffix("")
+    room = relative.parts[1] if len(relative.parts) > 2 else None
+    imported = rooms_imported(file.read_text(), ".".join(relative.parts))
+    if room is None:
+        assert not imported
+        return
+    wrong = {other for other in imported - {room} if FLOORS[other] >= FLOORS[room]}
+    assert not wrong, f"{relative} is on floor {FLOORS[room]} and imports {sorted(wrong)}"
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("import megatron_qad.training.loss", {"training"}),
+        ("def f():\n    from megatron_qad import training, models", {"training", "models"}),
+        ("from ..report import table", {"report"}),
+        ("from .. import report", {"report"}),
+        ("from .weights import x", {"quantization"}),
+        ("import importlib\nimportlib.import_module('megatron_qad.report.table')", {"report"}),
+        ("import megatron.training", set()),
+    ],
+)
+def test_the_parser_sees_imports_of_every_form(source, expected):
+    assert rooms_imported(source, "megatron_qad.quantization.policy") == expected
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_are_pages(file):
+    assert len(file.read_text().splitlines()) <= MAX_LINES
+
+
+def test_importing_the_package_loads_neither_torch_nor_megatron():
+    code = "import sys, megatron_qad; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch', 'megatron', 'modelopt'}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,53 @@
+"""Report of runs: ``python tools/report.py --run PTQ=DIR --run QAD=DIR --teacher CHECKPOINT --output DIR``."""
+
+import argparse
+import sys
+
+from megatron_qad.runtime import QADError, prepare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--run",
+        action="append",
+        required=True,
+        metavar="NAME=DIR",
+        help="a run's --save directory, its TensorBoard events in DIR/tensorboard or DIR itself; repeat for each run, "
+        "the one to compare with first",
+    )
+    parser.add_argument("--teacher", required=True, help="checkpoint of the BF16 teacher, made by tools/import_hf.py")
+    parser.add_argument("--output", required=True, help="directory for report.md, report.png and results.json")
+    parser.add_argument("--title", help="the report's heading")
+    options = parser.parse_args()
+    runs = named_runs(options.run)
+    prepare()
+
+    from megatron_qad.report.report import DEFAULT_TITLE, write_report
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    results = write_report(runs, options.teacher, options.output, options.title or DEFAULT_TITLE)
+    for note in results.notes:
+        print(f"note: {note}")
+    print(f"wrote report.md, report.png and results.json to {options.output}")
+
+
+def named_runs(pairs: list[str]) -> dict[str, str]:
+    """["PTQ=DIR", ...] -> {"PTQ": "DIR", ...}."""
+    runs = {}
+    for pair in pairs:
+        name, _, directory = pair.partition("=")
+        if not name or not directory:
+            raise QADError(f"--run {pair!r}: expected NAME=DIR, such as QAD=runs/qad")
+        if name in runs:
+            raise QADError(f"--run {pair!r}: the name {name!r} is given twice; each run needs its own")
+        runs[name] = directory
+    return runs
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QADError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Makes (or reuses) the project's virtual environment: tools/setup_env.sh [EXTRA ...]
+# An environment made from the same pyproject.toml and with the same extras is reused in a second.
+#   VENV=DIR       where it lives (default .venv beside the Makefile)
+#   PYTHON=FILE    the Python 3.12 to use; otherwise one is looked for
+#   TE_WHEEL=FILE  a built wheel of transformer_engine_torch (PyPI has only its source), with the extra "te"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+extras=$(IFS=,; echo "$*")
+stamp=$venv/megatron_qad.stamp
+
+is_312() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
+
+find_312() {
+  local candidate
+  for candidate in "${PYTHON:-}" python3.12 python3 python /usr/bin/python3.12 /usr/local/bin/python3.12 /opt/*/bin/python3.12 \
+    "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python3.12 "$HOME"/.local/share/uv/python/cpython-3.12*/bin/python3.12 \
+    "$HOME"/*conda3/envs/*/bin/python3.12; do
+    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null 2>&1 && is_312 "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.12 with venv found; get one (apt install python3.12-venv, pyenv install 3.12, uv python install 3.12) or set PYTHON=/path/to/python3.12" >&2
+  return 1
+}
+
+wanted="$(cksum <pyproject.toml) $PWD $extras ${TE_WHEEL:-}"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+  exit 0
+fi
+python=$(find_312)
+echo "setting up $venv with $("$python" --version) (torch is about 5 GB with its CUDA libraries; minutes)"
+"$python" -m venv "$venv"
+packages=("-e" ".${extras:+[$extras]}")
+case ",$extras," in
+*,te,*)
+  # The extra's torch extension would be compiled; a wheel that was built before is installed without that.
+  if [ -n "${TE_WHEEL:-}" ]; then
+    packages=("-e" ".[${extras//te/te-core}]")
+    "$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
+    packages=("--no-deps" "$TE_WHEEL")
+  fi
+  ;;
+esac
+"$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
+echo "$wanted" >"$stamp"
