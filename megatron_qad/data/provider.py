@@ -32,7 +32,8 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
         vp_stage: virtual pipeline stage of the caller.
 
     Returns:
-        (train, valid, test): datasets, or None where a split has no data or this rank needs none.
+        (train, valid, None): datasets, or None where a split has no data or this rank needs none; a test split is not
+        evaluated.
 
     Raises:
         QADError: no data given, a prefix that does not exist, or data of another tokenizer or vocabulary.
@@ -41,9 +42,11 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
     config = dataset_config(args)
     check_data(args, config)
     print_rank_0("megatron_qad: building the train, validation and test datasets")
-    return BlendedMegatronDatasetBuilder(
+    train, valid, _ = BlendedMegatronDatasetBuilder(
         QADDataset, train_val_test_num_samples, partial(_is_built_on_rank, vp_stage), config
     ).build()
+    # Megatron would evaluate a test split after the last validation and report it in the validation's place.
+    return train, valid, None
 
 
 # Read by megatron.training: every rank calls the provider, and the builder decides who holds data.

@@ -17,6 +17,7 @@ from megatron_qad.models.weights import has_amaxes, load_weights
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import InputQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.runtime import QADError
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.schedule import QADStep, wrap_schedule
 from megatron_qad.training.teacher import Teacher
@@ -43,14 +44,14 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
         load_weights(chunks, start)
         print_rank_0(f"megatron_qad: student starts from {start}")
     formats = resolve_formats(args)
+    if args.save is not None and torch.distributed.get_rank() == 0:
+        describe_checkpoint(args, formats)
     tp_group = mpu.get_tensor_model_parallel_group()
     data_group = mpu.get_data_parallel_group(with_context_parallel=True)
     inputs = InputQuantizers(chunks, formats, groups=(tp_group, data_group))
     if resumes and has_amaxes(args.load):
         inputs.expect_amax(device=torch.cuda.current_device())
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
-    if args.save is not None and torch.distributed.get_rank() == 0:
-        describe_checkpoint(args, formats)
     weights = InPlaceWeights(chunks, formats, tp_group)
     print_rank_0(f"megatron_qad: {len(weights.weights)} weights of this rank are NVFP4 by policy {args.qad.qad_policy}")
     wrap_schedule(QADStep(teacher, weights, inputs, args.qad.qad_calibration_samples))
@@ -70,9 +71,22 @@ def build_teacher(args: argparse.Namespace) -> Teacher:
 
 
 def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:
-    """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear."""
+    """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear.
+
+    Raises:
+        QADError: ``--save`` holds checkpoints of a job with other formats, which its ``qad.json`` must go on describing.
+    """
     save = Path(args.save)
+    file = save / "qad.json"
+    if file.is_file():
+        before = json.loads(file.read_text())["formats"]
+        if differ := sorted(name for name in formats | before if formats.get(name) != before.get(name)):
+            name = differ[0]
+            raise QADError(
+                f"--save {save} holds checkpoints in which {name} is {before.get(name)}; this job's policy makes it "
+                f"{formats.get(name)} ({len(differ)} linears differ). Choose another directory or the policy of before"
+            )
     start = Path(args.qad.qad_student or args.qad.qad_teacher)
     shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True)
     job = {"policy": args.qad.qad_policy, "rules": args.qad.qad_rule, "loss": args.qad.qad_loss, "formats": formats}
-    (save / "qad.json").write_text(json.dumps(job, indent=1))
+    file.write_text(json.dumps(job, indent=1))

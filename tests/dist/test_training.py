@@ -77,12 +77,14 @@ def workshop(tmp_path_factory):
     save_file(damaged, directory / "hf_inf" / "model.safetensors")
     tiny_job.write_hf(directory / "hf_other_vocab", tiny_job.LLAMA | {"vocab_size": 130})
     tiny_job.write_data(directory / "data", vocab_size=VOCAB)
+    models = [("inf", "inf", "float32"), ("other_vocab", "other_vocab", "float32")]
+    for who in ("teacher", "student"):
+        models.append((f"untied_{who}", f"f32_{who}", "float32"))
+        models.append((f"untied_{who}", f"bf16_{who}", "bfloat16"))
+        models.append((f"tied_{who}", f"tied_{who}", "float32"))
+    models = [(f"{directory}/hf_{source}", f"{directory}/{target}", dtype) for source, target, dtype in models]
     with ForkServer(directory) as server:
-        for kind, source, dtype in (("f32", "untied", "float32"), ("bf16", "untied", "bfloat16"), ("tied", "tied", "float32")):
-            pairs = {f"{directory}/hf_{source}_{who}": f"{directory}/{kind}_{who}" for who in ("teacher", "student")}
-            if kind == "f32":
-                pairs |= {f"{directory}/hf_{name}": f"{directory}/{name}" for name in ("inf", "other_vocab")}
-            server.run("training_jobs:import_checkpoints", 1, {"models": pairs, "dtype": dtype})
+        server.run("training_jobs:import_checkpoints", 1, {"models": models})
         yield Workshop(directory, server)
 
 

@@ -10,13 +10,13 @@ import sys
 import torch
 
 
-def import_checkpoints(models: dict[str, str], dtype: str) -> None:
-    """tools/import_hf.py for several directories, {source: target}."""
+def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
+    """tools/import_hf.py for several models: source, target and dtype of each."""
     from megatron_qad.checkpoint.import_hf import import_hf
     from megatron_qad.runtime.distributed import init_process_group
 
     init_process_group()
-    for source, target in models.items():
+    for source, target, dtype in models:
         import_hf(source, target, getattr(torch, dtype))
 
 
