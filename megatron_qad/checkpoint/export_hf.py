@@ -6,12 +6,12 @@ quantization is rounded here, by the same arithmetic and with the same global sc
 have used.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, LayoutName
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
@@ -36,7 +36,9 @@ def export_hf(
         QADError: missing tensors or amaxes (named), a checkpoint without ``qad.json``, or what the writer refuses.
     """
     checkpoint = Path(checkpoint)
-    config = json.loads((checkpoint / "hf" / "config.json").read_text())
+    if not (checkpoint / "hf" / "config.json").is_file():
+        raise QADError(f"{checkpoint}: no hf/config.json; expected what import_hf.py or pretrain_qad.py wrote")
+    config = read_json(checkpoint / "hf" / "config.json")
     family = family_of(config)
     formats = {} if layout == "bf16" else read_formats(checkpoint)
     reader = TorchDistReader(checkpoint)
@@ -59,7 +61,7 @@ def read_formats(checkpoint: Path) -> dict[str, str]:
     file = checkpoint / JOB_FILE
     if not file.is_file():
         raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
-    return json.loads(file.read_text())["formats"]
+    return read_json(file)["formats"]
 
 
 def _items(reader: TorchDistReader, maps: list[TensorMap], formats: dict[str, str]) -> Iterator[HFTensor]:

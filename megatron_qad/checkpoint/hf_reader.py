@@ -6,20 +6,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_qad.checkpoint.hf_writer import CARRIED_FILES
 from megatron_qad.runtime.errors import QADError
 
-# What makes the exported directory usable beside the weights.
-ASSETS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "*.model",
-)
+# What the imported checkpoint keeps beside the weights: all that export carries on.
+ASSETS = ("config.json", *CARRIED_FILES, "*.model")
 
 
 class HFReader:
@@ -33,14 +24,16 @@ class HFReader:
         self.directory = Path(directory)
         if not (self.directory / "config.json").is_file():
             raise QADError(f"{self.directory}: no config.json; expected a Hugging Face model directory")
-        self.config = json.loads((self.directory / "config.json").read_text())
+        self.config = read_json(self.directory / "config.json")
         self._open: dict[Path, object] = {}
         self._file_of = self._index()
 
     def _index(self) -> dict[str, Path]:
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            files = {name: self.directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            if "weight_map" not in (content := read_json(index)):
+                raise QADError(f"{index}: no weight_map; expected the index that transformers writes")
+            files = {name: self.directory / file for name, file in content["weight_map"].items()}
             for name, file in files.items():
                 if not file.is_file():
                     raise QADError(f"{index}: {name} is said to be in {file.name}, which is missing; download it again")
@@ -71,3 +64,16 @@ class HFReader:
             return handle.get_tensor(name)
         except SafetensorError as error:
             raise QADError(f"{self._file_of[name]}: cannot read {name}: {error}") from error
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object. QADError if the file is missing or holds something else."""
+    try:
+        content = json.loads(file.read_text())
+    except OSError as error:
+        raise QADError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise QADError(f"{file}: not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise QADError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content

@@ -5,6 +5,7 @@ Under torchrun each rank imports its share. Values are copied, never changed but
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,14 +32,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     """
     source, target = Path(source), Path(target)
     rank, size = rank_and_size()
-    if target.exists() and any(target.iterdir()):
-        raise QADError(f"{target} exists and is not empty; choose another directory or remove it")
-    torch.distributed.barrier()  # every rank has seen it empty before one fills it
-    reader = HFReader(source)
-    maps = family_of(reader.config).tensors(reader.config)
-    _check_names(reader, maps)
-    mine = maps[rank::size]
-    sharded = {m.megatron: ShardedTensor.from_rank_offsets(m.megatron, _convert(reader, m, dtype)) for m in mine}
+    sharded, count = _all_or_none(lambda: _read(source, target, dtype, rank, size))
     release = target / "release"
     if rank == 0:
         release.mkdir(parents=True)
@@ -48,15 +42,45 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
         copy_assets(source, target / "hf")
         (target / "latest_checkpointed_iteration.txt").write_text("release")
     torch.distributed.barrier()
-    return len(maps)
+    return count
+
+
+def _read(source: Path, target: Path, dtype: torch.dtype, rank: int, size: int) -> tuple[dict[str, ShardedTensor], int]:
+    """This rank's share of the tensors, converted, and the number of all. Writes nothing."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise QADError(f"{target} exists and is not empty; choose another directory or remove it")
+    reader = HFReader(source)
+    family = family_of(reader.config)
+    family.megatron_args(reader.config)  # refuses now what training could not build
+    maps = family.tensors(reader.config)
+    _check_names(reader, maps)
+    mine = maps[rank::size]
+    sharded = {m.megatron: ShardedTensor.from_rank_offsets(m.megatron, _convert(reader, m, dtype)) for m in mine}
+    return sharded, len(maps)
+
+
+def _all_or_none(work: Callable):
+    """``work()`` on every rank. What stops one stops all, with its message, before any of them has written."""
+    result, fault = None, None
+    try:
+        result = work()
+    except QADError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(faults, fault)
+    if first := next((found for found in faults if found), None):
+        raise QADError(first)
+    return result
 
 
 def copy_assets(source: Path, target: Path) -> None:
     """Config, generation config and tokenizer files, so that the checkpoint describes itself."""
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in ASSETS:
-        for file in source.glob(pattern):
-            shutil.copy2(file, target / file.name)
+    for path in {path for pattern in ASSETS for path in source.glob(pattern)}:
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
 
 
 def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:

@@ -74,7 +74,7 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
     """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear.
 
     Raises:
-        QADError: ``--save`` holds checkpoints of a job with other formats, which its ``qad.json`` must go on describing.
+        QADError: ``--save`` holds checkpoints of a job with other formats, which ``qad.json`` must go on describing.
     """
     save = Path(args.save)
     file = save / "qad.json"

@@ -6,8 +6,8 @@ imports once and forks its ranks, so that one test file runs twenty jobs in the 
     with ForkServer(log_directory) as server:
         output = server.run("training_jobs:train", nproc=2, arguments={...})
 
-Each rank calls ``module:function(**arguments)`` with torchrun's environment variables set. Left out: what torchrun itself
-does; ``launch.run_workers`` is for that.
+Each rank calls ``module:function(**arguments)`` with torchrun's environment variables set. Left out: what torchrun
+itself does; ``launch.run_workers`` is for that.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """QAD as a plain loop: float32 masters, weights fake-quantized in every forward pass, torch's AdamW on the masters.
 
 The reference for weights that are quantized in place: no Megatron loop, schedule, DDP or optimizer, and none of
-``quantization.weights``. It has in common with a job the modules of the model, the input quantizers, the loss per token,
-and the NVFP4 arithmetic, each of which other tests compare with something else.
+``quantization.weights``. It has in common with a job the modules of the model, the input quantizers, the loss per
+token, and the NVFP4 arithmetic, each of which other tests compare with something else.
 """
 
 import sys
@@ -27,7 +27,7 @@ class _FakeQuant(torch.autograd.Function):
 
 
 def train(argv: list[str], record: str, result: str, lr: float, weight_decay: float) -> None:
-    """Train on the microbatches of ``record`` (one rank's) and write the same steps' loss, grads and masters to ``result``.
+    """Train on the microbatches of ``record`` (one rank's); write each step's loss, grads and masters to ``result``.
 
     Args:
         argv: the job's command line, for the model and its precision.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def read(record: Path, num_ranks: int, *, vocab_size: int) -> list[dict]:
-    """One dict a step: "loss" by name, "grad_norm", "batches" and "amaxes" of the first rank, and as whole tensors "grads"
+    """One dict a step: "loss" by name, "grad_norm", "batches" and "amaxes" of the first rank; as whole tensors "grads"
     (after all reductions), "on_grid" (parameters during the step), "params" and "masters" (after it)."""
     ranks = [torch.load(f"{record}.rank{rank}") for rank in range(num_ranks)]
     steps = []
@@ -25,8 +25,10 @@ def read(record: Path, num_ranks: int, *, vocab_size: int) -> list[dict]:
 def _whole(ranks: list[dict], vocab_size: int) -> dict[str, Tensor]:
     found = {}
     for name in {name for rank in ranks for name in rank}:
+        copies = [rank[name] for rank in ranks if name in rank]
+        _, axis, num_parts, _ = copies[0]
         shards: dict[int, Tensor] = {}
-        for tensor, axis, num_parts, tp_rank in (rank[name] for rank in ranks if name in rank):
+        for tensor, _, _, tp_rank in copies:
             place = 0 if axis is None else tp_rank
             # Data-parallel ranks, a tied embedding's two stages and uncut tensors: copies that must be the same.
             assert torch.equal(shards.setdefault(place, tensor), tensor), name

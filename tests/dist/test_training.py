@@ -13,8 +13,9 @@ import records
 import tiny_job
 import torch
 from fork_server import ForkServer
-from launch import ROOT, environment
 from safetensors.torch import load_file, save_file
+
+from launch import ROOT, environment
 
 VOCAB = tiny_job.LLAMA["vocab_size"]
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""What a tiny QAD job needs: Hugging Face directories of a teacher and a different student, and data with loss masks."""
+"""What a tiny QAD job needs: Hugging Face directories of a teacher and another student, data with loss masks."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Worker: losses, metrics and quantizers over vocabulary and weights cut across 1, 2 and 4 ranks."""
 
 import torch
-from launch import report
 
+from launch import report
 from megatron_qad.runtime import prepare
 
 prepare()
@@ -14,7 +14,14 @@ from megatron_qad.quantization.activations import InputQuantizers  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
 from megatron_qad.runtime import QADError  # noqa: E402
 
-COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "reduce_scatter_tensor", "broadcast", "all_to_all_single")
+COLLECTIVES = (
+    "all_gather_into_tensor",
+    "all_gather",
+    "all_reduce",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "all_to_all_single",
+)
 PADDED, REAL, TOKENS = 64, 30, 21  # the second half of the ranks has no real column, one has some
 
 

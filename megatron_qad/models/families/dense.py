@@ -28,6 +28,10 @@ def _rope(config: dict) -> dict:
 def rope_scaling(config: dict) -> dict | None:
     """The llama3 scaling, None for plain rope; any other type is an error rather than a wrong model."""
     rope = _rope(config)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise QADError(f"config.json has partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is supported")
+    if rope["rope_theta"] != int(rope["rope_theta"]):
+        raise QADError(f"config.json has rope_theta {rope['rope_theta']}; Megatron takes whole numbers only")
     if rope["rope_type"] == "default":
         return None
     if rope["rope_type"] == "llama3":
@@ -45,8 +49,8 @@ def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
         raise QADError(f"config.json has hidden_act {config['hidden_act']!r}; these families use 'silu'")
     if config.get("attention_bias") and not qkv_bias or config.get("mlp_bias"):
         raise QADError("config.json sets attention_bias or mlp_bias, which is supported only as Qwen2's QKV bias")
-    if config.get("use_sliding_window"):
-        raise QADError("config.json sets use_sliding_window, which is not supported")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise QADError("config.json asks for sliding-window attention, which is not supported")
     tied = bool(config.get("tie_word_embeddings", False))
     return {
         "hybrid-layer-pattern": layer_pattern(config),

@@ -46,8 +46,16 @@ SHAPE = {"num-attention-heads": 12, "num-query-groups": 4, "kv-channels": 16, "f
         ({}, 5, "does not divide the attention heads (12); possible for this model: 1, 2, 4"),
         ({}, 3, "does not divide the key-value heads (4); possible for this model: 1, 2, 4"),
         ({"kv-channels": 4}, 2, "does not divide the 16-element blocks of the attention output (3)"),
-        ({"ffn-hidden-size": 224}, 4, "does not divide the 16-element blocks of the MLP (14); possible for this model: 1, 2"),
-        ({"num-attention-heads": 9, "num-query-groups": 3, "ffn-hidden-size": 1536}, 2, "possible for this model: 1, 3"),
+        (
+            {"ffn-hidden-size": 224},
+            4,
+            "does not divide the 16-element blocks of the MLP (14); possible for this model: 1, 2",
+        ),
+        (
+            {"num-attention-heads": 9, "num-query-groups": 3, "ffn-hidden-size": 1536},
+            2,
+            "possible for this model: 1, 3",
+        ),
     ],
 )
 def test_tensor_parallel_sizes_that_cannot_be(change, tp, message):
@@ -78,7 +86,12 @@ def checkpoint(tmp_path):
         if vocab is not None:
             model = {"type": "WordLevel", "vocab": vocab, "unk_token": "a"}
             content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
-            content |= {"pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model}
+            content |= {
+                "pre_tokenizer": {"type": "Whitespace"},
+                "post_processor": None,
+                "decoder": None,
+                "model": model,
+            }
             (hf / "tokenizer.json").write_text(json.dumps(content, indent=indent))
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "a", "eos_token": "b"}
             (hf / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -7,7 +7,7 @@ import torch
 @pytest.fixture
 def make_chunk():
     def make(widths=(32, 48, 16), *, dtype=torch.float32, first_layer: int = 1) -> torch.nn.Module:
-        """Linears widths[0] -> widths[1] -> ...; layer i is ``decoder.layers.{first_layer - 1 + i}.linear`` globally."""
+        """Linears widths[0] -> widths[1] -> ...; layer i is ``decoder.layers.{first_layer - 1 + i}.linear``."""
         generator = torch.Generator().manual_seed(0)
         chunk = torch.nn.Module()
         chunk.decoder = torch.nn.Module()

@@ -63,7 +63,9 @@ def test_a_pattern_means_whole_names():
 
 
 def test_a_file_is_a_policy(tmp_path):
-    document = {"rules": [{"kind": ["attention", "mlp", "head"], "format": "bf16"}, {"name": "*fc1", "format": "nvfp4"}]}
+    document = {
+        "rules": [{"kind": ["attention", "mlp", "head"], "format": "bf16"}, {"name": "*fc1", "format": "nvfp4"}]
+    }
     formats = resolve(load(write(tmp_path, document)), LINEARS)
     assert [name for name, fmt in formats.items() if fmt == "nvfp4"] == [linear.megatron for linear in LINEARS[2:4]]
 

@@ -71,7 +71,7 @@ def test_resumes_from_its_own_state(straight):
 
 
 def test_resumes_from_a_step_in_the_parameter_groups(straight):
-    """As Megatron restores it: moments copied into the state, the counter in the group, one tensor for all parameters."""
+    """As Megatron restores it: moments copied into the state, the counter in the group, one tensor for all."""
     params = parameters()
     optimizer = AdamW(params, **OPTIONS)
     for number in range(5):

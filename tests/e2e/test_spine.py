@@ -1,0 +1,174 @@
+"""The whole job through the command lines a user types: Hugging Face BF16 in, QAD on two ranks, validated NVFP4 out.
+
+What training left in place, what the exporter packs and what modelopt packs of the same tensor are compared bit by bit.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+# train-iters is no multiple of save-interval: the last save follows an optimizer step with no validation between, so
+# that the checkpoint holds the weights as they were before the next quantization.
+TRAIN = """
+tensor_model_parallel_size: 2
+sequence-parallel: true
+bf16: true
+use-distributed-optimizer: true
+seq-length: 64
+micro-batch-size: 2
+global-batch-size: 4
+train-iters: 4
+save-interval: 100
+eval-interval: 100
+eval-iters: 1
+lr: 1.0e-3
+min-lr: 1.0e-4
+log-interval: 1
+split: 90,10,0
+qad-calibration-samples: 4
+"""
+
+
+def run(*command) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """HF model -> import -> data -> four steps of QAD -> exports, all under one directory."""
+    d = tmp_path_factory.mktemp("spine")
+    torch.manual_seed(3)
+    shape = dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    config = LlamaConfig(vocab_size=300, max_position_embeddings=128, tie_word_embeddings=False, **shape)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(d / "hf")
+    (d / "text.txt").write_text("\n".join(f"the number {i} is followed by {i + 1}" for i in range(900)))
+    import sentencepiece
+
+    options = {
+        "vocab_size": 300,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "minloglevel": 2,
+        "hard_vocab_limit": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(d / "text.txt"), model_prefix=str(d / "hf" / "tokenizer"), **options
+    )
+    (d / "train.yaml").write_text(TRAIN)
+    run("tools/import_hf.py", "--hf-model", d / "hf", "--output", d / "teacher")
+    # A line of text a document: the split needs some in each part.
+    (d / "lines.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} comes before {i + 1} " * 20}) + "\n" for i in range(60))
+    )
+    tokenizer = d / "hf" / "tokenizer.model"
+    run("tools/prepare_data.py", "--input", d / "lines.jsonl", "--tokenizer", tokenizer, "--output", d / "data")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "pretrain_qad.py")
+    qad = ("--config", d / "train.yaml", "--qad-teacher", d / "teacher", "--data-path", d / "data", "--save", d / "run")
+    (d / "log.txt").write_text(run(*launch, *qad, "--tensorboard-dir", d / "run" / "tensorboard"))
+    for layout in ("modelopt", "compressed-tensors", "bf16"):
+        run("tools/export_hf.py", "--checkpoint", d / "run", "--output", d / layout, "--layout", layout)
+    return d
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    with safe_open(directory / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+@pytest.fixture(scope="module")
+def in_place(job) -> dict[str, torch.Tensor]:
+    """The checkpoint's weights as the next step's schedule would use them, in Hugging Face names: fake-quantized per
+    Megatron tensor (q, k, v fused; gate, up fused)."""
+    from megatron_qad.formats import nvfp4
+    from megatron_qad.models.families import family_of
+
+    config = json.loads((job / "hf" / "config.json").read_text())
+    plain, found = tensors(job / "bf16"), {}
+    for tensor_map in family_of(config).tensors(config):
+        parts = [plain[name] for name in tensor_map.hf]
+        if tensor_map.is_linear and tensor_map.kind != "head":
+            scale = nvfp4.global_scale_from_amax(torch.stack([nvfp4.tensor_amax(p) for p in parts]).amax())
+            parts = [nvfp4.fake_quant(p, scale) for p in parts]
+        found |= dict(zip(tensor_map.hf, parts, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_every_export_validates(job, layout):
+    assert "valid" in run("tools/validate_nvfp4.py", job / layout)
+
+
+def test_each_exported_weight_decodes_to_the_in_place_weight(job, in_place):
+    from megatron_qad.formats import nvfp4
+
+    stored = tensors(job / "modelopt")
+    quantized = [name.removesuffix("_scale_2") for name in stored if name.endswith("weight_scale_2")]
+    assert len(quantized) == 2 * 7  # q, k, v, o, gate, up, down of two blocks
+    for name in quantized:
+        decoded = nvfp4.dequantize(stored[name], stored[f"{name}_scale"], stored[f"{name}_scale_2"], torch.bfloat16)
+        assert torch.equal(decoded, in_place[name]), name
+    for name in set(in_place) - set(quantized):
+        assert torch.equal(stored[name], in_place[name]), name
+
+
+def test_bytes_equal_modelopts(job):
+    """On the same input, which is the checkpoint's tensor. (Codes may differ in the sign of zero from modelopt's of the
+    fake-quantized tensor, where a small negative weight has become a zero without sign.)"""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    stored, weights = tensors(job / "modelopt"), tensors(job / "bf16")
+    for name in (n.removesuffix("_scale_2") for n in stored if n.endswith("weight_scale_2")):
+        quantized, scale, _ = NVFP4QTensor.quantize(
+            weights[name].float(), 16, weights_scaling_factor_2=stored[f"{name}_scale_2"], try_tensorrt=False
+        )
+        assert torch.equal(quantized._quantized_data, stored[name]), name
+        assert torch.equal(scale.view(torch.uint8), stored[f"{name}_scale"].view(torch.uint8)), name
+
+
+def test_both_layouts_hold_the_same_bytes(job):
+    ours, theirs = tensors(job / "modelopt"), tensors(job / "compressed-tensors")
+    for name in (n.removesuffix("_scale_2") for n in ours if n.endswith("weight_scale_2")):
+        assert torch.equal(ours[name], theirs[f"{name}_packed"])
+        assert torch.equal(ours[f"{name}_scale"].view(torch.uint8), theirs[f"{name}_scale"].view(torch.uint8))
+        assert theirs[f"{name}_global_scale"].item() == (1 / ours[f"{name}_scale_2"]).item()
+
+
+def test_transformers_loads_the_export_and_agrees_with_training(job):
+    """KL(teacher || export), both run by transformers, is the KL that validation reported: other tokens of the same
+    kind, and bf16 rounded at other places, so equal within a third; a wrongly scaled export is far outside."""
+    line = [line for line in (job / "log.txt").read_text().splitlines() if "kl_to_teacher" in line][-1]
+    reported = float(line.split("kl_to_teacher: ")[1].split()[0])
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(job / "hf" / "tokenizer.model"))
+    tokens = tokenizer.encode("".join(f"{i} comes before {i + 1} " * 20 for i in range(30)))[: 16 * 64]
+    tokens = torch.tensor(tokens).view(16, 64)
+    with torch.inference_mode():
+        log_p, log_q = (
+            AutoModelForCausalLM.from_pretrained(job / name, dtype=torch.bfloat16)(tokens)
+            .logits.float()
+            .log_softmax(-1)
+            for name in ("hf", "compressed-tensors")
+        )
+    measured = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    assert measured == pytest.approx(reported, rel=1 / 3)
+
+
+def test_an_export_never_overwrites(job):
+    command = ["tools/export_hf.py", "--checkpoint", job / "run", "--output", job / "modelopt"]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")

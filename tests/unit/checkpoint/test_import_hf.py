@@ -1,0 +1,174 @@
+"""Damaged or foreign Hugging Face directories: one clear error each, and nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_qad.runtime import QADError, prepare
+
+prepare()  # before megatron
+
+ROOT = Path(__file__).parents[3]
+sys.path.append(str(ROOT / "tests" / "dist"))  # launch, tiny_models
+
+import tiny_models  # noqa: E402
+
+from launch import environment  # noqa: E402
+from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
+from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
+from megatron_qad.checkpoint.import_hf import copy_assets, import_hf  # noqa: E402
+from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
+
+WEIGHTS = "model.safetensors"
+NORM = "model.layers.0.input_layernorm.weight"
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hf") / "whole"
+    tiny_models.make("llama", directory, torch.bfloat16)
+    return directory
+
+
+@pytest.fixture
+def damaged(whole, tmp_path):
+    return Path(shutil.copytree(whole, tmp_path / "damaged"))
+
+
+@pytest.fixture
+def refuses(tmp_path):
+    """``refuses(directory, pattern)``: the import stops with that message and leaves no target behind."""
+    init_process_group()
+
+    def check(directory, pattern):
+        with pytest.raises(QADError, match=pattern):
+            import_hf(directory, tmp_path / "target")
+        assert not (tmp_path / "target").exists()
+
+    yield check
+    torch.distributed.destroy_process_group()
+
+
+def change_weights(directory: Path, change) -> None:
+    weights = load_file(directory / WEIGHTS)
+    change(weights)
+    save_file(weights, directory / WEIGHTS)
+
+
+def change_config(directory: Path, **changes) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_no_directory_or_config(damaged, refuses, tmp_path):
+    refuses(tmp_path / "nowhere", "nowhere: no config.json")
+    (damaged / "config.json").write_text("{")
+    refuses(damaged, "config.json: not valid JSON")
+
+
+def test_no_safetensors(damaged, refuses):
+    (damaged / WEIGHTS).rename(damaged / "pytorch_model.bin")
+    refuses(damaged, "no .safetensors file")
+
+
+def test_index_that_names_a_missing_file(damaged, refuses):
+    index = {"weight_map": {NORM: "model-00002-of-00002.safetensors"}}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses(damaged, f"{NORM} is said to be in model-00002-of-00002.safetensors, which is missing")
+
+
+@pytest.mark.parametrize("keep", [4, 200, -1])
+def test_truncated_safetensors(damaged, refuses, keep):
+    """Cut in the length of the header, in the header, and one byte short of the end."""
+    data = (damaged / WEIGHTS).read_bytes()
+    (damaged / WEIGHTS).write_bytes(data[:keep])
+    refuses(damaged, "model.safetensors: not a whole safetensors file")
+
+
+def test_missing_tensor(damaged, refuses):
+    change_weights(damaged, lambda weights: weights.pop(NORM))
+    refuses(damaged, f"1 tensors are missing, first '{NORM}'")
+
+
+def test_left_over_tensor(damaged, refuses):
+    change_weights(damaged, lambda weights: weights.update({"model.layers.9.extra.weight": torch.ones(2)}))
+    refuses(damaged, "1 tensors have no place in the model, first 'model.layers.9.extra.weight'")
+
+
+def test_wrong_shape(damaged, refuses):
+    change_weights(damaged, lambda weights: weights.update({Q_PROJ: weights[Q_PROJ][:-1].contiguous()}))
+    refuses(damaged, rf"{Q_PROJ} has shape \[95, 144\], config.json implies \[96, 144\]")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(damaged, refuses, bad):
+    change_weights(damaged, lambda weights: weights[Q_PROJ].view(-1)[-1:].fill_(bad))
+    refuses(damaged, f"{Q_PROJ} holds NaN or Inf")
+
+
+def test_unsupported_family_and_rope(damaged, refuses):
+    change_config(damaged, architectures=["MambaForCausalLM"])
+    refuses(damaged, "'MambaForCausalLM', which is not supported. Supported: LlamaForCausalLM, Qwen2")
+    change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    refuses(damaged, "rope type 'yarn'; supported: default, llama3")
+
+
+def test_target_that_is_not_empty(whole, tmp_path):
+    init_process_group()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for target in ("full", "file"):
+        with pytest.raises(QADError, match=f"{target} exists and is not empty"):
+            import_hf(whole, tmp_path / target)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    torch.distributed.destroy_process_group()
+
+
+def test_assets_are_files_and_folders_but_no_weights(whole, tmp_path):
+    source = Path(shutil.copytree(whole, tmp_path / "source"))
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("x")
+    copy_assets(source, tmp_path / "hf")
+    copied = {str(p.relative_to(tmp_path / "hf")) for p in (tmp_path / "hf").rglob("*") if p.is_file()}
+    given = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+    assert copied == given - {WEIGHTS}
+
+
+def test_reader_names_a_tensor_that_is_not_there(whole):
+    with pytest.raises(QADError, match="no tensor 'lm_head.bias'"):
+        HFReader(whole).read("lm_head.bias")
+
+
+def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
+    with pytest.raises(QADError, match="no hf/config.json; expected what import_hf.py"):
+        export_hf(whole, tmp_path / "out", "bf16")
+    copy_assets(whole, tmp_path / "checkpoint" / "hf")
+    with pytest.raises(QADError, match="no qad.json; only what pretrain_qad.py saved"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
+    with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
+        export_hf(tmp_path / "checkpoint", tmp_path / "out", "bf16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tool", ["import_hf", "export_hf"])
+def test_the_tools_print_one_line_and_exit_with_1(whole, tmp_path, tool):
+    copy_assets(whole, tmp_path / "checkpoint" / "hf")
+    flags = {
+        "import_hf": ["--hf-model", str(tmp_path / "checkpoint" / "hf"), "--output", str(tmp_path / "out")],
+        "export_hf": ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "out")],
+    }
+    expected = {"import_hf": "no .safetensors file", "export_hf": "no qad.json"}
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *flags[tool]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    assert line.startswith("error: ") and expected[tool] in line
+    assert not (tmp_path / "out").exists()

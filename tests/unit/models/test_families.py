@@ -1,0 +1,123 @@
+"""Families: what a config becomes, the tensor maps in both directions, and what is refused."""
+
+import pytest
+import tiny_models
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_qad.models.families import family_of
+from megatron_qad.models.rope import llama3_inv_freq
+from megatron_qad.runtime import QADError
+from megatron_qad.training.arguments import check_tensor_parallel, with_stages
+
+
+def config(case: str = "llama", **changes) -> dict:
+    family = next(name for name in ("Llama", "Qwen2", "Qwen3") if case.startswith(name.lower()))
+    return {**tiny_models.config_of(case).to_dict(), "architectures": [f"{family}ForCausalLM"], **changes}
+
+
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_maps_cover_the_model_of_transformers_and_invert(case):
+    model = tiny_models.transformers.AutoModelForCausalLM.from_config(tiny_models.config_of(case))
+    weights = {name: torch.randn(p.shape) for name, p in model.named_parameters()}  # tied heads once
+    maps = family_of(config(case)).tensors(config(case))
+    assert sorted(name for m in maps for name in m.hf) == sorted(weights)
+    for tensor_map in maps:
+        parts = [weights[name] for name in tensor_map.hf]
+        assert [tuple(p.shape) for p in parts] == tensor_map.hf_shapes()
+        joined = tensor_map.to_megatron(parts)
+        assert tuple(joined.shape) == tensor_map.shape
+        assert all(torch.equal(a, b) for a, b in zip(tensor_map.to_hf(joined), parts, strict=True))
+
+
+def test_qkv_is_grouped_by_query_group():
+    qkv = next(m for m in family_of(config()).tensors(config()) if m.megatron.endswith("linear_qkv.weight"))
+    queries = qkv.num_heads // qkv.num_groups
+    rows = [torch.arange(shape[0]).float()[:, None].expand(shape) + start for shape, start in
+            zip(qkv.hf_shapes(), (0, 10_000, 20_000), strict=True)]  # fmt: skip
+    found = qkv.to_megatron(rows)[:, 0].reshape(qkv.num_groups, queries + 2, qkv.head_dim)
+    for group in range(qkv.num_groups):
+        assert found[group, 0, 0] == group * queries * qkv.head_dim
+        assert found[group, -2, 0] == 10_000 + group * qkv.head_dim
+        assert found[group, -1, 0] == 20_000 + group * qkv.head_dim
+
+
+@pytest.mark.parametrize("case", tiny_models.CASES)
+def test_linears_end_with_the_head_and_say_when_it_is_tied(case):
+    linears = family_of(config(case)).linears(config(case))
+    assert [linear.kind for linear in linears].count("head") == 1 and linears[-1].kind == "head"
+    assert linears[-1].is_tied == tiny_models.CASES[case].tied
+    assert len(linears) == 4 * config(case)["num_hidden_layers"] + 1
+
+
+@pytest.mark.parametrize("case", ["llama3-rope", "llama3-rope-tied"])
+def test_llama3_frequencies_equal_transformers(case):
+    found = tiny_models.config_of(case)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](found, device="cpu")
+    rope = found.rope_parameters
+    # The same float32 operations up to the order of one product and one quotient: two roundings of 6e-8.
+    torch.testing.assert_close(llama3_inv_freq(found.head_dim, rope["rope_theta"], rope), expected, rtol=3e-7, atol=0)
+
+
+def test_files_of_before_transformers_5_keep_theta_and_scaling_apart():
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope["original_max_position_embeddings"] = 8192
+    old = config(rope_parameters=None, rope_scaling=rope, rope_theta=500000.0)
+    assert family_of(old).megatron_args(old)["rotary-base"] == 500000
+    assert family_of(old).rope_scaling(old) == {**rope, "rope_theta": 500000.0}
+    plain = config(rope_parameters=None, rope_theta=1e6)
+    assert family_of(plain).megatron_args(plain)["rotary-base"] == 1000000
+    assert family_of(plain).rope_scaling(plain) is None
+
+
+def test_an_unsupported_family_is_told_which_are_supported():
+    for architectures in (["GPT2LMHeadModel"], None):
+        with pytest.raises(QADError, match="LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"):
+            family_of({"architectures": architectures})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'.*default, llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*default, llama3"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "rope_theta 10000.5"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+        ({"hidden_size": None}, "'hidden_size'"),
+        ({"vocab_size": None}, "'vocab_size'"),
+    ],
+)
+def test_what_would_build_another_model_is_refused(changes, named):
+    found = config(**changes)
+    with pytest.raises(QADError, match=named):
+        family_of(found).megatron_args(found)
+
+
+def test_tensor_parallel_size_that_does_not_fit_is_told_what_does():
+    found = config(num_attention_heads=12, num_key_value_heads=4, head_dim=16, intermediate_size=128)
+    shape = family_of(found).megatron_args(found)
+    for tp in (1, 2, 4):
+        check_tensor_parallel(shape, tp)
+    for tp, part in ((3, r"key-value heads \(4\)"), (5, r"attention heads \(12\)"), (8, r"attention heads \(12\)")):
+        with pytest.raises(QADError, match=rf"size {tp} does not divide the {part}; possible for this model: 1, 2, 4$"):
+            check_tensor_parallel(shape, tp)
+    narrow = config(num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=96)
+    with pytest.raises(QADError, match=r"16-element blocks of the MLP \(6\); possible for this model: 1, 2$"):
+        check_tensor_parallel(family_of(narrow).megatron_args(narrow), 4)
+
+
+def test_pipeline_stages_cut_the_pattern_evenly():
+    assert with_stages("*-*-*-", 1) == "*-*-*-"
+    assert with_stages("*-*-*-", 2) == "*-*|-*-"
+    assert with_stages("*-*-", 4) == "*|-|*|-"
+    with pytest.raises(QADError, match="at most one stage a layer"):
+        with_stages("*-", 3)
