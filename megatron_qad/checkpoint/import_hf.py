@@ -17,6 +17,7 @@ from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime.distributed import rank_and_size
 from megatron_qad.runtime.errors import QADError
+from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -37,6 +38,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     if rank == 0:
         release.mkdir(parents=True)
     torch.distributed.barrier()
+    save_checkpoints_in_this_process()
     dist_checkpointing.save(sharded, str(release))
     if rank == 0:
         copy_assets(source, target / "hf")

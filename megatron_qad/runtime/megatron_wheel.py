@@ -1,6 +1,7 @@
-"""What Megatron's wheel lacks to run from a wheel, on any machine."""
+"""What Megatron needs set right before it runs: what its wheel lacks, and a process that it need not start."""
 
 import importlib.util
+import queue
 
 from megatron_qad.runtime.errors import QADError
 
@@ -16,3 +17,15 @@ def use_compiled_dataset_helpers() -> None:
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
         raise QADError("megatron-core has no compiled dataset helpers (helpers_cpp); install it from its wheel")
     utils.compile_helpers = lambda: None
+
+
+def save_checkpoints_in_this_process() -> None:
+    """Keep synchronous checkpoint saves from starting a process.
+
+    Megatron hands the results of a save over a queue that a manager process serves, also where nothing is asynchronous.
+    That process imports the entry point again (half a gigabyte and ten seconds a rank) and outlives a job that is killed.
+    Within one process a plain queue does the same. Not for ``--async-save``.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

@@ -23,7 +23,7 @@ from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities
-from megatron_qad.runtime.megatron_wheel import use_compiled_dataset_helpers
+from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process, use_compiled_dataset_helpers
 from megatron_qad.training.vocabulary import check_same_vocabulary
 
 
@@ -68,6 +68,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities()), **shape}), *argv]
     use_compiled_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
+    if not args.async_save:
+        save_checkpoints_in_this_process()
     args.qad = _qad_options(args)
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
