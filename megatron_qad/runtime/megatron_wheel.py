@@ -23,7 +23,7 @@ def save_checkpoints_in_this_process() -> None:
     """Keep synchronous checkpoint saves from starting a process.
 
     Megatron hands the results of a save over a queue that a manager process serves, also where nothing is asynchronous.
-    That process imports the entry point again (half a gigabyte and ten seconds a rank) and outlives a job that is killed.
+    That process imports the entry point again (half a gigabyte, ten seconds a rank) and outlives a job that is killed.
     Within one process a plain queue does the same. Not for ``--async-save``.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async

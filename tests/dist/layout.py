@@ -1,6 +1,6 @@
 """For workers: one process, several jobs one after the other, each in a parallel layout of its own.
 
-Import it inside ``cases``: Megatron's checkpoint writer spawns a process that imports the worker's own file again.
+Import it inside ``cases`` and first there: importing it prepares the machine, which takes seconds.
 """
 
 import sys

@@ -20,17 +20,19 @@ def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
         import_hf(source, target, getattr(torch, dtype))
 
 
-def train(argv: list[str], record: str | None = None) -> None:
+def train(argv: list[str], record: str | None = None, follow: str | None = None, weights_only: bool = False) -> None:
     """``pretrain_qad.py *argv``, with its errors printed as the script prints them.
 
     Args:
         record: each rank writes what it saw to ``{record}.rank{r}``: a list of steps, see ``_Watch``.
+        follow: record of a one-rank float32 job; each step starts from the parameters that that job had there.
+        weights_only: input quantizers are switched off after the first step, which calibrates them.
     """
     import pretrain_qad
     from megatron_qad.runtime import QADError
 
     sys.argv = ["pretrain_qad.py", *argv]
-    watch = _Watch() if record else None
+    watch = _Watch(follow, weights_only) if record else None
     try:
         pretrain_qad.main()
     except QADError as error:
@@ -48,12 +50,14 @@ class _Watch:
     "batches" has the microbatches that the student was trained on, "amaxes" those of its input quantizers.
     """
 
-    def __init__(self):
+    def __init__(self, follow: str | None, weights_only: bool):
         from megatron.training import training as megatron_loop
 
         import pretrain_qad
 
         self.steps: list[dict] = []
+        self._followed = torch.load(f"{follow}.rank0") if follow else None
+        self._weights_only = weights_only
         self._train_step, self._forward_step = megatron_loop.train_step, pretrain_qad.forward_step
         megatron_loop.train_step, pretrain_qad.forward_step = self._step, self._forward
 
@@ -66,6 +70,12 @@ class _Watch:
         return self._forward_step(iter([batch]), model)
 
     def _step(self, forward_step, data_iterator, model, optimizer, *args, **kwargs):
+        if self.steps and self._followed:
+            _take_parameters(model, self._followed[len(self.steps) - 1]["params"], self._shards)
+        if self.steps and self._weights_only:
+            for module in (module for chunk in model for module in chunk.modules()):
+                if hasattr(module, "input_quantizer"):
+                    module.input_quantizer.disable()
         self.steps.append({"batches": []})
         step, now = optimizer.step, self.steps[-1]
 
@@ -84,7 +94,7 @@ class _Watch:
         return found
 
     @staticmethod
-    def _shards(model, value_of) -> dict:
+    def _shards(model, value_of, copy: bool = True) -> dict:
         from megatron.core import mpu
         from megatron.training import get_args
 
@@ -103,8 +113,29 @@ class _Watch:
                     is_cut = getattr(parameter, "tensor_model_parallel", False)
                     parts = 2 if name.endswith("linear_fc1") else 1  # gate and up
                     axis = parameter.partition_dim if is_cut else None
-                    found[f"{name}.{kind}"] = (value.clone(), axis, parts, mpu.get_tensor_model_parallel_rank())
+                    found[f"{name}.{kind}"] = (
+                        value.clone() if copy else value,
+                        axis,
+                        parts,
+                        mpu.get_tensor_model_parallel_rank(),
+                    )
         return found
+
+
+def _take_parameters(model, whole: dict, shards) -> None:
+    """Write this rank's part of a one-rank job's parameters; vocabulary padding, whose length differs, stays."""
+    from megatron.core import mpu
+
+    for name, (parameter, axis, num_parts, rank) in shards(model, lambda p: p.data, copy=False).items():
+        value = whole[name][0]
+        if axis is not None:
+            size = mpu.get_tensor_model_parallel_world_size()
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                value = value[rank * len(parameter) : (rank + 1) * len(parameter)]
+            else:
+                parts = [part.chunk(size, dim=axis)[rank] for part in value.chunk(num_parts, dim=axis)]
+                value = torch.cat(parts, dim=axis)
+        parameter[: len(value)].copy_(value)
 
 
 def _amaxes(model) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from launch import report
 
 
 def cases(arguments: dict) -> list:
-    from layout import job  # first: it prepares the machine; and here, see there
+    from layout import job  # first: it prepares the machine
 
     import torch  # isort: skip
     from safetensors.torch import load_file
