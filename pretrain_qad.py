@@ -8,7 +8,7 @@ import sys
 
 from megatron_qad.runtime import QADError, prepare
 
-prepare()  # the CPU backend, if there is no GPU; before megatron is imported
+prepare(to_compute=True)  # the CPU backend, if there is no GPU; before megatron is imported
 
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain, print_rank_0  # noqa: E402

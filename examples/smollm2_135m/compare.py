@@ -10,7 +10,7 @@ import sys
 
 from megatron_qad.runtime import prepare
 
-prepare()
+prepare(to_compute=True)
 
 import torch  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402

@@ -29,12 +29,12 @@ train() {
 step extract python "$here/extract.py" "$out/hf"
 step import python tools/import_hf.py --hf-model "$out/hf" --output "$out/teacher"
 step prompts python "$here/prompts.py" "$out/prompts"
-# Both cores generate at once: 128 answers to held-out prompts, 256 to the training prompts (each prompt twice).
+# Both cores generate at once: 128 answers to held-out prompts (each four times), one to each of 128 training prompts.
 step generate bash -c '
   python tools/generate_data.py --model "$0/hf" --prompts "$0/prompts/heldout.txt" --output "$0/data/heldout.jsonl" \
     --num-documents 128 --batch-size 128 --max-new-tokens 256 --seed 7 & heldout=$!
   python tools/generate_data.py --model "$0/hf" --prompts "$0/prompts/train.txt" --output "$0/data/train.jsonl" \
-    --num-documents 256 --batch-size 128 --max-new-tokens 256 && wait $heldout' "$out"
+    --num-documents 128 --batch-size 128 --max-new-tokens 256 && wait $heldout' "$out"
 for split in train heldout; do
   step "data-$split" python tools/prepare_data.py --input "$out/data/$split.jsonl" --tokenizer "$out/hf" --output "$out/data/$split"
   tail -n 2 "$out/log/data-$split.txt"

@@ -10,7 +10,7 @@ from megatron_qad.checkpoint.hf_writer import CARRIED_FILES
 from megatron_qad.runtime.errors import QADError
 
 # What the imported checkpoint keeps beside the weights: all that export carries on.
-ASSETS = ("config.json", *CARRIED_FILES, "*.model")
+ASSETS = ("config.json", *CARRIED_FILES)
 
 
 class HFReader:

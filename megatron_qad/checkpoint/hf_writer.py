@@ -36,6 +36,7 @@ CARRIED_FILES = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "*.model",
     "*.tiktoken",
     "*.jinja",
     "chat_template*",

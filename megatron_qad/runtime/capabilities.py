@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +59,19 @@ def capabilities() -> Capabilities:
     )
 
 
-def prepare() -> Capabilities:
-    """Install the CPU backend if there is no GPU. Call before importing ``megatron``; later calls are free."""
+def prepare(*, to_compute: bool = False) -> Capabilities:
+    """Install the CPU backend if there is no GPU. Call before importing ``megatron``; later calls are free.
+
+    Args:
+        to_compute: the process will train or evaluate. Where Transformer Engine is installed and no GPU is there, it is
+            then hidden: Megatron takes its kernels wherever it can import it, and they refuse CPU tensors.
+    """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
     found = capabilities()
     if found.device == "cpu":
         cpu_backend.install()
+        if to_compute:
+            sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed
     if not importlib.util.find_spec("transformer_engine"):
         adamw.install()
     return found

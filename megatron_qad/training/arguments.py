@@ -65,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         # A plan can be made anywhere: as if on one model-parallel group.
         ranks = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
         os.environ["WORLD_SIZE"] = str(ranks)
-    sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities()), **shape}), *argv]
+    sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities(), options.qad_layer_spec), **shape}), *argv]
     use_compiled_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     if not args.async_save:
@@ -102,7 +102,7 @@ def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespa
     return other
 
 
-def machine_options(machine: Capabilities) -> dict:
+def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dict:
     """Megatron options that follow from the machine and from the method, not from the model."""
     options = {
         "calculate-per-token-loss": True,  # losses are sums; the division by the global token count happens once
@@ -110,9 +110,10 @@ def machine_options(machine: Capabilities) -> dict:
         "hidden-dropout": 0.0,
         "no-create-attention-mask-in-dataloader": True,  # attention is causal by the layer spec
         "ckpt-format": "torch_dist",
+        "save-interval": 1000,  # Megatron has no default and stops at --save without one
         "tokenizer-type": "NullTokenizer",  # the data is tokenized already; its metadata names the tokenizer
     }
-    if machine.layer_spec == "local":
+    if (layer_spec or machine.layer_spec) == "local":
         # Fused kernels that come with Transformer Engine or apex.
         options |= {
             "transformer-impl": "local",
