@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-
 from launch import run_workers
 
 HERE = Path(__file__).parent

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT / "tests" / "dist"))  # launch, tiny_models
 
 import tiny_models  # noqa: E402
-
 from launch import environment  # noqa: E402
+
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
 from megatron_qad.checkpoint.import_hf import copy_assets, import_hf  # noqa: E402
