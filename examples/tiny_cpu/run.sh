@@ -37,14 +37,14 @@ step import python tools/import_hf.py --hf-model "$out/inputs/hf" --output "$out
 
 # The teacher: an ordinary BF16 model, trained on the raw text, then on text of another manner.
 bf16=(--qad-loss ce --qad-policy bf16)
-train teacher-stage1 "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 240 --lr 3e-3
+train teacher-stage1 "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 400 --lr 3e-3
 train teacher-stage2 "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 80 --lr 1e-3
 
 # Three ways to NVFP4 from the same teacher, on the same data.
 from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw")
 train ptq "${from_teacher[@]}" --qad-ptq
-train qat "${from_teacher[@]}" --qad-loss ce --train-iters 100 --lr 1e-3
-train qad "${from_teacher[@]}" --qad-loss kl --train-iters 100 --lr 1e-3
+train qat "${from_teacher[@]}" --qad-loss ce --train-iters 150 --lr 5e-4
+train qad "${from_teacher[@]}" --qad-loss kl --train-iters 150 --lr 5e-4
 
 for layout in modelopt compressed-tensors; do
   step "export-$layout" python tools/export_hf.py --checkpoint "$out/qad" --output "$out/hf-$layout" --layout "$layout"
