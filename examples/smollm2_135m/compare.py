@@ -1,12 +1,16 @@
-"""The exported checkpoint in plain transformers beside the Megatron student it was made from: logits, and a generated
-answer.
+"""The exported checkpoint in transformers beside the Megatron student it was made of: a generated answer, and logits.
 
-Run by run.sh with pretrain_qad.py's arguments and ``--hf-model DIR``, the exported directory in the compressed-tensors
-layout.
+Two comparisons. With unquantized inputs both run the same BF16 model, and what separates them is where bf16 rounds. With
+NVFP4 inputs a last bit decides here and there which code a value gets, and a code is a step of up to a third: two
+correct implementations differ by about as much as one of them differs from itself when its inputs are nudged by half a
+bf16 unit, which is printed as the yardstick.
+
+Run by run.sh with pretrain_qad.py's arguments, ``--hf-model DIR`` (the compressed-tensors export) and ``--text FILE``.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_qad.runtime import prepare
 
@@ -15,22 +19,25 @@ prepare(to_compute=True)
 import torch  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
+from modelopt.torch.quantization.nn import register_quant_backend  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from megatron_qad.models.builder import freeze  # noqa: E402
 from megatron_qad.models.weights import load_weights  # noqa: E402
-from megatron_qad.quantization.activations import InputQuantizers  # noqa: E402
+from megatron_qad.quantization.activations import BACKEND, InputQuantizers, nvfp4_inputs  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
 from megatron_qad.training.arguments import model_config, parse_arguments  # noqa: E402
 from megatron_qad.training.batch import Batch, logits_of  # noqa: E402
 from megatron_qad.training.setup import resolve_formats  # noqa: E402
 
 PROMPT = "Explain in two sentences why ships need lighthouses."
+NUM_TOKENS = 256
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--hf-model", required=True)
+    parser.add_argument("--text", required=True)
     own, rest = parser.parse_known_args()
     args = parse_arguments(rest)
     initialize_megatron()
@@ -42,14 +49,22 @@ def main() -> None:
     answer = exported.generate(**chat, max_new_tokens=60, do_sample=False)
     print("prompt:  ", PROMPT)
     print("answer:  ", tokenizer.decode(answer[0, chat["input_ids"].shape[1] :], skip_special_tokens=True))
+    tokens = tokenizer(Path(own.text).read_text(), return_tensors="pt")["input_ids"][:, :NUM_TOKENS]
     with torch.no_grad():
-        ours = megatron_logits(args, answer)
-        theirs = exported(answer).logits[..., : ours.shape[-1]].float()
-    print_agreement(ours, theirs)
+        ours = megatron_logits(args, tokens)
+        print_agreement("NVFP4 inputs, Megatron against transformers", ours, exported(tokens).logits)
+        nudged = megatron_logits(args, tokens, lambda x, q: nvfp4_inputs(x * (1 + torch.randn_like(x) * 2**-9), q))
+        print_agreement("NVFP4 inputs, Megatron against itself nudged", ours, nudged)
+        plain = megatron_logits(args, tokens, lambda x, quantizer: x)
+        for module in exported.modules():  # compressed-tensors: leave out the quantization of inputs
+            if getattr(module, "quantization_scheme", None) is not None:
+                module.quantization_scheme.input_activations = None
+        print_agreement("unquantized inputs, Megatron against transformers", plain, exported(tokens).logits)
 
 
-def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [b, s, V] of the student of ``--load``, with quantized weights and inputs."""
+def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inputs=nvfp4_inputs) -> torch.Tensor:
+    """[b, s, V] of the student of ``--load``, with quantized weights and inputs as ``quantize_inputs`` makes them."""
+    register_quant_backend(BACKEND, quantize_inputs)
     config = model_config(args, args.hf_config)
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
@@ -64,16 +79,18 @@ def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor) -> torch.Ten
     position_ids = torch.arange(tokens.shape[1])[None]
     with InPlaceWeights(chunks, formats).on_grid(then_updated=False):
         logits = logits_of(model, Batch(tokens=tokens, position_ids=position_ids))
-    return logits[..., : args.hf_config["vocab_size"]].float()
+    return logits[..., : args.hf_config["vocab_size"]]
 
 
-def print_agreement(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+def print_agreement(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    ours, theirs = ours.float(), theirs[..., : ours.shape[-1]].float()
     log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
     error = ((ours - theirs).norm() / ours.norm()).item()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
-    print(f"logits of {ours.shape[1]} tokens, Megatron student against transformers: relative error {error:.4f},")
-    print(f"KL {kl:.6f}, same most likely token {same:.3f}")
+    print(
+        f"{what}: relative error {error:.4f}, KL {kl:.5f}, same most likely token {same:.3f} ({ours.shape[1]} tokens)"
+    )
 
 
 if __name__ == "__main__":

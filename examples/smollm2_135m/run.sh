@@ -49,6 +49,6 @@ done
 step report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$out/teacher" --run PTQ="$out/ptq" \
   --run QAD="$out/qad" --output "$out/report"
 step compare torchrun --standalone --nproc-per-node 1 "$here/compare.py" --config "$here/train.yaml" --qad-teacher "$out/teacher" \
-  --load "$out/qad" --hf-model "$out/hf-compressed-tensors"
-tail -n 20 "$out/log/compare.txt"
+  --load "$out/qad" --hf-model "$out/hf-compressed-tensors" --text "$out/prompts/heldout.txt"
+grep -h '^prompt\|^answer\|inputs, Megatron' "$out/log/compare.txt"
 say "done: $out/report/report.md"

@@ -46,12 +46,13 @@ class _FakeQuantSTE(torch.autograd.Function):
         return grad, None
 
 
-def _nvfp4_backend(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+def nvfp4_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    """The backend: NVFP4 of ``x`` [..., K] under the quantizer's amax, with a straight-through gradient."""
     # check=False: a check synchronizes the device. NaN reaches the loss, where it is looked for.
     return _FakeQuantSTE.apply(x, nvfp4.global_scale_from_amax(quantizer.amax))
 
 
-register_quant_backend(BACKEND, _nvfp4_backend)
+register_quant_backend(BACKEND, nvfp4_inputs)
 
 
 class InputQuantizers:
