@@ -1,7 +1,7 @@
 """The exported checkpoint in transformers beside the Megatron student it was made of: a generated answer, and logits.
 
-Two comparisons. With unquantized inputs both run the same BF16 model, and what separates them is where bf16 rounds. With
-NVFP4 inputs a last bit decides here and there which code a value gets, and a code is a step of up to a third: two
+Two comparisons. With unquantized inputs both run the same BF16 model, and what separates them is where bf16 rounds.
+With NVFP4 inputs a last bit decides here and there which code a value gets, and a code is a step of up to a third: two
 correct implementations differ by about as much as one of them differs from itself when its inputs are nudged by half a
 bf16 unit, which is printed as the yardstick.
 
