@@ -81,7 +81,7 @@ def _nvfp4_items(reader: TorchDistReader, tensor_map: TensorMap, tensor: torch.T
         raise QADError(f"{reader.directory}: no {amax_name}; the job saved this checkpoint before it calibrated")
     input_amax = reader.read([amax_name])[amax_name]
     try:
-        global_scale, on_grid = nvfp4_pack.recover_global_scale(tensor, name=name), True
+        global_scale = nvfp4_pack.recover_global_scale(tensor, name=name)
         on_grid = nvfp4_pack.is_on_grid(tensor, global_scale, name=name)
     except nvfp4_pack.OffGridError:  # float32 weights that are not quantized yet
         global_scale, on_grid = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(tensor), name=name), False

@@ -77,8 +77,7 @@ def write_hf_checkpoint(
 
     Args:
         items: the model's tensors in HF names, each name once. Tied heads are left out by the caller, who must not
-            write
-            into a tensor after yielding it: it may wait in memory until its shard is full.
+            write into a tensor after yielding it: it may wait in memory until its shard is full.
         directory: must not exist, or be empty.
         config: becomes config.json, with ``quantization_config`` added for packed layouts.
         layout: "bf16", "modelopt" or "compressed-tensors".

@@ -28,8 +28,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
 
     Raises:
         QADError: unsupported family, missing, left-over, truncated, wrong-shaped or non-finite tensors, or a target
-        that
-            exists and is not empty.
+            that exists and is not empty.
     """
     source, target = Path(source), Path(target)
     rank, size = rank_and_size()

@@ -59,10 +59,10 @@ class InputQuantizers:
     """The input quantizers of one student, over all its model chunks on this rank.
 
     Args:
-        chunks: unwrapped model chunks; modelopt replaces their linears in place. formats: format of every linear, by
-        global Megatron weight name. groups: process groups over which a linear's input is the same tensor or a part of
-        it (tensor and data parallel);
-            its amax is the maximum over all of them.
+        chunks: unwrapped model chunks; modelopt replaces their linears in place.
+        formats: format of every linear, by global Megatron weight name.
+        groups: process groups over which a linear's input is the same tensor or a part of it (tensor and data
+            parallel); its amax is the maximum over all of them.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], groups: Sequence = ()):

@@ -56,9 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     teacher_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
     if teacher_config is not None:
         check_same_vocabulary(student, hf_config, options.qad_teacher, teacher_config)
-    shape = family_of(hf_config).megatron_args(hf_config)
-    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], early.pipeline_model_parallel_size)
-    check_tensor_parallel(shape, early.tensor_model_parallel_size)
+    shape = shape_in_layout(hf_config, early)
     if options.qad_ptq:
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
@@ -76,6 +74,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def shape_in_layout(hf_config: dict, args: argparse.Namespace) -> dict:
+    """A model's shape as Megatron options, cut into the pipeline stages of ``args`` and possible in its layout."""
+    shape = family_of(hf_config).megatron_args(hf_config)
+    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], args.pipeline_model_parallel_size)
+    check_tensor_parallel(shape, args.tensor_model_parallel_size)
+    return shape
+
+
 def with_stages(pattern: str, num_stages: int) -> str:
     """Cut a layer pattern into pipeline stages with ``|``, as evenly as its number of layers allows."""
     if num_stages > len(pattern):
@@ -86,9 +92,7 @@ def with_stages(pattern: str, num_stages: int) -> str:
 
 def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespace:
     """``args`` with the model's shape replaced by that of another config: how a teacher of another shape is built."""
-    shape = family_of(hf_config).megatron_args(hf_config)
-    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], args.pipeline_model_parallel_size)
-    check_tensor_parallel(shape, args.tensor_model_parallel_size)
+    shape = shape_in_layout(hf_config, args)
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     parsed = parser.parse_args(to_flags(shape))
     other = copy.copy(args)

@@ -49,7 +49,7 @@ class QADStep:
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
         if self.teacher is not None:
             self.teacher.annotate(batches, data_iterator, **shape)
-        with self.weights.on_grid(then_updated=not rest.get("forward_only", False)):
+        with self.weights.on_grid(then_updated=not evaluates):
             return schedule(
                 data_iterator=iterators(batches, data_iterator),
                 model=model,
