@@ -32,8 +32,8 @@ def student_config(args: argparse.Namespace) -> QADModelConfig:
 
 def resolve_formats(args: argparse.Namespace) -> dict[str, str]:
     """The format of every linear of the student, by global Megatron weight name."""
-    rules = policy.load(args.qad.qad_policy, args.qad.qad_rule)
-    return policy.resolve(rules, family_of(args.hf_config).linears(args.hf_config))
+    loaded = policy.load(args.qad.qad_policy, args.qad.qad_rule)
+    return policy.resolve(loaded, family_of(args.hf_config).linears(args.hf_config))
 
 
 def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

@@ -15,6 +15,11 @@ class Linear:
     kind: str
     is_tied: bool = False
 
+    @property
+    def layer(self) -> int | None:
+        parts = self.megatron.split(".")
+        return int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
+
 
 LINEARS = [
     Linear("decoder.layers.0.self_attention.linear_qkv.weight", "attention"),
@@ -73,15 +78,17 @@ def test_a_file_is_a_policy(tmp_path):
 @pytest.mark.parametrize(
     "document, message",
     [
-        ("- a\n- b\n", "one list named 'rules'"),
-        ({"rules": [], "other": 1}, "one list named 'rules'"),
-        ({"rules": {"kind": "mlp"}}, "one list named 'rules'"),
-        ("", "one list named 'rules'"),
-        ({"rules": [{"kind": "mlp"}]}, "'format' and one of 'kind' and 'name'"),
-        ({"rules": [{"kind": "mlp", "name": "x", "format": "bf16"}]}, "'format' and one of 'kind' and 'name'"),
-        ({"rules": ["mlp=bf16"]}, "'format' and one of 'kind' and 'name'"),
-        ({"rules": [{"kind": "mlp", "format": "fp8"}]}, "unknown format 'fp8'; one of bf16, nvfp4"),
-        ({"rules": [{"kind": "experts", "format": "bf16"}]}, "unknown kind 'experts'; one of attention, mlp, head"),
+        ("- a\n- b\n", "a list named 'rules'"),
+        ({"rules": [], "other": 1}, "unknown key 'other'"),
+        ({"rules": {"kind": "mlp"}}, "a list named 'rules'"),
+        ("", "a list named 'rules'"),
+        ({"rules": [{"kind": "mlp"}]}, "'format' and at least one of kind, layer"),
+        ({"rules": ["mlp=bf16"]}, "'format' and at least one of kind, layer"),
+        ({"rules": [{"kind": "mlp", "format": "fp6"}]}, "unknown format 'fp6' (did you mean 'fp8'?); one of bf16"),
+        (
+            {"rules": [{"kind": "experts", "format": "bf16"}]},
+            "unknown kind 'experts' (did you mean 'expert'?); one of attention, mamba, mlp",
+        ),
         ("rules: [}", "not valid YAML"),
     ],
 )
@@ -94,7 +101,7 @@ def test_faults_of_a_file_name_it(tmp_path, document, message):
 
 @pytest.mark.parametrize("policy", ["nvfp4-al-linear", "missing.yaml"])
 def test_no_such_policy(policy):
-    with pytest.raises(QADError, match=f"no quantization policy '{policy}'.*bf16, nvfp4-all-linear"):
+    with pytest.raises(QADError, match=f"no quantization policy '{policy}'.*bf16,.* nvfp4-all-linear"):
         load(policy)
 
 
