@@ -1,35 +1,27 @@
 """Exact packing of weights that are NVFP4 values already: what was trained is what ships, bit for bit.
 
-A fake-quantized weight is on the grid, but quantizing it again does not always give it back. If the block scale was
-one of the few subnormal E4M3 numbers, rounding it up left no code 6 in the block: scale 2 * 2^-9 with largest code 4
-is measured again as 4 * 2 / 6 = 1.33 * 2^-9, which picks 1 * 2^-9 and saturates. In float32 also the tensor's amax can
-move by an ulp and with it the global scale. Both are searched for here, and every result is verified by decoding it.
-Left out: rounding of any kind.
+A fake-quantized weight is on the grid, but quantizing it again by the ``max`` rule does not always give it back. Under
+another rule its largest code need not be 6. Even under ``max``, if the block scale was one of the few subnormal E4M3
+numbers, rounding it up left no code 6 in the block: scale 2 * 2^-9 with largest code 4 is measured again as
+4 * 2 / 6 = 1.33 * 2^-9, which picks 1 * 2^-9 and saturates. In float32 also the tensor's amax can move by an ulp and
+with it the global scale. Both are searched for here, and every result is verified by decoding it. Left out: rounding
+of any kind.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_qad.formats.nvfp4 import (
-    BLOCK_SIZE,
-    decode_codes,
-    dequantize,
-    encode,
-    global_scale_from_amax,
-    pack_codes,
-    quantize,
-    row_tiles,
-    tensor_amax,
-)
+from megatron_qad.formats.common import E4M3_MAX, E4M3_MIN, MAX_ULPS, OffGridError, neighbours, row_tiles, tensor_amax
+from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE, dequantize, global_scale_from_amax, quantize
 from megatron_qad.runtime.errors import QADError
 
-_SEARCH_BLOCKS = 1 << 10  # blocks searched at a time: 1024 x 126 scales x 16 values, 8 MiB of float32
-# The float32 global scale, recomputed from the amax of a fake-quantized tensor, lies at most this many ulps from the
-# original: 448 * s, 6 * (448 * s) and the division each round once (all mantissas are tried in
-# tests/unit/formats/test_nvfp4_pack.py).
-_MAX_ULPS = 1
+__all__ = ["OffGridError", "is_on_grid", "pack_on_grid", "recover_global_scale"]
+
+_SEARCH_BLOCKS = 1 << 10  # blocks searched among all scales at a time: 1024 x 126 x 16 values, 8 MiB of float32
+_LARGEST_CODES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
 
 
 def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
@@ -87,17 +79,13 @@ def recover_global_scale(weights: Tensor | Sequence[Tensor], *, name: str = "ten
     scale = global_scale_from_amax(amax, name=name)
     if all(weight.dtype != torch.float32 for weight in tensors):
         return scale
-    for candidate in _neighbours(scale):
+    for candidate in neighbours(scale):
         if all(is_on_grid(weight, candidate, name=name) for weight in tensors):
             return candidate
     raise OffGridError(
-        f"{name}: no global scale within {_MAX_ULPS} ulps of {scale.item()} packs it exactly. The weights are not "
+        f"{name}: no global scale within {MAX_ULPS} ulps of {scale.item()} packs it exactly. The weights are not "
         "fake-quantized NVFP4 values: quantize them in place before packing, or export them with `quantize`."
     )
-
-
-class OffGridError(QADError):
-    """A tensor that was to be packed exactly holds values that NVFP4 cannot express under its global scale."""
 
 
 def _wrong_blocks(rows: Tensor, packed: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
@@ -108,33 +96,50 @@ def _wrong_blocks(rows: Tensor, packed: Tensor, block_scale: Tensor, global_scal
 
 def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -> tuple[Tensor, Tensor]:
     """[B, 16] -> codes uint8 [B, 16] and scales float8_e4m3fn [B]: for each block the smallest E4M3 scale that decodes
-    exactly."""
-    candidates = torch.arange(1, 0x7F, dtype=torch.uint8, device=blocks.device).view(torch.float8_e4m3fn)
-    decode_scales = candidates.float() * global_scale.float().reshape(()).to(blocks.device)
-    all_codes, all_scales = [], []
-    for chunk in blocks.split(_SEARCH_BLOCKS):
-        scaled = chunk.float().unsqueeze(1) / decode_scales.view(1, -1, 1)  # [B, candidates, 16]
-        codes = encode(scaled)
-        decoded = (decode_codes(codes) * decode_scales.view(1, -1, 1)).to(chunk.dtype)
-        exact = (decoded == chunk.unsqueeze(1)).all(dim=-1)
-        if unsolved := int((~exact.any(dim=-1)).sum()):  # at once: a tensor that never was quantized fails everywhere
-            raise OffGridError(
-                f"{name}: at least {unsolved} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values "
-                f"under the global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
-                "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"
-            )
-        first = exact.int().argmax(dim=-1)
-        all_codes.append(codes[torch.arange(len(chunk), device=chunk.device), first])
-        all_scales.append(candidates.view(torch.uint8)[first])
-    return torch.cat(all_codes), torch.cat(all_scales).view(torch.float8_e4m3fn)
+    exactly.
+
+    The largest value of an on-grid block is c * s * global_scale for a code value c, so that at most seven scales need
+    trying, each the nearest E4M3 number of amax / (c * global_scale). Nearest finds s, because amax is off by less than
+    E4M3 can see: the float32 products by 2^-23 (2^-13 where they are subnormal: the smallest is 0.5 * 2^-9 * 2^-126),
+    the rounding to the weight's type by 2^-9 where it is a normal number of that type; half a step of E4M3 is 2^-5 of
+    a normal number or more, and 1/14 of a subnormal or more. Only a block whose amax is a subnormal of its own type (an
+    expert in float16 near 1e-6) may need all 126 scales.
+    """
+    scale = global_scale.float().reshape(()).to(blocks.device)
+    amax = blocks.abs().amax(dim=-1).float()
+    codes = torch.zeros(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    found = torch.zeros(len(blocks), dtype=torch.uint8, device=blocks.device)  # E4M3 as bytes; 0 stands for none
+    left = torch.arange(len(blocks), device=blocks.device)
+    for largest in _LARGEST_CODES:
+        candidates = (amax[left] / (largest * scale)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+        tried, exact = _try(blocks[left], candidates.float() * scale)
+        codes[left[exact]], found[left[exact]] = tried[exact], candidates.view(torch.uint8)[exact]
+        left = left[~exact]
+        if not len(left):
+            return codes, found.view(torch.float8_e4m3fn)
+    subnormal = amax[left] < torch.finfo(blocks.dtype).tiny
+    hopeless = int((~subnormal).sum())
+    if not hopeless:
+        candidates = torch.arange(1, 0x7F, dtype=torch.uint8, device=blocks.device)
+        decode_scales = candidates.view(torch.float8_e4m3fn).float() * scale
+        for part in left.split(_SEARCH_BLOCKS):
+            tried, exact = _try(blocks[part].unsqueeze(1), decode_scales)  # [B, 126, 16] and [B, 126]
+            first = exact.int().argmax(dim=-1)
+            codes[part], found[part] = tried[torch.arange(len(part), device=part.device), first], candidates[first]
+            hopeless += int((~exact.any(dim=-1)).sum())
+    if hopeless:
+        raise OffGridError(
+            f"{name}: at least {hopeless} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values "
+            f"under the global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
+            "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"
+        )
+    return codes, found.view(torch.float8_e4m3fn)
 
 
-def _neighbours(scale: Tensor) -> Iterable[Tensor]:
-    """The scale itself, then the float32 numbers next to it, nearest first."""
-    yield scale
-    above = below = scale
-    for _ in range(_MAX_ULPS):
-        above = torch.nextafter(above, torch.full_like(above, torch.inf))
-        below = torch.nextafter(below, torch.zeros_like(below))
-        yield above
-        yield below
+def _try(blocks: Tensor, decode_scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [..., 16] under the float32 scales [...]: their codes, and bool [...] whether these decode to the
+    blocks."""
+    decode_scales = decode_scales.unsqueeze(-1)
+    codes = encode(blocks.float() / decode_scales)
+    decoded = (decode_codes(codes) * decode_scales).to(blocks.dtype)
+    return codes, (decoded == blocks).all(dim=-1)

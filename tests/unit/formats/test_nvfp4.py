@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_qad.formats import nvfp4
+from megatron_qad.formats import common, nvfp4
 from megatron_qad.formats.nvfp4 import (
     dequantize,
     fake_quant,
@@ -137,7 +137,7 @@ def test_fake_quant_is_the_decoded_quantize_for_any_leading_shape(dtype):
 def test_tiles_leave_no_trace(monkeypatch):
     x = torch.randn(37, 64)
     whole = fake_quant(x, scale_of(x)), *quantize(x, scale_of(x))
-    monkeypatch.setattr(nvfp4, "_TILE_ELEMENTS", 5 * 64)
+    monkeypatch.setattr(common, "_TILE_ELEMENTS", 5 * 64)
     tiled = fake_quant(x, scale_of(x)), *quantize(x, scale_of(x))
     assert all(torch.equal(a.float(), b.float()) for a, b in zip(whole, tiled, strict=True))
     assert torch.equal(dequantize(*tiled[1:], scale_of(x)), whole[0])

@@ -1,0 +1,62 @@
+"""Many tensors at once: the amax of each, their global scales, and all of them fake-quantized in place.
+
+What the weights of a model need once per optimizer step. On CUDA each is one launch of a Triton kernel, however many
+experts there are; elsewhere, and where triton is missing, a loop over the torch reference with the same bits.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_qad.formats import nvfp4
+from megatron_qad.formats.common import tensor_amax
+from megatron_qad.runtime.errors import QADError
+
+
+def amax_list(tensors: Sequence[Tensor]) -> Tensor:
+    """Float tensors of any shapes, on one device -> float32 [n] of their largest magnitudes; NaN where a tensor has
+    one."""
+    if not tensors:
+        return torch.zeros(0, dtype=torch.float32)
+    return torch.stack([tensor_amax(tensor) for tensor in tensors])
+
+
+def global_scales_from_amaxes(amaxes: Tensor, names: Sequence[str]) -> Tensor:
+    """float32 [n] -> float32 [n], each by ``nvfp4.global_scale_from_amax``; one device synchronisation for all.
+
+    Raises QADError with the names of all tensors whose amax is NaN, infinite or negative.
+    """
+    _same_length(names, amaxes, "amaxes")
+    return nvfp4.global_scale_from_amax(amaxes, name=names)
+
+
+@torch.no_grad()
+def fake_quant_list_(
+    tensors: Sequence[Tensor],
+    global_scales: Tensor,
+    names: Sequence[str] | None = None,
+    rule: str = "max",
+    *,
+    check: bool = True,
+) -> None:
+    """``nvfp4.fake_quant_`` of every tensor, each with its own global scale.
+
+    Args:
+        tensors: float32, bfloat16 or float16 [..., K] each, K a multiple of 16, all on one device.
+        global_scales: float32 [n].
+        names: of the tensors, for errors.
+        rule: one of ``nvfp4.SCALE_RULES``.
+        check: raise QADError, with the name, on NaN, Inf and unusable scales; tensors may be quantized by then. On CUDA
+            it costs one synchronisation.
+    """
+    names = [f"tensor {index}" for index in range(len(tensors))] if names is None else names
+    _same_length(names, tensors, "tensors")
+    _same_length(global_scales, tensors, "tensors")
+    for tensor, scale, name in zip(tensors, global_scales, names, strict=True):
+        nvfp4.fake_quant_(tensor, scale, name=name, check=check, rule=rule)
+
+
+def _same_length(items, others, what: str) -> None:
+    if len(items) != len(others):
+        raise QADError(f"{len(others)} {what} came with {len(items)} names or scales; expected as many.")
