@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 
 from megatron_qad.runtime import QADError, prepare
 
@@ -25,9 +26,11 @@ def main() -> None:
 
     init_process_group()
     written = export_hf(options.checkpoint, options.output, options.layout, int(options.max_shard_gb * 1e9))
+    counts = Counter(written.quantized.values())
     print(
         f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, in {len(written.shards)} file(s) to "
-        f"{written.directory}: {len(written.quantized)} NVFP4 linears, {len(written.excluded)} left in BF16"
+        f"{written.directory}: {', '.join(f'{n} linears {fmt}' for fmt, n in counts.items())}"
+        f"{', ' if counts else ''}{len(written.excluded)} left in BF16"
     )
 
 

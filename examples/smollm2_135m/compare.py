@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from megatron_qad.models.builder import freeze  # noqa: E402
 from megatron_qad.models.weights import load_weights  # noqa: E402
-from megatron_qad.quantization.activations import BACKEND, InputQuantizers, nvfp4_inputs  # noqa: E402
+from megatron_qad.quantization.activations import NVFP4_BACKEND, ActivationQuantizers, nvfp4_inputs  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
 from megatron_qad.training.arguments import model_config, parse_arguments  # noqa: E402
 from megatron_qad.training.batch import Batch, logits_of  # noqa: E402
@@ -64,14 +64,14 @@ def main() -> None:
 
 def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inputs=nvfp4_inputs) -> torch.Tensor:
     """[b, s, V] of the student of ``--load``, with quantized weights and inputs as ``quantize_inputs`` makes them."""
-    register_quant_backend(BACKEND, quantize_inputs)
+    register_quant_backend(NVFP4_BACKEND, quantize_inputs)
     config = model_config(args, args.hf_config)
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     formats = resolve_formats(args)
-    inputs = InputQuantizers([chunk.module for chunk in chunks], formats)
+    inputs = ActivationQuantizers([chunk.module for chunk in chunks], formats)
     inputs.expect_amax()
     load_weights(chunks, args.load, with_amaxes=True)
     assert inputs.calibrated, f"{args.load} was saved before calibration"

@@ -7,15 +7,19 @@ have used.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, write_hf_checkpoint
-from megatron_qad.checkpoint.layouts import HFTensor, LayoutName
+from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.formats import nvfp4, nvfp4_pack
+from megatron_qad.formats import nvfp4
+from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.nvfp4_pack import OffGridError
+from megatron_qad.formats.weight_formats import WEIGHT_FORMATS, WeightFormat
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime.errors import QADError
@@ -40,59 +44,97 @@ def export_hf(
         raise QADError(f"{checkpoint}: no hf/config.json; expected what import_hf.py or pretrain_qad.py wrote")
     config = read_json(checkpoint / "hf" / "config.json")
     family = family_of(config)
-    formats = {} if layout == "bf16" else read_formats(checkpoint)
-    reader = TorchDistReader(checkpoint)
+    job = {} if layout == "bf16" else read_job(checkpoint)
+    formats, kv_cache = job.get("formats", {}), job.get("kv_cache", "bf16")
+    if refused := sorted({fmt for fmt in formats.values()} - set(EXPORTED_FORMATS)):
+        raise QADError(
+            f"{checkpoint}: its policy gives linears the format {refused[0]}, which no layout holds; exported are "
+            f"{', '.join(EXPORTED_FORMATS)}. With layout 'bf16' its weights can be written unpacked"
+        )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     linears = [name.removesuffix(".weight") for linear in family.linears(config) for name in linear.hf]
-    items = _items(reader, family.tensors(config), formats)
     return write_hf_checkpoint(
-        items,
+        Export(TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max")).items(
+            family.tensors(config)
+        ),
         output,
         config=config,
         layout=layout,
         linear_modules=linears,
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
+        kv_cache=kv_cache,
     )
 
 
-def read_formats(checkpoint: Path) -> dict[str, str]:
-    """Format of every linear, by Megatron weight name, as the job that saved the checkpoint resolved its policy."""
+def read_job(checkpoint: Path) -> dict:
+    """``qad.json``: "formats", every linear's by Megatron weight name; "kv_cache"; "scale_rule" of NVFP4 weights."""
     file = checkpoint / JOB_FILE
     if not file.is_file():
         raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
-    return read_json(file)["formats"]
+    return read_json(file)
 
 
-def _items(reader: TorchDistReader, maps: list[TensorMap], formats: dict[str, str]) -> Iterator[HFTensor]:
-    for tensor_map, tensor in reader.layers(maps):
-        if formats.get(tensor_map.megatron) == "nvfp4":
-            yield from _nvfp4_items(reader, tensor_map, tensor)
-        else:
-            for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
-                yield HFTensor(name, part.contiguous())
+@dataclass(frozen=True)
+class Export:
+    """One checkpoint on its way to Hugging Face names."""
 
+    reader: TorchDistReader
+    layout: LayoutName
+    formats: dict[str, str]
+    kv_cache: str
+    scale_rule: str
 
-def _nvfp4_items(reader: TorchDistReader, tensor_map: TensorMap, tensor: torch.Tensor) -> Iterator[HFTensor]:
-    """One Megatron weight is what a server fuses (q, k, v; gate, up): its parts share both scales."""
-    name = tensor_map.megatron
-    amax_name = f"{tensor_map.megatron_module}.input_quantizer._amax"
-    if amax_name not in reader:
-        raise QADError(f"{reader.directory}: no {amax_name}; the job saved this checkpoint before it calibrated")
-    input_amax = reader.read([amax_name])[amax_name]
-    try:
-        global_scale = nvfp4_pack.recover_global_scale(tensor, name=name)
-        on_grid = nvfp4_pack.is_on_grid(tensor, global_scale, name=name)
-    except nvfp4_pack.OffGridError:  # float32 weights that are not quantized yet
-        global_scale, on_grid = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(tensor), name=name), False
-    input_scale = nvfp4.global_scale_from_amax(input_amax, name=amax_name)
-    for hf_name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
-        yield HFTensor(
-            name=hf_name,
-            tensor=part.contiguous(),
-            module=hf_name.removesuffix(".weight"),
-            fmt="nvfp4",
-            global_scale=global_scale,
-            input_scale=input_scale,
-            on_grid=on_grid,
-        )
+    def items(self, maps: list[TensorMap]) -> Iterator[HFTensor]:
+        """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
+        for tensor_map, tensor in self.reader.layers(maps):
+            fmt = self.formats.get(tensor_map.megatron, "bf16")
+            if fmt == "bf16":
+                for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
+                    yield HFTensor(name, part.contiguous())
+            else:
+                yield from self._quantized(tensor_map, tensor, fmt)
+            if self.kv_cache == "fp8" and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
+                yield from self._kv_scales(tensor_map)
+
+    def _quantized(self, tensor_map: TensorMap, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
+        """One Megatron weight is what a server fuses (q, k, v; gate, up): its parts share their scales."""
+        name = tensor_map.megatron
+        linear_format = LINEAR_FORMATS[fmt]
+        arithmetic = WEIGHT_FORMATS[linear_format.weight]
+        input_scale = None
+        if linear_format.input is not None:
+            amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
+            input_scale = WEIGHT_FORMATS[linear_format.input].scale_from_amax(amax, name=name)
+        scale, on_grid = self._weight_scale(tensor, arithmetic, name)
+        for hf_name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
+            yield HFTensor(
+                name=hf_name,
+                tensor=part.contiguous(),
+                module=hf_name.removesuffix(".weight"),
+                fmt=fmt,
+                weight_scale=scale,
+                input_scale=input_scale,
+                on_grid=on_grid,
+                scale_rule=self.scale_rule,
+            )
+
+    @staticmethod
+    def _weight_scale(tensor: torch.Tensor, arithmetic: WeightFormat, name: str) -> tuple[torch.Tensor, bool]:
+        """The weight's scale, and whether the weight is on the grid under it."""
+        try:
+            scale = arithmetic.recover_scale(tensor, name=name)
+        except OffGridError:  # float32 weights that are not quantized yet
+            return arithmetic.scale_from_amax(nvfp4.tensor_amax(tensor), name=name), False
+        return scale, arithmetic.is_on_grid(tensor, scale, name=name)
+
+    def _kv_scales(self, tensor_map: TensorMap) -> Iterator[HFTensor]:
+        attention = tensor_map.megatron_module.rsplit(".", 1)[0]
+        amaxes = [self._amax(f"{attention}.core_attention.{x}_bmm_quantizer._amax") for x in "kv"]
+        _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor_map.hf)
+        yield from kv_scales(k_proj, v_proj, *amaxes, self.layout)
+
+    def _amax(self, name: str) -> torch.Tensor:
+        if name not in self.reader:
+            raise QADError(f"{self.reader.directory}: no {name}; the job saved this checkpoint before it calibrated")
+        return self.reader.read([name])[name]

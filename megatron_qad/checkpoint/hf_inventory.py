@@ -20,6 +20,7 @@ class Inventory:
     fused: list[tuple[str, ...]] = field(
         default_factory=list
     )  # linears that a server merges and that share their scales
+    attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
     tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head"
@@ -78,6 +79,7 @@ def _decoder(
         )
         linear(f"{mlp}.down_proj", hidden, ffn, mlp_bias)
         model.fused += [qkv, gate_up]
+        model.attentions.append((qkv[1], qkv[2]))
     return model
 
 

@@ -18,13 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_qad.checkpoint.layout_configs import hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import (
     HFTensor,
     LayoutName,
     check_layout,
     exclusions,
-    hf_quant_config,
-    quantization_config,
     stored_tensors,
 )
 from megatron_qad.runtime.errors import QADError
@@ -59,7 +58,7 @@ class Written:
     num_tensors: int
     num_bytes: int  # of tensor data
     shards: tuple[str, ...]  # file names
-    quantized: tuple[str, ...]  # modules
+    quantized: dict[str, str]  # module -> format
     excluded: tuple[str, ...]  # linears left as they are
 
 
@@ -72,6 +71,7 @@ def write_hf_checkpoint(
     linear_modules: Sequence[str],
     source: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    kv_cache: str = "bf16",
 ) -> Written:
     """Write ``items``, in their order, as the HF checkpoint ``directory``.
 
@@ -85,6 +85,7 @@ def write_hf_checkpoint(
             exclusions.
         source: HF directory whose tokenizer, chat template and generation config are copied; None copies nothing.
         max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
+        kv_cache: "bf16" or "fp8", whose scales are among the items; the configurations announce it.
 
     Raises QADError for a used directory, a full disk, a name given twice, and whatever ``stored_tensors`` refuses.
     """
@@ -104,11 +105,13 @@ def write_hf_checkpoint(
     aside.mkdir()
     shards = _Shards(aside, max_shard_bytes)
     try:
-        quantized = [item.module for item in _added(items, shards, layout) if item.fmt == "nvfp4" and layout != "bf16"]
+        formats = {
+            item.module: item.fmt for item in _added(items, shards, layout) if item.fmt != "bf16" and layout != "bf16"
+        }
         shards.finish()
-        excluded = exclusions(linear_modules, quantized) if layout != "bf16" else []
+        excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
         _carry(source, aside)
-        _write_configs(aside, config, layout, excluded, quantized)
+        _write_configs(aside, config, layout, excluded, formats, kv_cache)
         for path in (*aside.rglob("*"), aside):
             _sync(path)
         os.rename(aside, directory)  # atomic; replaces an empty directory
@@ -119,9 +122,7 @@ def write_hf_checkpoint(
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # gone already if all went well
-    return Written(
-        directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), tuple(quantized), tuple(excluded)
-    )
+    return Written(directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), formats, tuple(excluded))
 
 
 def _added(items: Iterable[HFTensor], shards: "_Shards", layout: LayoutName) -> Iterable[HFTensor]:
@@ -215,16 +216,17 @@ def _carry(source: Path | None, directory: Path) -> None:
 
 
 def _write_configs(
-    directory: Path, config: dict, layout: LayoutName, excluded: list[str], quantized: list[str]
+    directory: Path, config: dict, layout: LayoutName, excluded: list[str], formats: dict[str, str], kv_cache: str
 ) -> None:
     if layout != "bf16":
-        if not quantized:
+        if not formats:
             raise QADError(
-                f"Layout {layout!r} was asked for, but no tensor is NVFP4. Check the policy, or write layout 'bf16'."
+                f"Layout {layout!r} was asked for, but no tensor is NVFP4 or FP8. Check the policy, or write "
+                "layout 'bf16'."
             )
-        config = {**config, "quantization_config": quantization_config(layout, excluded)}
+        config = {**config, "quantization_config": quantization_config(layout, excluded, formats, kv_cache)}
     if layout == "modelopt":
-        _write_json(directory / "hf_quant_config.json", hf_quant_config(excluded))
+        _write_json(directory / "hf_quant_config.json", hf_quant_config(excluded, formats, kv_cache))
     _write_json(directory / "config.json", config)
 
 

@@ -6,7 +6,7 @@ accept and compute garbage from: a missing scale, block scales stored as U8, sca
 exclusions that do not match. Left out: whether the weights are good ones.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.hf_inventory import Inventory, inventory
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
-from megatron_qad.checkpoint.validate_config import check_config
+from megatron_qad.checkpoint.validate_config import check_config, declared_formats
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 from megatron_qad.runtime.errors import QADError
 
@@ -44,7 +44,9 @@ class Report:
     layout: str = "unknown"
     num_tensors: int = 0
     num_bytes: int = 0
-    quantized: list[str] = field(default_factory=list)
+    quantized: dict[str, str] = field(default_factory=dict)
+    """Format of each quantized linear."""
+    kv_cache: str = "bf16"
     num_linears: int = 0
     faults: list[Fault] = field(default_factory=list)
 
@@ -55,8 +57,12 @@ class Report:
         verdict = f"{len(self.faults)} faults" if self.faults else "valid"
         return (
             f"{self.directory}: {verdict}; layout {self.layout}, {self.num_tensors} tensors, "
-            f"{len(self.quantized)} of {self.num_linears} linears quantized, {self.num_bytes} bytes"
+            f"{len(self.quantized)} of {self.num_linears} linears quantized ({self._formats()}), {self.num_bytes} bytes"
         )
+
+    def _formats(self) -> str:
+        counts = Counter(self.quantized.values())
+        return ", ".join([*(f"{n} {fmt}" for fmt, n in sorted(counts.items())), f"KV cache {self.kv_cache}"])
 
 
 def validate_nvfp4(directory: str | Path) -> Report:
@@ -82,8 +88,12 @@ def validate_nvfp4(directory: str | Path) -> Report:
     report.num_linears = len(model.linears)
     if layout is None:
         return report
-    report.quantized = [module for module in model.linears if _is_quantized(module, layout, shards)]
-    check_config(report.directory, config, layout, model, report.quantized, report.add)
+    declared = declared_formats(config["quantization_config"], layout, model)
+    stored = {module: _stored_format(module, layout, declared.get(module), shards) for module in model.linears}
+    report.quantized = {module: fmt for module, fmt in stored.items() if fmt is not None}
+    kv_names = [name for pair in model.attentions for name in layout.kv_scale_names(*pair)]
+    report.kv_cache = "fp8" if any(name in shards.tensors for name in kv_names) else "bf16"
+    check_config(report.directory, config, layout, model, report.quantized, report.kv_cache, report.add)
     _check_names_and_shapes(config, layout, model, shards, report)
     _check_values(layout, model, shards, report)
     return report
@@ -101,13 +111,23 @@ def _find_layout(config: dict[str, Any], report: Report) -> PackedLayout | None:
     return PACKED_LAYOUTS[method]
 
 
-def _is_quantized(module: str, layout: PackedLayout, shards: Shards) -> bool:
-    """By its packed weight, or by any companion, so that a missing packed weight is a missing tensor and not an
-    unquantized layer."""
-    if any(f"{module}.{part}" in shards.tensors for part in layout.companions):
-        return True
-    stored = shards.tensors.get(f"{module}.{layout.packed}")
-    return stored is not None and (layout.packed != "weight" or stored.dtype == "U8")
+def _stored_format(module: str, layout: PackedLayout, declared: str | None, shards: Shards) -> str | None:
+    """The format of a linear by what is stored of it, also where a part is missing; None: it is not quantized.
+
+    Whether an NVFP4 linear quantizes its inputs cannot be seen from a missing input scale: there the configuration's
+    word counts.
+    """
+    stored = shards.tensors.get(f"{module}.weight")
+    if stored is not None and stored.dtype == "F8_E4M3":
+        return "fp8"
+    companions = {name for name, _ in layout.parts("nvfp4").values()} - {"weight"}
+    if (stored is None or stored.dtype != "U8") and not any(f"{module}.{c}" in shards.tensors for c in companions):
+        return None
+    if declared == "fp8" and not any(f"{module}.{c}" in shards.tensors for c in layout.nvfp4_only):
+        return "fp8"  # its weight is missing or of another type
+    if declared == "nvfp4-w4a16" and f"{module}.{layout.input_scale}" not in shards.tensors:
+        return declared
+    return "nvfp4"
 
 
 def _expected(
@@ -121,15 +141,21 @@ def _expected(
         plain = "BF16"
     tensors = {name: (plain, shape) for name, shape in model.tensors.items()}
     for module, (rows, columns) in model.linears.items():
-        if module not in report.quantized:
+        fmt = report.quantized.get(module)
+        if fmt is None:
             tensors[f"{module}.weight"] = (plain, (rows, columns))
             continue
-        if columns % BLOCK_SIZE:
+        if fmt != "fp8" and columns % BLOCK_SIZE:
             report.add(module, f"is quantized with {columns} input columns, which is no multiple of {BLOCK_SIZE}")
-        tensors[f"{module}.{layout.packed}"] = ("U8", (rows, columns // 2))
-        tensors[f"{module}.{layout.block_scale}"] = ("F8_E4M3", (rows, columns // BLOCK_SIZE))
-        tensors[f"{module}.{layout.global_scale}"] = ("F32", layout.scalar_shape)
-        tensors[f"{module}.{layout.input_scale}"] = ("F32", layout.scalar_shape)
+        shapes = {
+            "weight": (rows, columns if fmt == "fp8" else columns // 2),
+            "block_scale": (rows, columns // BLOCK_SIZE),
+        }
+        for role, (part, dtype) in layout.parts(fmt).items():
+            tensors[f"{module}.{part}"] = (dtype, shapes.get(role, layout.scalar_shape))
+    if report.kv_cache == "fp8":
+        for k_proj, v_proj in model.attentions:
+            tensors |= dict.fromkeys(layout.kv_scale_names(k_proj, v_proj), ("F32", layout.scalar_shape))
     return tensors
 
 
@@ -160,6 +186,9 @@ def _check_names_and_shapes(
             report.add(
                 parts[0], f"is quantized and {rest} not; servers fuse {len(group)} linears here and refuse a part"
             )
+        for module in parts[1:]:
+            if report.quantized[module] != (first := report.quantized[parts[0]]):
+                report.add(module, f"is {report.quantized[module]} and {parts[0]} {first}; servers fuse them")
 
 
 def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report: Report) -> None:
@@ -168,8 +197,13 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report
         if stored.file in shards.readable:
             names_by_file[stored.file].append(name)
     scalars: dict[str, Tensor] = {}
-    per_tensor = {f"{m}.{part}" for m in report.quantized for part in (layout.global_scale, layout.input_scale)}
-    block_scales = {f"{module}.{layout.block_scale}" for module in report.quantized}
+    per_tensor, block_scales = set(), set()
+    for module, fmt in report.quantized.items():
+        parts = {role: f"{module}.{part}" for role, (part, _) in layout.parts(fmt).items()}
+        per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
+        block_scales |= {name for role, name in parts.items() if role == "block_scale"}
+    if report.kv_cache == "fp8":
+        per_tensor |= {name for pair in model.attentions for name in layout.kv_scale_names(*pair)}
     tied = {}
     for path, names in names_by_file.items():
         try:
@@ -221,7 +255,11 @@ def _check_block_scale(name: str, tensor: Tensor, report: Report) -> None:
 
 def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], report: Report) -> None:
     for group in model.fused:
-        for part in (layout.global_scale, layout.input_scale):
+        formats = {report.quantized[module] for module in group if module in report.quantized}
+        if len(formats) != 1:
+            continue  # nothing is quantized, or reported already
+        roles = layout.parts(formats.pop())
+        for part in (roles[role][0] for role in ("weight_scale", "input_scale") if role in roles):
             present = [name for module in group if (name := f"{module}.{part}") in scalars]
             for name in present[1:]:
                 first, other = scalars[present[0]], scalars[name]

@@ -4,13 +4,43 @@ Exclusions must be exactly the linears that are not quantized, by exact name; bo
 a server acts on must have the value of the layout. Left out: keys that only inform (producer version, observer).
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_qad.checkpoint.hf_directory import AddFault, read_json
 from megatron_qad.checkpoint.hf_inventory import Inventory
-from megatron_qad.checkpoint.layouts import PackedLayout, hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layout_configs import MIXED, QUANT_ALGOS, hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layouts import PackedLayout
+
+
+def declared_formats(found: dict[str, Any], layout: PackedLayout, model: Inventory) -> dict[str, str]:
+    """Format of each linear as a ``quantization_config`` has it; linears that it does not name are left out.
+
+    Never raises: what is damaged is left out too, and ``check_config`` names it.
+    """
+    ignored = found.get("ignore") if isinstance(found.get("ignore"), list) else []
+    rest = [module for module in model.linears if module not in ignored]
+    if layout.name == "modelopt":
+        by_algo = {algo: fmt for fmt, algo in QUANT_ALGOS.items()}
+        layers = found.get("quantized_layers")
+        if found.get("quant_algo") == MIXED and isinstance(layers, dict):
+            algos = {module: entry.get("quant_algo") for module, entry in layers.items() if isinstance(entry, dict)}
+            return {module: by_algo[algo] for module, algo in algos.items() if str(algo) in by_algo}
+        algo = str(found.get("quant_algo"))
+        return dict.fromkeys(rest, by_algo[algo]) if algo in by_algo else {}
+    declared: dict[str, str] = {}
+    groups = found.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+            continue
+        fmt = {8: "fp8", 4: "nvfp4" if group.get("input_activations") else "nvfp4-w4a16"}.get(
+            group["weights"].get("num_bits")
+        )
+        targets = group.get("targets")
+        if fmt is not None and isinstance(targets, list):
+            declared |= dict.fromkeys(rest if targets == ["Linear"] else map(str, targets), fmt)
+    return declared
 
 
 def check_config(
@@ -18,46 +48,57 @@ def check_config(
     config: dict[str, Any],
     layout: PackedLayout,
     model: Inventory,
-    quantized: Iterable[str],
+    quantized: Mapping[str, str],
+    kv_cache: str,
     fault: AddFault,
 ) -> None:
-    """Compare config.json (and modelopt's hf_quant_config.json) with the linears that are quantized.
+    """Compare config.json (and modelopt's hf_quant_config.json) with what is stored.
 
-    ``config`` has a quantization_config of ``layout``; faults go to ``fault``.
+    Args:
+        config: has a quantization_config of ``layout``.
+        quantized: format of each quantized linear.
+        kv_cache: "fp8" where scales of a KV cache are stored, or "bf16".
+        fault: takes what is wrong.
     """
-    quantized = frozenset(quantized)
     found = config["quantization_config"]
     unquantized = sorted(set(model.linears) - set(quantized))
-    wanted = quantization_config(layout.name, unquantized)
+    # A checkpoint without a quantized linear is a fault below; compare it with what it would be.
+    wanted = quantization_config(layout.name, unquantized, quantized or {"": "nvfp4"}, kv_cache)
     _check_exclusions("config.json ignore", found.get("ignore"), model, quantized, fault)
     # What a consumer acts on; other keys (producer, observer) may differ between exporters.
-    keys = {"modelopt": ("quant_algo",), "compressed-tensors": ("format", "quantization_status")}[layout.name]
-    for key in keys:
-        if found.get(key) != wanted[key]:
-            fault("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted[key]!r}")
-    _check_groups(found.get("config_groups"), wanted["config_groups"]["group_0"], layout, fault)
-    if found.get("kv_cache_scheme") is not None:
-        fault("config.json", "has a kv_cache_scheme, but no exporter here writes a quantized KV cache; expected null")
+    keys = {"modelopt": ("quant_algo", "quantized_layers"), "compressed-tensors": ("format", "quantization_status")}
+    for key in keys[layout.name]:
+        if found.get(key) != wanted.get(key):
+            fault("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted.get(key)!r}")
+    _check_groups(found.get("config_groups"), wanted["config_groups"], layout, fault)
+    if (scheme := found.get("kv_cache_scheme")) != (expected := wanted.get("kv_cache_scheme")):
+        why = "KV cache scales are stored" if kv_cache == "fp8" else "no k_scale and v_scale are stored"
+        fault("config.json", f"kv_cache_scheme is {scheme!r}, expected {expected!r}: {why}")
     if not config.get("architectures") or not isinstance(config["architectures"], list):
         fault("config.json", f"architectures is {config.get('architectures')!r}; servers choose the model by it")
     if not quantized:
         fault("config.json", "announces NVFP4, but no linear is quantized")
     if layout.name == "modelopt":
-        _check_hf_quant_config(directory, found, model, quantized, fault)
+        _check_hf_quant_config(directory, found, model, quantized, kv_cache, fault)
 
 
-def _check_groups(found: Any, wanted: dict[str, Any], layout: PackedLayout, fault: AddFault) -> None:
-    if not isinstance(found, dict) or len(found) != 1:
-        fault("config.json", f"quantization_config.config_groups is {found!r}, expected one group for all linears")
+def _check_groups(found: Any, wanted: dict[str, dict[str, Any]], layout: PackedLayout, fault: AddFault) -> None:
+    number = "one group for all linears" if len(wanted) == 1 else f"{len(wanted)} groups, one a format"
+    if not isinstance(found, dict) or len(found) != len(wanted):
+        fault("config.json", f"quantization_config.config_groups is {found!r:.500}, expected {number}")
         return
-    group = next(iter(found.values()))
-    if not isinstance(group, dict):
-        fault("config.json", f"quantization_config.config_groups holds {group!r}, expected an object")
-        return
+    for group, expected in zip(found.values(), wanted.values(), strict=True):
+        if not isinstance(group, dict):
+            fault("config.json", f"quantization_config.config_groups holds {group!r}, expected an object")
+            return
+        _check_group(group, expected, layout, fault)
+
+
+def _check_group(group: dict[str, Any], wanted: dict[str, Any], layout: PackedLayout, fault: AddFault) -> None:
     for key, value in wanted.items():
         if not isinstance(value, dict):
             if value is not None and group.get(key, value) != value:
-                fault("config.json", f"config_groups {key} is {group.get(key)!r}, expected {value!r}")
+                fault("config.json", f"config_groups {key} is {group.get(key)!r:.500}, expected {value!r:.500}")
             continue
         for entry, expected in value.items():
             actual = group[key].get(entry) if isinstance(group.get(key), dict) else None
@@ -68,7 +109,12 @@ def _check_groups(found: Any, wanted: dict[str, Any], layout: PackedLayout, faul
 
 
 def _check_hf_quant_config(
-    directory: Path, found: dict[str, Any], model: Inventory, quantized: frozenset[str], fault: AddFault
+    directory: Path,
+    found: dict[str, Any],
+    model: Inventory,
+    quantized: Mapping[str, str],
+    kv_cache: str,
+    fault: AddFault,
 ) -> None:
     name = "hf_quant_config.json"
     other = read_json(directory / name, fault)
@@ -81,21 +127,21 @@ def _check_hf_quant_config(
     if not isinstance(producer, dict) or producer.get("name") != "modelopt":
         fault(name, f"producer is {producer!r}, expected one named 'modelopt', by which servers know the layout")
     other = other["quantization"]
-    wanted = hf_quant_config([])["quantization"]
+    wanted = hf_quant_config([], quantized or {"": "nvfp4"}, kv_cache)["quantization"]
     for key in wanted:
         if key not in other:
             fault(name, f"lacks quantization.{key}; TensorRT-LLM wants the key, null is fine")
-    for key in ("quant_algo", "group_size", "kv_cache_quant_algo"):
-        if other.get(key) != wanted[key]:
-            fault(name, f"quantization.{key} is {other.get(key)!r}, expected {wanted[key]!r}")
-        if found.get(key, wanted[key]) != other.get(key):
+    for key in ("quant_algo", "group_size", "kv_cache_quant_algo", "quantized_layers"):
+        if other.get(key) != wanted.get(key):
+            fault(name, f"quantization.{key} is {other.get(key)!r:.500}, expected {wanted.get(key)!r:.500}")
+        if found.get(key, wanted.get(key)) != other.get(key):
             fault(name, f"quantization.{key} is {other.get(key)!r}, config.json says {found.get(key)!r}")
     _check_exclusions(f"{name} exclude_modules", other.get("exclude_modules"), model, quantized, fault)
     if found.get("ignore") != other.get("exclude_modules"):
         fault(name, "exclude_modules and config.json's ignore differ; servers read one or the other")
 
 
-def _check_exclusions(where: str, found: Any, model: Inventory, quantized: frozenset[str], fault: AddFault) -> None:
+def _check_exclusions(where: str, found: Any, model: Inventory, quantized: Mapping[str, str], fault: AddFault) -> None:
     if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
         fault(where, f"is {found!r}, expected a list of module names")
         return

@@ -29,9 +29,17 @@ class QADOptions:
     qad_rule: list[str] = field(default_factory=list, metadata={"argparse_meta": {"type": str, "nargs": "+"}})
     """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins."""
 
+    qad_weight_scale_rule: str = "max"
+    """How the block scales of NVFP4 weights are chosen: 'max' (the block's largest value becomes 6), 'four_over_six' (6
+    or 4, whichever errs less) or 'mse' (a search). All are stored alike."""
+
     qad_calibration_samples: int = 64
     """Training sequences whose activations set the quantizers' amax before the first step, rounded up to whole
     microbatches."""
+
+    qad_calibration_percentile: float | None = None
+    """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; the rest saturates. Default:
+    all of them, the maximum."""
 
     qad_layer_spec: str | None = None
     """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU

@@ -1,7 +1,9 @@
-"""The student's activations in NVFP4: quantizers put in by modelopt, calibrated by maximum, run by our arithmetic.
+"""The student's activations: quantizers put in by modelopt, calibrated, run by our arithmetic.
 
-modelopt knows Megatron's linears (also Transformer Engine's fused ones) and where their inputs are; it has no NVFP4
-forward pass on the CPU, so a backend of ours, registered by name, computes it: the same arithmetic as everywhere else.
+modelopt knows Megatron's linears (also Transformer Engine's fused ones) and where their inputs are. It has no NVFP4
+forward pass on the CPU, so backends of ours, registered by name, compute the formats: the same arithmetic as
+everywhere else. Quantized are inputs of linears (NVFP4, FP8) and keys and values on their way into the KV cache (FP8).
+INT4 weights are modelopt's own, in every forward pass: a format to train and evaluate, not to export.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,65 +11,88 @@ from contextlib import contextmanager
 
 import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.quantization.calib import MaxCalibrator
 from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backend
 
-from megatron_qad.formats import nvfp4
-from megatron_qad.quantization.names import named_modules_globally
+from megatron_qad.formats import fp8, nvfp4
+from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
+from megatron_qad.quantization.kv_cache import quantize_kv_cache
+from megatron_qad.quantization.names import named_modules_globally, sibling_experts
 from megatron_qad.runtime.errors import QADError
 
-BACKEND = "megatron_qad_nvfp4"
-_NVFP4_INPUT = {
-    "num_bits": (2, 1),
-    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
-    "backend": BACKEND,
-    "enable": True,
+NVFP4_BACKEND = "megatron_qad_nvfp4"
+FP8_BACKEND = "megatron_qad_fp8"
+FP8 = {"num_bits": (4, 3), "axis": None, "backend": FP8_BACKEND, "enable": True}
+_INPUTS = {
+    "nvfp4": {
+        "num_bits": (2, 1),
+        "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
+        "backend": NVFP4_BACKEND,
+        "enable": True,
+    },
+    "fp8": FP8,
 }
-
-
-class _RunningAmax(MaxCalibrator):
-    """modelopt's max calibrator stops at a NaN without a name, on one rank of many. Here NaN and Inf stay in the
-    maximum until the linear's name is known and all ranks stop together; no pass waits for the device."""
-
-    def collect(self, x: torch.Tensor) -> None:
-        amax = nvfp4.tensor_amax(x)
-        self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
+_INT4_GROUP = 128
+_INT4_WEIGHT = {"num_bits": 4, "block_sizes": {-1: _INT4_GROUP}, "type": "dynamic", "enable": True}
 
 
 class _FakeQuantSTE(torch.autograd.Function):
-    """NVFP4 forward, identity backward: the report keeps gradients in high precision."""
+    """Quantized forward, identity backward: the report keeps gradients in high precision."""
 
     @staticmethod
-    def forward(ctx, x, global_scale):
-        return nvfp4.fake_quant(x, global_scale, check=False)
+    def forward(ctx, x, scale, fake_quant):
+        # check=False: a check synchronizes the device. NaN reaches the loss, where it is looked for.
+        return fake_quant(x, scale, check=False)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad, None, None
 
 
 def nvfp4_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """The backend: NVFP4 of ``x`` [..., K] under the quantizer's amax, with a straight-through gradient."""
-    # check=False: a check synchronizes the device. NaN reaches the loss, where it is looked for.
-    return _FakeQuantSTE.apply(x, nvfp4.global_scale_from_amax(quantizer.amax))
+    return _FakeQuantSTE.apply(x, nvfp4.global_scale_from_amax(quantizer.amax), nvfp4.fake_quant)
 
 
-register_quant_backend(BACKEND, nvfp4_inputs)
+def fp8_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    """The backend: FP8 E4M3 of ``x``, any shape, under the quantizer's amax, with a straight-through gradient."""
+    return _FakeQuantSTE.apply(x, fp8.scale_from_amax(quantizer.amax), fp8.fake_quant)
 
 
-class InputQuantizers:
-    """The input quantizers of one student, over all its model chunks on this rank.
+register_quant_backend(NVFP4_BACKEND, nvfp4_inputs)
+register_quant_backend(FP8_BACKEND, fp8_inputs)
+
+
+class ActivationQuantizers:
+    """The activation quantizers of one student, over all its model chunks on this rank.
 
     Args:
         chunks: unwrapped model chunks; modelopt replaces their linears in place.
         formats: format of every linear, by global Megatron weight name.
-        groups: process groups over which a linear's input is the same tensor or a part of it (tensor and data
-            parallel); its amax is the maximum over all of them.
+        groups: process groups over which an activation is the same tensor or a part of it (tensor and data parallel);
+            its amax is the maximum over all of them.
+        kv_cache: "bf16" or "fp8".
+        percentile: share, in %, of the input magnitudes that an amax covers; None: all of them, the maximum.
+
+    Raises:
+        QADError: an INT4 weight whose input dimension on this rank is no multiple of 128; named.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], groups: Sequence = ()):
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        formats: dict[str, str],
+        groups: Sequence = (),
+        *,
+        kv_cache: str = "bf16",
+        percentile: float | None = None,
+    ):
         self.groups = [group for group in groups if group is not None and group.size() > 1]
+        self.percentile = percentile
         self.quantizers: dict[str, TensorQuantizer] = {}
+        """By the name of what they quantize: ``LINEAR``, or ``ATTENTION.k_bmm_quantizer``."""
+        self.fallbacks: dict[str, str] = {}
+        """Linears that saw no token in calibration, and whose amax they were given."""
         self._calibrated = False
         for chunk in chunks:
             mtq.replace_quant_module(chunk)
@@ -75,9 +100,14 @@ class InputQuantizers:
                 if isinstance(module, TensorQuantizer):
                     module.disable()
             for name, module in named_modules_globally(chunk):
-                if formats.get(f"{name}.weight") == "nvfp4":
-                    module.input_quantizer.set_from_attribute_config(_NVFP4_INPUT)
+                linear_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")]
+                if linear_format.input:
+                    module.input_quantizer.set_from_attribute_config(_INPUTS[linear_format.input])
                     self.quantizers[name] = module.input_quantizer
+                if linear_format.weight == "int4":
+                    _quantize_int4_weight(name, module)
+            if kv_cache == "fp8":
+                self.quantizers |= quantize_kv_cache(chunk, FP8)
 
     @property
     def calibrated(self) -> bool:
@@ -100,40 +130,79 @@ class InputQuantizers:
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Forward passes in this block run unquantized and collect each input's maximum.
+        """Forward passes in this block run unquantized and collect each input's magnitudes.
+
+        An expert that saw no token on any rank gets the largest amax of its layer's experts at the same place, and
+        stands in ``fallbacks``.
 
         Raises:
-            QADError: a linear that saw no input, or one whose input held NaN, Inf or only zeros; named.
+            QADError: another linear that saw nothing but zeros, or one whose input held NaN or Inf; named.
         """
         self._calibrated = False
+        self.fallbacks = {}
         for quantizer in self.quantizers.values():
             quantizer.reset_amax()
-            quantizer._calibrator = _RunningAmax()
+            quantizer._calibrator = make_calibrator("max" if self.percentile is None else "percentile")
             quantizer.disable_quant()
             quantizer.enable_calib()
         yield
-        for name, quantizer in self.quantizers.items():
-            amax = quantizer._calibrator.compute_amax()
-            if amax is None:
-                raise QADError(
-                    f"calibration: {name} saw no input; every quantized linear must run in the calibration passes"
-                )
-            quantizer.amax = amax.detach().float().reshape(1)
+        amaxes = self._reduced_amaxes() if self.quantizers else ()
+        for quantizer, amax in zip(self.quantizers.values(), amaxes, strict=True):
+            quantizer.amax = amax.view(1)
             quantizer.disable_calib()
             quantizer.enable_quant()
-        self._share_amaxes()
 
-    def _share_amaxes(self) -> None:
-        if not self.quantizers:
-            return
-        amaxes = torch.cat([quantizer._amax for quantizer in self.quantizers.values()])
+    def _reduced_amaxes(self) -> torch.Tensor:
+        """float32 [quantizers], equal on all ranks."""
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        seen = [quantizer._calibrator.compute_amax() for quantizer in self.quantizers.values()]
+        amaxes = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in seen])
         amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)  # a maximum may ignore NaN
         for group in self.groups:
             torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-        for (name, quantizer), amax in zip(self.quantizers.items(), amaxes, strict=True):
-            if not 0 < amax.item() < float("inf"):
+        self._check_finite(amaxes)
+        if self.percentile is not None:
+            amaxes = torch.stack([self._percentile(q._calibrator, zero) for q in self.quantizers.values()])
+        return self._with_fallbacks(amaxes)
+
+    def _percentile(self, calibrator, zero: torch.Tensor) -> torch.Tensor:
+        # One all-reduce a quantizer: 255 KiB each, once a job.
+        counts = no_counts(zero.device) if calibrator.counts is None else calibrator.counts
+        for group in self.groups:
+            torch.distributed.all_reduce(counts, group=group)
+        return percentile_amax(counts, self.percentile)
+
+    def _check_finite(self, amaxes: torch.Tensor) -> None:
+        for name, amax in zip(self.quantizers, amaxes.tolist(), strict=True):
+            if amax == float("inf"):
                 raise QADError(
-                    f"calibration: the input of {name} has amax {amax.item()}; expected a finite positive number. "
-                    "Look for NaN in the weights before it, or for a dead layer"
+                    f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
+                    "Look for NaN in the weights before it"
                 )
-            quantizer.amax = amax.view(1)
+
+    def _with_fallbacks(self, amaxes: torch.Tensor) -> torch.Tensor:
+        found = dict(zip(self.quantizers, amaxes.tolist(), strict=True))
+        amaxes = amaxes.clone()
+        for i, name in enumerate(self.quantizers):
+            if found[name] > 0:
+                continue
+            others = [other for other in sibling_experts(name, self.quantizers) if found[other] > 0]
+            if not others:
+                raise QADError(
+                    f"calibration: the input of {name} has amax 0.0: {name} saw no input but zeros. Every quantized "
+                    "linear must run in the calibration passes; look for a dead layer, or calibrate on more samples"
+                )
+            largest = max(others, key=found.__getitem__)
+            self.fallbacks[name] = largest
+            amaxes[i] = found[largest]
+        return amaxes
+
+
+def _quantize_int4_weight(name: str, module: torch.nn.Module) -> None:
+    if module.weight.shape[-1] % _INT4_GROUP:
+        raise QADError(
+            f"{name}: its weight on this rank has {module.weight.shape[-1]} input columns; int4-w4a16 needs a multiple "
+            f"of {_INT4_GROUP}. Choose a smaller tensor-parallel size or another format for it"
+        )
+    module.weight_quantizer.set_from_attribute_config(_INT4_WEIGHT)

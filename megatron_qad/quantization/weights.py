@@ -1,4 +1,4 @@
-"""The student's weights on the NVFP4 grid, in place, once per optimizer step.
+"""The student's weights on their format's grid (NVFP4, FP8), in place, once per optimizer step.
 
 The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``: the
 straight-through estimator is then exact and free, since the gradient of the parameter is the gradient of the master,
@@ -11,12 +11,15 @@ In float32 training Megatron's optimizer keeps no masters: the parameters are th
 copy and restores it afterwards.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from megatron_qad.formats import nvfp4, nvfp4_pack
+from megatron_qad.formats import nvfp4
+from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.quantization.names import named_modules_globally
 
 
@@ -27,17 +30,27 @@ class InPlaceWeights:
         chunks: model chunks, wrapped or not.
         formats: format of every linear, by global Megatron weight name (``policy.resolve``).
         tp_group: tensor-parallel group; a weight's global scale is shared by its shards. None: one rank.
+        scale_rule: how NVFP4 block scales are chosen, one of ``nvfp4.SCALE_RULES``.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], tp_group=None):
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], tp_group=None, scale_rule: str = "max"
+    ):
         self.tp_group = tp_group
+        self.scale_rule = scale_rule
         self.weights: dict[str, torch.nn.Parameter] = {}
+        self.formats: dict[str, str] = {}
+        """The weights' own formats, "nvfp4" or "fp8"."""
         for chunk in chunks:
             for name, module in named_modules_globally(chunk):
-                if formats.get(f"{name}.weight") == "nvfp4":
+                weight_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")].weight
+                if weight_format in WEIGHT_FORMATS:
                     self.weights[f"{name}.weight"] = module.weight
+                    self.formats[f"{name}.weight"] = weight_format
         self.num_quantizations = 0
         """How often the weights have been quantized: once per optimizer step."""
+        self.seconds = 0.0
+        """What quantizing has taken so far, wall time of this process."""
         self._may_be_on_grid = True  # a checkpoint may have been saved on the grid
         self._is_stale = True
 
@@ -68,13 +81,17 @@ class InPlaceWeights:
         """
         if not self.weights:
             return
+        began = time.perf_counter()
         for (name, weight), amax in zip(self.weights.items(), self.amaxes(), strict=True):
-            scale = nvfp4.global_scale_from_amax(amax, name=name)
-            if self._may_be_on_grid and nvfp4_pack.is_on_grid(weight.data, scale, name=name):
+            arithmetic = WEIGHT_FORMATS[self.formats[name]]
+            scale = arithmetic.scale_from_amax(amax, name=name)
+            if self._may_be_on_grid and arithmetic.is_on_grid(weight.data, scale, name=name):
                 continue
-            nvfp4.fake_quant_(weight.data, scale, name=name)
+            rule = {"rule": self.scale_rule} if arithmetic.name == "nvfp4" else {}
+            arithmetic.fake_quant_(weight.data, scale, name=name, **rule)
         self._may_be_on_grid = False
         self.num_quantizations += 1
+        self.seconds += time.perf_counter() - began
 
     def amaxes(self) -> torch.Tensor:
         """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""

@@ -19,6 +19,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 from megatron_qad.config.options import LOSSES, LOSSES_WITH_TEACHER, QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
+from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
@@ -47,6 +48,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = _qad_options(early)
     if options.qad_loss not in LOSSES:
         raise QADError(f"--qad-loss {options.qad_loss!r}: expected one of {', '.join(LOSSES)}")
+    if options.qad_weight_scale_rule not in SCALE_RULES:
+        raise QADError(
+            f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(SCALE_RULES)}"
+        )
+    percentile = options.qad_calibration_percentile
+    if percentile is not None and not 0 < percentile <= 100:
+        raise QADError(f"--qad-calibration-percentile {percentile}: expected a number above 0, up to 100")
     if options.qad_teacher is None and options.qad_loss in LOSSES_WITH_TEACHER:
         raise QADError(f"--qad-loss {options.qad_loss} needs --qad-teacher, a checkpoint made by tools/import_hf.py")
     student = options.qad_student or options.qad_teacher

@@ -7,13 +7,16 @@ the teacher over them, put the student's weights on the NVFP4 grid, then run the
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 from megatron.core import mpu
 from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 from megatron.training.checkpointing import checkpoint_exists
+from megatron.training.utils import is_rank0
+from tqdm import tqdm
 
-from megatron_qad.quantization.activations import InputQuantizers
+from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, iterators, logits_of, read_batches
 from megatron_qad.training.teacher import Teacher
@@ -25,16 +28,20 @@ class QADStep:
     Args:
         teacher: None for a loss that needs none.
         weights: the student's weights to quantize in place.
-        inputs: the student's input quantizers; calibrated here before they are first used.
+        activations: the student's activation quantizers; calibrated here before they are first used.
         calibration_samples: sequences that calibration sees, over all data-parallel ranks.
     """
 
     def __init__(
-        self, teacher: Teacher | None, weights: InPlaceWeights, inputs: InputQuantizers, calibration_samples: int
+        self,
+        teacher: Teacher | None,
+        weights: InPlaceWeights,
+        activations: ActivationQuantizers,
+        calibration_samples: int,
     ):
         self.teacher = teacher
         self.weights = weights
-        self.inputs = inputs
+        self.activations = activations
         self.calibration_samples = calibration_samples
         self._read_ahead: list[Batch] = []
         self._read_ahead_in_evaluation = False
@@ -43,7 +50,7 @@ class QADStep:
         shape = {name: rest.get(name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
         # The rank's place in Megatron's loop, because ranks without data have no iterator to tell by.
         evaluates = bool(rest.get("forward_only"))
-        if not self.inputs.calibrated:
+        if not self.activations.calibrated:
             self._calibrate(schedule, data_iterator, model, forward_step_func, shape)
             self._read_ahead_in_evaluation = evaluates
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
@@ -76,19 +83,23 @@ class QADStep:
         number = -(-self.calibration_samples // (shape["micro_batch_size"] * mpu.get_data_parallel_world_size()))
         batches = read_batches(data_iterator, number, shape["micro_batch_size"], shape["seq_length"])
         self._read_ahead = batches
-        with self.inputs.calibrating():
+        bar = tqdm(total=number, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
+        with self.activations.calibrating(), bar:
             schedule(
                 data_iterator=iterators(batches, data_iterator),
                 model=model,
                 num_microbatches=number,
-                forward_step_func=_only_forward,
+                forward_step_func=partial(_only_forward, bar),
                 forward_only=True,
                 **shape,
             )
+        for name, other in self.activations.fallbacks.items():
+            print_rank_0(f"megatron_qad: calibration: {name} saw no token and takes the amax of {other}")
 
 
-def _only_forward(batches, model):
+def _only_forward(bar: tqdm, batches, model):
     batch = next(batches)
+    bar.update()
     return logits_of(model, batch), lambda logits: (logits.new_zeros(()), logits.new_zeros((), dtype=int), {})
 
 

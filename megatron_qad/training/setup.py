@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from megatron_qad.models.builder import QADModelConfig, freeze
 from megatron_qad.models.families import family_of
 from megatron_qad.models.weights import has_amaxes, load_weights
 from megatron_qad.quantization import policy
-from megatron_qad.quantization.activations import InputQuantizers
+from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError
 from megatron_qad.training.arguments import model_config, with_shape_of
@@ -30,10 +31,13 @@ def student_config(args: argparse.Namespace) -> QADModelConfig:
     return config
 
 
+def load_policy(args: argparse.Namespace) -> policy.Policy:
+    return policy.load(args.qad.qad_policy, args.qad.qad_rule)
+
+
 def resolve_formats(args: argparse.Namespace) -> dict[str, str]:
     """The format of every linear of the student, by global Megatron weight name."""
-    loaded = policy.load(args.qad.qad_policy, args.qad.qad_rule)
-    return policy.resolve(loaded, family_of(args.hf_config).linears(args.hf_config))
+    return policy.resolve(load_policy(args), family_of(args.hf_config).linears(args.hf_config))
 
 
 def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -48,13 +52,20 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
         describe_checkpoint(args, formats)
     tp_group = mpu.get_tensor_model_parallel_group()
     data_group = mpu.get_data_parallel_group(with_context_parallel=True)
-    inputs = InputQuantizers(chunks, formats, groups=(tp_group, data_group))
+    activations = ActivationQuantizers(
+        chunks,
+        formats,
+        groups=(tp_group, data_group),
+        kv_cache=load_policy(args).kv_cache,
+        percentile=args.qad.qad_calibration_percentile,
+    )
     if resumes and has_amaxes(args.load):
-        inputs.expect_amax(device=torch.cuda.current_device())
+        activations.expect_amax(device=torch.cuda.current_device())
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
-    weights = InPlaceWeights(chunks, formats, tp_group)
-    print_rank_0(f"megatron_qad: {len(weights.weights)} weights of this rank are NVFP4 by policy {args.qad.qad_policy}")
-    wrap_schedule(QADStep(teacher, weights, inputs, args.qad.qad_calibration_samples))
+    weights = InPlaceWeights(chunks, formats, tp_group, args.qad.qad_weight_scale_rule)
+    counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(weights.formats.values()).items()) or "none"
+    print_rank_0(f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {args.qad.qad_policy})")
+    wrap_schedule(QADStep(teacher, weights, activations, args.qad.qad_calibration_samples))
     return chunks
 
 
@@ -79,7 +90,13 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
     save = Path(args.save)
     file = save / "qad.json"
     if file.is_file():
-        before = json.loads(file.read_text())["formats"]
+        job = json.loads(file.read_text())
+        before, kv_cache = job["formats"], job.get("kv_cache", "bf16")
+        if kv_cache != load_policy(args).kv_cache:
+            raise QADError(
+                f"--save {save} holds checkpoints with a {kv_cache} KV cache; this job's policy makes it "
+                f"{load_policy(args).kv_cache}. Choose another directory or the policy of before"
+            )
         if differ := sorted(name for name in formats | before if formats.get(name) != before.get(name)):
             name = differ[0]
             raise QADError(
@@ -88,5 +105,12 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
             )
     start = Path(args.qad.qad_student or args.qad.qad_teacher)
     shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True)
-    job = {"policy": args.qad.qad_policy, "rules": args.qad.qad_rule, "loss": args.qad.qad_loss, "formats": formats}
+    job = {
+        "policy": args.qad.qad_policy,
+        "rules": args.qad.qad_rule,
+        "loss": args.qad.qad_loss,
+        "kv_cache": load_policy(args).kv_cache,
+        "scale_rule": args.qad.qad_weight_scale_rule,
+        "formats": formats,
+    }
     file.write_text(json.dumps(job, indent=1))

@@ -34,7 +34,7 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
     """
     from megatron.training import initialize_megatron
 
-    from megatron_qad.quantization.activations import InputQuantizers
+    from megatron_qad.quantization.activations import ActivationQuantizers
     from megatron_qad.training.arguments import parse_arguments
     from megatron_qad.training.setup import build_teacher, resolve_formats
 
@@ -44,7 +44,7 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
     student, teacher = _student(args), build_teacher(args).chunks[0]
     formats = resolve_formats(args)
     steps = torch.load(f"{record}.rank0")
-    inputs = InputQuantizers([student], formats)
+    inputs = ActivationQuantizers([student], formats)
     for name, quantizer in inputs.quantizers.items():
         quantizer.amax = steps[0]["amaxes"][name]
 

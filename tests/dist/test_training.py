@@ -281,7 +281,7 @@ def test_the_command_line(workshop, tmp_path):
     config.write_text("tensor_model_parallel_size: 2\nsequence-parallel: true\nqad_policy: bf16\ntrain-iters: 50\n")
     done = _torchrun(2, ["--config", str(config), *argv])
     assert done.returncode == 0, done.stdout
-    assert "0 weights of this rank are NVFP4 by policy bf16" in done.stdout
+    assert "weights of this rank on a grid in place: none (policy bf16)" in done.stdout
     assert "iteration        2/       2" in done.stdout  # the flag wins over the file
     for sentence in ("device cpu: torch", "collectives gloo", "layer spec local", "kernels torch"):
         assert sentence in done.stdout

@@ -20,6 +20,20 @@ def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
         import_hf(source, target, getattr(torch, dtype))
 
 
+def export_checkpoint(checkpoint: str, outputs: dict[str, str]) -> None:
+    """tools/export_hf.py for several layouts: layout and directory of each."""
+    from megatron_qad.checkpoint.export_hf import export_hf
+    from megatron_qad.runtime import QADError
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    try:
+        for layout, output in outputs.items():
+            export_hf(checkpoint, output, layout)
+    except QADError as error:
+        sys.exit(f"error: {error}")
+
+
 def train(argv: list[str], record: str | None = None, follow: str | None = None, weights_only: bool = False) -> None:
     """``pretrain_qad.py *argv``, with its errors printed as the script prints them.
 
@@ -141,12 +155,11 @@ def _take_parameters(model, whole: dict, shards) -> None:
 def _amaxes(model) -> dict[str, torch.Tensor]:
     from megatron_qad.quantization.names import named_modules_globally
 
-    suffix = ".input_quantizer"
     return {
-        name.removesuffix(suffix): module._amax.clone()
+        name.removesuffix(".input_quantizer"): module._amax.clone()
         for chunk in model
         for name, module in named_modules_globally(chunk)
-        if name.endswith(suffix) and getattr(module, "_amax", None) is not None
+        if name.endswith("_quantizer") and getattr(module, "_amax", None) is not None
     }
 
 

@@ -10,7 +10,7 @@ prepare()
 from megatron_qad.distillation import compare, per_token_loss  # noqa: E402
 from megatron_qad.distillation.losses import VocabShard  # noqa: E402
 from megatron_qad.formats import nvfp4  # noqa: E402
-from megatron_qad.quantization.activations import InputQuantizers  # noqa: E402
+from megatron_qad.quantization.activations import ActivationQuantizers  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
 from megatron_qad.runtime import QADError  # noqa: E402
 
@@ -120,7 +120,7 @@ def _weights(axis: int, group) -> dict:
 
 def _inputs(group, value: float) -> dict:
     chunk = _stack(torch.ones(16, 32))
-    inputs = InputQuantizers([chunk], {f"{NAME}.weight": "nvfp4"}, groups=(group,))
+    inputs = ActivationQuantizers([chunk], {f"{NAME}.weight": "nvfp4"}, groups=(group,))
     try:
         with inputs.calibrating():
             x = torch.ones(4, 32)

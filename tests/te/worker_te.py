@@ -48,13 +48,13 @@ def _build_load_save(args) -> dict:
     import torch
     from megatron.training.checkpointing import save_checkpoint
 
-    from megatron_qad.quantization.activations import InputQuantizers
+    from megatron_qad.quantization.activations import ActivationQuantizers
     from megatron_qad.training.setup import build_teacher, describe_checkpoint, resolve_formats
 
     chunks = build_teacher(args).chunks
     plain = _checkpoint_view(chunks)
     formats = resolve_formats(args)
-    inputs = InputQuantizers(chunks, formats)
+    inputs = ActivationQuantizers(chunks, formats)
     inputs.expect_amax(device=torch.cuda.current_device())
     for number, name in enumerate(sorted(inputs.quantizers), start=1):
         inputs.quantizers[name]._amax.fill_(number / 4)
@@ -88,12 +88,12 @@ def _load_job(args, saved: str) -> dict:
     from megatron.core.utils import unwrap_model
 
     from megatron_qad.models.weights import iteration_dir
-    from megatron_qad.quantization.activations import InputQuantizers
+    from megatron_qad.quantization.activations import ActivationQuantizers
     from megatron_qad.training.setup import build_teacher, resolve_formats
 
     args.qad.qad_teacher = saved
     chunks = build_teacher(args).chunks
-    inputs = InputQuantizers(chunks, resolve_formats(args))
+    inputs = ActivationQuantizers(chunks, resolve_formats(args))
     inputs.expect_amax(device=torch.cuda.current_device())
     (model,) = unwrap_model(chunks)
     amaxes = {k: v for k, v in model.sharded_state_dict().items() if k.endswith("input_quantizer._amax")}

@@ -5,13 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_qad.checkpoint.layouts import (
-    HFTensor,
-    exclusions,
-    hf_quant_config,
-    quantization_config,
-    stored_tensors,
-)
+from megatron_qad.checkpoint.layout_configs import hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layouts import HFTensor, exclusions, kv_scales, stored_tensors
+from megatron_qad.formats import fp8
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, tensor_amax
 from megatron_qad.runtime.errors import QADError
 
@@ -45,7 +41,7 @@ def test_compressed_tensors_has_the_same_bytes_and_reciprocal_scales(item):
     assert torch.equal(packed, modelopt[0]) and torch.equal(
         block_scale.view(torch.uint8), modelopt[1].view(torch.uint8)
     )
-    for part, scale in (("weight_global_scale", item.global_scale), ("input_global_scale", item.input_scale)):
+    for part, scale in (("weight_global_scale", item.weight_scale), ("input_global_scale", item.input_scale)):
         assert stored[f"{NAME}.{part}"].shape == (1,) and stored[f"{NAME}.{part}"][0] == 1 / scale
 
 
@@ -59,7 +55,7 @@ def test_plain_layout_and_plain_tensors_are_stored_as_they_are(item):
 
 def test_a_plain_weight_is_rounded_only_when_asked(item):
     plain = dataclasses.replace(item, tensor=item.tensor + 0.01)
-    plain = dataclasses.replace(plain, global_scale=global_scale_from_amax(tensor_amax(plain.tensor)))
+    plain = dataclasses.replace(plain, weight_scale=global_scale_from_amax(tensor_amax(plain.tensor)))
     with pytest.raises(QADError, match=rf"{NAME}.weight: .* blocks"):
         stored_tensors(plain, "modelopt")
     assert len(stored_tensors(dataclasses.replace(plain, on_grid=False), "modelopt")) == 4
@@ -68,14 +64,14 @@ def test_a_plain_weight_is_rounded_only_when_asked(item):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"global_scale": None}, "global_scale is nothing"),
+        ({"weight_scale": None}, "weight_scale is nothing"),
         ({"input_scale": None}, "input_scale is nothing"),
         ({"input_scale": torch.tensor(0.0)}, "input_scale is 0.0"),
-        ({"global_scale": torch.tensor(float("nan"))}, "global_scale is nan"),
-        ({"global_scale": torch.ones((), dtype=torch.bfloat16)}, "bfloat16"),
+        ({"weight_scale": torch.tensor(float("nan"))}, "weight_scale is nan"),
+        ({"weight_scale": torch.ones((), dtype=torch.bfloat16)}, "bfloat16"),
         ({"module": None}, "named linear"),
         ({"tensor": torch.zeros(2, 2, 16)}, "2-D weight"),
-        ({"fmt": "fp8"}, "'fp8' is unknown"),
+        ({"fmt": "int4-w4a16"}, "'int4-w4a16' cannot be exported"),
     ],
 )
 def test_unusable_items_are_refused_by_name(item, change, text):
@@ -89,23 +85,97 @@ def test_exclusions_are_the_sorted_rest_and_strangers_are_refused():
     with pytest.raises(QADError, match="embed"):
         exclusions(["a"], ["a", "embed"])
     with pytest.raises(QADError, match="gguf"):
-        quantization_config("gguf", [])
+        quantization_config("gguf", [], {})
 
 
-def test_modelopt_config_holds_all_that_modelopts_exporter_writes():
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "formats",
+    [
+        {"a": "nvfp4", "b": "nvfp4"},
+        {"a": "nvfp4-w4a16"},
+        {"a": "fp8"},
+        {"a": "nvfp4", "c": "fp8", "b": "nvfp4"},
+        {"a": "fp8", "b": "nvfp4-w4a16", "c": "nvfp4"},
+    ],
+    ids=lambda formats: "+".join(formats.values()),
+)
+def test_modelopt_config_holds_all_that_modelopts_exporter_writes(formats, kv_cache):
     convert = pytest.importorskip("modelopt.torch.export.convert_hf_config")
-    ours = quantization_config("modelopt", ["lm_head"])
-    theirs = convert.convert_hf_quant_config_format(hf_quant_config(["lm_head"]))
+    ours = quantization_config("modelopt", ["lm_head"], formats, kv_cache)
+    theirs = convert.convert_hf_quant_config_format(hf_quant_config(["lm_head"], formats, kv_cache))
+    # modelopt numbers the groups in the order of its layers and writes an FP8 group's own bits the same way.
+    groups, their_groups = ours.pop("config_groups"), theirs.pop("config_groups")
+    assert sorted(map(str, map(_sorted, groups.values()))) == sorted(map(str, map(_sorted, their_groups.values())))
     assert {key: ours[key] for key in theirs} == theirs
     assert set(ours) - set(theirs) == {"group_size", "kv_cache_quant_algo"}  # vLLM reads them here too
+
+
+def _sorted(group: dict) -> list:
+    return sorted((key, sorted(v.items()) if isinstance(v, dict) else v) for key, v in group.items())
 
 
 def test_compressed_tensors_config_parses_to_its_own_nvfp4_preset():
     quantization = pytest.importorskip("compressed_tensors.quantization")
     scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
-    parsed = quantization.QuantizationConfig.model_validate(quantization_config("compressed-tensors", ["lm_head"]))
+    config = quantization_config("compressed-tensors", ["lm_head"], {"a": "nvfp4"})
+    parsed = quantization.QuantizationConfig.model_validate(config)
     group = parsed.config_groups["group_0"]
     assert group.weights.model_dump() == scheme.NVFP4["weights"].model_dump()
     assert group.input_activations.model_dump() == scheme.NVFP4["input_activations"].model_dump()
     assert group.input_activations.scale_dtype == torch.float8_e4m3fn
     assert (parsed.ignore, parsed.quantization_status, group.targets) == (["lm_head"], "compressed", ["Linear"])
+
+
+def test_compressed_tensors_config_of_several_formats_parses_with_a_group_each():
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+    formats = {"b": "nvfp4", "a": "nvfp4", "c": "fp8", "d": "nvfp4-w4a16"}
+    config = quantization_config("compressed-tensors", ["lm_head"], formats, "fp8")
+    parsed = quantization.QuantizationConfig.model_validate(config)
+    fp8_group, nvfp4_group, w4a16_group = parsed.config_groups.values()
+    assert fp8_group.weights.model_dump() == scheme.FP8["weights"].model_dump()
+    assert (fp8_group.weights.num_bits, fp8_group.input_activations.num_bits) == (8, 8)
+    assert nvfp4_group.weights.model_dump() == scheme.NVFP4["weights"].model_dump()
+    assert w4a16_group.weights.model_dump() == scheme.NVFP4A16["weights"].model_dump()
+    assert w4a16_group.input_activations is None
+    assert [group.targets for group in (fp8_group, nvfp4_group, w4a16_group)] == [["c"], ["a", "b"], ["d"]]
+    assert parsed.format == "mixed-precision" and parsed.kv_cache_scheme.num_bits == 8
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_w4a16_has_no_input_scale(item, layout):
+    both = stored_tensors(item, layout)
+    stored = stored_tensors(dataclasses.replace(item, fmt="nvfp4-w4a16", input_scale=None), layout)
+    assert stored.keys() < both.keys() and [name for name in both if name not in stored][0].endswith(
+        {"modelopt": "input_scale", "compressed-tensors": "input_global_scale"}[layout]
+    )
+    for name, value in stored.items():
+        assert torch.equal(value.reshape(-1).view(torch.uint8), both[name].reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("layout, shape", [("modelopt", ()), ("compressed-tensors", (1,))])
+def test_fp8_names_dtypes_shapes_and_values(layout, shape):
+    weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    scale = fp8.scale_from_amax(tensor_amax(weight))
+    on_grid = fp8.fake_quant(weight, scale)
+    item = HFTensor(f"{NAME}.weight", on_grid, NAME, "fp8", scale, torch.tensor(0.25))
+    stored = {name.removeprefix(NAME): t for name, t in stored_tensors(item, layout).items()}
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == {
+        ".weight": (torch.float8_e4m3fn, (8, 32)),
+        ".weight_scale": (torch.float32, shape),
+        ".input_scale": (torch.float32, shape),
+    }
+    assert torch.equal(fp8.dequantize(stored[".weight"], stored[".weight_scale"], torch.bfloat16), on_grid)
+    assert stored[".input_scale"].item() == 0.25  # multiplies in both layouts
+
+
+@pytest.mark.parametrize(
+    "layout, names",
+    [("modelopt", ["x.k_proj.k_scale", "x.v_proj.v_scale"]), ("compressed-tensors", ["x.k_scale", "x.v_scale"])],
+)
+def test_kv_scales_are_amax_over_448_without_a_clamp(layout, names):
+    items = kv_scales("x.k_proj", "x.v_proj", torch.tensor([44.8]), torch.tensor([8960.0]), layout)
+    assert [item.name for item in items] == names
+    assert [item.tensor.item() for item in items] == pytest.approx([0.1, 20.0], rel=1e-6)  # a rounding of float32
+    assert kv_scales("x.k_proj", "x.v_proj", torch.tensor([1.0]), torch.tensor([1.0]), "bf16") == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_qad.formats import nvfp4
-from megatron_qad.quantization.activations import InputQuantizers
+from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.runtime import QADError
 
 FORMATS = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "bf16"}
@@ -15,8 +15,8 @@ def inputs(seed: int, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def calibrated(chunk, linears, batches, formats=FORMATS) -> InputQuantizers:
-    quantizers = InputQuantizers([chunk], formats)
+def calibrated(chunk, linears, batches, formats=FORMATS) -> ActivationQuantizers:
+    quantizers = ActivationQuantizers([chunk], formats)
     with quantizers.calibrating():
         for x in batches:
             for linear in linears(chunk):
@@ -29,7 +29,7 @@ def test_calibration_finds_the_largest_input_and_leaves_the_forward_pass_alone(m
     chunk = make_chunk(dtype=dtype)
     batches = [inputs(seed, dtype) for seed in range(3)]
     plain = linears(chunk)[0](batches[0])
-    quantizers = InputQuantizers([chunk], FORMATS)
+    quantizers = ActivationQuantizers([chunk], FORMATS)
     assert list(quantizers.quantizers) == [NAME] and not quantizers.calibrated
     with quantizers.calibrating():
         for x in batches:
@@ -75,12 +75,12 @@ def test_weights_and_outputs_are_not_quantized(make_chunk, linears):
 def test_names_are_global(make_chunk):
     chunks = [make_chunk(first_layer=1), make_chunk(first_layer=3)]
     formats = dict.fromkeys((f"decoder.layers.{i}.linear.weight" for i in range(4)), "nvfp4")
-    assert list(InputQuantizers(chunks, formats).quantizers) == [f"decoder.layers.{i}.linear" for i in range(4)]
+    assert list(ActivationQuantizers(chunks, formats).quantizers) == [f"decoder.layers.{i}.linear" for i in range(4)]
 
 
 def test_a_linear_that_saw_no_input(make_chunk, linears):
     chunk = make_chunk()
-    quantizers = InputQuantizers([chunk], dict.fromkeys(FORMATS, "nvfp4"))
+    quantizers = ActivationQuantizers([chunk], dict.fromkeys(FORMATS, "nvfp4"))
     with pytest.raises(QADError, match=r"decoder\.layers\.1\.linear saw no input"), quantizers.calibrating():
         linears(chunk)[0](inputs(0))
 
@@ -88,7 +88,7 @@ def test_a_linear_that_saw_no_input(make_chunk, linears):
 @pytest.mark.parametrize("value, found", [(float("nan"), "inf"), (float("inf"), "inf"), (0.0, "0.0")])
 def test_inputs_without_a_usable_maximum(make_chunk, linears, value, found):
     chunk = make_chunk()
-    quantizers = InputQuantizers([chunk], FORMATS)
+    quantizers = ActivationQuantizers([chunk], FORMATS)
     x = torch.zeros(2, 32)
     x[1, 3] = value
     with pytest.raises(QADError, match=rf"the input of {NAME} has amax {found}"), quantizers.calibrating():
@@ -112,7 +112,7 @@ def test_a_checkpoint_fills_expected_amaxes(make_chunk, linears):
     assert list(state) == [f"{NAME}.input_quantizer._amax"]
 
     chunk = make_chunk()
-    quantizers = InputQuantizers([chunk], FORMATS)
+    quantizers = ActivationQuantizers([chunk], FORMATS)
     quantizers.expect_amax()
     assert not quantizers.calibrated
     chunk.to(torch.bfloat16)  # as Megatron's wrapper of 16-bit models does before a checkpoint is loaded
@@ -124,5 +124,5 @@ def test_a_checkpoint_fills_expected_amaxes(make_chunk, linears):
 
 
 def test_nothing_to_quantize(make_chunk):
-    quantizers = InputQuantizers([make_chunk()], {})
+    quantizers = ActivationQuantizers([make_chunk()], {})
     assert quantizers.calibrated
