@@ -21,7 +21,8 @@ from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+OPTIMIZER = ["--use-distributed-optimizer"]
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", *OPTIMIZER]
 
 
 class Shop:
@@ -34,7 +35,7 @@ class Shop:
         d = self.directory
         argv = [
             *("--qad-teacher", f"{d}/teacher", "--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"),
-            *("--bf16", "--use-distributed-optimizer", "--split", "80,20,0", "--seq-length", "32"),
+            *("--bf16", "--split", "80,20,0", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(num_steps)),
             *("--lr", "1e-3", "--min-lr", "1e-4", "--eval-interval", "1000", "--eval-iters", "2", "--log-interval", "1"),
             *("--qad-calibration-samples", "16", *flags),
@@ -141,9 +142,11 @@ def test_int4_trains_and_is_not_exported(shop, tmp_path):
         "rules:\n- {kind: [attention, mlp], format: int4-w4a16}\n- {kind: [embedding, head], format: bf16}\n"
     )
     saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
-    steps, output = shop.train("--qad-policy", str(policy), *saving, num_steps=6)
-    losses = [step["loss"]["kl loss"][0] / step["loss"]["kl loss"][1] for step in steps]
-    assert 0 < reported_kl(output) < losses[0]
+    steps, output = shop.train("--qad-policy", str(policy), *OPTIMIZER, *saving, "--lr", "3e-4", num_steps=40)
+    losses = [step["loss"]["kl loss"] for step in steps]
+    print(losses[:5], losses[-5:], reported_kl(output))
+    assert losses[0] > 0.1  # the student is the teacher but for its weights' rounding
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert not steps[0]["amaxes"]
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "out")}}
     error = shop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
@@ -155,7 +158,7 @@ def test_the_fp8_cache_alone(shop, tmp_path):
     saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
     plain, _ = shop.train("--qad-policy", "bf16", num_steps=1)
     steps, _ = shop.train("--qad-policy", "bf16", "--qad-rule", "kv_cache=fp8", *saving, num_steps=1)
-    assert plain[0]["loss"]["kl loss"][0] == 0 < steps[0]["loss"]["kl loss"][0]
+    assert plain[0]["loss"]["kl loss"] == 0 < steps[0]["loss"]["kl loss"]
     attention = "decoder.layers.{}.self_attention.core_attention.{}_bmm_quantizer"
     assert sorted(steps[0]["amaxes"]) == sorted(attention.format(i, x) for i in (0, 2) for x in "kv")
     qad = json.loads((tmp_path / "run" / "qad.json").read_text())

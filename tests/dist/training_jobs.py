@@ -164,6 +164,6 @@ def _amaxes(model) -> dict[str, torch.Tensor]:
 
 
 def _master(parameter):
-    """The float32 master of a BF16 parameter, in its shape (one data-parallel rank holds it whole)."""
+    """The float32 master of a BF16 parameter, in its shape; None where data-parallel ranks hold a part of it each."""
     master = getattr(parameter, "main_param", None)
-    return None if master is None else master.view(parameter.shape)
+    return None if master is None or master.numel() != parameter.numel() else master.view(parameter.shape)
