@@ -1,6 +1,6 @@
 """What every format asks of a tensor: its amax, tiles of its rows, and the error for values that are on no grid."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,7 +14,12 @@ E4M3_MIN = 2.0**-9  # smallest positive E4M3 number, a subnormal
 # products and the division each round once (all mantissas are tried in tests/unit/formats).
 MAX_ULPS = 1
 
-_TILE_ELEMENTS = 1 << 19  # 2 MiB of float32: stays in cache, and is large enough that call overhead does not count
+# A tile is worked in two float32 buffers of 512 KiB, allocated once a call: they and the tile stay in a level-2 cache,
+# and a page fault a buffer page would cost more than the arithmetic.
+_TILE_ELEMENTS = 1 << 17
+_EXPONENT_BITS = 0x7F800000
+_MAGNITUDE_BITS = 0x7FFFFFFF
+_BITS_OF_2_TO_MINUS_6 = 0x3C800000  # the smallest normal E4M3 number
 
 
 class OffGridError(QADError):
@@ -30,11 +35,41 @@ def tensor_amax(x: Tensor) -> Tensor:
     return torch.maximum(-low, high).float()
 
 
-def row_tiles(rows: Tensor) -> Iterator[slice]:
-    """Slices of the rows of [M, K], about 2 MiB of float32 each."""
-    step = max(1, _TILE_ELEMENTS // rows.shape[1])
-    for start in range(0, rows.shape[0], step):
-        yield slice(start, min(start + step, rows.shape[0]))
+def amax_bits(x: Tensor, dim: int, scratch: Tensor | None = None) -> Tensor:
+    """Largest magnitude of float32 ``x`` along ``dim`` (kept), as float32; NaN where there is one.
+
+    Through the bits, because integers order like magnitudes, NaN above infinity, and reduce faster than floats.
+    ``scratch``: int32 of ``x``'s shape, overwritten.
+    """
+    bits = torch.bitwise_and(x.view(torch.int32), _MAGNITUDE_BITS, out=scratch)
+    return bits.amax(dim=dim, keepdim=True).view(torch.float32)
+
+
+def round_to_e4m3_(x: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Round float32 to the nearest E4M3 numbers, in place and still as float32: ties to even, saturating at 448.
+
+    Adding and subtracting 1.5 * 2^20 times the power of two below x leaves three bits behind the leading one, by the
+    hardware's own rounding; below 2^-6 the step stays 2^-9. Zero comes out as +0.0. Equal to a cast to float8_e4m3fn
+    and back, which on the CPU takes ten times as long. ``scratch``: int32 of ``x``'s shape, overwritten.
+    """
+    x.clamp_(-E4M3_MAX, E4M3_MAX)
+    return round_mantissa_(x, 1.5 * 2.0**20, _BITS_OF_2_TO_MINUS_6, scratch)
+
+
+def round_mantissa_(x: Tensor, magic: float, smallest_bits: int, scratch: Tensor | None = None) -> Tensor:
+    """Round float32 in place to multiples of ``p * 2^-23 * 2^floor(log2(magic))``, p being the power of two at or below
+    ``abs(x)`` but at least that of ``smallest_bits``; ties to even."""
+    power = torch.bitwise_and(x.view(torch.int32), _EXPONENT_BITS, out=scratch)
+    power = power.clamp_(min=smallest_bits).view(torch.float32)
+    return x.add_(power, alpha=magic).sub_(power, alpha=magic)  # the products are exact, fused or not
+
+
+def tile_slices(rows: Tensor) -> list[slice]:
+    """Slices of the rows of [M, K] that make tiles; the first is the largest. Empty for an empty tensor."""
+    if not rows.numel():
+        return []
+    step = min(max(1, _TILE_ELEMENTS // rows.shape[1]), rows.shape[0])
+    return [slice(start, min(start + step, rows.shape[0])) for start in range(0, rows.shape[0], step)]
 
 
 def refuse_nonfinite(x: Tensor, name: str, format_name: str) -> None:

@@ -3,21 +3,24 @@
 import torch
 from torch import Tensor
 
+from megatron_qad.formats.common import round_mantissa_
+
 E2M1_MAX = 6.0
 # Code 8 is minus zero. It decodes to plus zero, as in modelopt, so that decoding and packing again is the identity.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def round_to_e2m1_(scaled: Tensor) -> Tensor:
-    """Round float32 to E2M1 values, in place; beyond 6 it saturates.
+_BITS_OF_ONE = 0x3F800000
 
-    The grid's step is 0.5 below 2, 1 below 4 and 2 up to 6; a tie to the even multiple of the step, which is what
-    torch.round does, is a tie to the even code.
+
+def round_to_e2m1_(scaled: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Round float32 to E2M1 values, in place; beyond 6 it saturates, and zero comes out as +0.0.
+
+    One bit behind the leading one: the step is 0.5 below 2, 1 below 4 and 2 up to 6. A tie to the even multiple of the
+    step is a tie to the even code. ``scratch``: int32 of the same shape, overwritten.
     """
     scaled.clamp_(-E2M1_MAX, E2M1_MAX)
-    magnitude = scaled.abs()
-    inverse_step = 2.0 - (magnitude >= 2.0).float() - (magnitude >= 4.0).float().mul_(0.5)
-    return scaled.mul_(inverse_step).round_().div_(inverse_step)
+    return round_mantissa_(scaled, 1.5 * 2.0**22, _BITS_OF_ONE, scratch)
 
 
 def encode(scaled: Tensor) -> Tensor:

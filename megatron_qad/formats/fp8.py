@@ -19,8 +19,9 @@ from megatron_qad.formats.common import (
     OffGridError,
     neighbours,
     refuse_nonfinite,
-    row_tiles,
+    round_to_e4m3_,
     tensor_amax,
+    tile_slices,
 )
 from megatron_qad.runtime.errors import QADError
 
@@ -70,8 +71,11 @@ def quantize(x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = Tr
     """
     rows, scales = _prepare(x, scale, name, check)
     codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    for part in row_tiles(rows) if rows.numel() else ():
-        codes[part] = _quantize_tile(rows[part], _of_rows(scales, part), name if check else None)
+    for part in tile_slices(rows):
+        if check and not bool(torch.isfinite(tensor_amax(rows[part]))):
+            refuse_nonfinite(rows[part], name, "FP8")
+        scaled = rows[part].float() / _of_rows(scales, part)
+        codes[part] = scaled.clamp_(-E4M3_MAX, E4M3_MAX)  # the cast alone would make NaN of 465
     return codes.view(x.shape)
 
 
@@ -85,7 +89,7 @@ def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32)
     rows = codes.reshape(-1, codes.shape[-1]) if codes.dim() else codes.reshape(1, 1)
     scales = _scale_of(rows, scale, "FP8 codes")
     out = torch.empty(rows.shape, dtype=dtype, device=codes.device)
-    for part in row_tiles(rows) if rows.numel() else ():
+    for part in tile_slices(rows):
         # -0.0 + 0.0 is +0.0, after the rounding: a short type can round a negative value to zero
         out[part].copy_(rows[part].float().mul_(_of_rows(scales, part))).add_(0.0)
     return out.view(codes.shape)
@@ -109,10 +113,17 @@ def fake_quant_(x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool =
     if not x.is_contiguous():
         return x.copy_(fake_quant(x, scale, name=name, check=check))
     rows, scales = _prepare(x, scale, name, check)
-    for part in row_tiles(rows) if rows.numel() else ():
+    tiles = tile_slices(rows)
+    size = (tiles[0].stop, rows.shape[1]) if tiles else (0, 0)
+    work = torch.empty(size, dtype=torch.float32, device=x.device)
+    scratch = torch.empty(size, dtype=torch.int32, device=x.device)
+    for part in tiles:
         tile, tile_scale = rows[part], _of_rows(scales, part)
-        codes = _quantize_tile(tile, tile_scale, name if check else None)
-        tile.copy_(codes.float().mul_(tile_scale)).add_(0.0)  # see dequantize
+        if check and not bool(torch.isfinite(tensor_amax(tile))):
+            refuse_nonfinite(tile, name, "FP8")
+        scaled = work[: len(tile)].copy_(tile).div_(tile_scale)
+        round_to_e4m3_(scaled, scratch[: len(tile)])
+        tile.copy_(scaled.mul_(tile_scale)).add_(0.0)  # see dequantize
     return x
 
 
@@ -217,11 +228,3 @@ def _scale_of(rows: Tensor, scale: Tensor, name: str) -> Tensor:
 
 def _of_rows(scales: Tensor, part: slice) -> Tensor:
     return scales[part] if scales.dim() else scales
-
-
-def _quantize_tile(tile: Tensor, scale: Tensor, name: str | None) -> Tensor:
-    """[M, K] -> float8_e4m3fn [M, K]. ``name`` None leaves out the check for NaN and Inf."""
-    scaled = tile.float() / scale
-    if name is not None and not bool(torch.isfinite(tensor_amax(tile))):
-        refuse_nonfinite(tile, name, "FP8")
-    return scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)  # the cast alone would make NaN of 465

@@ -22,9 +22,10 @@ from megatron_qad.formats.common import (
     E4M3_MAX,
     E4M3_MIN,
     FLOATS,
+    amax_bits,
     refuse_nonfinite,
-    row_tiles,
     tensor_amax,
+    tile_slices,
 )
 from megatron_qad.formats.e2m1 import (
     E2M1_MAX,
@@ -54,7 +55,6 @@ __all__ = [
     "global_scale_from_amax",
     "pack_codes",
     "quantize",
-    "row_tiles",
     "tensor_amax",
     "unpack_codes",
 ]
@@ -114,12 +114,12 @@ def quantize(
     num_rows, dim = rows.shape
     packed = torch.empty(num_rows, dim // 2, dtype=torch.uint8, device=x.device)
     block_scale = torch.empty(num_rows, dim // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=x.device)
-    for part in row_tiles(rows):
+    for part in tile_slices(rows):
         blocks = rows[part].float().reshape(-1, BLOCK_SIZE)
         block_scale_part = _block_scale(blocks, scale, name if check else None, rule)
-        scaled = blocks / _decode_scale(block_scale_part, scale)
+        scaled = blocks / (block_scale_part * scale)
         packed[part] = pack_codes(encode(scaled)).view(-1, dim // 2)
-        block_scale[part] = block_scale_part.view(-1, dim // BLOCK_SIZE)
+        block_scale[part] = block_scale_part.view(-1, dim // BLOCK_SIZE)  # the cast is exact
     return packed.view(*x.shape[:-1], dim // 2), block_scale.view(*x.shape[:-1], dim // BLOCK_SIZE)
 
 
@@ -142,9 +142,9 @@ def dequantize(packed: Tensor, block_scale: Tensor, global_scale: Tensor, dtype:
     scale = global_scale.float().reshape(()).to(packed.device)
     codes, scales = packed.reshape(-1, dim // 2), block_scale.reshape(-1, dim // BLOCK_SIZE)
     out = torch.empty(codes.shape[0], dim, dtype=dtype, device=packed.device)
-    for part in row_tiles(out):
+    for part in tile_slices(out):
         values = decode_codes(unpack_codes(codes[part])).view(-1, BLOCK_SIZE)
-        out[part] = (values * _decode_scale(scales[part].reshape(-1, 1), scale)).view(-1, dim)
+        out[part] = (values * (scales[part].reshape(-1, 1).float() * scale)).view(-1, dim)
         out[part].add_(0.0)  # -0.0 + 0.0 is +0.0: a negative value that a short type rounds to zero has no sign either
     return out.view(*packed.shape[:-1], dim)
 
@@ -172,12 +172,21 @@ def fake_quant_(
     if not x.is_contiguous():
         return x.copy_(fake_quant(x, global_scale, name=name, check=check, rule=rule))
     rows, scale = _prepare(x, global_scale, name, check, rule)
-    for part in row_tiles(rows):
-        tile = rows[part]
-        blocks = tile.float().view(-1, BLOCK_SIZE)
-        decode_scale = _decode_scale(_block_scale(blocks, scale, name if check else None, rule), scale)
-        rounded = round_to_e2m1_(blocks / decode_scale)
-        tile.copy_(rounded.mul_(decode_scale).view_as(tile)).add_(0.0)  # see dequantize
+    all_blocks = rows.view(-1, BLOCK_SIZE)
+    tiles = tile_slices(all_blocks)
+    size = (tiles[0].stop, BLOCK_SIZE) if tiles else (0, BLOCK_SIZE)
+    work = torch.empty(size, dtype=torch.float32, device=x.device)
+    scratch = torch.empty(size, dtype=torch.int32, device=x.device)
+    for part in tiles:
+        tile = all_blocks[part]
+        scaled, bits = work[: len(tile)], scratch[: len(tile)]
+        blocks = tile if tile.dtype == torch.float32 else scaled.copy_(tile)
+        decode_scale = _block_scale(blocks, scale, name if check else None, rule, bits).mul_(scale)
+        round_to_e2m1_(torch.div(blocks, decode_scale, out=scaled), bits)
+        if tile.dtype == torch.float32:
+            torch.mul(scaled, decode_scale, out=tile)
+        else:
+            tile.copy_(scaled.mul_(decode_scale)).add_(0.0)  # see dequantize
     return x
 
 
@@ -202,13 +211,11 @@ def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool, rule: str)
     return x.detach().reshape(-1, x.shape[-1]), scale
 
 
-def _block_scale(blocks: Tensor, global_scale: Tensor, name: str | None, rule: str) -> Tensor:
-    """float32 [B, 16] -> float8_e4m3fn [B, 1]. ``name`` None leaves out the check for NaN and Inf."""
-    block_amax = blocks.abs().amax(dim=-1, keepdim=True)  # NaN where a block has one
+def _block_scale(
+    blocks: Tensor, global_scale: Tensor, name: str | None, rule: str, scratch: Tensor | None = None
+) -> Tensor:
+    """float32 [B, 16] -> E4M3 numbers as float32 [B, 1]. ``name`` None leaves out the check for NaN and Inf."""
+    block_amax = amax_bits(blocks, -1, scratch)  # NaN where a block has one
     if name is not None and not bool(torch.isfinite(block_amax).all()):
         refuse_nonfinite(blocks, name, "NVFP4")
     return block_scales.choose(blocks, block_amax, global_scale, rule)
-
-
-def _decode_scale(block_scale: Tensor, global_scale: Tensor) -> Tensor:
-    return block_scale.float() * global_scale

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_qad.formats.common import E4M3_MAX, E4M3_MIN, MAX_ULPS, OffGridError, neighbours, row_tiles, tensor_amax
+from megatron_qad.formats.common import E4M3_MAX, E4M3_MIN, MAX_ULPS, OffGridError, neighbours, tensor_amax, tile_slices
 from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE, dequantize, global_scale_from_amax, quantize
 from megatron_qad.runtime.errors import QADError
@@ -40,7 +40,7 @@ def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") 
     packed, block_scale = quantize(weight, global_scale, name=name)
     rows = weight.detach().reshape(-1, dim)
     packed_rows, scale_rows = packed.view(-1, dim // 2), block_scale.view(-1, dim // BLOCK_SIZE)
-    for part in row_tiles(rows):
+    for part in tile_slices(rows):
         wrong = _wrong_blocks(rows[part], packed_rows[part], scale_rows[part], global_scale)
         if not bool(wrong.any()):
             continue

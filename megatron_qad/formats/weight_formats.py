@@ -1,28 +1,42 @@
-"""What in-place training and export need of a weight format, under the same four names for each: NVFP4 and FP8.
+"""What in-place training and export need of a weight format, under the same names for each: NVFP4 and FP8.
 
 Both store one float32 scale a tensor, made of its amax; NVFP4 has block scales besides. A weight that is fake-quantized
 under a scale is "on the grid" and packs to exactly itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron_qad.formats import fp8, nvfp4, nvfp4_pack
+from torch import Tensor
+
+from megatron_qad.formats import fp8, nvfp4, nvfp4_lists, nvfp4_pack
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """The functions of one format; their arguments and errors stand where they are defined."""
+    """The functions of one format; more about their arguments and errors stands where they are defined."""
 
     name: str
-    scale_from_amax: Callable
-    """(amax float32 [], *, name) -> float32 []"""
-    fake_quant_: Callable
-    """(weight, scale, *, name) in place; NVFP4 takes a ``rule`` besides."""
-    is_on_grid: Callable
-    """(weight, scale, *, name) -> bool"""
-    recover_scale: Callable
-    """(weight, *, name) -> the scale under which a fake-quantized weight packs exactly"""
+    scale_from_amax: Callable[..., Tensor]
+    """(amax float32 [], *, name) -> scale float32 []"""
+    scales_from_amaxes: Callable[[Tensor, Sequence[str]], Tensor]
+    """(amaxes float32 [n], names) -> scales float32 [n]"""
+    fake_quant_list_: Callable[..., None]
+    """(tensors, scales [n], names, rule), in place. ``rule`` chooses NVFP4's block scales; FP8 has none."""
+    is_on_grid: Callable[..., bool]
+    """(weight, scale, *, name) -> whether it packs to exactly itself"""
+    recover_scale: Callable[..., Tensor]
+    """(weight, *, name) -> the scale under which a fake-quantized weight packs exactly; OffGridError if there is none"""
+
+
+def _fp8_scales(amaxes: Tensor, names: Sequence[str]) -> Tensor:
+    first = int((~amaxes.isfinite()).int().argmax())  # the error, if there is one, names its weight
+    return fp8.scale_from_amax(amaxes, name=names[first])
+
+
+def _fp8_list_(tensors: Sequence[Tensor], scales: Tensor, names: Sequence[str], rule: str = "max") -> None:
+    for tensor, scale, name in zip(tensors, scales, names, strict=True):
+        fp8.fake_quant_(tensor, scale, name=name)
 
 
 WEIGHT_FORMATS = {
@@ -31,10 +45,11 @@ WEIGHT_FORMATS = {
         WeightFormat(
             "nvfp4",
             nvfp4.global_scale_from_amax,
-            nvfp4.fake_quant_,
+            nvfp4_lists.global_scales_from_amaxes,
+            nvfp4_lists.fake_quant_list_,
             nvfp4_pack.is_on_grid,
             nvfp4_pack.recover_global_scale,
         ),
-        WeightFormat("fp8", fp8.scale_from_amax, fp8.fake_quant_, fp8.is_on_grid, fp8.recover_scale),
+        WeightFormat("fp8", fp8.scale_from_amax, _fp8_scales, _fp8_list_, fp8.is_on_grid, fp8.recover_scale),
     )
 }

@@ -55,7 +55,7 @@ def test_the_error_of_every_block_falls_from_rule_to_rule(seed, spread, dtype):
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
     blocks = weight.float().view(-1, 16)
-    scales = {rule: quantize(weight, scale, rule=rule)[1].view(-1, 1) for rule in SCALE_RULES}
+    scales = {rule: quantize(weight, scale, rule=rule)[1].float().view(-1, 1) for rule in SCALE_RULES}
     chosen = [squared_error(blocks, scales[rule], scale) for rule in SCALE_RULES]
     assert (chosen[1] <= chosen[0]).all() and (chosen[2] <= chosen[1]).all()
     # The same against the decoded values, in float64: the score's own rounding (16 squares and a product, each 2^-24)
@@ -72,9 +72,9 @@ def test_the_mse_rule_finds_the_best_of_all_126_scales_nearly_always():
     """The window -2..8 is what the rule promises; the whole range says what it leaves out (measured: nothing)."""
     weight = made_weight(3, torch.float32, 0.5, rows=64)
     scale, blocks = scale_of(weight), weight.view(-1, 16)
-    every = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    every = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     errors = torch.stack([squared_error(blocks, s.expand(len(blocks), 1), scale) for s in every]).amin(0)
-    chosen = quantize(weight, scale, rule="mse")[1].view(-1, 1)
+    chosen = quantize(weight, scale, rule="mse")[1].float().view(-1, 1)
     top = quantize(weight, scale)[1].view(-1, 1).view(torch.uint8) == 0x7E
     assert torch.equal(squared_error(blocks, chosen, scale)[~top], errors[~top])
 
@@ -83,7 +83,7 @@ def test_the_window_of_mse_holds_the_candidate_of_four_over_six():
     """For every block scale of the max rule and amaxes all over what rounds to it."""
     amax = torch.cat([torch.linspace(2.0**-10, 2.0**-4, 20000), torch.logspace(-4, 11.4, 200000, base=2.0)])
     amax = amax[amax <= 2688].unsqueeze(1)
-    six = block_scales.max_scale(amax, ONE)
+    six = block_scales.max_scale(amax, ONE).to(torch.float8_e4m3fn)
     four = (amax / 4).clamp(2.0**-9, 448).to(torch.float8_e4m3fn)
     offset = four.view(torch.uint8).int() - six.view(torch.uint8).int()
     assert set(six.view(torch.uint8).flatten().tolist()) == set(range(1, 0x7F))
