@@ -1,10 +1,20 @@
 """One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides."""
 
-from megatron_qad.models.families import dense
+from megatron_qad.models.families import decilm, dense, nemotron_h, nemotron_vl
 from megatron_qad.models.families.base import Family
 from megatron_qad.runtime.errors import QADError
 
-_FAMILIES = {family.architecture: family for family in (dense.LLAMA, dense.QWEN2, dense.QWEN3)}
+_FAMILIES = {
+    family.architecture: family
+    for family in (
+        dense.LLAMA,
+        dense.QWEN2,
+        dense.QWEN3,
+        nemotron_h.NEMOTRON_H,
+        nemotron_vl.NEMOTRON_VL,
+        decilm.DECILM,
+    )
+}
 
 
 def family_of(hf_config: dict) -> Family:
@@ -17,7 +27,8 @@ def family_of(hf_config: dict) -> Family:
     for architecture in found:
         if architecture in _FAMILIES:
             return _FAMILIES[architecture]
+    trainable = sorted(name for name, family in _FAMILIES.items() if family.is_trainable)
     raise QADError(
-        f"config.json names the architecture {found[0]!r}, which is not supported. Supported: "
-        + ", ".join(sorted(_FAMILIES))
+        f"config.json names the architecture {found[0]!r}, which is not supported. Supported: {', '.join(trainable)}; "
+        f"only to inspect policies: {', '.join(sorted(set(_FAMILIES) - set(trainable)))}"
     )

@@ -16,8 +16,9 @@ from megatron_qad.runtime.errors import QADError
 class TensorMap:
     """One Megatron tensor and the Hugging Face tensors it holds, in order.
 
-    ``kind`` says what the tensor is to a quantization policy: "attention", "mlp", "embedding", "head" or "norm"
-    (norms and biases are never quantized); ``layer`` is the index in the layer pattern, None outside the decoder.
+    ``kind`` says what the tensor is to a quantization policy: "attention", "mamba", "mlp", "expert", "shared_expert",
+    "router", "head", "embedding", "norm", "conv1d" or "vision"; ``layer`` is the index in the layer pattern, None
+    outside the decoder.
     """
 
     megatron: str
@@ -30,6 +31,9 @@ class TensorMap:
     """A GEMM's weight [out, in]: what a policy may quantize."""
     is_tied: bool = False
     """The output head of a model whose head is its embedding: a GEMM without a tensor of its own."""
+    always_excluded: bool = False
+    """Linear to a server and quantized by no policy (conv1d, the vision encoder): a packed checkpoint's exclusion list
+    names it."""
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
         return [self.shape]
@@ -90,12 +94,24 @@ class Family:
 
     architecture: str
     layer_pattern: Callable[[dict], str]
-    """config -> HybridModel's pattern, one symbol a layer ("*" attention, "-" MLP)."""
+    """config -> HybridModel's pattern, one symbol a layer (``LAYER_KINDS``)."""
     megatron_args: Callable[[dict], dict]
     """config -> Megatron argument names and values (True: a flag without a value)."""
     tensors: Callable[[dict], list[TensorMap]]
     """config -> every tensor of the model."""
     rope_scaling: Callable[[dict], dict | None]
+    is_trainable: bool = True
+    """False: its tensors are known, its training is not implemented; ``megatron_args`` says so."""
+
+    def layer_kinds(self, hf_config: dict) -> list[str]:
+        """The kind of every layer of the pattern, as policies name it."""
+        return [LAYER_KINDS[symbol] for symbol in self.layer_pattern(hf_config).replace("|", "")]
+
+    def linear_modules(self, hf_config: dict) -> list[str]:
+        """Hugging Face names of every module that a server takes for a linear; what is not quantized of them is
+        excluded."""
+        fixed = [tensor for tensor in self.tensors(hf_config) if tensor.always_excluded]
+        return [name.removesuffix(".weight") for tensor in (*self.linears(hf_config), *fixed) for name in tensor.hf]
 
     def linears(self, hf_config: dict) -> list[TensorMap]:
         """Every GEMM, in model order, the head last; a tied head is there too, marked ``is_tied``."""
@@ -108,6 +124,18 @@ class Family:
             )
             found.append(head)
         return found
+
+
+LAYER_KINDS = {"*": "attention", "M": "mamba", "-": "mlp", "E": "expert"}
+"""Symbols of HybridModel's pattern; an expert layer also holds its router and its shared experts."""
+
+
+def not_trainable(hf_config: dict):
+    """Stands for ``megatron_args`` and ``rope_scaling`` of a family that can only be inspected."""
+    raise QADError(
+        f"{(hf_config.get('architectures') or ['this architecture'])[0]} is not trainable yet: its policies can be "
+        "inspected (tools/inspect_policy.py), but its weights cannot be imported or trained"
+    )
 
 
 def required(hf_config: dict, key: str):

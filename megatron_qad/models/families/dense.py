@@ -75,73 +75,73 @@ def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
 
 
 def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[TensorMap]:
-    hidden, ffn, vocab = (required(config, k) for k in ("hidden_size", "intermediate_size", "vocab_size"))
-    heads, groups, head_dim = required(config, "num_attention_heads"), _num_groups(config), _head_dim(config)
-    qkv_rows = (heads + 2 * groups) * head_dim
-    found = [
-        TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "embedding", (vocab, hidden))
-    ]
+    found = [embedding(config)]
+    heads = (required(config, "num_attention_heads"), _num_groups(config), _head_dim(config))
     for block in range(required(config, "num_hidden_layers")):
-        attention, mlp = f"decoder.layers.{2 * block}.self_attention", f"decoder.layers.{2 * block + 1}.mlp"
         hf = f"model.layers.{block}"
-        norm = partial(TensorMap, kind="norm", shape=(hidden,))
-        qkv = partial(
-            GroupedQKV, kind="attention", layer=2 * block, num_heads=heads, num_groups=groups, head_dim=head_dim
-        )
-        names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
-        found += [
-            norm(f"{attention}.linear_qkv.layer_norm_weight", (f"{hf}.input_layernorm.weight",), layer=2 * block),
-            qkv(
-                f"{attention}.linear_qkv.weight",
-                tuple(f"{n}.weight" for n in names),
-                shape=(qkv_rows, hidden),
-                is_linear=True,
-            ),
-        ]
-        if qkv_bias:
-            found.append(qkv(f"{attention}.linear_qkv.bias", tuple(f"{n}.bias" for n in names), shape=(qkv_rows,)))
-        if qk_norm:
-            found += [
-                TensorMap(
-                    f"{attention}.{x}_layernorm.weight",
-                    (f"{hf}.self_attn.{x}_norm.weight",),
-                    "norm",
-                    (head_dim,),
-                    2 * block,
-                )
-                for x in "qk"
-            ]
+        found += attention(config, 2 * block, hf, *heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        found += gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
+    return found + final(config)
+
+
+def embedding(config: dict) -> TensorMap:
+    shape = (required(config, "vocab_size"), required(config, "hidden_size"))
+    return TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "embedding", shape)
+
+
+def attention(
+    config: dict, layer: int, hf: str, heads: int, groups: int, head_dim: int, *, qkv_bias=False, qk_norm=False
+) -> list[TensorMap]:
+    """One attention layer and its norm. ``hf``: the Hugging Face block, ``layer``: the index in the pattern."""
+    hidden = required(config, "hidden_size")
+    module, rows = f"decoder.layers.{layer}.self_attention", (heads + 2 * groups) * head_dim
+    qkv = partial(GroupedQKV, kind="attention", layer=layer, num_heads=heads, num_groups=groups, head_dim=head_dim)
+    names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
+    norm_name = f"{module}.linear_qkv.layer_norm_weight"
+    found = [
+        TensorMap(norm_name, (f"{hf}.input_layernorm.weight",), "norm", (hidden,), layer),
+        qkv(f"{module}.linear_qkv.weight", tuple(f"{n}.weight" for n in names), shape=(rows, hidden), is_linear=True),
+    ]
+    if qkv_bias:
+        found.append(qkv(f"{module}.linear_qkv.bias", tuple(f"{n}.bias" for n in names), shape=(rows,)))
+    if qk_norm:
         found += [
             TensorMap(
-                f"{attention}.linear_proj.weight",
-                (f"{hf}.self_attn.o_proj.weight",),
-                "attention",
-                (hidden, heads * head_dim),
-                2 * block,
-                is_linear=True,
-            ),
-            norm(
-                f"{mlp}.linear_fc1.layer_norm_weight", (f"{hf}.post_attention_layernorm.weight",), layer=2 * block + 1
-            ),
-            RowStack(
-                f"{mlp}.linear_fc1.weight",
-                (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight"),
-                "mlp",
-                (2 * ffn, hidden),
-                2 * block + 1,
-                is_linear=True,
-                rows=(ffn, ffn),
-            ),
-            TensorMap(
-                f"{mlp}.linear_fc2.weight",
-                (f"{hf}.mlp.down_proj.weight",),
-                "mlp",
-                (hidden, ffn),
-                2 * block + 1,
-                is_linear=True,
-            ),
+                f"{module}.{x}_layernorm.weight", (f"{hf}.self_attn.{x}_norm.weight",), "norm", (head_dim,), layer
+            )
+            for x in "qk"
         ]
-    found.append(TensorMap("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,)))
+    output = (f"{hf}.self_attn.o_proj.weight",)
+    shape = (hidden, heads * head_dim)
+    return [*found, TensorMap(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)]
+
+
+def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[TensorMap]:
+    """One gated MLP layer of inner width ``ffn``, and its norm."""
+    hidden = required(config, "hidden_size")
+    module = f"decoder.layers.{layer}.mlp"
+    norm_name = f"{module}.linear_fc1.layer_norm_weight"
+    gate_up = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
+    down = (f"{hf}.mlp.down_proj.weight",)
+    return [
+        TensorMap(norm_name, (f"{hf}.post_attention_layernorm.weight",), "norm", (hidden,), layer),
+        RowStack(
+            f"{module}.linear_fc1.weight",
+            gate_up,
+            "mlp",
+            (2 * ffn, hidden),
+            layer,
+            is_linear=True,
+            rows=(ffn, ffn),
+        ),
+        TensorMap(f"{module}.linear_fc2.weight", down, "mlp", (hidden, ffn), layer, is_linear=True),
+    ]
+
+
+def final(config: dict) -> list[TensorMap]:
+    """The last norm and, unless it is tied, the head."""
+    vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
+    found = [TensorMap("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,))]
     if not config.get("tie_word_embeddings", False):
         found.append(TensorMap("output_layer.weight", ("lm_head.weight",), "head", (vocab, hidden), is_linear=True))
     return found

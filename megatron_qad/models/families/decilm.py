@@ -1,0 +1,80 @@
+"""Llama Nemotron Super and its kin (``DeciLMForCausalLM``): Llama blocks after an architecture search.
+
+``block_configs`` describes every block: attention or MLP may be missing (its symbol is left out of the pattern, and
+with it its norm) or replaced by one linear, and each MLP has its own width. Inspection only: HybridModel has no layer
+for a replaced one, and per-layer widths are to come.
+"""
+
+from megatron_qad.models.families import dense
+from megatron_qad.models.families.base import Family, TensorMap, not_trainable, required
+from megatron_qad.runtime.errors import QADError
+
+_FFN_MULTIPLE = 256
+
+
+def ffn_size(config: dict, ffn: dict) -> int:
+    """Inner width of a block's MLP: two thirds of ``ffn_mult`` times the hidden size, rounded up to 256."""
+    if ffn.get("intermediate_size") is not None:
+        return ffn["intermediate_size"]
+    if ffn.get("ffn_mult") is None:
+        raise QADError(f"config.json: an entry of block_configs has an MLP without 'ffn_mult': {ffn}")
+    width = int(2 * ffn["ffn_mult"] * required(config, "hidden_size") / 3)
+    return -(-width // _FFN_MULTIPLE) * _FFN_MULTIPLE
+
+
+def layer_pattern(config: dict) -> str:
+    return "".join(symbol for _, symbol, _ in _layers(config))
+
+
+def tensors(config: dict) -> list[TensorMap]:
+    num_heads = required(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or required(config, "hidden_size") // num_heads
+    found = [dense.embedding(config)]
+    for layer, (block, symbol, part) in enumerate(_layers(config)):
+        hf = f"model.layers.{block}"
+        if part.get("replace_with_linear"):
+            found += _replaced(config, layer, hf, symbol)
+        elif symbol == "*":
+            found += dense.attention(config, layer, hf, num_heads, num_heads // part["n_heads_in_group"], head_dim)
+        else:
+            found += dense.gated_mlp(config, layer, hf, ffn_size(config, part))
+    return found + dense.final(config)
+
+
+def _layers(config: dict) -> list[tuple[int, str, dict]]:
+    """(block, symbol, its entry) for every layer that is there."""
+    blocks = required(config, "block_configs")
+    if len(blocks) != required(config, "num_hidden_layers"):
+        raise QADError(
+            f"config.json: block_configs has {len(blocks)} entries, num_hidden_layers is {config['num_hidden_layers']}"
+        )
+    parts = [
+        (i, symbol, block[key]) for i, block in enumerate(blocks) for symbol, key in (("*", "attention"), ("-", "ffn"))
+    ]
+    return [(block, symbol, part) for block, symbol, part in parts if not part.get("no_op")]
+
+
+def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[TensorMap]:
+    """A square linear in the place of attention or MLP, under the name that Megatron's heterogeneous layers have."""
+    hidden = required(config, "hidden_size")
+    if symbol == "*":
+        module, kind = "self_attention", "attention"
+        norm, linear = f"{hf}.input_layernorm.weight", f"{hf}.self_attn.linear_attn.weight"
+    else:
+        module, kind = "mlp", "mlp"
+        norm, linear = f"{hf}.post_attention_layernorm.weight", f"{hf}.mlp.linear_mlp.weight"
+    name = f"decoder.layers.{layer}.{module}"
+    return [
+        TensorMap(f"{name}.layer_norm_weight", (norm,), "norm", (hidden,), layer),
+        TensorMap(f"{name}.weight", (linear,), kind, (hidden, hidden), layer, is_linear=True),
+    ]
+
+
+DECILM = Family(
+    architecture="DeciLMForCausalLM",
+    layer_pattern=layer_pattern,
+    megatron_args=not_trainable,
+    tensors=tensors,
+    rope_scaling=not_trainable,
+    is_trainable=False,
+)

@@ -1,0 +1,170 @@
+"""Nemotron-H and its kin (``NemotronHForCausalLM``): Mamba-2, attention, MLP and experts, one mixer a layer.
+
+Layer i of the file is layer i of the pattern. Hugging Face names are the hub's (``backbone.*``, experts apart), which
+transformers 5 renames when it loads. Experts carry Megatron's name of one expert's tensor with its global index. What
+has no map yet stops: biases of linears and layers for multi-token prediction. Inspection only, until the Mamba and
+expert layers can be trained.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_qad.models.families.base import Family, GroupedQKV, TensorMap, not_trainable, required
+from megatron_qad.runtime.errors import QADError
+
+_SYMBOLS = {
+    "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
+}  # fmt: skip
+_BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias")
+
+
+@dataclass(frozen=True)
+class MambaRows(TensorMap):
+    """A tensor whose rows are components that tensor parallelism shards one by one.
+
+    A torch_dist checkpoint holds each component as a tensor of its own, ``{megatron}.{part}``.
+    """
+
+    parts: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
+
+
+def layer_pattern(config: dict) -> str:
+    """``hybrid_override_pattern``, or the list ``layers_block_type`` that newer files have instead."""
+    pattern, blocks = config.get("hybrid_override_pattern"), config.get("layers_block_type")
+    if pattern is None:
+        if blocks is None:
+            required(config, "hybrid_override_pattern")
+        if unknown := [block for block in blocks if block not in _SYMBOLS]:
+            raise QADError(f"config.json: layers_block_type has {unknown[0]!r}; known are {', '.join(_SYMBOLS)}")
+        pattern = "".join(_SYMBOLS[block] for block in blocks)
+    if unknown := set(pattern) - set("M*-E"):
+        raise QADError(f"config.json: hybrid_override_pattern has {sorted(unknown)[0]!r}; known are M, *, - and E")
+    if config.get("num_hidden_layers") not in (None, len(pattern)):
+        raise QADError(
+            f"config.json: num_hidden_layers is {config['num_hidden_layers']}, the layer pattern has {len(pattern)}"
+        )
+    return pattern
+
+
+def tensors(config: dict, prefix: str = "") -> list[TensorMap]:
+    """Every tensor. ``prefix``: what stands before the Hugging Face names (``language_model.``)."""
+    if biased := [key for key in _BIASES if config.get(key)]:
+        raise QADError(f"config.json sets {biased[0]}; linears with biases are not supported in this family")
+    if config.get("num_nextn_predict_layers"):
+        raise QADError("config.json has num_nextn_predict_layers; layers for multi-token prediction are not supported")
+    vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
+    names = (f"{prefix}backbone.embeddings.weight",)
+    found = [TensorMap("embedding.word_embeddings.weight", names, "embedding", (vocab, hidden))]
+    layer_tensors = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+    for layer, symbol in enumerate(layer_pattern(config)):
+        found += layer_tensors[symbol](config, layer, f"{prefix}backbone.layers.{layer}")
+    found.append(TensorMap("decoder.final_norm.weight", (f"{prefix}backbone.norm_f.weight",), "norm", (hidden,)))
+    if not config.get("tie_word_embeddings", False):
+        head = (f"{prefix}lm_head.weight",)
+        found.append(TensorMap("output_layer.weight", head, "head", (vocab, hidden), is_linear=True))
+    return found
+
+
+def _mamba(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+    hidden, num_heads = required(config, "hidden_size"), required(config, "mamba_num_heads")
+    inner = num_heads * required(config, "mamba_head_dim")
+    state = required(config, "n_groups") * required(config, "ssm_state_size")
+    module = f"decoder.layers.{layer}.mixer"
+    of_mixer = partial(TensorMap, kind="mamba", layer=layer)
+    yield TensorMap(f"{module}.in_proj.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
+    rows = (inner, inner, state, state, num_heads)
+    yield MambaRows(
+        f"{module}.in_proj.weight",
+        (f"{hf}.mixer.in_proj.weight",),
+        "mamba",
+        (sum(rows), hidden),
+        layer,
+        is_linear=True,
+        parts=("z", "x", "B", "C", "dt"),
+        rows=rows,
+    )
+    conv = partial(MambaRows, kind="conv1d", layer=layer, parts=("x", "B", "C"), rows=(inner, state, state))
+    channels = inner + 2 * state
+    yield conv(
+        f"{module}.conv1d.weight",
+        (f"{hf}.mixer.conv1d.weight",),
+        shape=(channels, 1, required(config, "conv_kernel")),
+        always_excluded=True,
+    )
+    if config.get("use_conv_bias", True):
+        yield conv(f"{module}.conv1d.bias", (f"{hf}.mixer.conv1d.bias",), shape=(channels,))
+    for name in ("A_log", "D", "dt_bias"):
+        yield of_mixer(f"{module}.{name}", (f"{hf}.mixer.{name}",), shape=(num_heads,))
+    yield TensorMap(f"{module}.norm.weight", (f"{hf}.mixer.norm.weight",), "norm", (inner,), layer)
+    output = (f"{hf}.mixer.out_proj.weight",)
+    yield of_mixer(f"{module}.out_proj.weight", output, shape=(hidden, inner), is_linear=True)
+
+
+def _attention(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+    hidden, num_heads = required(config, "hidden_size"), required(config, "num_attention_heads")
+    num_groups = config.get("num_key_value_heads") or num_heads
+    head_dim = config.get("head_dim") or config.get("attention_head_dim") or hidden // num_heads
+    module = f"decoder.layers.{layer}.self_attention"
+    yield TensorMap(f"{module}.linear_qkv.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
+    yield GroupedQKV(
+        f"{module}.linear_qkv.weight",
+        tuple(f"{hf}.mixer.{x}_proj.weight" for x in "qkv"),
+        "attention",
+        ((num_heads + 2 * num_groups) * head_dim, hidden),
+        layer,
+        is_linear=True,
+        num_heads=num_heads,
+        num_groups=num_groups,
+        head_dim=head_dim,
+    )
+    output, shape = (f"{hf}.mixer.o_proj.weight",), (hidden, num_heads * head_dim)
+    yield TensorMap(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)
+
+
+def _mlp(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+    hidden, module = required(config, "hidden_size"), f"decoder.layers.{layer}.mlp"
+    yield TensorMap(f"{module}.linear_fc1.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
+    yield from _up_down(module, f"{hf}.mixer", "mlp", layer, hidden, required(config, "intermediate_size"))
+
+
+def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+    hidden, num_experts = required(config, "hidden_size"), required(config, "n_routed_experts")
+    latent = config.get("moe_latent_size")
+    module, mixer = f"decoder.layers.{layer}.mlp", f"{hf}.mixer"
+    yield TensorMap(
+        f"decoder.layers.{layer}.pre_mlp_layernorm.weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer
+    )
+    router = partial(TensorMap, kind="router", layer=layer)
+    yield router(f"{module}.router.weight", (f"{mixer}.gate.weight",), shape=(num_experts, hidden))
+    yield router(f"{module}.router.expert_bias", (f"{mixer}.gate.e_score_correction_bias",), shape=(num_experts,))
+    if latent:  # the routed experts work in a narrower space, between these two
+        for name, shape in (("fc1_latent_proj", (latent, hidden)), ("fc2_latent_proj", (hidden, latent))):
+            names = (f"{mixer}.{name}.weight",)
+            yield TensorMap(f"{module}.{name}.weight", names, "expert", shape, layer, is_linear=True)
+    width = required(config, "moe_intermediate_size")
+    for i in range(num_experts):
+        expert = f"{module}.experts.experts.{i}"
+        yield from _up_down(expert, f"{mixer}.experts.{i}", "expert", layer, latent or hidden, width)
+    if config.get("n_shared_experts", 1):
+        shared = required(config, "moe_shared_expert_intermediate_size")
+        module = f"{module}.shared_experts"
+        yield from _up_down(module, f"{mixer}.shared_experts", "shared_expert", layer, hidden, shared)
+
+
+def _up_down(module: str, hf: str, kind: str, layer: int, hidden: int, width: int) -> Iterator[TensorMap]:
+    """An MLP without a gate (squared ReLU)."""
+    up, down = (f"{hf}.up_proj.weight",), (f"{hf}.down_proj.weight",)
+    yield TensorMap(f"{module}.linear_fc1.weight", up, kind, (width, hidden), layer, is_linear=True)
+    yield TensorMap(f"{module}.linear_fc2.weight", down, kind, (hidden, width), layer, is_linear=True)
+
+
+NEMOTRON_H = Family(
+    architecture="NemotronHForCausalLM",
+    layer_pattern=layer_pattern,
+    megatron_args=not_trainable,
+    tensors=tensors,
+    rope_scaling=not_trainable,
+    is_trainable=False,
+)

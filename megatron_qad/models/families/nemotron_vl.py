@@ -1,0 +1,87 @@
+"""Nemotron Nano VL (``NemotronH_Nano_VL_V2``): a Nemotron-H language model behind a RADIO vision encoder.
+
+A policy sees the language model, under the Megatron names that it would have alone; its Hugging Face names start with
+``language_model.``. The vision encoder and the projector (``mlp1``) stay in BF16 under every policy; they are no part
+of the Megatron model, so a tensor of theirs has one name on both sides. Inspection only.
+
+The encoder is ViT-H/16 of C-RADIOv2: ``vision_config`` does not spell out its depth and width, so they stand here and
+can be overridden by keys of that name.
+"""
+
+from collections.abc import Iterator
+
+from megatron_qad.models.families import nemotron_h
+from megatron_qad.models.families.base import Family, TensorMap, not_trainable, required
+
+_PREFIX = "language_model."
+_VISION = "vision_model.radio_model.model"
+_DEFAULTS = {
+    "num_hidden_layers": 32,
+    "intermediate_size": 5120,
+    "patch_size": 16,
+    "max_resolution": 2048,
+    "num_cls_tokens": 10,
+}
+
+
+def language_config(config: dict) -> dict:
+    """The config of the language model inside the wrapper's."""
+    inner = config.get("llm_config") or config.get("text_config")
+    return inner if inner is not None else required(config, "llm_config")
+
+
+def layer_pattern(config: dict) -> str:
+    return nemotron_h.layer_pattern(language_config(config))
+
+
+def tensors(config: dict) -> list[TensorMap]:
+    found = nemotron_h.tensors(language_config(config), _PREFIX)
+    return [*found, *_vision_encoder(config), *_projector(config)]
+
+
+def _vision_encoder(config: dict) -> Iterator[TensorMap]:
+    vision = _DEFAULTS | {k: v for k, v in required(config, "vision_config").items() if v is not None}
+    width = required(config, "vit_hidden_size")
+    ffn, patch = vision["intermediate_size"], 3 * vision["patch_size"] ** 2
+    grid = (vision["max_resolution"] // vision["patch_size"]) ** 2
+    yield _kept(f"{_VISION}.patch_generator.cls_token.token", (vision["num_cls_tokens"], width))
+    yield _kept(f"{_VISION}.patch_generator.pos_embed", (1, grid, width))
+    yield _kept(f"{_VISION}.patch_generator.embedder.weight", (width, patch), always_excluded=True)
+    linears = {
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "mlp.fc1": (ffn, width),
+        "mlp.fc2": (width, ffn),
+    }
+    for block in range(vision["num_hidden_layers"]):
+        name = f"{_VISION}.blocks.{block}"
+        for module, shape in linears.items():
+            yield _kept(f"{name}.{module}.weight", shape, always_excluded=True)
+            yield _kept(f"{name}.{module}.bias", shape[:1])
+        for norm in ("norm1", "norm2"):
+            yield _kept(f"{name}.{norm}.weight", (width,))
+            yield _kept(f"{name}.{norm}.bias", (width,))
+
+
+def _projector(config: dict) -> Iterator[TensorMap]:
+    """Norm, linear, squared ReLU, linear; its input is a square of patches side by side."""
+    side = round(1 / config.get("downsample_ratio", 0.5))
+    width = required(config, "vit_hidden_size") * side**2
+    middle = required(config, "projector_hidden_size")
+    yield _kept("mlp1.0.weight", (width,))
+    yield _kept("mlp1.1.weight", (middle, width), always_excluded=True)
+    yield _kept("mlp1.3.weight", (required(language_config(config), "hidden_size"), middle), always_excluded=True)
+
+
+def _kept(name: str, shape: tuple[int, ...], **kwargs) -> TensorMap:
+    return TensorMap(name, (name,), "vision", shape, **kwargs)
+
+
+NEMOTRON_VL = Family(
+    architecture="NemotronH_Nano_VL_V2",
+    layer_pattern=layer_pattern,
+    megatron_args=not_trainable,
+    tensors=tensors,
+    rope_scaling=not_trainable,
+    is_trainable=False,
+)
