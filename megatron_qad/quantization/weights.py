@@ -17,9 +17,9 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_qad.formats import nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
+from megatron_qad.formats.nvfp4_lists import amax_list
+from megatron_qad.formats.weight_formats import WEIGHT_FORMATS, WeightFormat
 from megatron_qad.quantization.names import named_modules_globally
 
 
@@ -52,7 +52,8 @@ class InPlaceWeights:
         self.seconds = 0.0
         """What quantizing has taken so far, wall time of this process."""
         self._may_be_on_grid = True  # a checkpoint may have been saved on the grid
-        self._is_stale = True
+        self.is_stale = True
+        """Whether the next ``on_grid`` quantizes: the optimizer has written the weights since the last one."""
 
     @contextmanager
     def on_grid(self, *, then_updated: bool) -> Iterator[None]:
@@ -62,9 +63,9 @@ class InPlaceWeights:
             then_updated: an optimizer step follows the block (training), so that the weights must be quantized again.
         """
         masters = {name: w.detach().clone() for name, w in self.weights.items() if w.dtype == torch.float32}
-        if self._is_stale:
+        if self.is_stale:
             self.quantize_()
-        self._is_stale = then_updated or bool(masters)
+        self.is_stale = then_updated or bool(masters)
         try:
             yield
         finally:
@@ -82,20 +83,29 @@ class InPlaceWeights:
         if not self.weights:
             return
         began = time.perf_counter()
-        for (name, weight), amax in zip(self.weights.items(), self.amaxes(), strict=True):
-            arithmetic = WEIGHT_FORMATS[self.formats[name]]
-            scale = arithmetic.scale_from_amax(amax, name=name)
-            if self._may_be_on_grid and arithmetic.is_on_grid(weight.data, scale, name=name):
-                continue
-            rule = {"rule": self.scale_rule} if arithmetic.name == "nvfp4" else {}
-            arithmetic.fake_quant_(weight.data, scale, name=name, **rule)
+        amaxes = dict(zip(self.weights, self.amaxes(), strict=True))
+        for fmt in sorted(set(self.formats.values())):
+            names = [name for name in self.weights if self.formats[name] == fmt]
+            self._quantize_format(WEIGHT_FORMATS[fmt], names, torch.stack([amaxes[name] for name in names]))
         self._may_be_on_grid = False
         self.num_quantizations += 1
         self.seconds += time.perf_counter() - began
 
+    def _quantize_format(self, arithmetic: WeightFormat, names: list[str], amaxes: torch.Tensor) -> None:
+        scales = arithmetic.scales_from_amaxes(amaxes, names)
+        tensors = [self.weights[name].data for name in names]
+        if self._may_be_on_grid:
+            off = [
+                i
+                for i, (w, name) in enumerate(zip(tensors, names, strict=True))
+                if not arithmetic.is_on_grid(w, scales[i], name=name)
+            ]
+            tensors, names, scales = [tensors[i] for i in off], [names[i] for i in off], scales[off]
+        arithmetic.fake_quant_list_(tensors, scales, names, self.scale_rule)
+
     def amaxes(self) -> torch.Tensor:
         """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""
-        amaxes = torch.stack([nvfp4.tensor_amax(weight.data) for weight in self.weights.values()])
+        amaxes = amax_list([weight.data for weight in self.weights.values()])
         if self.tp_group is not None and self.tp_group.size() > 1:
             # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
             amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)

@@ -74,12 +74,30 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities(), options.qad_layer_spec), **shape}), *argv]
     use_compiled_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
+    check_masters(args)
     if not args.async_save:
         save_checkpoints_in_this_process()
     args.qad = _qad_options(args)
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
     return args
+
+
+def check_masters(args: argparse.Namespace) -> None:
+    """Refuse optimizers that keep no master apart from the parameter, which in-place quantization would overwrite."""
+    refused = {
+        "use_precision_aware_optimizer": "keeps in the parameter the upper half of its master",
+        "use_megatron_fsdp": "shards the parameters, so that no rank has a weight to quantize",
+        "use_torch_fsdp2": "shards the parameters, so that no rank has a weight to quantize",
+        "fp8_param_gather": "keeps the parameters in FP8",
+        "fp4_param_gather": "keeps the parameters in FP4",
+    }
+    for name, why in refused.items():
+        if getattr(args, name, False):
+            raise QADError(
+                f"--{name.replace('_', '-')} {why}; QAD quantizes BF16 parameters in place and needs the optimizer's "
+                "float32 masters beside them. Use --bf16 --use-distributed-optimizer"
+            )
 
 
 def shape_in_layout(hf_config: dict, args: argparse.Namespace) -> dict:

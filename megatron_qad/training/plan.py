@@ -5,15 +5,12 @@ activations, communication buffers, the allocator's fragmentation. Pipeline stag
 """
 
 import argparse
-from collections import Counter
 from collections.abc import Iterator
 
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
+from megatron_qad.quantization.format_table import format_rows, render
 from megatron_qad.training.arguments import with_stages
-
-_NVFP4_BYTES = 0.5 + 1 / 16
-"""Bytes an element: a 4-bit code and a sixteenth of an E4M3 block scale."""
 
 
 def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
@@ -30,24 +27,10 @@ def plan(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[str]:
         number = _count(teacher.tensors(args.teacher_hf_config))
         yield f"teacher     {teacher.architecture}, {number:,} parameters, frozen"
     yield f"loss        {args.qad.qad_loss}, temperature {args.qad.qad_temperature:g}; policy {args.qad.qad_policy}"
-    yield from _format_table(family.linears(config), formats)
+    yield ""
+    yield from render(format_rows(family.linears(config), formats))
     yield from _layout(args)
     yield from _bytes_per_rank(args, tensors)
-
-
-def _format_table(linears: list[TensorMap], formats: dict[str, str]) -> Iterator[str]:
-    yield ""
-    yield f"{'layer':>5}  {'kind':<10} {'module':<48} {'shape':<16} {'format':<6} {'bytes':>14}"
-    total = Counter()
-    for linear in linears:
-        fmt, numel = formats[linear.megatron], linear.shape[0] * linear.shape[1]
-        size = int(numel * (_NVFP4_BYTES if fmt == "nvfp4" else 2))
-        total[fmt] += numel
-        layer = "-" if linear.layer is None else linear.layer
-        module = linear.megatron_module + (" (tied to the embedding)" if linear.is_tied else "")
-        shape = f"{linear.shape[0]} x {linear.shape[1]}"
-        yield f"{layer:>5}  {linear.kind:<10} {module:<48} {shape:<16} {fmt:<6} {size:>14,}"
-    yield "linears     " + ", ".join(f"{numel:,} elements {fmt}" for fmt, numel in sorted(total.items()))
 
 
 def _layout(args: argparse.Namespace) -> Iterator[str]:

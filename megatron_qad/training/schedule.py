@@ -56,6 +56,8 @@ class QADStep:
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
         if self.teacher is not None:
             self.teacher.annotate(batches, data_iterator, **shape)
+        if self.weights.is_stale:
+            gather_parameters(model)
         with self.weights.on_grid(then_updated=not evaluates):
             return schedule(
                 data_iterator=iterators(batches, data_iterator),
@@ -95,6 +97,14 @@ class QADStep:
             )
         for name, other in self.activations.fallbacks.items():
             print_rank_0(f"megatron_qad: calibration: {name} saw no token and takes the amax of {other}")
+
+
+def gather_parameters(model) -> None:
+    """Finish the parameter gather that ``--overlap-param-gather`` leaves to the forward pass: a weight must be whole
+    before it is quantized. What was gathered here, the forward pass does not gather again."""
+    for chunk in model if isinstance(model, list) else [model]:
+        if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+            chunk.start_param_sync(force_sync=True)
 
 
 def _only_forward(bar: tqdm, batches, model):

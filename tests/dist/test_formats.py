@@ -37,7 +37,18 @@ class Shop:
             *("--qad-teacher", f"{d}/teacher", "--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"),
             *("--bf16", "--split", "80,20,0", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(num_steps)),
-            *("--lr", "1e-3", "--min-lr", "1e-4", "--eval-interval", "1000", "--eval-iters", "2", "--log-interval", "1"),
+            *(
+                "--lr",
+                "1e-3",
+                "--min-lr",
+                "1e-4",
+                "--eval-interval",
+                "1000",
+                "--eval-iters",
+                "2",
+                "--log-interval",
+                "1",
+            ),
             *("--qad-calibration-samples", "16", *flags),
         ]
         self._number += 1
@@ -116,7 +127,7 @@ def _check_weights(params: dict, stored: dict, by_part: dict, rule: str) -> None
         if weight_format := LINEAR_FORMATS[fmt].weight:
             arithmetic = WEIGHT_FORMATS[weight_format]
             scale = arithmetic.scale_from_amax(weight.abs().max().float())
-            arithmetic.fake_quant_(weight, scale, **({"rule": rule} if weight_format == "nvfp4" else {}))
+            arithmetic.fake_quant_list_([weight], scale.view(1), [tensor_map.megatron], rule)
         for name, part in zip(tensor_map.hf, tensor_map.to_hf(weight), strict=True):
             found = stored[name]
             if fmt == "fp8":

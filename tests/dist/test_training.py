@@ -260,6 +260,49 @@ def test_in_place_weights_equal_fake_quantization_in_the_forward_pass(workshop, 
     assert all(moved)
 
 
+# Layout, flags, and the case whose numbers it must have to the last bit. Not compared: data-parallel ranks with one rank
+# (they add the gradients of their halves) and, where the head is tied, stages (each adds its part of the embedding's).
+OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+COUNTED = {
+    "one rank": ("tp1", [], None),
+    "recompute": ("tp1", RECOMPUTE, "one rank"),
+    "pipeline": ("pp2", ["--use-distributed-optimizer"], "one rank"),
+    "distributed optimizer": ("dp2", ["--use-distributed-optimizer"], None),
+    "overlapped gather": ("dp2", ["--use-distributed-optimizer", *OVERLAP], "distributed optimizer"),
+}
+
+
+@pytest.mark.parametrize("kind", ["bf16", "tied"])
+def test_each_weight_is_quantized_once_a_step(workshop, kind):
+    """Whatever the microbatches, recompute, evaluations and the way parameters are gathered: one a step, and the same
+    losses and weights."""
+    num_steps, found = 4, {}
+    for name, (layout, flags, reference) in COUNTED.items():
+        nproc, layout_flags = LAYOUTS[layout]
+        argv = workshop.argv(
+            *("--bf16", "--eval-interval", "2", "--eval-iters", "2"),
+            *flags,
+            *layout_flags,
+            kind=kind,
+            num_steps=num_steps,
+        )
+        workshop._number += 1
+        record = workshop.directory / f"record{workshop._number}"
+        workshop.server.run("training_jobs:train", nproc, {"argv": argv, "record": str(record)})
+        ranks = [torch.load(f"{record}.rank{rank}") for rank in range(nproc)]
+        for steps in ranks:
+            assert [step["num_quantizations"] for step in steps] == list(range(1, num_steps + 1)), name
+        # Gradients of the distributed optimizer are parts: what every rank holds whole are the weights of the step.
+        weights = [{n: v[0] for rank in ranks for n, v in rank[i]["on_grid"].items()} for i in range(num_steps)]
+        found[name] = [step["loss"]["kl loss"] for step in ranks[-1]], weights
+        if reference is None or (kind == "tied" and layout == "pp2"):
+            continue
+        assert found[name][0] == found[reference][0], name
+        for a, b in zip(weights, found[reference][1], strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[w], b[w]) for w in a), name
+
+
 def test_bad_input_stops_with_one_error(workshop, tmp_path):
     d = workshop.directory
     assert "the teacher's logits hold NaN or Inf at step 1" in workshop.fail(workshop.argv("--qad-teacher", f"{d}/inf"))
@@ -272,6 +315,10 @@ def test_bad_input_stops_with_one_error(workshop, tmp_path):
     assert "does not divide the key-value heads (2); possible for this model: 1, 2" in error
     assert "at most one stage a layer" in workshop.fail(workshop.argv("--pipeline-model-parallel-size", "5"))
     assert "--qad-loss 'mse': expected one of kl, ce" in workshop.fail(workshop.argv("--qad-loss", "mse"))
+    error = workshop.fail(workshop.argv("--qad-weight-scale-rule", "min"))
+    assert "'min': expected one of max, four_over_six, mse" in error
+    error = workshop.fail(workshop.argv("--qad-calibration-percentile", "0"))
+    assert "--qad-calibration-percentile 0.0: expected a number above 0" in error
 
 
 def test_the_command_line(workshop, tmp_path):

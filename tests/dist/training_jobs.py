@@ -68,12 +68,21 @@ class _Watch:
         from megatron.training import training as megatron_loop
 
         import pretrain_qad
+        from megatron_qad.training import schedule
 
         self.steps: list[dict] = []
         self._followed = torch.load(f"{follow}.rank0") if follow else None
         self._weights_only = weights_only
         self._train_step, self._forward_step = megatron_loop.train_step, pretrain_qad.forward_step
         megatron_loop.train_step, pretrain_qad.forward_step = self._step, self._forward
+        self._qad_step = None
+        run = schedule.QADStep.run
+
+        def watched_run(step, *args, **kwargs):
+            self._qad_step = step
+            return run(step, *args, **kwargs)
+
+        schedule.QADStep.run = watched_run
 
     def _forward(self, batches, model):
         batch = next(batches)
@@ -105,6 +114,7 @@ class _Watch:
         now["params"] = self._shards(model, lambda p: p.data)
         now["masters"] = self._shards(model, _master)
         now["amaxes"] = _amaxes(model)
+        now["num_quantizations"] = self._qad_step.weights.num_quantizations
         return found
 
     @staticmethod

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_qad.formats import nvfp4, nvfp4_pack
+from megatron_qad.formats import fp8, nvfp4, nvfp4_pack
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError
 
@@ -115,3 +115,51 @@ def test_nothing_to_quantize(make_chunk):
     with weights.on_grid(then_updated=True):
         pass
     assert weights.num_quantizations == 0
+
+
+FP8 = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "fp8"}
+
+
+def test_each_weight_has_its_own_format(make_chunk, linears):
+    chunk = make_chunk(dtype=torch.bfloat16)
+    before = [linear.weight.detach().clone() for linear in linears(chunk)]
+    weights = InPlaceWeights([chunk], FP8)
+    assert list(weights.formats.values()) == ["nvfp4", "fp8"]
+    weights.quantize_()
+    first, second = (linear.weight for linear in linears(chunk))
+    assert torch.equal(first, expected(before[0]))
+    assert torch.equal(second, fp8.fake_quant(before[1], fp8.scale_from_amax(nvfp4.tensor_amax(before[1]))))
+    assert not torch.equal(second, before[1])
+    saved = second.detach().clone()
+    InPlaceWeights([chunk], FP8).quantize_()  # a checkpoint on the grid
+    assert torch.equal(second, saved)
+
+
+def test_formats_without_quantized_weights_leave_them_alone(make_chunk, linears):
+    chunk = make_chunk(dtype=torch.bfloat16)
+    weights = InPlaceWeights([chunk], dict.fromkeys(FP8, "int4-w4a16"))  # modelopt's, in the forward pass
+    assert not weights.weights
+
+
+@pytest.mark.parametrize("rule", ["four_over_six", "mse"])
+def test_a_scale_rule_errs_less_and_its_weights_are_known_again(make_chunk, linears, rule):
+    errors = {}
+    for name in ("max", rule):
+        chunk = make_chunk((256, 64, 16), dtype=torch.bfloat16)
+        weight = linears(chunk)[0].weight
+        before = weight.detach().clone()
+        InPlaceWeights([chunk], FORMATS, scale_rule=name).quantize_()
+        errors[name] = (weight.detach().float() - before.float()).square().sum().item()
+        assert nvfp4.tensor_amax(weight.data) == nvfp4.tensor_amax(before)  # the exporter finds the global scale by it
+        assert on_grid(weight.detach())
+        saved = weight.detach().clone()
+        InPlaceWeights([chunk], FORMATS, scale_rule=name).quantize_()
+        assert torch.equal(weight, saved)
+    assert errors[rule] < 0.95 * errors["max"]
+
+
+def test_fp8_names_a_damaged_weight(make_chunk, linears):
+    chunk = make_chunk(dtype=torch.bfloat16)
+    linears(chunk)[1].weight.data[3, 4] = float("nan")
+    with pytest.raises(QADError, match=r"decoder\.layers\.1\.linear\.weight"):
+        InPlaceWeights([chunk], FP8).quantize_()

@@ -1,0 +1,122 @@
+"""Percentiles: exact for bfloat16, sums in any order; experts that saw no token take a sibling's amax."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_qad.quantization.activations import ActivationQuantizers
+from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
+from megatron_qad.quantization.names import sibling_experts
+from megatron_qad.runtime import QADError
+
+
+def collected(*batches) -> torch.Tensor:
+    calibrator = make_calibrator("percentile")
+    for x in batches:
+        calibrator.collect(x)
+    return calibrator.counts
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31), percentile=st.sampled_from([0.1, 50.0, 90.0, 99.0, 99.9, 100.0]))
+def test_a_percentile_of_bfloat16_is_the_sorted_value(seed, percentile):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(3, 401, generator=generator) * torch.rand(3, 401, generator=generator) ** 8).bfloat16()
+    magnitudes = x.abs().flatten().sort().values
+    magnitudes = magnitudes[magnitudes > 0]
+    covered = -(-len(magnitudes) * percentile // 100)  # at least this many
+    found = percentile_amax(collected(x), percentile)
+    assert found.item() == magnitudes[max(int(covered), 1) - 1].item()
+
+
+def test_float32_is_rounded_up_to_bfloat16():
+    x = torch.tensor([1.0, 1.0 + 2**-20, -3.14159])
+    assert percentile_amax(collected(x), 34.0).item() == 1 + 2**-7  # the second value, covered
+    assert percentile_amax(collected(x), 100.0).item() >= 3.14159
+
+
+def test_zeros_do_not_count():
+    x = torch.cat([torch.zeros(1000), torch.tensor([1.0, 2.0])])
+    assert percentile_amax(collected(x), 50.0).item() == 1.0
+    assert percentile_amax(collected(torch.zeros(5)), 50.0).item() == 0.0
+
+
+def test_order_and_shards_do_not_matter():
+    batches = [torch.randn(64, generator=torch.Generator().manual_seed(s)).bfloat16() * 2**s for s in range(5)]
+    together = collected(*batches)
+    assert torch.equal(together, collected(*reversed(batches)))
+    assert torch.equal(together, sum(collected(x) for x in batches))
+
+
+def test_the_maximum_is_kept_beside_the_counts():
+    calibrator = MagnitudeCounts()
+    calibrator.collect(torch.tensor([1.0, float("nan")]))
+    calibrator.collect(torch.tensor([2.0]))
+    assert calibrator.compute_amax().isnan()
+
+
+def test_a_percentile_saturates_outliers_and_100_is_the_maximum(make_chunk, linears):
+    name = "decoder.layers.0.linear"
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[7, 7] = 1000.0
+    found = {}
+    for percentile in (None, 100.0, 99.0):
+        chunk = make_chunk(dtype=torch.bfloat16)
+        quantizers = ActivationQuantizers([chunk], {f"{name}.weight": "nvfp4"}, percentile=percentile)
+        with quantizers.calibrating():
+            linears(chunk)[0](x)
+        found[percentile] = quantizers.quantizers[name]._amax.item()
+    assert found[None] == found[100.0] == 1000.0 and 2.0 < found[99.0] < 4.0
+
+
+EXPERT = "decoder.layers.{}.mlp.experts.local_experts.{}.{}"
+
+
+def test_siblings_are_the_other_experts_at_the_same_place():
+    names = [EXPERT.format(layer, i, fc) for layer in (1, 3) for i in (0, 1, 12) for fc in ("linear_fc1", "linear_fc2")]
+    names.append("decoder.layers.1.mlp.shared_experts.linear_fc1")
+    assert sibling_experts(names[0], names) == [EXPERT.format(1, i, "linear_fc1") for i in (1, 12)]
+    assert sibling_experts(names[-1], names) == []
+
+
+@pytest.fixture
+def experts(make_chunk):
+    """A chunk whose only layer has three experts, one linear each; names and linears."""
+
+    def make():
+        chunk = make_chunk((32, 32))
+        layer = chunk.decoder.layers[0]
+        layer.mlp = torch.nn.Module()
+        layer.mlp.experts = torch.nn.Module()
+        layer.mlp.experts.local_experts = torch.nn.ModuleList()
+        for _ in range(3):
+            expert = torch.nn.Module()
+            expert.linear_fc1 = torch.nn.Linear(32, 16, bias=False)
+            layer.mlp.experts.local_experts.append(expert)
+        return chunk, [EXPERT.format(0, i, "linear_fc1") for i in range(3)]
+
+    return make
+
+
+@pytest.mark.parametrize("percentile", [None, 99.0])
+def test_an_expert_without_tokens_takes_the_largest_amax_of_its_siblings(experts, percentile):
+    chunk, names = experts()
+    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names}, percentile=percentile)
+    with quantizers.calibrating():
+        for i, size in ((0, 1.0), (2, 3.0)):
+            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((4, 32), size))
+    assert [quantizers.quantizers[n]._amax.item() for n in names] == [1.0, 3.0, 3.0]
+    assert quantizers.fallbacks == {names[1]: names[2]} and quantizers.calibrated
+    # A later calibration that reaches it forgets the fallback.
+    with quantizers.calibrating():
+        for i in range(3):
+            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((4, 32), 1.0 + i))
+    assert [quantizers.quantizers[n]._amax.item() for n in names] == [1.0, 2.0, 3.0] and not quantizers.fallbacks
+
+
+def test_experts_that_all_saw_nothing_are_an_error(experts):
+    chunk, names = experts()
+    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
+    with pytest.raises(QADError, match=r"local_experts\.0\.linear_fc1 saw no input"), quantizers.calibrating():
+        pass
