@@ -52,7 +52,6 @@ def export_hf(
             f"{', '.join(EXPORTED_FORMATS)}. With layout 'bf16' its weights can be written unpacked"
         )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    linears = [name.removesuffix(".weight") for linear in family.linears(config) for name in linear.hf]
     return write_hf_checkpoint(
         Export(TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max")).items(
             family.tensors(config)
@@ -60,7 +59,7 @@ def export_hf(
         output,
         config=config,
         layout=layout,
-        linear_modules=linears,
+        linear_modules=family.linear_modules(config),
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,

@@ -22,8 +22,8 @@ KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_
 LAYER_KINDS = ("attention", "mamba", "mlp", "expert")
 """What a layer of the pattern can be; a layer of experts also holds its router and its shared experts."""
 SELECTORS = ("kind", "layer", "first", "last", "before", "projection", "name")
-_NO_GEMM = ("conv1d", "norm", "layernorm", "bias")
-_NEVER = "routers, embeddings, norms and conv1d stay unquantized under every policy"
+_NO_GEMM = ("conv1d", "norm", "layernorm", "bias", "vision")
+_NEVER = "routers, embeddings, norms, conv1d and vision encoders stay unquantized under every policy"
 
 
 class Linear(Protocol):
@@ -139,7 +139,7 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
     kinds = _texts(entry, "kind", where)
     for kind in kinds:
         if kind in _NO_GEMM:
-            raise QADError(f"{where}: {kind!r} is no kind of linear: {_NEVER}, and need no rule")
+            raise QADError(f"{where}: {kind!r} is no kind that a rule can select: {_NEVER}, and need no rule")
         known("kind", kind, KINDS, where)
     projections = _texts(entry, "projection", where)
     if LINEAR_FORMATS[entry["format"]].quantizes:
