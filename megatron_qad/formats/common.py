@@ -1,6 +1,8 @@
 """What every format asks of a tensor: its amax, tiles of its rows, and the error for values that are on no grid."""
 
-from collections.abc import Iterable
+import functools
+import importlib.util
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +26,16 @@ _BITS_OF_2_TO_MINUS_6 = 0x3C800000  # the smallest normal E4M3 number
 
 class OffGridError(QADError):
     """A tensor that was to be packed exactly holds values that its format cannot express under its scale."""
+
+
+def triton_serves(x: Tensor) -> bool:
+    """Whether kernels may work on ``x``: it is on a GPU and triton is installed. Everything else is torch's."""
+    return x.device.type == "cuda" and _triton_is_installed()
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def tensor_amax(x: Tensor) -> Tensor:
@@ -79,6 +91,17 @@ def refuse_nonfinite(x: Tensor, name: str, format_name: str) -> None:
         f"{name}: {bad} of {x.numel()} values looked at are NaN or Inf; {format_name} has neither. "
         "The tensor was damaged before quantization: check the checkpoint or the step that wrote it."
     )
+
+
+def refuse_bad_blocks(bad: Tensor, names: Sequence[str]) -> None:
+    """Raise QADError for the tensors of which a kernel counted blocks with NaN or Inf, int [n]. Synchronises."""
+    found = [f"{name}: {count} blocks" for name, count in zip(names, bad.tolist(), strict=True) if count]
+    if found:
+        raise QADError(
+            f"{'; '.join(found[:8])}{f' and {len(found) - 8} more tensors' if len(found) > 8 else ''} hold NaN or Inf; "
+            "NVFP4 has neither. The tensor was damaged before quantization: check the checkpoint or the step that "
+            "wrote it."
+        )
 
 
 def neighbours(scale: Tensor) -> Iterable[Tensor]:

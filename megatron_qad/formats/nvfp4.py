@@ -6,9 +6,10 @@ tensor:
     value = e2m1[code] * (float32(block_scale) * global_scale)
 
 The order of the float32 operations is modelopt 0.47's (``NVFP4QTensor``), so that codes and scales are equal to its,
-bit for bit. This is the plain torch reference: any device, worked in tiles so that no large temporary exists. What is
-left out: exact packing of weights that are fake-quantized already (``nvfp4_pack``), kernels, and the sharing of a
-global scale among fused tensors or tensor-parallel shards (the caller reduces the amax and passes one scale).
+bit for bit. This is the plain torch reference: any device, worked in tiles so that no large temporary exists. Fake
+quantization on a GPU goes to ``nvfp4_triton``, whose bits are the same. What is left out: exact packing of weights that
+are fake-quantized already (``nvfp4_pack``), and the sharing of a global scale among fused tensors or tensor-parallel
+shards (the caller reduces the amax and passes one scale).
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,11 @@ from megatron_qad.formats.common import (
     E4M3_MIN,
     FLOATS,
     amax_bits,
+    refuse_bad_blocks,
     refuse_nonfinite,
     tensor_amax,
     tile_slices,
+    triton_serves,
 )
 from megatron_qad.formats.e2m1 import (
     E2M1_MAX,
@@ -165,13 +168,20 @@ def fake_quant(
 def fake_quant_(
     x: Tensor, global_scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
 ) -> Tensor:
-    """``fake_quant`` written over ``x``, tile by tile; returns ``x``.
+    """``fake_quant`` written over ``x``, tile by tile, or by a kernel where one serves; returns ``x``.
 
-    A NaN or Inf found part-way leaves the rows before it quantized.
+    When NaN or Inf is found, part of the rest is quantized already.
     """
     if not x.is_contiguous():
         return x.copy_(fake_quant(x, global_scale, name=name, check=check, rule=rule))
     rows, scale = _prepare(x, global_scale, name, check, rule)
+    if triton_serves(x):
+        from megatron_qad.formats import nvfp4_triton
+
+        bad = nvfp4_triton.fake_quant_(x.detach(), scale, rule)
+        if check:
+            refuse_bad_blocks(bad, [name])
+        return x
     all_blocks = rows.view(-1, BLOCK_SIZE)
     tiles = tile_slices(all_blocks)
     size = (tiles[0].stop, BLOCK_SIZE) if tiles else (0, BLOCK_SIZE)
@@ -190,8 +200,8 @@ def fake_quant_(
     return x
 
 
-def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool, rule: str) -> tuple[Tensor, Tensor]:
-    """Validate and return ``x`` as rows [M, K] and the scale as float32 [] on x's device."""
+def require_blocks(x: Tensor, name: str, rule: str) -> None:
+    """Raise QADError, with ``name``, unless ``x`` has a dtype and shape that NVFP4 quantizes and ``rule`` exists."""
     if x.dtype not in FLOATS:
         raise QADError(f"{name}: dtype is {x.dtype}; NVFP4 quantizes float32, bfloat16 and float16.")
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
@@ -202,12 +212,23 @@ def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool, rule: str)
         )
     if rule not in SCALE_RULES:
         raise QADError(f"{name}: NVFP4 scale rule {rule!r} is unknown; choose one of {', '.join(SCALE_RULES)}.")
-    scale = global_scale.detach().float().reshape(()).to(x.device)
-    if check and not GLOBAL_SCALE_MIN <= scale.item() < float("inf"):
+
+
+def require_scale(scale: Tensor, name: str) -> None:
+    """Raise QADError, with ``name``, unless the global scale, float32 [], is usable. Synchronises."""
+    if not GLOBAL_SCALE_MIN <= scale.item() < float("inf"):
         raise QADError(
             f"{name}: global scale is {scale.item()}, expected a finite number >= {GLOBAL_SCALE_MIN}. "
             "Compute it with global_scale_from_amax from the amax of the tensor."
         )
+
+
+def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool, rule: str) -> tuple[Tensor, Tensor]:
+    """Validate and return ``x`` as rows [M, K] and the scale as float32 [] on x's device."""
+    require_blocks(x, name, rule)
+    scale = global_scale.detach().float().reshape(()).to(x.device)
+    if check:
+        require_scale(scale, name)
     return x.detach().reshape(-1, x.shape[-1]), scale
 
 

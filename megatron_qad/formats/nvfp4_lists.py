@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import nvfp4
-from megatron_qad.formats.common import tensor_amax
+from megatron_qad.formats.common import FLOATS, refuse_bad_blocks, tensor_amax, triton_serves
 from megatron_qad.runtime.errors import QADError
 
 
@@ -19,6 +19,10 @@ def amax_list(tensors: Sequence[Tensor]) -> Tensor:
     one."""
     if not tensors:
         return torch.zeros(0, dtype=torch.float32)
+    if _kernels_serve(tensors):
+        from megatron_qad.formats import nvfp4_triton
+
+        return nvfp4_triton.amax_list(tensors)
     return torch.stack([tensor_amax(tensor) for tensor in tensors])
 
 
@@ -48,13 +52,39 @@ def fake_quant_list_(
         names: of the tensors, for errors.
         rule: one of ``nvfp4.SCALE_RULES``.
         check: raise QADError, with the name, on NaN, Inf and unusable scales; tensors may be quantized by then. On CUDA
-            it costs one synchronisation.
+            it costs two synchronisations, whatever n.
     """
     names = [f"tensor {index}" for index in range(len(tensors))] if names is None else names
     _same_length(names, tensors, "tensors")
     _same_length(global_scales, tensors, "tensors")
+    if tensors and _kernels_serve(tensors):
+        from megatron_qad.formats import nvfp4_triton
+
+        for tensor, name in zip(tensors, names, strict=True):
+            nvfp4.require_blocks(tensor, name, rule)
+        scales = global_scales.detach().float().to(tensors[0].device)
+        if check:
+            _refuse_scales(scales, names)
+        bad = nvfp4_triton.fake_quant_list_([tensor.detach() for tensor in tensors], scales, rule)
+        if check:
+            refuse_bad_blocks(bad, names)
+        return
     for tensor, scale, name in zip(tensors, global_scales, names, strict=True):
         nvfp4.fake_quant_(tensor, scale, name=name, check=check, rule=rule)
+
+
+def _kernels_serve(tensors: Sequence[Tensor]) -> bool:
+    """Kernels take what lies on one GPU, contiguous, in a type that they know."""
+    first = tensors[0]
+    return triton_serves(first) and all(
+        tensor.device == first.device and tensor.is_contiguous() and tensor.dtype in FLOATS for tensor in tensors
+    )
+
+
+def _refuse_scales(scales: Tensor, names: Sequence[str]) -> None:
+    usable = (scales >= nvfp4.GLOBAL_SCALE_MIN) & torch.isfinite(scales)
+    for index in (~usable).nonzero().flatten().tolist():
+        nvfp4.require_scale(scales[index], names[index])
 
 
 def _same_length(items, others, what: str) -> None:

@@ -1,0 +1,232 @@
+"""Triton kernels of the NVFP4 arithmetic for CUDA tensors, with the bits of the torch reference.
+
+Each reads and writes every value once. Both roundings are those of the reference, adding and subtracting a multiple of
+the power of two below (``common.round_mantissa_``), because no cast is then involved on any architecture; quotients are
+IEEE divisions; fused multiply-add is off where a product could lose its rounding to it. The list kernels take a table
+of pointers: one launch for all weights of one type, each program finding its tensor by bisection.
+
+Imported only where ``common.triton_serves`` says so: not every machine has triton. What is left out: packing.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_SIZE = tl.constexpr(16)
+_MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+_EXPONENT = tl.constexpr(0x7F800000)
+_INFINITY = tl.constexpr(0x7F800000)
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
+_NUM_BLOCKS = 256  # NVFP4 blocks a program: 4096 values, 32 a thread. Not tuned: no GPU was at hand.
+_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def fake_quant_(x: Tensor, global_scale: Tensor, rule: str) -> Tensor:
+    """Fake-quantize contiguous ``x`` [..., K] in place under float32 [] on its device. Returns int32 [1]: the number of
+    blocks with NaN or Inf."""
+    num_blocks = x.numel() // BLOCK_SIZE.value
+    bad = torch.zeros(1, dtype=torch.int32, device=x.device)
+    if num_blocks:
+        grid = (triton.cdiv(num_blocks, _NUM_BLOCKS),)
+        _fake_quant_kernel[grid](x, global_scale, bad, num_blocks, RULE=rule, TILE=_NUM_BLOCKS, **_LAUNCH)
+    return bad
+
+
+def fake_quant_list_(tensors: Sequence[Tensor], global_scales: Tensor, rule: str) -> Tensor:
+    """Fake-quantize contiguous tensors in place, float32 [n] scales on their device; one launch a dtype. Returns int32
+    [n]: the numbers of blocks with NaN or Inf."""
+    bad = torch.zeros(len(tensors), dtype=torch.int32, device=global_scales.device)
+    for table in _tables(tensors):
+        _fake_quant_list_kernel[(table.num_tiles,)](
+            table.rows,
+            table.length,
+            global_scales,
+            bad,
+            RULE=rule,
+            STEPS=table.steps,
+            TYPE=table.dtype,
+            ALIGNED=table.aligned,
+            TILE=_NUM_BLOCKS,
+            **_LAUNCH,
+        )
+    return bad
+
+
+def amax_list(tensors: Sequence[Tensor]) -> Tensor:
+    """Contiguous tensors -> float32 [n] of largest magnitudes, NaN where a tensor has one; one launch a dtype.
+
+    A tensor's size need not be a multiple of 16.
+    """
+    bits = torch.zeros(len(tensors), dtype=torch.int32, device=tensors[0].device)
+    for table in _tables(tensors):
+        _amax_list_kernel[(table.num_tiles,)](
+            table.rows,
+            table.length,
+            bits,
+            STEPS=table.steps,
+            TYPE=table.dtype,
+            ALIGNED=table.aligned,
+            TILE=_NUM_BLOCKS * BLOCK_SIZE.value,
+            **_LAUNCH,
+        )
+    return bits.view(torch.float32)
+
+
+class _Table:
+    """Tensors of one dtype for a list kernel: int64 [4, n] rows of address, size in values, first tile, and position in
+    the caller's list."""
+
+    def __init__(self, tensors: Sequence[Tensor], positions: Sequence[int]):
+        tile = _NUM_BLOCKS * BLOCK_SIZE.value
+        first, starts = 0, []
+        for tensor in tensors:
+            starts.append(first)
+            first += triton.cdiv(tensor.numel(), tile)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        sizes = [tensor.numel() for tensor in tensors]
+        rows = torch.tensor([addresses, sizes, starts, list(positions)], dtype=torch.int64)
+        self.rows = rows.to(tensors[0].device)
+        self.length = len(tensors)
+        self.num_tiles = first
+        self.steps = max(1, (self.length - 1).bit_length())
+        self.dtype = _TYPES[tensors[0].dtype]
+        # Loads of 16 bytes need both: an address that is a multiple, and a mask that does not end within one.
+        self.aligned = all(number % 16 == 0 for number in addresses + sizes)
+
+
+def _tables(tensors: Sequence[Tensor]) -> list[_Table]:
+    tables = []
+    for dtype in _TYPES:
+        positions = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype and tensor.numel()]
+        if positions:
+            tables.append(_Table([tensors[i] for i in positions], positions))
+    return tables
+
+
+@triton.jit
+def _round_mantissa(x, MAGIC: tl.constexpr, SMALLEST: tl.constexpr):
+    """common.round_mantissa_."""
+    power = tl.maximum(x.to(tl.int32, bitcast=True) & _EXPONENT, SMALLEST).to(tl.float32, bitcast=True)
+    return tl.fma(power, -MAGIC, tl.fma(power, MAGIC, x))  # the products are exact, fused or not
+
+
+@triton.jit
+def _round_to_e4m3(x):
+    """Of x >= 0."""
+    return _round_mantissa(tl.minimum(x, 448.0, propagate_nan=_ALL), 1572864.0, 0x3C800000)  # 1.5 * 2^20, 2^-6
+
+
+@triton.jit
+def _round_to_e2m1(x):
+    clamped = tl.minimum(tl.maximum(x, -6.0, propagate_nan=_ALL), 6.0, propagate_nan=_ALL)
+    return _round_mantissa(clamped, 6291456.0, 0x3F800000)  # 1.5 * 2^22, 1
+
+
+@triton.jit
+def _squared_error(x, scale, global_scale, TILE: tl.constexpr):
+    """block_scales.squared_error of [TILE, 16] under [TILE], halves added onto halves: sums of two have no order."""
+    scaled = tl.div_rn(x, (scale * global_scale)[:, None])
+    error = _round_to_e2m1(scaled) - scaled
+    error = error * error
+    error = tl.sum(tl.reshape(error, [TILE, 2, 8]), axis=1)
+    error = tl.sum(tl.reshape(error, [TILE, 2, 4]), axis=1)
+    error = tl.sum(tl.reshape(error, [TILE, 2, 2]), axis=1)
+    return tl.sum(error, axis=1) * (scale * scale)
+
+
+@triton.jit
+def _block_scale(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
+    """block_scales.choose of [TILE, 16] and [TILE]."""
+    scale = tl.div_rn(amax, global_scale * 6.0)
+    scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 0.001953125, propagate_nan=_ALL)  # 2^-9
+    scale = _round_to_e4m3(scale)
+    if RULE == "four_over_six":
+        quotient = tl.div_rn(amax, global_scale * 4.0)
+        four = _round_to_e4m3(tl.maximum(quotient, 0.001953125, propagate_nan=_ALL))
+        better = _squared_error(x, four, global_scale, TILE) < _squared_error(x, scale, global_scale, TILE)
+        scale = tl.where(better & (quotient <= 464.0), four, scale)
+    if RULE == "mse":
+        # E4M3 codes from the values: exponent and mantissa of normal ones, multiples of 2^-9 below 2^-6.
+        normal = (scale.to(tl.int32, bitcast=True) >> 20) - 960
+        codes = tl.where(scale < 0.015625, (scale * 512.0).to(tl.int32), normal)
+        least = _squared_error(x, scale, global_scale, TILE)
+        for step in tl.static_range(1, 11):
+            offset = step if step <= 8 else 8 - step
+            code = tl.minimum(tl.maximum(codes + offset, 1), 0x7E)
+            value = ((code + 960) << 20).to(tl.float32, bitcast=True)
+            value = tl.where(code < 8, code.to(tl.float32) * 0.001953125, value)
+            error = _squared_error(x, value, global_scale, TILE)
+            better = (error < least) & (codes != 0x7E)
+            scale, least = tl.where(better, value, scale), tl.where(better, error, least)
+    return scale
+
+
+@triton.jit
+def _fake_quant_tile(pointer, blocks, num_blocks, global_scale, bad_pointer, RULE: tl.constexpr, TILE: tl.constexpr):
+    """In place on the blocks [TILE] (int64 indices) of one tensor."""
+    offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    inside = (blocks < num_blocks)[:, None]
+    x = tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+    bits = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)  # through bits: NaN is the largest
+    tl.atomic_add(bad_pointer + tl.zeros([TILE], tl.int32), 1, mask=bits >= _INFINITY)
+    decode_scale = _block_scale(x, bits.to(tl.float32, bitcast=True), global_scale, RULE, TILE) * global_scale
+    decode_scale = decode_scale[:, None]
+    out = (_round_to_e2m1(tl.div_rn(x, decode_scale)) * decode_scale).to(pointer.dtype.element_ty)
+    tl.store(pointer + offsets, tl.where(out == 0.0, 0.0, out), mask=inside)  # a short type can round to -0.0
+
+
+@triton.jit
+def _fake_quant_kernel(x_pointer, scale_pointer, bad_pointer, num_blocks, RULE: tl.constexpr, TILE: tl.constexpr):
+    blocks = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    _fake_quant_tile(x_pointer, blocks, num_blocks, tl.load(scale_pointer), bad_pointer, RULE, TILE)
+
+
+@triton.jit
+def _find(table, length, STEPS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor of this program: its pointer, size, tile within it, and position in the caller's list."""
+    program = tl.program_id(0)
+    starts = table + 2 * length
+    low = 0
+    high = length
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        before = tl.load(starts + middle) <= program
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    pointer = tl.load(table + low).to(tl.pointer_type(TYPE))
+    size = tl.load(table + length + low)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+        size = tl.multiple_of(size, 16)
+    return pointer, size, program - tl.load(starts + low), tl.load(starts + length + low)
+
+
+@triton.jit
+def _fake_quant_list_kernel(
+    table,
+    length,
+    scales,
+    bad,
+    RULE: tl.constexpr,
+    STEPS: tl.constexpr,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    pointer, size, tile, position = _find(table, length, STEPS, TYPE, ALIGNED)
+    blocks = tile * TILE + tl.arange(0, TILE)
+    _fake_quant_tile(pointer, blocks, size // BLOCK_SIZE, tl.load(scales + position), bad + position, RULE, TILE)
+
+
+@triton.jit
+def _amax_list_kernel(
+    table, length, out, STEPS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr
+):
+    pointer, size, tile, position = _find(table, length, STEPS, TYPE, ALIGNED)
+    offsets = tile * TILE + tl.arange(0, TILE)
+    x = tl.load(pointer + offsets, mask=offsets < size, other=0.0).to(tl.float32)
+    tl.atomic_max(out + position, tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=0))

@@ -1,0 +1,98 @@
+"""The Triton kernels on a GPU against the torch reference on the CPU: every bit, every type, every scale rule."""
+
+import pytest
+import torch
+
+from megatron_qad.formats import nvfp4
+from megatron_qad.formats.common import tensor_amax
+from megatron_qad.formats.nvfp4_lists import amax_list, fake_quant_list_, global_scales_from_amaxes
+from megatron_qad.runtime.errors import QADError
+
+nvfp4_triton = pytest.importorskip("megatron_qad.formats.nvfp4_triton", reason="triton is not installed")
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: kernels are compared on it")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def made(rows, dim, dtype, seed, exponent=0):
+    """Zero rows, -0.0, ties, subnormal block scales, rows of very different size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, dim, generator=generator) * torch.exp(4 * torch.randn(rows, 1, generator=generator))
+    x[0], x[1, ::3] = 0.0, -0.0
+    x[2] = torch.randint(-24, 25, (dim,), generator=generator) / 4
+    return (x.clamp(-3e4, 3e4) * 2.0**exponent).to(dtype)
+
+
+def assert_same_bits(ours, reference):
+    integer = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    assert torch.equal(ours.cpu().view(integer), reference.view(integer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
+@pytest.mark.parametrize("exponent", [-110, -40, -8, 0])
+def test_fake_quant_has_the_bits_of_the_reference(dtype, rule, exponent):
+    for seed, (rows, dim) in enumerate([(64, 4096), (3, 16), (77, 208), (1000, 1024)]):
+        x = made(rows, dim, dtype, seed, exponent)
+        scale = nvfp4.global_scale_from_amax(tensor_amax(x))
+        on_gpu = nvfp4.fake_quant(x.cuda(), scale.cuda(), rule=rule)
+        assert_same_bits(on_gpu, nvfp4.fake_quant(x, scale, rule=rule))
+
+
+def test_the_torch_path_on_a_gpu_has_the_same_bits(monkeypatch):
+    monkeypatch.setattr(nvfp4, "triton_serves", lambda x: False)
+    for rule in nvfp4.SCALE_RULES:
+        x = made(300, 512, torch.bfloat16, 1)
+        scale = nvfp4.global_scale_from_amax(tensor_amax(x))
+        assert_same_bits(nvfp4.fake_quant(x.cuda(), scale.cuda(), rule=rule), nvfp4.fake_quant(x, scale, rule=rule))
+        packed, block_scale = nvfp4.quantize(x.cuda(), scale.cuda(), rule=rule)
+        expected_packed, expected_scale = nvfp4.quantize(x, scale, rule=rule)
+        assert torch.equal(packed.cpu(), expected_packed)
+        assert torch.equal(block_scale.cpu().view(torch.uint8), expected_scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
+def test_one_launch_a_type_requantizes_a_list_in_place(rule, monkeypatch):
+    weights = [made(8 + 13 * i, 16 * (1 + i % 5), DTYPES[i % 3], i) for i in range(300)]
+    weights += [torch.zeros(0, 64), torch.zeros(4, 64, dtype=torch.bfloat16)]
+    on_gpu = [w.cuda() for w in weights]
+    base = torch.randn(16 * 64 + 1)
+    weights.append(base[1:].view(16, 64))
+    on_gpu.append(base.cuda()[1:].view(16, 64))  # no multiple of 16 bytes
+    names = [f"w{i}" for i in range(len(weights))]
+    amaxes = amax_list(on_gpu)
+    assert torch.equal(amaxes.cpu(), torch.stack([tensor_amax(w) for w in weights]))
+    scales = global_scales_from_amaxes(amaxes, names)
+    tables = []
+    original = nvfp4_triton._tables
+    monkeypatch.setattr(nvfp4_triton, "_tables", lambda tensors: tables.append(original(tensors)) or tables[-1])
+    fake_quant_list_(on_gpu, scales, names, rule)
+    assert len(tables) == 1 and len(tables[0]) == 3
+    for ours, weight, scale in zip(on_gpu, weights, scales.cpu(), strict=True):
+        assert_same_bits(ours, nvfp4.fake_quant(weight, scale, rule=rule))
+
+
+def test_nan_and_inf_are_refused_by_name():
+    weights = [torch.randn(64, 64, device="cuda") for _ in range(3)]
+    weights[1][3, 3], weights[2][5, 60] = torch.nan, -torch.inf
+    names = ["a", "layers.1.w", "layers.2.w"]
+    with pytest.raises(QADError, match=r"layers\.1\.w: amax is nan; layers\.2\.w: amax is inf"):
+        global_scales_from_amaxes(amax_list(weights), names)
+    with pytest.raises(QADError, match=r"layers\.1\.w: 1 blocks; layers\.2\.w: 1 blocks hold NaN or Inf"):
+        fake_quant_list_(weights, torch.ones(3, device="cuda"), names)
+    with pytest.raises(QADError, match=r"layers\.7\.w: 1 blocks hold NaN or Inf"):
+        bad = torch.randn(4, 64, device="cuda")
+        bad[0, 0] = torch.inf
+        nvfp4.fake_quant_(bad, torch.ones((), device="cuda"), name="layers.7.w")
+
+
+def test_a_tensor_of_more_than_two_to_the_31_values():
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    x = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device="cuda").view(-1, 4096)
+    tail = torch.randn(1, 4096).bfloat16()
+    x[-1:] = tail.cuda()
+    scale = nvfp4.global_scale_from_amax(tensor_amax(tail))
+    fake_quant_list_([x], scale.reshape(1).cuda(), ["large"])
+    assert_same_bits(x[-1:], nvfp4.fake_quant(tail, scale))
+    assert not x[:-1].any()
