@@ -19,6 +19,7 @@ MAX_ULPS = 1
 # A tile is worked in two float32 buffers of 512 KiB, allocated once a call: they and the tile stay in a level-2 cache,
 # and a page fault a buffer page would cost more than the arithmetic.
 _TILE_ELEMENTS = 1 << 17
+_GPU_TILE_ELEMENTS = 1 << 24  # there a tile costs launches and a synchronisation
 _EXPONENT_BITS = 0x7F800000
 _MAGNITUDE_BITS = 0x7FFFFFFF
 _BITS_OF_2_TO_MINUS_6 = 0x3C800000  # the smallest normal E4M3 number
@@ -80,7 +81,8 @@ def tile_slices(rows: Tensor) -> list[slice]:
     """Slices of the rows of [M, K] that make tiles; the first is the largest. Empty for an empty tensor."""
     if not rows.numel():
         return []
-    step = min(max(1, _TILE_ELEMENTS // rows.shape[1]), rows.shape[0])
+    elements = _TILE_ELEMENTS if rows.device.type == "cpu" else _GPU_TILE_ELEMENTS
+    step = min(max(1, elements // rows.shape[1]), rows.shape[0])
     return [slice(start, min(start + step, rows.shape[0])) for start in range(0, rows.shape[0], step)]
 
 

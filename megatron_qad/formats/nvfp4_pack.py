@@ -96,7 +96,7 @@ def _wrong_blocks(rows: Tensor, packed: Tensor, block_scale: Tensor, global_scal
 
 def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -> tuple[Tensor, Tensor]:
     """[B, 16] -> codes uint8 [B, 16] and scales float8_e4m3fn [B]: for each block the smallest E4M3 scale that decodes
-    exactly.
+    exactly (some such scale, if the block's amax is a subnormal number of its type).
 
     The largest value of an on-grid block is c * s * global_scale for a code value c, so that at most seven scales need
     trying, each the nearest E4M3 number of amax / (c * global_scale). Nearest finds s, because amax is off by less than

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.formats.e2m1 import E2M1_VALUES, pack_codes, round_to_e2m1_, unpack_codes
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
 from megatron_qad.formats.nvfp4_pack import OffGridError, is_on_grid, pack_on_grid, recover_global_scale
 from megatron_qad.runtime.errors import QADError
@@ -39,6 +40,51 @@ def test_packing_a_fake_quantized_weight_is_exact(seed, dtype, exponent, spread)
     packed, block_scale = pack_on_grid(on_grid, scale)
     assert torch.equal(bits(dequantize(packed, block_scale, scale, dtype)), bits(on_grid))
     assert (block_scale.view(torch.uint8) >= 1).all() and (block_scale.view(torch.uint8) <= 0x7E).all()
+
+
+GRID = torch.tensor(E2M1_VALUES[:8])
+SCALES = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exponent", [-126, -40, -17, -4, 0])
+def test_any_block_on_the_grid_is_found_under_its_smallest_exact_scale(dtype, exponent):
+    """Every E4M3 scale with every largest code, under global scales of several mantissas: the seven candidates of the
+    search against trying all 126. In float16 the smaller exponents make values subnormal, or zero."""
+    if dtype == torch.float16 and exponent < -17:
+        pytest.skip("all values round to zero in float16")
+    generator = torch.Generator().manual_seed(exponent)
+    for mantissa in (1.0, 1.1, 1.3333333, 1.9999999):
+        scale = torch.tensor(mantissa) * 2.0**exponent
+        codes = torch.randint(0, 8, (126, 7, 16), generator=generator)
+        codes = codes.minimum(torch.arange(1, 8).view(1, 7, 1))
+        codes[..., 0] = torch.arange(1, 8)
+        signs = torch.randint(0, 2, codes.shape, generator=generator) * 2.0 - 1
+        values = GRID[codes] * signs * (SCALES.float() * scale).view(-1, 1, 1)
+        blocks = values.to(dtype).view(-1, 16).add_(0.0)
+        packed, found = pack_on_grid(blocks, scale)
+        assert torch.equal(bits(dequantize(packed, found, scale, dtype)), bits(blocks))
+        decode_scales = SCALES.float() * scale
+        exact = torch.stack(
+            [((round_to_e2m1_(blocks.float() / s) * s).to(dtype) == blocks).all(-1) for s in decode_scales]
+        )
+        smallest = SCALES.float()[exact.int().argmax(0)]
+        amax, zero = blocks.abs().amax(-1).float(), (blocks == 0).all(-1)
+        normal = amax >= torch.finfo(dtype).tiny  # else many scales decode alike, and any of them does
+        assert torch.equal(found.float().view(-1)[normal], smallest[normal])
+        assert (found.float().view(-1)[zero] == 1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), exponent=st.integers(-100, 20), dtype=st.sampled_from(DTYPES[:2]))
+def test_packed_bytes_of_any_kind_survive_decoding_and_packing(seed, exponent, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (8, 32), generator=generator, dtype=torch.uint8)
+    assert torch.equal(pack_codes(unpack_codes(packed)), packed)
+    block_scale = SCALES.view(torch.uint8)[torch.randint(0, 126, (8, 4), generator=generator)].view(torch.float8_e4m3fn)
+    scale = (1 + torch.rand((), generator=generator)) * 2.0**exponent
+    values = dequantize(packed, block_scale, scale, dtype)
+    assert torch.equal(dequantize(*pack_on_grid(values, scale), scale, dtype), values)
 
 
 def test_requantizing_is_not_idempotent_where_the_block_scale_is_subnormal():
