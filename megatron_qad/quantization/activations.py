@@ -6,7 +6,7 @@ everywhere else. Quantized are inputs of linears (NVFP4, FP8) and keys and value
 INT4 weights are modelopt's own, in every forward pass: a format to train and evaluate, not to export.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import modelopt.torch.quantization as mtq
@@ -127,6 +127,19 @@ class ActivationQuantizers:
         self._calibrated = False
         for quantizer in self.quantizers.values():
             quantizer.amax = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def use(self, formats: Mapping[str, str]) -> None:
+        """Quantize the inputs of these linears in these formats, and no others; the amaxes stay.
+
+        Args:
+            formats: by Megatron weight name; all of them among those that were calibrated.
+        """
+        for name, quantizer in self.quantizers.items():
+            input_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")].input
+            if input_format is None:
+                quantizer.disable()
+            else:
+                quantizer.set_from_attribute_config(_INPUTS[input_format])
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:

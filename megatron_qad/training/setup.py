@@ -37,7 +37,8 @@ def load_policy(args: argparse.Namespace) -> policy.Policy:
 
 def resolve_formats(args: argparse.Namespace) -> dict[str, str]:
     """The format of every linear of the student, by global Megatron weight name."""
-    return policy.resolve(load_policy(args), family_of(args.hf_config).linears(args.hf_config))
+    family = family_of(args.hf_config)
+    return policy.resolve(load_policy(args), family.linears(args.hf_config), family.layer_kinds(args.hf_config))
 
 
 def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:

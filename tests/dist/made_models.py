@@ -5,9 +5,8 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from safetensors.torch import save_file
-
 from launch import run_workers
+from safetensors.torch import save_file
 
 WORKER = Path(__file__).with_name("worker_models.py")
 # name -> (tensor-parallel size, pipeline-parallel size), flags

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from launch import run_workers
 
 SIZES = (1, 2, 4)

@@ -13,9 +13,8 @@ import records
 import tiny_job
 import torch
 from fork_server import ForkServer
-from safetensors.torch import load_file, save_file
-
 from launch import ROOT, environment
+from safetensors.torch import load_file, save_file
 
 VOCAB = tiny_job.LLAMA["vocab_size"]
 LAYOUTS = {
@@ -260,8 +259,8 @@ def test_in_place_weights_equal_fake_quantization_in_the_forward_pass(workshop, 
     assert all(moved)
 
 
-# Layout, flags, and the case whose numbers it must have to the last bit. Not compared: data-parallel ranks with one rank
-# (they add the gradients of their halves) and, where the head is tied, stages (each adds its part of the embedding's).
+# Layout, flags, and the case whose numbers it must have to the last bit. Not compared: two data-parallel ranks with one
+# (they add their halves of the gradients) and, where the head is tied, stages (each adds its part of the embedding's).
 OVERLAP = ["--overlap-grad-reduce", "--overlap-param-gather"]
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 COUNTED = {

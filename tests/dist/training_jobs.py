@@ -177,3 +177,17 @@ def _master(parameter):
     """The float32 master of a BF16 parameter, in its shape; None where data-parallel ranks hold a part of it each."""
     master = getattr(parameter, "main_param", None)
     return None if master is None or master.numel() != parameter.numel() else master.view(parameter.shape)
+
+
+def sensitivity(argv: list[str]) -> None:
+    """tools/sensitivity.py, with its errors printed as the script prints them."""
+    sys.path.insert(0, "tools")
+    import sensitivity as tool
+
+    from megatron_qad.runtime import QADError
+
+    sys.argv = ["sensitivity.py"]
+    try:
+        tool.main(argv)
+    except QADError as error:
+        sys.exit(f"error: {error}")

@@ -1,8 +1,8 @@
 """Worker: losses, metrics and quantizers over vocabulary and weights cut across 1, 2 and 4 ranks."""
 
 import torch
-
 from launch import report
+
 from megatron_qad.runtime import prepare
 
 prepare()

@@ -1,0 +1,209 @@
+"""Which layers suffer from quantization: the KL to the unquantized model when only one unit of it is quantized.
+
+A unit is a layer of the pattern (an attention, an MLP), or the head. The model is built once, in any parallel layout; its
+own unquantized logits on held-out microbatches are the reference. Weights are quantized in place and restored, inputs by
+the same quantizers as in training. ``propose`` then spends a byte budget where the KL falls most for a byte, taking the
+units' KLs as additive, which they nearly are while they are small; the proposal is measured as a whole, too.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core import mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.training import build_train_valid_test_data_iterators
+from tqdm import tqdm
+
+from megatron_qad.data.provider import datasets_provider
+from megatron_qad.models.builder import freeze
+from megatron_qad.models.weights import load_weights
+from megatron_qad.quantization.activations import ActivationQuantizers
+from megatron_qad.quantization.format_table import ShapedLinear, format_rows
+from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.runtime.errors import QADError
+from megatron_qad.training.arguments import model_config
+from megatron_qad.training.batch import iterators, logits_of, read_batches
+from megatron_qad.training.loss import forward_step, validation_metrics
+from megatron_qad.training.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is quantized together."""
+
+    name: str
+    """Shell pattern of its Megatron modules, such as ``decoder.layers.3.*``."""
+    kind: str
+    layer: int | None
+    linears: tuple[ShapedLinear, ...]
+
+    def bytes_as(self, fmt: str) -> int:
+        """Stored bytes of its linears in a format, scales included."""
+        return sum(row.bytes_after for row in format_rows(self.linears, {x.megatron: fmt for x in self.linears}))
+
+
+@dataclass
+class Sensitivities:
+    """KL(unquantized || quantized), nats a token, of each unit and kind alone in each format, and of everything."""
+
+    num_tokens: int
+    units: list[Unit]
+    by_unit: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(unit's name, format) -> KL."""
+    by_kind: dict[tuple[str, str], float] = field(default_factory=dict)
+    everything: dict[str, float] = field(default_factory=dict)
+    """Format -> KL with every unit in it."""
+
+
+def units_of(linears: Iterable[ShapedLinear], formats: Mapping[str, str]) -> list[Unit]:
+    """The units of the linears that ``formats`` (by Megatron weight name) quantizes, in model order."""
+    groups: dict[tuple[int | None, str], list[ShapedLinear]] = {}
+    for linear in linears:
+        if formats[linear.megatron] != "bf16":
+            key = (linear.layer, "") if linear.layer is not None else (None, linear.megatron)
+            groups.setdefault(key, []).append(linear)
+    return [
+        Unit(
+            name=f"decoder.layers.{layer}.*" if layer is not None else name.removesuffix(".weight"),
+            kind=group[0].kind,
+            layer=layer,
+            linears=tuple(group),
+        )
+        for (layer, name), group in groups.items()
+    ]
+
+
+class Probe:
+    """A frozen model, held-out microbatches, and the model's own unquantized logits on them (kept on the last stage).
+
+    Args:
+        args: parsed arguments (``parse_arguments``); ``--qad-teacher`` is the model, the validation split the data.
+        quantizable: Megatron weight names of all linears that may be quantized; their inputs are calibrated here.
+        num_microbatches: a data-parallel rank.
+    """
+
+    def __init__(self, args: argparse.Namespace, quantizable: Sequence[str], num_microbatches: int):
+        self.args = args
+        config = model_config(args, args.hf_config)
+        chunks = config.get_builder_cls()(config).build_distributed_models(
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        load_weights(chunks, args.qad.qad_teacher)
+        self.tp_group = mpu.get_tensor_model_parallel_group()
+        self.data_group = mpu.get_data_parallel_group(with_context_parallel=True)
+        self.activations = ActivationQuantizers(
+            chunks,
+            dict.fromkeys(quantizable, "nvfp4"),
+            groups=(self.tp_group, self.data_group),
+            percentile=args.qad.qad_calibration_percentile,
+        )
+        self.chunks = [freeze(chunk) for chunk in chunks]
+        self.shape = {"seq_length": args.seq_length, "micro_batch_size": args.micro_batch_size}
+        args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
+        _, self._valid, _ = build_train_valid_test_data_iterators(datasets_provider)
+        self.batches = read_batches(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
+        with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
+            Teacher(self.chunks).annotate(self.batches, self._valid, **self.shape, decoder_seq_length=None)
+        self._reference = [batch.teacher_logits for batch in self.batches]
+
+    def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
+        """KL(unquantized || quantized) in nats a token with these linears quantized and no other, and the tokens."""
+        self.activations.use(formats)
+        weights = InPlaceWeights(self.chunks, dict(formats), self.tp_group, self.args.qad.qad_weight_scale_rule)
+        saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}
+        weights.quantize_()
+        for batch, logits in zip(self.batches, self._reference, strict=True):
+            batch.teacher_logits = logits  # the loss lets go of them
+        with torch.no_grad():
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators(self.batches, self._valid),
+                model=self.chunks,
+                num_microbatches=len(self.batches),
+                forward_only=True,
+                **self.shape,
+            )
+            for name, weight in saved.items():
+                weights.weights[name].data.copy_(weight)
+        total = validation_metrics.take().all_reduce(self.data_group)
+        if mpu.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has a loss
+            total = total.all_reduce(mpu.get_pipeline_model_parallel_group())
+        means = total.means()
+        return means["kl_to_teacher"], means["num_tokens"]
+
+
+def measure(probe: Probe, units: Sequence[Unit], formats: Sequence[str], *, show_progress: bool) -> Sensitivities:
+    """Each unit, each kind and everything in each format. ``(units + kinds + 1) * formats`` forward passes."""
+    kinds = list(dict.fromkeys(unit.kind for unit in units))
+    groups = [("unit", unit.name, [unit]) for unit in units]
+    groups += [("kind", kind, [unit for unit in units if unit.kind == kind]) for kind in kinds]
+    groups.append(("everything", "", list(units)))
+    found = Sensitivities(0, list(units))
+    bar = tqdm([(g, f) for g in groups for f in formats], desc="sensitivity", disable=None if show_progress else True)
+    for (what, name, members), fmt in bar:
+        kl, found.num_tokens = probe.kl({x.megatron: fmt for unit in members for x in unit.linears})
+        if what == "unit":
+            found.by_unit[name, fmt] = kl
+        elif what == "kind":
+            found.by_kind[name, fmt] = kl
+        else:
+            found.everything[fmt] = kl
+    return found
+
+
+def propose(found: Sensitivities, formats: Sequence[str], budget_bytes: int) -> dict[str, str]:
+    """Format of each unit: the smallest everywhere, then step by step the change that lowers the KL most for a byte.
+
+    Args:
+        formats: those measured; "bf16", with KL 0, is always a choice too.
+        budget_bytes: for all units together.
+
+    Raises:
+        QADError: the smallest formats do not fit.
+    """
+    choices = [*formats, "bf16"]
+    units = {unit.name: unit for unit in found.units}
+    sizes = {(name, fmt): unit.bytes_as(fmt) for name, unit in units.items() for fmt in choices}
+
+    def kl(name: str, fmt: str) -> float:
+        return 0.0 if fmt == "bf16" else found.by_unit[name, fmt]
+
+    chosen = {name: min(choices, key=lambda fmt: (sizes[name, fmt], kl(name, fmt))) for name in units}
+    left = budget_bytes - sum(sizes[name, fmt] for name, fmt in chosen.items())
+    if left < 0:
+        raise QADError(
+            f"a budget of {budget_bytes:,} bytes is below the {budget_bytes - left:,} that all units take in their "
+            f"smallest formats ({', '.join(sorted(set(chosen.values())))}); give at least that"
+        )
+    while True:
+        steps = []
+        for name, fmt in chosen.items():
+            for other in choices:
+                cost, gain = sizes[name, other] - sizes[name, fmt], kl(name, fmt) - kl(name, other)
+                if 0 < cost <= left and gain > 0:
+                    steps.append((gain / cost, name, other, cost))
+        if not steps:
+            return chosen
+        _, name, other, cost = max(steps)
+        chosen[name] = other
+        left -= cost
+
+
+def policy_document(units: Sequence[Unit], chosen: Mapping[str, str], linears: Iterable[ShapedLinear]) -> dict:
+    """A policy (``quantization.policy``) that gives every unit its format and every other linear BF16."""
+    taken = {linear.megatron for unit in units for linear in unit.linears}
+    rules = []
+    kept = [linear for linear in linears if linear.megatron not in taken]
+    if kept:
+        rules += [{"name": x.megatron.removesuffix(".weight"), "format": "bf16"} for x in kept]
+    for fmt in dict.fromkeys(chosen.values()):
+        layers = [unit.layer for unit in units if unit.layer is not None and chosen[unit.name] == fmt]
+        if layers:
+            rules.append({"layer": layers, "format": fmt})
+        rules += [{"name": u.name, "format": fmt} for u in units if u.layer is None and chosen[u.name] == fmt]
+    # Linears of a unit's layer that stay in BF16 come last and so win over the layer's rule.
+    rules.sort(key=lambda rule: "name" in rule)
+    return {"rules": rules}
