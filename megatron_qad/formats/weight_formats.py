@@ -26,7 +26,7 @@ class WeightFormat:
     is_on_grid: Callable[..., bool]
     """(weight, scale, *, name) -> whether it packs to exactly itself"""
     recover_scale: Callable[..., Tensor]
-    """(weight, *, name) -> the scale under which a fake-quantized weight packs exactly; OffGridError if there is none"""
+    """(weight, *, name) -> the scale under which a fake-quantized weight packs exactly; or OffGridError"""
 
 
 def _fp8_scales(amaxes: Tensor, names: Sequence[str]) -> Tensor:

@@ -50,7 +50,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
     """Fill the model chunks (one a virtual stage) with the weights of ``checkpoint``.
 
     Args:
-        with_amaxes: also the input quantizers' amaxes, whose buffers must be there (``ActivationQuantizers.expect_amax``).
+        with_amaxes: also the input quantizers' amaxes, whose buffers must be there (``expect_amax``).
 
     Raises:
         QADError: a tensor of the model that the checkpoint lacks, or one of another shape; named.

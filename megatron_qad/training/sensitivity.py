@@ -1,9 +1,9 @@
 """Which layers suffer from quantization: the KL to the unquantized model when only one unit of it is quantized.
 
-A unit is a layer of the pattern (an attention, an MLP), or the head. The model is built once, in any parallel layout; its
-own unquantized logits on held-out microbatches are the reference. Weights are quantized in place and restored, inputs by
-the same quantizers as in training. ``propose`` then spends a byte budget where the KL falls most for a byte, taking the
-units' KLs as additive, which they nearly are while they are small; the proposal is measured as a whole, too.
+A unit is a layer of the pattern (an attention, an MLP), or the head. The model is built once, in any parallel layout;
+its own unquantized logits on held-out microbatches are the reference. Weights are quantized in place and restored,
+inputs by the same quantizers as in training. ``propose`` then spends a byte budget where the KL falls most for a byte,
+taking the units' KLs as additive, which they nearly are while they are small; the proposal is measured as a whole, too.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from megatron_qad.quantization.format_table import ShapedLinear, format_rows
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
-from megatron_qad.training.batch import iterators, logits_of, read_batches
+from megatron_qad.training.batch import iterators, read_batches
 from megatron_qad.training.loss import forward_step, validation_metrics
 from megatron_qad.training.teacher import Teacher
 
