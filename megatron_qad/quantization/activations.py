@@ -23,20 +23,18 @@ from megatron_qad.runtime.errors import QADError
 NVFP4_BACKEND = "megatron_qad_nvfp4"
 FP8_BACKEND = "megatron_qad_fp8"
 FP8 = {"num_bits": (4, 3), "axis": None, "backend": FP8_BACKEND, "enable": True}
-_INPUTS = {
-    "nvfp4": {
-        "num_bits": (2, 1),
-        "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
-        "backend": NVFP4_BACKEND,
-        "enable": True,
-    },
-    "fp8": FP8,
+NVFP4_INPUT = {
+    "num_bits": (2, 1),
+    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
+    "backend": NVFP4_BACKEND,
+    "enable": True,
 }
+_INPUTS = {"nvfp4": NVFP4_INPUT, "fp8": FP8}
 _INT4_GROUP = 128
 _INT4_WEIGHT = {"num_bits": 4, "block_sizes": {-1: _INT4_GROUP}, "type": "dynamic", "enable": True}
 
 
-class _FakeQuantSTE(torch.autograd.Function):
+class FakeQuantSTE(torch.autograd.Function):
     """Quantized forward, identity backward: the report keeps gradients in high precision."""
 
     @staticmethod
@@ -51,12 +49,12 @@ class _FakeQuantSTE(torch.autograd.Function):
 
 def nvfp4_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """The backend: NVFP4 of ``x`` [..., K] under the quantizer's amax, with a straight-through gradient."""
-    return _FakeQuantSTE.apply(x, nvfp4.global_scale_from_amax(quantizer.amax), nvfp4.fake_quant)
+    return FakeQuantSTE.apply(x, nvfp4.global_scale_from_amax(quantizer.amax), nvfp4.fake_quant)
 
 
 def fp8_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """The backend: FP8 E4M3 of ``x``, any shape, under the quantizer's amax, with a straight-through gradient."""
-    return _FakeQuantSTE.apply(x, fp8.scale_from_amax(quantizer.amax), fp8.fake_quant)
+    return FakeQuantSTE.apply(x, fp8.scale_from_amax(quantizer.amax), fp8.fake_quant)
 
 
 register_quant_backend(NVFP4_BACKEND, nvfp4_inputs)

@@ -30,8 +30,8 @@ def _markdown(found: Sensitivities, formats, title, chosen, proposal_kl, budget_
     names = " | ".join(f"KL as {fmt}" for fmt in formats)
     lines = [f"# {title}", ""]
     lines += [
-        f"KL(unquantized || quantized) in nats a token over {found.num_tokens:,} held-out tokens, one unit quantized at "
-        "a time.",
+        f"KL(unquantized || quantized) in nats a token over {found.num_tokens:,} held-out tokens; one unit quantized "
+        "at a time.",
         "",
         f"| quantized | {names} |",
         "|---" * (1 + len(formats)) + "|",

@@ -1,9 +1,15 @@
 """A tiny dense model as export would stream it, for the tests of layouts, writer and validator."""
 
+import json
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_qad.checkpoint.hf_inventory import inventory
-from megatron_qad.checkpoint.layouts import HFTensor
+from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
+from megatron_qad.checkpoint.layouts import HFTensor, kv_scales
+from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.formats import fp8
 from megatron_qad.formats.nvfp4 import fake_quant, global_scale_from_amax, tensor_amax
 
 CONFIG = {
@@ -29,9 +35,9 @@ FAMILIES = {
 }
 
 
-def items(config=CONFIG, unquantized=("lm_head",), seed=0):
+def items(config=CONFIG, unquantized=("lm_head",), seed=0, format_of=lambda module: "nvfp4", kv_layout=None):
     """The model's tensors, bfloat16; every linear but ``unquantized`` fake-quantized, with scales shared in fused
-    groups."""
+    groups. ``format_of`` gives each linear's format; with ``kv_layout`` there are scales of an FP8 KV cache."""
     generator = torch.Generator().manual_seed(seed)
     model = inventory(config)
     for name, shape in model.tensors.items():
@@ -45,10 +51,58 @@ def items(config=CONFIG, unquantized=("lm_head",), seed=0):
             yield HFTensor(f"{module}.weight", weight, module)
             continue
         group = group_of.get(module, (module,))
-        scale = global_scale_from_amax(torch.stack([tensor_amax(weights[m]) for m in group]).amax())
-        input_scale = global_scale_from_amax(torch.tensor(1.0 + len(group[0])))
-        yield HFTensor(f"{module}.weight", fake_quant(weight, scale), module, "nvfp4", scale, input_scale)
+        fmt = format_of(module)
+        to_scale, quantized = (
+            (fp8.scale_from_amax, fp8.fake_quant) if fmt == "fp8" else (global_scale_from_amax, fake_quant)
+        )
+        scale = to_scale(torch.stack([tensor_amax(weights[m]) for m in group]).amax())
+        input_scale = None if fmt == "nvfp4-w4a16" else to_scale(torch.tensor(1.0 + len(group[0])))
+        yield HFTensor(f"{module}.weight", quantized(weight, scale), module, fmt, scale, input_scale)
+    if kv_layout is not None:
+        for i, (k_proj, v_proj) in enumerate(model.attentions):
+            yield from kv_scales(k_proj, v_proj, torch.tensor([1.0 + i]), torch.tensor([500.0]), kv_layout)
 
 
 def linears(config=CONFIG):
     return list(inventory(config).linears)
+
+
+def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **more):
+    stream = items(config, unquantized)
+    write_hf_checkpoint(stream, directory, config=config, layout=layout, linear_modules=linears(config), **more)
+    return directory
+
+
+def faults(directory):
+    return [str(fault) for fault in validate_nvfp4(directory).faults]
+
+
+def edit(directory, change):
+    """Apply ``change`` to the dict of tensors of a one-shard directory."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, change):
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.__setitem__(name, value(tensors[name]) if callable(value) else value)
+
+
+def poke(name, code):
+    """One E4M3 byte of a block scale."""
+
+    def change(tensors):
+        tensors[name].view(torch.uint8)[0, 0] = code
+
+    return change

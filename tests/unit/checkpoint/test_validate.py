@@ -1,19 +1,28 @@
 """Good directories of every family and layout are valid; each silent fault of the facts is caught and named."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
 from megatron_qad.checkpoint.validate import validate_nvfp4
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exported import CONFIG, FAMILIES, items, linears  # noqa: E402  (a helper beside the tests)
+from exported import (  # noqa: E402  (a helper beside the tests)
+    CONFIG,
+    FAMILIES,
+    drop,
+    edit,
+    edit_json,
+    export,
+    faults,
+    linears,
+    poke,
+    put,
+)
 
 LAYER = "model.layers.1"
 DOWN, Q, K, V, UP = (
@@ -21,30 +30,6 @@ DOWN, Q, K, V, UP = (
     for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
 )
 INDEX = "model.safetensors.index.json"
-
-
-def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **more):
-    stream = items(config, unquantized)
-    write_hf_checkpoint(stream, directory, config=config, layout=layout, linear_modules=linears(config), **more)
-    return directory
-
-
-def faults(directory):
-    return [str(fault) for fault in validate_nvfp4(directory).faults]
-
-
-def edit(directory, change):
-    """Apply ``change`` to the dict of tensors of a one-shard directory."""
-    path = directory / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit_json(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
@@ -74,23 +59,6 @@ def test_inventory_is_what_transformers_builds(family):
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert named == theirs
     assert set(ours.linears) == {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-
-
-def drop(name):
-    return lambda tensors: tensors.pop(name)
-
-
-def put(name, value):
-    return lambda tensors: tensors.__setitem__(name, value(tensors[name]) if callable(value) else value)
-
-
-def poke(name, code):
-    """One E4M3 byte of a block scale."""
-
-    def change(tensors):
-        tensors[name].view(torch.uint8)[0, 0] = code
-
-    return change
 
 
 MODELOPT_FAULTS = {

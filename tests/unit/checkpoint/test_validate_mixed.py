@@ -1,0 +1,163 @@
+"""Checkpoints of several formats and of an FP8 KV cache: good ones are valid, each fault is named."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
+from megatron_qad.checkpoint.validate import validate_nvfp4
+
+sys.path.insert(0, str(Path(__file__).parent))
+from exported import (  # noqa: E402  (a helper beside the tests)
+    CONFIG,
+    drop,
+    edit,
+    edit_json,
+    faults,
+    items,
+    linears,
+    poke,
+    put,
+)
+
+LAYER = "model.layers.1"
+DOWN, Q, K, V, UP = (
+    f"{LAYER}.{part}"
+    for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+)
+
+
+def mixed_format(module):
+    """FP8 attention, NVFP4 gate and up, weight-only down."""
+    return "fp8" if "self_attn" in module else "nvfp4-w4a16" if module.endswith("down_proj") else "nvfp4"
+
+
+def export_mixed(directory, layout, format_of=mixed_format, kv_cache="fp8"):
+    stream = items(format_of=format_of, kv_layout=layout if kv_cache == "fp8" else None)
+    arguments = {"config": CONFIG, "layout": layout, "linear_modules": linears(), "kv_cache": kv_cache}
+    write_hf_checkpoint(stream, directory, **arguments)
+    return directory
+
+
+@pytest.mark.parametrize("kv_cache", ["bf16", "fp8"])
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_mixed_directories_are_valid(tmp_path, layout, kv_cache):
+    for name, format_of in (("mixed", mixed_format), ("fp8", lambda m: "fp8"), ("w4a16", lambda m: "nvfp4-w4a16")):
+        report = validate_nvfp4(export_mixed(tmp_path / name, layout, format_of, kv_cache))
+        assert not report.faults, "\n".join(map(str, report.faults))
+        assert report.quantized == {module: format_of(module) for module in linears() if module != "lm_head"}
+        assert report.kv_cache == kv_cache
+    assert f"8 fp8, 4 nvfp4, 2 nvfp4-w4a16, KV cache {kv_cache}" in validate_nvfp4(tmp_path / "mixed").summary()
+
+
+def drop_layer(config):
+    del config["quantization_config"]["quantized_layers"][DOWN]
+
+
+MIXED_FAULTS = {
+    "fp8 input scale missing": (drop(f"{Q}.input_scale"), f"{Q}.input_scale: is missing"),
+    "fp8 weight scale missing": (drop(f"{Q}.weight_scale"), f"{Q}.weight_scale: is missing"),
+    "fp8 weight missing": (drop(f"{Q}.weight"), f"{Q}.weight: is missing"),
+    "fp8 weight in BF16": (
+        put(f"{Q}.weight", lambda t: t.float().bfloat16()),
+        f"{Q}.weight: is BF16, expected F8_E4M3",
+    ),
+    "fp8 weight NaN": (poke(f"{Q}.weight", 0x7F), f"{Q}.weight: holds 1 values that are NaN"),
+    "fp8 weight half": (put(f"{Q}.weight", lambda t: t[:, :16].clone()), f"{Q}.weight: has shape [32, 16]"),
+    "fp8 fused scales differ": (put(f"{K}.weight_scale", lambda t: t * 2), f"{K}.weight_scale: is "),
+    "fp8 fused input scales differ": (put(f"{V}.input_scale", lambda t: t * 2), f"{V}.input_scale: is "),
+    "weight-only with an input scale": (put(f"{DOWN}.input_scale", torch.tensor(1.0)), "config.json: "),
+    "nvfp4 input scale missing": (drop(f"{UP}.input_scale"), f"{UP}.input_scale: is missing"),
+    "k scale missing": (drop(f"{K}.k_scale"), f"{K}.k_scale: is missing"),
+    "v scale missing": (drop(f"{V}.v_scale"), f"{V}.v_scale: is missing"),
+    "k scale NaN": (put(f"{K}.k_scale", torch.tensor(float("nan"))), f"{K}.k_scale: is nan"),
+    "v scale of shape [1]": (put(f"{V}.v_scale", lambda t: t.reshape(1)), f"{V}.v_scale: has shape [1], expected []"),
+}
+
+
+@pytest.mark.parametrize("case", MIXED_FAULTS)
+def test_a_damaged_mixed_directory_is_named(tmp_path, case):
+    change, text = MIXED_FAULTS[case]
+    directory = export_mixed(tmp_path / "out", "modelopt")
+    edit(directory, change)
+    found = faults(directory)
+    assert any(fault.startswith(text) for fault in found), found
+
+
+def set_in(*path_and_value):
+    *path, key, value = path_and_value
+
+    def change(config):
+        for part in path:
+            config = config[part]
+        config[key] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "layout, file, change, text",
+    [
+        ("modelopt", "config.json", drop_layer, "config.json: quantization_config.quantized_layers"),
+        (
+            "modelopt",
+            "hf_quant_config.json",
+            set_in("quantization", "quantized_layers", Q, {"quant_algo": "NVFP4"}),
+            "hf_quant_config.json: quantization.quantized_layers",
+        ),
+        (
+            "modelopt",
+            "config.json",
+            set_in("quantization_config", "quant_algo", "NVFP4"),
+            "config.json: quantization_c",
+        ),
+        (
+            "modelopt",
+            "config.json",
+            set_in("quantization_config", "kv_cache_scheme", None),
+            "config.json: kv_cache_sch",
+        ),
+        (
+            "modelopt",
+            "hf_quant_config.json",
+            set_in("quantization", "kv_cache_quant_algo", None),
+            "hf_quant_config.json: quantization.kv_cache_quant_algo is None, expected 'FP8'",
+        ),
+        (
+            "compressed-tensors",
+            "config.json",
+            set_in("quantization_config", "config_groups", "group_0", "targets", [Q]),
+            "config.json: config_groups targets",
+        ),
+        (
+            "compressed-tensors",
+            "config.json",
+            set_in("quantization_config", "kv_cache_scheme", None),
+            "config.json: kv_cache_scheme is None",
+        ),
+    ],
+)
+def test_a_wrong_mixed_configuration_is_named(tmp_path, layout, file, change, text):
+    directory = export_mixed(tmp_path / "out", layout)
+    edit_json(directory / file, change)
+    found = faults(directory)
+    assert any(fault.startswith(text) for fault in found), found
+
+
+def test_an_announced_cache_without_scales_is_a_fault(tmp_path):
+    directory = export_mixed(tmp_path / "out", "modelopt")
+    for name in (f"model.layers.{i}.self_attn.{x}_proj.{x}_scale" for i in (0, 1) for x in "kv"):
+        edit(directory, drop(name))
+    (fault, *_) = [f for f in faults(directory) if "kv_cache_scheme" in f]
+    assert "no k_scale and v_scale are stored" in fault
+
+
+def test_a_fused_layer_of_two_formats_is_a_fault(tmp_path):
+    directory = export_mixed(
+        tmp_path / "out", "modelopt", lambda m: "fp8" if m.endswith(("q_proj", "up_proj")) else "nvfp4"
+    )
+    found = faults(directory)
+    assert f"{K}: is nvfp4 and {Q} fp8; servers fuse them" in found
+    assert any(f.startswith(f"{UP}: is fp8 and ") for f in found)

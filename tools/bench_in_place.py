@@ -1,0 +1,124 @@
+"""The share of a training step that quantizing weights in place takes, beside quantizing them in every forward pass.
+
+    python tools/bench_in_place.py [--nproc 2] [--repeat 2] --config examples/smollm2_135m/train.yaml \
+      --qad-teacher CKPT --data-path DATA --train-iters 6 ...        (pretrain_qad.py's flags; tensor parallelism 1)
+
+Both are whole QAD jobs with the same arithmetic, run in turn; only where weights are quantized differs. Printed are
+medians of Megatron's own step times, without the first two steps.
+"""
+
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+VARIANTS = ("in-place", "every-forward")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--nproc", type=int, default=1, help="ranks")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each variant, in turn")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # this process is a rank of that job
+    own, rest = parser.parse_known_args()
+    if own.variant:
+        return run_job(own.variant, rest)
+    steps: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    quantizing, passes = [], ""
+    for _ in range(own.repeat):
+        for variant in VARIANTS:
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(own.nproc),
+            ]
+            done = subprocess.run(
+                [*command, __file__, "--variant", variant, *rest], capture_output=True, text=True, cwd=ROOT
+            )
+            if done.returncode:
+                sys.exit(f"error: the job failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+            times = [float(ms) / 1e3 for ms in re.findall(r"elapsed time per iteration \(ms\): ([0-9.]+)", done.stdout)]
+            steps[variant] += times[2:]
+            quantizing += [float(s) for s in re.findall(r"quantized in place in ([0-9.]+) s a step", done.stdout)]
+            passes = next(iter(re.findall(r"\d+ weight quantizations a step in every-forward", done.stdout)), passes)
+    medians = {variant: statistics.median(times) for variant, times in steps.items()}
+    print("| weights quantized | seconds a step (median) | of them for weights |\n|---|---|---|")
+    share = statistics.median(quantizing) / medians["in-place"]
+    print(f"| in place, once a step | {medians['in-place']:.2f} | {statistics.median(quantizing):.3f} s, {share:.1%} |")
+    difference = medians["every-forward"] - medians["in-place"] + statistics.median(quantizing)
+    print(f"| in every forward pass | {medians['every-forward']:.2f} | {difference:.2f} s (by difference) |")
+    print(f"{len(steps['in-place'])} steps each; {passes or 'no count'}")
+
+
+def run_job(variant: str, argv: list[str]) -> None:
+    """One rank of one job; the last lines of its output say what quantizing took."""
+    sys.path.insert(0, str(ROOT))
+    import pretrain_qad  # prepares the backend
+    from megatron.training import print_rank_0
+
+    from megatron_qad.training import schedule, setup
+
+    jobs = []
+    made = schedule.QADStep.__init__
+
+    def remember(step, *args, **kwargs):
+        made(step, *args, **kwargs)
+        jobs.append(step.weights)
+
+    schedule.QADStep.__init__ = remember
+    if variant == "every-forward":
+        setup.InPlaceWeights = in_every_forward(setup.InPlaceWeights)
+    sys.argv = ["pretrain_qad.py", *argv]
+    pretrain_qad.main()
+    (weights,) = jobs
+    if variant == "in-place":
+        print_rank_0(f"quantized in place in {weights.seconds / weights.num_quantizations:.4f} s a step")
+    else:
+        number = weights.num_in_forward // max(1, weights.num_schedules)
+        print_rank_0(f"{number} weight quantizations a step in every-forward")
+
+
+def in_every_forward(in_place: type) -> type:
+    """A stand-in for ``InPlaceWeights`` that leaves parameters alone and lets modelopt's weight quantizers run, with the
+    same arithmetic."""
+    from modelopt.torch.quantization.nn import register_quant_backend
+
+    from megatron_qad.formats import nvfp4
+    from megatron_qad.quantization.activations import NVFP4_INPUT, FakeQuantSTE
+    from megatron_qad.quantization.names import named_modules_globally
+
+    class InEveryForward(in_place):
+        def __init__(self, chunks, formats, *args, **kwargs):
+            super().__init__(chunks, formats, *args, **kwargs)
+            self.num_in_forward = self.num_schedules = 0
+            register_quant_backend("bench_nvfp4_weights", self._quantize)
+            for chunk in chunks:
+                for name, module in named_modules_globally(chunk):
+                    if f"{name}.weight" in self.weights:
+                        module.weight_quantizer.set_from_attribute_config(
+                            {**NVFP4_INPUT, "backend": "bench_nvfp4_weights"}
+                        )
+
+        def _quantize(self, weight, quantizer):
+            self.num_in_forward += 1
+            scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight))
+            return FakeQuantSTE.apply(weight, scale, nvfp4.fake_quant)
+
+        @contextmanager
+        def on_grid(self, *, then_updated: bool):
+            self.is_stale = True
+            self.num_schedules += 1
+            yield
+
+    return InEveryForward
+
+
+if __name__ == "__main__":
+    main()
