@@ -67,6 +67,11 @@ def change_config(directory: Path, **changes) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+def test_a_family_that_can_only_be_inspected(damaged, refuses):
+    change_config(damaged, architectures=["NemotronHForCausalLM"])
+    refuses(damaged, "NemotronHForCausalLM is not trainable yet.*cannot be imported")
+
+
 def test_no_directory_or_config(damaged, refuses, tmp_path):
     refuses(tmp_path / "nowhere", "nowhere: no config.json")
     (damaged / "config.json").write_text("{")

@@ -1,0 +1,281 @@
+"""Nemotron-H, Llama Nemotron Super and Nemotron Nano VL: names, shapes and sizes, from configs alone."""
+
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, NemotronHConfig
+
+from megatron_qad.models.families import family_of
+from megatron_qad.models.families.decilm import ffn_size
+from megatron_qad.runtime import QADError
+
+CONFIGS = Path(__file__).parents[1] / "quantization" / "configs"
+TINY = {
+    "architectures": ["NemotronHForCausalLM"],
+    "hybrid_override_pattern": "ME*-M",
+    "num_hidden_layers": 5,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "n_routed_experts": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 80,
+}
+BLOCK = {
+    "attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
+    "ffn": {"ffn_mult": 2.625, "no_op": False, "replace_with_linear": False},
+}
+NO_ATTENTION = {**BLOCK, "attention": {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}}
+NO_FFN = {**BLOCK, "ffn": {"ffn_mult": None, "no_op": True, "replace_with_linear": False}}
+LINEAR_ATTENTION = {**BLOCK, "attention": {"n_heads_in_group": None, "no_op": False, "replace_with_linear": True}}
+LINEAR_FFN = {**BLOCK, "ffn": {"ffn_mult": None, "no_op": False, "replace_with_linear": True}}
+
+
+def read(name: str) -> dict:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def tensors_of(config: dict):
+    return family_of(config).tensors(config)
+
+
+def num_weights(config: dict) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors_of(config))
+
+
+def decilm(*blocks: dict) -> dict:
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "hidden_size": 384,
+        "num_attention_heads": 8,
+        "vocab_size": 64,
+        "num_hidden_layers": len(blocks),
+        "block_configs": list(blocks),
+    }
+
+
+def on_the_hub(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """A tensor of transformers' model under the hub's names: another prefix, experts apart."""
+    name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
+    if ".experts." in name and not name.endswith(".weight"):
+        stem, projection = name.rsplit(".", 1)
+        return {f"{stem}.{i}.{projection}.weight": tuple(shape[1:]) for i in range(shape[0])}
+    return {name: tuple(shape)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_latent_size": 24}, {"use_conv_bias": False}])
+def test_nemotron_h_covers_the_model_of_transformers(changes):
+    config = TINY | changes
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            NemotronHConfig(**{k: v for k, v in config.items() if k != "num_hidden_layers"})
+        )
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        expected |= on_the_hub(name, tensor.shape)
+    found = {}
+    for tensor in tensors_of(config):
+        found |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
+    assert found == expected
+
+
+def test_nemotron_h_maps_invert():
+    for tensor in tensors_of(TINY):
+        parts = [torch.randn(shape) for shape in tensor.hf_shapes()]
+        joined = tensor.to_megatron(parts)
+        assert tuple(joined.shape) == tensor.shape
+        assert all(torch.equal(a, b) for a, b in zip(tensor.to_hf(joined), parts, strict=True))
+
+
+def test_megatron_names_are_unique_and_say_their_layer():
+    for name in ("nemotron-3-nano-30b-a3b", "llama-nemotron-super-49b", "nemotron-nano-12b-v2-vl"):
+        tensors = tensors_of(read(name))
+        assert max(Counter(tensor.megatron for tensor in tensors).values()) == 1
+        for tensor in tensors:
+            parts = tensor.megatron.split(".")
+            in_decoder = parts[:2] == ["decoder", "layers"]
+            assert tensor.layer == (int(parts[2]) if in_decoder else None)
+
+
+def test_megatron_names_of_a_hybrid():
+    """The names that megatron-core 0.19.2's HybridModel saves (facts file; Mamba components are split from these)."""
+    names = {tensor.megatron: tensor for tensor in tensors_of(TINY)}
+    for name in (
+        "decoder.layers.0.mixer.in_proj.layer_norm_weight",
+        "decoder.layers.0.mixer.conv1d.weight",
+        "decoder.layers.0.mixer.A_log",
+        "decoder.layers.0.mixer.norm.weight",
+        "decoder.layers.1.pre_mlp_layernorm.weight",
+        "decoder.layers.1.mlp.router.expert_bias",
+        "decoder.layers.1.mlp.experts.experts.2.linear_fc2.weight",
+        "decoder.layers.1.mlp.shared_experts.linear_fc1.weight",
+        "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.3.mlp.linear_fc1.weight",
+    ):
+        assert name in names
+    in_proj = names["decoder.layers.0.mixer.in_proj.weight"]
+    assert dict(zip(in_proj.parts, in_proj.rows, strict=True)) == {"z": 64, "x": 64, "B": 32, "C": 32, "dt": 4}
+    assert sum(in_proj.rows) == in_proj.shape[0]
+    assert sum(names["decoder.layers.0.mixer.conv1d.bias"].rows) == names["decoder.layers.0.mixer.conv1d.bias"].shape[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # Model cards: 49.9 B, 7.6 B, 8.9 B, 31.6 B. Other tools count the last two to the same digits in the files.
+        ("llama-nemotron-super-49b", 49_867_145_216),
+        ("acereason-nemotron-7b", 7_615_616_512),
+        ("nemotron-nano-9b-v2", 8_888_227_328),
+        ("nemotron-3-nano-30b-a3b", 31_577_940_288),
+    ],
+)
+def test_known_sizes(name, expected):
+    assert num_weights(read(name)) == expected
+
+
+def test_the_language_model_behind_a_vision_encoder():
+    config = read("nemotron-nano-12b-v2-vl")
+    tensors = tensors_of(config)
+    vision = sum(math.prod(tensor.shape) for tensor in tensors if tensor.kind == "vision")
+    assert 12.2e9 < num_weights(config) - vision < 12.4e9  # Nemotron Nano 12B V2
+    assert 0.6e9 < vision < 0.9e9  # ViT-H/16 and a projector
+    assert all(tensor.hf[0].startswith("language_model.") for tensor in tensors if tensor.kind != "vision")
+    assert not any(tensor.is_linear for tensor in tensors if tensor.kind == "vision")
+    alone = config["llm_config"]
+    assert [t.megatron for t in tensors_of(alone)] == [t.megatron for t in tensors if t.kind != "vision"]
+    assert family_of(config).layer_kinds(config) == family_of(alone).layer_kinds(alone)
+    modules = family_of(config).linear_modules(config)
+    assert "vision_model.radio_model.model.blocks.31.mlp.fc2" in modules and "mlp1.3" in modules
+    assert "language_model.lm_head" in modules
+    assert not any(name.startswith("mlp1.0") or ".norm" in name for name in modules)
+
+
+def test_a_text_config_is_a_language_config_too():
+    config = read("nemotron-nano-12b-v2-vl")
+    config["text_config"] = config.pop("llm_config")
+    assert len(tensors_of(config)) == 747
+    del config["text_config"]
+    with pytest.raises(QADError, match="no 'llm_config'"):
+        tensors_of(config)
+
+
+def test_the_inventory_of_many_experts_is_fast():
+    config = read("nemotron-3-nano-30b-a3b")
+    start = time.perf_counter()
+    linears = family_of(config).linears(config)
+    assert time.perf_counter() - start < 3  # 0.02 s when measured
+    assert Counter(linear.kind for linear in linears) == {
+        "mamba": 2 * 23,
+        "expert": 2 * 128 * 23,
+        "shared_expert": 2 * 23,
+        "attention": 2 * 6,
+        "head": 1,
+    }
+
+
+def test_linear_modules_are_linears_and_conv1d():
+    config = TINY
+    modules = family_of(config).linear_modules(config)
+    assert {name for name in modules if ".0." in name and "experts" not in name} == {
+        f"backbone.layers.0.mixer.{name}" for name in ("in_proj", "out_proj", "conv1d")
+    }
+    assert "lm_head" in modules and not any("gate" in name or "norm" in name for name in modules)
+    assert len(modules) == len(set(modules))
+
+
+def test_layers_block_type_says_what_the_pattern_says():
+    listed = {k: v for k, v in TINY.items() if k != "hybrid_override_pattern"}
+    for blocks in (
+        ["mamba", "moe", "attention", "mlp", "mamba"],
+        ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    ):
+        assert family_of(TINY).layer_pattern(listed | {"layers_block_type": blocks}) == "ME*-M"
+    assert family_of(TINY).layer_kinds(TINY) == ["mamba", "expert", "attention", "mlp", "mamba"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hybrid_override_pattern": "MEX-M"}, "has 'X'; known are M"),
+        ({"num_hidden_layers": 6}, "num_hidden_layers is 6, the layer pattern has 5"),
+        ({"hybrid_override_pattern": None}, "no 'hybrid_override_pattern'"),
+        ({"hybrid_override_pattern": None, "layers_block_type": ["rnn"]}, "layers_block_type has 'rnn'"),
+        ({"mlp_bias": True}, "sets mlp_bias"),
+        ({"use_bias": True}, "sets use_bias"),
+        ({"num_nextn_predict_layers": 1}, "multi-token prediction"),
+        ({"ssm_state_size": None}, "no 'ssm_state_size'"),
+    ],
+)
+def test_what_nemotron_h_does_not_know_is_refused(changes, named):
+    with pytest.raises(QADError, match=named):
+        tensors_of(TINY | changes)
+
+
+def test_blocks_without_attention_or_mlp_are_left_out():
+    config = decilm(BLOCK, NO_ATTENTION, NO_FFN)
+    family = family_of(config)
+    assert family.layer_pattern(config) == "*--*"
+    assert family.layer_kinds(config) == ["attention", "mlp", "mlp", "attention"]
+    by_hf = {name: tensor for tensor in family.tensors(config) for name in tensor.hf}
+    assert by_hf["model.layers.1.mlp.up_proj.weight"].megatron == "decoder.layers.2.mlp.linear_fc1.weight"
+    assert (
+        by_hf["model.layers.2.self_attn.q_proj.weight"].megatron == "decoder.layers.3.self_attention.linear_qkv.weight"
+    )
+    assert by_hf["model.layers.2.self_attn.k_proj.weight"].num_groups == 4
+    absent = ("model.layers.1.self_attn", "model.layers.1.input_layernorm", "model.layers.2.mlp")
+    assert not any(name.startswith(absent) for name in by_hf)
+
+
+def test_a_replaced_layer_is_one_linear():
+    config = decilm(LINEAR_ATTENTION, LINEAR_FFN)
+    found = {tensor.hf[0]: tensor for tensor in tensors_of(config)}
+    attention = found["model.layers.0.self_attn.linear_attn.weight"]
+    assert (attention.kind, attention.shape, attention.is_linear) == ("attention", (384, 384), True)
+    assert found["model.layers.1.mlp.linear_mlp.weight"].kind == "mlp"
+    assert "model.layers.0.self_attn.o_proj.weight" not in found
+    assert family_of(config).layer_pattern(config) == "*-*-"
+
+
+def test_each_mlp_has_its_own_width():
+    super_49b = {"hidden_size": 8192}
+    widths = {mult: ffn_size(super_49b, {"ffn_mult": mult}) for mult in (5.25, 2.625, 3.28125, 1.3125, 1.0, 0.5)}
+    assert widths == {5.25: 28672, 2.625: 14336, 3.28125: 17920, 1.3125: 7168, 1.0: 5632, 0.5: 2816}
+    assert ffn_size(super_49b, {"intermediate_size": 100}) == 100
+    with pytest.raises(QADError, match="without 'ffn_mult'"):
+        ffn_size(super_49b, {"ffn_mult": None})
+
+
+def test_block_configs_must_be_as_many_as_layers():
+    with pytest.raises(QADError, match="block_configs has 1 entries, num_hidden_layers is 2"):
+        tensors_of(decilm(BLOCK) | {"num_hidden_layers": 2})
+
+
+@pytest.mark.parametrize("name", ["nemotron-nano-9b-v2", "llama-nemotron-super-49b", "nemotron-nano-12b-v2-vl"])
+def test_what_can_only_be_inspected_says_so(name):
+    config = read(name)
+    family = family_of(config)
+    assert not family.is_trainable
+    for function in (family.megatron_args, family.rope_scaling):
+        with pytest.raises(QADError, match=f"{family.architecture} is not trainable yet.*inspect_policy.py"):
+            function(config)
+
+
+def test_an_unsupported_family_is_told_which_can_be_inspected():
+    with pytest.raises(
+        QADError, match="only to inspect policies: DeciLM.*, NemotronHForCausalLM, NemotronH_Nano_VL_V2$"
+    ):
+        family_of({"architectures": ["GPT2LMHeadModel"]})
