@@ -13,7 +13,7 @@ from megatron_qad.runtime import QADError
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face directory; only its config.json")
+    parser.add_argument("--hf-model", required=True, metavar="DIR", help="Hugging Face directory, or its config.json")
     parser.add_argument("--policy", required=True, help="a shipped policy's name or a YAML file (docs/policies.md)")
     parser.add_argument(
         "--rule",

@@ -89,17 +89,18 @@ class PolicyReport:
 
 
 def report_policy(hf_model: str | Path, policy: str, overrides: Sequence[str] = ()) -> PolicyReport:
-    """Resolve a policy on the model of a directory, of which only ``config.json`` is read.
+    """Resolve a policy on a model, of which only the configuration is read.
 
     Args:
+        hf_model: a Hugging Face directory, or a ``config.json`` itself, under whatever name.
         policy: a shipped policy's name or a YAML file. ``overrides``: rules as text, as on ``--qad-rule``.
 
     Raises:
         QADError: no such file, an unsupported architecture, or whatever is wrong with the policy.
     """
-    file = Path(hf_model) / "config.json"
+    file = Path(hf_model) if Path(hf_model).is_file() else Path(hf_model) / "config.json"
     if not file.is_file():
-        raise QADError(f"{hf_model}: no config.json; expected the directory of a Hugging Face model")
+        raise QADError(f"{hf_model}: no config.json; expected the directory of a Hugging Face model, or that file")
     return resolve_report(read_json(file), policies.load(policy, overrides, flag="--rule"))
 
 
