@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test unit lint format test-te smollm2 env
+.PHONY: demo test unit lint format test-te smollm2 bench env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -34,6 +34,10 @@ test-te: env
 	@if [ -n "$(TE_WHEEL)" ]; then VENV="$(VENV)-te" TE_WHEEL="$(TE_WHEEL)" tools/setup_env.sh dev te; fi
 	@bin="$(BIN)"; [ -n "$(TE_WHEEL)" ] && bin="$(abspath $(VENV)-te)/bin"; \
 	PATH="$$bin:$$PATH" OMP_NUM_THREADS=1 pytest -q -rs tests/te
+
+# NVFP4 and FP8 against modelopt and compressed-tensors: the tables of docs/BENCHMARKS.md. Some minutes.
+bench: env
+	$(RUN) python tools/bench_nvfp4.py
 
 # A real post-trained model, SmolLM2-135M-Instruct: half an hour on two cores.
 smollm2: 

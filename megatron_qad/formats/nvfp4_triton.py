@@ -21,6 +21,7 @@ _EXPONENT = tl.constexpr(0x7F800000)
 _INFINITY = tl.constexpr(0x7F800000)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
 _NUM_BLOCKS = 256  # NVFP4 blocks a program: 4096 values, 32 a thread. Not tuned: no GPU was at hand.
+_TILE_ELEMENTS = _NUM_BLOCKS * BLOCK_SIZE.value
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -32,7 +33,8 @@ def fake_quant_(x: Tensor, global_scale: Tensor, rule: str) -> Tensor:
     bad = torch.zeros(1, dtype=torch.int32, device=x.device)
     if num_blocks:
         grid = (triton.cdiv(num_blocks, _NUM_BLOCKS),)
-        _fake_quant_kernel[grid](x, global_scale, bad, num_blocks, RULE=rule, TILE=_NUM_BLOCKS, **_LAUNCH)
+        with torch.cuda.device_of(x):  # triton launches on the current device; nothing on the CPU
+            _fake_quant_kernel[grid](x, global_scale, bad, num_blocks, RULE=rule, TILE=_NUM_BLOCKS, **_LAUNCH)
     return bad
 
 
@@ -41,18 +43,10 @@ def fake_quant_list_(tensors: Sequence[Tensor], global_scales: Tensor, rule: str
     [n]: the numbers of blocks with NaN or Inf."""
     bad = torch.zeros(len(tensors), dtype=torch.int32, device=global_scales.device)
     for table in _tables(tensors):
-        _fake_quant_list_kernel[(table.num_tiles,)](
-            table.rows,
-            table.length,
-            global_scales,
-            bad,
-            RULE=rule,
-            STEPS=table.steps,
-            TYPE=table.dtype,
-            ALIGNED=table.aligned,
-            TILE=_NUM_BLOCKS,
-            **_LAUNCH,
-        )
+        with torch.cuda.device_of(table.rows):
+            _fake_quant_list_kernel[(table.num_tiles,)](
+                table.rows, table.length, global_scales, bad, RULE=rule, TILE=_NUM_BLOCKS, **table.constants, **_LAUNCH
+            )
     return bad
 
 
@@ -63,16 +57,10 @@ def amax_list(tensors: Sequence[Tensor]) -> Tensor:
     """
     bits = torch.zeros(len(tensors), dtype=torch.int32, device=tensors[0].device)
     for table in _tables(tensors):
-        _amax_list_kernel[(table.num_tiles,)](
-            table.rows,
-            table.length,
-            bits,
-            STEPS=table.steps,
-            TYPE=table.dtype,
-            ALIGNED=table.aligned,
-            TILE=_NUM_BLOCKS * BLOCK_SIZE.value,
-            **_LAUNCH,
-        )
+        with torch.cuda.device_of(table.rows):
+            _amax_list_kernel[(table.num_tiles,)](
+                table.rows, table.length, bits, TILE=_TILE_ELEMENTS, **table.constants, **_LAUNCH
+            )
     return bits.view(torch.float32)
 
 
@@ -81,21 +69,22 @@ class _Table:
     the caller's list."""
 
     def __init__(self, tensors: Sequence[Tensor], positions: Sequence[int]):
-        tile = _NUM_BLOCKS * BLOCK_SIZE.value
         first, starts = 0, []
         for tensor in tensors:
             starts.append(first)
-            first += triton.cdiv(tensor.numel(), tile)
+            first += triton.cdiv(tensor.numel(), _TILE_ELEMENTS)
         addresses = [tensor.data_ptr() for tensor in tensors]
         sizes = [tensor.numel() for tensor in tensors]
         rows = torch.tensor([addresses, sizes, starts, list(positions)], dtype=torch.int64)
         self.rows = rows.to(tensors[0].device)
         self.length = len(tensors)
         self.num_tiles = first
-        self.steps = max(1, (self.length - 1).bit_length())
-        self.dtype = _TYPES[tensors[0].dtype]
-        # Loads of 16 bytes need both: an address that is a multiple, and a mask that does not end within one.
-        self.aligned = all(number % 16 == 0 for number in addresses + sizes)
+        self.constants = {
+            "STEPS": max(1, (self.length - 1).bit_length()),
+            "TYPE": _TYPES[tensors[0].dtype],
+            # Loads of 16 bytes need both: an address that is a multiple, and a mask that does not end within one.
+            "ALIGNED": all(number % 16 == 0 for number in addresses + sizes),
+        }
 
 
 def _tables(tensors: Sequence[Tensor]) -> list[_Table]:

@@ -1,0 +1,178 @@
+"""NVFP4 and FP8 against modelopt and compressed-tensors, as Markdown tables; ``make bench`` runs it.
+
+One CPU thread, medians of interleaved repeats, so that ratios come from one run. Extra memory is the peak resident set
+of a forked child above what was resident before the call (Linux's VmHWM, reset through clear_refs); what a peer
+returns is part of its extra, ours works in place. GPU tables follow where a GPU is there.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+from megatron_qad.formats import fp8, nvfp4, nvfp4_lists
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OURS = "ours: fake_quant_ given amax"
+MODELOPT = "modelopt: NVFP4QTensor quantize + dequantize"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the CPU tables' tensor")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each, after one that is not timed")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    small = calls(made(64, torch.float32))
+    for call in small.values():
+        call()  # libraries load on their first call
+    # First all memory: later this process holds freed memory, which a child would reuse unseen.
+    extra = {dtype: {name: extra_bytes(name, dtype, options.size) for name in small} for dtype in DTYPES}
+    for dtype in DTYPES:
+        print_cpu_table(dtype, options.size, options.repeats, extra[dtype])
+    if torch.cuda.is_available():
+        print_gpu_tables(options.repeats)
+    else:
+        print("GPU: not measured (torch found none).")
+
+
+def calls(x: torch.Tensor) -> dict:
+    """What is timed, by name. ``x`` is overwritten by the calls in place, which does not change their time."""
+    from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_dequantize
+    from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
+    from compressed_tensors.quantization.quant_scheme import NVFP4
+    from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+
+    scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
+    fp8_scale = fp8.scale_from_amax(nvfp4.tensor_amax(x))
+    work, source = x.clone(), x.clone()
+    their_global = generate_gparam(x.float().min(), x.float().max())
+
+    def modelopt():
+        quantized, block_scale, _ = NVFP4QTensor.quantize(source, 16, weights_scaling_factor_2=scale)
+        return quantized.dequantize(scale=block_scale, double_scale=scale, block_sizes={-1: 16})
+
+    def modelopt_fp8():
+        quantized, _ = FP8QTensor.quantize(source, fp8_scale)
+        return quantized.dequantize(scale=fp8_scale)
+
+    def compressed_tensors():
+        wide, args = source.float(), NVFP4["weights"]
+        blocks = wide.view(len(wide), -1, 16)
+        block_scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, their_global)
+        block_scale = block_scale.float()
+        codes = ct_quantize(wide, block_scale, zero.float(), args, global_scale=their_global)
+        return ct_dequantize(codes, block_scale, args=args, global_scale=their_global, dtype=source.dtype)
+
+    def restored(call):
+        """For the rules that look at more of an off-grid block: from the same values every time."""
+        return lambda: call(work.copy_(source))
+
+    return {
+        OURS: lambda: nvfp4.fake_quant_(work, scale),
+        "ours: amax": lambda: nvfp4.tensor_amax(source),
+        "ours: quantize + dequantize": lambda: nvfp4.dequantize(*nvfp4.quantize(source, scale), scale, source.dtype),
+        MODELOPT: modelopt,
+        "compressed-tensors: quantize + dequantize": compressed_tensors,
+        "ours: fake_quant_, rule four_over_six": restored(lambda w: nvfp4.fake_quant_(w, scale, rule="four_over_six")),
+        "ours: fake_quant_, rule mse": restored(lambda w: nvfp4.fake_quant_(w, scale, rule="mse")),
+        "ours: FP8 fake_quant_": lambda: fp8.fake_quant_(work, fp8_scale),
+        "modelopt: FP8QTensor quantize + dequantize": modelopt_fp8,
+    }
+
+
+def made(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size, size, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
+
+
+def print_cpu_table(dtype: str, size: int, repeats: int, extra: dict[str, str]) -> None:
+    timed = calls(made(size, DTYPES[dtype]))
+    seconds = {name: [] for name in timed}
+    for repeat in range(repeats + 1):
+        for name, call in timed.items():
+            began = time.perf_counter()
+            call()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"{dtype}, {size}x{size}, one CPU thread, median of {repeats}:\n")
+    print("| | ms | fastest to slowest | times ours | extra bytes per element |\n|---|---|---|---|---|")
+    for name, times in seconds.items():
+        print(
+            f"| {name} | {median[name] * 1e3:.0f} | {min(times) * 1e3:.0f} to {max(times) * 1e3:.0f} "
+            f"| {median[name] / median[OURS]:.1f} | {extra[name]} |"
+        )
+    print(f"\nmodelopt's round trip takes {median[MODELOPT] / median[OURS]:.1f} times as long as ours.\n", flush=True)
+
+
+def extra_bytes(name: str, dtype: str, size: int) -> str:
+    """Peak bytes per element that one call adds, measured in a child."""
+    reader, writer = os.pipe()
+    if child := os.fork():
+        os.close(writer)
+        os.waitpid(child, 0)
+        with os.fdopen(reader) as answer:
+            return answer.read() or "not measured"
+    try:
+        call = calls(made(size, DTYPES[dtype]))[name]
+        before = resident("VmRSS")
+        with open("/proc/self/clear_refs", "w") as clear:
+            clear.write("5")  # the peak restarts here
+        result = call()
+        os.write(writer, f"{(resident('VmHWM') - before) / size**2:.2f}".encode())
+        del result
+    finally:
+        os._exit(0)
+
+
+def resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def print_gpu_tables(repeats: int) -> None:
+    from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
+
+    print(f"{torch.cuda.get_device_name()}, bfloat16, in place given amax, median of {4 * repeats}:\n")
+    print("| | copy GB/s | ours GB/s | of copy | modelopt dynamic / ours |\n|---|---|---|---|---|")
+    for size in (4096, 8192, 12288):
+        x = made(size, torch.bfloat16).cuda()
+        other, moved = torch.empty_like(x), 2 * x.numel() * x.element_size()
+        amax = nvfp4.tensor_amax(x)
+        scale = nvfp4.global_scale_from_amax(amax)
+        copy = gpu_seconds(lambda other=other, x=x: other.copy_(x), repeats)
+        ours = gpu_seconds(lambda x=x, scale=scale: nvfp4.fake_quant_(x, scale, check=False), repeats)
+        theirs = gpu_seconds(lambda x=x, amax=amax: dynamic_block_quant(x, 16, amax, None, (2, 1), (4, 3)), repeats)
+        rates = f"{moved / copy / 1e9:.0f} | {moved / ours / 1e9:.0f} | {copy / ours:.0%}"
+        print(f"| {size}x{size} | {rates} | {theirs / ours:.2f} |")
+    experts = [made(1024, torch.bfloat16).cuda() for _ in range(256)]
+    names = [f"expert {i}" for i in range(len(experts))]
+    scales = nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(experts), names)
+    listed = gpu_seconds(lambda: nvfp4_lists.fake_quant_list_(experts, scales, names, check=False), repeats)
+    loop = gpu_seconds(
+        lambda: [nvfp4.fake_quant_(x, s, check=False) for x, s in zip(experts, scales, strict=True)], repeats
+    )
+    print(f"\n256 experts of 1024x1024: one launch {listed * 1e3:.2f} ms, a loop {loop * 1e3:.2f} ms.")
+
+
+def gpu_seconds(call, repeats: int) -> float:
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(4 * repeats):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        call()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1e3)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
