@@ -121,6 +121,13 @@ def compile_for_gpus():
             fused = re.findall(r"fma\.rn\.f32 .*", ptx)
             assert fused and all(re.search("0f[4C][9A]C00000", line) for line in fused)
             assert re.search(r"ld\.global\.v4\.b32", ptx) and re.search(r"st\.global\.v4\.b32", ptx)  # 16 bytes each
+    for kind in ("*fp32", "*fp16"):
+        _ptx(
+            nvfp4_triton._fake_quant_kernel,
+            {"x_pointer": kind, "scale_pointer": "*fp32", "bad_pointer": "*i32", "num_blocks": "i32"},
+            {"RULE": "max", "TILE": nvfp4_triton._NUM_BLOCKS},
+            (triton, ASTSource, GPUTarget("cuda", 90, 32)),
+        )
     ptx = _ptx(
         nvfp4_triton._amax_list_kernel,
         {**table, "out": "*i32"},
