@@ -1,8 +1,9 @@
 """NVFP4 and FP8 against modelopt and compressed-tensors, as Markdown tables; ``make bench`` runs it.
 
-One CPU thread, medians of interleaved repeats; ratios are of one repeat and their median is shown. Extra memory is the peak resident set
-of a forked child above what was resident before the call (Linux's VmHWM, reset through clear_refs); what a peer
-returns is part of its extra, ours works in place. GPU tables follow where a GPU is there.
+One CPU thread, medians of interleaved repeats; a ratio is taken within one repeat, and the median of those is shown.
+Extra memory is the peak resident set of a forked child above what was resident before the call (Linux's VmHWM, reset
+through clear_refs); what a peer returns is part of its extra, ours works in place. GPU tables follow where a GPU is
+there.
 """
 
 import argparse
