@@ -98,6 +98,7 @@ def in_every_forward(in_place: type) -> type:
         def __init__(self, chunks, formats, *args, **kwargs):
             super().__init__(chunks, formats, *args, **kwargs)
             self.num_in_forward = self.num_schedules = 0
+            self._is_counting = False  # calibration runs its forward passes outside of on_grid
             register_quant_backend("bench_nvfp4_weights", self._quantize)
             for chunk in chunks:
                 for name, module in named_modules_globally(chunk):
@@ -107,7 +108,7 @@ def in_every_forward(in_place: type) -> type:
                         )
 
         def _quantize(self, weight, quantizer):
-            self.num_in_forward += 1
+            self.num_in_forward += self._is_counting
             scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight))
             return FakeQuantSTE.apply(weight, scale, nvfp4.fake_quant)
 
@@ -115,7 +116,9 @@ def in_every_forward(in_place: type) -> type:
         def on_grid(self, *, then_updated: bool):
             self.is_stale = True
             self.num_schedules += 1
+            self._is_counting = True
             yield
+            self._is_counting = False
 
     return InEveryForward
 
