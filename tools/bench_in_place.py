@@ -60,7 +60,7 @@ def main() -> None:
 def run_job(variant: str, argv: list[str]) -> None:
     """One rank of one job; the last lines of its output say what quantizing took."""
     sys.path.insert(0, str(ROOT))
-    import pretrain_qad  # prepares the backend
+    import pretrain_qad  # noqa: I001  first: it prepares the backend
     from megatron.training import print_rank_0
 
     from megatron_qad.training import schedule, setup
@@ -86,8 +86,8 @@ def run_job(variant: str, argv: list[str]) -> None:
 
 
 def in_every_forward(in_place: type) -> type:
-    """A stand-in for ``InPlaceWeights`` that leaves parameters alone and lets modelopt's weight quantizers run, with the
-    same arithmetic."""
+    """A stand-in for ``InPlaceWeights`` that leaves parameters alone and lets modelopt's weight quantizers run, with
+    the same arithmetic."""
     from modelopt.torch.quantization.nn import register_quant_backend
 
     from megatron_qad.formats import nvfp4
