@@ -129,15 +129,17 @@ def test_shards_choose_what_the_whole_tensor_chooses(rule):
     rule=st.sampled_from(SCALE_RULES),
 )
 def test_quantizing_again_changes_no_block_whose_scale_is_normal(seed, dtype, spread, rule):
-    """Where idempotence holds: under the same global scale, for blocks whose E4M3 scale is a normal number (2^-6 or
-    more) and whose amax is a normal number of the tensor's type. See docs/DECISIONS.md for the others."""
+    """Where idempotence holds: under the same global scale, for blocks whose E4M3 scale, by this rule and by the max
+    rule, is a normal number (2^-6 or more) and whose amax is a normal number of the tensor's type. See
+    docs/DECISIONS.md for the others. (Under mse a subnormal max scale of 5 * 2^-9 may become 13 * 2^-9, which leaves 2
+    as the largest code; from there the window does not reach back: seed 92, spread 2.)"""
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
-    block_scale = quantize(weight, scale, rule=rule)[1].float().view(-1)
+    scales = torch.stack([quantize(weight, scale, rule=r)[1].float().view(-1) for r in (rule, "max")])
     once = fake_quant(weight, scale, rule=rule)
     twice = fake_quant(once, scale, rule=rule)
     moved = (once != twice).view(-1, 16).any(-1)
-    normal = (block_scale >= 2.0**-6) & (once.float().view(-1, 16).abs().amax(-1) >= torch.finfo(dtype).tiny)
+    normal = (scales.amin(0) >= 2.0**-6) & (once.float().view(-1, 16).abs().amax(-1) >= torch.finfo(dtype).tiny)
     assert normal.any() and not (moved & normal).any()
 
 
