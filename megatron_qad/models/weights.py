@@ -42,8 +42,8 @@ def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def has_amaxes(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint holds calibrated input quantizers."""
-    return any(name.endswith("input_quantizer._amax") for name in stored_shapes(checkpoint))
+    """Whether a checkpoint holds calibrated quantizers, of inputs or of the KV cache."""
+    return any(name.endswith("_quantizer._amax") for name in stored_shapes(checkpoint))
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False) -> None:

@@ -176,8 +176,9 @@ def test_the_fp8_cache_alone(shop, tmp_path):
     assert qad["kv_cache"] == "fp8"
 
 
-def test_a_mixed_job_resumes_bit_for_bit(shop, tmp_path):
-    flags = ["--qad-policy", "nvfp4-mlp-fp8-attention", "--qad-rule", "kv_cache=fp8", *TP2]
+@pytest.mark.parametrize("policy", ["nvfp4-mlp-fp8-attention", "bf16"])
+def test_a_job_with_a_quantized_cache_resumes_bit_for_bit(shop, tmp_path, policy):
+    flags = ["--qad-policy", policy, "--qad-rule", "kv_cache=fp8", *TP2]
     through, _ = shop.train(*flags, nproc=2, num_steps=4)
     saving = ["--save", str(tmp_path), "--save-interval", "2"]
     first, _ = shop.train(*flags, *saving, "--exit-interval", "2", nproc=2, num_steps=4)

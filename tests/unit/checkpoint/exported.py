@@ -12,6 +12,11 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.formats import fp8
 from megatron_qad.formats.nvfp4 import fake_quant, global_scale_from_amax, tensor_amax
 
+LAYER = "model.layers.1"
+DOWN, Q, K, V, UP = (
+    f"{LAYER}.{part}"
+    for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+)
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

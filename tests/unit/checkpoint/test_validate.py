@@ -13,7 +13,12 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 sys.path.insert(0, str(Path(__file__).parent))
 from exported import (  # noqa: E402  (a helper beside the tests)
     CONFIG,
+    DOWN,
     FAMILIES,
+    UP,
+    K,
+    Q,
+    V,
     drop,
     edit,
     edit_json,
@@ -24,11 +29,6 @@ from exported import (  # noqa: E402  (a helper beside the tests)
     put,
 )
 
-LAYER = "model.layers.1"
-DOWN, Q, K, V, UP = (
-    f"{LAYER}.{part}"
-    for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
-)
 INDEX = "model.safetensors.index.json"
 
 

@@ -12,6 +12,11 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 sys.path.insert(0, str(Path(__file__).parent))
 from exported import (  # noqa: E402  (a helper beside the tests)
     CONFIG,
+    DOWN,
+    UP,
+    K,
+    Q,
+    V,
     drop,
     edit,
     edit_json,
@@ -20,12 +25,6 @@ from exported import (  # noqa: E402  (a helper beside the tests)
     linears,
     poke,
     put,
-)
-
-LAYER = "model.layers.1"
-DOWN, Q, K, V, UP = (
-    f"{LAYER}.{part}"
-    for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
 )
 
 
