@@ -33,6 +33,11 @@ def test_four_over_six_takes_four_exactly_where_it_errs_less():
     assert scale.float().item() == 1.625 and fake_quant(near_five, ONE)[0, 1] != near_five[0, 1]
     _, scale = quantize(near_five, ONE, rule="four_over_six")
     assert scale.float().item() == 2.5  # 10 / 4; 10 and 8.33 become 10 and 7.5
+    too_large = torch.tensor([[2000.0] + [896.0] * 15])  # 2000 / 4 is no block scale; 448 would err less than 320 does
+    assert squared_error(too_large, torch.tensor([[448.0]]), ONE) < squared_error(
+        too_large, torch.tensor([[320.0]]), ONE
+    )
+    assert quantize(too_large, ONE, rule="four_over_six")[1].float().item() == 320
     on_six = torch.tensor([[6.0, 4.0, 3.0] + [0.0] * 13])  # no error with 6: ties and losses stay there
     assert quantize(on_six, ONE, rule="four_over_six")[1].float().item() == 1.0
 

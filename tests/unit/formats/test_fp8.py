@@ -103,6 +103,12 @@ def test_the_scale_found_in_a_float32_tensor_is_an_ulp_off_at_most():
         assert (scale.view(torch.int32) - again.view(torch.int32)).abs().max() <= common.MAX_ULPS
 
 
+def test_a_negative_value_that_its_type_rounds_to_zero_has_no_sign():
+    x, scale = torch.tensor([-1.0, 1.0]).half(), torch.tensor(1e-12)  # saturates at 4.48e-10, below float16
+    for zero in (fp8.fake_quant(x, scale), fp8.dequantize(fp8.quantize(x, scale), scale, torch.float16)):
+        assert zero.tolist() == [0, 0] and not torch.signbit(zero).any()
+
+
 def test_a_group_shares_a_scale():
     group = [awkward(1, torch.bfloat16), awkward(2, torch.bfloat16) * 0.125]
     scale = fp8.scale_from_amax(torch.stack([tensor_amax(w) for w in group]).amax())

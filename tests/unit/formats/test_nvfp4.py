@@ -83,6 +83,8 @@ def test_minus_zero_and_rounded_away_negatives_come_back_as_plus_zero():
     packed, block_scale = quantize(tiny, scale_of(tiny))
     assert (nvfp4.unpack_codes(packed)[0, 1:] > 8).all()
     assert not torch.signbit(dequantize(packed, block_scale, scale_of(tiny), torch.float16)).any()
+    saturated = fake_quant(torch.full((1, 16), -1.0).half(), torch.tensor(1e-14))  # -2.7e-11, below float16
+    assert not saturated.any() and not torch.signbit(saturated).any()
 
 
 @pytest.mark.parametrize("amax", [2.0**-149, 1e-40, 1e-36, torch.finfo(torch.float32).max])
