@@ -16,10 +16,8 @@ from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.formats import nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.formats.nvfp4_pack import OffGridError
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS, WeightFormat
+from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime.errors import QADError
@@ -105,7 +103,7 @@ class Export:
         if linear_format.input is not None:
             amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
             input_scale = WEIGHT_FORMATS[linear_format.input].scale_from_amax(amax, name=name)
-        scale, on_grid = self._weight_scale(tensor, arithmetic, name)
+        scale, on_grid = arithmetic.scale_of(tensor, name=name)
         for hf_name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
             yield HFTensor(
                 name=hf_name,
@@ -117,15 +115,6 @@ class Export:
                 on_grid=on_grid,
                 scale_rule=self.scale_rule,
             )
-
-    @staticmethod
-    def _weight_scale(tensor: torch.Tensor, arithmetic: WeightFormat, name: str) -> tuple[torch.Tensor, bool]:
-        """The weight's scale, and whether the weight is on the grid under it."""
-        try:
-            scale = arithmetic.recover_scale(tensor, name=name)
-        except OffGridError:  # float32 weights that are not quantized yet
-            return arithmetic.scale_from_amax(nvfp4.tensor_amax(tensor), name=name), False
-        return scale, arithmetic.is_on_grid(tensor, scale, name=name)
 
     def _kv_scales(self, tensor_map: TensorMap) -> Iterator[HFTensor]:
         attention = tensor_map.megatron_module.rsplit(".", 1)[0]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_qad.formats import fp8, nvfp4, nvfp4_lists, nvfp4_pack
+from megatron_qad.formats.common import OffGridError, tensor_amax
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,26 @@ class WeightFormat:
     """(weight, scale, *, name) -> whether it packs to exactly itself"""
     recover_scale: Callable[..., Tensor]
     """(weight, *, name) -> the scale under which a fake-quantized weight packs exactly; or OffGridError"""
+
+    def scale_of(self, weight: Tensor, *, name: str) -> tuple[Tensor, bool]:
+        """A saved weight's scale, and whether the weight lies on the grid under it. If not, it was saved between an
+        optimizer step and the next quantization, and ``scale`` is the one that quantization would have used."""
+        try:
+            scale = self.recover_scale(weight, name=name)
+        except OffGridError:  # float32 weights, whose scale is not sure
+            return self.scale_from_amax(tensor_amax(weight), name=name), False
+        return scale, self.is_on_grid(weight, scale, name=name)
+
+    def as_exported(self, weight: Tensor, *, name: str, rule: str = "max") -> Tensor:
+        """A saved weight as it is exported: itself if it lies on the grid, else a copy rounded to it."""
+        scale, on_grid = self.scale_of(weight, name=name)
+        return weight if on_grid else self.rounded(weight, scale, name=name, rule=rule)
+
+    def rounded(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> Tensor:
+        """A fake-quantized copy."""
+        copy = weight.clone()
+        self.fake_quant_list_([copy], scale.reshape(1), [name], rule)
+        return copy
 
 
 def _fp8_scales(amaxes: Tensor, names: Sequence[str]) -> Tensor:

@@ -43,7 +43,7 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str) -> 
     config = read_config(teacher)
     read = [Run.read(name, directory) for name, directory in runs.items()]
     notes = [note for run in read for note in _notes_of(run)] + _comparison_notes(read)
-    formats, checkpoints = {}, {}
+    formats, checkpoints, rules = {}, {}, {}
     for run in read:
         if run.job is None:
             continue
@@ -52,11 +52,12 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str) -> 
             notes.append(f"{run.name}: its model has other layers than the teacher; its weights are not compared.")
             continue
         formats[run.name] = run.job["formats"]
+        rules[run.name] = run.job.get("scale_rule", "max")
         if run.checkpoint_iteration is not None:
             checkpoints[run.name] = run.directory
     if not formats:
-        notes.append("No run says which linears are NVFP4, so no weight error is reported.")
-    linears = linear_errors(teacher, formats, checkpoints) if formats else []
+        notes.append("No run says which linears are quantized, so no weight error is reported.")
+    linears = linear_errors(teacher, formats, checkpoints, rules) if formats else []
     return Results(title, str(teacher), _model_facts(config), read, linears, notes)
 
 

@@ -1,6 +1,7 @@
 """The report's text: tables and notes in Markdown. It formats numbers and computes none but ratios and counts."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_qad.report.collect import Results
@@ -67,14 +68,15 @@ def _job_table(runs: Sequence[Run]) -> str:
         if run.job is None:
             rows.append([run.name, *["not known"] * 4])
             continue
-        quantized = [name for name, fmt in run.job["formats"].items() if fmt == "nvfp4"]
+        counts = Counter(fmt for fmt in run.job["formats"].values() if fmt != "bf16")
         rules = ", ".join(f"`{rule}`" for rule in run.job.get("rules") or []) or "none"
         loss = {"kl": "KL to the teacher", "ce": "cross entropy"}.get(run.job.get("loss"), str(run.job.get("loss")))
         if not run.is_trained:
             loss = "not trained"
-        number = f"{len(quantized)} of {len(run.job['formats'])}"
+        number = ", ".join(f"{n} {fmt}" for fmt, n in counts.items()) or "none"
+        number += f" of {len(run.job['formats'])}"
         rows.append([run.name, f"`{run.job.get('policy')}`", rules, loss, number])
-    return _table(["run", "policy", "added rules", "training loss", "NVFP4 linears"], rows, left=4)
+    return _table(["run", "policy", "added rules", "training loss", "quantized linears"], rows, left=4)
 
 
 def _weights(results: Results) -> list[str]:
@@ -84,7 +86,7 @@ def _weights(results: Results) -> list[str]:
     errors = [linear.ptq_error for linear in linears]
     intro = (
         "Weight errors are ||fake_quant(W) - W|| / ||W|| of the teacher's weight W, which is what post-training "
-        f"quantization does to it: {min(errors):.2%} to {max(errors):.2%} over {len(linears)} NVFP4 linears. "
+        f"quantization does to it: {min(errors):.2%} to {max(errors):.2%} over {len(linears)} quantized linears. "
     )
     if measured:
         intro += (
@@ -107,7 +109,7 @@ def _weights_table(linears: Sequence[LinearError], measured: Sequence[str]) -> s
             f"{linear.ptq_error:.2%}",
         ]
         of_runs = [linear.runs.get(run) for run in measured]
-        row += ["not NVFP4" if weight is None else f"{weight.distance:.2%}" for weight in of_runs]
+        row += ["not quantized" if weight is None else f"{weight.distance:.2%}" for weight in of_runs]
         if measured:
             row.append("not saved" if of_runs[0] is None else _number(of_runs[0].input_amax, ".4g"))
         rows.append(row)

@@ -59,7 +59,7 @@ def _curves(axes: Axes, heading: str, unit: str, curves: dict[str, tuple[str, Cu
 
 def _weights(axes: Axes, linears: Sequence[LinearError], trained: Sequence[str]) -> None:
     """Color says which projection, line style whose weight: the teacher rounded (solid), a trained run's (broken)."""
-    axes.set(title="NVFP4 weights: distance from the teacher's weight", xlabel="layer", ylabel="relative RMS")
+    axes.set(title="Quantized weights: distance from the teacher's weight", xlabel="layer", ylabel="relative RMS")
     if not linears:
         return _say_nothing_here(axes)
     beyond = 1 + max((m.layer for m in linears if m.layer is not None), default=-1)  # where the head is drawn

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from megatron_qad.checkpoint.export_hf import JOB_FILE
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.formats import nvfp4, nvfp4_pack
+from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.common import tensor_amax
+from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime.errors import QADError
@@ -24,7 +26,7 @@ class RunWeight:
     """One run's part of a ``LinearError``."""
 
     distance: float
-    """||W_run - W_teacher|| / ||W_teacher||, W_run on the NVFP4 grid as it is exported."""
+    """||W_run - W_teacher|| / ||W_teacher||, W_run on its format's grid as it is exported."""
     input_amax: float | None
     """Calibrated amax of the linear's input; None if the checkpoint has none."""
 
@@ -38,7 +40,8 @@ class LinearError:
     """Index in the layer pattern; None outside the decoder (the head)."""
     shape: tuple[int, ...]
     ptq_error: float
-    """||fake_quant(W) - W|| / ||W|| of the teacher's weight W as stored."""
+    """||fake_quant(W) - W|| / ||W|| of the teacher's weight W as stored, in the format of the first run that quantizes
+    it."""
     runs: dict[str, RunWeight] = field(default_factory=dict)
 
     @property
@@ -84,43 +87,49 @@ def same_shape(one: dict, other: dict) -> bool:
 
 
 def linear_errors(
-    teacher: str | Path, formats: dict[str, dict[str, str]], checkpoints: dict[str, str | Path]
+    teacher: str | Path,
+    formats: dict[str, dict[str, str]],
+    checkpoints: dict[str, str | Path],
+    rules: dict[str, str] | None = None,
 ) -> list[LinearError]:
-    """Measure every linear that is NVFP4 in any run, in model order.
+    """Measure every linear whose weight is quantized in place in any run, in model order.
 
     Args:
         teacher: checkpoint directory of the BF16 teacher.
         formats: by run, the format of each linear by Megatron weight name (``qad.json``).
+        rules: by run, the rule of NVFP4's block scales; "max" where a run is not named.
         checkpoints: by run, the directory of a checkpoint with the teacher's shapes; runs without one are left out.
 
     Raises:
         QADError: a missing, wrong-shaped or non-finite tensor; named.
     """
+    rules = rules or {}
     linears = linears_of(read_config(teacher))
-    wanted = [m for m in linears if any(of_run.get(m.megatron) == "nvfp4" for of_run in formats.values())]
+    weight_formats = {
+        run: {name: WEIGHT_FORMATS.get(LINEAR_FORMATS[fmt].weight) for name, fmt in of_run.items()}
+        for run, of_run in formats.items()
+    }
+    quantizes = {m.megatron: [run for run in formats if weight_formats[run].get(m.megatron)] for m in linears}
+    wanted = [m for m in linears if quantizes[m.megatron]]
     found = []
     for linear, weight in TorchDistReader(teacher).layers(wanted):
-        error = relative_distance(_rounded(weight, linear.megatron), weight)
-        found.append(LinearError(linear.megatron, linear.layer, linear.shape, error))
+        name = linear.megatron
+        run = quantizes[name][0]
+        arithmetic = weight_formats[run][name]
+        scale = arithmetic.scale_from_amax(tensor_amax(weight), name=name)
+        rounded = arithmetic.rounded(weight, scale, name=name, rule=rules.get(run, "max"))
+        found.append(LinearError(name, linear.layer, linear.shape, relative_distance(rounded, weight)))
     for run, checkpoint in checkpoints.items():
-        own = [m for m in wanted if formats[run].get(m.megatron) == "nvfp4"]
+        own = [m for m in wanted if run in quantizes[m.megatron]]
         by_name = {error.name: error for error in found}
         reader = TorchDistReader(checkpoint)
         pairs = zip(TorchDistReader(teacher).layers(own), reader.layers(own), strict=True)
         for (linear, of_teacher), (_, of_run) in pairs:
-            distance = relative_distance(quantized(of_run, linear.megatron), of_teacher)
+            arithmetic = weight_formats[run][linear.megatron]
+            exported = arithmetic.as_exported(of_run, name=linear.megatron, rule=rules.get(run, "max"))
+            distance = relative_distance(exported, of_teacher)
             by_name[linear.megatron].runs[run] = RunWeight(distance, _input_amax(reader, linear))
     return found
-
-
-def quantized(weight: Tensor, name: str) -> Tensor:
-    """A saved weight as it is exported: itself if it lies on the NVFP4 grid, else rounded to it (saved between an
-    optimizer step and the next quantization)."""
-    try:
-        nvfp4_pack.pack_on_grid(weight, nvfp4_pack.recover_global_scale(weight, name=name), name=name)
-    except nvfp4_pack.OffGridError:
-        return _rounded(weight, name)
-    return weight
 
 
 def relative_distance(weight: Tensor, reference: Tensor) -> float:
@@ -130,11 +139,6 @@ def relative_distance(weight: Tensor, reference: Tensor) -> float:
     if size == 0:
         return 0.0 if distance == 0 else float("inf")
     return distance / size
-
-
-def _rounded(weight: Tensor, name: str) -> Tensor:
-    scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight), name=name)
-    return nvfp4.fake_quant(weight, scale, name=name)
 
 
 def _input_amax(reader: TorchDistReader, linear: TensorMap) -> float | None:

@@ -64,8 +64,8 @@ def test_report_of_three_runs(three_runs, teacher, tmp_path):
     assert row_of(text, "PTQ") == ["PTQ", "0.5", "1.000", "2.2500", "2.0000", "75.00%", "20,480", "none"]
     assert row_of(text, "QAT") == ["QAT", "0.375", "0.750", "2.0625", "2.0000", "81.25%", "20,480", "4"]
     assert row_of(text, "QAD") == ["QAD", "0.125", "0.250", "2.0312", "2.0000", "93.75%", "20,480", "4"]
-    assert "| QAT | `nvfp4-all-linear` | `head=bf16` | cross entropy | 8 of 9 |" in text
-    assert "| PTQ | `nvfp4-all-linear` | `head=bf16` | not trained | 8 of 9 |" in text
+    assert "| QAT | `nvfp4-all-linear` | `head=bf16` | cross entropy | 8 nvfp4 of 9 |" in text
+    assert "| PTQ | `nvfp4-all-linear` | `head=bf16` | not trained | 8 nvfp4 of 9 |" in text
     assert "LlamaForCausalLM, 2 blocks, hidden size 64, vocabulary 120" in text
     assert "PTQ: no saved checkpoint" in text and "QAT: no saved checkpoint" in text and "QAD: no" not in text
     assert "different held-out tokens" not in text
@@ -117,7 +117,9 @@ def test_what_is_missing_is_said(make_run, write_events, evaluations, teacher, t
 def test_without_any_job_file_there_are_no_weight_errors(write_events, teacher, tmp_path):
     write_events(tmp_path / "bare", {"ce loss": LOSS})
     results = write_report({"bare": tmp_path / "bare"}, teacher, tmp_path / "out")
-    assert results.linears == [] and "No run says which linears are NVFP4" in (tmp_path / "out/report.md").read_text()
+    assert (
+        results.linears == [] and "No run says which linears are quantized" in (tmp_path / "out/report.md").read_text()
+    )
 
 
 def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, tmp_path):

@@ -8,7 +8,8 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.formats import nvfp4
-from megatron_qad.report.weights import linear_errors, quantized, read_job, relative_distance
+from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
+from megatron_qad.report.weights import linear_errors, read_job, relative_distance
 from megatron_qad.runtime.errors import QADError
 
 # Two float64 sums of the same float32 squares in another order and two roots: far below this.
@@ -131,11 +132,25 @@ def test_a_weight_with_nan_is_named(teacher, formats, save_checkpoint, tmp_path)
         linear_errors(teacher, {"QAD": formats}, {"QAD": tmp_path})
 
 
-def test_a_float32_weight_on_the_grid_stays_itself():
+@pytest.mark.parametrize("fmt", ["nvfp4", "fp8"])
+def test_a_float32_weight_on_the_grid_stays_itself(fmt):
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
-    rounded = nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
-    assert torch.equal(quantized(rounded, "w"), rounded)
-    assert torch.equal(quantized(weight, "w"), rounded)
+    arithmetic = WEIGHT_FORMATS[fmt]
+    rounded = arithmetic.rounded(weight, arithmetic.scale_from_amax(weight.abs().max()), name="w")
+    assert not torch.equal(rounded, weight)
+    assert torch.equal(arithmetic.as_exported(rounded, name="w"), rounded)
+    assert torch.equal(arithmetic.as_exported(weight, name="w"), rounded)
+
+
+def test_each_run_has_its_own_format_and_scale_rule(teacher, formats):
+    def error(fmt, rules=None):
+        return linear_errors(teacher, {"run": dict.fromkeys(formats, fmt)}, {}, rules)[0].ptq_error
+
+    nvfp4_error = error("nvfp4")
+    assert error("fp8") < nvfp4_error / 3  # three bits of mantissa more or less: 2^-4 beside a code's third
+    assert error("nvfp4", {"run": "mse"}) < error("nvfp4", {"run": "four_over_six"}) < nvfp4_error
+    assert error("nvfp4-w4a16") == nvfp4_error
+    assert linear_errors(teacher, {"run": dict.fromkeys(formats, "int4-w4a16")}, {}) == []  # not in place
 
 
 def test_relative_distance_of_zeros():
