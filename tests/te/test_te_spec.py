@@ -36,7 +36,8 @@ def test_names_shards_values_and_quantizers_agree(compared, case):
     result = compared[1][case]
     assert result["faults"] == []
     blocks = tiny_models.config_of(case).num_hidden_layers
-    assert result["linears"] == result["quantizers"] == 4 * blocks  # qkv, proj, fc1, fc2
+    assert result["linears"] == 4 * blocks  # qkv, proj, fc1, fc2
+    assert result["quantizers"] == 6 * blocks  # their inputs, and an FP8 cache's keys and values
     assert result["tensors"] > 6 * blocks
 
 
@@ -57,7 +58,8 @@ def test_te_saved_checkpoint_exports_to_the_nvfp4_bytes_of_the_local_one(compare
     assert names == sorted(file.name for file in te.iterdir())
     for name in names:
         assert (local / name).read_bytes() == (te / name).read_bytes(), name
-    assert any(name.endswith("weight_scale_2") for name in _tensors(te)), "nothing was quantized"
+    for part in ("weight_scale_2", "k_proj.k_scale", "v_proj.v_scale"):
+        assert any(name.endswith(part) for name in _tensors(te)), f"no {part}: nothing was quantized"
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.training.arguments import parse_args
 from megatron.training.global_vars import destroy_global_vars, set_args
 
+from megatron_qad.config.options import QADOptions
 from megatron_qad.data.provider import check_data, dataset_config, datasets_provider
 from megatron_qad.runtime.errors import QADError
 
@@ -24,6 +25,7 @@ def args_for(monkeypatch, hf_dir):
         args = parse_args()
         # What validate_args derives; it would also demand a whole model here.
         args.data_parallel_size, args.padded_vocab_size, args.tensor_model_parallel_size = 1, 512, 1
+        args.micro_batch_size, args.qad = 2, QADOptions(qad_calibration_samples=8)
         return args
 
     return make
@@ -52,6 +54,14 @@ def test_the_provider_builds_all_splits(args_for, chats, one_process, hf_tokeniz
     assert len(train) >= 12 and len(valid) >= 4 and test is None
     counted = "".join(hf_tokenizer.hf.decode(s["labels"][s["loss_mask"] == 1]) for s in (train[i] for i in range(12)))
     assert set(counted.replace("<|im_end|>", "")) == set("123")
+
+
+def test_a_blend_holds_what_calibration_reads_ahead(args_for, chats, one_process, hf_tokenizer):
+    """A job of one step (PTQ) asks for few samples, and a blend has no more than it was asked for."""
+    set_args(args_for("--train-data-path", "0.6", chats, "0.4", chats, "--valid-data-path", chats))
+    train, _, _ = datasets_provider([1, 1, 0])
+    assert len(train) >= 8
+    train[7]
 
 
 def check(args):
