@@ -44,7 +44,7 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
     print_rank_0("megatron_qad: building the train, validation and test datasets")
     num_train, *others = train_val_test_num_samples
     if num_train is not None:
-        # Calibration reads ahead of training, more than a short job trains on; a blend holds no more than it is asked for.
+        # Calibration reads ahead, more than a short job trains on; a blend holds no more than it is asked for.
         num_train = max(num_train, args.qad.qad_calibration_samples + args.micro_batch_size * args.data_parallel_size)
     train, valid, _ = BlendedMegatronDatasetBuilder(
         QADDataset, [num_train, *others], partial(_is_built_on_rank, vp_stage), config
