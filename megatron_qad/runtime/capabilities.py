@@ -24,6 +24,9 @@ class Capabilities:
     """"te" (Transformer Engine's layers) or "local" (Megatron's torch layers)."""
     kernels: str
     """"triton" or "torch"."""
+    fuses_gradient_accumulation: bool
+    """Whether weight gradients can be added to ``main_grad`` by their GEMM: apex's extension, which NVIDIA's containers
+    have and PyPI has not."""
     reasons: tuple[str, ...]
     """One sentence a choice, for the log."""
 
@@ -50,11 +53,13 @@ def capabilities() -> Capabilities:
     reasons.append(f"layer spec {layer_spec}: {why}")
     triton = gpu and importlib.util.find_spec("triton") is not None
     reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
+    fuses = gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return Capabilities(
         device="cuda" if gpu else "cpu",
         backend="nccl" if gpu else "gloo",
         layer_spec=layer_spec,
         kernels="triton" if triton else "torch",
+        fuses_gradient_accumulation=fuses,
         reasons=tuple(reasons),
     )
 

@@ -150,8 +150,9 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
             "no-persist-layer-norm": True,
             "no-rope-fusion": True,
             "no-masked-softmax-fusion": True,
-            "no-gradient-accumulation-fusion": True,
         }
+    if not machine.fuses_gradient_accumulation:
+        options["no-gradient-accumulation-fusion"] = True  # Megatron's default; it stops where the extension is missing
     if machine.backend == "gloo":
         options["distributed-backend"] = "gloo"
     return options
