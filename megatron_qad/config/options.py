@@ -10,18 +10,21 @@ class QADOptions:
 
     qad_teacher: str | None = None
     """Checkpoint directory of the frozen BF16 teacher, as tools/import_hf.py writes it. Required unless --qad-loss
-    ce."""
+    is ce."""
 
     qad_student: str | None = None
     """Checkpoint directory with the student's initial weights, as tools/import_hf.py writes it. Default: the
     teacher's."""
 
     qad_loss: str = "kl"
-    """Training loss: 'kl' (KL divergence from teacher to student, which is QAD) or 'ce' (cross entropy, which is
-    QAT)."""
+    """Training loss: 'kl' (KL divergence from teacher to student, which is QAD), 'ce' (cross entropy, which is QAT),
+    'reverse_kl', 'jsd', 'confidence_kl', 'topk', 'mse', a weighted sum such as 'kl(temperature=2) + 0.5*ce' whose
+    weights may follow a schedule ('linear(1, 0, 100, 500)*ce': 1 until step 100, 0 from step 500 on), or a YAML
+    file."""
 
     qad_temperature: float = 1.0
-    """Temperature of teacher and student in the KL loss; 1 is the report's."""
+    """Temperature of teacher and student in the losses between distributions that name none themselves; 1 is the
+    report's."""
 
     qad_policy: str = "nvfp4-all-linear"
     """Quantization policy: a shipped one's name or a YAML file. 'bf16' turns quantization off."""
@@ -50,7 +53,3 @@ class QADOptions:
 
     qad_dry_run: bool = False
     """Print the plan (model, formats, layout, tokens, bytes per rank) and exit without building weights."""
-
-
-LOSSES = ("kl", "ce")
-LOSSES_WITH_TEACHER = ("kl",)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_qad.distillation import vocab_parallel
-from megatron_qad.distillation.losses import VocabShard
+from megatron_qad.distillation.divergences import KL
+from megatron_qad.distillation.other_losses import CrossEntropy
+from megatron_qad.distillation.vocab_parallel import VocabShard, all_gather, logit_losses
 
 NAMES = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement")
 """KL(teacher || student) and the cross entropies in nats a token; the share of tokens with the same most likely
@@ -56,15 +57,16 @@ def compare(student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: 
         labels: int64 [...]; loss_mask: float [...], the weight of each token, 0 leaves it out.
     """
     weight = loss_mask.reshape(-1).double()
-    columns = {"num_columns": shard.num_columns}
-    ce = {**columns, "first_column": shard.first_column}
     per_token = [torch.zeros_like(weight)] * len(NAMES)
-    per_token[1] = vocab_parallel.cross_entropy(student, labels, shard.group, **ce)
-    if teacher is not None:
-        per_token[0] = vocab_parallel.kl_divergence(student, teacher, shard.group, **columns)
-        per_token[2] = vocab_parallel.cross_entropy(teacher, labels, shard.group, **ce)
-        per_token[3] = _most_likely_token(student, shard) == _most_likely_token(teacher, shard)
-    sums = torch.stack([(value.reshape(-1).double() * weight).sum() for value in per_token])
+    if teacher is None:
+        (per_token[1],) = logit_losses([CrossEntropy()], student, None, labels, shard, weight=loss_mask)
+    else:
+        found = logit_losses([KL(), CrossEntropy()], student, teacher, labels, shard, weight=loss_mask)
+        per_token[0], per_token[1] = found
+        (per_token[2],) = logit_losses([CrossEntropy()], teacher, None, labels, shard, weight=loss_mask)
+        agreement = _most_likely_token(student, shard) == _most_likely_token(teacher, shard)
+        per_token[3] = agreement.double() * weight
+    sums = torch.stack([value.double().sum() for value in per_token])
     return Metrics(sums, weight.sum())
 
 
@@ -76,6 +78,6 @@ def _most_likely_token(logits: Tensor, shard: VocabShard) -> Tensor:
     else:
         value = index = flat.new_full((flat.shape[0],), torch.finfo(flat.dtype).min)
     best = torch.stack((value.double(), index.double() + shard.first_column), dim=1)  # float64 holds any token id
-    candidates = vocab_parallel.all_gather(best, shard.group)  # [ranks, tokens, 2]
+    candidates = all_gather(best, shard.group)  # [ranks, tokens, 2]
     winner = candidates[:, :, 0].argmax(dim=0, keepdim=True)
     return candidates[:, :, 1].gather(0, winner)[0].long()

@@ -6,7 +6,9 @@ from pathlib import Path
 from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
 from megatron_qad.report.weights import has_checkpoint, read_job
 
-TRAINING_LOSSES = ("kl loss", "ce loss")
+TRAINING_LOSSES = tuple(
+    f"{name} loss" for name in ("total", "kl", "reverse_kl", "jsd", "confidence_kl", "topk", "mse", "ce")
+)
 """What ``training.loss`` reports, by Megatron's TensorBoard name."""
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from megatron.training.argument_utils import ArgumentGroupFactory, hybrid_config_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
-from megatron_qad.config.options import LOSSES, LOSSES_WITH_TEACHER, QADOptions
+from megatron_qad.config.options import QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
+from megatron_qad.distillation import parse_loss
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.families import family_of
@@ -46,8 +47,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = expand(argv, parser)
     early, _ = parser.parse_known_args(argv)
     options = _qad_options(early)
-    if options.qad_loss not in LOSSES:
-        raise QADError(f"--qad-loss {options.qad_loss!r}: expected one of {', '.join(LOSSES)}")
+    loss = parse_loss(options.qad_loss, temperature=options.qad_temperature)
     if options.qad_weight_scale_rule not in SCALE_RULES:
         raise QADError(
             f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(SCALE_RULES)}"
@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     percentile = options.qad_calibration_percentile
     if percentile is not None and not 0 < percentile <= 100:
         raise QADError(f"--qad-calibration-percentile {percentile}: expected a number above 0, up to 100")
-    if options.qad_teacher is None and options.qad_loss in LOSSES_WITH_TEACHER:
+    if options.qad_teacher is None and loss.needs_teacher:
         raise QADError(f"--qad-loss {options.qad_loss} needs --qad-teacher, a checkpoint made by tools/import_hf.py")
     student = options.qad_student or options.qad_teacher
     if student is None:

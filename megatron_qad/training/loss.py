@@ -1,14 +1,13 @@
 """forward_step and its loss function: what Megatron's schedule calls for every microbatch of the student."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from megatron.core import mpu
 from megatron.training import get_args
 
-from megatron_qad.distillation import Metrics, compare, per_token_loss
-from megatron_qad.distillation.losses import VocabShard
+from megatron_qad.distillation import Metrics, VocabShard, WeightedLosses, compare, logit_losses, parse_loss
 from megatron_qad.training.batch import Batch, logits_of
 from megatron_qad.training.teacher import check_finite
 
@@ -28,9 +27,9 @@ def loss_function(batch: Batch, logits: torch.Tensor):
         logits: the student's, [b, s, V/tp]; the backward pass consumes them.
 
     Returns:
-        sum of the loss over counted tokens, their number, and the report: sum and count by name. In evaluation the
-        metrics go to ``validation_metrics`` instead, because Megatron would print each report's exponential as a
-        perplexity.
+        sum of the loss over counted tokens, their number, and the report: sum and count of each part of the loss,
+        unweighted, by its name, and of the "total loss" where there are several. In evaluation the metrics go to
+        ``validation_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
     """
     args = get_args()
     shard = VocabShard.of_rank(logits.shape[-1], args.hf_config["vocab_size"], mpu.get_tensor_model_parallel_group())
@@ -39,15 +38,21 @@ def loss_function(batch: Batch, logits: torch.Tensor):
     if not torch.is_grad_enabled():
         validation_metrics.add(compare(logits, teacher_logits, batch.labels, batch.loss_mask, shard))
         return logits.new_zeros(()), num_tokens, {}
+    step = args.curr_iteration + 1  # Megatron counts a step when it is done
     if teacher_logits is not None:
-        step = args.curr_iteration + 1  # Megatron counts a step when it is done
         check_finite(teacher_logits[..., : shard.num_columns], "the teacher's logits", step)
-    loss = per_token_loss(
-        args.qad.qad_loss, logits, teacher_logits, batch.labels, shard, temperature=args.qad.qad_temperature
-    )
-    total = (loss * batch.loss_mask).sum()
-    name = {"kl": "kl loss", "ce": "ce loss"}[args.qad.qad_loss]
-    return total, num_tokens, {name: torch.stack((total.detach(), num_tokens.float()))}
+    parts = _losses(args.qad.qad_loss, args.qad.qad_temperature)
+    losses = logit_losses(parts.losses, logits, teacher_logits, batch.labels, shard, weight=batch.loss_mask)
+    sums = [loss.sum() for loss in losses]
+    total = sum(weight.at(step) * value for weight, value in zip(parts.weights, sums, strict=True))
+    reported = dict(zip(parts.names, sums, strict=True)) | ({"total": total} if len(sums) > 1 else {})
+    report = {f"{name} loss": torch.stack((v.detach(), num_tokens.float())) for name, v in reported.items()}
+    return total, num_tokens, report
+
+
+@lru_cache(maxsize=1)
+def _losses(text: str, temperature: float) -> WeightedLosses:
+    return parse_loss(text, temperature=temperature)
 
 
 class _ValidationMetrics:

@@ -1,9 +1,8 @@
-"""What is cut across ranks equals what is whole: losses, gradients, metrics, scales. One launch of 4 ranks for all."""
+"""What is cut across ranks equals what is whole: metrics, scales. One launch of 4 ranks for all."""
 
 from pathlib import Path
 
 import pytest
-import torch
 from launch import run_workers
 
 SIZES = (1, 2, 4)
@@ -16,26 +15,6 @@ def results() -> list[dict]:
 
 def of(results, what, **wanted):
     return [r for r in results if r["what"] == what and all(r[key] == value for key, value in wanted.items())]
-
-
-def test_losses_and_gradients_do_not_depend_on_the_number_of_shards(results):
-    whole = of(results, "loss", size=1)
-    assert len(whole) == 6
-    for size in (2, 4):
-        for a, b in zip(of(results, "loss", size=size), whole, strict=True):
-            assert (a["name"], a["dtype"], a["temperature"]) == (b["name"], b["dtype"], b["temperature"])
-            assert a["columns"] == 30 if size == 2 else 16  # rank 0's; the last ranks have none
-            # float32 sums in another order: 6e-8 of logits up to 30, a few additions deep.
-            torch.testing.assert_close(torch.tensor(a["loss"]), torch.tensor(b["loss"]), rtol=1e-6, atol=5e-6)
-            # The exponents differ by as much; a BF16 gradient may then round to its neighbour, 2^-8 away.
-            rtol = 1e-5 if a["dtype"] == "torch.float32" else 2.0**-7
-            torch.testing.assert_close(torch.tensor(a["grad"]), torch.tensor(b["grad"]), rtol=rtol, atol=1e-6)
-
-
-def test_one_collective_forward_and_none_backward(results):
-    for case in of(results, "loss"):
-        assert case["forward"] == ({} if case["size"] == 1 else {"all_gather_into_tensor": 1})
-        assert case["backward"] == {}
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])

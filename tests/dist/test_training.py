@@ -313,7 +313,9 @@ def test_bad_input_stops_with_one_error(workshop, tmp_path):
     error = workshop.fail(workshop.argv("--tensor-model-parallel-size", "4"), 1)
     assert "does not divide the key-value heads (2); possible for this model: 1, 2" in error
     assert "at most one stage a layer" in workshop.fail(workshop.argv("--pipeline-model-parallel-size", "5"))
-    assert "--qad-loss 'mse': expected one of kl, ce" in workshop.fail(workshop.argv("--qad-loss", "mse"))
+    assert "--qad-loss 'mze': unknown loss 'mze'; did you mean 'mse'?" in workshop.fail(
+        workshop.argv("--qad-loss", "mze")
+    )
     error = workshop.fail(workshop.argv("--qad-weight-scale-rule", "min"))
     assert "'min': expected one of max, four_over_six, mse" in error
     error = workshop.fail(workshop.argv("--qad-calibration-percentile", "0"))

@@ -7,8 +7,7 @@ from megatron_qad.runtime import prepare
 
 prepare()
 
-from megatron_qad.distillation import compare, per_token_loss  # noqa: E402
-from megatron_qad.distillation.losses import VocabShard  # noqa: E402
+from megatron_qad.distillation import VocabShard, compare  # noqa: E402
 from megatron_qad.formats import nvfp4  # noqa: E402
 from megatron_qad.quantization.activations import ActivationQuantizers  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
@@ -56,27 +55,6 @@ def _given(dtype):
     teacher[0, 1, 20] = 30.0
     labels = torch.randint(0, REAL, (3, TOKENS // 3), generator=generator)
     return student, teacher, labels, torch.rand(3, TOKENS // 3, generator=generator)
-
-
-def _loss(name, dtype, temperature, group) -> dict:
-    student, teacher, labels, weight = _given(dtype)
-    width = PADDED // group.size()
-    mine = slice(group.rank() * width, (group.rank() + 1) * width)
-    shard = VocabShard.of_rank(width, REAL, group)
-    leaf = student[..., mine].clone().requires_grad_()
-    with _Counts() as forward:
-        out = per_token_loss(name, leaf * 1, teacher[..., mine].clone(), labels, shard, temperature=temperature)
-    with _Counts() as backward:
-        (out * weight).sum().backward()
-    grads = [torch.empty_like(leaf) for _ in range(group.size())]
-    torch.distributed.all_gather(grads, leaf.grad, group=group)
-    return {
-        "loss": out.tolist(),
-        "grad": torch.cat(grads, dim=-1).tolist(),
-        "forward": forward,
-        "backward": backward,
-        "columns": shard.num_columns,
-    }
 
 
 def _metrics(dtype, group) -> dict:
@@ -140,9 +118,6 @@ def cases(arguments: dict) -> list:
         if rank >= size:
             continue
         for dtype in (torch.float32, torch.bfloat16):
-            for name, temperature in (("kl", 1.0), ("kl", 2.0), ("ce", 1.0)):
-                case = {"what": "loss", "size": size, "dtype": str(dtype), "name": name, "temperature": temperature}
-                results.append(case | _loss(name, dtype, temperature, group))
             results.append({"what": "metrics", "size": size, "dtype": str(dtype)} | _metrics(dtype, group))
         for axis in (0, 1):
             results.append({"what": "weights", "size": size} | _weights(axis, group))

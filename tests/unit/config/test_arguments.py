@@ -4,12 +4,10 @@ import json
 
 import pytest
 
-from megatron_qad.distillation import LOSSES as KNOWN_LOSSES
 from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
-from megatron_qad.config.options import LOSSES  # noqa: E402
 from megatron_qad.training.arguments import check_tensor_parallel, read_hf_config, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
 
@@ -72,10 +70,6 @@ def test_tensor_parallel_sizes_that_can(tp):
 def test_a_checkpoint_without_its_config(tmp_path):
     with pytest.raises(QADError, match=r"no hf/config\.json; expected a checkpoint directory"):
         read_hf_config(str(tmp_path))
-
-
-def test_the_options_know_the_losses():
-    assert LOSSES == KNOWN_LOSSES  # floor 1 cannot import floor 2
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from megatron_qad.config.options import LOSSES, LOSSES_WITH_TEACHER, QADOptions
+from megatron_qad.config.options import QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
 from megatron_qad.runtime import QADError
 
@@ -114,5 +114,4 @@ def test_to_flags():
 def test_every_option_is_a_qad_flag_with_a_default():
     fields = dataclasses.fields(QADOptions)
     assert all(field.name.startswith("qad_") for field in fields)
-    options = QADOptions()
-    assert options.qad_loss in LOSSES and set(LOSSES_WITH_TEACHER) <= set(LOSSES)
+    QADOptions()

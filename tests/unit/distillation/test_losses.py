@@ -1,13 +1,29 @@
-"""KL and cross entropy against float64 autograd on one rank. Over several ranks: tests/dist/test_sharded.py."""
+"""Every loss against float64 autograd on one rank. Over several ranks: tests/dist/test_loss_shards.py."""
 
 import pytest
 import torch
+from reference_losses import expected
 
-from megatron_qad.distillation import LOSSES, per_token_loss, vocab_parallel
-from megatron_qad.distillation.losses import VocabShard
+from megatron_qad.distillation import LOSSES, VocabShard, logit_losses, per_token_loss, vocab_parallel
 
 BATCH, SEQUENCE, WIDTH = 3, 5, 48
 DTYPES = (torch.float32, torch.bfloat16)
+# Each loss as it is and with other settings; k at most the one column of the narrowest case.
+CASES = {
+    "kl": {},
+    "reverse_kl": {},
+    "jsd": {},
+    "jsd 0.1": {"beta": 0.1},
+    "jsd 0.9": {"beta": 0.9},
+    "confidence_kl": {},
+    "confidence_kl -0.5": {"power": -0.5},
+    "topk": {"k": 1},
+    "topk 7": {"k": 7},
+    "mse": {},
+    "mse plain": {"centred": False},
+    "ce": {},
+}
+WITH_TEMPERATURE = [case for case in CASES if case.split()[0] not in ("mse", "ce")]
 
 
 def logits(seed: int, dtype=torch.float32, *, scale: float = 3.0, width: int = WIDTH) -> torch.Tensor:
@@ -19,149 +35,202 @@ def labels(num_columns: int = WIDTH) -> torch.Tensor:
     return torch.randint(0, num_columns, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(9))
 
 
-def expected(name, student, teacher, target, weight, *, columns=None, temperature=1.0):
-    """Loss of each token and the gradient of the weighted sum in the student's logits, float64, by autograd."""
-    z = student.detach().double().requires_grad_()
-    log_s = torch.log_softmax(z[..., :columns] / temperature, dim=-1)
-    if name == "kl":
-        log_t = torch.log_softmax(teacher.double()[..., :columns] / temperature, dim=-1)
-        loss = (log_t.exp() * (log_t - log_s)).sum(-1)
-    else:
-        loss = -torch.log_softmax(z[..., :columns], dim=-1).gather(-1, target[..., None])[..., 0]
-    (loss * weight).sum().backward()
-    return loss.detach(), z.grad
+def weights() -> torch.Tensor:
+    return torch.rand(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(4))
 
 
-def assert_matches(name, student, teacher, *, columns=None, temperature=1.0, scale=3.0, weight=None):
-    target = labels(columns or WIDTH)
-    weight = torch.rand(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(4)) if weight is None else weight
-    loss_64, grad_64 = expected(name, student, teacher, target, weight, columns=columns, temperature=temperature)
+def assert_matches(case, student, teacher, *, columns=None, scale=3.0, weight=None, **temperatures):
+    name, settings = case.split()[0], CASES[case] | temperatures
+    target, weight = labels(columns or WIDTH), weights() if weight is None else weight
+    loss_64, grad_64 = expected(name, student, teacher, target, weight, columns=columns, **settings)
     dtype, student = student.dtype, student.clone(memory_format=torch.preserve_format).requires_grad_()
     shard = VocabShard(0, columns or WIDTH)
-    # The operation consumes its input: a leaf may not be written, what a model returns may.
-    out = per_token_loss(name, student * 1, teacher, target, shard, temperature=temperature)
+    out = per_token_loss(name, student * 1, teacher, target, shard, weight=weight, **settings)
     assert out.dtype == torch.float32 and out.shape == (BATCH, SEQUENCE)
-    (out * weight).sum().backward()
-    # float32 rounds logits and their sums at 6e-8 of their magnitude, a few operations deep.
+    out.sum().backward()
+    # float32 rounds logits and their sums at 6e-8 of their magnitude, a few operations deep; losses are of order
+    # scale, gradients of order scale for those that weigh a probability by a difference of logits.
     torch.testing.assert_close(out.double(), loss_64, rtol=2e-6, atol=2e-6 * scale)
     # A probability's error is that of its exponent; BF16 logits also round the gradient itself at 2^-9.
     rtol = 2e-6 * scale + (2.0**-8 if dtype == torch.bfloat16 else 0)
     torch.testing.assert_close(student.grad.double(), grad_64, rtol=rtol, atol=2e-6 * scale)
     assert student.grad.dtype == dtype
+    assert grad_64.abs().max() > 1e-3 or columns == 1  # one outcome has no gradient
     return out, student.grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("columns", [None, 33, 1])
-def test_equals_float64_autograd(name, dtype, columns):
-    _, grad = assert_matches(name, logits(0, dtype), logits(1, dtype), columns=columns)
+def test_equals_float64_autograd(case, dtype, columns):
+    if CASES[case].get("k", 1) > (columns or WIDTH):
+        case = "topk"
+    _, grad = assert_matches(case, logits(0, dtype), logits(1, dtype), columns=columns)
     if columns is not None:
         assert not grad[..., columns:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("temperature", [0.5, 3.0])
-def test_temperature(dtype, temperature):
+@pytest.mark.parametrize("case", WITH_TEMPERATURE)
+@pytest.mark.parametrize("temperatures", [(0.5, None), (3.0, None), (2.0, 0.5)], ids=str)
+def test_temperature(case, dtype, temperatures):
     # Dividing by 0.5 doubles what float32 rounds.
-    assert_matches("kl", logits(0, dtype), logits(1, dtype), temperature=temperature, scale=6.0)
+    both = dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
+    assert_matches(case, logits(0, dtype), logits(1, dtype), scale=6.0, **both)
 
 
-def test_temperature_does_not_touch_cross_entropy():
-    a, b = (per_token_loss("ce", logits(0), None, labels(), VocabShard(0, WIDTH), temperature=t) for t in (1.0, 3.0))
-    assert torch.equal(a, b)
+def test_a_temperature_above_zero():
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="expected a number above 0"):
+            per_token_loss("kl", logits(0), logits(1), None, VocabShard(0, WIDTH), teacher_temperature=value)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_masked_tokens_have_no_gradient(name):
+@pytest.mark.parametrize("case", CASES)
+def test_masked_tokens(case):
+    """No loss, no gradient, whatever their logits are; those that count are as without them."""
     weight = torch.zeros(BATCH, SEQUENCE)
-    weight[0, 1] = weight[2, 3] = 1
-    _, grad = assert_matches(name, logits(0), logits(1), weight=weight)
-    assert not grad[weight == 0].any() and grad[weight == 1].any()
+    weight[0, 1] = weight[2, 3] = 0.5
+    name, settings, shard = case.split()[0], CASES[case], VocabShard(0, WIDTH)
+    clean, clean_grad = assert_matches(case, logits(0), logits(1), weight=weight)
+    student, teacher, ignored = logits(0), logits(1), labels()
+    student[weight == 0], teacher[weight == 0] = torch.nan, torch.inf
+    ignored[weight == 0] = -100
+    for given in ({"weight": weight}, {"weight": torch.full_like(weight, 0.5)}):  # by weight, by label
+        target = labels() if given["weight"] is weight else ignored
+        leaf = student.clone().requires_grad_()
+        out = per_token_loss(name, leaf * 1, teacher, target, shard, **given, **settings)
+        out.sum().backward()
+        assert torch.equal(out, clean) and torch.equal(leaf.grad, clean_grad)
+        assert not leaf.grad[weight == 0].any() and leaf.grad[weight != 0].any()
+    leaf = student.clone().requires_grad_()
+    out = per_token_loss(name, leaf * 1, teacher, labels(), shard, weight=weight * 0, **settings)
+    out.sum().backward()
+    assert not out.any() and not leaf.grad.any()  # NaN would be something
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_padding_may_hold_anything(name):
+@pytest.mark.parametrize("case", CASES)
+def test_padding_may_hold_anything(case):
+    name, settings, shard = case.split()[0], CASES[case], VocabShard(0, 40)
     student, teacher = logits(0), logits(1)
-    clean = per_token_loss(name, student.clone(), teacher.clone(), labels(40), VocabShard(0, 40))
+    clean = per_token_loss(name, student.clone(), teacher.clone(), labels(40), shard, **settings)
     for tensor, value in ((student, torch.inf), (teacher, torch.nan)):
         tensor[..., 40:] = value
     student.requires_grad_()
-    found = per_token_loss(name, student * 1, teacher, labels(40), VocabShard(0, 40))
+    found = per_token_loss(name, student * 1, teacher, labels(40), shard, **settings)
     assert torch.equal(found, clean)
     found.sum().backward()
     assert student.grad.isfinite().all() and not student.grad[..., 40:].any()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_huge_logits(name):
+@pytest.mark.parametrize("case", CASES)
+def test_huge_logits(case):
     """At 1e4 float32 numbers are 1e-3 apart; nothing overflows and the loss keeps six digits."""
+    name, settings = case.split()[0], CASES[case]
     student, teacher = logits(0, scale=1e4), logits(1, scale=1e4)
-    weight = torch.ones(BATCH, SEQUENCE)
-    loss_64, grad_64 = expected(name, student, teacher, labels(), weight)
+    loss_64, grad_64 = expected(name, student, teacher, labels(), torch.ones(BATCH, SEQUENCE), **settings)
     student.requires_grad_()
-    found = per_token_loss(name, student * 1, teacher, labels(), VocabShard(0, WIDTH))
+    found = per_token_loss(name, student * 1, teacher, labels(), VocabShard(0, WIDTH), **settings)
     found.sum().backward()
+    assert found.isfinite().all() and student.grad.isfinite().all()
+    if name == "topk":
+        return  # the student's tail underflows, which the loss bounds where the formula is infinite
     torch.testing.assert_close(found.double(), loss_64, rtol=1e-6, atol=1e-2)
-    torch.testing.assert_close(student.grad.double(), grad_64, rtol=5e-3, atol=5e-3)  # exp of an exponent 1e-3 off
+    # An exponent 1e-3 off; where a gradient has a difference of logits as a factor, that is 1e4.
+    torch.testing.assert_close(student.grad.double(), grad_64, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_logits_have_no_divergence(dtype):
+@pytest.mark.parametrize("case", [case for case in CASES if case != "ce"])
+def test_equal_logits_have_no_divergence(case, dtype):
     student = logits(0, dtype).requires_grad_()
-    found = per_token_loss("kl", student * 1, student.detach().clone(), labels(), VocabShard(0, WIDTH))
+    shard = VocabShard(0, WIDTH)
+    found = per_token_loss(case.split()[0], student * 1, student.detach().clone(), labels(), shard, **CASES[case])
     found.sum().backward()
     assert not found.any() and not student.grad.any()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_non_contiguous_logits(name):
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("ce", "mse plain")])
+def test_a_common_offset_changes_nothing(case):
+    """Logits that are multiples of 2^-10 take an offset of 64 without rounding."""
+    student, teacher = (logits(seed).mul(1024).round().div(1024) for seed in (0, 1))
+    shard, name = VocabShard(0, WIDTH), case.split()[0]
+    found = []
+    for offset in (0, 64):
+        leaf = student.clone().requires_grad_()
+        out = per_token_loss(name, leaf + offset, teacher, None, shard, **CASES[case])
+        out.sum().backward()
+        found.append((out, leaf.grad))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-6, atol=2e-6)
+    # log Z is rounded at 64 * 6e-8, and gradients have differences of logits, up to 20 here, as factors.
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_non_contiguous_logits(case):
     """[s, b, V] seen as [b, s, V], and a slice of wider logits."""
     student, teacher = (logits(seed).transpose(0, 1).contiguous().transpose(0, 1) for seed in (0, 1))
     assert not student.is_contiguous()
-    assert_matches(name, student, teacher)
+    assert_matches(case, student, teacher)
+    name, settings = case.split()[0], CASES[case]
     wide = logits(0, width=2 * WIDTH).requires_grad_()
-    target = labels()
-    _, grad = expected(name, wide[..., :WIDTH], logits(1), target, torch.ones(BATCH, SEQUENCE))
+    ones = torch.ones(BATCH, SEQUENCE)
+    _, grad = expected(name, wide[..., :WIDTH], logits(1), labels(), ones, **settings)
     sliced = (wide * 1)[..., :WIDTH]
-    per_token_loss(name, sliced, logits(1), target, VocabShard(0, WIDTH)).sum().backward()
+    per_token_loss(name, sliced, logits(1), labels(), VocabShard(0, WIDTH), **settings).sum().backward()
     torch.testing.assert_close(wide.grad[..., :WIDTH].double(), grad, rtol=1e-5, atol=1e-5)
     assert not wide.grad[..., WIDTH:].any()
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_backward_pass_writes_over_the_logits(name):
-    leaf = logits(0).requires_grad_()
-    student, teacher = leaf * 1, logits(1)
-    kept = teacher.clone()
-    before = student.detach().clone()
-    out = per_token_loss(name, student, teacher, labels(), VocabShard(0, WIDTH))
-    assert torch.equal(student, before)  # the forward pass does not
-    (grad,) = torch.autograd.grad(out.sum(), student)
-    assert grad.data_ptr() == student.data_ptr() and torch.equal(grad, student)
-    assert torch.equal(teacher, kept)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_chunks_of_tokens_change_nothing(name, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_tiles_change_nothing(case, dtype, monkeypatch):
     def run():
-        student = logits(0).requires_grad_()
-        out = per_token_loss(name, student * 1, logits(1), labels(), VocabShard(0, WIDTH))
+        student, weight = logits(0, dtype).requires_grad_(), weights()
+        weight[0] = weight[1, 1:3] = 0  # a tile that nobody needs, one of both kinds
+        args = (case.split()[0], student * 1, logits(1, dtype), labels(), VocabShard(0, WIDTH))
+        out = per_token_loss(*args, weight=weight, **CASES[case])
         out.sum().backward()
         return out, student.grad
 
     whole = run()
-    monkeypatch.setattr(vocab_parallel, "CHUNK_ELEMENTS", 4 * WIDTH)  # 15 tokens in chunks of 4
-    assert [chunk.stop - chunk.start for chunk in vocab_parallel.token_chunks(15, WIDTH)] == [4, 4, 4, 3]
+    monkeypatch.setattr(vocab_parallel, "TILE_ELEMENTS", 4 * WIDTH)  # 15 tokens in tiles of 4
+    assert [tile.stop - tile.start for tile in vocab_parallel.token_tiles(15, WIDTH)] == [4, 4, 4, 3]
     for a, b in zip(run(), whole, strict=True):
         assert torch.equal(a, b)
 
 
-def test_wrong_input_is_refused():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_losses_at_once(dtype):
+    """Each as it is alone, and the gradient of their weighted sum; one of them counts nothing."""
+    names, factors = ["kl", "ce", "jsd", "mse", "topk"], [1.0, 0.5, 2.0, 0.0, 0.25]
+    settings = [{"temperature": 2.0}, {}, {}, {}, {"k": 5}]
+    losses = [LOSSES[name](**given) for name, given in zip(names, settings, strict=True)]
+    student, teacher, weight = logits(0, dtype).requires_grad_(), logits(1, dtype), weights()
+    found = logit_losses(losses, student * 1, teacher, labels(), VocabShard(0, WIDTH), weight=weight)
+    sum(f * out.sum() for f, out in zip(factors, found, strict=True)).backward()
+    total = 0
+    for name, given, factor, out in zip(names, settings, factors, found, strict=True):
+        loss, grad = expected(name, student, teacher, labels(), weight, **given)
+        torch.testing.assert_close(out.double(), loss, rtol=2e-6, atol=6e-6)
+        total = total + factor * grad
+    rtol = 2e-5 if dtype == torch.float32 else 2.0**-8  # sums of float32 gradients; BF16 rounds once, at the end
+    torch.testing.assert_close(student.grad.double(), total, rtol=rtol, atol=6e-6)
+
+
+def test_what_cannot_be_done_is_refused():
+    shard = VocabShard(0, WIDTH)
     with pytest.raises(ValueError, match=r"student logits \[3, 5, 48\], teacher logits \[3, 5, 40\]"):
-        per_token_loss("kl", logits(0), logits(1)[..., :40], labels(), VocabShard(0, WIDTH))
-    with pytest.raises(ValueError, match="unknown loss 'mse'"):
-        per_token_loss("mse", logits(0), logits(1), labels(), VocabShard(0, WIDTH))
+        per_token_loss("kl", logits(0), logits(1)[..., :40], labels(), shard)
+    with pytest.raises(ValueError, match="unknown loss 'mso'"):
+        per_token_loss("mso", logits(0), logits(1), labels(), shard)
+    with pytest.raises(ValueError, match=r"topk\(k=49\): k is larger than the 48 columns of one rank's shard"):
+        per_token_loss("topk", logits(0), logits(1), labels(), shard, k=49)
+    with pytest.raises(ValueError, match="JSD needs the teacher's logits"):
+        per_token_loss("jsd", logits(0), None, labels(), shard)
+    with pytest.raises(ValueError, match="CrossEntropy needs labels"):
+        per_token_loss("ce", logits(0), None, None, shard)
+    with pytest.raises(ValueError, match="beta=1"):
+        per_token_loss("jsd", logits(0), logits(1), None, shard, beta=1)
 
 
 @pytest.mark.parametrize("rank, expected", [(0, (0, 128)), (1, (128, 22)), (2, (256, 0)), (3, (384, 0))])

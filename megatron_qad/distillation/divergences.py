@@ -1,0 +1,144 @@
+"""Divergences between the two models' distributions: KL either way, confidence-weighted KL, Jensen-Shannon.
+
+KL(t || s) of distributions cut into shards is E[KL within a shard] + KL between the shards' masses, the expectation
+over the teacher's masses. Within a shard, with x = (z_s - max z_s) - (z_t - max z_t), KL = log(D_s / D_t) - E_t[x].
+Late in QAD the KL is small and D_s / D_t close to 1, so their difference is summed term by term without cancellation:
+e^a - e^b = (e^a + e^b) tanh((a - b) / 2), which never overflows. What remains is an error of a few 1e-8 of E_t|x|,
+where the difference of two log-sum-exps has 1e-7 of the logits. Five numbers a rank, merged in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_qad.distillation.vocab_parallel import LOWEST, LogitLoss, Tile
+
+
+def kl_stats(p: Tensor, q: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
+    """Logits of p and q and two scratch tensors, float32 [t, columns], all overwritten -> the state of KL(p || q) in
+    this shard, [t, 5]: max p, max q, D_p = sum e^(p - max p), log(D_q / D_p), KL between the renormalized shards."""
+    if p.shape[1] == 0:
+        return p.new_tensor([LOWEST, LOWEST, 0, 0, 0]).expand(p.shape[0], 5)
+    max_p, max_q = p.amax(dim=1), q.amax(dim=1)
+    p.sub_(max_p[:, None])
+    q.sub_(max_q[:, None])
+    torch.sub(q, p, out=x)
+    sum_p, sum_q = p.exp_().sum(dim=1), q.exp_().sum(dim=1)
+    mean = torch.mul(p, x, out=scratch).sum(dim=1) / sum_p
+    ratio = q.add_(p).mul_(x.mul_(0.5).tanh_()).sum(dim=1) / sum_p  # D_q / D_p - 1
+    # Near -1 it is that difference that cancels.
+    log_ratio = torch.where(ratio > -0.5, ratio.clamp(min=-0.5).log1p(), (sum_q / sum_p).log())
+    return torch.stack((max_p, max_q, sum_p, log_ratio, log_ratio - mean), dim=1)
+
+
+def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 [ranks, t, 5] -> KL(p || q), log Z_p, log Z_q, each [t]."""
+    max_p, max_q, sum_p, log_ratio, within = stats.unbind(dim=2)
+    top = max_p.amax(dim=0)
+    mass = sum_p * (max_p - top).exp()
+    total = mass.sum(dim=0)
+    mass = mass / total
+    shift = max_q - max_p + log_ratio  # log Z_q - log Z_p of each shard
+    mean_shift = (mass * shift).sum(dim=0)
+    between = (mass.log() + shift - mean_shift).logsumexp(dim=0)
+    log_z_p = top + total.log()
+    kl = ((mass * within).sum(dim=0) + between).clamp(min=0)  # rounding may leave -1e-9 of nothing
+    return kl, log_z_p, log_z_p + mean_shift + between
+
+
+class KL(LogitLoss):
+    """KL(teacher || student); the gradient is (p_s - p_t) / temperature."""
+
+    def shard_stats(self, tile: Tile):
+        return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()
+
+    def merge(self, stats, local, rank):
+        kl, log_t, log_s = merge_kl(stats)
+        # softmax(z) = e^(z - m) r with m the largest logit and r = e^m / Z: likely tokens then have exponents near 0,
+        # which float32 keeps better than z - log Z. The ratio of both r is 1 where the models agree.
+        max_t, max_s = stats[..., 0].amax(dim=0), stats[..., 1].amax(dim=0)
+        log_r_s, log_r_t = max_s - log_s, max_t - log_t
+        return kl, tuple(v.float() for v in (max_s, max_t, (log_r_s - log_r_t).exp(), log_r_t.exp()))
+
+    def gradient(self, tile: Tile, saved, factor):
+        max_s, max_t, ratio, r_t = saved[:4]
+        e_s, e_t = tile.z_s.sub_(max_s[:, None]).exp_(), tile.z_t.sub_(max_t[:, None]).exp_()
+        return torch.addcmul(e_t, e_s, ratio[:, None], value=-1, out=e_s).mul_(-(r_t * factor)[:, None])
+
+
+class ConfidenceKL(KL):
+    """KL(teacher || student), each token scaled by the teacher's highest probability to the ``power``.
+
+    1 trusts tokens of which the teacher is sure; a negative power stresses those of which it is not, which is what
+    token-scaled logit distillation does (Kim et al. 2023, arXiv 2308.06744, there by the teacher's cross entropy).
+    """
+
+    def __init__(self, power: float = 1.0, **temperatures):
+        super().__init__(**temperatures)
+        self.power = power
+
+    def merge(self, stats, local, rank):
+        kl, saved = super().merge(stats, local, rank)
+        scale = saved[3].double() ** self.power  # e^(max z_t) / Z_t
+        return kl * scale, (*saved, scale.float())
+
+    def gradient(self, tile: Tile, saved, factor):
+        return super().gradient(tile, saved, factor * saved[4])
+
+
+class ReverseKL(LogitLoss):
+    """KL(student || teacher); the gradient is p_s (log(p_s / p_t) - KL) / temperature."""
+
+    def shard_stats(self, tile: Tile):
+        return kl_stats(tile.z_s, tile.z_t, tile.a, tile.b), ()
+
+    def merge(self, stats, local, rank):
+        kl, log_s, log_t = merge_kl(stats)
+        return kl, (log_s.float(), (log_t - log_s - kl).float())
+
+    def gradient(self, tile: Tile, saved, factor):
+        log_s, shift = saved
+        centred = torch.sub(tile.z_s, tile.z_t, out=tile.a).add_(shift[:, None])
+        return tile.z_s.sub_(log_s[:, None]).exp_().mul_(centred).mul_(factor[:, None])
+
+
+class JSD(LogitLoss):
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student (generalized
+    Jensen-Shannon divergence as in GKD, Agarwal et al. 2023, arXiv 2306.13649). Two collectives: m needs the whole
+    vocabulary's normalizers first."""
+
+    rounds = 2
+
+    def __init__(self, beta: float = 0.5, **temperatures):
+        super().__init__(**temperatures)
+        if not 0 < beta < 1:
+            raise ValueError(f"jsd(beta={beta}): expected a number between 0 and 1; its limits are kl and reverse_kl")
+        self.beta = beta
+
+    def shard_stats(self, tile: Tile):
+        return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()
+
+    def merge(self, stats, local, rank):
+        _, log_t, log_s = merge_kl(stats)
+        # One shift for both, so that y = log p_s - log p_t loses nothing to the size of the normalizers.
+        return None, (log_s.float(), log_t.float(), (log_t - log_s).float())
+
+    def second_stats(self, tile: Tile, saved):
+        p_s, p_t, y, log_m = self._parts(tile, saved)
+        student = torch.sub(y, log_m, out=y).mul_(p_s)  # p_s log(p_s / m)
+        return torch.stack((student.sum(dim=1), log_m.mul_(p_t).sum(dim=1)), dim=1)
+
+    def merge_second(self, sums, saved):
+        student, teacher = sums[:, 0], -sums[:, 1]
+        return self.beta * teacher + (1 - self.beta) * student, (*saved, student.float())
+
+    def gradient(self, tile: Tile, saved, factor):
+        p_s, _, y, log_m = self._parts(tile, saved[:3])
+        return y.sub_(log_m).sub_(saved[3][:, None]).mul_(p_s).mul_(((1 - self.beta) * factor)[:, None])
+
+    def _parts(self, tile: Tile, saved):
+        """p_s, p_t, y = log(p_s / p_t) and log(m / p_t) = log1p((1 - beta) expm1(y)), in the tile's tensors."""
+        log_s, log_t, shift = saved
+        # Beyond e^80 of one model's probability there is none of the other's to weigh.
+        y = torch.sub(tile.z_s, tile.z_t, out=tile.a).add_(shift[:, None]).clamp_(-80, 80)
+        p_s, p_t = tile.z_s.sub_(log_s[:, None]).exp_(), tile.z_t.sub_(log_t[:, None]).exp_()
+        return p_s, p_t, y, torch.expm1(y, out=tile.b).mul_(1 - self.beta).log1p_()

@@ -1,0 +1,153 @@
+"""Losses of logits that are no divergence of whole distributions: cross entropy, mean squared error, top-k KL."""
+
+import torch
+from torch import Tensor
+
+from megatron_qad.distillation.vocab_parallel import LOWEST, LogitLoss, Tile
+
+
+class CrossEntropy(LogitLoss):
+    """Cross entropy against the labels at temperature 1, which is QAT; needs no teacher."""
+
+    needs_teacher = False
+    needs_labels = True
+
+    def __init__(self):
+        super().__init__()
+
+    def shard_stats(self, tile: Tile):
+        z, num_columns = tile.z_s, tile.z_s.shape[1]
+        if num_columns == 0:
+            return z.new_tensor([LOWEST, 0, 0]).expand(len(z), 3), (tile.column,)
+        here = (tile.column >= 0) & (tile.column < num_columns)
+        label = z.gather(1, tile.column.clamp(0, num_columns - 1)[:, None])[:, 0]
+        maximum = z.amax(dim=1)
+        total = z.sub_(maximum[:, None]).exp_().sum(dim=1)
+        return torch.stack((maximum, total, torch.where(here, label, 0.0)), dim=1), (tile.column,)
+
+    def merge(self, stats, local, rank):
+        maxima, sums, labels = stats.unbind(dim=2)
+        top = maxima.amax(dim=0)
+        log_total = (sums * (maxima - top).exp()).sum(dim=0).log()
+        return top - labels.sum(dim=0) + log_total, ((top + log_total).float(), *local)
+
+    def gradient(self, tile: Tile, saved, factor):
+        log_z, column = saved
+        p = tile.z_s.sub_(log_z[:, None]).exp_()
+        num_columns = p.shape[1]
+        if num_columns:
+            here = (column >= 0) & (column < num_columns)
+            p.scatter_add_(1, column.clamp(0, num_columns - 1)[:, None], -here[:, None].float())
+        return p.mul_(factor[:, None])
+
+
+class MSE(LogitLoss):
+    """Mean over the real vocabulary of (z_s - z_t)^2, of the logits themselves: no temperature.
+
+    Args:
+        centred: of logits whose mean over the vocabulary is taken away first, which changes no distribution. A common
+            offset of one model then costs nothing.
+    """
+
+    def __init__(self, centred: bool = True):
+        super().__init__()
+        self.centred = bool(centred)
+
+    def shard_stats(self, tile: Tile):
+        difference = tile.z_s.sub_(tile.z_t)
+        number = difference.shape[1]
+        mean = difference.sum(dim=1) / max(number, 1)
+        squares = difference.sub_(mean[:, None]).square_().sum(dim=1)
+        return torch.stack((torch.full_like(mean, number), mean, squares), dim=1), ()
+
+    def merge(self, stats, local, rank):
+        number, means, squares = stats.unbind(dim=2)
+        total = number.sum(dim=0)
+        mean = (number * means).sum(dim=0) / total
+        loss = (squares + number * (means - mean).square()).sum(dim=0) / total
+        if not self.centred:
+            loss, mean = loss + mean.square(), torch.zeros_like(mean)
+        return loss, (mean.float(), (2 / total).float())
+
+    def gradient(self, tile: Tile, saved, factor):
+        mean, two_over_number = saved
+        return tile.z_s.sub_(tile.z_t).sub_(mean[:, None]).mul_((two_over_number * factor)[:, None])
+
+
+class TopKL(LogitLoss):
+    """KL(teacher || student) over k + 1 outcomes: the teacher's k most likely tokens of the whole vocabulary, and all
+    others as one. Each rank gathers the logits of its own k most likely tokens, 2 k + 4 numbers a token.
+
+    Args:
+        k: at most V/tp, because one rank may hold all of them.
+    """
+
+    def __init__(self, k: int = 64, **temperatures):
+        super().__init__(**temperatures)
+        if not (isinstance(k, int) and k > 0):
+            raise ValueError(f"topk(k={k}): expected a positive integer")
+        self.k = k
+
+    def check(self, width: int) -> None:
+        if self.k > width:
+            raise ValueError(
+                f"topk(k={self.k}): k is larger than the {width} columns of one rank's shard; each rank gathers its "
+                f"own k most likely tokens. Choose k <= {width} or fewer tensor-parallel ranks"
+            )
+
+    def shard_stats(self, tile: Tile):
+        z_s, z_t = tile.z_s, tile.z_t
+        rows, here = len(z_s), min(self.k, z_s.shape[1])
+        stats = z_s.new_zeros(rows, 4 + 2 * self.k)
+        stats[:, 4:] = LOWEST  # what a shard of fewer real columns lacks: logits of no probability
+        index = torch.zeros(rows, self.k, dtype=torch.int64, device=z_s.device)
+        if here == 0:
+            stats[:, :2] = LOWEST
+            return stats, (index,)
+        top, index[:, :here] = z_t.topk(here, dim=1)
+        stats[:, 4 : 4 + here] = top
+        stats[:, 4 + self.k : 4 + self.k + here] = z_s.gather(1, index[:, :here])
+        for i, z in enumerate((z_s, z_t)):
+            stats[:, i] = z.amax(dim=1)
+            rest = z.sub_(stats[:, i, None]).exp_().scatter_(1, index[:, :here], 0.0)
+            stats[:, 2 + i] = rest.sum(dim=1)  # of what is not gathered
+        return stats, (index,)
+
+    def merge(self, stats, local, rank):
+        num_ranks, num_tokens = stats.shape[:2]
+        z_t, z_s = (
+            z.transpose(0, 1).reshape(num_tokens, -1) for z in (stats[..., 4 : 4 + self.k], stats[..., 4 + self.k :])
+        )
+        chosen = torch.zeros_like(z_t, dtype=torch.bool).scatter_(1, z_t.topk(self.k, dim=1).indices, True)
+        log_s, p_s, tail_s = self._outcomes(z_s, stats[..., 0], stats[..., 2], chosen)
+        log_t, p_t, tail_t = self._outcomes(z_t, stats[..., 1], stats[..., 3], chosen)
+        real = chosen & (z_t > LOWEST)
+        log_ratio = torch.where(real, (z_t - log_t[:, None]) - (z_s - log_s[:, None]), 0.0)
+        kept = (torch.where(real, p_t, 0.0) * log_ratio).sum(dim=1)
+        ratio = torch.where(tail_t > 0, tail_t / tail_s.clamp(min=1e-30), 0.0)
+        tail = torch.where(tail_t > 0, tail_t * ratio.clamp(min=1e-300).log(), 0.0)
+        mine = slice(rank * self.k, (rank + 1) * self.k)
+        saved = (log_s.float(), log_t.float(), (1 - ratio).float(), *local, real[:, mine])
+        return (kept + tail).clamp(min=0), saved
+
+    @staticmethod
+    def _outcomes(z: Tensor, maxima: Tensor, rest: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalizer, probabilities of all candidates, and the mass of what is not chosen. The masses sum to 1 in
+        float64, whatever rounded the rest: the divergence cannot tell the two models' rounding for a difference."""
+        top = maxima.amax(dim=0)
+        exp = (z - top[:, None]).exp()
+        tail = (rest * (maxima - top).exp()).sum(dim=0) + (exp * ~chosen).sum(dim=1)
+        total = (exp * chosen).sum(dim=1) + tail
+        return top + total.log(), exp / total[:, None], tail / total
+
+    def gradient(self, tile: Tile, saved, factor):
+        log_s, log_t, tail_factor, index, real = saved
+        p_s = tile.z_s.sub_(log_s[:, None]).exp_()
+        if (here := min(self.k, p_s.shape[1])) == 0:
+            return p_s
+        index = index[:, :here]
+        chosen = p_s.gather(1, index)
+        p_t = tile.z_t.gather(1, index).sub_(log_t[:, None]).exp_()
+        p_s.mul_(tail_factor[:, None])
+        values = torch.where(real[:, :here], chosen - p_t, chosen * tail_factor[:, None])
+        return p_s.scatter_(1, index, values).mul_(factor[:, None])

@@ -1,0 +1,186 @@
+"""``--qad-loss``: a short string or a YAML file -> losses with weights that may follow a schedule over steps.
+
+    kl      kl + 0.5*ce      jsd(beta=0.5)      topk(k=64, temperature=2)      kl + cosine(1, 0, 100, 500)*ce
+
+A weight is a number, or linear(FROM, TO, START, END) or cosine(FROM, TO, START, END): FROM until step START, TO from
+step END on. The same in YAML, a list:
+
+    - loss: kl
+      temperature: 2
+    - loss: ce
+      weight: {schedule: cosine, start_weight: 1, end_weight: 0, start: 100, end: 500}
+"""
+
+import ast
+import difflib
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from megatron_qad.distillation.losses import LOSSES
+from megatron_qad.distillation.vocab_parallel import LogitLoss
+from megatron_qad.runtime.errors import QADError
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight over steps, ``start_weight`` until step ``start``, ``end_weight`` from step ``end`` on."""
+
+    start_weight: float = 1.0
+    end_weight: float = 1.0
+    start: int = 0
+    end: int = 0
+    schedule: str = "constant"
+    """constant, linear or cosine: the way between."""
+
+    def __post_init__(self):
+        numbers = (self.start_weight, self.end_weight, self.start, self.end)
+        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+            raise QADError(f"a weight's schedule {self.schedule}{numbers}: expected four numbers")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise QADError(f"unknown schedule {self.schedule!r}{_nearest(self.schedule, ('linear', 'cosine'))}")
+        if self.schedule != "constant" and not self.start < self.end:
+            raise QADError(f"schedule {self.schedule}: its last step {self.end} must come after its first {self.start}")
+
+    def at(self, step: int) -> float:
+        """The weight in ``step``, counted from 1."""
+        if self.schedule == "constant":
+            return self.start_weight
+        share = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        if self.schedule == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        return self.start_weight + share * (self.end_weight - self.start_weight)
+
+
+@dataclass(frozen=True)
+class WeightedLosses:
+    """A weighted sum of losses."""
+
+    names: tuple[str, ...]
+    """By which each is logged; the second "kl" is "kl 2"."""
+    losses: tuple[LogitLoss, ...]
+    weights: tuple[Weight, ...]
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(loss.needs_teacher for loss in self.losses)
+
+
+def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
+    """Read ``--qad-loss``.
+
+    Args:
+        text: see the top of this file; a name ending in .yaml or .yml is a file.
+        temperature: of the losses that have one and do not give it.
+
+    Raises:
+        QADError: an unknown loss, setting or schedule (the nearest is named), a value a loss refuses, or bad syntax.
+    """
+    try:
+        terms = _read_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _read_string(text)
+        built = [(name, _build(name, settings, temperature), weight) for name, settings, weight in terms]
+    except (QADError, ValueError, TypeError) as error:
+        raise QADError(f"--qad-loss {text!r}: {error}") from error
+    names: list[str] = []
+    for name, _, _ in built:
+        number = sum(other.split()[0] == name for other in names)
+        names.append(f"{name} {number + 1}" if number else name)
+    return WeightedLosses(tuple(names), tuple(loss for _, loss, _ in built), tuple(weight for *_, weight in built))
+
+
+Term = tuple[str, dict, Weight]
+
+
+def _build(name: str, settings: dict, temperature: float) -> LogitLoss:
+    if name not in LOSSES:
+        raise QADError(f"unknown loss {name!r}{_nearest(name, LOSSES)}; expected one of {', '.join(LOSSES)}")
+    kind = LOSSES[name]
+    valid = set(inspect.signature(kind.__init__).parameters) - {"self", "temperatures"}
+    if "temperatures" in inspect.signature(kind.__init__).parameters:
+        valid |= {"temperature", "teacher_temperature"}
+    for key in settings:
+        if key not in valid:
+            raise QADError(
+                f"{name} has no setting {key!r}{_nearest(key, valid)}; it has {', '.join(sorted(valid)) or 'none'}"
+            )
+    default = {"temperature": temperature} if "temperature" in valid else {}
+    return kind(**(default | settings))
+
+
+def _nearest(name: str, valid) -> str:
+    near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _read_string(text: str) -> list[Term]:
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError as error:
+        raise QADError("expected losses joined by +, such as kl+0.5*ce or jsd(beta=0.5)") from error
+    terms = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        terms.append(tree.right)
+        tree = tree.left
+    return [_term(node) for node in [tree, *reversed(terms)]]
+
+
+def _term(node: ast.expr) -> Term:
+    weight = Weight()
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        weight, node = _weight(node.left), node.right
+    if isinstance(node, ast.Name):
+        return node.id, {}, weight
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.args:
+            raise QADError(f"{ast.unparse(node)}: settings need their names, such as jsd(beta=0.5)")
+        return node.func.id, {keyword.arg: _value(keyword.value) for keyword in node.keywords}, weight
+    raise QADError(f"{ast.unparse(node)}: expected [WEIGHT *] LOSS or LOSS(setting=value)")
+
+
+def _weight(node: ast.expr) -> Weight:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if len(node.args) != 4 or node.keywords:
+            raise QADError(f"{ast.unparse(node)}: expected {node.func.id}(FROM, TO, START, END)")
+        return Weight(*(_value(arg) for arg in node.args), schedule=node.func.id)
+    return _constant(_value(node))
+
+
+def _constant(value) -> Weight:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise QADError(f"weight {value!r}: expected a number or a schedule")
+    return Weight(start_weight=float(value))
+
+
+def _value(node: ast.expr):
+    try:
+        return ast.literal_eval(node)
+    except ValueError as error:
+        raise QADError(f"{ast.unparse(node)}: expected a number") from error
+
+
+def _read_yaml(file: Path) -> list[Term]:
+    if not file.is_file():
+        raise QADError("no such file")
+    try:
+        terms = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise QADError(f"not valid YAML: {error}") from error
+    if not (isinstance(terms, list) and terms and all(isinstance(t, Mapping) and "loss" in t for t in terms)):
+        raise QADError("expected a list of mappings, each with the key 'loss'")
+    found = []
+    for term in terms:
+        settings = {key: value for key, value in term.items() if key not in ("loss", "weight")}
+        weight = term.get("weight", 1.0)
+        if isinstance(weight, Mapping):
+            valid = [name for name in Weight.__dataclass_fields__]
+            if unknown := [key for key in weight if key not in valid]:
+                raise QADError(f"weight has no key {unknown[0]!r}{_nearest(unknown[0], valid)}")
+            weight = Weight(**({"schedule": "linear"} | weight))
+        else:
+            weight = _constant(weight)
+        found.append((str(term["loss"]), settings, weight))
+    return found

@@ -1,0 +1,109 @@
+"""--qad-loss: what its strings and files mean, and what it says of those it cannot read."""
+
+import pytest
+
+from megatron_qad.distillation import LOSSES, parse_loss
+from megatron_qad.runtime import QADError
+
+
+def test_every_loss_by_its_name():
+    for name, kind in LOSSES.items():
+        found = parse_loss(name)
+        assert found.names == (name,) and isinstance(found.losses[0], kind)
+        assert [w.at(7) for w in found.weights] == [1.0]
+        assert found.needs_teacher == (name != "ce")
+
+
+def test_a_weighted_sum_with_settings():
+    found = parse_loss(
+        "kl(temperature=2) + 0.5*ce + 0.25 * jsd(beta=0.1, teacher_temperature=3)+topk(k=8)", temperature=1.5
+    )
+    kl, ce, jsd, topk = found.losses
+    assert found.names == ("kl", "ce", "jsd", "topk")
+    assert [w.at(1) for w in found.weights] == [1.0, 0.5, 0.25, 1.0]
+    assert (kl.temperature, kl.teacher_temperature) == (2, 2)
+    assert (jsd.temperature, jsd.teacher_temperature, jsd.beta) == (1.5, 3, 0.1)
+    assert (topk.k, topk.temperature) == (8, 1.5)
+    assert ce.temperature == 1.0  # --qad-temperature softens distributions, not the labels' cross entropy
+
+
+def test_the_same_loss_twice_is_logged_twice():
+    assert parse_loss("kl+kl(temperature=4)+ce+kl").names == ("kl", "kl 2", "ce", "kl 3")
+
+
+@pytest.mark.parametrize(
+    "schedule, values",
+    [
+        ("linear(1, 0, 10, 20)", {1: 1, 10: 1, 15: 0.5, 18: 0.2, 20: 0, 99: 0}),
+        ("cosine(0, 2, 10, 20)", {1: 0, 10: 0, 15: 1, 20: 2, 99: 2, 12: 1 - 0.8090169943749475}),
+        ("0.3", {1: 0.3, 1000: 0.3}),
+        ("-1", {5: -1}),
+    ],
+)
+def test_schedules(schedule, values):
+    (weight,) = parse_loss(f"{schedule}*ce").weights
+    for step, value in values.items():
+        assert weight.at(step) == pytest.approx(value, abs=1e-12)
+
+
+def test_a_file_says_the_same(tmp_path):
+    file = tmp_path / "loss.yaml"
+    file.write_text(
+        "- loss: kl\n  temperature: 2\n"
+        "- loss: ce\n  weight: {schedule: linear, start_weight: 1, end_weight: 0, start: 10, end: 20}\n"
+        "- {loss: topk, k: 8, weight: 0.5}\n"
+    )
+    found, string = parse_loss(str(file)), parse_loss("kl(temperature=2)+linear(1,0,10,20)*ce+0.5*topk(k=8)")
+    assert found.names == string.names and found.weights == string.weights
+    assert [vars(a) for a in found.losses] == [vars(b) for b in string.losses]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("mze", "unknown loss 'mze'; did you mean 'mse'?; expected one of kl, reverse_kl"),
+        ("kl+0.5*xx", "unknown loss 'xx'; expected one of"),
+        (
+            "jsd(betta=1)",
+            "jsd has no setting 'betta'; did you mean 'beta'?; it has beta, teacher_temperature, temperature",
+        ),
+        ("ce(temperature=2)", "ce has no setting 'temperature'; it has none"),
+        ("jsd(0.5)", "settings need their names"),
+        ("jsd(beta=2)", "jsd(beta=2): expected a number between 0 and 1"),
+        ("topk(k=0.5)", "topk(k=0.5): expected a positive integer"),
+        ("kl(temperature=0)", "temperature 0: expected a number above 0"),
+        ("kl-ce", "kl - ce: expected [WEIGHT *] LOSS"),
+        ("kl+", "expected losses joined by +"),
+        ("", "expected losses joined by +"),
+        ("cosin(1,0,0,9)*ce", "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ("linear(1,0,9)*ce", "expected linear(FROM, TO, START, END)"),
+        ("linear(1,0,9,9)*ce", "its last step 9 must come after its first 9"),
+        ("kl*2", "kl: expected a number"),
+        ("ce*kl", "ce: expected a number"),
+        ("kl(temperature='hot')", "'hot'"),
+        ("none.yaml", "no such file"),
+    ],
+)
+def test_what_it_cannot_read(text, message):
+    with pytest.raises(QADError) as error:
+        parse_loss(text)
+    assert str(error.value).startswith(f"--qad-loss {text!r}: ") and message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("loss: kl", "expected a list of mappings"),
+        ("- {name: kl}", "each with the key 'loss'"),
+        ("- {loss: kl, weight: {from: 1}}", "weight has no key 'from'"),
+        ("- {loss: kl, weight: much}", "weight 'much': expected a number or a schedule"),
+        ("- {loss: kl, weight: {schedule: linear, start_weight: x, end: 4}}", "expected four numbers"),
+        ("[", "not valid YAML"),
+    ],
+)
+def test_a_file_it_cannot_read(tmp_path, content, message):
+    file = tmp_path / "loss.yaml"
+    file.write_text(content)
+    with pytest.raises(QADError) as error:
+        parse_loss(str(file))
+    assert message in str(error.value)
