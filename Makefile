@@ -43,3 +43,7 @@ bench: env
 smollm2: 
 	@VENV="$(VENV)" tools/setup_env.sh dev examples
 	PATH="$(BIN):$$PATH" examples/smollm2_135m/run.sh $(SMOLLM2_DIR)
+
+# The KL loss beside modelopt's, plain torch and torch.compile; needs a quiet machine.
+bench-loss: env
+	PATH="$(BIN):$$PATH" python tools/bench_loss.py $(BENCH_LOSS_FLAGS)

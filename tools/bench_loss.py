@@ -1,0 +1,251 @@
+"""The KL loss, forward and backward, beside modelopt's LogitsKLLoss, plain torch and torch.compile of the same.
+
+    python tools/bench_loss.py [--repeat 5] [--sizes 512x32000,2048x32000,512x131072] [--dtype bfloat16]
+
+All variants get the same logits, in turn, in one process a rank with one thread. Times are medians. Memory is what the
+allocator handed out during one call above what was there, counted from the profiler's events: "peak" at its highest,
+gradient of the logits included where it is a tensor of its own; "kept" between the forward and the backward pass.
+Errors are against float64. The C library is told to keep freed pages, because fresh ones would double the peers' times.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 40),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "0",
+}
+KLS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeat", type=int, default=5, help="timed calls of each variant")
+    parser.add_argument("--sizes", default="512x32000,2048x32000,512x131072", help="tokens x vocabulary, with commas")
+    parser.add_argument("--tp", default="1,2", help="numbers of ranks, with commas")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: of the process, where others use the machine too"
+    )
+    parser.add_argument("--result", help=argparse.SUPPRESS)  # this process is a rank
+    args = parser.parse_args()
+    if args.result:
+        return run_rank(args)
+    for tp in args.tp.split(","):
+        with tempfile.TemporaryDirectory() as directory:
+            result = Path(directory) / "result.json"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", tp, __file__]
+            done = subprocess.run(
+                [*command, *sys.argv[1:], "--result", str(result)],
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                sys.exit(f"error: the bench of {tp} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+            found = json.loads(result.read_text())
+        print(f"\nTP {tp}, {args.dtype}, {args.clock} time\n\n{table(found['cases'])}", flush=True)
+        if found["errors"]:
+            print(f"\n{error_table(found['errors'])}", flush=True)
+
+
+def table(cases: list[dict]) -> str:
+    lines = ["| tokens x vocabulary | loss | ms | times ours | peak MB | kept MB | collectives |", "|" + "---|" * 7]
+    for case in cases:
+        ours = case["variants"]["ours"]
+        for name, v in case["variants"].items():
+            ratio, memory = v["ms"] / ours["ms"], v["peak"] / ours["peak"]
+            calls = ", ".join(f"{n} {what}" for what, n in v["collectives"].items()) or "none"
+            peak = f"{v['peak'] / 1e6:.1f} ({memory:.0f} x)"
+            lines.append(
+                f"| {case['size']} | {name} | {v['ms']:.0f} | {ratio:.2f} | {peak} | {v['kept'] / 1e6:.1f} | {calls} |"
+            )
+    return "\n".join(lines)
+
+
+def error_table(errors: list[dict]) -> str:
+    names = list(errors[0]["variants"])
+    lines = ["| KL | " + " | ".join(f"{n}: loss, gradient" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in errors:
+        cells = [f"{loss:.1e}, {grad:.1e}" for loss, grad in row["variants"].values()]
+        lines.append(f"| {row['kl']:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    import torch
+    from megatron.core import parallel_state  # without our CPU backend: inductor would take its "cuda" for a GPU
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    tp = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(tp)
+    losses = variants(tp, compiled=not args.no_compile)
+    cases = []
+    for size in args.sizes.split(","):
+        tokens, vocab = map(int, size.split("x"))
+        cases.append({"size": size.replace("x", " x "), "variants": measure(losses, tokens, vocab, args)})
+    errors = [] if tp > 1 else [{"kl": kl, "variants": errors_at(losses, kl)} for kl in KLS]
+    if torch.distributed.get_rank() == 0:
+        Path(args.result).write_text(json.dumps({"cases": cases, "errors": errors}))
+
+
+def variants(tp: int, *, compiled: bool) -> dict:
+    """name -> (student logits [t, 1, V/tp], teacher's) -> loss of each token."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    from megatron_qad.distillation import VocabShard, per_token_loss
+
+    group = parallel_state.get_tensor_model_parallel_group()
+
+    def ours(student, teacher):
+        width = student.shape[-1]
+        return per_token_loss("kl", student, teacher, None, VocabShard(group.rank() * width, width, group))
+
+    def modelopt(path_of):
+        config = SimpleNamespace(tensor_model_parallel_size=path_of, sequence_parallel=False)
+        loss = LogitsKLLoss(config)
+        if tp == 1:
+            return lambda student, teacher: loss(student, teacher)[0]
+        return lambda student, teacher: reduce_from_tensor_model_parallel_region(loss(student, teacher)[0])
+
+    def plain(student, teacher):
+        log_s, log_t = torch.log_softmax(student.float(), -1), torch.log_softmax(teacher.float(), -1)
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
+
+    found = {"ours": ours, "modelopt, TP>1 path": modelopt(2)}
+    if tp == 1:
+        found |= {"modelopt, TP=1 path": modelopt(1), "plain torch": plain}
+        if compiled:
+            found["torch.compile"] = torch.compile(plain, dynamic=False)
+    return found
+
+
+def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
+    import torch
+
+    rank, tp = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    generator = torch.Generator().manual_seed(rank)
+    teacher = torch.randn(tokens, 1, vocab // tp, generator=generator).mul_(3)
+    student = (teacher + torch.randn(teacher.shape, generator=generator) * 0.1).to(getattr(torch, args.dtype))
+    teacher = teacher.to(student.dtype)
+    leaf = torch.empty_like(student).requires_grad_()
+    times = {name: [] for name in losses}
+    for turn in range(args.repeat + 1):
+        for name, loss in losses.items():
+            logits = _as_output(leaf, student)
+            torch.distributed.barrier()
+            clock = time.process_time if args.clock == "cpu" else time.perf_counter
+            start = clock()
+            torch.autograd.grad(loss(logits, teacher).sum(), logits)
+            if turn:  # the first compiles and pages in
+                times[name].append(clock() - start)
+    return {
+        name: {"ms": statistics.median(times[name]) * 1e3, "collectives": _collectives(loss, leaf, student, teacher)}
+        | _memory(loss, leaf, student, teacher)
+        for name, loss in losses.items()
+    }
+
+
+def _as_output(leaf, values):
+    """Logits as a model returns them: no leaf, so that they may be overwritten."""
+    import torch
+
+    logits = leaf * 1
+    with torch.no_grad():
+        logits.copy_(values)
+    return logits
+
+
+def _collectives(loss, leaf, student, teacher) -> dict:
+    import torch
+
+    counts, originals = Counter(), {}
+    for name in ("all_gather_into_tensor", "all_reduce", "all_gather", "reduce_scatter_tensor", "broadcast"):
+        originals[name] = getattr(torch.distributed, name)
+
+        def counting(*args, _name=name, **kwargs):
+            counts[_name] += 1
+            return originals[_name](*args, **kwargs)
+
+        setattr(torch.distributed, name, counting)
+    try:
+        logits = _as_output(leaf, student)
+        torch.autograd.grad(loss(logits, teacher).sum(), logits)
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+    return dict(counts)
+
+
+def _memory(loss, leaf, student, teacher) -> dict:
+    """Bytes above those before the call: the most at any moment, and after the forward pass."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    def events(call) -> list[int]:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            kept = call()
+        found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        sizes = [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]
+        del kept
+        total, running = 0, []
+        for size in sizes:
+            total += size
+            running.append(total)
+        return running
+
+    logits = _as_output(leaf, student)
+    kept = events(lambda: loss(logits, teacher))[-1]
+    logits = _as_output(leaf, student)
+    peak = max(events(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits)))
+    return {"kept": kept, "peak": peak}
+
+
+def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000) -> dict:
+    """Root mean square error of the loss and relative error of the gradient, float32 logits, mean KL near ``kl``."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    teacher = torch.randn(tokens, 1, vocab, generator=generator).mul_(3)
+    move = torch.randn(teacher.shape, generator=generator)
+
+    def exact(student):
+        z = student.double().requires_grad_()
+        log_s, log_t = torch.log_softmax(z, -1), torch.log_softmax(teacher.double(), -1)
+        loss = (log_t.exp() * (log_t - log_s)).sum(-1)
+        return loss.detach().flatten(), torch.autograd.grad(loss.sum(), z)[0]
+
+    scale = (2 * kl) ** 0.5
+    for _ in range(3):  # KL is nearly quadratic in the move
+        scale *= (kl / exact(teacher + scale * move)[0].mean().item()) ** 0.5
+    student = teacher + scale * move
+    loss_64, grad_64 = exact(student)
+    found = {}
+    for name, loss in losses.items():
+        logits = _as_output(torch.empty_like(student).requires_grad_(), student)
+        out = loss(logits, teacher)
+        (grad,) = torch.autograd.grad(out.sum(), logits)
+        error = (out.detach().double().flatten() - loss_64).square().mean().sqrt().item()
+        found[name] = (error, ((grad.double() - grad_64).norm() / grad_64.norm()).item())
+    return found
+
+
+if __name__ == "__main__":
+    main()
