@@ -34,6 +34,9 @@ def export_hf(
         checkpoint: a directory that a QAD job saved or, for layout "bf16", one that ``import_hf`` wrote.
         layout: "bf16", "modelopt" or "compressed-tensors". In "bf16" quantized weights stay on their grid.
 
+    Tensors that are not packed are written in the dtype that ``config.json`` declares, which is what servers expect; a
+    job that trained in float32 is rounded here.
+
     Raises:
         QADError: missing tensors or amaxes (named), a checkpoint without ``qad.json``, or what the writer refuses.
     """
@@ -51,9 +54,9 @@ def export_hf(
         )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     return write_hf_checkpoint(
-        Export(TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max")).items(
-            family.tensors(config)
-        ),
+        Export(
+            TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max"), declared_dtype(config)
+        ).items(family.tensors(config)),
         output,
         config=config,
         layout=layout,
@@ -72,6 +75,13 @@ def read_job(checkpoint: Path) -> dict:
     return read_json(file)
 
 
+def declared_dtype(config: dict) -> torch.dtype | None:
+    """``dtype`` (or, in older files, ``torch_dtype``) of a ``config.json``; None if there is none."""
+    name = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
 @dataclass(frozen=True)
 class Export:
     """One checkpoint on its way to Hugging Face names."""
@@ -81,6 +91,8 @@ class Export:
     formats: dict[str, str]
     kv_cache: str
     scale_rule: str
+    dtype: torch.dtype | None
+    """Of what is not packed; None: as stored."""
 
     def items(self, maps: list[TensorMap]) -> Iterator[HFTensor]:
         """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
@@ -88,7 +100,7 @@ class Export:
             fmt = self.formats.get(tensor_map.megatron, "bf16")
             if fmt == "bf16":
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
-                    yield HFTensor(name, part.contiguous())
+                    yield HFTensor(name, part.to(self.dtype or part.dtype).contiguous())
             else:
                 yield from self._quantized(tensor_map, tensor, fmt)
             if self.kv_cache == "fp8" and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):

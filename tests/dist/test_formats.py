@@ -30,12 +30,12 @@ class Shop:
         self.directory, self.server = directory, server
         self._number = 0
 
-    def train(self, *flags: str, nproc: int = 1, num_steps: int = 3) -> tuple[list[dict], str]:
-        """A BF16 job from the teacher's own weights; its steps and its output."""
+    def train(self, *flags: str, nproc: int = 1, num_steps: int = 3, precision=("--bf16",)) -> tuple[list[dict], str]:
+        """A job from the teacher's own weights; its steps and its output."""
         d = self.directory
         argv = [
             *("--qad-teacher", f"{d}/teacher", "--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"),
-            *("--bf16", "--split", "80,20,0", "--seq-length", "32"),
+            *(*precision, "--split", "80,20,0", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(num_steps)),
             *(
                 "--lr",
@@ -145,6 +145,23 @@ def _kl_in_transformers(teacher: Path, student: Path) -> float:
             for d in (teacher, student)
         )
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("policy", ["nvfp4-all-linear", "nvfp4-mlp-fp8-attention"])
+def test_a_float32_job_exports_in_the_models_own_dtype(shop, tmp_path, policy):
+    """config.json says bfloat16: what is not packed is rounded to it, what is packed keeps float32's grid."""
+    saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
+    steps, _ = shop.train("--qad-policy", policy, *saving, precision=())
+    arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "modelopt")}}
+    shop.server.run("training_jobs:export_checkpoint", 1, arguments)
+    assert not validate_nvfp4(tmp_path / "modelopt").faults
+    stored, params = load_file(tmp_path / "modelopt" / "model.safetensors"), steps[-1]["params"]
+    assert torch.equal(stored["model.norm.weight"], params["decoder.final_norm.weight"].bfloat16())
+    name = "model.layers.0.mlp.down_proj.weight"
+    decoded = nvfp4.dequantize(stored[name], stored[f"{name}_scale"], stored[f"{name}_scale_2"])
+    weight = params["decoder.layers.1.mlp.linear_fc2.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(decoded, nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(weight.abs().max())))
 
 
 def test_int4_trains_and_is_not_exported(shop, tmp_path):

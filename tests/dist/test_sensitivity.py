@@ -1,4 +1,4 @@
-"""tools/sensitivity.py on a tiny model: what it measures is what a job measures, and its proposal is a policy that fits."""
+"""tools/sensitivity.py on a tiny model: it measures what a job measures, and its proposal is a policy that fits."""
 
 import json
 
