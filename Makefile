@@ -39,7 +39,7 @@ test-te: env
 bench: env
 	$(RUN) python tools/bench_nvfp4.py
 
-# A real post-trained model, SmolLM2-135M-Instruct: half an hour on two cores.
+# A real post-trained model, SmolLM2-135M-Instruct, on two cores.
 smollm2: 
 	@VENV="$(VENV)" tools/setup_env.sh dev examples
 	PATH="$(BIN):$$PATH" examples/smollm2_135m/run.sh $(SMOLLM2_DIR)
