@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.distillation.vocab_parallel import LOWEST, LogitLoss, Tile
+from megatron_qad.runtime.errors import QADError
 
 
 class CrossEntropy(LogitLoss):
@@ -90,7 +91,7 @@ class TopKL(LogitLoss):
 
     def check(self, width: int) -> None:
         if self.k > width:
-            raise ValueError(
+            raise QADError(
                 f"topk(k={self.k}): k is larger than the {width} columns of one rank's shard; each rank gathers its "
                 f"own k most likely tokens. Choose k <= {width} or fewer tensor-parallel ranks"
             )

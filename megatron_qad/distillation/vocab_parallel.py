@@ -81,7 +81,7 @@ class LogitLoss:
                 raise ValueError(f"temperature {value}: expected a number above 0")
 
     def check(self, width: int) -> None:
-        """Raise ValueError if the loss cannot be computed with shards of ``width`` = V/tp."""
+        """Raise QADError if the loss cannot be computed with shards of ``width`` = V/tp."""
 
     def shard_stats(self, tile: Tile) -> tuple[Tensor, tuple[Tensor, ...]]:
         """float32 [rows, k], and what stays on this rank for ``merge``, each [rows, ...]."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from launch import report
 
-from megatron_qad.runtime import prepare
+from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
@@ -143,7 +143,7 @@ def refusals(group) -> list[str]:
     shard = VocabShard.of_rank(width, REAL, group)
     try:
         logit_losses([LOSSES["topk"](k=17)], student[..., :width], teacher[..., :width], labels, shard)
-    except ValueError as error:
+    except QADError as error:
         return [str(error)]
     return []
 

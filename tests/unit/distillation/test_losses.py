@@ -5,6 +5,7 @@ import torch
 from reference_losses import expected
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses, per_token_loss, vocab_parallel
+from megatron_qad.runtime import QADError
 
 BATCH, SEQUENCE, WIDTH = 3, 5, 48
 DTYPES = (torch.float32, torch.bfloat16)
@@ -223,7 +224,7 @@ def test_what_cannot_be_done_is_refused():
         per_token_loss("kl", logits(0), logits(1)[..., :40], labels(), shard)
     with pytest.raises(ValueError, match="unknown loss 'mso'"):
         per_token_loss("mso", logits(0), logits(1), labels(), shard)
-    with pytest.raises(ValueError, match=r"topk\(k=49\): k is larger than the 48 columns of one rank's shard"):
+    with pytest.raises(QADError, match=r"topk\(k=49\): k is larger than the 48 columns of one rank's shard"):
         per_token_loss("topk", logits(0), logits(1), labels(), shard, k=49)
     with pytest.raises(ValueError, match="JSD needs the teacher's logits"):
         per_token_loss("jsd", logits(0), None, labels(), shard)
