@@ -16,7 +16,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backe
 from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
-from megatron_qad.quantization.kv_cache import quantize_kv_cache
+from megatron_qad.quantization.kv_cache import quantize_kv_cache, register_core_attentions
 from megatron_qad.quantization.names import named_modules_globally, sibling_experts
 from megatron_qad.runtime.errors import QADError
 
@@ -93,6 +93,7 @@ class ActivationQuantizers:
         """Linears that saw no token in calibration, and whose amax they were given."""
         self._calibrated = False
         for chunk in chunks:
+            register_core_attentions(chunk)
             mtq.replace_quant_module(chunk)
             for module in chunk.modules():
                 if isinstance(module, TensorQuantizer):

@@ -1,12 +1,11 @@
 """Keys and values in FP8 on their way into attention: what a server with an FP8 KV cache computes with.
 
-modelopt quantizes them inside Transformer Engine's attention; for Megatron's own (the local layer spec) it has nothing,
-so the class here does the same there, with the same names in a checkpoint. The scale that training uses is the one that
+modelopt quantizes them inside Transformer Engine's attention; for torch's (the local layer spec) it has nothing, so the
+class here does the same there, with the same names in a checkpoint. The scale that training uses is the one that
 is exported, amax / 448, without the clamp to 1 that other exporters add.
 """
 
 import torch
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 
@@ -16,9 +15,8 @@ KV_QUANTIZERS = ("k_bmm_quantizer", "v_bmm_quantizer")
 """The names under ``core_attention``, as modelopt's for Transformer Engine."""
 
 
-@QuantModuleRegistry.register({DotProductAttention: "megatron_DotProductAttention"})
-class QuantDotProductAttention(QuantModule):
-    """Megatron's attention with quantizers for keys and values, after the rotary embedding."""
+class QuantCoreAttention(QuantModule):
+    """A core attention with quantizers for keys and values, after the rotary embedding."""
 
     def _setup(self):
         self.k_bmm_quantizer = TensorQuantizer()
@@ -34,6 +32,13 @@ class QuantDotProductAttention(QuantModule):
         }
         # Scalars that all tensor-parallel ranks share, like those of the linears' inputs.
         return found | make_sharded_tensors_for_checkpoint(amaxes, prefix, {}, sharded_offsets)
+
+
+def register_core_attentions(chunk: torch.nn.Module) -> None:
+    """Let modelopt replace whatever stands at ``core_attention`` in this chunk and that it does not know itself."""
+    for name, module in chunk.named_modules():
+        if name.endswith(".core_attention") and type(module) not in QuantModuleRegistry:
+            QuantModuleRegistry.register({type(module): f"megatron_{type(module).__name__}"})(QuantCoreAttention)
 
 
 def quantize_kv_cache(chunk: torch.nn.Module, attributes: dict) -> dict[str, TensorQuantizer]:

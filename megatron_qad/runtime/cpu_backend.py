@@ -28,6 +28,7 @@ def install() -> None:
     _answer_cuda_calls()
     _make_collectives_gloo()
     _CudaMeansCpu().__enter__()
+    _reach_backward_passes()
 
 
 def _is_cuda(device) -> bool:
@@ -59,6 +60,19 @@ class _CudaMeansCpu(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and not isinstance(args[1], bool) and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
+
+
+def _reach_backward_passes() -> None:
+    """torch suspends a mode while one of the functions that it was shown runs, and backward is one: without this, the
+    backward passes of Megatron's collectives, and what is recomputed there, would ask for CUDA."""
+    run = torch.autograd._engine_run_backward
+
+    @functools.wraps(run)
+    def with_mode(*args, **kwargs):
+        with _CudaMeansCpu():
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = with_mode
 
 
 class _Stream:
