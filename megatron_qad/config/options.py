@@ -48,6 +48,14 @@ class QADOptions:
     """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU
     is there."""
 
+    qad_document_multiple: int | None = None
+    """With --dataloader-inter-document-masking: documents of a row start at multiples of this many tokens. Default:
+    what context parallelism needs, twice its size; 1 without."""
+
+    qad_teacher_micro_batch_size: int | None = None
+    """Sequences in a microbatch of the teacher's forward pass, a multiple of --micro-batch-size. Default: the
+    student's."""
+
     qad_ptq: bool = False
     """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""
 

@@ -1,19 +1,21 @@
 """Megatron's GPTDataset with a loss mask for each token.
 
 Samples are cut exactly as GPTDataset cuts them: documents end to end, in ``sequence_length + 1`` tokens. The loss mask
-of a sample says which *labels* count, so it is the tokens' mask one place on. Left out: the mask of attention between
-documents, which stays Megatron's business (``--dataloader-inter-document-masking``).
+of a sample says which *labels* count, so it is the tokens' mask one place on. With Megatron's flag
+``--dataloader-inter-document-masking`` the documents of a sample are kept apart (``packing``).
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
+from megatron_qad.data.packing import keep_documents_apart
 from megatron_qad.runtime.errors import QADError
 
 # No token has this id, so what carries it is padding and nothing else. GPTDataset would take the tokenizer's pad token,
@@ -21,12 +23,21 @@ from megatron_qad.runtime.errors import QADError
 _PADDING = -1
 
 
+@dataclass
+class QADDatasetConfig(GPTDatasetConfig):
+    """Megatron's, with what packed rows need."""
+
+    document_multiple: int = 1
+    """Documents of a packed row start at multiples of this many tokens."""
+
+
 class QADDataset(GPTDataset):
     """GPTDataset whose ``loss_mask`` comes from PREFIX_loss_mask.bin/.idx; without those files every token counts.
 
     ``dataset[i]`` is a dict: ``tokens`` int64 [s], ``labels`` int64 [s] (the token after), ``loss_mask`` float32 [s]
     (1.0 where the label counts), ``position_ids`` int64 [s], and ``attention_mask`` only if the config asks for it.
-    Padding never counts; with ``eod_mask_loss`` neither does the label that follows an EOD, as in GPTDataset.
+    Padding never counts; with ``eod_mask_loss`` neither does the label that follows an EOD, as in GPTDataset. With
+    ``inter_document_masking`` the documents are kept apart (``packing``), and ``cu_seqlens`` says where they end.
 
     Raises:
         QADError: a split without tokens, a loss mask that is missing or does not fit its tokens.
@@ -57,6 +68,11 @@ class QADDataset(GPTDataset):
         if self.config.eod_mask_loss:
             loss_mask[sample["tokens"] == self.config.tokenizer.eod] = 0.0
         sample["loss_mask"] = loss_mask
+        if self.config.inter_document_masking:
+            lengths = [length for _, _, length in self._parts(idx)] if idx is not None else []
+            if lengths and extra:
+                lengths[-1] -= 1  # the extra token is a label only
+            return keep_documents_apart(sample, [n for n in lengths if n], self.config.document_multiple)
         return sample
 
     def _parts(self, idx: int) -> list[tuple[int, int, int]]:

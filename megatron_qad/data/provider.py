@@ -18,7 +18,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
-from megatron_qad.data.dataset import QADDataset
+from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import load_metadata
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.runtime.errors import QADError
@@ -57,7 +57,7 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
 datasets_provider.is_distributed = True
 
 
-def dataset_config(args) -> GPTDatasetConfig:
+def dataset_config(args) -> QADDatasetConfig:
     """The dataset configuration that Megatron's flags ask for.
 
     Raises:
@@ -72,7 +72,7 @@ def dataset_config(args) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
-    return GPTDatasetConfig(
+    return QADDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -98,6 +98,7 @@ def dataset_config(args) -> GPTDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
+        document_multiple=args.qad.qad_document_multiple or 1,
     )
 
 

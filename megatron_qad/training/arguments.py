@@ -7,7 +7,6 @@ files, the user's flags. So every Megatron flag works unchanged.
 import argparse
 import copy
 import dataclasses
-import itertools
 import json
 import os
 import sys
@@ -26,6 +25,13 @@ from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities
 from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process, use_compiled_dataset_helpers
+from megatron_qad.training.layout import (
+    check_layout,
+    num_virtual_stages,
+    teacher_virtual_stages,
+    with_stages,
+    without_virtual_stages,
+)
 from megatron_qad.training.vocabulary import check_same_vocabulary
 
 
@@ -64,13 +70,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     teacher_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
     if teacher_config is not None:
         check_same_vocabulary(student, hf_config, options.qad_teacher, teacher_config)
-    shape = shape_in_layout(hf_config, early)
+    models = {"the student": hf_config} | ({"the teacher": teacher_config} if teacher_config is not None else {})
+    shapes = {who: family_of(config).megatron_args(config) for who, config in models.items()}
     if options.qad_ptq:
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
         # A plan can be made anywhere: as if on one model-parallel group.
         ranks = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
         os.environ["WORLD_SIZE"] = str(ranks)
+    check_layout(early, shapes)
+    shape = shape_in_layout(hf_config, early, num_virtual_stages(early))
+    argv = without_virtual_stages(argv)
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities(), options.qad_layer_spec), **shape}), *argv]
     use_compiled_dataset_helpers()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
@@ -78,6 +88,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.async_save:
         save_checkpoints_in_this_process()
     args.qad = _qad_options(args)
+    if args.dataloader_inter_document_masking and args.qad.qad_document_multiple is None:
+        cp = args.context_parallel_size
+        args.qad.qad_document_multiple = 2 * cp if cp > 1 else 1
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
     return args
@@ -100,32 +113,28 @@ def check_masters(args: argparse.Namespace) -> None:
             )
 
 
-def shape_in_layout(hf_config: dict, args: argparse.Namespace) -> dict:
-    """A model's shape as Megatron options, cut into the pipeline stages of ``args`` and possible in its layout."""
+def shape_in_layout(hf_config: dict, args: argparse.Namespace, virtual_stages: int) -> dict:
+    """A model's shape as Megatron options, cut into the pipeline stages of ``args``."""
     shape = family_of(hf_config).megatron_args(hf_config)
-    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], args.pipeline_model_parallel_size)
-    check_tensor_parallel(shape, args.tensor_model_parallel_size)
+    num_stages = args.pipeline_model_parallel_size * virtual_stages
+    shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], num_stages)
     return shape
-
-
-def with_stages(pattern: str, num_stages: int) -> str:
-    """Cut a layer pattern into pipeline stages with ``|``, as evenly as its number of layers allows."""
-    if num_stages > len(pattern):
-        raise QADError(f"{num_stages} pipeline stages for {len(pattern)} layers ({pattern}): at most one stage a layer")
-    cuts = [round(i * len(pattern) / num_stages) for i in range(num_stages + 1)]
-    return "|".join(pattern[a:b] for a, b in itertools.pairwise(cuts))
 
 
 def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespace:
     """``args`` with the model's shape replaced by that of another config: how a teacher of another shape is built."""
-    shape = shape_in_layout(hf_config, args)
+    num_layers = len(family_of(hf_config).layer_pattern(hf_config))
+    virtual = teacher_virtual_stages(num_layers, args)
+    shape = shape_in_layout(hf_config, args, virtual)
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     parsed = parser.parse_args(to_flags(shape))
     other = copy.copy(args)
     for name in shape:
         dest = parser._option_string_actions[f"--{name}"].dest
         setattr(other, dest, getattr(parsed, dest))
-    other.num_layers = len(shape["hybrid-layer-pattern"].replace("|", ""))
+    other.num_layers = num_layers
+    other.virtual_pipeline_model_parallel_size = virtual if virtual > 1 else None
+    other.overlap_p2p_comm = args.overlap_p2p_comm and virtual > 1
     other.padded_vocab_size = (
         None if hf_config["vocab_size"] != args.hf_config["vocab_size"] else args.padded_vocab_size
     )
@@ -173,24 +182,6 @@ def model_config(args: argparse.Namespace, hf_config: dict) -> QADModelConfig:
     config.hybrid_stack_spec = hybrid_stack_spec(layer_spec, qk_layernorm=config.transformer.qk_layernorm)
     config.rope_scaling = family_of(hf_config).rope_scaling(hf_config)
     return config
-
-
-def check_tensor_parallel(shape: dict, tp: int) -> None:
-    """Refuse a tensor-parallel size that this model cannot have, saying which it can."""
-    width = shape["num-attention-heads"] * shape["kv-channels"]
-    parts = {
-        "the attention heads": shape["num-attention-heads"],
-        "the key-value heads": shape["num-query-groups"],
-        "the 16-element blocks of the attention output": width // 16,
-        "the 16-element blocks of the MLP": shape["ffn-hidden-size"] // 16,
-    }
-    possible = [t for t in range(1, shape["num-attention-heads"] + 1) if all(n % t == 0 for n in parts.values())]
-    for name, number in parts.items():
-        if number % tp:
-            raise QADError(
-                f"--tensor-model-parallel-size {tp} does not divide {name} ({number}); possible for this model: "
-                + ", ".join(map(str, possible))
-            )
 
 
 def _qad_options(args: argparse.Namespace) -> QADOptions:

@@ -1,7 +1,10 @@
 """A microbatch, read once and given to teacher and student alike.
 
 Only the first tensor-parallel rank of the first and last pipeline stage has a data iterator. One broadcast a schedule
-carries all its microbatches to the other ranks of the tensor-parallel group; stages in between need none.
+carries all its microbatches to the other ranks of the tensor-parallel group; stages in between need none, only where
+documents end in packed rows. Each context-parallel rank reads whole rows and keeps its chunks of them.
+
+Packed rows (``--dataloader-inter-document-masking``) of a microbatch become one row of all their documents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,18 +15,33 @@ from megatron.core import mpu
 from megatron.training import get_args
 from torch import Tensor
 
+from megatron_qad.models.context_parallel import Documents, take_chunks
+
 
 @dataclass
 class Batch:
-    """One microbatch on this rank's device; all int64 [b, s] but the mask."""
+    """One microbatch on this rank's device; all int64 [b, s/cp] but the mask. Packed: [1, b * s/cp]."""
 
     tokens: Tensor | None = None
     position_ids: Tensor | None = None
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
-    """float32 [b, s], the weight of each label; 0 leaves it out."""
+    """float32 [b, s/cp], the weight of each label; 0 leaves it out."""
+    documents: Documents | None = None
+    """Where the documents of a packed row end; None: every row is one sequence."""
     teacher_logits: Tensor | None = None
-    """[b, s, V/tp], on the last stage, once the teacher's pass has filled it."""
+    """[b, s/cp, V/tp], on the last stage, once the teacher's pass has filled it."""
+
+
+def is_packed() -> bool:
+    return get_args().dataloader_inter_document_masking
+
+
+def schedule_shape(*, seq_length: int, micro_batch_size: int, **rest) -> dict:
+    """The schedule's arguments, with the rows of a packed microbatch as the one row that they become."""
+    if is_packed():
+        seq_length, micro_batch_size = seq_length * micro_batch_size, 1
+    return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **rest}
 
 
 def read_batches(data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int) -> list[Batch]:
@@ -31,21 +49,52 @@ def read_batches(data_iterator, num_microbatches: int, micro_batch_size: int, se
 
     Args:
         data_iterator: Megatron's: an iterator, a list of them (one a virtual stage), or None where there is no data.
+        micro_batch_size, seq_length: rows of a microbatch and their global length, packed or not.
     """
-    if not (mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)):
-        return [Batch() for _ in range(num_microbatches)]
-    shape = (num_microbatches, 4, micro_batch_size, seq_length)
+    shape = (num_microbatches, 5 if is_packed() else 4, micro_batch_size, seq_length)
+    has_data = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+    data = _read(data_iterator, shape) if has_data else None
+    if not is_packed():
+        return [_unpack(part, None) for part in data] if has_data else [Batch() for _ in range(num_microbatches)]
+    ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
+    if mpu.get_pipeline_model_parallel_world_size() > 2:
+        group = mpu.get_pipeline_model_parallel_group()  # stages in between have no data, but attention
+        torch.distributed.broadcast(ends, torch.distributed.get_global_rank(group, 0), group=group)
+    documents = [Documents.of(_lengths(rows), ends.device) for rows in ends.tolist()]
+    if not has_data:
+        return [Batch(documents=found) for found in documents]
+    return [_unpack(part[:-1], found) for part, found in zip(data, documents, strict=True)]
+
+
+_INTEGERS = ("tokens", "position_ids", "labels")
+
+
+def _read(data_iterator, shape: tuple[int, ...]) -> Tensor:
+    """int64 ``shape`` [m, kinds, b, s] on all tensor-parallel ranks, from the data of the first."""
     group = mpu.get_tensor_model_parallel_group()
     if group.rank() == 0:
         iterator = _first_with_data(data_iterator)
-        packed = torch.stack([_pack(next(iterator)) for _ in range(num_microbatches)])
+        packed = torch.stack([_pack(next(iterator)) for _ in range(shape[0])])
         assert packed.shape == shape, f"microbatches are {list(packed.shape)}, expected {list(shape)}"
         packed = packed.cuda(non_blocking=True)
     else:
-        packed = torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
+        packed = _empty(shape)
     if group.size() > 1:
         torch.distributed.broadcast(packed, torch.distributed.get_global_rank(group, 0), group=group)
-    return [_unpack(part) for part in packed]
+    return packed
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
+
+
+def _lengths(rows: list[list[int]]) -> list[int]:
+    """Lengths of the documents of some rows, in order. A row lists its documents' ends, the last again and again."""
+    found = []
+    for row in rows:
+        ends = row[: row.index(len(row)) + 1]
+        found += [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return found
 
 
 def logits_of(model: torch.nn.Module, batch: Batch) -> Tensor:
@@ -54,7 +103,22 @@ def logits_of(model: torch.nn.Module, batch: Batch) -> Tensor:
     In the model's precision: Megatron's mixed-precision wrapper would make a float32 copy of all logits.
     """
     keep_precision = {"fp32_output": False} if get_args().bf16 else {}
-    return model(batch.tokens, batch.position_ids, None, **keep_precision)
+    return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **keep_precision)
+
+
+def join(batches: Sequence[Batch]) -> Batch:
+    """Several microbatches as one, for a forward pass without a loss; packed rows become one longer row."""
+    if len(batches) == 1:
+        return batches[0]
+    documents = batches[0].documents
+    if documents is not None:
+        lengths = [length for batch in batches for length in batch.documents.document_lengths]
+        documents = Documents.of(lengths, documents.cu_seqlens_q.device)
+    if batches[0].tokens is None:
+        return Batch(documents=documents)
+    dim = 0 if documents is None else 1
+    tokens, position_ids = (torch.cat([getattr(b, n) for b in batches], dim) for n in ("tokens", "position_ids"))
+    return Batch(tokens, position_ids, documents=documents)
 
 
 def iterators(batches: Sequence[Batch], data_iterator) -> Iterator[Batch] | list[Iterator[Batch]]:
@@ -72,11 +136,20 @@ def _first_with_data(data_iterator) -> Iterator:
 
 
 def _pack(sample: dict) -> Tensor:
-    """One int64 tensor [4, b, s]: the mask's float32 bits travel as integers."""
+    """One int64 tensor [4 or 5, b, s]: the mask's float32 bits travel as integers."""
     mask = sample["loss_mask"].float().contiguous().view(torch.int32).long()
-    return torch.stack((sample["tokens"].long(), sample["position_ids"].long(), sample["labels"].long(), mask))
+    parts = [*(sample[name].long() for name in _INTEGERS), mask]
+    if is_packed():
+        parts.append(sample["cu_seqlens"][:, 1:].long())
+    return torch.stack(parts)
 
 
-def _unpack(packed: Tensor) -> Batch:
-    tokens, position_ids, labels, mask = packed
-    return Batch(tokens, position_ids, labels, mask.int().view(torch.float32))
+def _unpack(data: Tensor, documents: Documents | None) -> Batch:
+    """This context-parallel rank's part of a microbatch, int64 [4, b, s]."""
+    group = mpu.get_context_parallel_group()
+    lengths = [data.shape[-1]]
+    if documents is not None:
+        data, lengths = data.flatten(1).unsqueeze(1), documents.document_lengths
+    parts = (take_chunks(part, lengths, group.rank(), group.size()) for part in data)
+    tokens, position_ids, labels, mask = (part.contiguous() for part in parts)
+    return Batch(tokens, position_ids, labels, mask.int().view(torch.float32), documents)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
-from megatron_qad.training.arguments import with_stages
+from megatron_qad.training.layout import teacher_virtual_stages, with_stages
 
 
 def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
@@ -55,7 +55,9 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
     rows = {"student weights": student * width}
     if args.teacher_hf_config is not None:
         family = family_of(args.teacher_hf_config)
-        pattern = with_stages(family.layer_pattern(args.teacher_hf_config), args.pipeline_model_parallel_size)
+        layers = family.layer_pattern(args.teacher_hf_config)
+        virtual = teacher_virtual_stages(len(layers), args)
+        pattern = with_stages(layers, args.pipeline_model_parallel_size * virtual)
         rows["teacher weights"] = _largest_stage(args, family.tensors(args.teacher_hf_config), pattern) * width
     rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
     # Two moments of Adam, and the float32 master where the weights are 16 bits wide.
@@ -76,16 +78,16 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
 
 def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> int:
     """Parameters on the rank that holds most of them."""
-    stages = pattern.split("|")
-    stage_of = [stage for stage, layers in enumerate(stages) for _ in layers]
-    held = [0] * len(stages)
+    stages, pp = pattern.split("|"), args.pipeline_model_parallel_size
+    rank_of = [stage % pp for stage, layers in enumerate(stages) for _ in layers]  # virtual stages go round the ranks
+    held = [0] * pp
     for tensor in tensors:
         numel = _on_one_tensor_rank(tensor, args.tensor_model_parallel_size)
         if tensor.layer is not None:
-            held[stage_of[tensor.layer]] += numel
+            held[rank_of[tensor.layer]] += numel
         elif tensor.kind == "embedding":
             held[0] += numel
-            if not args.untie_embeddings_and_output_weights and len(stages) > 1:
+            if not args.untie_embeddings_and_output_weights and pp > 1:
                 held[-1] += numel  # a tied head on another stage is a copy
         else:
             held[-1] += numel

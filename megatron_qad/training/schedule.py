@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.training.batch import Batch, iterators, logits_of, read_batches
+from megatron_qad.training.batch import Batch, iterators, logits_of, read_batches, schedule_shape
 from megatron_qad.training.teacher import Teacher
 
 
@@ -45,6 +45,7 @@ class QADStep:
         self.calibration_samples = calibration_samples
         self._read_ahead: list[Batch] = []
         self._read_ahead_in_evaluation = False
+        self._teacher_is_apart = False
 
     def run(self, schedule: Callable, *, data_iterator, model, num_microbatches: int, forward_step_func, **rest):
         shape = {name: rest.get(name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
@@ -54,10 +55,12 @@ class QADStep:
             self._calibrate(schedule, data_iterator, model, forward_step_func, shape)
             self._read_ahead_in_evaluation = evaluates
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
+        rest |= schedule_shape(**shape)
         if self.teacher is not None:
-            self.teacher.annotate(batches, data_iterator, **shape)
+            self.teacher.annotate(batches, **schedule_shape(**shape))
         if self.weights.is_stale:
             gather_parameters(model)
+        self._check_teacher_is_apart(model)
         with self.weights.on_grid(then_updated=not evaluates):
             return schedule(
                 data_iterator=iterators(batches, data_iterator),
@@ -66,6 +69,15 @@ class QADStep:
                 forward_step_func=forward_step_func,
                 **rest,
             )
+
+    def _check_teacher_is_apart(self, model) -> None:
+        """No parameter of the teacher is one of what DDP, the optimizer and the checkpoint take theirs from."""
+        if self.teacher is None or self._teacher_is_apart:
+            return
+        chunks = model if isinstance(model, list) else [model]
+        shared = self.teacher.parameter_ids() & {id(p) for chunk in chunks for p in chunk.parameters()}
+        assert not shared, f"{len(shared)} parameters of the teacher are the student's, too"
+        self._teacher_is_apart = True
 
     def _next_batches(self, data_iterator, number: int, shape: dict, evaluates: bool) -> list[Batch]:
         """What calibration read ahead comes first, but only where it was read: an evaluation between the first steps
@@ -83,6 +95,11 @@ class QADStep:
         seen."""
         # Shared out over the data-parallel ranks, so that the amaxes do not depend on their number.
         number = -(-self.calibration_samples // (shape["micro_batch_size"] * mpu.get_data_parallel_world_size()))
+        if isinstance(data_iterator, list):  # virtual stages want whole rounds of the pipeline
+            number = (
+                -(-number // mpu.get_pipeline_model_parallel_world_size())
+                * mpu.get_pipeline_model_parallel_world_size()
+            )
         batches = read_batches(data_iterator, number, shape["micro_batch_size"], shape["seq_length"])
         self._read_ahead = batches
         bar = tqdm(total=number, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
@@ -93,7 +110,7 @@ class QADStep:
                 num_microbatches=number,
                 forward_step_func=partial(_only_forward, bar),
                 forward_only=True,
-                **shape,
+                **schedule_shape(**shape),
             )
         for name, other in self.activations.fallbacks.items():
             print_rank_0(f"megatron_qad: calibration: {name} saw no token and takes the amax of {other}")

@@ -25,7 +25,7 @@ from megatron_qad.quantization.format_table import ShapedLinear, format_rows
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
-from megatron_qad.training.batch import iterators, read_batches
+from megatron_qad.training.batch import iterators, read_batches, schedule_shape
 from megatron_qad.training.loss import forward_step, validation_metrics
 from megatron_qad.training.teacher import Teacher
 
@@ -106,7 +106,7 @@ class Probe:
         _, self._valid, _ = build_train_valid_test_data_iterators(datasets_provider)
         self.batches = read_batches(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
         with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
-            Teacher(self.chunks).annotate(self.batches, self._valid, **self.shape, decoder_seq_length=None)
+            Teacher(self.chunks).annotate(self.batches, **schedule_shape(**self.shape), decoder_seq_length=None)
         self._reference = [batch.teacher_logits for batch in self.batches]
 
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
@@ -124,7 +124,7 @@ class Probe:
                 model=self.chunks,
                 num_microbatches=len(self.batches),
                 forward_only=True,
-                **self.shape,
+                **schedule_shape(**self.shape),
             )
             for name, weight in saved.items():
                 weights.weights[name].data.copy_(weight)

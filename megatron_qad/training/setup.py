@@ -71,7 +71,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
 
 
 def build_teacher(args: argparse.Namespace) -> Teacher:
-    """The frozen teacher in BF16 (or the job's precision), in this job's parallel layout."""
+    """The frozen teacher in BF16 (or the job's precision), in this job's parallel layout, with stages of its own."""
     config = model_config(with_shape_of(args, args.teacher_hf_config), args.teacher_hf_config)
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
@@ -79,7 +79,8 @@ def build_teacher(args: argparse.Namespace) -> Teacher:
     )
     load_weights(chunks, args.qad.qad_teacher)
     print_rank_0(f"megatron_qad: teacher from {args.qad.qad_teacher}, frozen")
-    return Teacher([freeze(chunk) for chunk in chunks])
+    joined = (args.qad.qad_teacher_micro_batch_size or args.micro_batch_size) // args.micro_batch_size
+    return Teacher([freeze(chunk) for chunk in chunks], joined)
 
 
 def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:

@@ -49,12 +49,13 @@ class Workshop:
             *flags,
         ]
 
-    def train(self, argv: list[str], nproc: int = 1, **watch) -> tuple[list[dict], str]:
-        """Run a job that must succeed; its steps and its output. ``watch``: see ``training_jobs.train``."""
+    def train(self, argv: list[str], nproc: int = 1, whole: bool = True, **watch) -> tuple[list[dict], str]:
+        """Run a job that must succeed; its steps and its output. ``watch``: see ``training_jobs.train``, ``whole``:
+        see ``records.read``."""
         self._number += 1
         record = self.directory / f"record{self._number}"
         output = self.server.run("training_jobs:train", nproc, {"argv": argv, "record": str(record)} | watch)
-        return records.read(record, nproc, vocab_size=VOCAB), output
+        return records.read(record, nproc, vocab_size=VOCAB, whole=whole), output
 
     def fail(self, argv: list[str], nproc: int = 1) -> str:
         """Run a job that must stop with one error of ours; the error's text."""
@@ -311,7 +312,7 @@ def test_bad_input_stops_with_one_error(workshop, tmp_path):
     assert "--qad-student or --qad-teacher" in workshop.fail(["--qad-loss", "ce", "--train-iters", "1"])
     assert "no hf/config.json" in workshop.fail(["--qad-teacher", str(tmp_path)])
     error = workshop.fail(workshop.argv("--tensor-model-parallel-size", "4"), 1)
-    assert "does not divide the key-value heads (2); possible for this model: 1, 2" in error
+    assert "does not divide the key-value heads (2); possible for the student: 1, 2" in error
     assert "at most one stage a layer" in workshop.fail(workshop.argv("--pipeline-model-parallel-size", "5"))
     assert "--qad-loss 'mze': unknown loss 'mze'; did you mean 'mse'?" in workshop.fail(
         workshop.argv("--qad-loss", "mze")

@@ -53,7 +53,7 @@ def _logits(args, tokens):
     positions = torch.arange(args.seq_length).expand(args.micro_batch_size, -1)
     batches = [Batch(part, positions) for part in tokens.split(args.micro_batch_size)]
     build_teacher(args).annotate(
-        batches, None, seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=None
+        batches, seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=None
     )
     if not mpu.is_pipeline_last_stage():
         return None

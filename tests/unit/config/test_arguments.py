@@ -8,7 +8,8 @@ from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
-from megatron_qad.training.arguments import check_tensor_parallel, read_hf_config, with_stages  # noqa: E402
+from megatron_qad.training.arguments import read_hf_config  # noqa: E402
+from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
 
 

@@ -1,0 +1,176 @@
+"""Parallel layouts: how a layer pattern is cut into pipeline stages, and which layouts a job can have.
+
+``check_layout`` runs before Megatron's own checks and before any weight is built, and its errors name layouts that
+would work for this model on these ranks.
+"""
+
+import argparse
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+
+from megatron_qad.runtime import QADError
+
+_VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
+_MAX_NAMED = 12  # layouts in an error
+
+
+def num_virtual_stages(args: argparse.Namespace) -> int:
+    """Virtual pipeline stages of a rank, before Megatron has validated ``args`` and after it."""
+    asked = args.num_virtual_stages_per_pipeline_rank
+    return asked or getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
+
+
+def without_virtual_stages(argv: list[str]) -> list[str]:
+    """``argv`` without Megatron's flag for virtual stages, which a layer pattern that is cut into them replaces."""
+    kept = iter(argv)
+    found = []
+    for word in kept:
+        if word == _VIRTUAL_STAGES:
+            next(kept, None)
+        elif not word.startswith(_VIRTUAL_STAGES + "="):
+            found.append(word)
+    return found
+
+
+def teacher_virtual_stages(num_layers: int, args: argparse.Namespace) -> int:
+    """The student's virtual stages, or as many as a teacher of fewer layers has layers for."""
+    return max(1, min(num_virtual_stages(args), num_layers // args.pipeline_model_parallel_size))
+
+
+def with_stages(pattern: str, num_stages: int) -> str:
+    """Cut a layer pattern into pipeline stages with ``|``, as evenly as its number of layers allows."""
+    if num_stages > len(pattern):
+        raise QADError(f"{num_stages} pipeline stages for {len(pattern)} layers ({pattern}): at most one stage a layer")
+    cuts = [round(i * len(pattern) / num_stages) for i in range(num_stages + 1)]
+    return "|".join(pattern[a:b] for a, b in itertools.pairwise(cuts))
+
+
+def possible_tensor_parallel(shape: Mapping) -> tuple[dict[str, int], list[int]]:
+    """What tensor parallelism must divide in a model, by name, and the sizes that divide all of it."""
+    width = shape["num-attention-heads"] * shape["kv-channels"]
+    parts = {
+        "the attention heads": shape["num-attention-heads"],
+        "the key-value heads": shape["num-query-groups"],
+        "the 16-element blocks of the attention output": width // 16,
+        "the 16-element blocks of the MLP": shape["ffn-hidden-size"] // 16,
+    }
+    sizes = range(1, shape["num-attention-heads"] + 1)
+    return parts, [size for size in sizes if all(number % size == 0 for number in parts.values())]
+
+
+def _tensor_parallel_faults(shape: Mapping, tp: int, who: str) -> Iterator[str]:
+    parts, possible = possible_tensor_parallel(shape)
+    for name, number in parts.items():
+        if number % tp:
+            yield (
+                f"--tensor-model-parallel-size {tp} does not divide {name} ({number}); possible for {who}: "
+                f"{', '.join(map(str, possible))}"
+            )
+
+
+def check_tensor_parallel(shape: Mapping, tp: int) -> None:
+    """Refuse a tensor-parallel size that this model cannot have, saying which it can."""
+    for fault in _tensor_parallel_faults(shape, tp, "this model"):
+        raise QADError(fault)
+
+
+def check_layout(args: argparse.Namespace, shapes: Mapping[str, Mapping]) -> None:
+    """Refuse a layout that one of the models, the sequence or the batch cannot have.
+
+    Args:
+        args: parsed, not yet validated.
+        shapes: Megatron options of each model ("the student", "the teacher") with its pattern uncut.
+
+    Raises:
+        QADError: what does not fit, and layouts that do.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    fault = next(_faults(args, shapes, world), None)
+    if fault is None:
+        return
+    named = [
+        f"TP {tp} x PP {pp} x CP {cp} x DP {world // (tp * pp * cp)}" for tp, pp, cp in _possible(args, shapes, world)
+    ]
+    more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+    works = ", ".join(named[:_MAX_NAMED]) or "none: change the sequence length or the batch"
+    raise QADError(f"{fault}. Layouts that would work on {world} rank(s): {works}{more}")
+
+
+def _faults(args, shapes, world: int) -> Iterator[str]:
+    tp, pp, cp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size
+    virtual = num_virtual_stages(args)
+    for who, shape in shapes.items():
+        yield from _tensor_parallel_faults(shape, tp, who)
+    for who, shape in shapes.items():
+        pattern = shape["hybrid-layer-pattern"]
+        stages = pp * virtual if who == "the student" else pp  # a teacher takes as many virtual stages as it can
+        if stages > len(pattern):
+            yield (
+                f"{pp} pipeline stages x {stages // pp} virtual ones for {len(pattern)} layers ({pattern}) of {who}: "
+                "at most one stage a layer"
+            )
+    if world % (tp * pp * cp):
+        yield f"TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp} ranks; this job has {world}"
+    yield from _sequence_faults(args, tp, cp)
+    yield from _batch_faults(args, pp, virtual, world // (tp * pp * cp))
+
+
+def _sequence_faults(args, tp: int, cp: int) -> Iterator[str]:
+    length = args.seq_length
+    if length is not None:
+        if cp > 1 and length % (2 * cp):
+            yield f"--seq-length {length} is not a multiple of {2 * cp}, twice --context-parallel-size {cp}"
+        if args.sequence_parallel and length // cp % tp:
+            yield f"--sequence-parallel: {length // cp} tokens of a rank's sequence are not divisible by TP {tp}"
+    multiple = args.qad_document_multiple
+    if multiple is not None:
+        if not args.dataloader_inter_document_masking:
+            yield "--qad-document-multiple is for packed rows: add --dataloader-inter-document-masking"
+        if multiple < 1 or cp > 1 and multiple % (2 * cp) or length is not None and length % multiple:
+            yield (
+                f"--qad-document-multiple {multiple} must divide --seq-length {length}"
+                + (f" and be a multiple of {2 * cp}, twice --context-parallel-size {cp}" if cp > 1 else "")
+            )
+
+
+def _batch_faults(args, pp: int, virtual: int, dp: int) -> Iterator[str]:
+    if virtual > 1 and pp == 1:
+        yield f"{_VIRTUAL_STAGES} {virtual} without pipeline parallelism"
+    micro, whole = args.micro_batch_size, args.global_batch_size
+    if micro is None or whole is None or args.rampup_batch_size is not None:
+        return
+    if whole % (micro * dp):
+        yield (
+            f"--global-batch-size {whole} is not a multiple of {micro * dp}, --micro-batch-size {micro} x DP {dp}; "
+            f"the next ones are {whole // (micro * dp) * (micro * dp) or micro * dp} and "
+            f"{-(-whole // (micro * dp)) * micro * dp}"
+        )
+    number = whole // (micro * dp)
+    if virtual > 1 and number % pp:
+        yield f"virtual stages need a number of microbatches that PP {pp} divides; this job has {number} a step"
+    teacher = args.qad_teacher_micro_batch_size
+    if teacher is None:
+        return
+    if teacher % micro or number % (teacher // micro):
+        yield (
+            f"--qad-teacher-micro-batch-size {teacher} must be a multiple of --micro-batch-size {micro}, and its "
+            f"{max(teacher // micro, 1)} microbatches must divide the {number} of a step"
+        )
+    elif virtual > 1 and number // (teacher // micro) % pp:
+        yield f"virtual stages need a number of teacher microbatches that PP {pp} divides; this job has " + str(
+            number // (teacher // micro)
+        )
+
+
+def _possible(args, shapes, world: int) -> Iterator[tuple[int, int, int]]:
+    """(TP, PP, CP) without virtual stages, in order of TP."""
+    sizes = [set(possible_tensor_parallel(shape)[1]) for shape in shapes.values()]
+    depth = min(len(shape["hybrid-layer-pattern"]) for shape in shapes.values())
+    for tp, pp, cp in itertools.product(sorted(set.intersection(*sizes)), range(1, depth + 1), range(1, world + 1)):
+        if world % (tp * pp * cp):
+            continue
+        dp = world // (tp * pp * cp)
+        if any(_sequence_faults(args, tp, cp)) or any(_batch_faults(args, pp, 1, dp)):
+            continue
+        yield tp, pp, cp
