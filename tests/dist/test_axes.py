@@ -8,6 +8,7 @@ that count different shares of their tokens.
 import pytest
 import records
 import tiny_job
+import torch
 from fork_server import ForkServer
 from test_training import OVERLAP, RECOMPUTE, TOLERANCE, VOCAB, Workshop
 
@@ -56,11 +57,24 @@ PACKED_AXES = {
 }
 
 
+# Teachers of the llama student's vocabulary: deeper, wider and of other heads; and of fewer layers than two ranks have
+# virtual stages.
+TEACHERS = {
+    "large": tiny_job.LLAMA | {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 32},
+    "shallow": tiny_job.LLAMA | {"num_hidden_layers": 1, "intermediate_size": 160},
+}
+# Four key-value heads and 64 blocks of the MLP, so that TP 4 is possible.
+WIDE = tiny_job.LLAMA | {"num_key_value_heads": 4, "intermediate_size": 128}
+
+
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     directory = tmp_path_factory.mktemp("axes")
     models = []
-    for name, config in MODELS.items():
+    for name, config in TEACHERS.items():
+        source = tiny_job.write_hf(directory / f"hf_{name}", config)
+        models.append((str(source), f"{directory}/{name}", "float32"))
+    for name, config in (MODELS | {"wide": WIDE}).items():
         for who, noise in (("teacher", 0.0), ("student", 0.3)):
             source = tiny_job.write_hf(directory / f"hf_{name}_{who}", config, noise=noise)
             models.append((str(source), f"{directory}/{name}_{who}", "float32"))
@@ -97,3 +111,102 @@ def test_axes_agree(workshop, model, data):
 
 def _relative(found: float, expected: float) -> float:
     return abs(found / expected - 1)
+
+
+def test_packed_documents_are_apart(workshop, tmp_path):
+    """Each document of a packed row has the logits that it has by itself: attention and positions both start anew."""
+    result = str(tmp_path / "packed.pt")
+    arguments = {"checkpoint": f"{workshop.directory}/llama_teacher", "lengths": [12, 5, 1, 14], "result": result}
+    workshop.server.run("axes_jobs:packed_logits", 1, arguments)
+    found = torch.load(result)
+    assert found["spread"] > 0.3
+    assert max(found["errors"]) < 1e-5, found  # float32 sums of other lengths; a leak or a wrong position gives 1e-1
+
+
+TEACHER_AXES = {"tp2pp2": (4, TP2 + SP + PP2), "pp2 virtual2": (2, PP2 + VIRTUAL), "cp2": (2, CP2)}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_another_teacher(workshop, teacher):
+    """Other depth, width, heads and stages than the student's."""
+    argv = workshop.argv("--qad-policy", "bf16", *STEADY, kind="llama", num_steps=2)
+    argv += ["--qad-teacher", f"{workshop.directory}/{teacher}"]
+    expected, _ = workshop.train(argv)
+    assert expected[0]["loss"]["kl loss"] > 0.1
+    for axis, (nproc, flags) in TEACHER_AXES.items():
+        found, _ = workshop.train(argv + flags, nproc)
+        errors = [_relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(found, expected, strict=True)]
+        errors.append(records.largest_error(found, expected, "grads")[0])
+        assert max(errors) <= TOLERANCE, (axis, errors)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "pp2 virtual2"])
+def test_the_teacher_is_apart_and_its_logits_are_freed(workshop, tmp_path, layout):
+    """In no wrapper, optimizer, gradient buffer or checkpoint; each microbatch's logits go once the student used them."""
+    nproc, flags = {"one rank": (1, []), "pp2 virtual2": (2, PP2 + VIRTUAL)}[layout]
+    argv = workshop.argv(*("--bf16", *SHARDED, "--qad-policy", "bf16", *flags), kind="llama", num_steps=1)
+    argv += ["--qad-teacher", f"{workshop.directory}/large", "--save", str(tmp_path / "run")]
+    argv += ["--qad-teacher-micro-batch-size", "4"] if nproc == 1 else []
+    workshop.server.run("axes_jobs:watch_teacher", nproc, {"argv": argv, "result": str(tmp_path / "seen")})
+    ranks = [torch.load(tmp_path / f"seen.rank{rank}") for rank in range(nproc)]
+    for rank in ranks:
+        assert rank["num_parameters"] > 5
+        assert rank["found"] == {"trained": 0, "wrapped": 0, "optimizer": 0, "buffers": 0}
+    if nproc == 1:
+        assert ranks[0]["alive"][-4:] == [4, 3, 2, 1]
+    from megatron_qad.models.weights import stored_shapes
+
+    widths = {size for shape in stored_shapes(tmp_path / "run").values() for size in shape}
+    assert 64 in widths and 96 not in {shape[-1] for n, shape in stored_shapes(tmp_path / "run").items() if "norm" in n}
+
+
+RESHARDED = [
+    ("tp2pp2", 4, TP2 + SP + PP2),
+    ("pp4", 4, PP4),
+    ("tp4", 4, ["--tensor-model-parallel-size", "4"]),
+    ("pp2 virtual2", 2, PP2 + VIRTUAL),
+    ("cp2", 2, CP2),
+]
+
+
+@pytest.mark.parametrize("policy", ["bf16", "nvfp4-all-linear"])
+def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, policy):
+    """Written at one layout, read at the next, a step each: the losses of one process that never stopped."""
+    argv = workshop.argv("--qad-policy", policy, *STEADY, kind="wide", num_steps=len(RESHARDED))
+    expected, _ = workshop.train(argv)
+    for i, (name, nproc, flags) in enumerate(RESHARDED):
+        saving = ["--save", str(tmp_path), "--save-interval", "1", "--exit-interval", str(i + 1)]
+        found, _ = workshop.train([*argv, *flags, *saving, *(["--load", str(tmp_path)] if i else [])], nproc)
+        assert len(found) == 1
+        error = _relative(found[0]["loss"]["kl loss"], expected[i]["loss"]["kl loss"])
+        print(f"{policy} {name}: step {i + 1}, loss {error:.1e}")
+        # A last bit may decide an input's code; it moves one input of one token (test_training).
+        assert error <= (TOLERANCE if policy == "bf16" else 0.02), name
+        if policy != "bf16" and i:
+            assert found[0]["amaxes"], "no quantizer on the first rank"
+            assert all(torch.equal(amax, amaxes[n]) for n, amax in found[0]["amaxes"].items() if n in amaxes)
+        amaxes = found[0]["amaxes"]
+
+
+# Ranks, flags, and what the error says.
+REFUSED = [
+    (2, ["--tensor-model-parallel-size", "3"], "does not divide the attention heads (4); possible for the student: 1, 2"),
+    (2, [*TP2, *PP2], "TP 2 x PP 2 x CP 1 needs a multiple of 4 ranks; this job has 2"),
+    (1, ["--pipeline-model-parallel-size", "5"], "5 pipeline stages x 1 virtual ones for 4 layers (*-*-) of the student"),
+    (2, [*PP2, "--num-virtual-stages-per-pipeline-rank", "3"], "2 pipeline stages x 3 virtual ones for 4 layers"),
+    (2, [*PP2, *VIRTUAL, "--global-batch-size", "6"], "virtual stages need a number of microbatches that PP 2 divides"),
+    (1, VIRTUAL, "virtual-stages-per-pipeline-rank 2 without pipeline parallelism"),
+    (2, [*CP2, "--seq-length", "30"], "--seq-length 30 is not a multiple of 4, twice --context-parallel-size 2"),
+    (2, ["--global-batch-size", "6"], "--global-batch-size 6 is not a multiple of 4, --micro-batch-size 2 x DP 2"),
+    (1, ["--qad-teacher-micro-batch-size", "3"], "--qad-teacher-micro-batch-size 3 must be a multiple of"),
+    (2, [*CP2, PACKED[0], "--qad-document-multiple", "2"], "--qad-document-multiple 2 must divide --seq-length 32 and be a multiple of 4"),
+]
+
+
+def test_layouts_that_cannot_work_are_refused(workshop):
+    for nproc, flags, says in REFUSED:
+        error = workshop.fail(workshop.argv(*flags, kind="llama"), nproc)
+        assert says in error and f"Layouts that would work on {nproc} rank(s): " in error, error
+    # A teacher is checked, too, before the student is built.
+    error = workshop.fail(workshop.argv(*TP2, *PP4, "--qad-teacher", f"{workshop.directory}/shallow", kind="llama"), 8)
+    assert "4 pipeline stages x 1 virtual ones for 2 layers (*-) of the teacher" in error

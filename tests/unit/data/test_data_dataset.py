@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
 
-from megatron_qad.data.dataset import QADDataset
+from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import loss_mask_prefix
 from megatron_qad.runtime.errors import QADError
 
@@ -36,7 +36,7 @@ def build(megatron_tokenizer):
             "eod_mask_loss": False,
             "create_attention_mask": False,
         }
-        config = GPTDatasetConfig(**(settings | changes))
+        config = QADDatasetConfig(**(settings | changes))
         return BlendedMegatronDatasetBuilder(cls, sizes, lambda: True, config).build()
 
     return run
@@ -145,12 +145,23 @@ def test_eod_mask_loss_and_one_token_less(build, chats, hf_tokenizer):
         assert short[i]["loss_mask"].tolist() == want and short[i]["tokens"][0] == tokens[begin]
 
 
-def test_masks_between_documents_leave_the_loss_mask_alone(build, chats):
+def test_packed_samples_hold_the_same_tokens(build, chats):
+    """Documents kept apart: the tokens of before, positions that start anew, and no label from the next document."""
     plain = build(([chats], None), [20, 5, None])[0]
     packed = build(([chats], None), [20, 5, None], inter_document_masking=True)[0]
+    num_documents = 0
     for i in range(20):
-        assert "cu_seqlens" in packed[i]
-        assert all(torch.equal(plain[i][k], packed[i][k]) for k in ("tokens", "labels", "loss_mask"))
+        assert all(torch.equal(plain[i][k], packed[i][k]) for k in ("tokens", "labels"))
+        cu_seqlens = packed[i]["cu_seqlens"].tolist()
+        ends = cu_seqlens[1 : cu_seqlens.index(SEQUENCE) + 1]
+        num_documents += len(ends)
+        mask, positions = plain[i]["loss_mask"].clone(), []
+        mask[[end - 1 for end in ends[:-1]]] = 0
+        assert torch.equal(packed[i]["loss_mask"], mask)
+        for start, end in zip([0, *ends], ends, strict=False):
+            positions += range(end - start)
+        assert packed[i]["position_ids"].tolist() == positions
+    assert num_documents > 30
 
 
 def test_data_prepared_anew_is_not_cut_by_the_cached_indices(build, texts, write_jsonl, prepared, hf_dir):
