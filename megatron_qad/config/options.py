@@ -56,6 +56,10 @@ class QADOptions:
     """Sequences in a microbatch of the teacher's forward pass, a multiple of --micro-batch-size. Default: the
     student's."""
 
+    qad_teacher_on_host: bool = False
+    """Keep the teacher's layers in host memory and copy them to the device one after the other, once a step for all its
+    microbatches: for teachers that do not fit beside the student. Pipeline stages then wait for each other."""
+
     qad_ptq: bool = False
     """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""
 

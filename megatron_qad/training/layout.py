@@ -34,7 +34,9 @@ def without_virtual_stages(argv: list[str]) -> list[str]:
 
 
 def teacher_virtual_stages(num_layers: int, args: argparse.Namespace) -> int:
-    """The student's virtual stages, or as many as a teacher of fewer layers has layers for."""
+    """The student's virtual stages, or as many as a teacher of fewer layers has layers for; one if it is streamed."""
+    if args.qad.qad_teacher_on_host:
+        return 1
     return max(1, min(num_virtual_stages(args), num_layers // args.pipeline_model_parallel_size))
 
 

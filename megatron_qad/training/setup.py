@@ -21,6 +21,7 @@ from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.schedule import QADStep, wrap_schedule
+from megatron_qad.training.streamed_teacher import StreamedTeacher
 from megatron_qad.training.teacher import Teacher
 
 
@@ -80,7 +81,8 @@ def build_teacher(args: argparse.Namespace) -> Teacher:
     load_weights(chunks, args.qad.qad_teacher)
     print_rank_0(f"megatron_qad: teacher from {args.qad.qad_teacher}, frozen")
     joined = (args.qad.qad_teacher_micro_batch_size or args.micro_batch_size) // args.micro_batch_size
-    return Teacher([freeze(chunk) for chunk in chunks], joined)
+    kind = StreamedTeacher if args.qad.qad_teacher_on_host else Teacher
+    return kind([freeze(chunk) for chunk in chunks], joined)
 
 
 def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:

@@ -35,19 +35,13 @@ class Teacher:
         Args:
             seq_length, micro_batch_size, rest: as the student's schedule gets them.
         """
-        # Evaluations and calibration may have another number of microbatches than a step.
+        # An evaluation may have another number of microbatches than a step.
         joined = self.joined if len(batches) % self.joined == 0 else 1
         groups = [join(batches[i : i + joined]) for i in range(0, len(batches), joined)]
-        virtual = len(self.chunks) if len(self.chunks) > 1 else None
-        run: Callable = get_forward_backward_func(mpu.get_pipeline_model_parallel_world_size(), virtual)
         is_packed = batches[0].documents is not None
         with torch.no_grad():
-            outputs = run(
-                forward_step_func=_forward_step,
-                data_iterator=[iter(groups) for _ in self.chunks] if virtual else iter(groups),
-                model=self.chunks,
-                num_microbatches=len(groups),
-                forward_only=True,
+            outputs = self.forward(
+                groups,
                 seq_length=seq_length * joined if is_packed else seq_length,
                 micro_batch_size=micro_batch_size if is_packed else micro_batch_size * joined,
                 **rest,
@@ -57,6 +51,19 @@ class Teacher:
         while outputs:  # none but on the last stage
             for logits in split(outputs.pop(), joined, is_packed):
                 next(remaining).teacher_logits = logits
+
+    def forward(self, batches: Sequence[Batch], **shape) -> list[torch.Tensor]:
+        """The logits of all microbatches, in order, on the last stage; an empty list on the others."""
+        virtual = len(self.chunks) if len(self.chunks) > 1 else None
+        run: Callable = get_forward_backward_func(mpu.get_pipeline_model_parallel_world_size(), virtual)
+        return run(
+            forward_step_func=_forward_step,
+            data_iterator=[iter(batches) for _ in self.chunks] if virtual else iter(batches),
+            model=self.chunks,
+            num_microbatches=len(batches),
+            forward_only=True,
+            **shape,
+        )
 
     def parameter_ids(self) -> set[int]:
         return {id(parameter) for chunk in self.chunks for parameter in chunk.parameters()}

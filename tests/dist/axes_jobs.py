@@ -58,13 +58,15 @@ def watch_teacher(argv: list[str], result: str) -> None:
     def watched_step(forward, data, model, optimizer, *args, **kwargs):
         found = train_step(forward, data, model, optimizer, *args, **kwargs)
         teacher = [p for chunk in steps[0].teacher.chunks for p in chunk.parameters()]
-        storages = {p.untyped_storage().data_ptr() for p in teacher}
+        storages = {p.untyped_storage().data_ptr() for p in teacher if p.numel()}
 
         def number(parameters):
             return sum(p.untyped_storage().data_ptr() in storages for p in parameters)
 
         buffers = [b for chunk in model for b in chunk.buffers + chunk.expert_parallel_buffers]
         seen["num_parameters"] = len(teacher)
+        if hasattr(steps[0].teacher, "host"):
+            seen["fetched"] = steps[0].teacher.host.num_fetched
         seen["found"] = {
             "trained": sum(p.requires_grad or p.grad is not None or hasattr(p, "main_grad") for p in teacher),
             "wrapped": number(p for chunk in model for p in chunk.parameters()),

@@ -188,6 +188,26 @@ def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, policy):
         amaxes = found[0]["amaxes"]
 
 
+STREAMED = {"one rank": (1, []), "tp2pp2": (4, TP2 + SP + PP2), "pp2 virtual2": (2, PP2 + VIRTUAL), "packed": (2, CP2 + PACKED)}
+
+
+@pytest.mark.parametrize("axis", STREAMED)
+def test_a_teacher_on_the_host_changes_nothing(workshop, tmp_path, axis):
+    """Bit for bit; and each layer's weights come once a step, whatever the number of microbatches."""
+    nproc, flags = STREAMED[axis]
+    argv = workshop.argv("--qad-policy", "bf16", *flags, kind="llama", num_steps=2)
+    argv += ["--qad-teacher", f"{workshop.directory}/large"]
+    expected, _ = workshop.train(argv, nproc)
+    found, _ = workshop.train([*argv, "--qad-teacher-on-host"], nproc)
+    for a, b in zip(found, expected, strict=True):
+        assert a["loss"] == b["loss"]
+        assert all(torch.equal(a["grads"][name], b["grads"][name]) for name in b["grads"])
+    if nproc == 1:
+        arguments = {"argv": [*argv, "--qad-teacher-on-host"], "result": str(tmp_path / "seen")}
+        workshop.server.run("axes_jobs:watch_teacher", 1, arguments)
+        assert torch.load(tmp_path / "seen.rank0")["fetched"] == 2 * 6
+
+
 # Ranks, flags, and what the error says.
 REFUSED = [
     (2, ["--tensor-model-parallel-size", "3"], "does not divide the attention heads (4); possible for the student: 1, 2"),
