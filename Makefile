@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test unit lint format test-te smollm2 bench env
+.PHONY: demo test unit lint format test-te smollm2 bench bench-loss bench-colocation env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -47,3 +47,7 @@ smollm2:
 # The KL loss beside modelopt's, plain torch and torch.compile; needs a quiet machine.
 bench-loss: env
 	PATH="$(BIN):$$PATH" python tools/bench_loss.py $(BENCH_LOSS_FLAGS)
+
+# Teacher and student on every rank, beside modelopt's distillation: the table of docs/BENCHMARKS.md. Minutes; a quiet machine.
+bench-colocation: env
+	PATH="$(BIN):$$PATH" python tools/bench_colocation.py $(BENCH_COLOCATION_FLAGS)

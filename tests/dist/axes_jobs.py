@@ -80,3 +80,39 @@ def watch_teacher(argv: list[str], result: str) -> None:
     sys.argv = ["pretrain_qad.py", *argv]
     pretrain_qad.main()
     torch.save(seen, f"{result}.rank{os.environ['RANK']}")
+
+
+def measure_schedule(argv: list[str], result: str) -> None:
+    """Train, and record for each step when each pass of this rank began and ended: (kind, start, end)."""
+    import os
+    import time
+
+    from megatron.core.pipeline_parallel import schedules
+
+    import pretrain_qad
+    from megatron_qad.training.schedule import QADStep
+
+    steps: list[list] = []
+
+    def timed(kind_of, function):
+        def run(*args, **kwargs):
+            start = time.monotonic()
+            found = function(*args, **kwargs)
+            steps[-1].append((kind_of(), start, time.monotonic()))
+            return found
+
+        return run
+
+    run_step = QADStep.run
+
+    def watched(step, *args, **kwargs):
+        torch.distributed.barrier()
+        steps.append([])
+        return run_step(step, *args, **kwargs)
+
+    QADStep.run = watched
+    schedules.forward_step = timed(lambda: "F" if torch.is_grad_enabled() else "T", schedules.forward_step)
+    schedules.backward_step = timed(lambda: "B", schedules.backward_step)
+    sys.argv = ["pretrain_qad.py", *argv]
+    pretrain_qad.main()
+    torch.save(steps, f"{result}.rank{os.environ['RANK']}")

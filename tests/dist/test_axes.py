@@ -5,6 +5,8 @@ are in test_training). The jobs have a teacher that differs from the student, fo
 that count different shares of their tokens.
 """
 
+import statistics
+
 import pytest
 import records
 import tiny_job
@@ -186,6 +188,29 @@ def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, policy):
             assert found[0]["amaxes"], "no quantizer on the first rank"
             assert all(torch.equal(amax, amaxes[n]) for n, amax in found[0]["amaxes"].items() if n in amaxes)
         amaxes = found[0]["amaxes"]
+
+
+def test_the_simulator_predicts_a_measured_step(workshop, tmp_path):
+    """tools/simulate_schedule.py, given each rank's median costs, against the steps that they were measured in."""
+    from tools.simulate_schedule import Costs, simulate
+
+    argv = workshop.argv("--qad-policy", "bf16", *PP2, kind="llama", num_steps=8)
+    argv += ["--qad-teacher", f"{workshop.directory}/large"]
+    workshop.server.run("axes_jobs:measure_schedule", 2, {"argv": argv, "result": str(tmp_path / "times")})
+    ranks = [torch.load(tmp_path / f"times.rank{rank}")[2:] for rank in range(2)]
+    costs = []
+    for steps in ranks:
+        kinds = {kind: [end - start for step in steps for k, start, end in step if k == kind] for kind in "FBT"}
+        assert {kind: len(times) for kind, times in kinds.items()} == dict.fromkeys("FBT", 4 * len(steps))
+        costs.append(Costs(*(statistics.median(kinds[kind]) for kind in "FBT")))
+    measured = statistics.median(
+        max(step[-1][2] for step in both) - min(step[0][1] for step in both) for both in zip(*ranks, strict=True)
+    )
+    predicted = simulate("first", 2, 1, 4, costs).time
+    alone = sum(4 * (c.forward + c.backward + c.teacher) for c in costs)
+    print(f"measured {measured * 1e3:.1f} ms, predicted {predicted * 1e3:.1f} ms, without overlap {alone * 1e3:.1f} ms")
+    # Not in the costs: sends, and what runs between passes. Without any overlap a step would take 1.6 times as long.
+    assert measured / predicted == pytest.approx(1, abs=0.3)
 
 
 STREAMED = {"one rank": (1, []), "tp2pp2": (4, TP2 + SP + PP2), "pp2 virtual2": (2, PP2 + VIRTUAL), "packed": (2, CP2 + PACKED)}

@@ -1,0 +1,307 @@
+"""Teacher and student on every rank: our training step beside modelopt's distillation, same models, batch and layout.
+
+    python tools/bench_colocation.py [--repeat 2] [--hidden 256] [--layers 4] [--vocab 8192] [--seq-length 256] ...
+
+Both are whole jobs in Megatron's own loop, BF16 with the distributed optimizer, run in turn on this machine. Ours is
+pretrain_qad.py's. The peer is modelopt's real code: ``modelopt.torch.distill`` with its Megatron plugin (teacher inside
+the student's module, both hidden states concatenated between stages, ``LogitsKLLoss``) and weight and input quantizers
+in every forward pass. It has the same arithmetic of NVFP4 on the CPU, where modelopt has none. Printed: median seconds
+of Megatron's ``train_step`` (the slowest rank), growth of a rank's peak resident memory from where the student's bare
+weights stand (the largest rank), and bytes that all ranks send between pipeline stages in a step.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SIDES = ("ours", "modelopt")
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+LAYOUTS = {"TP2": (2, TP2), "PP2": (2, PP2), "TP2xPP2": (4, TP2 + PP2)}
+RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+WARM_UP = 2  # steps: the first one calibrates
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--rank-of"]:  # this process is a rank of one of the jobs
+        return run_rank(sys.argv[2], sys.argv[4:], sys.argv[3])
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--repeat", type=int, default=2, help="jobs of each side and layout, in turn")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4, help="blocks of attention and MLP")
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--microbatches", type=int, default=4)
+    parser.add_argument("--recompute", action="store_true", help="full activation recompute")
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    own = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        flags = prepare_inputs(Path(directory), own)
+        found = {(layout, side): [] for layout in own.layouts for side in SIDES}
+        for layout in own.layouts:
+            for _ in range(own.repeat):
+                for side in SIDES:
+                    found[layout, side].append(run(layout, side, flags, Path(directory)))
+    report(found, own)
+
+
+def prepare_inputs(directory: Path, own) -> list[str]:
+    """A teacher and a student of random weights, random data; the flags of a job that uses them."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "dist")]
+    import tiny_job
+
+    config = tiny_job.LLAMA | {
+        "hidden_size": own.hidden,
+        "intermediate_size": 3 * own.hidden,
+        "num_attention_heads": own.hidden // 32,
+        "num_key_value_heads": max(own.hidden // 64, 2),
+        "head_dim": 32,
+        "num_hidden_layers": own.layers,
+        "vocab_size": own.vocab,
+        "max_position_embeddings": own.seq_length,
+    }
+    for who, noise in (("teacher", 0.0), ("student", 0.1)):
+        source = tiny_job.write_hf(directory / f"hf_{who}", config, noise=noise)
+        command = [sys.executable, "tools/import_hf.py", "--hf-model", str(source), "--output", str(directory / who)]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    from megatron_qad.runtime import prepare
+
+    prepare()
+    documents = 30 + own.seq_length * own.microbatches * (own.steps + 6) // 40
+    tiny_job.write_data(directory / "data", vocab_size=own.vocab, num_documents=documents)
+    return [
+        *("--qad-teacher", f"{directory}/teacher", "--qad-student", f"{directory}/student"),
+        *("--data-path", f"{directory}/data", "--data-cache-path", f"{directory}/cache", "--split", "100,0,0"),
+        *("--seq-length", str(own.seq_length), "--micro-batch-size", "1"),
+        *("--global-batch-size", str(own.microbatches), "--train-iters", str(own.steps), "--lr", "1e-5"),
+        *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1"),
+        *("--qad-calibration-samples", str(own.microbatches)),
+        *("--bf16", "--use-distributed-optimizer"),
+        *(RECOMPUTE if own.recompute else ()),
+    ]
+
+
+def run(layout: str, side: str, flags: list[str], directory: Path) -> list[dict]:
+    """One job; what each of its ranks measured."""
+    nproc, layout_flags = LAYOUTS[layout]
+    result = directory / f"result_{time.monotonic_ns()}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), __file__]
+    command += ["--rank-of", side, str(result), *flags, *layout_flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode:
+        ours = done.stderr.split("torch/distributed/elastic")[0]  # before the launcher's own traceback
+        sys.exit(f"error: {side} at {layout} failed:\n{done.stdout[-1000:]}\n{ours[-3000:]}")
+    return [json.loads(Path(f"{result}.rank{rank}").read_text()) for rank in range(nproc)]
+
+
+def report(found: dict, own) -> None:
+    print(
+        f"hidden {own.hidden}, {own.layers} blocks, vocabulary {own.vocab}, {own.microbatches} microbatches of "
+        f"{own.seq_length} tokens"
+    )
+    columns = (
+        "layout",
+        "side",
+        "seconds a step",
+        "peak MiB a rank",
+        "bytes between stages a step",
+        "loss, first and last",
+    )
+    print("| " + " | ".join(columns) + " |")
+    print("|---|---|---|---|---|---|")
+    for layout in own.layouts:
+        numbers = {}
+        for side in SIDES:
+            jobs = found[layout, side]
+            steps = [max(times) for job in jobs for times in zip(*(rank["seconds"] for rank in job), strict=True)]
+            memory = statistics.median(max(rank["memory"] for rank in job) for job in jobs)
+            sent = sum(rank["sent"] for rank in jobs[0])
+            numbers[side] = statistics.median(steps), memory / 2**20, sent
+            losses = next(rank["losses"] for rank in jobs[0] if rank["losses"])
+            seconds, mebibytes, _ = numbers[side]
+            row = (
+                layout,
+                side,
+                f"{seconds:.3f}",
+                f"{mebibytes:.0f}",
+                f"{sent:,}",
+                f"{losses[0]:.4f}, {losses[-1]:.4f}",
+            )
+            print("| " + " | ".join(row) + " |")
+        ours, peer = numbers["ours"], numbers["modelopt"]
+        sent = f"{ours[2] / peer[2]:.2f}" if peer[2] else "-"
+        print(f"| {layout} | ratio | {peer[0] / ours[0]:.2f}x faster | {ours[1] / peer[1]:.2f} | {sent} | |")
+
+
+def run_rank(side: str, argv: list[str], result: str) -> None:
+    import pretrain_qad  # noqa: I001  first: it prepares the backend
+    from megatron.training import training as megatron_loop
+
+    from megatron_qad.training import setup
+
+    measured = {"seconds": [], "memory": 0, "sent": 0, "losses": []}
+    sent = count_sends()
+    if side == "modelopt":
+        setup._prepare_student = prepare_peer
+        pretrain_qad.forward_step = peer_forward_step
+    start = setup._prepare_student
+
+    def watched(args, chunks):
+        reset_peak(measured)
+        return start(args, chunks)
+
+    setup._prepare_student = watched
+    train_step = megatron_loop.train_step
+
+    def timed(*args, **kwargs):
+        import torch
+
+        torch.distributed.barrier()
+        before, began = sent[0], time.perf_counter()
+        found = train_step(*args, **kwargs)
+        measured["seconds"].append(time.perf_counter() - began)
+        measured["sent"] = sent[0] - before
+        for value in found[0].values():
+            measured["losses"].append(float(torch.as_tensor(value).reshape(-1)[0]))
+        return found
+
+    megatron_loop.train_step = timed
+    sys.argv = ["pretrain_qad.py", *argv]
+    pretrain_qad.main()
+    measured["seconds"] = measured["seconds"][WARM_UP:]
+    measured["memory"] = status_bytes("VmHWM") - measured["memory"]
+    Path(f"{result}.rank{os.environ['RANK']}").write_text(json.dumps(measured))
+
+
+def status_bytes(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak(measured: dict) -> None:
+    """The student's bare weights stand already, of the same size on both sides; everything after this counts."""
+    Path("/proc/self/clear_refs").write_text("5")
+    measured["memory"] = status_bytes("VmRSS")
+
+
+def count_sends() -> list[int]:
+    """Bytes that this rank sends to other pipeline stages, in a list of one."""
+    import torch
+
+    made, total = torch.distributed.P2POp, [0]
+
+    def counted(operation, tensor, *args, **kwargs):
+        if operation is torch.distributed.isend:
+            total[0] += tensor.numel() * tensor.element_size()
+        return made(operation, tensor, *args, **kwargs)
+
+    torch.distributed.P2POp = counted
+    return total
+
+
+def prepare_peer(args, chunks):
+    """modelopt's way: quantizers of weights and inputs in the student, the teacher inside it, concatenated shapes."""
+    import modelopt.torch.distill as mtd
+    from megatron.core import mpu
+    from megatron.core.utils import unwrap_model
+    from megatron.training import training as megatron_loop
+    from modelopt.torch.distill.plugins import megatron as plugin
+
+    from megatron_qad.models.weights import load_weights
+    from megatron_qad.quantization.activations import NVFP4_INPUT, ActivationQuantizers
+    from megatron_qad.quantization.names import named_modules_globally
+    from megatron_qad.quantization.weights import InPlaceWeights
+    from megatron_qad.training.schedule import QADStep
+    from megatron_qad.training.setup import build_teacher, resolve_formats
+
+    load_weights(chunks, args.qad.qad_student)
+    formats, tp_group = resolve_formats(args), mpu.get_tensor_model_parallel_group()
+    groups = (tp_group, mpu.get_data_parallel_group(with_context_parallel=True))
+    inputs = ActivationQuantizers(chunks, formats, groups=groups)
+    weights = InPlaceWeights(chunks, formats, tp_group)
+    amaxes = dict(zip(weights.weights, weights.amaxes(), strict=True))
+    quantizers = []
+    for name, module in named_modules_globally(chunks[0]):
+        if f"{name}.weight" in amaxes:
+            module.weight_quantizer.set_from_attribute_config(NVFP4_INPUT)
+            module.weight_quantizer.amax = amaxes[f"{name}.weight"].view(1)
+            quantizers.append(module.weight_quantizer)
+    assert quantizers, "no weight quantizer on this rank"
+    (student,), (teacher,) = chunks, build_teacher(args).chunks
+    teacher = unwrap_model(teacher)
+    config = plugin.setup_distillation_config(None, student.config, teacher.config)
+    kd = {"teacher_model": teacher, "criterion": config.criterion, "loss_balancer": config.loss_balancer}
+    student = mtd.convert(student, mode=[("kd_loss", kd)])
+    plugin.adjust_distillation_model_for_mcore(student, config)
+    # Both sides calibrate inputs of unquantized weights.
+    step_calibrate = QADStep._calibrate
+
+    def calibrate(*call):
+        for quantizer in quantizers:
+            quantizer.disable()
+        step_calibrate(step, *call)
+        for quantizer in quantizers:
+            quantizer.enable()
+
+    # What remains of our step: calibrate the inputs once, read the microbatches. No teacher pass, no weights in place.
+    step = QADStep(None, InPlaceWeights([student], {}, tp_group), inputs, args.qad.qad_calibration_samples)
+    step._calibrate = calibrate
+    upstream = megatron_loop.get_forward_backward_func
+
+    def get_schedule(*_args, **_kwargs):
+        schedule = upstream()
+
+        def run_step(**call):
+            shape = {k: call[k] for k in ("seq_length", "micro_batch_size", "decoder_seq_length")}
+            adjust = plugin.get_tensor_shapes_adjust_fn_for_distillation(call["model"], **shape)
+            if adjust is None:
+                return step.run(schedule, **call)
+            return step.run(
+                partial(schedule, adjust_tensor_shapes_fn=adjust), **call | {"adjust_tensor_shapes_fn": adjust}
+            )
+
+        return run_step
+
+    megatron_loop.get_forward_backward_func = get_schedule
+    return [student]
+
+
+def peer_forward_step(batches, model):
+    batch = next(batches)
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
+    return output, partial(peer_loss, batch, model)
+
+
+def peer_loss(batch, model, output):
+    """As Megatron's post-training loss function does it: masked sums, the KL summed over the vocabulary's shards."""
+    import torch
+    from megatron.core import mpu
+    from megatron.core.utils import unwrap_model
+
+    def masked(loss):
+        is_shard = False
+        if isinstance(loss, tuple):
+            loss, is_shard, _ = loss
+        total = (loss.float() * batch.loss_mask).sum()
+        if is_shard and mpu.get_tensor_model_parallel_world_size() > 1:
+            torch.distributed.all_reduce(total, group=mpu.get_tensor_model_parallel_group())
+        return total
+
+    losses = unwrap_model(model).compute_kd_loss(student_loss=masked(output), loss_reduction_fn=masked)
+    total = losses["kd_loss"] if isinstance(losses, dict) else losses
+    num_tokens = batch.loss_mask.count_nonzero().int()
+    return total, num_tokens, {"kl loss": torch.stack((total.detach(), num_tokens.float()))}
+
+
+if __name__ == "__main__":
+    main()
