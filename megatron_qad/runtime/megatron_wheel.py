@@ -29,3 +29,23 @@ def save_checkpoints_in_this_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue.Queue()
+
+
+def load_reshardable_state_of_torch_adam() -> None:
+    """Let ``--dist-ckpt-optim-fully-reshardable`` load what it saved with torch's AdamW.
+
+    Its checkpoints hold the step counter apart from the parameters' state (``adamw`` takes it from there), but loading
+    looks for it among each parameter's tensors, where Transformer Engine's optimizer has none, and fails. None stands
+    for "not here" in that code.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    load = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(load, "takes_no_step", False):
+        return
+
+    def without_step(self, model_param, tensors):
+        return load(self, model_param, {"step": None} | tensors)
+
+    without_step.takes_no_step = True
+    DistributedOptimizer._set_main_param_and_optimizer_states = without_step

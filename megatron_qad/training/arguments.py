@@ -24,7 +24,11 @@ from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities
-from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process, use_compiled_dataset_helpers
+from megatron_qad.runtime.megatron_wheel import (
+    load_reshardable_state_of_torch_adam,
+    save_checkpoints_in_this_process,
+    use_compiled_dataset_helpers,
+)
 from megatron_qad.training.layout import (
     check_layout,
     num_virtual_stages,
@@ -83,6 +87,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = without_virtual_stages(argv)
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities(), options.qad_layer_spec), **shape}), *argv]
     use_compiled_dataset_helpers()
+    load_reshardable_state_of_torch_adam()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     check_masters(args)
     if not args.async_save:

@@ -5,6 +5,7 @@ activations, communication buffers, the allocator's fragmentation. Pipeline stag
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 
 from megatron_qad.models.families import family_of
@@ -58,7 +59,11 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
         layers = family.layer_pattern(args.teacher_hf_config)
         virtual = teacher_virtual_stages(len(layers), args)
         pattern = with_stages(layers, args.pipeline_model_parallel_size * virtual)
-        rows["teacher weights"] = _largest_stage(args, family.tensors(args.teacher_hf_config), pattern) * width
+        of_teacher = family.tensors(args.teacher_hf_config)
+        if args.qad.qad_teacher_on_host:
+            rows["teacher weights, two layers and the ends"] = _streamed(args, of_teacher) * width
+        else:
+            rows["teacher weights"] = _largest_stage(args, of_teacher, pattern) * width
     rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
     # Two moments of Adam, and the float32 master where the weights are 16 bits wide.
     optimizer = student * (12 if width == 2 else 8)
@@ -92,6 +97,18 @@ def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: 
         else:
             held[-1] += numel
     return max(held)
+
+
+def _streamed(args: argparse.Namespace, tensors: list[TensorMap]) -> int:
+    """Parameters of a streamed teacher on the device: what is in no layer, and twice the largest layer."""
+    layers, ends = Counter(), 0
+    for tensor in tensors:
+        numel = _on_one_tensor_rank(tensor, args.tensor_model_parallel_size)
+        if tensor.layer is None:
+            ends += numel
+        else:
+            layers[tensor.layer] += numel
+    return ends + 2 * max(layers.values())
 
 
 def _on_one_tensor_rank(tensor: TensorMap, tp: int) -> int:
