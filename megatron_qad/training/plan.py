@@ -61,7 +61,7 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
         pattern = with_stages(layers, args.pipeline_model_parallel_size * virtual)
         of_teacher = family.tensors(args.teacher_hf_config)
         if args.qad.qad_teacher_on_host:
-            rows["teacher weights, two layers and the ends"] = _streamed(args, of_teacher) * width
+            rows["teacher weights, streamed"] = _streamed(args, of_teacher) * width
         else:
             rows["teacher weights"] = _largest_stage(args, of_teacher, pattern) * width
     rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
