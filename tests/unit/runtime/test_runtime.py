@@ -171,3 +171,30 @@ def test_nccl_becomes_gloo(machine):
 
 def test_the_error_for_users_is_a_runtime_error():
     assert issubclass(QADError, RuntimeError)
+
+
+BACKWARD = """
+import json, torch
+import megatron_qad.runtime as runtime
+runtime.prepare()
+
+class OnDevice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty(grad.shape, device=torch.cuda.current_device()).copy_(grad)
+
+found = []
+for run in (lambda y, x: torch.autograd.backward(y), lambda y, x: y.backward(), lambda y, x: torch.autograd.grad(y, x)):
+    x = torch.ones(2, requires_grad=True)
+    result = run(OnDevice.apply(x).sum(), x)
+    found.append((result[0] if result else x.grad).tolist())
+print(json.dumps(found))
+"""
+
+
+@needs_no_gpu
+def test_backward_passes_find_the_cpu_where_they_ask_for_cuda():
+    assert in_a_fresh_process(BACKWARD) == [[1.0, 1.0]] * 3
