@@ -42,6 +42,7 @@ AXES = {
     "dp2 overlapped": (2, SHARDED + OVERLAP),
     "tp2pp2": (4, TP2 + SP + PP2),
     "pp2dp2": (4, PP2),
+    "pp2 virtual2 dp2 overlapped": (4, PP2 + VIRTUAL + SHARDED + OVERLAP),
     "tp2cp2": (4, TP2 + SP + CP2),
     "recompute": (1, RECOMPUTE),
     "recompute tp2 sp": (2, TP2 + SP + RECOMPUTE),
