@@ -45,7 +45,6 @@ class QADStep:
         self.calibration_samples = calibration_samples
         self._read_ahead: list[Batch] = []
         self._read_ahead_in_evaluation = False
-        self._teacher_is_apart = False
 
     def run(self, schedule: Callable, *, data_iterator, model, num_microbatches: int, forward_step_func, **rest):
         shape = {name: rest.get(name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
@@ -55,29 +54,19 @@ class QADStep:
             self._calibrate(schedule, data_iterator, model, forward_step_func, shape)
             self._read_ahead_in_evaluation = evaluates
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
-        rest |= schedule_shape(**shape)
+        shape = schedule_shape(**shape)
         if self.teacher is not None:
-            self.teacher.annotate(batches, **schedule_shape(**shape))
+            self.teacher.annotate(batches, **shape)
         if self.weights.is_stale:
             gather_parameters(model)
-        self._check_teacher_is_apart(model)
         with self.weights.on_grid(then_updated=not evaluates):
             return schedule(
                 data_iterator=iterators(batches, data_iterator),
                 model=model,
                 num_microbatches=num_microbatches,
                 forward_step_func=forward_step_func,
-                **rest,
+                **rest | shape,
             )
-
-    def _check_teacher_is_apart(self, model) -> None:
-        """No parameter of the teacher is one of what DDP, the optimizer and the checkpoint take theirs from."""
-        if self.teacher is None or self._teacher_is_apart:
-            return
-        chunks = model if isinstance(model, list) else [model]
-        shared = self.teacher.parameter_ids() & {id(p) for chunk in chunks for p in chunk.parameters()}
-        assert not shared, f"{len(shared)} parameters of the teacher are the student's, too"
-        self._teacher_is_apart = True
 
     def _next_batches(self, data_iterator, number: int, shape: dict, evaluates: bool) -> list[Batch]:
         """What calibration read ahead comes first, but only where it was read: an evaluation between the first steps
@@ -96,10 +85,8 @@ class QADStep:
         # Shared out over the data-parallel ranks, so that the amaxes do not depend on their number.
         number = -(-self.calibration_samples // (shape["micro_batch_size"] * mpu.get_data_parallel_world_size()))
         if isinstance(data_iterator, list):  # virtual stages want whole rounds of the pipeline
-            number = (
-                -(-number // mpu.get_pipeline_model_parallel_world_size())
-                * mpu.get_pipeline_model_parallel_world_size()
-            )
+            num_stages = mpu.get_pipeline_model_parallel_world_size()
+            number = -(-number // num_stages) * num_stages
         batches = read_batches(data_iterator, number, shape["micro_batch_size"], shape["seq_length"])
         self._read_ahead = batches
         bar = tqdm(total=number, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)

@@ -64,6 +64,8 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     if resumes and has_amaxes(args.load):
         activations.expect_amax(device=torch.cuda.current_device())
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
+    if teacher is not None:
+        check_apart(teacher.chunks, chunks)
     weights = InPlaceWeights(chunks, formats, tp_group, args.qad.qad_weight_scale_rule)
     counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(weights.formats.values()).items()) or "none"
     print_rank_0(f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {args.qad.qad_policy})")
@@ -83,6 +85,13 @@ def build_teacher(args: argparse.Namespace) -> Teacher:
     joined = (args.qad.qad_teacher_micro_batch_size or args.micro_batch_size) // args.micro_batch_size
     kind = StreamedTeacher if args.qad.qad_teacher_on_host else Teacher
     return kind([freeze(chunk) for chunk in chunks], joined)
+
+
+def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:
+    """No parameter of the teacher is one of what DDP, the optimizer and the checkpoint will take theirs from."""
+    ids = [{id(p) for chunk in chunks for p in chunk.parameters()} for chunks in (teacher, student)]
+    shared = set.intersection(*ids)
+    assert not shared, f"{len(shared)} parameters of the teacher are the student's, too"
 
 
 def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:

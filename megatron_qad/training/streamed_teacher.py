@@ -63,10 +63,8 @@ class HostWeights:
         compute = torch.cuda.current_stream()
         compute.wait_event(arrived)
         for parameter, copy in zip(self._parameters[i], copies, strict=True):
-            if copy.is_cuda:
-                copy.record_stream(
-                    compute
-                )  # its memory is the copying stream's: not to be reused before this one is done
+            if copy.is_cuda:  # its memory is the copying stream's: not to be reused before this one is done
+                copy.record_stream(compute)
             parameter.data = copy
 
     def _release(self, i: int) -> None:

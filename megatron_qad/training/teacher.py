@@ -65,9 +65,6 @@ class Teacher:
             **shape,
         )
 
-    def parameter_ids(self) -> set[int]:
-        return {id(parameter) for chunk in self.chunks for parameter in chunk.parameters()}
-
 
 def split(logits: torch.Tensor, joined: int, is_packed: bool) -> list[torch.Tensor]:
     """The logits of each of the microbatches that were joined. Copies, so that each can be freed by itself."""
