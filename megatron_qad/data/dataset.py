@@ -55,13 +55,13 @@ class QADDataset(GPTDataset):
         # Ours and not GPTDataset's: it caches the mask of the first sample it is asked for, padding included, and hands
         # that to every later sample.
         counts = np.zeros(self.config.sequence_length + 1, dtype=np.float32)
-        if idx is not None:  # None asks for a sample that only fills a batch
-            position = 0
-            for document, offset, length in self._parts(idx):
-                counts[position : position + length] = (
-                    1 if self._mask is None else self._mask.get(document, offset=offset, length=length)
-                )
-                position += length
+        parts = [] if idx is None else self._parts(idx)  # None asks for a sample that only fills a batch
+        position = 0
+        for document, offset, length in parts:
+            counts[position : position + length] = (
+                1 if self._mask is None else self._mask.get(document, offset=offset, length=length)
+            )
+            position += length
         if not extra:
             counts[self.config.sequence_length :] = 0  # the last label is unknown
         loss_mask = torch.from_numpy(counts[1:].copy())
@@ -69,7 +69,7 @@ class QADDataset(GPTDataset):
             loss_mask[sample["tokens"] == self.config.tokenizer.eod] = 0.0
         sample["loss_mask"] = loss_mask
         if self.config.inter_document_masking:
-            lengths = [length for _, _, length in self._parts(idx)] if idx is not None else []
+            lengths = [length for _, _, length in parts]
             if lengths and extra:
                 lengths[-1] -= 1  # the extra token is a label only
             return keep_documents_apart(sample, [n for n in lengths if n], self.config.document_multiple)
