@@ -74,11 +74,9 @@ def student_order(rank: int, ranks: int, chunks: int, microbatches: int) -> list
         chunk = chunk if kind == "F" else chunks - 1 - chunk
         return Op(kind, group * ranks + place % ranks, chunk * ranks + rank)
 
-    if chunks == 1:
-        nth = lambda kind, i: Op(kind, i, rank)  # noqa: E731
-        warm_up = ranks - 1 - rank
-    else:
-        warm_up = (ranks - 1 - rank) * 2 + (chunks - 1) * ranks
+    warm_up = ranks - 1 - rank
+    if chunks > 1:
+        warm_up = 2 * warm_up + (chunks - 1) * ranks
     warm_up = min(warm_up, total)
     order = [nth("F", i) for i in range(warm_up)]
     for i in range(total - warm_up):
@@ -117,9 +115,9 @@ def simulate(way: str, ranks: int, chunks: int, microbatches: int, costs: Costs 
     if way == "first":
         orders = [a + b for a, b in zip(teacher, orders, strict=True)]
     timeline = _run(orders, durations, p2p, ranks * chunks)
-    return (
-        _fill(timeline, teacher, [own["T"] for own in durations], p2p, ranks * chunks) if way == "filled" else timeline
-    )
+    if way == "filled":
+        return _fill(timeline, teacher, [own["T"] for own in durations], p2p, ranks * chunks)
+    return timeline
 
 
 def _needs(op: Op, last: int) -> list[tuple[Op, bool]]:

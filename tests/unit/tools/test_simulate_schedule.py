@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-from simulate_schedule import Costs, bound, draw, simulate, student_order  # noqa: E402
+from simulate_schedule import WAYS, Costs, bound, draw, simulate, student_order  # noqa: E402
 
 ALONE = Costs(forward=1, backward=2, teacher=0)
 
@@ -59,6 +59,3 @@ def test_virtual_stages_need_whole_rounds():
 def test_the_picture(tmp_path):
     draw({way: simulate(way, 4, 1, 8, Costs()) for way in WAYS}, tmp_path / "schedule.png")
     assert (tmp_path / "schedule.png").read_bytes()[:4] == b"\x89PNG"
-
-
-WAYS = ("first", "inside", "filled")
