@@ -12,6 +12,7 @@ import records
 import tiny_job
 import torch
 from fork_server import ForkServer
+from launch import ROOT
 from test_training import OVERLAP, RECOMPUTE, TOLERANCE, VOCAB, Workshop
 
 MODELS = {
@@ -200,9 +201,10 @@ def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, case):
         amaxes |= step["amaxes"]
 
 
-def test_the_simulator_predicts_a_measured_step(workshop, tmp_path):
+def test_the_simulator_predicts_a_measured_step(workshop, tmp_path, monkeypatch):
     """tools/simulate_schedule.py, given each rank's median costs, against the steps that they were measured in."""
-    from tools.simulate_schedule import Costs, simulate
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # by its own name: in a whole run "tools" is tests/unit/tools
+    from simulate_schedule import Costs, simulate
 
     argv = workshop.argv("--qad-policy", "bf16", *PP2, kind="llama", num_steps=8)
     argv += ["--qad-teacher", f"{workshop.directory}/large"]
