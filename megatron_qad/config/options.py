@@ -63,5 +63,9 @@ class QADOptions:
     qad_ptq: bool = False
     """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""
 
+    qad_job_dir: str | None = None
+    """Directory through which a batch script and the job talk: a file 'stop' there makes the job save after the current
+    step and exit with status 0. Default: the environment's QAD_JOB_DIR, which launch/slurm.sbatch sets."""
+
     qad_dry_run: bool = False
     """Print the plan (model, formats, layout, tokens, bytes per rank) and exit without building weights."""

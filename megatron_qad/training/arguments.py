@@ -29,6 +29,7 @@ from megatron_qad.runtime.megatron_wheel import (
     save_checkpoints_in_this_process,
     use_compiled_dataset_helpers,
 )
+from megatron_qad.training import preemption, resume
 from megatron_qad.training.layout import (
     check_layout,
     num_virtual_stages,
@@ -84,8 +85,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         os.environ["WORLD_SIZE"] = str(ranks)
     check_layout(early, shapes)
     shape = shape_in_layout(hf_config, early, num_virtual_stages(early))
-    argv = without_virtual_stages(argv)
+    argv = without_virtual_stages(argv) + resume.load_flags(early)
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities(), options.qad_layer_spec), **shape}), *argv]
+    # Parsing also makes Megatron's signal handler and starts wandb.
+    preemption.install(options.qad_job_dir or os.environ.get("QAD_JOB_DIR"))
+    resume.continue_wandb_run(early)
     use_compiled_dataset_helpers()
     load_reshardable_state_of_torch_adam()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
@@ -154,6 +158,7 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
         "hidden-dropout": 0.0,
         "no-create-attention-mask-in-dataloader": True,  # attention is causal by the layer spec
         "ckpt-format": "torch_dist",
+        "exit-signal-handler": True,  # SIGTERM saves after the current step (training/preemption.py)
         "save-interval": 1000,  # Megatron has no default and stops at --save without one
         "tokenizer-type": "NullTokenizer",  # the data is tokenized already; its metadata names the tokenizer
     }

@@ -1,0 +1,49 @@
+"""A job that has to leave saves after the step it is in and exits with status 0.
+
+It is asked by SIGTERM on any rank or by the file ``stop`` in ``--qad-job-dir``, which a batch script writes when its
+time runs out: the warning of a scheduler reaches the script, not the ranks, and SIGUSR1 would end a torchrun agent.
+Megatron's signal handler, whose answers it gathers over all ranks after each step, is the one seam; it learns to look
+for the file. Left out: what starts the job again (``launch/slurm.sbatch``) and what it then finds (``resume``).
+"""
+
+import functools
+import signal
+from pathlib import Path
+
+import torch
+from megatron.training import global_vars, print_rank_0
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+from megatron_qad.runtime import QADError
+
+
+def install(job_dir: str | None) -> None:
+    """Let Megatron make its handler from ``StopRequests``. Before ``pretrain``, with ``--exit-signal-handler``."""
+    directory = Path(job_dir) if job_dir else None
+    if directory is not None and not directory.is_dir():
+        raise QADError(f"--qad-job-dir {directory}: no such directory; the script that starts the job must make it")
+    global_vars.DistributedSignalHandler = functools.partial(StopRequests, directory)
+
+
+class StopRequests(DistributedSignalHandler):
+    """Megatron asks this after every step, on every rank; one rank that was asked to stop stops all.
+
+    Files in ``directory``, seen and written by rank 0 only: ``stop`` asks; ``stepped`` says that a step was completed
+    since the start, so that a crash is worth another try; ``stopped`` that the job leaves because it was asked to.
+    """
+
+    def __init__(self, directory: Path | None, sig: signal.Signals):
+        super().__init__(sig)
+        self._directory = directory
+
+    def signals_received(self) -> list[int]:
+        speaks = self._directory is not None and torch.distributed.get_rank() == 0
+        if speaks:
+            (self._directory / "stepped").touch()
+            self._signal_received |= (self._directory / "stop").exists()
+        received = super().signals_received()
+        if any(received):
+            print_rank_0("megatron_qad: asked to stop; saving after this step")
+            if speaks:
+                (self._directory / "stopped").touch()
+        return received

@@ -1,0 +1,81 @@
+"""A job that is asked to leave, by SIGTERM on one rank or by a file, saves, exits with status 0, and goes on where it
+was when the same command starts it again: steps, random states, validations, wandb run."""
+
+from pathlib import Path
+
+import pytest
+import records
+import tiny_job
+import torch
+from fork_server import ForkServer
+
+FLAGS = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 6 --lr 1e-3 --min-lr 1e-4 --split 80,20,0 "
+    "--lr-decay-style cosine --eval-interval 4 --eval-iters 2 --log-interval 1 --qad-calibration-samples 16 --bf16 "
+    "--use-distributed-optimizer --save-interval 100 --tensor-model-parallel-size 2 --sequence-parallel"
+).split()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("preemption")
+    for who, noise in (("teacher", 0.0), ("student", 0.3)):
+        tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA, noise=noise)
+    tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
+    models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "bfloat16") for who in ("teacher", "student")]
+    with ForkServer(directory) as server:
+        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+        yield directory, server
+
+
+def steps_of(record: Path) -> list[dict]:
+    return records.read(record, 2, vocab_size=tiny_job.LLAMA["vocab_size"])
+
+
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_a_job_that_is_asked_to_leave_goes_on_bit_for_bit(place, tmp_path, how):
+    directory, server = place
+    models = ["--qad-teacher", f"{directory}/teacher", "--qad-student", f"{directory}/student"]
+    argv = [*models, "--data-path", f"{directory}/data", "--data-cache-path", f"{directory}/cache", *FLAGS]
+    expected_log = server.run("training_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "through")})
+    expected = steps_of(tmp_path / "through")
+
+    # The same command twice; only the file that a batch script removes at its start is taken away between.
+    job_dir = tmp_path / "job"
+    job_dir.mkdir()
+    argv += ["--save", str(tmp_path / "run"), "--qad-job-dir", str(job_dir)]
+    asked = {"step": 3, "file": str(job_dir / "stop") if how == "file" else None}
+    first_log = server.run("preemption_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "first")} | asked)
+    assert "asked to stop; saving after this step" in first_log
+    assert sorted(file.name for file in job_dir.iterdir() if file.name != "stop") == ["stepped", "stopped"]
+    (job_dir / "stop").unlink(missing_ok=True)
+    second_log = server.run("training_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "second")})
+
+    first, second = steps_of(tmp_path / "first"), steps_of(tmp_path / "second")
+    assert (len(first), len(second)) == (3, 3)
+    for number, (a, b) in enumerate(zip(first + second, expected, strict=True), 1):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"]), number
+        for what in ("on_grid", "grads", "params", "masters", "amaxes"):
+            assert all(torch.equal(a[what][name], b[what][name]) for name in b[what]), (number, what)
+    validations = [
+        [line for line in log.splitlines() if "validation at iteration" in line] for log in (second_log, expected_log)
+    ]
+    assert validations[0] == validations[1] and len(validations[0]) == 2
+
+
+def test_calibration_alone_never_resumes(place, tmp_path):
+    """PTQ saves no optimizer to resume from; started again, it calibrates again."""
+    directory, server = place
+    argv = ["--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data", *FLAGS, "--qad-ptq"]
+    argv += ["--save", str(tmp_path / "ptq")]
+    logs = [server.run("training_jobs:train", 2, {"argv": argv}) for _ in range(2)]
+    kls = [[line for line in log.splitlines() if "validation at iteration" in line] for log in logs]
+    assert kls[0] == kls[1] and len(kls[0]) == 1
+
+
+def test_a_missing_job_directory_is_named(place, tmp_path):
+    directory, server = place
+    argv = ["--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data", *FLAGS]
+    argv += ["--qad-job-dir", str(tmp_path / "absent")]
+    output = server.run("training_jobs:train", 2, {"argv": argv}, fails=True)
+    assert f"error: --qad-job-dir {tmp_path / 'absent'}: no such directory" in output
