@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections import Counter
+from pathlib import Path
 
 from megatron_qad.runtime import QADError, prepare
 
@@ -18,7 +19,10 @@ def main() -> None:
         help="modelopt: vLLM, SGLang, TensorRT-LLM. compressed-tensors: vLLM, transformers. bf16: unpacked",
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="bound on a safetensors file, in 10^9 bytes")
+    parser.add_argument("--keep", action="store_true", help="if --output is complete already, leave it and succeed")
     options = parser.parse_args()
+    if options.keep and (Path(options.output) / "config.json").is_file():
+        return print(f"{options.output} is there already")
     prepare()
 
     from megatron_qad.checkpoint.export_hf import export_hf

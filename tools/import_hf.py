@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from megatron_qad.runtime import QADError, prepare
 
@@ -13,7 +14,10 @@ def main() -> None:
     parser.add_argument("--hf-model", required=True, help="Hugging Face model directory (config.json, *.safetensors)")
     parser.add_argument("--output", required=True, help="checkpoint directory to write; must be empty or new")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
+    parser.add_argument("--keep", action="store_true", help="if --output is complete already, leave it and succeed")
     options = parser.parse_args()
+    if options.keep and (Path(options.output) / "latest_checkpointed_iteration.txt").is_file():
+        return print(f"{options.output} is there already")
     prepare()
     import torch
 

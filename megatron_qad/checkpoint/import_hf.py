@@ -33,15 +33,17 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     source, target = Path(source), Path(target)
     rank, size = rank_and_size()
     sharded, count = _all_or_none(lambda: _read(source, target, dtype, rank, size))
-    release = target / "release"
+    aside = target.parent / f".{target.name}.partial"  # renamed when whole: a killed import leaves no target
     if rank == 0:
-        release.mkdir(parents=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        (aside / "release").mkdir(parents=True)
     torch.distributed.barrier()
     save_checkpoints_in_this_process()
-    dist_checkpointing.save(sharded, str(release))
+    dist_checkpointing.save(sharded, str(aside / "release"))
     if rank == 0:
-        copy_assets(source, target / "hf")
-        (target / "latest_checkpointed_iteration.txt").write_text("release")
+        copy_assets(source, aside / "hf")
+        (aside / "latest_checkpointed_iteration.txt").write_text("release")
+        aside.rename(target)  # replaces an empty directory
     torch.distributed.barrier()
     return count
 

@@ -7,10 +7,10 @@ for the file. Left out: what starts the job again (``launch/slurm.sbatch``) and 
 """
 
 import functools
+import os
 import signal
 from pathlib import Path
 
-import torch
 from megatron.training import global_vars, print_rank_0
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
@@ -28,8 +28,9 @@ def install(job_dir: str | None) -> None:
 class StopRequests(DistributedSignalHandler):
     """Megatron asks this after every step, on every rank; one rank that was asked to stop stops all.
 
-    Files in ``directory``, seen and written by rank 0 only: ``stop`` asks; ``stepped`` says that a step was completed
-    since the start, so that a crash is worth another try; ``stopped`` that the job leaves because it was asked to.
+    Files in ``directory``, seen and written by one rank of each node, whose directories need not be the same: ``stop``
+    asks; ``stepped`` says that a step was completed since the start, so that a crash is worth another try; ``stopped``
+    that the job leaves because it was asked to.
     """
 
     def __init__(self, directory: Path | None, sig: signal.Signals):
@@ -37,7 +38,7 @@ class StopRequests(DistributedSignalHandler):
         self._directory = directory
 
     def signals_received(self) -> list[int]:
-        speaks = self._directory is not None and torch.distributed.get_rank() == 0
+        speaks = self._directory is not None and os.environ.get("LOCAL_RANK", "0") == "0"
         if speaks:
             (self._directory / "stepped").touch()
             self._signal_received |= (self._directory / "stop").exists()

@@ -1,0 +1,224 @@
+"""A real SLURM cluster of two nodes on this machine, without systemd, in a second.
+
+Each node is a network namespace with an address of its own, in which a slurmd runs under its own host name; a third
+holds the controller and a bridge between them. Nothing is attached to the machine's own network. All files, munge's key
+and socket among them, are in one directory; names carry this process's id, so that two clusters never meet.
+Needs root and Debian's slurmctld, slurmd, slurm-client, munge, iproute2, which are installed if apt can.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+_CONFIG = """\
+ClusterName=ci
+SlurmctldHost={ctl}(10.231.77.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={d}/munge.sock,cred_expire=5
+CredType=cred/munge
+StateSaveLocation={d}/state
+SlurmdSpoolDir={d}/spool.%n
+SlurmctldPidFile={d}/slurmctld.pid
+SlurmdPidFile={d}/slurmd.%n.pid
+SlurmctldLogFile={d}/slurmctld.log
+SlurmdLogFile={d}/slurmd.%n.log
+ProctrackType=proctrack/{proctrack}
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+JobRequeue=1
+ReturnToService=2
+KillWait=5
+SlurmdTimeout=10
+MinJobAge=600
+NodeName={n1} NodeAddr=10.231.77.11 CPUs=4 RealMemory=8000 State=UNKNOWN
+NodeName={n2} NodeAddr=10.231.77.12 CPUs=4 RealMemory=8000 State=UNKNOWN
+PartitionName=ci Nodes={n1},{n2} Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes={n1},{n2} MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
+"""
+
+
+class Unavailable(Exception):
+    """Why this machine cannot have a cluster."""
+
+
+class Namespaces:
+    """Two nodes and a controller: network namespaces joined by a bridge. ``run`` and ``start`` act on one of them."""
+
+    def __init__(self, directory: Path):
+        tag = os.getpid()
+        self.directory = directory
+        self.ctl, self.n1, self.n2 = self.hosts = f"ctl-{tag}", f"n1-{tag}", f"n2-{tag}"
+        self.addresses = dict(zip(self.hosts, ("10.231.77.1", "10.231.77.11", "10.231.77.12"), strict=True))
+
+    def up(self) -> None:
+        _require_programs()
+        lines = [f"{address} {host}\n" for host, address in self.addresses.items()]
+        (self.directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+        for host in self.hosts:
+            _ip("netns", "add", host)
+            _ip("-n", host, "link", "set", "lo", "up")
+        _ip("-n", self.ctl, "link", "add", "bridge0", "type", "bridge")
+        _ip("-n", self.ctl, "address", "add", "10.231.77.1/24", "dev", "bridge0")
+        _ip("-n", self.ctl, "link", "set", "bridge0", "up")
+        for port, host in enumerate((self.n1, self.n2)):
+            veth = f"port{port}"
+            _ip("-n", self.ctl, "link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", host)
+            _ip("-n", self.ctl, "link", "set", veth, "master", "bridge0", "up")
+            _ip("-n", host, "address", "add", f"{self.addresses[host]}/24", "dev", "eth0")
+            _ip("-n", host, "link", "set", "eth0", "up")
+
+    def down(self) -> None:
+        for host in self.hosts:
+            if Path("/run/netns", host).exists():
+                self.kill(host)
+                subprocess.run(["ip", "netns", "del", host], check=False)
+
+    def kill(self, host: str) -> None:
+        """End every process of a node at once, as if its power had gone."""
+        for _ in range(50):  # a process may have started another one meanwhile
+            found = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()
+            if not found:
+                return
+            for pid in map(int, found):
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            time.sleep(0.1)
+
+    def command(self, host: str, *command) -> list[str]:
+        """``command`` inside a node: its network, its host name, and names for the other nodes."""
+        enter = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
+        namespace = ["nsenter", f"--net=/run/netns/{host}", "unshare", "--uts", "--mount"]
+        return [*namespace, "sh", "-c", enter, host, f"{self.directory}/hosts", *map(str, command)]
+
+    def run(self, host: str, *command, **kwargs) -> str:
+        done = subprocess.run(self.command(host, *command), capture_output=True, text=True, timeout=120, **kwargs)
+        if done.returncode:
+            raise AssertionError(f"{command}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+
+class Cluster(Namespaces):
+    """SLURM in the namespaces; ``environment`` is what its commands need."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        self.environment = {**os.environ, "SLURM_CONF": f"{directory}/slurm.conf"}
+
+    def up(self) -> None:
+        super().up()
+        d = self.directory
+        for name in ("state", *(f"spool.{node}" for node in (self.n1, self.n2))):
+            (d / name).mkdir()
+        # proctrack/cgroup also finds ranks that have lost their parent; it needs version 1's freezer.
+        freezer = Path("/sys/fs/cgroup/freezer")
+        proctrack = "cgroup" if freezer.is_dir() and os.access(freezer, os.W_OK) else "linuxproc"
+        if proctrack == "cgroup":
+            plugin = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
+            (d / "cgroup.conf").write_text(plugin)
+        (d / "slurm.conf").write_text(_CONFIG.format(d=d, ctl=self.ctl, n1=self.n1, n2=self.n2, proctrack=proctrack))
+        key = d / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        files = {"key-file": key, "socket": d / "munge.sock", "pid-file": d / "munged.pid", "seed-file": d / "seed"}
+        munge = [f"--{name}={file}" for name, file in files.items()]
+        _run("munged", *munge, f"--log-file={d}/munged.log", "--num-threads=2", "--force")
+        self.run(self.ctl, "slurmctld", "-c", env=self.environment)
+        self.start_node(self.n1)
+        self.start_node(self.n2)
+        self._wait_until_idle()
+
+    def start_node(self, host: str) -> None:
+        # Not -c at a second start: slurmd then would forget nothing that matters, but clean is what a reboot is.
+        self.run(host, "slurmd", "-c", "-N", host, env=self.environment)
+
+    def slurm(self, *command, environment: dict | None = None, **kwargs) -> str:
+        """A command on the controller, such as ``sbatch``."""
+        return self.run(self.ctl, *command, env=self.environment | (environment or {}), **kwargs).strip()
+
+    def state(self, job: str) -> dict[str, str]:
+        fields = self.slurm("scontrol", "show", "job", "-o", job).split()
+        return dict(field.split("=", 1) for field in fields if "=" in field)
+
+    def wait(self, job: str, condition, timeout: float, log: Path | None = None):
+        """Until ``condition(state)`` holds; the state."""
+        end = time.monotonic() + timeout
+        while not condition(state := self.state(job)):
+            if time.monotonic() > end or state["JobState"] in (
+                "FAILED",
+                "TIMEOUT",
+                "CANCELLED",
+                "NODE_FAIL",
+                "COMPLETED",
+            ):
+                output = log.read_text()[-6000:] if log and log.is_file() else ""
+                raise AssertionError(f"job {job} is {state['JobState']}: {state}\n{output}\n{self._logs()}")
+            time.sleep(0.2)
+        return state
+
+    def down(self) -> None:
+        if (self.directory / "slurmctld.pid").is_file():
+            subprocess.run(self.command(self.ctl, "scancel", "--user=root"), env=self.environment, check=False)
+        super().down()
+        for file in (self.directory / "munged.pid",):
+            if file.is_file():
+                os.kill(int(file.read_text()), signal.SIGTERM)
+        for node in (self.n1, self.n2):  # our own cgroups, empty now
+            for path in sorted(Path("/sys/fs/cgroup/freezer").glob(f"slurm_{node}/**/"), reverse=True):
+                path.rmdir()
+
+    def _wait_until_idle(self) -> None:
+        end = time.monotonic() + 60
+        while self.slurm("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D") != "2":
+            if time.monotonic() > end:
+                raise AssertionError(f"SLURM did not become ready\n{self._logs()}")
+            time.sleep(0.1)
+
+    def _logs(self) -> str:
+        return "\n".join(f"{file.name}:\n{file.read_text()[-1500:]}" for file in self.directory.glob("slurm*.log"))
+
+
+def _require_programs() -> None:
+    if os.geteuid() != 0:
+        raise Unavailable("network namespaces and slurmd need root")
+    os.environ["PATH"] += os.pathsep + "/usr/sbin" + os.pathsep + "/sbin"
+    missing = [program for program in PROGRAMS if not shutil.which(program)]
+    if missing and shutil.which("apt-get"):
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, timeout=300)
+    if missing := [program for program in PROGRAMS if not shutil.which(program)]:
+        raise Unavailable(f"{', '.join(missing)} not found; Debian's packages {', '.join(PACKAGES)} have them")
+    try:
+        _ip("netns", "add", f"probe-{os.getpid()}")
+        _ip("netns", "del", f"probe-{os.getpid()}")
+    except AssertionError as error:
+        raise Unavailable(f"no network namespaces here: {error}") from error
+
+
+def _ip(*arguments: str) -> None:
+    _run("ip", *arguments)
+
+
+def _run(*command) -> None:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        raise AssertionError(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
