@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test unit lint format test-te smollm2 bench bench-loss bench-colocation env
+.PHONY: demo test unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -23,6 +23,8 @@ unit: env
 lint: env
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	$(RUN) shellcheck --external-sources .ci/run launch/*.sh launch/*.sbatch tools/*.sh examples/*/*.sh
+	$(RUN) hadolint Dockerfile
 
 format: env
 	$(RUN) ruff format .
@@ -34,6 +36,15 @@ test-te: env
 	@if [ -n "$(TE_WHEEL)" ]; then VENV="$(VENV)-te" TE_WHEEL="$(TE_WHEEL)" tools/setup_env.sh dev te; fi
 	@bin="$(BIN)"; [ -n "$(TE_WHEEL)" ] && bin="$(abspath $(VENV)-te)/bin"; \
 	PATH="$$bin:$$PATH" OMP_NUM_THREADS=1 pytest -q -rs tests/te
+
+# Preemption, a node's death and the pipeline of jobs, on a real two-node SLURM that it starts on this machine (root; installs
+# Debian's packages if apt can; says why where it cannot).
+test-slurm: env
+	$(RUN) pytest -q -rs tests/slurm
+
+image:
+	@if docker info >/dev/null 2>&1; then docker build --tag megatron_qad .; \
+	else echo "no docker daemon here: no image was built (Dockerfile is checked by make lint)"; fi
 
 # NVFP4 and FP8 against modelopt and compressed-tensors: the tables of docs/BENCHMARKS.md. Some minutes.
 bench: env

@@ -31,6 +31,7 @@ step import python tools/import_hf.py --hf-model "$out/hf" --output "$out/teache
 step prompts python "$here/prompts.py" "$out/prompts"
 # Both cores generate at once: 112 answers to held-out prompts, one to each of 128 training prompts. float32, because its
 # matrix products ran at 130 GFLOPS a core where bfloat16's ran at 80.
+# shellcheck disable=SC2016  # the inner shell's $0 and $heldout
 step generate bash -c '
   python tools/generate_data.py --model "$0/hf" --prompts "$0/prompts/heldout.txt" --output "$0/data/heldout.jsonl" \
     --num-documents 112 --batch-size 112 --max-new-tokens 256 --seed 7 --dtype float32 & heldout=$!

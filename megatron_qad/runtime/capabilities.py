@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_qad.runtime import adamw, cpu_backend
+from megatron_qad.runtime import adamw, cpu_backend, safe_checkpoints
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,15 @@ def capabilities() -> Capabilities:
 
 
 def prepare(*, to_compute: bool = False) -> Capabilities:
-    """Install the CPU backend if there is no GPU. Call before importing ``megatron``; later calls are free.
+    """Install the CPU backend if there is no GPU; read checkpoints as data. Call before importing ``megatron``; later
+    calls are free.
 
     Args:
         to_compute: the process will train or evaluate. Where Transformer Engine is installed and no GPU is there, it is
             then hidden: Megatron takes its kernels wherever it can import it, and they refuse CPU tensors.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
+    safe_checkpoints.refuse_code()
     found = capabilities()
     if found.device == "cpu":
         cpu_backend.install()

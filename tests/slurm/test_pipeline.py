@@ -32,7 +32,7 @@ def test_the_pipeline_ends_in_a_validated_model(place):
         assert dependency.startswith(f"afterok:{jobs[earlier]}"), dependency
     for stage in STAGES:
         place.cluster.wait(
-            jobs[stage], lambda state: state["JobState"] == "COMPLETED", 120, work / "log" / f"{stage}.log"
+            jobs[stage], lambda state: state["JobState"] == "COMPLETED", 300, work / "log" / f"{stage}.log"
         )
     assert ": valid" in (work / "log" / "validate.log").read_text()
     with safe_open(work / "hf-modelopt" / "model.safetensors", framework="pt") as file:
@@ -44,11 +44,11 @@ def test_the_pipeline_ends_in_a_validated_model(place):
     }
     jobs = pipeline(place, QAD_STAGES="import export validate")
     assert tuple(jobs) == ("import", "export", "validate")
-    place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "COMPLETED", 90)
+    place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "COMPLETED", 300)
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
 def test_a_stage_that_fails_stops_the_ones_after_it(place):
     jobs = pipeline(place, QAD_STAGES="export validate", QAD_WORK=str(place.directory / "empty"))
-    place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "FAILED", 60)
+    place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "FAILED", 300)
     place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "CANCELLED", 30)

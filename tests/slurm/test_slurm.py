@@ -33,11 +33,11 @@ def test_a_preempted_job_saves_and_goes_on(place, assert_undisturbed):
     command = ["launch/slurm.sbatch", *place.arguments("preempted"), *wandb]
     job = place.submit("preempted", *command, WANDB_MODE="offline", **SECRETS)
     log = place.log("preempted")
-    place.cluster.wait(job, lambda _: log.is_file() and runs.iteration(log) >= 1, 120, log)
+    place.cluster.wait(job, lambda _: log.is_file() and runs.iteration(log) >= 1, 300, log)
     urgent = place.submit("urgent", "--wrap=true", options=("--partition=urgent", "--exclusive"))
-    place.cluster.wait(urgent, lambda state: state["JobState"] == "COMPLETED", 60, log)
+    place.cluster.wait(urgent, lambda state: state["JobState"] == "COMPLETED", 300, log)
     assert 1 <= runs.iteration(log) < 24, "the job was not stopped on its way"
-    state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 180, log)
+    state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 300, log)
 
     assert state["Restarts"] == "1" and [line.split(", ")[1] for line in starts(log)] == ["start 1", "start 2"]
     text = log.read_text()
@@ -57,12 +57,12 @@ def test_a_job_outlives_a_node(place, assert_undisturbed):
     """All processes of the second node end at once, slurmd too; it comes back after the job was queued again."""
     job = place.submit("bereaved", "launch/slurm.sbatch", *place.arguments("bereaved"), "--save-interval", "5")
     log = place.log("bereaved")
-    place.cluster.wait(job, lambda _: log.is_file() and runs.iteration(log) >= 7, 120, log)
+    place.cluster.wait(job, lambda _: log.is_file() and runs.iteration(log) >= 7, 300, log)
     place.cluster.kill(place.cluster.n2)
-    place.cluster.wait(job, lambda state: state["JobState"] in ("PENDING", "REQUEUED"), 90, log)
+    place.cluster.wait(job, lambda state: state["JobState"] in ("PENDING", "REQUEUED"), 300, log)
     killed_at = runs.iteration(log)
     place.cluster.start_node(place.cluster.n2)
-    state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 180, log)
+    state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 300, log)
     assert state["Restarts"] == "1" and len(starts(log)) == 2
     assert 7 <= killed_at < 24
     assert_undisturbed(place.directory / "bereaved")
@@ -71,7 +71,7 @@ def test_a_job_outlives_a_node(place, assert_undisturbed):
 def test_a_wrong_command_is_not_tried_again(place):
     command = ("launch/slurm.sbatch", "pretrain_qad.py", "--qad-teacher", "/absent")
     job = place.submit("wrong", *command, NPROC_PER_NODE="1")
-    place.cluster.wait(job, lambda state: state["JobState"] == "FAILED", 90)
+    place.cluster.wait(job, lambda state: state["JobState"] == "FAILED", 300)
     text = place.log("wrong").read_text()
     assert "error: /absent: no hf/config.json" in text and len(starts(place.log("wrong"))) == 1
     assert not list(place.directory.glob(".qad-job-*")), "a job's small files outlive it"

@@ -1,0 +1,54 @@
+"""Checkpoints are data: reading one runs no code that it names.
+
+torch's distributed checkpoints unpickle in two places: ``.metadata``, with pickle itself, and objects beside the
+tensors, with ``torch.load(weights_only=False)``. A path that a user names may hold a file that a stranger made. So the
+first reads only the classes that a checkpoint consists of, and the second becomes weights_only, whose list of classes
+Megatron extends by its own.
+"""
+
+import os
+import pickle
+import types
+from typing import IO
+
+import torch
+from torch.distributed.checkpoint import filesystem
+
+from megatron_qad.runtime.errors import QADError
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
+    *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata")),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("collections", "OrderedDict"),
+    *(("torch", str(value).removeprefix("torch.")) for value in vars(torch).values() if isinstance(value, torch.dtype)),
+}
+
+
+def refuse_code() -> None:
+    """Make this process, until it ends, read checkpoints as data. Idempotent."""
+    os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    filesystem.pickle = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
+    # Megatron stores its arguments, ours among them: plain values, for which any namespace will do.
+    torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.options.QADOptions")])
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file)
+        self._name = getattr(file, "name", "checkpoint metadata")
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _CLASSES:
+            raise QADError(
+                f"{self._name} asks for {module}.{name}, which is no part of a checkpoint and could run code. Use only "
+                "checkpoints that tools/import_hf.py or pretrain_qad.py wrote"
+            )
+        return super().find_class(module, name)
