@@ -169,6 +169,7 @@ class Cluster(Namespaces):
                 "NODE_FAIL",
                 "COMPLETED",
             ):
+                self.slurm("scancel", job)  # the next test wants the nodes
                 output = log.read_text()[-6000:] if log and log.is_file() else ""
                 raise AssertionError(f"job {job} is {state['JobState']}: {state}\n{output}\n{self._logs()}")
             time.sleep(0.2)

@@ -42,9 +42,9 @@ def test_the_pipeline_ends_in_a_validated_model(place):
     written = {
         file: file.stat().st_mtime_ns for part in ("teacher", "hf-modelopt") for file in work.glob(f"{part}/**/*")
     }
-    jobs = pipeline(place, QAD_STAGES="import export validate")
-    assert tuple(jobs) == ("import", "export", "validate")
-    place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "COMPLETED", 300)
+    jobs = pipeline(place, QAD_STAGES="import export")
+    assert tuple(jobs) == ("import", "export")
+    place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "COMPLETED", 300)
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
