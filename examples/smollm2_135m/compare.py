@@ -27,7 +27,7 @@ from megatron_qad.models.weights import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import NVFP4_BACKEND, ActivationQuantizers, nvfp4_inputs  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
 from megatron_qad.training.arguments import model_config, parse_arguments  # noqa: E402
-from megatron_qad.training.batch import Batch, logits_of  # noqa: E402
+from megatron_qad.training.batch import Batch, output_of  # noqa: E402
 from megatron_qad.training.setup import resolve_formats  # noqa: E402
 
 PROMPT = "Explain in two sentences why ships need lighthouses."
@@ -78,7 +78,7 @@ def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inp
     model = freeze(chunks[0])
     position_ids = torch.arange(tokens.shape[1])[None]
     with InPlaceWeights(chunks, formats).on_grid(then_updated=False):
-        logits = logits_of(model, Batch(tokens=tokens, position_ids=position_ids))
+        logits = output_of(model, Batch(tokens=tokens, position_ids=position_ids))
     return logits[..., : args.hf_config["vocab_size"]]
 
 

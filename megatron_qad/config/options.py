@@ -2,6 +2,7 @@
 help."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -59,6 +60,15 @@ class QADOptions:
     qad_teacher_on_host: bool = False
     """Keep the teacher's layers in host memory and copy them to the device one after the other, once a step for all its
     microbatches: for teachers that do not fit beside the student. Pipeline stages then wait for each other."""
+
+    qad_output_layer: Literal["auto", "fused", "separate"] = "auto"
+    """'fused' computes output layer and loss together, in chunks of tokens, so that the logits of a microbatch never
+    exist, for two more GEMMs of an output layer; not for losses of two passes (jsd). 'separate' makes logits. 'auto' is
+    fused where one microbatch's logits of both models take more than 1 GiB of a rank."""
+
+    qad_teacher_output: Literal["auto", "hidden", "logits"] = "auto"
+    """What the teacher's pass keeps of each microbatch until the loss: 'logits', 'hidden' (its final hidden states, to
+    which the loss applies the output layer), or 'auto', the smaller. A fused output layer needs 'hidden'."""
 
     qad_ptq: bool = False
     """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""

@@ -37,6 +37,7 @@ from megatron_qad.training.layout import (
     with_stages,
     without_virtual_stages,
 )
+from megatron_qad.training.outputs import choose_outputs
 from megatron_qad.training.vocabulary import check_same_vocabulary
 
 
@@ -48,7 +49,8 @@ def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and validate; sets Megatron's global args.
 
-    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
+    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``),
+    and ``args.qad_outputs`` (what the models' last stages return).
 
     Raises:
         QADError: for what QAD itself checks; Megatron's own checks raise as they do upstream.
@@ -102,6 +104,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.qad.qad_document_multiple = 2 * cp if cp > 1 else 1
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
+    args.qad_outputs = choose_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     return args
 
 

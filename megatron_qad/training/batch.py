@@ -8,6 +8,7 @@ Packed rows (``--dataloader-inter-document-masking``) of a microbatch become one
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_qad.models.context_parallel import Documents, take_chunks
+from megatron_qad.models.output_layer import Output, stopped_before_output_layer
 
 
 @dataclass
@@ -29,8 +31,8 @@ class Batch:
     """float32 [b, s/cp], the weight of each label; 0 leaves it out."""
     documents: Documents | None = None
     """Where the documents of a packed row end; None: every row is one sequence."""
-    teacher_logits: Tensor | None = None
-    """[b, s/cp, V/tp], on the last stage, once the teacher's pass has filled it."""
+    teacher_output: Output | None = None
+    """On the last stage, once the teacher's pass has filled it."""
 
 
 def is_packed() -> bool:
@@ -97,13 +99,15 @@ def _lengths(rows: list[list[int]]) -> list[int]:
     return found
 
 
-def logits_of(model: torch.nn.Module, batch: Batch) -> Tensor:
-    """A forward pass: logits [b, s, V/tp] on the last stage, hidden states on the others.
+def output_of(model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Tensor:
+    """A forward pass: on the last stage logits [b, s, V/tp], or with ``hidden`` its final hidden states (see
+    ``models.output_layer``), hidden states on the others.
 
     In the model's precision: Megatron's mixed-precision wrapper would make a float32 copy of all logits.
     """
     keep_precision = {"fp32_output": False} if get_args().bf16 else {}
-    return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **keep_precision)
+    with stopped_before_output_layer(model) if hidden else nullcontext():
+        return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **keep_precision)
 
 
 def join(batches: Sequence[Batch]) -> Batch:

@@ -5,26 +5,30 @@ from functools import lru_cache, partial
 
 import torch
 from megatron.core import mpu
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_qad.distillation import Metrics, VocabShard, WeightedLosses, compare, logit_losses, parse_loss
-from megatron_qad.training.batch import Batch, logits_of
+from megatron_qad.distillation import Metrics, VocabShard, WeightedLosses, parse_loss
+from megatron_qad.models.output_layer import Output
+from megatron_qad.training.batch import Batch, output_of
+from megatron_qad.training.outputs import losses_of, metrics_of
 from megatron_qad.training.teacher import check_finite
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module):
-    """One microbatch through the student. Returns its logits and the function that turns them into a loss."""
+    """One microbatch through the student. Returns its output and the function that turns that into a loss."""
     batch = next(batches)
-    logits = logits_of(model, batch)
-    return logits, partial(loss_function, batch)
+    fused = get_args().qad_outputs.fused
+    return output_of(model, batch, hidden=fused), partial(loss_function, batch, unwrap_model(model) if fused else None)
 
 
-def loss_function(batch: Batch, logits: torch.Tensor):
+def loss_function(batch: Batch, head: torch.nn.Module | None, output: torch.Tensor):
     """The loss of one microbatch, on the last stage.
 
     Args:
-        batch: with ``teacher_logits`` filled, where there is a teacher.
-        logits: the student's, [b, s, V/tp]; the backward pass consumes them.
+        batch: with ``teacher_output`` filled, where there is a teacher.
+        head: the student's last stage, if its output layer is still to be applied.
+        output: the student's, logits [b, s, V/tp] or the final hidden states; the backward pass consumes logits.
 
     Returns:
         sum of the loss over counted tokens, their number, and the report: sum and count of each part of the loss,
@@ -32,17 +36,20 @@ def loss_function(batch: Batch, logits: torch.Tensor):
         ``validation_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
     """
     args = get_args()
-    shard = VocabShard.of_rank(logits.shape[-1], args.hf_config["vocab_size"], mpu.get_tensor_model_parallel_group())
-    teacher_logits, batch.teacher_logits = batch.teacher_logits, None  # freed as soon as this microbatch is done
+    student = Output(output, head)
+    shard = VocabShard.of_rank(student.width, args.hf_config["vocab_size"], mpu.get_tensor_model_parallel_group())
+    teacher, batch.teacher_output = batch.teacher_output, None  # freed as soon as this microbatch is done
     num_tokens = batch.loss_mask.count_nonzero().int()
     if not torch.is_grad_enabled():
-        validation_metrics.add(compare(logits, teacher_logits, batch.labels, batch.loss_mask, shard))
-        return logits.new_zeros(()), num_tokens, {}
+        validation_metrics.add(metrics_of(student, teacher, batch.labels, batch.loss_mask, shard))
+        return output.new_zeros(()), num_tokens, {}
     step = args.curr_iteration + 1  # Megatron counts a step when it is done
-    if teacher_logits is not None:
-        check_finite(teacher_logits[..., : shard.num_columns], "the teacher's logits", step)
+    if teacher is not None and teacher.model is None:
+        check_finite(teacher.tensor[..., : shard.num_columns], "the teacher's logits", step)
+    elif teacher is not None:
+        check_finite(teacher.tensor, "the teacher's final hidden states", step)
     parts = _losses(args.qad.qad_loss, args.qad.qad_temperature)
-    losses = logit_losses(parts.losses, logits, teacher_logits, batch.labels, shard, weight=batch.loss_mask)
+    losses = losses_of(parts.losses, student, teacher, batch.labels, shard, batch.loss_mask)
     sums = [loss.sum() for loss in losses]
     total = sum(weight.at(step) * value for weight, value in zip(parts.weights, sums, strict=True))
     reported = dict(zip(parts.names, sums, strict=True)) | ({"total": total} if len(sums) > 1 else {})

@@ -12,6 +12,7 @@ from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
 from megatron_qad.training.layout import teacher_virtual_stages, with_stages
+from megatron_qad.training.outputs import output_bytes
 
 
 def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
@@ -28,6 +29,7 @@ def plan(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[str]:
         number = _count(teacher.tensors(args.teacher_hf_config))
         yield f"teacher     {teacher.architecture}, {number:,} parameters, frozen"
     yield f"loss        {args.qad.qad_loss}, temperature {args.qad.qad_temperature:g}; policy {args.qad.qad_policy}"
+    yield f"outputs     {args.qad_outputs.describe()}"
     yield ""
     yield from render(format_rows(family.linears(config), formats))
     yield from _layout(args)
@@ -68,17 +70,21 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
     # Two moments of Adam, and the float32 master where the weights are 16 bits wide.
     optimizer = student * (12 if width == 2 else 8)
     rows["optimizer state"] = optimizer // (args.data_parallel_size if args.use_distributed_optimizer else 1)
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-    logits = tokens * args.padded_vocab_size // args.tensor_model_parallel_size * width
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    rows["student logits, one microbatch"] = logits
+    teacher_hidden = None if args.teacher_hf_config is None else args.teacher_hf_config["hidden_size"]
+    of_output = output_bytes(args, teacher_hidden)
+    if not args.qad_outputs.fused:
+        rows["student logits, one microbatch"] = of_output["logits"]
     if args.teacher_hf_config is not None:
-        rows[f"teacher logits, {in_flight} microbatch(es)"] = logits * in_flight
+        kept, other = ("hidden", "logits") if args.qad_outputs.teacher_hidden else ("logits", "hidden")
+        rows[f"teacher {kept}, {in_flight} microbatch(es)"] = of_output[kept] * in_flight
     yield ""
     yield "bytes on a rank (largest stage; the logits on the last stage only)"
     for name, size in rows.items():
         yield f"  {name:<34} {size:>18,}"
     yield f"  {'sum':<34} {sum(rows.values()):>18,}"
+    if args.teacher_hf_config is not None:
+        yield f"  not kept: teacher {other}, which would take {of_output[other] * in_flight:,} bytes"
 
 
 def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> int:

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from functools import partial
 
 from megatron.core import mpu
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
 
+from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.training.batch import Batch, iterators, logits_of, read_batches, schedule_shape
+from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
 from megatron_qad.training.teacher import Teacher
 
 
@@ -112,9 +114,16 @@ def gather_parameters(model) -> None:
 
 
 def _only_forward(bar: tqdm, batches, model):
-    batch = next(batches)
+    """Shows activation quantizers a microbatch, also that of a head whose GEMM is fused with the loss."""
+    batch, fused = next(batches), get_args().qad_outputs.fused
+
+    def no_loss(output):
+        if fused:
+            Output(output, unwrap_model(model)).hidden()
+        return output.new_zeros(()), output.new_zeros((), dtype=int), {}
+
     bar.update()
-    return logits_of(model, batch), lambda logits: (logits.new_zeros(()), logits.new_zeros((), dtype=int), {})
+    return output_of(model, batch, hidden=fused), no_loss
 
 
 def say_if_masters_are_lost(args: argparse.Namespace) -> None:

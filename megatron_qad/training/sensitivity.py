@@ -106,8 +106,9 @@ class Probe:
         _, self._valid, _ = build_train_valid_test_data_iterators(datasets_provider)
         self.batches = read_batches(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
         with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
-            Teacher(self.chunks).annotate(self.batches, **schedule_shape(**self.shape), decoder_seq_length=None)
-        self._reference = [batch.teacher_logits for batch in self.batches]
+            teacher = Teacher(self.chunks, keeps_hidden=args.qad_outputs.teacher_hidden)
+            teacher.annotate(self.batches, **schedule_shape(**self.shape), decoder_seq_length=None)
+        self._reference = [batch.teacher_output for batch in self.batches]
 
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
         """KL(unquantized || quantized) in nats a token with these linears quantized and no other, and the tokens."""
@@ -115,8 +116,8 @@ class Probe:
         weights = InPlaceWeights(self.chunks, dict(formats), self.tp_group, self.args.qad.qad_weight_scale_rule)
         saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}
         weights.quantize_()
-        for batch, logits in zip(self.batches, self._reference, strict=True):
-            batch.teacher_logits = logits  # the loss lets go of them
+        for batch, output in zip(self.batches, self._reference, strict=True):
+            batch.teacher_output = output  # the loss lets go of them
         with torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=forward_step,

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from megatron_qad.training.batch import Batch, logits_of
+from megatron_qad.training.batch import Batch, output_of
 from megatron_qad.training.teacher import Teacher
 
 
@@ -73,10 +73,10 @@ class HostWeights:
 
 
 class StreamedTeacher(Teacher):
-    """A ``Teacher`` of one chunk with its layers in host memory. Same logits, bit for bit."""
+    """A ``Teacher`` of one chunk with its layers in host memory. Same outputs, bit for bit."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], joined: int = 1):
-        super().__init__(chunks, joined)
+    def __init__(self, chunks: Sequence[torch.nn.Module], joined: int = 1, keeps_hidden: bool = False):
+        super().__init__(chunks, joined, keeps_hidden)
         (self._chunk,) = self.chunks
         self._stack = unwrap_model(self._chunk).decoder
         self.host = HostWeights(self._stack.layers)
@@ -111,7 +111,7 @@ class StreamedTeacher(Teacher):
 
         handle = self._stack.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            logits_of(self._chunk, batch)
+            output_of(self._chunk, batch)
         except _StackCalled as called:
             received = {} if self._stack.pre_process else {"hidden_states": self._stack.input_tensor}
             return called.kwargs | received
@@ -120,14 +120,14 @@ class StreamedTeacher(Teacher):
         raise AssertionError("the model did not call its stack")
 
     def _finish(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The logits of the last layer's hidden states: the model runs, with an empty stack that begins with them."""
+        """The output of the last layer's hidden states: the model runs, with an empty stack that begins with them."""
 
         def begin(_stack, args, kwargs):
             return args, kwargs | {"hidden_states": hidden}
 
         handle = self._stack.register_forward_pre_hook(begin, with_kwargs=True)
         try:
-            return logits_of(self._chunk, batch)
+            return output_of(self._chunk, batch, hidden=self.keeps_hidden)
         finally:
             handle.remove()
 

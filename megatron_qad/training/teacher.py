@@ -1,9 +1,9 @@
 """The teacher: a second model beside the student on every rank, frozen, with a pipeline pass of its own.
 
 Before the student's schedule of a step, the same microbatches go through the teacher's forward-only schedule; the last
-stage keeps the logits, and the loss reads them there. The schedule is the teacher's own: it may have other layers,
-stages, widths and larger microbatches than the student's. Nothing of the teacher is in an optimizer, a DDP wrapper or a
-checkpoint.
+stage keeps the logits or the final hidden states, and the loss reads them there. The schedule is the teacher's own: it
+may have other layers, stages, widths and larger microbatches than the student's. Nothing of the teacher is in an
+optimizer, a DDP wrapper or a checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.utils import get_model_config, unwrap_model
 
+from megatron_qad.models.output_layer import Output
 from megatron_qad.runtime import QADError
-from megatron_qad.training.batch import Batch, join, logits_of
+from megatron_qad.training.batch import Batch, join, output_of
 
 
 class Teacher:
@@ -22,15 +28,16 @@ class Teacher:
     Args:
         chunks: frozen model chunks, one a virtual stage; as many as the teacher's pattern has, not the student's.
         joined: how many of the student's microbatches the teacher takes at a time.
+        keeps_hidden: leave final hidden states in the batches instead of logits.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], joined: int = 1):
-        self.chunks, self.joined = list(chunks), joined
+    def __init__(self, chunks: Sequence[torch.nn.Module], joined: int = 1, keeps_hidden: bool = False):
+        self.chunks, self.joined, self.keeps_hidden = list(chunks), joined, keeps_hidden
         if any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
             raise ValueError("the teacher must be frozen")
 
     def annotate(self, batches: Sequence[Batch], *, seq_length: int, micro_batch_size: int, **rest) -> None:
-        """Run the teacher over ``batches`` and leave its logits in each, on the last stage.
+        """Run the teacher over ``batches`` and leave its output in each, on the last stage.
 
         Args:
             seq_length, micro_batch_size, rest: as the student's schedule gets them.
@@ -47,17 +54,18 @@ class Teacher:
                 **rest,
             )
         remaining = iter(batches)
+        head = unwrap_model(self.chunks[-1]) if self.keeps_hidden else None
         outputs.reverse()
         while outputs:  # none but on the last stage
-            for logits in split(outputs.pop(), joined, is_packed):
-                next(remaining).teacher_logits = logits
+            for tensor in self._split(outputs.pop(), joined, is_packed):
+                next(remaining).teacher_output = Output(tensor, head)
 
     def forward(self, batches: Sequence[Batch], **shape) -> list[torch.Tensor]:
-        """The logits of all microbatches, in order, on the last stage; an empty list on the others."""
+        """The outputs of all microbatches, in order, on the last stage; an empty list on the others."""
         virtual = len(self.chunks) if len(self.chunks) > 1 else None
         run: Callable = get_forward_backward_func(mpu.get_pipeline_model_parallel_world_size(), virtual)
         return run(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=[iter(batches) for _ in self.chunks] if virtual else iter(batches),
             model=self.chunks,
             num_microbatches=len(batches),
@@ -65,24 +73,27 @@ class Teacher:
             **shape,
         )
 
+    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
+        # No loss function: the schedule then hands back the outputs themselves.
+        return output_of(model, next(batches), hidden=self.keeps_hidden), None
 
-def split(logits: torch.Tensor, joined: int, is_packed: bool) -> list[torch.Tensor]:
-    """The logits of each of the microbatches that were joined. Copies, so that each can be freed by itself."""
-    if joined == 1:
-        return [logits]
-    return [part.clone() for part in logits.chunk(joined, dim=1 if is_packed else 0)]
+    def _split(self, output: torch.Tensor, joined: int, is_packed: bool) -> list[torch.Tensor]:
+        """The outputs of each of the microbatches that were joined. Copies, so that each can be freed by itself."""
+        if joined == 1:
+            return [output]
+        sequence_dim = 0 if self.keeps_hidden else 1
+        dim = sequence_dim if is_packed else 1 - sequence_dim
+        if is_packed and self.keeps_hidden and get_model_config(self.chunks[-1]).sequence_parallel:
+            # Each rank has a part of the joined row, and shall have that part of each of its rows.
+            whole = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+            return [scatter_to_sequence_parallel_region(part).clone() for part in whole.chunk(joined, dim=dim)]
+        return [part.clone() for part in output.chunk(joined, dim=dim)]
 
 
-def _forward_step(batches: Iterator[Batch], model: torch.nn.Module):
-    batch = next(batches)
-    # No loss function: the schedule then hands back the outputs themselves.
-    return logits_of(model, batch), None
-
-
-def check_finite(logits: torch.Tensor, what: str, step: int) -> None:
-    """Raise QADError, which names the ``step``, if any of the logits is NaN or Inf. Synchronizes the device."""
-    if not bool(torch.isfinite(logits).all()):
+def check_finite(values: torch.Tensor, what: str, step: int) -> None:
+    """Raise QADError, which names the ``step``, if any of the values is NaN or Inf. Synchronizes the device."""
+    if not bool(torch.isfinite(values).all()):
         raise QADError(
-            f"{what} hold NaN or Inf at step {step}; the checkpoint is damaged or overflows in {logits.dtype}. "
+            f"{what} hold NaN or Inf at step {step}; the checkpoint is damaged or overflows in {values.dtype}. "
             "Look for NaN in its weights, or train in another precision"
         )

@@ -20,12 +20,12 @@ def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
         tokens = torch.randint(0, 100, (1, size), generator=torch.Generator().manual_seed(5))
         row = Batch(tokens, torch.arange(size)[None], documents=Documents.of(lengths))
         teacher.annotate([row], seq_length=size, micro_batch_size=1)
-        errors = []
-        for part, logits in zip(tokens.split(lengths, 1), row.teacher_logits.split(lengths, 1), strict=True):
+        whole, errors = row.teacher_output.logits(), []
+        for part, logits in zip(tokens.split(lengths, 1), whole.split(lengths, 1), strict=True):
             alone = Batch(part, torch.arange(part.shape[1])[None])
             teacher.annotate([alone], seq_length=part.shape[1], micro_batch_size=1)
-            errors.append((logits - alone.teacher_logits).abs().max().item())
-    torch.save({"errors": errors, "spread": row.teacher_logits.std().item()}, result)
+            errors.append((logits - alone.teacher_output.logits()).abs().max().item())
+    torch.save({"errors": errors, "spread": whole.std().item()}, result)
 
 
 def watch_teacher(argv: list[str], result: str) -> None:
@@ -49,7 +49,7 @@ def watch_teacher(argv: list[str], result: str) -> None:
 
     def watched_annotate(teacher, batches, **kwargs):
         annotate(teacher, batches, **kwargs)
-        logits[:] = [weakref.ref(batch.teacher_logits) for batch in batches if batch.teacher_logits is not None]
+        logits[:] = [weakref.ref(batch.teacher_output.tensor) for batch in batches if batch.teacher_output is not None]
 
     def watched_forward(batches, model):
         seen["alive"].append(sum(ref() is not None for ref in logits))

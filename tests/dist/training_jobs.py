@@ -89,7 +89,7 @@ class _Watch:
         if torch.is_grad_enabled():
             if not self.steps[-1]["batches"]:
                 self.steps[-1]["on_grid"] = self._shards([model], lambda p: p.data)
-            self.steps[-1]["batches"].append(vars(batch) | {"teacher_logits": None, "documents": None})
+            self.steps[-1]["batches"].append(vars(batch) | {"teacher_output": None, "documents": None})
         return self._forward_step(iter([batch]), model)
 
     def _step(self, forward_step, data_iterator, model, optimizer, *args, **kwargs):

@@ -57,7 +57,7 @@ def _logits(args, tokens):
     )
     if not mpu.is_pipeline_last_stage():
         return None
-    shard = torch.cat([batch.teacher_logits for batch in batches]).contiguous()
+    shard = torch.cat([batch.teacher_output.logits() for batch in batches]).contiguous()
     group = mpu.get_tensor_model_parallel_group()
     shards = [torch.empty_like(shard) for _ in range(group.size())]
     torch.distributed.all_gather(shards, shard, group=group)

@@ -1,0 +1,95 @@
+"""Logits or hidden states, output layer apart or fused with the loss: the same losses, gradients and metrics."""
+
+import re
+
+import pytest
+import records
+import tiny_job
+from test_axes import CP2, PACKED, PP2, SP, STEADY, TP2, VIRTUAL
+from test_training import MIXED_PRECISION, TOLERANCE, workshop  # noqa: F401  the fixture
+
+LOSS = "kl(temperature=2)+0.5*reverse_kl+0.1*ce+topk(k=4)"
+LOGITS = ["--qad-output-layer", "separate", "--qad-teacher-output", "logits"]
+HIDDEN = ["--qad-output-layer", "separate", "--qad-teacher-output", "hidden"]
+FUSED = ["--qad-output-layer", "fused"]
+JOINED = ["--qad-teacher-micro-batch-size", "4"]
+ON_HOST = ["--qad-teacher-on-host"]
+# Name: kind of model, ranks, flags of both jobs, flags of the job with logits, flags of the others.
+CASES = {
+    "one rank": ("f32", 1, [], HIDDEN, FUSED),
+    "tp2": ("f32", 2, TP2, FUSED),
+    "tp2 sp": ("f32", 2, TP2 + SP, HIDDEN, FUSED),
+    "tied tp2pp2": ("tied", 4, TP2 + SP + PP2, HIDDEN, FUSED),
+    "virtual, on the host": ("f32", 2, PP2 + VIRTUAL, HIDDEN + ON_HOST, FUSED + ON_HOST),
+    "packed cp2": ("f32", 2, CP2 + PACKED, FUSED),
+    "packed tp2 sp, joined": ("f32", 2, TP2 + SP + PACKED, HIDDEN + JOINED, FUSED + JOINED),
+    "joined": ("f32", 1, [], HIDDEN + JOINED),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_agree(workshop, case):  # noqa: F811
+    """Three free steps: losses, gradient norms, gradients and parameters; and what an evaluation says after them."""
+    kind, nproc, flags, *ways = CASES[case]
+    steps = ["--qad-policy", "bf16", "--qad-loss", LOSS, *STEADY, "--eval-interval", "3", "--eval-iters", "2"]
+    argv = workshop.argv(*steps, *flags, kind=kind, num_steps=3)
+    expected, output = workshop.train(argv + LOGITS, nproc)
+    assert "output layer makes logits; the teacher's pass keeps logits" in output
+    for way in ways:
+        found, other = workshop.train(argv + way, nproc)
+        assert "the teacher's pass keeps hidden states" in other
+        for a, b in zip(found, expected, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE), way
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=TOLERANCE), way
+        for what in ("grads", "params"):
+            error, where = records.largest_error(found, expected, what)
+            print(f"{case} {' '.join(way)} {what}: {error:.1e}")
+            assert error <= TOLERANCE, (way, what, where)
+        assert _metrics(other) == pytest.approx(_metrics(output), rel=1e-4), way  # five digits are printed
+
+
+def _metrics(output: str) -> dict[str, float]:
+    line = re.findall(r"megatron_qad validation at iteration \d+ \| (.*)", output)[-1]
+    return {name: float(value) for name, value in (part.split(": ") for part in line.split(" | "))}
+
+
+def test_a_teacher_of_another_width(workshop):  # noqa: F811
+    large = tiny_job.LLAMA | {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 32}
+    directory = workshop.directory
+    models = [(str(tiny_job.write_hf(directory / "hf_large", large)), f"{directory}/large", "float32")]
+    workshop.server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    argv = workshop.argv("--qad-policy", "bf16", *STEADY, *TP2, *SP, num_steps=2)
+    argv += ["--qad-teacher", f"{directory}/large"]
+    expected, _ = workshop.train(argv + LOGITS, 2)
+    found, _ = workshop.train(argv + FUSED, 2)
+    assert [s["loss"] for s in found] == [pytest.approx(s["loss"], rel=TOLERANCE) for s in expected]
+    assert records.largest_error(found, expected, "grads")[0] <= TOLERANCE
+
+
+def test_a_quantized_head_is_calibrated_and_fused(workshop):  # noqa: F811
+    """The fused layer's input passes the head's quantizer, which saw it in calibration: same amax, same losses."""
+    argv = workshop.argv("--qad-rule", "head=nvfp4", *TP2, *SP, num_steps=1)
+    (expected,), _ = workshop.train(argv + LOGITS, 2)
+    (found,), _ = workshop.train(argv + FUSED, 2)
+    assert found["amaxes"]["output_layer"] == expected["amaxes"]["output_layer"] > 0
+    assert found["loss"]["kl loss"] == pytest.approx(expected["loss"]["kl loss"], rel=TOLERANCE)
+    unquantized, _ = workshop.train(workshop.argv(*TP2, *SP, *FUSED, num_steps=1), 2)
+    assert abs(unquantized[0]["loss"]["kl loss"] / found["loss"]["kl loss"] - 1) > 1e-3
+
+
+def test_mixed_precision_with_a_distributed_optimizer(workshop):  # noqa: F811
+    """Gradients go to ``main_grad``, which is float32 here; logits are rounded to bfloat16 on both ways."""
+    argv = workshop.argv("--qad-policy", "bf16", *MIXED_PRECISION, kind="bf16", num_steps=4)
+    expected, _ = workshop.train(argv + LOGITS, 2, whole=False)
+    found, _ = workshop.train(argv + FUSED, 2, whole=False)
+    for a, b in zip(found, expected, strict=True):
+        # The gradient of a chunk's logits is rounded like that of all of them; its products are summed in another order.
+        assert a["loss"]["kl loss"] == pytest.approx(b["loss"]["kl loss"], rel=2e-3)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-3)
+
+
+def test_contradictions_are_refused(workshop):  # noqa: F811
+    error = workshop.fail(workshop.argv("--qad-loss", "kl+jsd", *FUSED))
+    assert "jsd reads all logits twice" in error
+    error = workshop.fail(workshop.argv(*FUSED, "--qad-teacher-output", "logits"))
+    assert "needs the teacher's hidden states" in error
