@@ -19,7 +19,8 @@ class QADOptions:
 
     qad_loss: str = "kl"
     """Training loss: 'kl' (KL divergence from teacher to student, which is QAD), 'ce' (cross entropy, which is QAT),
-    'reverse_kl', 'jsd', 'confidence_kl', 'topk', 'mse', a weighted sum such as 'kl(temperature=2) + 0.5*ce' whose
+    'reverse_kl', 'jsd', 'confidence_kl', 'topk', 'mse'; 'hidden_mse' and 'hidden_cosine' of layers' outputs and the
+    penalty 'scale_growth' only beside one of those; a weighted sum such as 'kl(temperature=2) + 0.5*ce' whose
     weights may follow a schedule ('linear(1, 0, 100, 500)*ce': 1 until step 100, 0 from step 500 on), or a YAML
     file."""
 

@@ -1,6 +1,7 @@
 """``--qad-loss``: a short string or a YAML file -> losses with weights that may follow a schedule over steps.
 
     kl      kl + 0.5*ce      jsd(beta=0.5)      topk(k=64, temperature=2)      kl + cosine(1, 0, 100, 500)*ce
+    kl + 0.1*hidden_mse(layers=[3, -1])         kl + 1e-4*scale_growth
 
 A weight is a number, or linear(FROM, TO, START, END) or cosine(FROM, TO, START, END): FROM until step START, TO from
 step END on. The same in YAML, a list:
@@ -21,9 +22,15 @@ from pathlib import Path
 
 import yaml
 
+from megatron_qad.distillation.hidden_states import HIDDEN_LOSSES, HiddenLoss
 from megatron_qad.distillation.losses import LOSSES
+from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.runtime.errors import QADError
+
+Part = LogitLoss | HiddenLoss | ScaleGrowth
+PARTS: dict[str, type[Part]] = {**LOSSES, **HIDDEN_LOSSES, "scale_growth": ScaleGrowth}
+"""What a sum may consist of: losses of the logits, losses of hidden states, a penalty on the weights."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,28 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class Term:
+    """One part of a weighted sum."""
+
+    name: str
+    """By which it is logged; the second "kl" is "kl 2"."""
+    loss: Part
+    weight: Weight
+
+
+@dataclass(frozen=True)
 class WeightedLosses:
     """A weighted sum of losses."""
 
-    names: tuple[str, ...]
-    """By which each is logged; the second "kl" is "kl 2"."""
-    losses: tuple[LogitLoss, ...]
-    weights: tuple[Weight, ...]
+    terms: tuple[Term, ...]
+
+    def of_kind(self, kind: type) -> tuple[Term, ...]:
+        """The terms whose loss is a ``LogitLoss``, a ``HiddenLoss`` or ``ScaleGrowth``."""
+        return tuple(term for term in self.terms if isinstance(term.loss, kind))
 
     @property
     def needs_teacher(self) -> bool:
-        return any(loss.needs_teacher for loss in self.losses)
+        return any(term.loss.needs_teacher for term in self.terms)
 
 
 def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
@@ -85,23 +103,26 @@ def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
         built = [(name, _build(name, settings, temperature), weight) for name, settings, weight in terms]
     except (QADError, ValueError, TypeError) as error:
         raise QADError(f"--qad-loss {text!r}: {error}") from error
-    names: list[str] = []
-    for name, _, _ in built:
-        number = sum(other.split()[0] == name for other in names)
-        names.append(f"{name} {number + 1}" if number else name)
-    return WeightedLosses(tuple(names), tuple(loss for _, loss, _ in built), tuple(weight for *_, weight in built))
+    found: list[Term] = []
+    for name, loss, weight in built:
+        number = sum(other.name.split()[0] == name for other in found)
+        found.append(Term(f"{name} {number + 1}" if number else name, loss, weight))
+    losses = WeightedLosses(tuple(found))
+    if not losses.of_kind(LogitLoss):
+        raise QADError(f"--qad-loss {text!r}: expected a loss of the logits ({', '.join(LOSSES)}) among its parts")
+    return losses
 
 
-Term = tuple[str, dict, Weight]
+_ReadTerm = tuple[str, dict, Weight]
 
 
-def _build(name: str, settings: dict, temperature: float) -> LogitLoss:
-    if name not in LOSSES:
-        raise QADError(f"unknown loss {name!r}{_nearest(name, LOSSES)}; expected one of {', '.join(LOSSES)}")
-    kind = LOSSES[name]
-    valid = set(inspect.signature(kind.__init__).parameters) - {"self", "temperatures"}
-    if "temperatures" in inspect.signature(kind.__init__).parameters:
-        valid |= {"temperature", "teacher_temperature"}
+def _build(name: str, settings: dict, temperature: float) -> Part:
+    if name not in PARTS:
+        raise QADError(f"unknown loss {name!r}{_nearest(name, PARTS)}; expected one of {', '.join(PARTS)}")
+    kind = PARTS[name]
+    valid = set(inspect.signature(kind).parameters)
+    if "temperatures" in valid:
+        valid = valid - {"temperatures"} | {"temperature", "teacher_temperature"}
     for key in settings:
         if key not in valid:
             raise QADError(
@@ -116,7 +137,7 @@ def _nearest(name: str, valid) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _read_string(text: str) -> list[Term]:
+def _read_string(text: str) -> list[_ReadTerm]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
@@ -128,7 +149,7 @@ def _read_string(text: str) -> list[Term]:
     return [_term(node) for node in [tree, *reversed(terms)]]
 
 
-def _term(node: ast.expr) -> Term:
+def _term(node: ast.expr) -> _ReadTerm:
     weight = Weight()
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         weight, node = _weight(node.left), node.right
@@ -162,7 +183,7 @@ def _value(node: ast.expr):
         raise QADError(f"{ast.unparse(node)}: expected a number") from error
 
 
-def _read_yaml(file: Path) -> list[Term]:
+def _read_yaml(file: Path) -> list[_ReadTerm]:
     if not file.is_file():
         raise QADError("no such file")
     try:

@@ -91,6 +91,14 @@ class InPlaceWeights:
         self.num_quantizations += 1
         self.seconds += time.perf_counter() - began
 
+    @torch.no_grad()
+    def quantized_copy(self, name: str) -> torch.Tensor:
+        """What one weight is on its grid by the max rule, [out, in]; the weight stays as it is. Collective."""
+        arithmetic, weight = WEIGHT_FORMATS[self.formats[name]], self.weights[name].detach().clone()
+        scales = arithmetic.scales_from_amaxes(self._whole(amax_list([weight])), [name])
+        arithmetic.fake_quant_list_([weight], scales, [name], "max")
+        return weight
+
     def _quantize_format(self, arithmetic: WeightFormat, names: list[str], amaxes: torch.Tensor) -> None:
         scales = arithmetic.scales_from_amaxes(amaxes, names)
         tensors = [self.weights[name].data for name in names]
@@ -105,7 +113,9 @@ class InPlaceWeights:
 
     def amaxes(self) -> torch.Tensor:
         """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""
-        amaxes = amax_list([weight.data for weight in self.weights.values()])
+        return self._whole(amax_list([weight.data for weight in self.weights.values()]))
+
+    def _whole(self, amaxes: torch.Tensor) -> torch.Tensor:
         if self.tp_group is not None and self.tp_group.size() > 1:
             # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
             amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)

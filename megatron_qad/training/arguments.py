@@ -30,6 +30,7 @@ from megatron_qad.runtime.megatron_wheel import (
     use_compiled_dataset_helpers,
 )
 from megatron_qad.training import preemption, resume
+from megatron_qad.training.hidden_states import check_hidden_losses
 from megatron_qad.training.layout import (
     check_layout,
     num_virtual_stages,
@@ -104,6 +105,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.qad.qad_document_multiple = 2 * cp if cp > 1 else 1
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
+    check_hidden_losses(args, loss, shapes)
     args.qad_outputs = choose_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     return args
 

@@ -8,8 +8,8 @@ Packed rows (``--dataloader-inter-document-masking``) of a microbatch become one
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core import mpu
@@ -33,6 +33,8 @@ class Batch:
     """Where the documents of a packed row end; None: every row is one sequence."""
     teacher_output: Output | None = None
     """On the last stage, once the teacher's pass has filled it."""
+    teacher_states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Outputs of the teacher's layers on this rank, [s, b, H], that hidden-state losses are going to compare."""
 
 
 def is_packed() -> bool:
@@ -46,22 +48,26 @@ def schedule_shape(*, seq_length: int, micro_batch_size: int, **rest) -> dict:
     return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **rest}
 
 
-def read_batches(data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int) -> list[Batch]:
+def read_batches(
+    data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int, *, on_every_stage: bool = False
+) -> list[Batch]:
     """The next microbatches of this rank, in order.
 
     Args:
         data_iterator: Megatron's: an iterator, a list of them (one a virtual stage), or None where there is no data.
         micro_batch_size, seq_length: rows of a microbatch and their global length, packed or not.
+        on_every_stage: pipeline stages in between get the data, too: some losses need the mask there.
     """
     shape = (num_microbatches, 5 if is_packed() else 4, micro_batch_size, seq_length)
     has_data = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
     data = _read(data_iterator, shape) if has_data else None
+    if on_every_stage and mpu.get_pipeline_model_parallel_world_size() > 2:
+        data, has_data = _from_first_stage(data if has_data else _empty(shape)), True
     if not is_packed():
         return [_unpack(part, None) for part in data] if has_data else [Batch() for _ in range(num_microbatches)]
     ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
-    if mpu.get_pipeline_model_parallel_world_size() > 2:
-        group = mpu.get_pipeline_model_parallel_group()  # stages in between have no data, but attention
-        torch.distributed.broadcast(ends, torch.distributed.get_global_rank(group, 0), group=group)
+    if mpu.get_pipeline_model_parallel_world_size() > 2:  # stages in between have no data, but attention
+        ends = _from_first_stage(ends)
     documents = [Documents.of(_lengths(rows), ends.device) for rows in ends.tolist()]
     if not has_data:
         return [Batch(documents=found) for found in documents]
@@ -86,6 +92,12 @@ def _read(data_iterator, shape: tuple[int, ...]) -> Tensor:
     return packed
 
 
+def _from_first_stage(data: Tensor) -> Tensor:
+    group = mpu.get_pipeline_model_parallel_group()
+    torch.distributed.broadcast(data, torch.distributed.get_global_rank(group, 0), group=group)
+    return data
+
+
 def _empty(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
 
@@ -106,8 +118,26 @@ def output_of(model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> 
     In the model's precision: Megatron's mixed-precision wrapper would make a float32 copy of all logits.
     """
     keep_precision = {"fp32_output": False} if get_args().bf16 else {}
-    with stopped_before_output_layer(model) if hidden else nullcontext():
+    with running(batch), stopped_before_output_layer(model) if hidden else nullcontext():
         return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **keep_precision)
+
+
+_running: list[Batch] = []
+
+
+@contextmanager
+def running(batch: Batch) -> Iterator[None]:
+    """Inside, ``batch`` is what a forward pass of layers is about."""
+    _running.append(batch)
+    try:
+        yield
+    finally:
+        _running.pop()
+
+
+def running_batch() -> Batch:
+    """For hooks on layers, which are not told."""
+    return _running[-1]
 
 
 def join(batches: Sequence[Batch]) -> Batch:

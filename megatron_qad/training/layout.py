@@ -48,6 +48,11 @@ def with_stages(pattern: str, num_stages: int) -> str:
     return "|".join(pattern[a:b] for a, b in itertools.pairwise(cuts))
 
 
+def ranks_of_layers(pattern: str, num_ranks: int) -> list[int]:
+    """The pipeline rank of each layer of a pattern cut into stages: virtual stages go round the ranks."""
+    return [stage % num_ranks for stage, layers in enumerate(pattern.split("|")) for _ in layers]
+
+
 def possible_tensor_parallel(shape: Mapping) -> tuple[dict[str, int], list[int]]:
     """What tensor parallelism must divide in a model, by name, and the sizes that divide all of it."""
     width = shape["num-attention-heads"] * shape["kv-channels"]

@@ -8,7 +8,7 @@ from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
-from megatron_qad.distillation import Metrics, VocabShard, WeightedLosses, parse_loss
+from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, parse_loss
 from megatron_qad.models.output_layer import Output
 from megatron_qad.training.batch import Batch, output_of
 from megatron_qad.training.outputs import losses_of, metrics_of
@@ -48,17 +48,24 @@ def loss_function(batch: Batch, head: torch.nn.Module | None, output: torch.Tens
         check_finite(teacher.tensor[..., : shard.num_columns], "the teacher's logits", step)
     elif teacher is not None:
         check_finite(teacher.tensor, "the teacher's final hidden states", step)
-    parts = _losses(args.qad.qad_loss, args.qad.qad_temperature)
-    losses = losses_of(parts.losses, student, teacher, batch.labels, shard, batch.loss_mask)
-    sums = [loss.sum() for loss in losses]
-    total = sum(weight.at(step) * value for weight, value in zip(parts.weights, sums, strict=True))
-    reported = dict(zip(parts.names, sums, strict=True)) | ({"total": total} if len(sums) > 1 else {})
+    parts = job_losses()
+    terms = parts.of_kind(LogitLoss)
+    losses = losses_of([term.loss for term in terms], student, teacher, batch.labels, shard, batch.loss_mask)
+    sums = {term.name: loss.sum() for term, loss in zip(terms, losses, strict=True)}
+    total = sum(term.weight.at(step) * sums[term.name] for term in terms)
+    reported = sums | ({"total": total} if len(parts.terms) > 1 else {})  # parts of other kinds are added to it later
     report = {f"{name} loss": torch.stack((v.detach(), num_tokens.float())) for name, v in reported.items()}
     return total, num_tokens, report
 
 
+def job_losses() -> WeightedLosses:
+    """``--qad-loss`` of the running job."""
+    options = get_args().qad
+    return _parsed(options.qad_loss, options.qad_temperature)
+
+
 @lru_cache(maxsize=1)
-def _losses(text: str, temperature: float) -> WeightedLosses:
+def _parsed(text: str, temperature: float) -> WeightedLosses:
     return parse_loss(text, temperature=temperature)
 
 

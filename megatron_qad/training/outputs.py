@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_qad.distillation import Metrics, VocabShard, WeightedLosses, compare, logit_losses
+from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, compare, logit_losses
 from megatron_qad.distillation.fused_linear import fused_linear_losses
 from megatron_qad.models.output_layer import Output
 from megatron_qad.runtime.errors import QADError
@@ -55,7 +55,7 @@ def choose_outputs(args: argparse.Namespace, losses: WeightedLosses, teacher_hid
         QADError: a choice that the loss or the other choice contradicts.
     """
     layer, keeps = args.qad.qad_output_layer, args.qad.qad_teacher_output
-    two_rounds = [name for name, loss in zip(losses.names, losses.losses, strict=True) if loss.rounds > 1]
+    two_rounds = [term.name for term in losses.of_kind(LogitLoss) if term.loss.rounds > 1]
     if layer == "fused" and two_rounds:
         raise QADError(
             f"--qad-output-layer fused: {two_rounds[0]} reads all logits twice and cannot be fused with the output "

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
-from megatron_qad.training.layout import teacher_virtual_stages, with_stages
+from megatron_qad.training.layout import ranks_of_layers, teacher_virtual_stages, with_stages
 from megatron_qad.training.outputs import output_bytes
 
 
@@ -89,8 +89,8 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
 
 def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> int:
     """Parameters on the rank that holds most of them."""
-    stages, pp = pattern.split("|"), args.pipeline_model_parallel_size
-    rank_of = [stage % pp for stage, layers in enumerate(stages) for _ in layers]  # virtual stages go round the ranks
+    pp = args.pipeline_model_parallel_size
+    rank_of = ranks_of_layers(pattern, pp)
     held = [0] * pp
     for tensor in tensors:
         numel = _on_one_tensor_rank(tensor, args.tensor_model_parallel_size)

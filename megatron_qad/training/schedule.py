@@ -7,6 +7,7 @@ the teacher over them, put the student's weights on the NVFP4 grid, then run the
 
 import argparse
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 from megatron.core import mpu
@@ -21,6 +22,8 @@ from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
+from megatron_qad.training.hidden_states import HiddenStates
+from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.teacher import Teacher
 
 
@@ -45,6 +48,10 @@ class QADStep:
         self.weights = weights
         self.activations = activations
         self.calibration_samples = calibration_samples
+        self.hidden_states: HiddenStates | None = None
+        """The hidden-state losses of the job, if it has any."""
+        self.scale_penalty: ScalePenalty | None = None
+        """Its penalty on scale growth."""
         self._read_ahead: list[Batch] = []
         self._read_ahead_in_evaluation = False
 
@@ -57,18 +64,26 @@ class QADStep:
             self._read_ahead_in_evaluation = evaluates
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
         shape = schedule_shape(**shape)
-        if self.teacher is not None:
-            self.teacher.annotate(batches, **shape)
-        if self.weights.is_stale:
-            gather_parameters(model)
-        with self.weights.on_grid(then_updated=not evaluates):
-            return schedule(
-                data_iterator=iterators(batches, data_iterator),
-                model=model,
-                num_microbatches=num_microbatches,
-                forward_step_func=forward_step_func,
-                **rest | shape,
-            )
+        hidden_states, penalty = (None, None) if evaluates else (self.hidden_states, self.scale_penalty)
+        with hidden_states.active() if hidden_states else nullcontext():
+            if self.teacher is not None:
+                self.teacher.annotate(batches, **shape)
+            if self.weights.is_stale:
+                gather_parameters(model)
+            with self.weights.on_grid(then_updated=not evaluates):
+                if penalty:
+                    penalty.add_gradient(batches)
+                reports = schedule(
+                    data_iterator=iterators(batches, data_iterator),
+                    model=model,
+                    num_microbatches=num_microbatches,
+                    forward_step_func=forward_step_func,
+                    **rest | shape,
+                )
+        for part in (hidden_states, penalty):
+            if part:
+                part.report(reports)
+        return reports
 
     def _next_batches(self, data_iterator, number: int, shape: dict, evaluates: bool) -> list[Batch]:
         """What calibration read ahead comes first, but only where it was read: an evaluation between the first steps
@@ -78,8 +93,13 @@ class QADStep:
             ready, self._read_ahead = self._read_ahead[:number], self._read_ahead[number:]
         missing = number - len(ready)
         if missing:
-            ready += read_batches(data_iterator, missing, shape["micro_batch_size"], shape["seq_length"])
+            ready += self._read(data_iterator, missing, shape)
         return ready
+
+    def _read(self, data_iterator, number: int, shape: dict) -> list[Batch]:
+        everywhere = self.hidden_states is not None or self.scale_penalty is not None
+        rows = shape["micro_batch_size"], shape["seq_length"]
+        return read_batches(data_iterator, number, *rows, on_every_stage=everywhere)
 
     def _calibrate(self, schedule, data_iterator, model, forward_step_func, shape) -> None:
         """Max calibration with unquantized weights. Its microbatches go back: training sees the data it would have
@@ -89,7 +109,7 @@ class QADStep:
         if isinstance(data_iterator, list):  # virtual stages want whole rounds of the pipeline
             num_stages = mpu.get_pipeline_model_parallel_world_size()
             number = -(-number // num_stages) * num_stages
-        batches = read_batches(data_iterator, number, shape["micro_batch_size"], shape["seq_length"])
+        batches = self._read(data_iterator, number, shape)
         self._read_ahead = batches
         bar = tqdm(total=number, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
         with self.activations.calibrating(), bar:

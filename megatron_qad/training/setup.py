@@ -12,6 +12,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
+from megatron_qad.distillation.hidden_states import HiddenLoss
+from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.models.builder import QADModelConfig, freeze
 from megatron_qad.models.families import family_of
 from megatron_qad.models.weights import has_amaxes, load_weights
@@ -20,6 +22,9 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError
 from megatron_qad.training.arguments import model_config, with_shape_of
+from megatron_qad.training.hidden_states import HiddenStates
+from megatron_qad.training.loss import job_losses
+from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.schedule import QADStep, wrap_schedule
 from megatron_qad.training.streamed_teacher import StreamedTeacher
 from megatron_qad.training.teacher import Teacher
@@ -45,9 +50,11 @@ def resolve_formats(args: argparse.Namespace) -> dict[str, str]:
 def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Before the student is wrapped: its weights, its quantizers, the teacher, and the schedule that joins them."""
     resumes = args.load is not None and checkpoint_exists(args.load)
-    if not resumes:
-        start = args.qad.qad_student or args.qad.qad_teacher
+    start = args.qad.qad_student or args.qad.qad_teacher
+    penalties = job_losses().of_kind(ScaleGrowth)
+    if not resumes or penalties:
         load_weights(chunks, start)
+    if not resumes:
         print_rank_0(f"megatron_qad: student starts from {start}")
     formats = resolve_formats(args)
     if args.save is not None and torch.distributed.get_rank() == 0:
@@ -70,7 +77,13 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     print_rank_0(f"megatron_qad: {args.qad_outputs.describe()}")
     counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(weights.formats.values()).items()) or "none"
     print_rank_0(f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {args.qad.qad_policy})")
-    wrap_schedule(QADStep(teacher, weights, activations, args.qad.qad_calibration_samples))
+    step = QADStep(teacher, weights, activations, args.qad.qad_calibration_samples)
+    if terms := job_losses().of_kind(HiddenLoss):
+        patterns = [family_of(config).layer_pattern(config) for config in (args.hf_config, args.teacher_hf_config)]
+        step.hidden_states = HiddenStates(terms, chunks, teacher.chunks, tuple(map(len, patterns)))
+    if penalties:
+        step.scale_penalty = ScalePenalty(penalties, weights)
+    wrap_schedule(step)
     return chunks
 
 

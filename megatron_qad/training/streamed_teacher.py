@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from megatron_qad.training.batch import Batch, output_of
+from megatron_qad.training.batch import Batch, output_of, running
 from megatron_qad.training.teacher import Teacher
 
 
@@ -91,8 +91,9 @@ class StreamedTeacher(Teacher):
         layers = list(self._stack.layers)
         for i in self.host.visits():
             with _only([layers[i]], self._stack, finishes=False):
-                for call in calls:
-                    call["hidden_states"] = self._stack(**call)
+                for batch, call in zip(batches, calls, strict=True):
+                    with running(batch):
+                        call["hidden_states"] = self._stack(**call)
         if not pipe.is_pp_last_stage:
             for call in calls:
                 pipe.send_forward(call["hidden_states"], False)

@@ -57,8 +57,13 @@ class Teacher:
         head = unwrap_model(self.chunks[-1]) if self.keeps_hidden else None
         outputs.reverse()
         while outputs:  # none but on the last stage
-            for tensor in self._split(outputs.pop(), joined, is_packed):
+            for tensor in self._split(outputs.pop(), joined, is_packed, self.keeps_hidden):
                 next(remaining).teacher_output = Output(tensor, head)
+        for i, group in enumerate(groups if joined > 1 else ()):
+            for key, state in group.teacher_states.items():
+                parts = self._split(state, joined, is_packed, is_hidden=True)
+                for batch, part in zip(batches[i * joined : (i + 1) * joined], parts, strict=True):
+                    batch.teacher_states[key] = part
 
     def forward(self, batches: Sequence[Batch], **shape) -> list[torch.Tensor]:
         """The outputs of all microbatches, in order, on the last stage; an empty list on the others."""
@@ -77,13 +82,13 @@ class Teacher:
         # No loss function: the schedule then hands back the outputs themselves.
         return output_of(model, next(batches), hidden=self.keeps_hidden), None
 
-    def _split(self, output: torch.Tensor, joined: int, is_packed: bool) -> list[torch.Tensor]:
+    def _split(self, output: torch.Tensor, joined: int, is_packed: bool, is_hidden: bool) -> list[torch.Tensor]:
         """The outputs of each of the microbatches that were joined. Copies, so that each can be freed by itself."""
         if joined == 1:
             return [output]
-        sequence_dim = 0 if self.keeps_hidden else 1
+        sequence_dim = 0 if is_hidden else 1
         dim = sequence_dim if is_packed else 1 - sequence_dim
-        if is_packed and self.keeps_hidden and get_model_config(self.chunks[-1]).sequence_parallel:
+        if is_packed and is_hidden and get_model_config(self.chunks[-1]).sequence_parallel:
             # Each rank has a part of the joined row, and shall have that part of each of its rows.
             whole = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
             return [scatter_to_sequence_parallel_region(part).clone() for part in whole.chunk(joined, dim=dim)]

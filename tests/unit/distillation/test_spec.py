@@ -2,25 +2,47 @@
 
 import pytest
 
-from megatron_qad.distillation import LOSSES, parse_loss
+from megatron_qad.distillation import LOSSES, LogitLoss, parse_loss
+from megatron_qad.distillation.hidden_states import HiddenLoss
+from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.runtime import QADError
+
+
+def names(found):
+    return tuple(term.name for term in found.terms)
+
+
+def weights(found, step):
+    return [term.weight.at(step) for term in found.terms]
 
 
 def test_every_loss_by_its_name():
     for name, kind in LOSSES.items():
         found = parse_loss(name)
-        assert found.names == (name,) and isinstance(found.losses[0], kind)
-        assert [w.at(7) for w in found.weights] == [1.0]
+        assert names(found) == (name,) and isinstance(found.terms[0].loss, kind)
+        assert weights(found, 7) == [1.0]
         assert found.needs_teacher == (name != "ce")
+
+
+def test_parts_of_other_kinds():
+    found = parse_loss(
+        "ce + 0.1*hidden_mse(layers=[0, -1], teacher_layers=[1, -1]) + hidden_cosine + 1e-4*scale_growth"
+    )
+    assert names(found) == ("ce", "hidden_mse", "hidden_cosine", "scale_growth")
+    assert found.needs_teacher and [term.name for term in found.of_kind(LogitLoss)] == ["ce"]
+    mse, cosine = (term.loss for term in found.of_kind(HiddenLoss))
+    assert mse.pairs(4, 6) == [(0, 1), (3, 5)] and cosine.pairs(2, 3) == [(0, 0), (1, 1)]
+    assert [term.weight.at(1) for term in found.of_kind(ScaleGrowth)] == [1e-4]
+    assert not parse_loss("ce+scale_growth").needs_teacher
 
 
 def test_a_weighted_sum_with_settings():
     found = parse_loss(
         "kl(temperature=2) + 0.5*ce + 0.25 * jsd(beta=0.1, teacher_temperature=3)+topk(k=8)", temperature=1.5
     )
-    kl, ce, jsd, topk = found.losses
-    assert found.names == ("kl", "ce", "jsd", "topk")
-    assert [w.at(1) for w in found.weights] == [1.0, 0.5, 0.25, 1.0]
+    kl, ce, jsd, topk = (term.loss for term in found.terms)
+    assert names(found) == ("kl", "ce", "jsd", "topk")
+    assert weights(found, 1) == [1.0, 0.5, 0.25, 1.0]
     assert (kl.temperature, kl.teacher_temperature) == (2, 2)
     assert (jsd.temperature, jsd.teacher_temperature, jsd.beta) == (1.5, 3, 0.1)
     assert (topk.k, topk.temperature) == (8, 1.5)
@@ -28,7 +50,7 @@ def test_a_weighted_sum_with_settings():
 
 
 def test_the_same_loss_twice_is_logged_twice():
-    assert parse_loss("kl+kl(temperature=4)+ce+kl").names == ("kl", "kl 2", "ce", "kl 3")
+    assert names(parse_loss("kl+kl(temperature=4)+ce+kl")) == ("kl", "kl 2", "ce", "kl 3")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +63,7 @@ def test_the_same_loss_twice_is_logged_twice():
     ],
 )
 def test_schedules(schedule, values):
-    (weight,) = parse_loss(f"{schedule}*ce").weights
+    weight = parse_loss(f"{schedule}*ce").terms[0].weight
     for step, value in values.items():
         assert weight.at(step) == pytest.approx(value, abs=1e-12)
 
@@ -54,8 +76,8 @@ def test_a_file_says_the_same(tmp_path):
         "- {loss: topk, k: 8, weight: 0.5}\n"
     )
     found, string = parse_loss(str(file)), parse_loss("kl(temperature=2)+linear(1,0,10,20)*ce+0.5*topk(k=8)")
-    assert found.names == string.names and found.weights == string.weights
-    assert [vars(a) for a in found.losses] == [vars(b) for b in string.losses]
+    for a, b in zip(found.terms, string.terms, strict=True):
+        assert (a.name, a.weight, vars(a.loss)) == (b.name, b.weight, vars(b.loss))
 
 
 @pytest.mark.parametrize(

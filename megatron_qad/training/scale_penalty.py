@@ -1,0 +1,67 @@
+"""The penalty on scale growth in training: its gradient is added to the weights' own, once a step.
+
+When a step's schedule begins, Megatron has just zeroed the gradient buffers. What is in them by then is summed over the
+data-parallel ranks and divided by the step's tokens like everything else: so each rank adds its share, times the
+tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import mpu
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_qad.distillation import Term
+from megatron_qad.distillation.scale_growth import block_amaxes, scale_growth
+from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.training.batch import Batch
+from megatron_qad.training.hidden_states import add_to_reports
+
+
+class ScalePenalty:
+    """The ``scale_growth`` terms of one student.
+
+    Args:
+        terms: of ``--qad-loss``.
+        weights: the student's, which hold what training starts from; also where a job resumes.
+    """
+
+    def __init__(self, terms: Sequence[Term], weights: InPlaceWeights):
+        self.terms = terms
+        self._weights = weights.weights
+        names = [name for name, fmt in weights.formats.items() if fmt == "nvfp4"]
+        self._initial = {name: block_amaxes(weights.quantized_copy(name)) for name in names}
+        self._value = torch.zeros((), device=torch.cuda.current_device())
+
+    @torch.no_grad()
+    def add_gradient(self, batches: Sequence[Batch]) -> None:
+        """To ``main_grad`` of each weight. The weights must be on the grid. Collective."""
+        step = get_args().curr_iteration + 1
+        factor = sum(term.weight.at(step) for term in self.terms)
+        num_tokens = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
+        torch.distributed.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        self._value.zero_()
+        for name, initial in self._initial.items():
+            weight = self._weights[name]
+            is_expert = not getattr(weight, "allreduce", True)
+            group = (
+                mpu.get_expert_data_parallel_group()
+                if is_expert
+                else mpu.get_data_parallel_group(with_context_parallel=True)
+            )
+            value, gradient = scale_growth(weight, initial)
+            weight.main_grad.add_(gradient.mul_(factor * num_tokens / group.size()))
+            if is_expert:
+                # The log averages over data-parallel ranks, which hold different experts.
+                value = value * mpu.get_expert_model_parallel_world_size()
+            elif not getattr(weight, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_rank() > 0:
+                value = torch.zeros_like(value)  # the same weight on every rank
+            self._value += value
+
+    def report(self, losses_reduced: list[dict[str, Tensor]]) -> None:
+        """Add the penalty, which is no mean over tokens, to the reports of the step's microbatches. Collective."""
+        torch.distributed.all_reduce(self._value, group=mpu.get_model_parallel_group())
+        step = get_args().curr_iteration + 1
+        for term in self.terms:
+            add_to_reports(losses_reduced, term, step, [self._value * r["total loss"][1] for r in losses_reduced])
