@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.distillation.vocab_parallel import LOWEST, LogitLoss, Tile
+from megatron_qad.formats.common import triton_serves
 
 
 def kl_stats(p: Tensor, q: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
@@ -48,6 +49,17 @@ def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class KL(LogitLoss):
     """KL(teacher || student); the gradient is (p_s - p_t) / temperature."""
 
+    def kernels(self, logits: Tensor):
+        if not triton_serves(logits):
+            return None
+        from megatron_qad.distillation import kl_triton
+
+        return kl_triton
+
+    def kernel_factor(self, saved, factor: Tensor) -> Tensor:
+        """What a token's gradient is multiplied by, beside the numbers that the kernel reads."""
+        return factor
+
     def shard_stats(self, tile: Tile):
         return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()
 
@@ -81,8 +93,11 @@ class ConfidenceKL(KL):
         scale = saved[3].double() ** self.power  # e^(max z_t) / Z_t
         return kl * scale, (*saved, scale.float())
 
+    def kernel_factor(self, saved, factor: Tensor) -> Tensor:
+        return factor * saved[4]
+
     def gradient(self, tile: Tile, saved, factor):
-        return super().gradient(tile, saved, factor * saved[4])
+        return super().gradient(tile, saved, self.kernel_factor(saved, factor))
 
 
 class ReverseKL(LogitLoss):

@@ -159,7 +159,7 @@ class _FusedLinearLosses(torch.autograd.Function):
 
 def _chunk_stats(losses, shard: VocabShard, student: Tensor, teacher: Tensor | None, labels: Tensor | None):
     tiles = Tiles(student, teacher, labels, shard)
-    return local_stats(losses, tiles, tiles.slices, len(student))
+    return local_stats(losses, tiles, tiles.slices, student.new_ones(len(student), dtype=torch.float32))
 
 
 class _WeightGradient:

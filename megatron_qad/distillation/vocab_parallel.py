@@ -23,6 +23,8 @@ from torch import Tensor
 # Elements of one tile. Four tiles of 512 KiB stay in a core's second-level cache (measured: 1.2 times faster than tiles
 # of 2 MiB), and at 32k columns they are a hundredth of one float32 copy of 2048 tokens' logits.
 TILE_ELEMENTS = 1 << 17
+# On a GPU a tile is a few launches: 32 MiB each. Not tuned: no GPU was at hand.
+GPU_TILE_ELEMENTS = 1 << 23
 # Stands for minus infinity in maxima: a rank whose columns are all padding merges as a zero, never as NaN.
 LOWEST = torch.finfo(torch.float32).min
 
@@ -83,6 +85,16 @@ class LogitLoss:
     def check(self, width: int) -> None:
         """Raise QADError if the loss cannot be computed with shards of ``width`` = V/tp."""
 
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """The student's and the teacher's."""
+        return self.temperature, self.teacher_temperature
+
+    def kernels(self, logits: Tensor):
+        """A module with ``stats`` and ``write_gradient`` for whole logits, such as ``kl_triton``, where these lie on a
+        device that it serves; None: tiles."""
+        return None
+
     def shard_stats(self, tile: Tile) -> tuple[Tensor, tuple[Tensor, ...]]:
         """float32 [rows, k], and what stays on this rank for ``merge``, each [rows, ...]."""
         raise NotImplementedError
@@ -115,8 +127,8 @@ def all_gather(stats: Tensor, group) -> Tensor:
     return out.view(group.size(), *stats.shape)
 
 
-def token_tiles(num_tokens: int, num_columns: int) -> Iterator[slice]:
-    step = max(1, TILE_ELEMENTS // max(1, num_columns))
+def token_tiles(num_tokens: int, num_columns: int, elements: int) -> Iterator[slice]:
+    step = max(1, elements // max(1, num_columns))
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))
 
@@ -181,10 +193,9 @@ class Tiles:
     def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, shard: VocabShard):
         self.student, self.teacher, self.columns = student, teacher, shard.num_columns
         self.column = None if labels is None else labels.reshape(-1) - shard.first_column
-        self.slices = list(token_tiles(student.shape[0], self.columns))
-        rows = self.slices[0].stop if self.slices else 0
-        number = 3 if teacher is None else 4
-        self._memory = torch.empty(number, rows, self.columns, dtype=torch.float32, device=student.device)
+        elements = GPU_TILE_ELEMENTS if student.device.type == "cuda" else TILE_ELEMENTS
+        self.slices = list(token_tiles(student.shape[0], self.columns, elements))
+        self._memory: Tensor | None = None
 
     def live(self, scale: Tensor) -> list[tuple[slice, bool]]:
         """The tiles in which a token counts, and whether all do. One synchronization with the device."""
@@ -196,6 +207,9 @@ class Tiles:
 
     def load(self, rows: slice, loss: LogitLoss, z_s: Tensor | None = None) -> Tile:
         """A fresh tile for one loss. ``z_s``: the student's float32 logits themselves, to be overwritten."""
+        if self._memory is None:  # kernels need none
+            shape = (3 if self.teacher is None else 4, self.slices[0].stop, self.columns)
+            self._memory = torch.empty(shape, dtype=torch.float32, device=self.student.device)
         memory = self._memory[:, : rows.stop - rows.start]
         if z_s is None:
             z_s = memory[0].copy_(self.student[rows, : self.columns])
@@ -217,7 +231,7 @@ class _LogitLosses(torch.autograd.Function):
         tiles = Tiles(student.detach().reshape(-1, width), flat_teacher, labels, shard)
         live = [rows for rows, _ in tiles.live(scale)]
         if live:
-            results = merge_over_ranks(losses, *local_stats(losses, tiles, live, len(scale)), shard)
+            results = merge_over_ranks(losses, *local_stats(losses, tiles, live, scale), shard)
             if any(loss.rounds == 2 for loss in losses):
                 results = _second_round(losses, results, tiles, live, len(scale), shard)
         else:  # every rank knows: the weights are the same on all
@@ -244,19 +258,27 @@ class _LogitLosses(torch.autograd.Function):
         return out.view(student.shape), None, None, None, None, None, None
 
 
-def local_stats(losses, tiles: Tiles, live, num_tokens: int) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
+def local_stats(losses, tiles: Tiles, live, scale: Tensor) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
     """Of each loss: this shard's numbers, float32 [tokens, k], zero for tokens of no live tile; and what stays here."""
-    parts, local = [], []
-    for rows in live:
-        for i, loss in enumerate(losses):
-            stats, mine = loss.shard_stats(tiles.load(rows, loss))
-            if len(parts) == i:
-                parts.append(stats.new_zeros(num_tokens, stats.shape[1]))
-                local.append(tuple(t.new_zeros(num_tokens, *t.shape[1:]) for t in mine))
+    parts: list[Tensor | None] = [_stats_by_kernel(loss, tiles, scale) for loss in losses]
+    local: list[tuple[Tensor, ...]] = [()] * len(losses)
+    in_tiles = [i for i, part in enumerate(parts) if part is None]
+    for rows in live if in_tiles else ():
+        for i in in_tiles:
+            stats, mine = losses[i].shard_stats(tiles.load(rows, losses[i]))
+            if parts[i] is None:
+                parts[i] = stats.new_zeros(len(scale), stats.shape[1])
+                local[i] = tuple(t.new_zeros(len(scale), *t.shape[1:]) for t in mine)
             parts[i][rows] = stats
             for whole, part in zip(local[i], mine, strict=True):
                 whole[rows] = part
     return parts, local
+
+
+def _stats_by_kernel(loss: LogitLoss, tiles: Tiles, scale: Tensor) -> Tensor | None:
+    if (kernels := loss.kernels(tiles.student)) is None:
+        return None
+    return kernels.stats(tiles.student, tiles.teacher, tiles.columns, loss.temperatures, scale)
 
 
 def merge_over_ranks(losses, parts: list[Tensor], local, shard: VocabShard) -> list:
@@ -290,6 +312,10 @@ def _second_round(losses, results, tiles: Tiles, live, num_tokens: int, shard: V
 def write_gradients(out, student, teacher, labels, shard: VocabShard, losses, saved, factors) -> None:
     """Sum over losses of factor [tokens] times its gradient in the student's logits, over ``out`` [tokens, V/tp], which
     may be ``student`` itself. No collective."""
+    if len(losses) == 1 and saved[0] and (kernels := losses[0].kernels(student)) is not None:
+        factor = losses[0].kernel_factor(saved[0], factors[0]) / losses[0].temperature
+        kernels.write_gradient(out, student, teacher, shard.num_columns, losses[0].temperatures, saved[0][:4], factor)
+        return
     tiles = Tiles(student, teacher, labels, shard)
     total = torch.stack([f.abs() for f in factors]).sum(dim=0)
     done = 0

@@ -195,7 +195,12 @@ def test_tiles_change_nothing(case, dtype, monkeypatch):
 
     whole = run()
     monkeypatch.setattr(vocab_parallel, "TILE_ELEMENTS", 4 * WIDTH)  # 15 tokens in tiles of 4
-    assert [tile.stop - tile.start for tile in vocab_parallel.token_tiles(15, WIDTH)] == [4, 4, 4, 3]
+    assert [tile.stop - tile.start for tile in vocab_parallel.token_tiles(15, WIDTH, vocab_parallel.TILE_ELEMENTS)] == [
+        4,
+        4,
+        4,
+        3,
+    ]
     for a, b in zip(run(), whole, strict=True):
         assert torch.equal(a, b)
 

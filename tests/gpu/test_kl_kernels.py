@@ -1,0 +1,52 @@
+"""The KL kernels on a GPU, at the sizes they are for, against float64; and what they need of memory."""
+
+import pytest
+import torch
+
+from megatron_qad.distillation import LOSSES, VocabShard, logit_losses
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: kernels are compared on it")
+
+
+def logits(tokens, width, noise, dtype, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    teacher = torch.randn(tokens, width, generator=generator, device="cuda") * 3
+    student = teacher + noise * torch.randn(tokens, width, generator=generator, device="cuda") + 1
+    return student.to(dtype), teacher.to(dtype)
+
+
+def reference(student, teacher):
+    student = student.double().requires_grad_()
+    q, p = student.log_softmax(-1), teacher.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    kl.sum().backward()
+    return kl.detach(), student.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("width", [16384, 32000, 50257, 131072])
+def test_against_float64(width, noise, dtype):
+    student, teacher = logits(64, width, noise, dtype)
+    kl, gradient = reference(student, teacher)
+    shard = VocabShard(0, width)
+    leaf = student.clone().requires_grad_()
+    (found,) = logit_losses([LOSSES["kl"]()], leaf * 1, teacher, None, shard)
+    found.sum().backward()
+    # Of the loss float32 roundings, and of e^x by the GPU's fast exponential (2^-21 at x = -16); of a gradient
+    # roundings of a probability, and that of the dtype.
+    assert (found.detach() - kl).abs().max() <= 1e-6 * kl.max() + 2e-9
+    rounded = gradient.abs() * (2.0**-8 if dtype == torch.bfloat16 else 0)
+    assert ((leaf.grad.double() - gradient).abs() <= rounded + 1e-6).all()
+
+
+def test_nothing_of_the_size_of_the_logits_is_made():
+    student, teacher = logits(4096, 131072, 0.1, torch.bfloat16)
+    base = student.requires_grad_() * 1
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    (found,) = logit_losses([LOSSES["kl"]()], base, teacher, None, VocabShard(0, 131072))
+    gradient = torch.autograd.grad(found.sum(), base)[0]
+    assert gradient.data_ptr() == base.data_ptr()
+    assert torch.cuda.max_memory_allocated() - before <= 0.05 * base.numel()

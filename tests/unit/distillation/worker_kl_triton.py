@@ -1,0 +1,148 @@
+"""Run in a subprocess. `interpret`: the KL kernels in Triton's interpreter against float64 and the tiles. `compile`:
+the kernels through the compiler for GPUs that are not there, and what their PTX holds."""
+
+import re
+import sys
+
+import torch
+
+from megatron_qad.distillation import LOSSES, VocabShard, divergences, kl_triton, logit_losses
+
+
+def logits(tokens, width, noise, offset=0.0, seed=0):
+    """Teacher's and student's, float64; the largest logits come late, so that running maxima move."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(tokens, width, generator=generator, dtype=torch.float64) * 3
+    teacher += torch.linspace(0, 8, width)
+    student = teacher + noise * torch.randn(tokens, width, generator=generator, dtype=torch.float64) + offset
+    return student, teacher
+
+
+def reference(student, teacher, temperatures=(1.0, 1.0)):
+    """KL [tokens] and its gradient in ``student``, in float64 autograd."""
+    student = student.clone().requires_grad_()
+    q, p = (student / temperatures[0]).log_softmax(-1), (teacher / temperatures[1]).log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    kl.sum().backward()
+    return kl.detach(), student.grad
+
+
+def interpret():
+    kl_triton._COLUMNS = 256  # four blocks a row: the maxima move
+    for noise, offset in ((0.0, 0.0), (1e-3, 0.0), (1e-2, 3.0), (0.3, -2.0), (3.0, 0.0), (30.0, 5.0)):
+        student, teacher = (x.float() for x in logits(6, 900, noise, offset))
+        kl, gradient = reference(student.double(), teacher.double())
+        errors = {}
+        for way in ("kernel", "tiles"):
+            serve(way == "kernel")
+            leaf = student.clone().requires_grad_()
+            (found,) = logit_losses([LOSSES["kl"]()], leaf, teacher, None, VocabShard(0, 900))
+            found.sum().backward()
+            errors[way] = (found.detach() - kl).abs().max().item(), (leaf.grad - gradient).abs().max().item()
+        print(noise, offset, kl.mean().item(), errors)
+        # Of the loss four float32 roundings, and 1e-9 where the KL vanishes, which is 1e-7 of the differences of logits
+        # times their probability; of a gradient four roundings of a probability of 1.
+        assert errors["kernel"][0] <= 2.4e-7 * kl.max().item() + 1e-9, (noise, offset, errors)
+        assert errors["kernel"][1] <= 2.4e-7, (noise, offset, errors)
+    serve(True)
+    equal = logits(3, 50, 0.0)[1].float()
+    leaf = equal.clone().requires_grad_()
+    (loss,) = logit_losses([LOSSES["kl"]()], leaf, equal.clone(), None, VocabShard(0, 50))
+    loss.sum().backward()
+    assert not loss.any() and not leaf.grad.any()  # equal models: exactly nothing
+    shards()
+    masks_and_padding()
+
+
+def shards():
+    """Three shards merged by the loss's own rule, the last one all padding; temperatures; a token's confidence."""
+    student, teacher = (x.float() for x in logits(5, 700, 0.2, 1.0, seed=3))
+    kl, _ = reference(student.double(), teacher.double(), (2.0, 3.0))
+    parts = [kl_triton.stats(student[:, a:b], teacher[:, a:b], n, (2.0, 3.0), None) for a, b, n in
+             ((0, 300, 300), (300, 600, 300), (600, 700, 100), (0, 64, 0))]  # fmt: skip
+    found, _, _ = divergences.merge_kl(torch.stack(parts).double())
+    assert (found - kl).abs().max() <= 1e-6 * kl.max(), found - kl
+    weight = teacher.div(3).softmax(-1).amax(-1)
+    for name, factor in (("kl", 1.0), ("confidence_kl", weight)):
+        loss = LOSSES[name](temperature=2.0, teacher_temperature=3.0)
+        leaf = student.clone().requires_grad_()
+        (found,) = logit_losses([loss], leaf, teacher, None, VocabShard(0, 700))
+        found.sum().backward()
+        expected, gradient = reference(student.double(), teacher.double(), (2.0, 3.0))
+        assert (found - expected * factor).abs().max() < 1e-6
+        assert (leaf.grad - gradient * (factor if name == "kl" else factor[:, None])).abs().max() < 3e-7
+
+
+def masks_and_padding():
+    """Padding columns and tokens that do not count: no part in the loss, gradient zero, whatever they hold; in place,
+    in bfloat16, in rows that are a view."""
+    student, teacher = (x.bfloat16() for x in logits(4, 200, 0.3, seed=5))
+    student[:, 150:] = torch.nan
+    teacher[:, 150:] = torch.inf
+    student[2] = torch.nan
+    kl, gradient = reference(student[:, :150].double(), teacher[:, :150].double())
+    weight = torch.tensor([1.0, 0.5, 0.0, 1.0])
+    wide = torch.zeros(4, 256, dtype=torch.bfloat16)
+    wide[:, :200] = student
+    leaf = wide.requires_grad_()
+    rows = (leaf * 1.0)[:, :200]  # a view with a longer stride, not a leaf: written in place
+    (found,) = logit_losses([LOSSES["kl"]()], rows, teacher, None, VocabShard(0, 150), weight=weight)
+    found.sum().backward()
+    counted = weight > 0
+    assert found[2] == 0 and ((found - kl * weight)[counted].abs() < 1e-6).all()
+    grad = leaf.grad[:, :200].double()
+    assert not grad[:, 150:].any() and not grad[2].any()
+    # The interpreter cuts bfloat16 off where a GPU rounds: one unit in its last place.
+    error = (grad[:, :150] - gradient * weight[:, None])[counted].abs()
+    assert (error <= gradient[counted].abs() * 2.0**-7 + 1e-7).all()
+    none = torch.randn(2, 8, requires_grad=True)
+    (found,) = logit_losses(
+        [LOSSES["kl"]()], none * 1.0, torch.randn(2, 8), None, VocabShard(0, 8), weight=torch.zeros(2)
+    )
+    found.sum().backward()
+    assert not found.any() and not none.grad.any()
+
+
+def serve(kernels: bool) -> None:
+    divergences.triton_serves = lambda x: kernels
+
+
+def compile_for_gpus():
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pair = {"student": "*bf16", "student_stride": "i32", "factor_s": "fp32"}
+    pair |= {"teacher": "*bf16", "teacher_stride": "i32", "factor_t": "fp32"}
+    of_stats = pair | {"scale": "*fp32", "out": "*fp64"}
+    numbers = dict.fromkeys(("max_s", "max_t", "log_ratio", "r_t", "factor"), "*fp32")
+    of_gradient = pair | {"out": "*bf16", "out_stride": "i32"} | numbers
+    kernels = (
+        (kl_triton._stats_kernel, of_stats, {"NUM_COLUMNS": 18992, "ALL_COUNT": False, "COLUMNS": kl_triton._COLUMNS}),
+        (
+            kl_triton._gradient_kernel,
+            of_gradient,
+            {"NUM_COLUMNS": 18992, "WIDTH": 19008, "COLUMNS": kl_triton._COLUMNS},
+        ),
+    )
+    for capability in (90, 100):
+        for kernel, signature, constants in kernels:
+            # What the launcher finds by itself: addresses and strides that are multiples of 16.
+            divisible = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or "stride" in name]
+            source = ASTSource(
+                fn=kernel,
+                signature=signature | dict.fromkeys(constants, "constexpr"),
+                constexprs=constants,
+                attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+            )
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kl_triton._LAUNCH)
+            ptx = compiled.asm["ptx"]
+            assert re.search(r"ld\.global\.v4\.b32", ptx), kernel  # 16 bytes of each model at a time
+            assert "ex2.approx" in ptx and "ld.local" not in ptx and "st.local" not in ptx  # nothing spilled in PTX
+            if kernel is kl_triton._gradient_kernel:
+                assert re.search(r"st\.global\.v4\.b32", ptx)
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_for_gpus}[sys.argv[1]]()
+    print("passed")
