@@ -3,8 +3,9 @@
 KL(t || s) of distributions cut into shards is E[KL within a shard] + KL between the shards' masses, the expectation
 over the teacher's masses. Within a shard, with x = (z_s - max z_s) - (z_t - max z_t), KL = log(D_s / D_t) - E_t[x].
 Late in QAD the KL is small and D_s / D_t close to 1, so their difference is summed term by term without cancellation:
-e^a - e^b = (e^a + e^b) tanh((a - b) / 2), which never overflows. What remains is an error of a few 1e-8 of E_t|x|,
-where the difference of two log-sum-exps has 1e-7 of the logits. Five numbers a rank, merged in float64.
+e^a - e^b = e^b (e^(a - b) - 1), or (e^a + e^b) tanh((a - b) / 2), which never overflows. What remains is an error of a
+few 1e-8 of E_t|x|, where the difference of two log-sum-exps has 1e-7 of the logits. Five numbers a rank, merged in
+float64.
 """
 
 import torch
@@ -23,12 +24,29 @@ def kl_stats(p: Tensor, q: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     p.sub_(max_p[:, None])
     q.sub_(max_q[:, None])
     torch.sub(q, p, out=x)
-    sum_p, sum_q = p.exp_().sum(dim=1), q.exp_().sum(dim=1)
-    mean = torch.mul(p, x, out=scratch).sum(dim=1) / sum_p
-    ratio = q.add_(p).mul_(x.mul_(0.5).tanh_()).sum(dim=1) / sum_p  # D_q / D_p - 1
-    # Near -1 it is that difference that cancels.
-    log_ratio = torch.where(ratio > -0.5, ratio.clamp(min=-0.5).log1p(), (sum_q / sum_p).log())
+    e_p = torch.exp(p, out=scratch)
+    sum_p = e_p.sum(dim=1)
+    mean = torch.linalg.vecdot(e_p, x) / sum_p
+    # expm1 is cheaper than exp and tanh. It serves tokens in which no q hides behind a p that underflows, and D_q / D_p
+    # is not near 0, where 1 would cancel. Asking a GPU would stop it.
+    if x.device.type == "cpu":
+        is_near = x.amax(dim=1) < 40
+        growth = x.expm1_().mul_(e_p).sum(dim=1) / sum_p  # D_q / D_p - 1
+        is_near &= growth > -0.5
+        log_ratio = growth.log1p()
+        if not bool(is_near.all()):
+            log_ratio = torch.where(is_near, log_ratio, _log_ratio(p, q, x, e_p, sum_p))
+    else:
+        log_ratio = _log_ratio(p, q, x, e_p, sum_p)
     return torch.stack((max_p, max_q, sum_p, log_ratio, log_ratio - mean), dim=1)
+
+
+def _log_ratio(p: Tensor, q: Tensor, x: Tensor, e_p: Tensor, sum_p: Tensor) -> Tensor:
+    """log(D_q / D_p) whatever the logits, which are less their maxima; ``x`` and ``q`` are overwritten."""
+    torch.sub(q, p, out=x).mul_(0.5).tanh_()
+    sum_q = q.exp_().sum(dim=1)
+    growth = q.add_(e_p).mul_(x).sum(dim=1) / sum_p
+    return torch.where(growth > -0.5, growth.clamp(min=-0.5).log1p(), (sum_q / sum_p).log())
 
 
 def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
