@@ -55,8 +55,9 @@ smollm2:
 	@VENV="$(VENV)" tools/setup_env.sh dev examples
 	PATH="$(BIN):$$PATH" examples/smollm2_135m/run.sh $(SMOLLM2_DIR)
 
-# The KL loss beside modelopt's, plain torch and torch.compile; needs a quiet machine.
-bench-loss: env
+# The KL loss beside modelopt's, TRL's, Liger's, plain torch and torch.compile; needs a quiet machine.
+bench-loss:
+	@VENV="$(VENV)" tools/setup_env.sh dev bench
 	PATH="$(BIN):$$PATH" python tools/bench_loss.py $(BENCH_LOSS_FLAGS)
 
 # Teacher and student on every rank, beside modelopt's distillation: the table of docs/BENCHMARKS.md. Minutes; a quiet machine.

@@ -1,4 +1,5 @@
-"""The KL loss, forward and backward, beside modelopt's LogitsKLLoss, plain torch and torch.compile of the same.
+"""The KL loss, forward and backward, beside modelopt's LogitsKLLoss, TRL's GKD loss, plain torch and torch.compile of
+the same; and output layer with loss beside Liger's.
 
     python tools/bench_loss.py [--repeat 5] [--sizes 512x32000,2048x32000,512x131072] [--dtype bfloat16]
 
@@ -9,6 +10,7 @@ Errors are against float64. The C library is told to keep freed pages, because f
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--sizes", default="512x32000,2048x32000,512x131072", help="tokens x vocabulary, with commas")
     parser.add_argument("--tp", default="1,2", help="numbers of ranks, with commas")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--fused-sizes", default="1024x32000", help="the same with the output layer; '' leaves it out")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size of both models there")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
         "--clock", default="wall", choices=("wall", "cpu"), help="cpu: of the process, where others use the machine too"
@@ -50,14 +54,17 @@ def main() -> None:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", tp, __file__]
             done = subprocess.run(
                 [*command, *sys.argv[1:], "--result", str(result)],
-                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
                 capture_output=True,
                 text=True,
             )
             if done.returncode:
                 sys.exit(f"error: the bench of {tp} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+            print("".join(line for line in done.stderr.splitlines(True) if line.startswith("left out")), end="")
             found = json.loads(result.read_text())
         print(f"\nTP {tp}, {args.dtype}, {args.clock} time\n\n{table(found['cases'])}", flush=True)
+        if found["fused"]:
+            print(f"\nHidden size {args.hidden}, output layers included\n\n{table(found['fused'])}", flush=True)
         if found["errors"]:
             print(f"\n{error_table(found['errors'])}", flush=True)
 
@@ -99,8 +106,13 @@ def run_rank(args: argparse.Namespace) -> None:
         tokens, vocab = map(int, size.split("x"))
         cases.append({"size": size.replace("x", " x "), "variants": measure(losses, tokens, vocab, args)})
     errors = [] if tp > 1 else [{"kl": kl, "variants": errors_at(losses, kl)} for kl in KLS]
+    fused = []
+    for size in args.fused_sizes.split(",") if args.fused_sizes and tp == 1 else ():
+        tokens, vocab = map(int, size.split("x"))
+        found = measure_fused(fused_variants(losses["ours"], vocab, args.hidden), tokens, vocab, args)
+        fused.append({"size": size.replace("x", " x "), "variants": found})
     if torch.distributed.get_rank() == 0:
-        Path(args.result).write_text(json.dumps({"cases": cases, "errors": errors}))
+        Path(args.result).write_text(json.dumps({"cases": cases, "fused": fused, "errors": errors}))
 
 
 def variants(tp: int, *, compiled: bool) -> dict:
@@ -132,9 +144,93 @@ def variants(tp: int, *, compiled: bool) -> dict:
     found = {"ours": ours, "modelopt, TP>1 path": modelopt(2)}
     if tp == 1:
         found |= {"modelopt, TP=1 path": modelopt(1), "plain torch": plain}
+        if trl := _trl():
+            found["TRL"] = trl
         if compiled:
             found["torch.compile"] = torch.compile(plain, dynamic=False)
     return found
+
+
+def _trl():
+    """TRL's generalized Jensen-Shannon divergence at its limit KL(teacher || student), where TRL is installed."""
+    try:
+        from trl.experimental.gkd import GKDTrainer
+    except ModuleNotFoundError as missing:
+        print(f"left out: TRL ({missing})", file=sys.stderr)
+        return None
+    return lambda student, teacher: GKDTrainer.generalized_jsd_loss(student, teacher, beta=0.0, reduction="sum")
+
+
+def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
+    """name -> (hidden [t, H], weight [V, H], teacher's hidden, teacher's weight) -> sum of the loss."""
+    import torch
+
+    from megatron_qad.distillation import LOSSES, VocabShard
+    from megatron_qad.distillation.fused_linear import fused_linear_losses
+
+    main_grad = torch.zeros(vocab, hidden_size)  # as Megatron's DDP has it
+
+    def fused(hidden, weight, teacher_hidden, teacher_weight):
+        weight.main_grad = main_grad
+        shard = VocabShard(0, vocab)
+        (loss,) = fused_linear_losses([LOSSES["kl"]()], hidden, weight, teacher_hidden, teacher_weight, None, shard)
+        return loss.sum()
+
+    def separate(hidden, weight, teacher_hidden, teacher_weight):
+        with torch.no_grad():
+            teacher = teacher_hidden @ teacher_weight.t()
+        return ours(hidden @ weight.t(), teacher).sum()
+
+    def only_gemms(hidden, weight, teacher_hidden, teacher_weight):
+        with torch.no_grad():
+            teacher_hidden @ teacher_weight.t()
+        return (hidden @ weight.t()).sum()  # its gradient takes the other two
+
+    found = {"ours": fused, "ours, output layers apart": separate, "the four GEMMs, no loss": only_gemms}
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    except ModuleNotFoundError as missing:
+        print(f"left out: Liger ({missing})", file=sys.stderr)
+        return found
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+
+    def liger(hidden, weight, teacher_hidden, teacher_weight):
+        return loss(hidden, weight, teacher_hidden, teacher_weight, torch.zeros(len(hidden), dtype=torch.int64))
+
+    return found | {"Liger": liger}
+
+
+def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
+    import torch
+
+    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, args.dtype)
+    hidden = torch.randn(tokens, args.hidden, generator=generator)
+    weight = torch.randn(vocab, args.hidden, generator=generator) * 3 / args.hidden**0.5
+    move = torch.randn(hidden.shape, generator=generator) * 0.03
+    inputs = [x.to(dtype) for x in (hidden, weight, hidden + move, weight)]
+    inputs[0].requires_grad_()
+    inputs[1] = inputs[1].clone().requires_grad_()
+
+    def call(loss):
+        return torch.autograd.grad(loss(*inputs), inputs[:2])
+
+    times = {name: [] for name in losses}
+    for turn in range(args.repeat + 1):
+        for name, loss in losses.items():
+            clock = time.process_time if args.clock == "cpu" else time.perf_counter
+            start = clock()
+            call(loss)
+            if turn:
+                times[name].append(clock() - start)
+    return {
+        name: {
+            "ms": statistics.median(times[name]) * 1e3,
+            "collectives": {},
+            "kept": _allocated(lambda loss=loss: loss(*inputs))[-1],
+            "peak": max(_allocated(lambda loss=loss: call(loss))),
+        }
+        for name, loss in losses.items()
+    }
 
 
 def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
@@ -197,25 +293,24 @@ def _collectives(loss, leaf, student, teacher) -> dict:
 def _memory(loss, leaf, student, teacher) -> dict:
     """Bytes above those before the call: the most at any moment, and after the forward pass."""
     import torch
+
+    logits = _as_output(leaf, student)
+    kept = _allocated(lambda: loss(logits, teacher))[-1]
+    logits = _as_output(leaf, student)
+    peak = max(_allocated(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits)))
+    return {"kept": kept, "peak": peak}
+
+
+def _allocated(call) -> list[int]:
+    """Bytes above those before the call, after each allocation and release; what it returns is kept until then."""
     from torch.profiler import ProfilerActivity, profile
 
-    def events(call) -> list[int]:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            kept = call()
-        found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        sizes = [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]
-        del kept
-        total, running = 0, []
-        for size in sizes:
-            total += size
-            running.append(total)
-        return running
-
-    logits = _as_output(leaf, student)
-    kept = events(lambda: loss(logits, teacher))[-1]
-    logits = _as_output(leaf, student)
-    peak = max(events(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits)))
-    return {"kept": kept, "peak": peak}
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]
+    del kept
+    return list(itertools.accumulate(sizes))
 
 
 def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000) -> dict:
@@ -242,7 +337,10 @@ def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000) -> 
         logits = _as_output(torch.empty_like(student).requires_grad_(), student)
         out = loss(logits, teacher)
         (grad,) = torch.autograd.grad(out.sum(), logits)
-        error = (out.detach().double().flatten() - loss_64).square().mean().sqrt().item()
+        if out.numel() == 1:  # a sum is compared as a mean
+            error = abs(out.item() / tokens - loss_64.mean().item())
+        else:
+            error = (out.detach().double().flatten() - loss_64).square().mean().sqrt().item()
         found[name] = (error, ((grad.double() - grad_64).norm() / grad_64.norm()).item())
     return found
 
