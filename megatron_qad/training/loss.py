@@ -44,9 +44,10 @@ def loss_function(batch: Batch, head: torch.nn.Module | None, output: torch.Tens
         validation_metrics.add(metrics_of(student, teacher, batch.labels, batch.loss_mask, shard))
         return output.new_zeros(()), num_tokens, {}
     step = args.curr_iteration + 1  # Megatron counts a step when it is done
-    if teacher is not None and teacher.model is None:
+    if teacher is not None and head is None:
+        teacher = Output(teacher.logits())
         check_finite(teacher.tensor[..., : shard.num_columns], "the teacher's logits", step)
-    elif teacher is not None:
+    elif teacher is not None:  # there are no logits to look at
         check_finite(teacher.tensor, "the teacher's final hidden states", step)
     parts = job_losses()
     terms = parts.of_kind(LogitLoss)
