@@ -38,7 +38,7 @@ from megatron_qad.training.layout import (
     with_stages,
     without_virtual_stages,
 )
-from megatron_qad.training.outputs import choose_outputs
+from megatron_qad.training.outputs import settle_outputs
 from megatron_qad.training.vocabulary import check_same_vocabulary
 
 
@@ -50,8 +50,7 @@ def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and validate; sets Megatron's global args.
 
-    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``),
-    and ``args.qad_outputs`` (what the models' last stages return).
+    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
 
     Raises:
         QADError: for what QAD itself checks; Megatron's own checks raise as they do upstream.
@@ -106,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
     check_hidden_losses(args, loss, shapes)
-    args.qad_outputs = choose_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
+    settle_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     return args
 
 

@@ -11,14 +11,14 @@ from megatron.training import get_args
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, parse_loss
 from megatron_qad.models.output_layer import Output
 from megatron_qad.training.batch import Batch, output_of
-from megatron_qad.training.outputs import losses_of, metrics_of
+from megatron_qad.training.outputs import Outputs, losses_of, metrics_of
 from megatron_qad.training.teacher import check_finite
 
 
 def forward_step(batches: Iterator[Batch], model: torch.nn.Module):
     """One microbatch through the student. Returns its output and the function that turns that into a loss."""
     batch = next(batches)
-    fused = get_args().qad_outputs.fused
+    fused = Outputs.chosen(get_args().qad).fused
     return output_of(model, batch, hidden=fused), partial(loss_function, batch, unwrap_model(model) if fused else None)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, compare, logit_losses
 from megatron_qad.distillation.fused_linear import fused_linear_losses
 from megatron_qad.models.output_layer import Output
@@ -26,6 +27,11 @@ class Outputs:
     """The student returns hidden states, and no logits of either model exist but in chunks."""
     teacher_hidden: bool = False
     """The teacher's pass keeps its hidden states instead of logits."""
+
+    @classmethod
+    def chosen(cls, options: QADOptions) -> "Outputs":
+        """Of a job whose options are settled (``settle_outputs``)."""
+        return cls(options.qad_output_layer == "fused", options.qad_teacher_output == "hidden")
 
     def describe(self) -> str:
         """For the log and the plan."""
@@ -68,6 +74,13 @@ def choose_outputs(args: argparse.Namespace, losses: WeightedLosses, teacher_hid
     fused = layer == "fused" or layer == "auto" and is_large and not two_rounds and keeps != "logits"
     hidden = keeps == "hidden" or keeps == "auto" and (fused or size["hidden"] < size["logits"])
     return Outputs(fused, teacher_hidden_size is not None and hidden)
+
+
+def settle_outputs(args: argparse.Namespace, losses: WeightedLosses, teacher_hidden_size: int | None) -> None:
+    """Put what "auto" means for this job into ``args.qad``, which is plain data: Megatron stores it in checkpoints."""
+    outputs = choose_outputs(args, losses, teacher_hidden_size)
+    args.qad.qad_output_layer = "fused" if outputs.fused else "separate"
+    args.qad.qad_teacher_output = "hidden" if outputs.teacher_hidden else "logits"
 
 
 def losses_of(

@@ -12,7 +12,7 @@ from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
 from megatron_qad.training.layout import ranks_of_layers, teacher_virtual_stages, with_stages
-from megatron_qad.training.outputs import output_bytes
+from megatron_qad.training.outputs import Outputs, output_bytes
 
 
 def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
@@ -29,7 +29,7 @@ def plan(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[str]:
         number = _count(teacher.tensors(args.teacher_hf_config))
         yield f"teacher     {teacher.architecture}, {number:,} parameters, frozen"
     yield f"loss        {args.qad.qad_loss}, temperature {args.qad.qad_temperature:g}; policy {args.qad.qad_policy}"
-    yield f"outputs     {args.qad_outputs.describe()}"
+    yield f"outputs     {Outputs.chosen(args.qad).describe()}"
     yield ""
     yield from render(format_rows(family.linears(config), formats))
     yield from _layout(args)
@@ -73,10 +73,10 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     teacher_hidden = None if args.teacher_hf_config is None else args.teacher_hf_config["hidden_size"]
     of_output = output_bytes(args, teacher_hidden)
-    if not args.qad_outputs.fused:
+    if not Outputs.chosen(args.qad).fused:
         rows["student logits, one microbatch"] = of_output["logits"]
     if args.teacher_hf_config is not None:
-        kept, other = ("hidden", "logits") if args.qad_outputs.teacher_hidden else ("logits", "hidden")
+        kept, other = ("hidden", "logits") if Outputs.chosen(args.qad).teacher_hidden else ("logits", "hidden")
         rows[f"teacher {kept}, {in_flight} microbatch(es)"] = of_output[kept] * in_flight
     yield ""
     yield "bytes on a rank (largest stage; the logits on the last stage only)"

@@ -23,6 +23,7 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
 from megatron_qad.training.hidden_states import HiddenStates
+from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.teacher import Teacher
 
@@ -135,7 +136,7 @@ def gather_parameters(model) -> None:
 
 def _only_forward(bar: tqdm, batches, model):
     """Shows activation quantizers a microbatch, also that of a head whose GEMM is fused with the loss."""
-    batch, fused = next(batches), get_args().qad_outputs.fused
+    batch, fused = next(batches), Outputs.chosen(get_args().qad).fused
 
     def no_loss(output):
         if fused:

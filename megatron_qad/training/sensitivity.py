@@ -27,6 +27,7 @@ from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
 from megatron_qad.training.batch import iterators, read_batches, schedule_shape
 from megatron_qad.training.loss import forward_step, validation_metrics
+from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.teacher import Teacher
 
 
@@ -106,7 +107,7 @@ class Probe:
         _, self._valid, _ = build_train_valid_test_data_iterators(datasets_provider)
         self.batches = read_batches(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
         with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
-            teacher = Teacher(self.chunks, keeps_hidden=args.qad_outputs.teacher_hidden)
+            teacher = Teacher(self.chunks, keeps_hidden=Outputs.chosen(args.qad).teacher_hidden)
             teacher.annotate(self.batches, **schedule_shape(**self.shape), decoder_seq_length=None)
         self._reference = [batch.teacher_output for batch in self.batches]
 

@@ -24,6 +24,7 @@ from megatron_qad.runtime import QADError
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.loss import job_losses
+from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.schedule import QADStep, wrap_schedule
 from megatron_qad.training.streamed_teacher import StreamedTeacher
@@ -74,7 +75,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     if teacher is not None:
         check_apart(teacher.chunks, chunks)
     weights = InPlaceWeights(chunks, formats, tp_group, args.qad.qad_weight_scale_rule)
-    print_rank_0(f"megatron_qad: {args.qad_outputs.describe()}")
+    print_rank_0(f"megatron_qad: {Outputs.chosen(args.qad).describe()}")
     counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(weights.formats.values()).items()) or "none"
     print_rank_0(f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {args.qad.qad_policy})")
     step = QADStep(teacher, weights, activations, args.qad.qad_calibration_samples)
@@ -98,7 +99,7 @@ def build_teacher(args: argparse.Namespace) -> Teacher:
     print_rank_0(f"megatron_qad: teacher from {args.qad.qad_teacher}, frozen")
     joined = (args.qad.qad_teacher_micro_batch_size or args.micro_batch_size) // args.micro_batch_size
     kind = StreamedTeacher if args.qad.qad_teacher_on_host else Teacher
-    return kind([freeze(chunk) for chunk in chunks], joined, args.qad_outputs.teacher_hidden)
+    return kind([freeze(chunk) for chunk in chunks], joined, Outputs.chosen(args.qad).teacher_hidden)
 
 
 def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:
