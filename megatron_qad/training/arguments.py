@@ -18,7 +18,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 from megatron_qad.config.options import QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
-from megatron_qad.distillation import parse_loss
+from megatron_qad.distillation import LogitLoss, parse_loss
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.families import family_of
@@ -104,6 +104,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.qad.qad_document_multiple = 2 * cp if cp > 1 else 1
     args.hf_config = hf_config
     args.teacher_hf_config = teacher_config
+    for term in loss.of_kind(LogitLoss):
+        term.loss.check(args.padded_vocab_size // args.tensor_model_parallel_size)
     check_hidden_losses(args, loss, shapes)
     settle_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     return args

@@ -93,3 +93,6 @@ def test_contradictions_are_refused(workshop):  # noqa: F811
     assert "jsd reads all logits twice" in error
     error = workshop.fail(workshop.argv(*FUSED, "--qad-teacher-output", "logits"))
     assert "needs the teacher's hidden states" in error
+    # Before a weight is built: a dry run says it, too.
+    error = workshop.fail(workshop.argv("--qad-loss", "topk(k=129)", "--qad-dry-run", *TP2), 2)
+    assert "topk(k=129): k is larger than the 128 columns of one rank's shard" in error
