@@ -4,7 +4,8 @@ ranks."""
 from megatron_qad.distillation.losses import LOSSES, per_token_loss
 from megatron_qad.distillation.metrics import Metrics, compare
 from megatron_qad.distillation.spec import Term, WeightedLosses, parse_loss
-from megatron_qad.distillation.vocab_parallel import LogitLoss, VocabShard, logit_losses
+from megatron_qad.distillation.tiles import VocabShard
+from megatron_qad.distillation.vocab_parallel import LogitLoss, logit_losses
 
 __all__ = [
     "LOSSES",

@@ -11,7 +11,8 @@ float64.
 import torch
 from torch import Tensor
 
-from megatron_qad.distillation.vocab_parallel import LOWEST, LogitLoss, Tile
+from megatron_qad.distillation.tiles import LOWEST, Tile
+from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.formats.common import triton_serves
 
 

@@ -20,10 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_qad.distillation.tiles import Tiles, VocabShard
 from megatron_qad.distillation.vocab_parallel import (
     LogitLoss,
-    Tiles,
-    VocabShard,
     check_losses,
     local_stats,
     merge_over_ranks,

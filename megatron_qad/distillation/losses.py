@@ -4,7 +4,8 @@ from torch import Tensor
 
 from megatron_qad.distillation.divergences import JSD, KL, ConfidenceKL, ReverseKL
 from megatron_qad.distillation.other_losses import MSE, CrossEntropy, TopKL
-from megatron_qad.distillation.vocab_parallel import LogitLoss, VocabShard, logit_losses
+from megatron_qad.distillation.tiles import VocabShard
+from megatron_qad.distillation.vocab_parallel import LogitLoss, logit_losses
 
 LOSSES: dict[str, type[LogitLoss]] = {
     "kl": KL,

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from megatron_qad.distillation.divergences import KL
 from megatron_qad.distillation.other_losses import CrossEntropy
-from megatron_qad.distillation.vocab_parallel import VocabShard, all_gather, logit_losses
+from megatron_qad.distillation.tiles import VocabShard
+from megatron_qad.distillation.vocab_parallel import all_gather, logit_losses
 
 NAMES = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement")
 """KL(teacher || student) and the cross entropies in nats a token; the share of tokens with the same most likely

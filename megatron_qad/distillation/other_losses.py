@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from megatron_qad.distillation.vocab_parallel import LOWEST, LogitLoss, Tile
+from megatron_qad.distillation.tiles import LOWEST, Tile
+from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.runtime.errors import QADError
 
 

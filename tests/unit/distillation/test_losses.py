@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference_losses import expected
 
-from megatron_qad.distillation import LOSSES, VocabShard, logit_losses, per_token_loss, vocab_parallel
+from megatron_qad.distillation import LOSSES, VocabShard, logit_losses, per_token_loss, tiles
 from megatron_qad.runtime import QADError
 
 BATCH, SEQUENCE, WIDTH = 3, 5, 48
@@ -194,13 +194,9 @@ def test_tiles_change_nothing(case, dtype, monkeypatch):
         return out, student.grad
 
     whole = run()
-    monkeypatch.setattr(vocab_parallel, "TILE_ELEMENTS", 4 * WIDTH)  # 15 tokens in tiles of 4
-    assert [tile.stop - tile.start for tile in vocab_parallel.token_tiles(15, WIDTH, vocab_parallel.TILE_ELEMENTS)] == [
-        4,
-        4,
-        4,
-        3,
-    ]
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 4 * WIDTH)  # 15 tokens in tiles of 4
+    slices = tiles.token_tiles(15, WIDTH, tiles.TILE_ELEMENTS)
+    assert [rows.stop - rows.start for rows in slices] == [4, 4, 4, 3]
     for a, b in zip(run(), whole, strict=True):
         assert torch.equal(a, b)
 
