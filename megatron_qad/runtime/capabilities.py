@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_qad.runtime import adamw, cpu_backend, safe_checkpoints
+from megatron_qad.runtime import adamw, cpu_backend, mamba_packages, safe_checkpoints
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Capabilities:
     """"te" (Transformer Engine's layers) or "local" (Megatron's torch layers)."""
     kernels: str
     """"triton" or "torch"."""
+    mamba: str
+    """"mamba_ssm" (its kernels, and causal_conv1d's) or "torch" (``ssd``)."""
     fuses_gradient_accumulation: bool
     """Whether weight gradients can be added to ``main_grad`` by their GEMM: apex's extension, which NVIDIA's containers
     have and PyPI has not."""
@@ -53,12 +55,17 @@ def capabilities() -> Capabilities:
     reasons.append(f"layer spec {layer_spec}: {why}")
     triton = gpu and importlib.util.find_spec("triton") is not None
     reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
+    packages = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))
+    mamba = "mamba_ssm" if gpu and packages else "torch"
+    why = "its packages are installed" if packages else "mamba_ssm and causal_conv1d are not both installed"
+    reasons.append(f"mamba {mamba}: " + ("its kernels need a GPU" if packages and not gpu else why))
     fuses = gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return Capabilities(
         device="cuda" if gpu else "cpu",
         backend="nccl" if gpu else "gloo",
         layer_spec=layer_spec,
         kernels="triton" if triton else "torch",
+        mamba=mamba,
         fuses_gradient_accumulation=fuses,
         reasons=tuple(reasons),
     )
@@ -79,6 +86,8 @@ def prepare(*, to_compute: bool = False) -> Capabilities:
         cpu_backend.install()
         if to_compute:
             sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed
+    if found.mamba == "torch":
+        mamba_packages.install()
     if not importlib.util.find_spec("transformer_engine"):
         adamw.install()
     return found

@@ -15,6 +15,8 @@ import types
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_qad.runtime import gloo
+
 _CPU = torch.device("cpu")
 
 
@@ -26,7 +28,7 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles its fusions; inductor on CPU costs minutes
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron refuses sequence parallelism without it
     _answer_cuda_calls()
-    _make_collectives_gloo()
+    gloo.install()
     _CudaMeansCpu().__enter__()
     _reach_backward_passes()
 
@@ -199,14 +201,3 @@ def _answer_cuda_calls() -> None:
 
 def _physical_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _make_collectives_gloo() -> None:
-    init_process_group = torch.distributed.init_process_group
-
-    @functools.wraps(init_process_group)
-    def over_gloo(backend=None, *args, **kwargs):
-        kwargs.pop("device_id", None)  # binds a rank to a GPU
-        return init_process_group("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
-
-    torch.distributed.init_process_group = over_gloo

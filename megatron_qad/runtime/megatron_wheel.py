@@ -3,6 +3,8 @@
 import importlib.util
 import queue
 
+import torch
+
 from megatron_qad.runtime.errors import QADError
 
 
@@ -49,3 +51,23 @@ def load_reshardable_state_of_torch_adam() -> None:
 
     without_step.takes_no_step = True
     DistributedOptimizer._set_main_param_and_optimizer_states = without_step
+
+
+def dispatch_tokens_on_cpu() -> None:
+    """Let the all-to-all of expert parallelism find its split sizes where tensors live on the CPU.
+
+    Megatron brings them from the GPU as numpy arrays; what is not on a GPU it leaves a tensor, which the collective
+    then refuses as a list of sizes.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    move = moe_utils.maybe_move_tensor_to_cpu
+    if getattr(move, "converts_on_cpu", False):
+        return
+
+    def moved(tensor, as_numpy=False, record_stream=False):
+        tensor = move(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moved.converts_on_cpu = True
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = moved
