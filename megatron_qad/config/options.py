@@ -46,6 +46,10 @@ class QADOptions:
     """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; the rest saturates. Default:
     all of them, the maximum."""
 
+    qad_train_router: bool = False
+    """Train the routers of expert layers, and let their bias follow the load. Default: both stay the teacher's, which
+    keeps each token at its experts."""
+
     qad_layer_spec: str | None = None
     """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU
     is there."""

@@ -27,7 +27,15 @@ class Documents(PackedSeqParams):
         ends = ends.to(device) if device is not None else ends
         # The longest document and not the row: were it the row's length, Megatron's rotary embedding would take the
         # positions of the second document for a continuation of the first.
-        return cls("thd", ends, ends, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), document_lengths=lengths)
+        longest = max(lengths)
+        # The total makes Megatron number the tokens' documents, without which a Mamba state would run through all.
+        return cls(
+            *("thd", ends, ends),
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            total_tokens=sum(lengths),
+            document_lengths=lengths,
+        )
 
 
 def document_lengths(packed_seq_params) -> list[int]:

@@ -1,7 +1,7 @@
 """Layer specs for ``HybridModel``: Transformer Engine's where it is installed, Megatron's torch layers where not.
 
 Both write and read the same checkpoints: the local spec maps its separate norms to the names of TE's fused ones
-(``linear_qkv.layer_norm_weight``). Left to later rooms: the Mamba and MoE layers of the local spec.
+(``linear_qkv.layer_norm_weight``).
 """
 
 import dataclasses
@@ -9,15 +9,22 @@ from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    MoETransformerLayer,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 
 from megatron_qad.models.attention import CoreAttention
+from megatron_qad.models.experts import moe_mlp
 from megatron_qad.models.local_layers import LocalHybridStack, RMSNorm
 
 LAYER_SPECS = ("te", "local")
@@ -27,38 +34,42 @@ _NORMS_AS_TE_NAMES_THEM = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
+_MAMBA_NORM_AS_TE_NAMES_IT = {"norm.": "mixer.in_proj.layer_norm_"}
 
 
-def hybrid_stack_spec(layer_spec: str, *, qk_layernorm: bool) -> ModuleSpec:
+def hybrid_stack_spec(layer_spec: str, *, qk_layernorm: bool, trains_router: bool = False) -> ModuleSpec:
     """The stack of one model.
 
     Args:
         layer_spec: "te" or "local" (``runtime.capabilities().layer_spec`` says which fits this machine).
         qk_layernorm: whether attention normalizes each head's query and key (Qwen3).
+        trains_router: whether the routers of expert layers learn.
     """
     if layer_spec == "te":
-        return _te_spec(qk_layernorm)
-    return _local_spec(qk_layernorm)
+        return _te_spec(qk_layernorm, trains_router)
+    return _local_spec(qk_layernorm, trains_router)
 
 
-def _te_spec(qk_layernorm: bool) -> ModuleSpec:
-    from megatron.core.extensions.transformer_engine import TENorm
+def _te_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as upstream
 
-    if not qk_layernorm:
-        return upstream
-    # Upstream's attention has no QK norm: the same layer with the two norms filled in.
-    attention = upstream.submodules.attention_layer
-    self_attention = attention.submodules.self_attention
-    normed = dataclasses.replace(self_attention.submodules, q_layernorm=TENorm, k_layernorm=TENorm)
-    layer = dataclasses.replace(
-        attention.submodules, self_attention=dataclasses.replace(self_attention, submodules=normed)
-    )
-    stack = dataclasses.replace(upstream.submodules, attention_layer=dataclasses.replace(attention, submodules=layer))
-    return dataclasses.replace(upstream, submodules=stack)
+    layers = upstream.submodules
+    # Upstream's experts are one grouped GEMM, whose inputs share a quantizer.
+    mlp = moe_mlp(TEColumnParallelLinear, TERowParallelLinear, trains_router=trains_router)
+    changed = {"moe_layer": _with_submodules(layers.moe_layer, mlp=mlp)}
+    if qk_layernorm:  # upstream's attention has no QK norm
+        attention = layers.attention_layer.submodules.self_attention
+        normed = _with_submodules(attention, q_layernorm=TENorm, k_layernorm=TENorm)
+        changed["attention_layer"] = _with_submodules(layers.attention_layer, self_attention=normed)
+    return _with_submodules(upstream, **changed)
 
 
-def _local_spec(qk_layernorm: bool) -> ModuleSpec:
+def _with_submodules(spec: ModuleSpec, **submodules) -> ModuleSpec:
+    return dataclasses.replace(spec, submodules=dataclasses.replace(spec.submodules, **submodules))
+
+
+def _local_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
     head_norm = RMSNorm if qk_layernorm else None
     attention_layer = ModuleSpec(
         module=TransformerLayer,
@@ -91,7 +102,29 @@ def _local_spec(qk_layernorm: bool) -> ModuleSpec:
             sharded_state_dict_keys_map=_NORMS_AS_TE_NAMES_THEM,
         ),
     )
+    mamba_layer = ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=RMSNorm,
+            mixer=ModuleSpec(
+                module=MambaMixer,
+                submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+            ),
+            mamba_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_MAMBA_NORM_AS_TE_NAMES_IT,
+        ),
+    )
+    moe_layer = ModuleSpec(
+        module=MoETransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            pre_mlp_layernorm=RMSNorm,
+            mlp=moe_mlp(ColumnParallelLinear, RowParallelLinear, trains_router=trains_router),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
     return ModuleSpec(
         module=LocalHybridStack,
-        submodules=HybridStackSubmodules(attention_layer=attention_layer, mlp_layer=mlp_layer),
+        submodules=HybridStackSubmodules(
+            mamba_layer=mamba_layer, attention_layer=attention_layer, mlp_layer=mlp_layer, moe_layer=moe_layer
+        ),
     )

@@ -4,11 +4,14 @@ For checkpoints made by ``tools/import_hf.py`` or saved by a QAD job. Only weigh
 quantizers' amaxes of a job that resumes are Megatron's ``load_checkpoint``'s to load.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
 from megatron_qad.runtime.errors import QADError
@@ -57,7 +60,9 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
     """
     stored = stored_shapes(checkpoint)
     left_out = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
-    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in stored)}
+    # Experts are always stored like that, and say nothing of the other MLPs.
+    dense = [name for name in stored if ".experts.experts." not in name]
+    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in dense)}
     for chunk in unwrap_model(list(chunks)):
         sharded = {
             name: tensor
@@ -74,12 +79,17 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
 
 
 def _check(sharded: dict, stored: dict[str, tuple[int, ...]], checkpoint) -> None:
-    for tensor in sharded.values():
-        key, shape = getattr(tensor, "key", None), getattr(tensor, "global_shape", None)
-        if key is None or shape is None:
-            continue  # a factory (gate and up): dist_checkpointing checks what it makes
+    for tensor in _tensors(sharded):
+        key, shape = tensor.key, tuple(tensor.global_shape)
         if key not in stored:
             raise QADError(f"{checkpoint}: no tensor {key!r}; the checkpoint is of another architecture")
         # Rows of vocabulary padding differ with the tensor-parallel size and may.
-        if not tensor.allow_shape_mismatch and tuple(shape) != stored[key]:
+        if not tensor.allow_shape_mismatch and shape != stored[key]:
             raise QADError(f"{checkpoint}: {key} has shape {list(stored[key])}, the model expects {list(shape)}")
+
+
+def _tensors(sharded: dict) -> Iterator[ShardedTensor]:
+    """The tensors of a sharded state dict, those included that are stored in parts (gate and up, Mamba's rows)."""
+    for value in sharded.values():
+        built = value.build() if isinstance(value, ShardedTensorFactory) else value
+        yield from (leaf for leaf in nested_values([built]) if isinstance(leaf, ShardedTensor))

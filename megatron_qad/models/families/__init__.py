@@ -1,6 +1,6 @@
 """One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides."""
 
-from megatron_qad.models.families import decilm, dense, nemotron_h, nemotron_vl
+from megatron_qad.models.families import decilm, dense, nemotron_h, nemotron_vl, qwen3_moe
 from megatron_qad.models.families.base import Family
 from megatron_qad.runtime.errors import QADError
 
@@ -10,6 +10,7 @@ _FAMILIES = {
         dense.LLAMA,
         dense.QWEN2,
         dense.QWEN3,
+        qwen3_moe.QWEN3_MOE,
         nemotron_h.NEMOTRON_H,
         nemotron_vl.NEMOTRON_VL,
         decilm.DECILM,

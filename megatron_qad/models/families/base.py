@@ -31,6 +31,8 @@ class TensorMap:
     """A GEMM's weight [out, in]: what a policy may quantize."""
     is_tied: bool = False
     """The output head of a model whose head is its embedding: a GEMM without a tensor of its own."""
+    is_float32: bool = False
+    """Kept in float32 whatever the model's precision (a router's correction bias)."""
     always_excluded: bool = False
     """Linear to a server and quantized by no policy (conv1d, the vision encoder): a packed checkpoint's exclusion list
     names it."""
@@ -43,6 +45,12 @@ class TensorMap:
 
     def to_hf(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         return [tensor]
+
+    @property
+    def stored_rows(self) -> dict[str, int]:
+        """How a torch_dist checkpoint holds the tensor: rows by ending of the name, one entry a part that is sharded by
+        itself."""
+        return {"": self.shape[0]}
 
     @property
     def megatron_module(self) -> str:
@@ -63,6 +71,15 @@ class RowStack(TensorMap):
 
     def to_hf(self, tensor):
         return list(tensor.split(self.rows))
+
+
+@dataclass(frozen=True)
+class ExpertGateUp(RowStack):
+    """Gate and up of one expert, which Megatron stores apart where it stores experts one by one."""
+
+    @property
+    def stored_rows(self):
+        return dict(zip(("_w", "_v"), self.rows, strict=True))
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,16 @@ def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
 
 def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[TensorMap]:
     found = [embedding(config)]
-    heads = (required(config, "num_attention_heads"), _num_groups(config), _head_dim(config))
     for block in range(required(config, "num_hidden_layers")):
         hf = f"model.layers.{block}"
-        found += attention(config, 2 * block, hf, *heads, qkv_bias=qkv_bias, qk_norm=qk_norm)
+        found += attention(config, 2 * block, hf, *heads(config), qkv_bias=qkv_bias, qk_norm=qk_norm)
         found += gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
     return found + final(config)
+
+
+def heads(config: dict) -> tuple[int, int, int]:
+    """Attention heads, key-value heads, size of one."""
+    return required(config, "num_attention_heads"), _num_groups(config), _head_dim(config)
 
 
 def embedding(config: dict) -> TensorMap:

@@ -2,21 +2,23 @@
 
 Layer i of the file is layer i of the pattern. Hugging Face names are the hub's (``backbone.*``, experts apart), which
 transformers 5 renames when it loads. Experts carry Megatron's name of one expert's tensor with its global index. What
-has no map yet stops: biases of linears and layers for multi-token prediction. Inspection only, until the Mamba and
-expert layers can be trained.
+has no map yet stops: biases of linears and layers for multi-token prediction.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_qad.models.families.base import Family, GroupedQKV, TensorMap, not_trainable, required
+from megatron_qad.models.families.base import Family, GroupedQKV, TensorMap, required
+from megatron_qad.models.families.router import router_args
 from megatron_qad.runtime.errors import QADError
 
 _SYMBOLS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
 }  # fmt: skip
 _BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias")
+# What Megatron's Mamba mixer fixes, by key: the only value that can be trained.
+_OF_MAMBA = {"conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class MambaRows(TensorMap):
 
     parts: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
+
+    @property
+    def stored_rows(self):
+        return {f".{part}": rows for part, rows in zip(self.parts, self.rows, strict=True)}
 
 
 def layer_pattern(config: dict) -> str:
@@ -46,6 +52,80 @@ def layer_pattern(config: dict) -> str:
             f"config.json: num_hidden_layers is {config['num_hidden_layers']}, the layer pattern has {len(pattern)}"
         )
     return pattern
+
+
+def megatron_args(config: dict) -> dict:
+    pattern, num_heads = layer_pattern(config), required(config, "num_attention_heads")
+    if config.get("mlp_hidden_act", "relu2") != "relu2":
+        raise QADError(f"config.json has mlp_hidden_act {config['mlp_hidden_act']!r}; this family uses 'relu2'")
+    if config.get("sliding_window"):
+        raise QADError("config.json asks for sliding-window attention, which is not supported")
+    shape = {
+        "hybrid-layer-pattern": pattern,
+        "hidden-size": required(config, "hidden_size"),
+        "ffn-hidden-size": config.get("intermediate_size") or required(config, "moe_intermediate_size"),
+        "num-attention-heads": num_heads,
+        "group-query-attention": True,
+        "num-query-groups": config.get("num_key_value_heads") or num_heads,
+        "kv-channels": _head_dim(config),
+        "normalization": "RMSNorm",
+        "norm-epsilon": config.get("layer_norm_epsilon", 1e-5),
+        "position-embedding-type": "none",
+        "squared-relu": True,
+        "disable-bias-linear": True,
+        "untie-embeddings-and-output-weights": not config.get("tie_word_embeddings", False),
+        "max-position-embeddings": config.get("max_position_embeddings", 4096),
+        "vocab-size": required(config, "vocab_size"),
+    }
+    if "M" in pattern:
+        shape |= _mamba_args(config)
+    if "E" in pattern:
+        shape |= _expert_args(config)
+    return shape
+
+
+def _mamba_args(config: dict) -> dict:
+    for key, value in _OF_MAMBA.items():
+        if config.get(key, value) != value:
+            raise QADError(f"config.json has {key} {config[key]!r}; Megatron's Mamba layers have {value!r}")
+    return {
+        "mamba-num-heads": required(config, "mamba_num_heads"),
+        "mamba-head-dim": required(config, "mamba_head_dim"),
+        "mamba-num-groups": required(config, "n_groups"),
+        "mamba-state-dim": required(config, "ssm_state_size"),
+    }
+
+
+def _expert_args(config: dict) -> dict:
+    top_k, num_groups = required(config, "num_experts_per_tok"), config.get("n_group", 1)
+    group_topk = config.get("topk_group", 1)
+    is_grouped = num_groups != group_topk
+    if is_grouped and top_k != 2 * group_topk:
+        raise QADError(
+            f"config.json has n_group {num_groups}, topk_group {group_topk} and num_experts_per_tok {top_k}; a group's "
+            f"score is that of its best two experts, for which Megatron needs num_experts_per_tok {2 * group_topk}"
+        )
+    if top_k > 1 and not config.get("norm_topk_prob", True):
+        raise QADError("config.json has norm_topk_prob false; Megatron normalizes the scores of a sigmoid router")
+    return router_args(
+        num_experts=required(config, "n_routed_experts"),
+        top_k=top_k,
+        width=required(config, "moe_intermediate_size"),
+        shared_width=_shared_width(config),
+        latent_size=config.get("moe_latent_size"),
+        sigmoid=True,
+        scaling_factor=config.get("routed_scaling_factor", 1.0),
+        groups=(num_groups, group_topk) if is_grouped else None,
+    )
+
+
+def _shared_width(config: dict) -> int | None:
+    return required(config, "moe_shared_expert_intermediate_size") if config.get("n_shared_experts", 1) else None
+
+
+def _head_dim(config: dict) -> int:
+    of_config = config.get("head_dim") or config.get("attention_head_dim")
+    return of_config or required(config, "hidden_size") // required(config, "num_attention_heads")
 
 
 def tensors(config: dict, prefix: str = "") -> list[TensorMap]:
@@ -105,7 +185,7 @@ def _mamba(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
 def _attention(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
     hidden, num_heads = required(config, "hidden_size"), required(config, "num_attention_heads")
     num_groups = config.get("num_key_value_heads") or num_heads
-    head_dim = config.get("head_dim") or config.get("attention_head_dim") or hidden // num_heads
+    head_dim = _head_dim(config)
     module = f"decoder.layers.{layer}.self_attention"
     yield TensorMap(f"{module}.linear_qkv.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
     yield GroupedQKV(
@@ -138,7 +218,8 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
     )
     router = partial(TensorMap, kind="router", layer=layer)
     yield router(f"{module}.router.weight", (f"{mixer}.gate.weight",), shape=(num_experts, hidden))
-    yield router(f"{module}.router.expert_bias", (f"{mixer}.gate.e_score_correction_bias",), shape=(num_experts,))
+    bias = (f"{mixer}.gate.e_score_correction_bias",)
+    yield router(f"{module}.router.expert_bias", bias, shape=(num_experts,), is_float32=True)
     if latent:  # the routed experts work in a narrower space, between these two
         for name, shape in (("fc1_latent_proj", (latent, hidden)), ("fc2_latent_proj", (hidden, latent))):
             names = (f"{mixer}.{name}.weight",)
@@ -147,8 +228,7 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
     for i in range(num_experts):
         expert = f"{module}.experts.experts.{i}"
         yield from _up_down(expert, f"{mixer}.experts.{i}", "expert", layer, latent or hidden, width)
-    if config.get("n_shared_experts", 1):
-        shared = required(config, "moe_shared_expert_intermediate_size")
+    if shared := _shared_width(config):
         module = f"{module}.shared_experts"
         yield from _up_down(module, f"{mixer}.shared_experts", "shared_expert", layer, hidden, shared)
 
@@ -163,8 +243,7 @@ def _up_down(module: str, hf: str, kind: str, layer: int, hidden: int, width: in
 NEMOTRON_H = Family(
     architecture="NemotronHForCausalLM",
     layer_pattern=layer_pattern,
-    megatron_args=not_trainable,
+    megatron_args=megatron_args,
     tensors=tensors,
-    rope_scaling=not_trainable,
-    is_trainable=False,
+    rope_scaling=lambda config: None,
 )

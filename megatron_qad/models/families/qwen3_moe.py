@@ -1,0 +1,74 @@
+"""Qwen3-MoE (``Qwen3MoeForCausalLM``): Qwen3's attention, and blocks of gated experts behind a softmax router.
+
+As in the dense families block i is layers 2i and 2i + 1 of the pattern; the second is ``E``, or ``-`` where the config
+leaves a block dense. Hugging Face names are the hub's, with experts apart. No shared experts.
+"""
+
+from collections.abc import Iterator
+
+from megatron_qad.models.families import dense
+from megatron_qad.models.families.base import ExpertGateUp, Family, TensorMap, required
+from megatron_qad.models.families.router import router_args
+
+
+def layer_pattern(config: dict) -> str:
+    return "".join("*E" if _has_experts(config, i) else "*-" for i in range(required(config, "num_hidden_layers")))
+
+
+def _has_experts(config: dict, block: int) -> bool:
+    step = config.get("decoder_sparse_step") or 1
+    return block not in (config.get("mlp_only_layers") or ()) and (block + 1) % step == 0
+
+
+def megatron_args(config: dict) -> dict:
+    shape = dense.megatron_args(config, qkv_bias=False, qk_norm=True)
+    shape["hybrid-layer-pattern"] = layer_pattern(config)
+    return shape | router_args(
+        num_experts=required(config, "num_experts"),
+        top_k=required(config, "num_experts_per_tok"),
+        width=required(config, "moe_intermediate_size"),
+        # Normalizing the chosen experts' probabilities is a softmax over their logits alone.
+        softmax_over_all=not config.get("norm_topk_prob", False),
+    )
+
+
+def tensors(config: dict) -> list[TensorMap]:
+    found = [dense.embedding(config)]
+    for block in range(required(config, "num_hidden_layers")):
+        hf = f"model.layers.{block}"
+        found += dense.attention(config, 2 * block, hf, *dense.heads(config), qk_norm=True)
+        if _has_experts(config, block):
+            found += _experts(config, 2 * block + 1, hf)
+        else:
+            found += dense.gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
+    return found + dense.final(config)
+
+
+def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+    hidden, num_experts = required(config, "hidden_size"), required(config, "num_experts")
+    width, module = required(config, "moe_intermediate_size"), f"decoder.layers.{layer}.mlp"
+    norm = (f"{hf}.post_attention_layernorm.weight",)
+    yield TensorMap(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", norm, "norm", (hidden,), layer)
+    yield TensorMap(f"{module}.router.weight", (f"{hf}.mlp.gate.weight",), "router", (num_experts, hidden), layer)
+    for i in range(num_experts):
+        expert, names = f"{module}.experts.experts.{i}", f"{hf}.mlp.experts.{i}"
+        yield ExpertGateUp(
+            f"{expert}.linear_fc1.weight",
+            (f"{names}.gate_proj.weight", f"{names}.up_proj.weight"),
+            "expert",
+            (2 * width, hidden),
+            layer,
+            is_linear=True,
+            rows=(width, width),
+        )
+        down = (f"{names}.down_proj.weight",)
+        yield TensorMap(f"{expert}.linear_fc2.weight", down, "expert", (hidden, width), layer, is_linear=True)
+
+
+QWEN3_MOE = Family(
+    architecture="Qwen3MoeForCausalLM",
+    layer_pattern=layer_pattern,
+    megatron_args=megatron_args,
+    tensors=tensors,
+    rope_scaling=dense.rope_scaling,
+)
