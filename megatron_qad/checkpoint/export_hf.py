@@ -100,7 +100,8 @@ class Export:
             fmt = self.formats.get(tensor_map.megatron, "bf16")
             if fmt == "bf16":
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
-                    yield HFTensor(name, part.to(self.dtype or part.dtype).contiguous())
+                    dtype = part.dtype if tensor_map.is_float32 else self.dtype or part.dtype
+                    yield HFTensor(name, part.to(dtype).contiguous())
             else:
                 yield from self._quantized(tensor_map, tensor, fmt)
             if self.kv_cache == "fp8" and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):

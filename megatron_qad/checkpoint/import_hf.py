@@ -5,7 +5,7 @@ Under torchrun each rank imports its share. Values are copied, never changed but
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -58,8 +58,14 @@ def _read(source: Path, target: Path, dtype: torch.dtype, rank: int, size: int) 
     maps = family.tensors(reader.config)
     _check_names(reader, maps)
     mine = maps[rank::size]
-    sharded = {m.megatron: ShardedTensor.from_rank_offsets(m.megatron, _convert(reader, m, dtype)) for m in mine}
-    return sharded, len(maps)
+    stored = {name: part for m in mine for name, part in _stored(m, _convert(reader, m, dtype))}
+    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, len(maps)
+
+
+def _stored(tensor_map: TensorMap, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    rows = tensor_map.stored_rows
+    for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
+        yield tensor_map.megatron + ending, part.contiguous()
 
 
 def _all_or_none(work: Callable):
@@ -110,5 +116,5 @@ def _convert(reader: HFReader, tensor_map: TensorMap, dtype: torch.dtype) -> tor
             )
         if not bool(torch.isfinite(tensor).all()):
             raise QADError(f"{reader.directory}: {name} holds NaN or Inf")
-        parts.append(tensor.to(dtype))
+        parts.append(tensor.to(torch.float32 if tensor_map.is_float32 else dtype))
     return tensor_map.to_megatron(parts).contiguous()

@@ -46,12 +46,19 @@ class TorchDistReader:
         """The tensors of ``maps`` in order, read a layer at a time; vocabulary padding cut off, shapes checked."""
         for _, group in groupby(maps, key=lambda m: m.layer):
             group = list(group)
-            tensors = self.read([m.megatron for m in group])
+            parts = {m.megatron: self._parts(m) for m in group}
+            tensors = self.read([part for names in parts.values() for part in names])
             for m in group:
-                tensor = tensors.pop(m.megatron)
+                tensor = torch.cat([tensors.pop(part) for part in parts[m.megatron]])
                 if m.kind in ("embedding", "head"):
                     tensor = tensor[: m.shape[0]]
                 if tuple(tensor.shape) != m.shape:
                     found = list(tensor.shape)
                     raise QADError(f"{self.directory}: {m.megatron} has shape {found}, expected {list(m.shape)}")
                 yield m, tensor
+
+    def _parts(self, tensor_map: TensorMap) -> list[str]:
+        """Names of what holds a tensor here: of the whole, if that is stored, or else of its parts."""
+        if tensor_map.megatron in self:
+            return [tensor_map.megatron]
+        return [tensor_map.megatron + ending for ending in tensor_map.stored_rows]

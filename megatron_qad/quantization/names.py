@@ -6,19 +6,31 @@ from collections.abc import Iterable, Iterator
 import torch
 from megatron.core.utils import unwrap_model
 
-_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)")  # SequentialMLP's
+_LOCAL_EXPERT = re.compile(r"(.*\.experts)\.local_experts\.(\d+)(\..*|$)")
+_EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
 
 
 def named_modules_globally(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules of one (possibly wrapped) model chunk with the layer's index in the whole model in their names."""
+    """Modules of one (possibly wrapped) model chunk under the names that checkpoints have: with the layer's index in
+    the whole model, and ``experts.experts.N`` with the expert's index over all expert-parallel ranks."""
     chunk = unwrap_model(chunk)
     layers = getattr(chunk.decoder, "layers", [])
     global_index = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(layers)}
+    first_expert = {}
     for name, module in chunk.named_modules():
+        if name.endswith(".experts") and hasattr(module, "local_experts"):
+            first_expert[name] = module.ep_group.rank() * module.num_local_experts
+        if expert := _LOCAL_EXPERT.fullmatch(name):
+            name = f"{expert[1]}.experts.{first_expert[expert[1]] + int(expert[2])}{expert[3]}"
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"] and len(parts) > 2:
             parts[2] = global_index[parts[2]]
         yield ".".join(parts), module
+
+
+def is_expert(name: str) -> bool:
+    """Whether a linear belongs to one expert of many, which expert-parallel ranks hold different ones of."""
+    return _EXPERT.search(name) is not None
 
 
 def sibling_experts(name: str, names: Iterable[str]) -> list[str]:

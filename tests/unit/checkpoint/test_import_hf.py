@@ -68,8 +68,8 @@ def change_config(directory: Path, **changes) -> None:
 
 
 def test_a_family_that_can_only_be_inspected(damaged, refuses):
-    change_config(damaged, architectures=["NemotronHForCausalLM"])
-    refuses(damaged, "NemotronHForCausalLM is not trainable yet.*cannot be imported")
+    change_config(damaged, architectures=["NemotronH_Nano_VL_V2"])
+    refuses(damaged, "NemotronH_Nano_VL_V2 is not trainable yet.*cannot be imported")
 
 
 def test_no_directory_or_config(damaged, refuses, tmp_path):
@@ -120,7 +120,7 @@ def test_weights_that_are_not_finite(damaged, refuses, bad):
 
 def test_unsupported_family_and_rope(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
-    refuses(damaged, "'MambaForCausalLM', which is not supported. Supported: LlamaForCausalLM, Qwen2")
+    refuses(damaged, "'MambaForCausalLM', which is not supported. Supported: LlamaForCausalLM, NemotronH")
     change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
     refuses(damaged, "rope type 'yarn'; supported: default, llama3")
 

@@ -36,7 +36,13 @@ def test_more_stages_than_layers():
         with_stages("*-*-", 5)
 
 
-SHAPE = {"num-attention-heads": 12, "num-query-groups": 4, "kv-channels": 16, "ffn-hidden-size": 256}
+SHAPE = {
+    "hybrid-layer-pattern": "*-",
+    "num-attention-heads": 12,
+    "num-query-groups": 4,
+    "kv-channels": 16,
+    "ffn-hidden-size": 256,
+}
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_percentile_saturates_outliers_and_100_is_the_maximum(make_chunk, line
     assert found[None] == found[100.0] == 1000.0 and 2.0 < found[99.0] < 4.0
 
 
-EXPERT = "decoder.layers.{}.mlp.experts.local_experts.{}.{}"
+EXPERT = "decoder.layers.{}.mlp.experts.experts.{}.{}"
 
 
 def test_siblings_are_the_other_experts_at_the_same_place():
@@ -78,6 +78,13 @@ def test_siblings_are_the_other_experts_at_the_same_place():
     names.append("decoder.layers.1.mlp.shared_experts.linear_fc1")
     assert sibling_experts(names[0], names) == [EXPERT.format(1, i, "linear_fc1") for i in (1, 12)]
     assert sibling_experts(names[-1], names) == []
+
+
+class OneRank:
+    """The expert-parallel group of one process."""
+
+    def rank(self):
+        return 0
 
 
 @pytest.fixture
@@ -89,6 +96,7 @@ def experts(make_chunk):
         layer = chunk.decoder.layers[0]
         layer.mlp = torch.nn.Module()
         layer.mlp.experts = torch.nn.Module()
+        layer.mlp.experts.ep_group, layer.mlp.experts.num_local_experts = OneRank(), 3
         layer.mlp.experts.local_experts = torch.nn.ModuleList()
         for _ in range(3):
             expert = torch.nn.Module()
@@ -118,5 +126,5 @@ def test_an_expert_without_tokens_takes_the_largest_amax_of_its_siblings(experts
 def test_experts_that_all_saw_nothing_are_an_error(experts):
     chunk, names = experts()
     quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
-    with pytest.raises(QADError, match=r"local_experts\.0\.linear_fc1 saw no input"), quantizers.calibrating():
+    with pytest.raises(QADError, match=r"experts\.0\.linear_fc1 saw no input"), quantizers.calibrating():
         pass
