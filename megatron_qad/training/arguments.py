@@ -25,6 +25,7 @@ from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities
 from megatron_qad.runtime.megatron_wheel import (
+    dispatch_tokens_on_cpu,
     load_reshardable_state_of_torch_adam,
     save_checkpoints_in_this_process,
     use_compiled_dataset_helpers,
@@ -94,6 +95,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     resume.continue_wandb_run(early)
     use_compiled_dataset_helpers()
     load_reshardable_state_of_torch_adam()
+    if capabilities().device == "cpu":
+        dispatch_tokens_on_cpu()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     check_masters(args)
     if not args.async_save:
@@ -144,9 +147,11 @@ def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespa
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     parsed = parser.parse_args(to_flags(shape))
     other = copy.copy(args)
-    for name in shape:
+    # What only the student has (experts, a Mamba state) goes back to Megatron's default.
+    for name in shape | family_of(args.hf_config).megatron_args(args.hf_config):
         dest = parser._option_string_actions[f"--{name}"].dest
-        setattr(other, dest, getattr(parsed, dest))
+        value = getattr(parsed, dest)
+        setattr(other, dest, value[0] if isinstance(value, list) and len(value) == 1 else value)  # as Megatron does
     other.num_layers = num_layers
     other.virtual_pipeline_model_parallel_size = virtual if virtual > 1 else None
     other.overlap_p2p_comm = args.overlap_p2p_comm and virtual > 1
@@ -195,7 +200,9 @@ def model_config(args: argparse.Namespace, hf_config: dict) -> QADModelConfig:
     """The ``HybridModelConfig`` of a model in this job's parallel layout."""
     config = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
     layer_spec = args.qad.qad_layer_spec or capabilities().layer_spec
-    config.hybrid_stack_spec = hybrid_stack_spec(layer_spec, qk_layernorm=config.transformer.qk_layernorm)
+    config.hybrid_stack_spec = hybrid_stack_spec(
+        layer_spec, qk_layernorm=config.transformer.qk_layernorm, trains_router=args.qad.qad_train_router
+    )
     config.rope_scaling = family_of(hf_config).rope_scaling(hf_config)
     return config
 

@@ -55,14 +55,24 @@ def ranks_of_layers(pattern: str, num_ranks: int) -> list[int]:
 
 def possible_tensor_parallel(shape: Mapping) -> tuple[dict[str, int], list[int]]:
     """What tensor parallelism must divide in a model, by name, and the sizes that divide all of it."""
-    width = shape["num-attention-heads"] * shape["kv-channels"]
-    parts = {
-        "the attention heads": shape["num-attention-heads"],
-        "the key-value heads": shape["num-query-groups"],
-        "the 16-element blocks of the attention output": width // 16,
-        "the 16-element blocks of the MLP": shape["ffn-hidden-size"] // 16,
-    }
-    sizes = range(1, shape["num-attention-heads"] + 1)
+    pattern, parts = shape["hybrid-layer-pattern"], {}
+    if "*" in pattern:
+        parts |= {
+            "the attention heads": shape["num-attention-heads"],
+            "the key-value heads": shape["num-query-groups"],
+            "the 16-element blocks of the attention output": shape["num-attention-heads"] * shape["kv-channels"] // 16,
+        }
+    if "-" in pattern:
+        parts["the 16-element blocks of the MLP"] = shape["ffn-hidden-size"] // 16
+    if "M" in pattern:
+        parts |= {
+            "the Mamba heads": shape["mamba-num-heads"],
+            "the Mamba groups": shape["mamba-num-groups"],
+            "the 16-element blocks of the Mamba output": shape["mamba-num-heads"] * shape["mamba-head-dim"] // 16,
+        }
+    if shape.get("moe-shared-expert-intermediate-size"):
+        parts["the 16-element blocks of the shared expert"] = shape["moe-shared-expert-intermediate-size"] // 16
+    sizes = range(1, min(parts.values()) + 1)
     return parts, [size for size in sizes if all(number % size == 0 for number in parts.values())]
 
 
@@ -117,10 +127,54 @@ def _faults(args, shapes, world: int) -> Iterator[str]:
                 f"{pp} pipeline stages x {stages // pp} virtual ones for {len(pattern)} layers ({pattern}) of {who}: "
                 "at most one stage a layer"
             )
+    yield from _expert_faults(args, shapes, tp, pp, world)
+    yield from _mamba_faults(args, shapes, tp, cp)
     if world % (tp * pp * cp):
         yield f"TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp} ranks; this job has {world}"
     yield from _sequence_faults(args, tp, cp)
     yield from _batch_faults(args, pp, virtual, world // (tp * pp * cp))
+
+
+def _expert_faults(args, shapes, tp: int, pp: int, world: int) -> Iterator[str]:
+    ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size or tp
+    if ep > 1 and not shapes["the student"].get("num-experts"):
+        yield f"--expert-model-parallel-size {ep}, but the student has no experts"
+    for who, shape in shapes.items():
+        number = shape.get("num-experts")
+        if not number:
+            continue
+        if number % ep:
+            possible = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+            yield (
+                f"--expert-model-parallel-size {ep} does not divide the experts of {who} ({number}); possible: "
+                f"{possible}"
+            )
+        if shape["moe-ffn-hidden-size"] // 16 % etp:
+            yield (
+                f"the experts' tensor parallelism of {etp} does not divide the 16-element blocks of an expert of {who} "
+                f"({shape['moe-ffn-hidden-size'] // 16}); --expert-tensor-parallel-size sets it apart from TP"
+            )
+        if tp > 1 and not args.sequence_parallel:
+            yield f"--tensor-model-parallel-size {tp} with experts ({who}) needs --sequence-parallel"
+        if world % (etp * ep * pp):
+            yield (
+                f"experts at EP {ep} x expert TP {etp} x PP {pp} need a multiple of {etp * ep * pp} ranks; this job "
+                f"has {world}"
+            )
+
+
+def _mamba_faults(args, shapes, tp: int, cp: int) -> Iterator[str]:
+    for who, shape in shapes.items():
+        if "M" not in shape["hybrid-layer-pattern"] or cp == 1:
+            continue
+        if args.dataloader_inter_document_masking:
+            yield f"--context-parallel-size {cp} with packed rows: not supported by the Mamba layers of {who}"
+        heads, groups = shape["mamba-num-heads"] // tp, shape["mamba-num-groups"] // tp
+        if heads % cp or groups % cp and cp % groups:
+            yield (
+                f"--context-parallel-size {cp} does not divide the {heads} Mamba heads and {groups} groups that a "
+                f"tensor-parallel rank has of {who}"
+            )
 
 
 def _sequence_faults(args, tp: int, cp: int) -> Iterator[str]:
@@ -178,6 +232,8 @@ def _possible(args, shapes, world: int) -> Iterator[tuple[int, int, int]]:
         if world % (tp * pp * cp):
             continue
         dp = world // (tp * pp * cp)
+        if any(_expert_faults(args, shapes, tp, pp, world)) or any(_mamba_faults(args, shapes, tp, cp)):
+            continue
         if any(_sequence_faults(args, tp, cp)) or any(_batch_faults(args, pp, 1, dp)):
             continue
         yield tp, pp, cp

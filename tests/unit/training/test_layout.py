@@ -28,6 +28,8 @@ def job(**changes) -> Namespace:
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
+        "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
         "num_virtual_stages_per_pipeline_rank": None,
         "sequence_parallel": False,
         "seq_length": 32,
@@ -91,3 +93,59 @@ def test_a_teacher_takes_as_many_virtual_stages_as_it_has_layers_for(layers, exp
     assert teacher_virtual_stages(layers, args) == expected
     args.qad.qad_teacher_on_host = True
     assert teacher_virtual_stages(layers, args) == 1
+
+
+HYBRID = SHAPE | {
+    "hybrid-layer-pattern": "ME*E",
+    "mamba-num-heads": 12,
+    "mamba-head-dim": 16,
+    "mamba-num-groups": 2,
+    "num-experts": 12,
+    "moe-ffn-hidden-size": 32,
+    "moe-shared-expert-intermediate-size": 64,
+}
+
+
+TP, EP, CP, ETP = (f"{x}_parallel_size" for x in ("tensor_model", "expert_model", "context", "expert_tensor"))
+PACKED = "dataloader_inter_document_masking"
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "says"),
+    [
+        (3, {TP: 3}, "3 does not divide the attention heads (4); possible for the student: 1, 2"),
+        (4, {TP: 4}, "4 does not divide the key-value heads (2)"),
+        (5, {EP: 5}, "5 does not divide the experts of the student (12); possible: 1, 2, 3, 4, 6"),
+        (2, {TP: 2}, "--tensor-model-parallel-size 2 with experts (the student) needs --sequence-parallel"),
+        (2, {ETP: 4}, "the experts' tensor parallelism of 4 does not divide the 16-element blocks of an expert"),
+        (2, {EP: 4}, "experts at EP 4 x expert TP 1 x PP 1 need a multiple of 4 ranks"),
+        (5, {CP: 5}, "--context-parallel-size 5 does not divide the 12 Mamba heads and 2 groups"),
+        (2, {CP: 2, PACKED: True}, "with packed rows: not supported by the Mamba layers of the student"),
+    ],
+)
+def test_layouts_of_hybrids_that_cannot_be(monkeypatch, world, changes, says):
+    assert says in refusal(monkeypatch, world, {"the student": HYBRID}, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"mamba-num-groups": 1}, "--tensor-model-parallel-size 2 does not divide the Mamba groups (1)"),
+        ({"mamba-num-heads": 13}, "--tensor-model-parallel-size 2 does not divide the Mamba heads (13)"),
+        ({"moe-shared-expert-intermediate-size": 48}, "does not divide the 16-element blocks of the shared expert (3)"),
+    ],
+)
+def test_tensor_parallelism_divides_mamba_and_shared_experts(monkeypatch, change, says):
+    text = refusal(monkeypatch, 2, {"the student": HYBRID | change}, **{TP: 2}, sequence_parallel=True)
+    assert says in text and "possible for the student: 1" in text
+
+
+def test_expert_parallelism_without_experts(monkeypatch):
+    text = refusal(monkeypatch, 2, expert_model_parallel_size=2)
+    assert "--expert-model-parallel-size 2, but the student has no experts" in text
+
+
+def test_a_hybrid_layout_that_works(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}
+    check_layout(job(**sizes), {"the student": HYBRID})
