@@ -27,15 +27,18 @@ def _whole(ranks: list[dict], vocab_size: int) -> dict[str, Tensor]:
     found = {}
     for name in {name for rank in ranks for name in rank}:
         copies = [rank[name] for rank in ranks if name in rank]
-        _, axis, num_parts, _ = copies[0]
+        first, axis, rows, _ = copies[0]
         shards: dict[int, Tensor] = {}
         for tensor, _, _, tp_rank in copies:
             place = 0 if axis is None else tp_rank
             # Data-parallel ranks, a tied embedding's two stages and uncut tensors: copies that must be the same.
             assert torch.equal(shards.setdefault(place, tensor), tensor), name
         tensors = [shards[place] for place in sorted(shards)]
-        parts = [tensor.chunk(num_parts, dim=axis or 0) for tensor in tensors]
-        whole = torch.cat([part[i] for i in range(num_parts) for part in parts], dim=axis or 0)
+        if axis is None:
+            whole = tensors[0]
+        else:
+            parts = [tensor.split(rows or first.shape[axis], dim=axis) for tensor in tensors]
+            whole = torch.cat([shard for part in zip(*parts, strict=True) for shard in part], dim=axis)
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         found[name] = whole[:vocab_size] if is_vocabulary else whole
     return found

@@ -27,8 +27,10 @@ LLAMA = {
 }
 
 
-def write_hf(directory: Path, config: dict, *, seed: int = 0, noise: float = 0.0) -> Path:
-    """A random model in Hugging Face layout, float32; ``noise`` moves each weight by that share of its scale."""
+def write_hf(
+    directory: Path, config: dict, *, seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A random model in Hugging Face layout; ``noise`` moves each weight by that share of its scale."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     weights, moves = (torch.Generator().manual_seed(n) for n in (seed, seed + 1000))
@@ -39,7 +41,8 @@ def write_hf(directory: Path, config: dict, *, seed: int = 0, noise: float = 0.0
             scale = {"norm": 0.1, "embedding": 0.5}.get(tensor_map.kind, 0.15)
             tensor = torch.randn(shape, generator=weights) * scale
             tensor += torch.randn(shape, generator=moves) * scale * noise
-            tensors[name] = tensor + 1 if tensor_map.kind == "norm" else tensor
+            tensor = tensor + 1 if tensor_map.kind == "norm" else tensor
+            tensors[name] = tensor if tensor_map.is_float32 else tensor.to(dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 

@@ -59,8 +59,8 @@ def train(argv: list[str], record: str | None = None, follow: str | None = None,
 class _Watch:
     """Records of every step: loss (sum, count) on the last stage, grad_norm, and shards by global parameter name.
 
-    A shard is (tensor, axis along which tensor parallelism cut it or None, number of stacked parts that were each cut,
-    tensor-parallel rank).
+    A shard is (tensor, axis along which tensor parallelism cut it or None, what this rank has of each of the stacked
+    parts that were cut one by one, tensor-parallel rank).
     "batches" has the microbatches that the student was trained on, "amaxes" those of its input quantizers.
     """
 
@@ -103,7 +103,7 @@ class _Watch:
         step, now = optimizer.step, self.steps[-1]
 
         def watched():
-            now["grads"] = self._shards(model, lambda p: p.main_grad)
+            now["grads"] = self._shards(model, lambda p: getattr(p, "main_grad", None))  # None: frozen
             return step()
 
         optimizer.step = watched
@@ -124,7 +124,8 @@ class _Watch:
 
         from megatron_qad.quantization.names import named_modules_globally
 
-        is_tied = not get_args().untie_embeddings_and_output_weights
+        args = get_args()
+        is_tied = not args.untie_embeddings_and_output_weights
 
         found = {}
         for chunk in model:
@@ -135,30 +136,35 @@ class _Watch:
                     if (value := value_of(parameter)) is None:
                         continue
                     is_cut = getattr(parameter, "tensor_model_parallel", False)
-                    parts = 2 if name.endswith("linear_fc1") else 1  # gate and up
                     axis = parameter.partition_dim if is_cut else None
-                    found[f"{name}.{kind}"] = (
-                        value.clone() if copy else value,
-                        axis,
-                        parts,
-                        mpu.get_tensor_model_parallel_rank(),
-                    )
+                    kind = kind.replace("conv1d_", "conv1d.")  # as in a checkpoint
+                    is_expert = ".experts.experts." in name
+                    rank = mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
+                    value = value.clone() if copy else value
+                    found[f"{name}.{kind}"] = (value, axis, _parts(name, parameter, args.swiglu), rank)
         return found
+
+
+def _parts(name: str, parameter, is_gated: bool) -> list[int] | None:
+    """Rows of each part that tensor parallelism cut by itself; None: there is one part."""
+    if is_gated and name.endswith("linear_fc1"):
+        return [len(parameter) // 2] * 2
+    return getattr(parameter, "partition_sizes", None)  # Mamba's
 
 
 def _take_parameters(model, whole: dict, shards) -> None:
     """Write this rank's part of a one-rank job's parameters; vocabulary padding, whose length differs, stays."""
     from megatron.core import mpu
 
-    for name, (parameter, axis, num_parts, rank) in shards(model, lambda p: p.data, copy=False).items():
+    for name, (parameter, axis, parts, rank) in shards(model, lambda p: p.data, copy=False).items():
         value = whole[name][0]
         if axis is not None:
             size = mpu.get_tensor_model_parallel_world_size()
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 value = value[rank * len(parameter) : (rank + 1) * len(parameter)]
             else:
-                parts = [part.chunk(size, dim=axis)[rank] for part in value.chunk(num_parts, dim=axis)]
-                value = torch.cat(parts, dim=axis)
+                whole_parts = value.split([rows * size for rows in parts] if parts else value.shape[axis], dim=axis)
+                value = torch.cat([part.chunk(size, dim=axis)[rank] for part in whole_parts], dim=axis)
         parameter[: len(value)].copy_(value)
 
 

@@ -1,0 +1,133 @@
+"""Tiny Nemotron-H and Qwen3-MoE models under the hub's names, and transformers' models of the same files.
+
+Every layer kind stands alone once, and together in whole patterns. Sizes are such that two tensor-parallel ranks have
+whole heads, groups and 16-element blocks each, and four expert-parallel ranks an expert or more.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+from tiny_job import LLAMA
+
+from megatron_qad.models.families import family_of
+
+NEMOTRON_H = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "ME*-ME",
+    "num_hidden_layers": 6,
+    "vocab_size": 120,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+    "routed_scaling_factor": 2.5,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "mlp_hidden_act": "relu2",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+    # transformers sums over the wrong axis where a sequence has several chunks, and clamps small steps: neither here.
+    "chunk_size": 256,
+    "time_step_min": 0.0,
+    "torch_dtype": "float32",
+}
+QWEN3_MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+    "torch_dtype": "float32",
+    "max_position_embeddings": 512,
+}
+
+
+def _pattern(symbols: str, **changes) -> dict:
+    return NEMOTRON_H | {"hybrid_override_pattern": symbols, "num_hidden_layers": len(symbols)} | changes
+
+
+WHOLE = {
+    "nemotron-h": NEMOTRON_H,
+    "nemotron-h dense": _pattern("M-M*-M-"),
+    "qwen3-moe": QWEN3_MOE,
+}
+CASES = WHOLE | {
+    "mamba": _pattern("M"),
+    "mamba, a group a head": _pattern("MM", n_groups=8),
+    "attention": _pattern("**"),
+    "mlp": _pattern("-"),
+    "experts": _pattern("E"),
+    "experts in groups": _pattern("EE", n_group=4, topk_group=2, num_experts_per_tok=4),
+    "experts, top 1": _pattern("*E", num_experts_per_tok=1, routed_scaling_factor=1.0, norm_topk_prob=False),
+    "qwen3-moe, softmax over all": QWEN3_MOE | {"norm_topk_prob": False, "mlp_only_layers": [1]},
+}
+SEQ_LENGTH = 160
+"""More than one of the 128-token chunks that Megatron's Mamba layers scan."""
+
+
+def has_experts(case: str) -> bool:
+    return "E" in family_of(CASES[case]).layer_pattern(CASES[case])
+
+
+def by_transformers(directory: str | Path) -> transformers.PreTrainedModel:
+    """transformers' model of a directory with the hub's names; it must know all of them and need no other."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    left = {what: list(names) for what, names in info.items() if names}
+    assert not left, left
+    return model.eval()
+
+
+def tokens(case: str, rows: int) -> torch.Tensor:
+    """int64 [rows, SEQ_LENGTH]."""
+    generator = torch.Generator().manual_seed(len(case))
+    return torch.randint(0, CASES[case]["vocab_size"], (rows, SEQ_LENGTH), generator=generator)
+
+
+def gradients(model: transformers.PreTrainedModel, batches: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Cross entropy per counted token over the microbatches, and its gradients by the hub's tensor names."""
+    model.zero_grad()
+    count = sum(batch["loss_mask"].sum() for batch in batches)
+    total = 0.0
+    for batch in batches:
+        logits = model(batch["tokens"], use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        loss = (losses * batch["loss_mask"].flatten()).sum() / count
+        loss.backward()
+        total += loss.item()
+    found = {}
+    for name, parameter in model.named_parameters():
+        found |= on_the_hub(model.config.model_type, name, parameter.grad)
+    return total, found
+
+
+def on_the_hub(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A tensor of transformers' model under the hub's names: another prefix, experts apart, gate and up apart."""
+    if model_type == "nemotron_h":
+        name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
+    if ".experts." not in name:
+        return {name: tensor}
+    stem, projection = name.rsplit(".", 1)
+    projections = ["gate_proj", "up_proj"] if projection == "gate_up_proj" else [projection]
+    return {
+        f"{stem}.{i}.{part}.weight": rows
+        for i, expert in enumerate(tensor)
+        for part, rows in zip(projections, expert.chunk(len(projections)), strict=True)
+    }
