@@ -20,10 +20,16 @@ class Inventory:
     fused: list[tuple[str, ...]] = field(
         default_factory=list
     )  # linears that a server merges and that share their scales
+    convolutions: list[str] = field(default_factory=list)  # linear to a server, never quantized; excluded by name
+    float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
     attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
     tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head"
+
+    def excluded(self, quantized) -> set[str]:
+        """What the configurations must exclude where these linears are quantized."""
+        return (set(self.linears) | set(self.convolutions)) - set(quantized)
 
 
 def inventory(config: dict[str, Any]) -> Inventory:
@@ -99,7 +105,95 @@ def _qwen3(config: dict[str, Any]) -> Inventory:
     )  # 128: its config's default
 
 
-_FAMILIES: dict[str, Callable[[dict[str, Any]], Inventory]] = {"llama": _llama, "qwen2": _qwen2, "qwen3": _qwen3}
+def _qwen3_moe(config: dict[str, Any]) -> Inventory:
+    """Qwen3 with experts in the place of most MLPs."""
+    model = _qwen3(config)
+    hidden, width = _number(config, "hidden_size"), _number(config, "moe_intermediate_size")
+    step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
+    for index in range(_number(config, "num_hidden_layers")):
+        if index in dense or (index + 1) % step:
+            continue
+        mlp = f"model.layers.{index}.mlp"
+        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        for module in (*gate_up, f"{mlp}.down_proj"):
+            del model.linears[module]
+        model.fused.remove(gate_up)
+        model.tensors[f"{mlp}.gate.weight"] = (_number(config, "num_experts"), hidden)
+        for number in range(_number(config, "num_experts")):
+            expert = f"{mlp}.experts.{number}"
+            model.linears[f"{expert}.gate_proj"] = model.linears[f"{expert}.up_proj"] = (width, hidden)
+            model.linears[f"{expert}.down_proj"] = (hidden, width)
+            model.fused.append((f"{expert}.gate_proj", f"{expert}.up_proj"))
+    return model
+
+
+def _nemotron_h(config: dict[str, Any]) -> Inventory:
+    """One mixer a layer, by the pattern: Mamba-2, attention, MLP or experts. The hub's names."""
+    hidden, vocab = _number(config, "hidden_size"), _number(config, "vocab_size")
+    tied = bool(config.get("tie_word_embeddings", False))
+    model = Inventory(tied_head=tied, embedding="backbone.embeddings.weight")
+    model.tensors |= {model.embedding: (vocab, hidden), "backbone.norm_f.weight": (hidden,)}
+    model.linears[model.head] = (vocab, hidden)
+    add = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+    pattern = config.get("hybrid_override_pattern")
+    if not isinstance(pattern, str) or set(pattern) - set(add):
+        raise QADError(f"config.json: hybrid_override_pattern is {pattern!r}, expected a text of {', '.join(add)}.")
+    for index, symbol in enumerate(pattern):
+        layer = f"backbone.layers.{index}"
+        model.tensors[f"{layer}.norm.weight"] = (hidden,)
+        add[symbol](model, config, f"{layer}.mixer", hidden)
+    return model
+
+
+def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
+    heads, state = _number(config, "mamba_num_heads"), _number(config, "n_groups") * _number(config, "ssm_state_size")
+    inner = heads * _number(config, "mamba_head_dim")
+    model.linears[f"{mixer}.in_proj"] = (2 * inner + 2 * state + heads, hidden)
+    model.linears[f"{mixer}.out_proj"] = (hidden, inner)
+    model.convolutions.append(f"{mixer}.conv1d")
+    channels = inner + 2 * state
+    model.tensors |= {f"{mixer}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
+    model.tensors |= {f"{mixer}.norm.weight": (inner,), f"{mixer}.conv1d.bias": (channels,)}
+    model.tensors[f"{mixer}.conv1d.weight"] = (channels, 1, _number(config, "conv_kernel", 4))
+
+
+def _attention(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
+    heads = _number(config, "num_attention_heads")
+    kv_heads = _number(config, "num_key_value_heads", heads)
+    head_dim = _number(config, "head_dim", hidden // heads)
+    qkv = tuple(f"{mixer}.{x}_proj" for x in "qkv")
+    model.linears |= {name: (n * head_dim, hidden) for name, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True)}
+    model.linears[f"{mixer}.o_proj"] = (hidden, heads * head_dim)
+    model.fused.append(qkv)
+    model.attentions.append(qkv[1:])
+
+
+def _mlp(model: Inventory, config: dict, mixer: str, hidden: int, width: int | None = None) -> None:
+    width = width or _number(config, "intermediate_size")
+    model.linears |= {f"{mixer}.up_proj": (width, hidden), f"{mixer}.down_proj": (hidden, width)}
+
+
+def _experts(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
+    number, width = _number(config, "n_routed_experts"), _number(config, "moe_intermediate_size")
+    latent = config.get("moe_latent_size")
+    bias = f"{mixer}.gate.e_score_correction_bias"
+    model.tensors |= {f"{mixer}.gate.weight": (number, hidden), bias: (number,)}
+    model.float32.add(bias)
+    if latent:
+        model.linears |= {f"{mixer}.fc1_latent_proj": (latent, hidden), f"{mixer}.fc2_latent_proj": (hidden, latent)}
+    for index in range(number):
+        _mlp(model, config, f"{mixer}.experts.{index}", latent or hidden, width)
+    if config.get("n_shared_experts", 1):
+        _mlp(model, config, f"{mixer}.shared_experts", hidden, _number(config, "moe_shared_expert_intermediate_size"))
+
+
+_FAMILIES: dict[str, Callable[[dict[str, Any]], Inventory]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "nemotron_h": _nemotron_h,
+}
 
 
 def _number(config: dict[str, Any], key: str, default: int | None = None) -> int:

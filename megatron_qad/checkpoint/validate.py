@@ -139,7 +139,7 @@ def _expected(
     if plain is None:
         report.add("config.json", f"dtype is {named!r}, expected one of {', '.join(_PLAIN_DTYPES)}")
         plain = "BF16"
-    tensors = {name: (plain, shape) for name, shape in model.tensors.items()}
+    tensors = {name: ("F32" if name in model.float32 else plain, shape) for name, shape in model.tensors.items()}
     for module, (rows, columns) in model.linears.items():
         fmt = report.quantized.get(module)
         if fmt is None:

@@ -61,7 +61,7 @@ def check_config(
         fault: takes what is wrong.
     """
     found = config["quantization_config"]
-    unquantized = sorted(set(model.linears) - set(quantized))
+    unquantized = sorted(model.excluded(quantized))
     # A checkpoint without a quantized linear is a fault below; compare it with what it would be.
     wanted = quantization_config(layout.name, unquantized, quantized or {"": "nvfp4"}, kv_cache)
     _check_exclusions("config.json ignore", found.get("ignore"), model, quantized, fault)
@@ -148,9 +148,9 @@ def _check_exclusions(where: str, found: Any, model: Inventory, quantized: Mappi
     for module in sorted(set(found)):
         if module in quantized:
             fault(module, f"is quantized and stands in {where}")
-        elif module not in model.linears:
+        elif module not in model.excluded(()):
             fault(
                 module, f"stands in {where} and is no linear; expected exact names, servers read patterns differently"
             )
-    for module in sorted(set(model.linears) - set(quantized) - set(found)):
+    for module in sorted(model.excluded(quantized) - set(found)):
         fault(module, f"is not quantized and missing from {where}")

@@ -23,6 +23,15 @@ class Router(TopKRouter):
             self.weight.requires_grad_(False)
             self.frozen_expert_bias = True
 
+    def _apply(self, fn, recurse=True):
+        # A model that is made BF16 takes its buffers along; the bias would come back to float32 (upstream sees to that
+        # before each pass) rounded.
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
 
 class Experts(SequentialMLP):
     """The experts of this rank, one MLP each, every one stored under its global index whatever the layout."""

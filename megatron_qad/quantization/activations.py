@@ -31,6 +31,8 @@ NVFP4_INPUT = {
 }
 _INPUTS = {"nvfp4": NVFP4_INPUT, "fp8": FP8}
 _INT4_GROUP = 128
+MIN_EXPERT_TOKENS = 16
+"""An expert that saw fewer in calibration does not know how large its inputs become."""
 _INT4_WEIGHT = {"num_bits": 4, "block_sizes": {-1: _INT4_GROUP}, "type": "dynamic", "enable": True}
 
 
@@ -67,8 +69,8 @@ class ActivationQuantizers:
     Args:
         chunks: unwrapped model chunks; modelopt replaces their linears in place.
         formats: format of every linear, by global Megatron weight name.
-        groups: process groups over which an activation is the same tensor or a part of it (tensor and data parallel);
-            its amax is the maximum over all of them.
+        groups: process groups over which an activation is the same tensor or a part of it (tensor and data parallel, in
+            this order); its amax is the maximum over all of them. Experts that a rank does not hold are others'.
         kv_cache: "bf16" or "fp8".
         percentile: share, in %, of the input magnitudes that an amax covers; None: all of them, the maximum.
 
@@ -85,12 +87,16 @@ class ActivationQuantizers:
         kv_cache: str = "bf16",
         percentile: float | None = None,
     ):
-        self.groups = [group for group in groups if group is not None and group.size() > 1]
+        # Tensor-parallel ranks see the same tokens, data-parallel ones their own.
+        ops = (torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM)
+        used = [(g, op) for g, op in zip(groups, ops, strict=False) if g is not None and g.size() > 1]
+        self.groups, self.count_ops = [g for g, _ in used], [op for _, op in used]
         self.percentile = percentile
         self.quantizers: dict[str, TensorQuantizer] = {}
         """By the name of what they quantize: ``LINEAR``, or ``ATTENTION.k_bmm_quantizer``."""
-        self.fallbacks: dict[str, str] = {}
-        """Linears that saw no token in calibration, and whose amax they were given."""
+        self.fallbacks: dict[str, tuple[str, int]] = {}
+        """Experts' linears that saw too few tokens in calibration: whose amax they were given, and how many it were. Of
+        all ranks of ``groups``."""
         self._calibrated = False
         for chunk in chunks:
             register_core_attentions(chunk)
@@ -144,8 +150,8 @@ class ActivationQuantizers:
     def calibrating(self) -> Iterator[None]:
         """Forward passes in this block run unquantized and collect each input's magnitudes.
 
-        An expert that saw no token on any rank gets the largest amax of its layer's experts at the same place, and
-        stands in ``fallbacks``.
+        An expert that saw fewer than ``MIN_EXPERT_TOKENS`` tokens over all ranks gets the largest amax of its layer's
+        experts at the same place, and stands in ``fallbacks``.
 
         Raises:
             QADError: another linear that saw nothing but zeros, or one whose input held NaN or Inf; named.
@@ -158,57 +164,79 @@ class ActivationQuantizers:
             quantizer.disable_quant()
             quantizer.enable_calib()
         yield
-        amaxes = self._reduced_amaxes() if self.quantizers else ()
-        for quantizer, amax in zip(self.quantizers.values(), amaxes, strict=True):
-            quantizer.amax = amax.view(1)
+        amaxes = self._reduced_amaxes()
+        for name, quantizer in self.quantizers.items():
+            quantizer.amax = amaxes[name].view(1)
             quantizer.disable_calib()
             quantizer.enable_quant()
 
-    def _reduced_amaxes(self) -> torch.Tensor:
-        """float32 [quantizers], equal on all ranks."""
+    def _reduced_amaxes(self) -> dict[str, torch.Tensor]:
+        """float32 scalars by name, equal on all ranks."""
+        names = self._names_of_all()
+        if not names:
+            return {}
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         zero = torch.zeros((), dtype=torch.float32, device=device)
-        seen = [quantizer._calibrator.compute_amax() for quantizer in self.quantizers.values()]
+        calibrators = [self.quantizers[name]._calibrator if name in self.quantizers else None for name in names]
+        seen = [None if calibrator is None else calibrator.compute_amax() for calibrator in calibrators]
         amaxes = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in seen])
         amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)  # a maximum may ignore NaN
         for group in self.groups:
             torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-        self._check_finite(amaxes)
+        found = dict(zip(names, amaxes.tolist(), strict=True))
+        _check_finite(found)
         if self.percentile is not None:
-            amaxes = torch.stack([self._percentile(q._calibrator, zero) for q in self.quantizers.values()])
-        return self._with_fallbacks(amaxes)
+            amaxes = torch.stack([self._percentile(calibrator, zero) for calibrator in calibrators])
+            found = dict(zip(names, amaxes.tolist(), strict=True))
+        taken = self._fallbacks(found, self._num_tokens(calibrators, device))
+        return {name: amaxes[names.index(taken.get(name, name))] for name in self.quantizers}
+
+    def _names_of_all(self) -> list[str]:
+        """The quantizers of all ranks of ``groups``, which hold other experts each, in the same order everywhere."""
+        names = list(self.quantizers)
+        for group in self.groups:
+            lists: list[list[str]] = [[] for _ in range(group.size())]
+            torch.distributed.all_gather_object(lists, names, group=group)
+            names = list(dict.fromkeys(name for of_rank in lists for name in of_rank))
+        return names
+
+    def _num_tokens(self, calibrators: list, device) -> list[int]:
+        counts = torch.tensor([getattr(c, "num_tokens", 0) for c in calibrators], dtype=torch.int64, device=device)
+        for group, op in zip(self.groups, self.count_ops, strict=True):
+            torch.distributed.all_reduce(counts, op=op, group=group)
+        return counts.tolist()
 
     def _percentile(self, calibrator, zero: torch.Tensor) -> torch.Tensor:
         # One all-reduce a quantizer: 255 KiB each, once a job.
-        counts = no_counts(zero.device) if calibrator.counts is None else calibrator.counts
+        counts = getattr(calibrator, "counts", None)
+        counts = no_counts(zero.device) if counts is None else counts
         for group in self.groups:
             torch.distributed.all_reduce(counts, group=group)
         return percentile_amax(counts, self.percentile)
 
-    def _check_finite(self, amaxes: torch.Tensor) -> None:
-        for name, amax in zip(self.quantizers, amaxes.tolist(), strict=True):
-            if amax == float("inf"):
-                raise QADError(
-                    f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
-                    "Look for NaN in the weights before it"
-                )
-
-    def _with_fallbacks(self, amaxes: torch.Tensor) -> torch.Tensor:
-        found = dict(zip(self.quantizers, amaxes.tolist(), strict=True))
-        amaxes = amaxes.clone()
-        for i, name in enumerate(self.quantizers):
-            if found[name] > 0:
-                continue
-            others = [other for other in sibling_experts(name, self.quantizers) if found[other] > 0]
-            if not others:
+    def _fallbacks(self, found: dict[str, float], num_tokens: list[int]) -> dict[str, str]:
+        """By linear, the other one whose amax it takes."""
+        taken = {}
+        for name, tokens in zip(found, num_tokens, strict=True):
+            others = [other for other in sibling_experts(name, found) if found[other] > 0]
+            largest = max(others, key=found.__getitem__, default=None)
+            if others and found[largest] > found[name] and tokens < MIN_EXPERT_TOKENS:
+                self.fallbacks[name], taken[name] = (largest, tokens), largest
+            elif found[name] == 0:
                 raise QADError(
                     f"calibration: the input of {name} has amax 0.0: {name} saw no input but zeros. Every quantized "
                     "linear must run in the calibration passes; look for a dead layer, or calibrate on more samples"
                 )
-            largest = max(others, key=found.__getitem__)
-            self.fallbacks[name] = largest
-            amaxes[i] = found[largest]
-        return amaxes
+        return taken
+
+
+def _check_finite(amaxes: dict[str, float]) -> None:
+    for name, amax in amaxes.items():
+        if amax == float("inf"):
+            raise QADError(
+                f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
+                "Look for NaN in the weights before it"
+            )
 
 
 def _quantize_int4_weight(name: str, module: torch.nn.Module) -> None:

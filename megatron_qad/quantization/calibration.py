@@ -20,7 +20,13 @@ class RunningAmax(MaxCalibrator):
     """modelopt's max calibrator stops at a NaN without a name, on one rank of many. Here NaN and Inf stay in the
     maximum until the linear's name is known and all ranks stop together; no pass waits for the device."""
 
+    num_tokens = 0
+    """Rows of the inputs so far."""
+
     def collect(self, x: torch.Tensor) -> None:
+        if x.numel() == 0:  # an expert to which no token went
+            return
+        self.num_tokens += x.numel() // x.shape[-1]
         amax = nvfp4.tensor_amax(x)
         self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
 

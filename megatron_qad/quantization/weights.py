@@ -20,7 +20,7 @@ import torch
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.nvfp4_lists import amax_list
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS, WeightFormat
-from megatron_qad.quantization.names import named_modules_globally
+from megatron_qad.quantization.names import is_expert, named_modules_globally
 
 
 class InPlaceWeights:
@@ -30,13 +30,18 @@ class InPlaceWeights:
         chunks: model chunks, wrapped or not.
         formats: format of every linear, by global Megatron weight name (``policy.resolve``).
         tp_group: tensor-parallel group; a weight's global scale is shared by its shards. None: one rank.
+        expert_tp_group: that of the experts, whose tensor parallelism may be another. None: ``tp_group``.
         scale_rule: how NVFP4 block scales are chosen, one of ``nvfp4.SCALE_RULES``.
     """
 
     def __init__(
-        self, chunks: Sequence[torch.nn.Module], formats: dict[str, str], tp_group=None, scale_rule: str = "max"
+        self,
+        chunks: Sequence[torch.nn.Module],
+        formats: dict[str, str],
+        tp_group=None,
+        scale_rule: str = "max",
+        expert_tp_group=None,
     ):
-        self.tp_group = tp_group
         self.scale_rule = scale_rule
         self.weights: dict[str, torch.nn.Parameter] = {}
         self.formats: dict[str, str] = {}
@@ -47,6 +52,9 @@ class InPlaceWeights:
                 if weight_format in WEIGHT_FORMATS:
                     self.weights[f"{name}.weight"] = module.weight
                     self.formats[f"{name}.weight"] = weight_format
+        self._is_expert = {name: is_expert(name) for name in self.weights}
+        groups = ((tp_group, False), (expert_tp_group or tp_group, True))
+        self._tp_groups = [pair for pair in groups if pair[0] is not None and pair[0].size() > 1]
         self.num_quantizations = 0
         """How often the weights have been quantized: once per optimizer step."""
         self.seconds = 0.0
@@ -95,7 +103,7 @@ class InPlaceWeights:
     def quantized_copy(self, name: str) -> torch.Tensor:
         """What one weight is on its grid by the max rule, [out, in]; the weight stays as it is. Collective."""
         arithmetic, weight = WEIGHT_FORMATS[self.formats[name]], self.weights[name].detach().clone()
-        scales = arithmetic.scales_from_amaxes(self._whole(amax_list([weight])), [name])
+        scales = arithmetic.scales_from_amaxes(self._whole(amax_list([weight]), [name]), [name])
         arithmetic.fake_quant_list_([weight], scales, [name], "max")
         return weight
 
@@ -113,11 +121,13 @@ class InPlaceWeights:
 
     def amaxes(self) -> torch.Tensor:
         """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""
-        return self._whole(amax_list([weight.data for weight in self.weights.values()]))
+        return self._whole(amax_list([weight.data for weight in self.weights.values()]), list(self.weights))
 
-    def _whole(self, amaxes: torch.Tensor) -> torch.Tensor:
-        if self.tp_group is not None and self.tp_group.size() > 1:
+    def _whole(self, amaxes: torch.Tensor, names: list[str]) -> torch.Tensor:
+        for group, of_experts in self._tp_groups:
+            mine = [i for i, name in enumerate(names) if self._is_expert[name] == of_experts]
             # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
-            amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)
-            torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=self.tp_group)
+            reduced = torch.where(amaxes[mine].isnan(), torch.inf, amaxes[mine])
+            torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX, group=group)
+            amaxes[mine] = reduced
         return amaxes

@@ -6,10 +6,13 @@ the teacher over them, put the student's weights on the NVFP4 grid, then run the
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
+import torch
 from megatron.core import mpu
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args, print_rank_0
@@ -26,6 +29,9 @@ from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.teacher import Teacher
+
+CALIBRATION_FILE = "calibration.json"
+_MAX_PRINTED = 8
 
 
 class QADStep:
@@ -122,8 +128,23 @@ class QADStep:
                 forward_only=True,
                 **schedule_shape(**shape),
             )
-        for name, other in self.activations.fallbacks.items():
-            print_rank_0(f"megatron_qad: calibration: {name} saw no token and takes the amax of {other}")
+        report_fallbacks(self.activations.fallbacks)
+
+
+def report_fallbacks(fallbacks: dict[str, tuple[str, int]]) -> None:
+    """Say which experts' linears saw too few tokens in calibration, of all pipeline stages; beside the checkpoints they
+    are in ``calibration.json``."""
+    stages: list[dict] = [{} for _ in range(mpu.get_pipeline_model_parallel_world_size())]
+    torch.distributed.all_gather_object(stages, fallbacks, group=mpu.get_pipeline_model_parallel_group())
+    found = {name: fallback for stage in stages for name, fallback in stage.items()}
+    for name, (other, tokens) in list(found.items())[:_MAX_PRINTED]:
+        print_rank_0(f"megatron_qad: calibration: {name} saw {tokens} tokens and takes the amax of {other}")
+    if len(found) > _MAX_PRINTED:
+        print_rank_0(f"megatron_qad: calibration: and {len(found) - _MAX_PRINTED} linears of experts more")
+    save = get_args().save
+    if save is not None and is_rank0():
+        entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in found.items()}
+        (Path(save) / CALIBRATION_FILE).write_text(json.dumps({"few_tokens": entries}, indent=1))
 
 
 def gather_parameters(model) -> None:

@@ -114,7 +114,13 @@ class Probe:
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
         """KL(unquantized || quantized) in nats a token with these linears quantized and no other, and the tokens."""
         self.activations.use(formats)
-        weights = InPlaceWeights(self.chunks, dict(formats), self.tp_group, self.args.qad.qad_weight_scale_rule)
+        weights = InPlaceWeights(
+            self.chunks,
+            dict(formats),
+            self.tp_group,
+            self.args.qad.qad_weight_scale_rule,
+            mpu.get_expert_tensor_parallel_group(),
+        )
         saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}
         weights.quantize_()
         for batch, output in zip(self.batches, self._reference, strict=True):

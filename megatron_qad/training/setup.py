@@ -74,7 +74,8 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
     if teacher is not None:
         check_apart(teacher.chunks, chunks)
-    weights = InPlaceWeights(chunks, formats, tp_group, args.qad.qad_weight_scale_rule)
+    expert_group = mpu.get_expert_tensor_parallel_group()
+    weights = InPlaceWeights(chunks, formats, tp_group, args.qad.qad_weight_scale_rule, expert_group)
     print_rank_0(f"megatron_qad: {Outputs.chosen(args.qad).describe()}")
     counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(weights.formats.values()).items()) or "none"
     print_rank_0(f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {args.qad.qad_policy})")

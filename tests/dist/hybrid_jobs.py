@@ -50,3 +50,25 @@ def _sizes_of(flags: list[str]) -> tuple[int, int]:
         return int(flags[flags.index(flag) + 1]) if flag in flags else 1
 
     return of("--tensor-model-parallel-size"), of("--pipeline-model-parallel-size")
+
+
+def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: bool, result: str) -> None:
+    """Largest error of the logits of a job's float32 checkpoint, its weights put on the grid as a step would."""
+    import worker_models
+    from layout import job
+    from megatron_qad.quantization.weights import InPlaceWeights
+    from megatron_qad.training import setup
+
+    wanted = load_file(expected)
+    build = setup.build_teacher
+
+    def on_grid(args):
+        teacher = build(args)
+        if quantizes:
+            InPlaceWeights(teacher.chunks, setup.resolve_formats(args)).quantize_()
+        return teacher
+
+    setup.build_teacher = on_grid
+    with job(checkpoint, 1, 1, *worker_models._sizes(wanted["tokens"].shape), *flags) as args:
+        found = worker_models._logits(args, wanted["tokens"])
+        torch.save(worker_models._compare(found, wanted["logits"]), result)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS as ENOUGH
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
 from megatron_qad.quantization.names import sibling_experts
@@ -113,14 +114,26 @@ def test_an_expert_without_tokens_takes_the_largest_amax_of_its_siblings(experts
     quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names}, percentile=percentile)
     with quantizers.calibrating():
         for i, size in ((0, 1.0), (2, 3.0)):
-            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((4, 32), size))
+            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((ENOUGH, 32), size))
+        chunk.decoder.layers[0].mlp.experts.local_experts[1].linear_fc1(torch.ones(0, 32))  # as Megatron calls it
     assert [quantizers.quantizers[n]._amax.item() for n in names] == [1.0, 3.0, 3.0]
-    assert quantizers.fallbacks == {names[1]: names[2]} and quantizers.calibrated
+    assert quantizers.fallbacks == {names[1]: (names[2], 0)} and quantizers.calibrated
     # A later calibration that reaches it forgets the fallback.
     with quantizers.calibrating():
         for i in range(3):
-            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((4, 32), 1.0 + i))
+            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((ENOUGH, 32), 1.0 + i))
     assert [quantizers.quantizers[n]._amax.item() for n in names] == [1.0, 2.0, 3.0] and not quantizers.fallbacks
+
+
+@pytest.mark.parametrize(("own", "expected"), [(1.0, 2.0), (5.0, 5.0)])
+def test_an_expert_that_saw_few_tokens_does_not_trust_a_small_amax(experts, own, expected):
+    chunk, names = experts()
+    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
+    with quantizers.calibrating():
+        for i, (rows, size) in enumerate(((ENOUGH - 1, own), (ENOUGH, 2.0), (ENOUGH, 1.5))):
+            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((rows, 32), size))
+    assert [quantizers.quantizers[n]._amax.item() for n in names] == [expected, 2.0, 1.5]
+    assert quantizers.fallbacks == ({names[0]: (names[1], ENOUGH - 1)} if expected > own else {})
 
 
 def test_experts_that_all_saw_nothing_are_an_error(experts):
