@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -84,8 +85,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
         # A plan can be made anywhere: as if on one model-parallel group.
-        ranks = early.tensor_model_parallel_size * early.pipeline_model_parallel_size * early.context_parallel_size
+        of_experts = early.expert_tensor_parallel_size or early.tensor_model_parallel_size
+        ranks = early.pipeline_model_parallel_size * math.lcm(
+            early.tensor_model_parallel_size * early.context_parallel_size,
+            of_experts * early.expert_model_parallel_size,
+        )
         os.environ["WORLD_SIZE"] = str(ranks)
+    check_router(early, options)
     check_layout(early, shapes)
     shape = shape_in_layout(hf_config, early, num_virtual_stages(early))
     argv = without_virtual_stages(argv) + resume.load_flags(early)
@@ -112,6 +118,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_hidden_losses(args, loss, shapes)
     settle_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     return args
+
+
+def check_router(args: argparse.Namespace, options: QADOptions) -> None:
+    """Refuse losses that balance the load of experts whose router is frozen: they would move what feeds it instead."""
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        value = getattr(args, name)
+        if any(value if isinstance(value, list) else [value]) and not options.qad_train_router:
+            raise QADError(
+                f"--{name.replace('_', '-')} {value} with a frozen router would change the layers before it, to other "
+                "ends than the teacher's distribution. Leave it out, or let the router learn (--qad-train-router)"
+            )
 
 
 def check_masters(args: argparse.Namespace) -> None:

@@ -54,7 +54,8 @@ def _layout(args: argparse.Namespace) -> Iterator[str]:
 
 def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Iterator[str]:
     width = 2 if args.bf16 or args.fp16 else 4
-    student = _largest_stage(args, tensors, args.hybrid_layer_pattern)
+    dense, experts = _largest_stage(args, tensors, args.hybrid_layer_pattern)
+    student = dense + experts
     rows = {"student weights": student * width}
     if args.teacher_hf_config is not None:
         family = family_of(args.teacher_hf_config)
@@ -65,11 +66,12 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
         if args.qad.qad_teacher_on_host:
             rows["teacher weights, streamed"] = _streamed(args, of_teacher) * width
         else:
-            rows["teacher weights"] = _largest_stage(args, of_teacher, pattern) * width
+            rows["teacher weights"] = sum(_largest_stage(args, of_teacher, pattern)) * width
     rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
     # Two moments of Adam, and the float32 master where the weights are 16 bits wide.
-    optimizer = student * (12 if width == 2 else 8)
-    rows["optimizer state"] = optimizer // (args.data_parallel_size if args.use_distributed_optimizer else 1)
+    each = 12 if width == 2 else 8
+    shards = (args.data_parallel_size, _expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
+    rows["optimizer state"] = dense * each // shards[0] + experts * each // shards[1]
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     teacher_hidden = None if args.teacher_hf_config is None else args.teacher_hf_config["hidden_size"]
     of_output = output_bytes(args, teacher_hidden)
@@ -87,29 +89,29 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
         yield f"  not kept: teacher {other}, which would take {of_output[other] * in_flight:,} bytes"
 
 
-def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> int:
-    """Parameters on the rank that holds most of them."""
+def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> tuple[int, int]:
+    """Parameters on the rank that holds most of them: all but the experts', and the experts'."""
     pp = args.pipeline_model_parallel_size
     rank_of = ranks_of_layers(pattern, pp)
-    held = [0] * pp
+    held = [[0, 0] for _ in range(pp)]
     for tensor in tensors:
-        numel = _on_one_tensor_rank(tensor, args.tensor_model_parallel_size)
+        numel = _on_one_rank(args, tensor)
         if tensor.layer is not None:
-            held[rank_of[tensor.layer]] += numel
+            held[rank_of[tensor.layer]][_is_routed_expert(tensor)] += numel
         elif tensor.kind == "embedding":
-            held[0] += numel
+            held[0][0] += numel
             if not args.untie_embeddings_and_output_weights and pp > 1:
-                held[-1] += numel  # a tied head on another stage is a copy
+                held[-1][0] += numel  # a tied head on another stage is a copy
         else:
-            held[-1] += numel
-    return max(held)
+            held[-1][0] += numel
+    return tuple(max(held, key=sum))
 
 
 def _streamed(args: argparse.Namespace, tensors: list[TensorMap]) -> int:
     """Parameters of a streamed teacher on the device: what is in no layer, and twice the largest layer."""
     layers, ends = Counter(), 0
     for tensor in tensors:
-        numel = _on_one_tensor_rank(tensor, args.tensor_model_parallel_size)
+        numel = _on_one_rank(args, tensor)
         if tensor.layer is None:
             ends += numel
         else:
@@ -117,9 +119,23 @@ def _streamed(args: argparse.Namespace, tensors: list[TensorMap]) -> int:
     return ends + 2 * max(layers.values())
 
 
-def _on_one_tensor_rank(tensor: TensorMap, tp: int) -> int:
+def _is_routed_expert(tensor: TensorMap) -> bool:
+    return ".experts.experts." in tensor.megatron
+
+
+def _expert_copies(args: argparse.Namespace) -> int:
+    """Ranks that hold the same experts."""
+    of_model = args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    return args.world_size // of_model
+
+
+def _on_one_rank(args: argparse.Namespace, tensor: TensorMap) -> int:
+    """Parameters of a tensor on a rank of its stage, on average over expert-parallel ranks."""
     numel = _numel(tensor)
-    return numel if tensor.kind == "norm" else -(-numel // tp)
+    if _is_routed_expert(tensor):
+        return -(-numel // (args.expert_tensor_parallel_size * args.expert_model_parallel_size))
+    is_whole = tensor.kind in ("norm", "router") or "latent_proj" in tensor.megatron
+    return numel if is_whole else -(-numel // args.tensor_model_parallel_size)
 
 
 def _numel(tensor: TensorMap) -> int:

@@ -25,6 +25,7 @@ from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
+from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
@@ -71,6 +72,7 @@ class QADStep:
             self._read_ahead_in_evaluation = evaluates
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
         shape = schedule_shape(**shape)
+        expert_load.is_measuring = evaluates
         hidden_states, penalty = (None, None) if evaluates else (self.hidden_states, self.scale_penalty)
         with hidden_states.active() if hidden_states else nullcontext():
             if self.teacher is not None:

@@ -22,6 +22,7 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError
 from megatron_qad.training.arguments import model_config, with_shape_of
+from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.loss import job_losses
 from megatron_qad.training.outputs import Outputs
@@ -74,6 +75,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
     if teacher is not None:
         check_apart(teacher.chunks, chunks)
+    expert_load.watch(teacher.chunks if teacher is not None else [], chunks)
     expert_group = mpu.get_expert_tensor_parallel_group()
     weights = InPlaceWeights(chunks, formats, tp_group, args.qad.qad_weight_scale_rule, expert_group)
     print_rank_0(f"megatron_qad: {Outputs.chosen(args.qad).describe()}")

@@ -7,6 +7,7 @@ wandb itself: Megatron would print the exponential of each number as a perplexit
 from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, is_last_rank, print_rank_last
 
+from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.loss import validation_metrics
 
 
@@ -27,4 +28,5 @@ def report_validation(model) -> dict[str, float]:
             writer.flush()
         if wandb := get_wandb_writer():
             wandb.log({f"validation/{name}": value for name, value in means.items()}, iteration)
+    expert_load.report(iteration)
     return means
