@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.checkpoint.hf_reader import read_json
+from megatron_qad.checkpoint.hf_reader import declared_dtype, read_json
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
@@ -73,13 +73,6 @@ def read_job(checkpoint: Path) -> dict:
     if not file.is_file():
         raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
     return read_json(file)
-
-
-def declared_dtype(config: dict) -> torch.dtype | None:
-    """``dtype`` (or, in older files, ``torch_dtype``) of a ``config.json``; None if there is none."""
-    name = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
-    dtype = getattr(torch, name, None)
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 @dataclass(frozen=True)

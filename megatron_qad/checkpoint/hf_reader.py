@@ -77,3 +77,10 @@ def read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise QADError(f"{file}: expected a JSON object, found a {type(content).__name__}")
     return content
+
+
+def declared_dtype(config: dict) -> torch.dtype | None:
+    """``dtype`` (or, in older files, ``torch_dtype``) of a ``config.json``; None if there is none."""
+    name = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    return dtype if isinstance(dtype, torch.dtype) else None

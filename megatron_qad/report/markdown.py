@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_qad.report.collect import Results
+from megatron_qad.report.experts import expert_rows
 from megatron_qad.report.runs import Run
 from megatron_qad.report.weights import LinearError
 
@@ -23,6 +24,8 @@ def markdown(results: Results) -> str:
         "A linear is one of Megatron's weights: q, k, v are one, gate and up are one. Formats are those that the job "
         "resolved from its policy and its added rules.",
     ]
+    if any(run.experts.layers or run.experts.few_tokens for run in results.runs):
+        parts += ["## Experts", *_experts(results.runs)]
     if results.linears:
         parts += ["## Weights", *_weights(results)]
     if results.notes:
@@ -77,6 +80,36 @@ def _job_table(runs: Sequence[Run]) -> str:
         number += f" of {len(run.job['formats'])}"
         rows.append([run.name, f"`{run.job.get('policy')}`", rules, loss, number])
     return _table(["run", "policy", "added rules", "training loss", "quantized linears"], rows, left=4)
+
+
+def _experts(runs: Sequence[Run]) -> list[str]:
+    """Load against the teacher's, and which experts calibration hardly reached."""
+    rows = [row for run in runs for row in expert_rows(run.name, run.experts)]
+    heads = [
+        "run",
+        "layer",
+        "tokens whose experts changed",
+        "teacher's busiest",
+        "teacher's idlest",
+        "busiest",
+        "idlest",
+    ]
+    parts = []
+    if rows:
+        parts = [
+            "Of the tokens of the last evaluation: how many went to other experts than the teacher's, and the load of "
+            "the busiest and of the idlest expert over the mean load of the layer.",
+            _table(heads, rows, left=1),
+        ]
+    for run in runs:
+        if few := run.experts.few_tokens:
+            fewest = sorted(few, key=lambda name: few[name]["tokens"])[:NUM_WORST]
+            named = ", ".join(f"`{name}` ({few[name]['tokens']} tokens)" for name in fewest)
+            parts.append(
+                f"{_text(run.name)}: {len(few)} linears of experts saw too few tokens in calibration and took the "
+                f"largest input amax of their layer's experts; the fewest: {named}."
+            )
+    return parts
 
 
 def _weights(results: Results) -> list[str]:

@@ -32,6 +32,7 @@ class PolicyReport:
     """Every linear that a policy reaches, in model order."""
     exclude_modules: list[str]
     """Exact Hugging Face names, as the packed layouts' configurations have them."""
+    hf_config: dict
 
     @property
     def bytes_before(self) -> int:
@@ -119,4 +120,5 @@ def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
         policy=policy,
         rows=rows,
         exclude_modules=exclusions(family.linear_modules(hf_config), quantized),
+        hf_config=hf_config,
     )

@@ -52,6 +52,7 @@ def _plain(results: Results) -> dict:
             "checkpoint_iteration": run.checkpoint_iteration,
             "job": run.job,
             "training_loss": {"name": loss_name, "curve": loss} if run.is_trained else None,
+            "experts": {"layers": run.experts.layers, "few_tokens": run.experts.few_tokens},
             "validation_curves": {metric: run.validation_curve(metric) for metric in metrics},
         }
     linears = [dataclasses.asdict(linear) for linear in results.linears]

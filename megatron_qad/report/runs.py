@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_qad.report.experts import Experts
 from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
 from megatron_qad.report.weights import has_checkpoint, read_job
 
@@ -24,6 +25,7 @@ class Run:
     """``qad.json``; None if there is none."""
     checkpoint_iteration: str | None
     """What latest_checkpointed_iteration.txt says; None if no checkpoint was saved."""
+    experts: Experts = Experts()
 
     @classmethod
     def read(cls, name: str, directory: str | Path) -> "Run":
@@ -32,7 +34,9 @@ class Run:
         saved = None
         if has_checkpoint(directory):
             saved = (Path(directory) / "latest_checkpointed_iteration.txt").read_text().strip()
-        return cls(name, str(directory), scalars, validation_of(scalars), read_job(directory), saved)
+        return cls(
+            name, str(directory), scalars, validation_of(scalars), read_job(directory), saved, Experts.read(directory)
+        )
 
     @property
     def training_loss(self) -> tuple[str, Curve]:

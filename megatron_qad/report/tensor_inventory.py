@@ -1,0 +1,88 @@
+"""A dry export: every tensor of the checkpoint that a policy would give, from the model's config.json alone.
+
+Names, dtypes and shapes are those of the writer: the same name maps, formats and layouts. Values are not needed.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_qad.checkpoint.hf_directory import ITEM_BYTES
+from megatron_qad.checkpoint.hf_reader import declared_dtype
+from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
+from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+from megatron_qad.models.families import family_of
+from megatron_qad.models.families.base import TensorMap
+from megatron_qad.report.policy_report import PolicyReport
+
+_DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
+
+
+@dataclass(frozen=True)
+class ExportedTensor:
+    """One entry of a safetensors file."""
+
+    name: str
+    dtype: str
+    """safetensors' name."""
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def exported_tensors(report: PolicyReport, layout: str) -> list[ExportedTensor]:
+    """All of them, in the export's order.
+
+    Args:
+        layout: "modelopt" or "compressed-tensors".
+    """
+    config, packed = report.hf_config, PACKED_LAYOUTS[layout]
+    formats = {f"{row.module}.weight": row.format for row in report.rows if not row.is_tied}
+    plain = _DTYPES.get(str(declared_dtype(config)), "BF16")
+    found = []
+    for tensor in family_of(config).tensors(config):
+        fmt = formats.get(tensor.megatron, "bf16")
+        for name, shape in zip(tensor.hf, tensor.hf_shapes(), strict=True):
+            if LINEAR_FORMATS[fmt].quantizes:
+                found += _quantized(name.removesuffix(".weight"), shape, fmt, packed)
+            else:
+                found.append(_tensor(name, "F32" if tensor.is_float32 else plain, shape))
+        if report.policy.kv_cache == "fp8" and tensor.megatron.endswith("self_attention.linear_qkv.weight"):
+            found += _kv_scales(tensor, packed)
+    return found
+
+
+def _quantized(module: str, shape: tuple[int, ...], fmt: str, layout: PackedLayout) -> Iterator[ExportedTensor]:
+    rows, columns = shape
+    shapes = {
+        "weight": (rows, columns if fmt == "fp8" else columns // 2),
+        "block_scale": (rows, columns // BLOCK_SIZE),
+    }
+    for role, (part, dtype) in layout.parts(fmt).items():
+        yield _tensor(f"{module}.{part}", dtype, shapes.get(role, layout.scalar_shape))
+
+
+def _kv_scales(tensor: TensorMap, layout: PackedLayout) -> Iterator[ExportedTensor]:
+    _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor.hf)
+    for name in layout.kv_scale_names(k_proj, v_proj):
+        yield _tensor(name, "F32", layout.scalar_shape)
+
+
+def _tensor(name: str, dtype: str, shape: tuple[int, ...]) -> ExportedTensor:
+    return ExportedTensor(name, dtype, tuple(shape), ITEM_BYTES[dtype] * math.prod(shape))
+
+
+def render_inventory(tensors: Sequence[ExportedTensor]) -> Iterator[str]:
+    """A line a tensor, then what they add up to by dtype."""
+    width = max(len(tensor.name) for tensor in tensors)
+    for tensor in tensors:
+        shape = " x ".join(map(str, tensor.shape)) or "scalar"
+        yield f"{tensor.name:<{width}}  {tensor.dtype:<7}  {shape:<16}  {tensor.num_bytes:>15,}"
+    yield ""
+    numbers, sizes = Counter(tensor.dtype for tensor in tensors), Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.num_bytes
+    for dtype in numbers:
+        yield f"{numbers[dtype]:>8,} tensors  {dtype:<7}  {sizes[dtype]:>18,} bytes"
+    yield f"{len(tensors):>8,} tensors  {'in all':<7}  {sum(sizes.values()):>18,} bytes"
