@@ -1,17 +1,22 @@
 """A hybrid in NVFP4 by the policy of Nemotron 3 Nano: trained, exported, validated, loaded by transformers."""
 
 import json
+import shutil
 
 import pytest
 import tiny_hybrids
 import tiny_job
 import torch
 from fork_server import ForkServer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import Workshop
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.formats import nvfp4
+from megatron_qad.quantization import policy as policies
+from megatron_qad.report.policy_report import resolve_report
+from megatron_qad.report.tensor_inventory import exported_tensors
 
 PATTERN = "MEMEM*EE"
 CONFIG = tiny_hybrids.NEMOTRON_H | {"hybrid_override_pattern": PATTERN, "num_hidden_layers": len(PATTERN)}
@@ -86,6 +91,49 @@ def test_the_export_is_valid_and_whole(trained):
     for i, symbol in enumerate(PATTERN):
         bias = stored.get(f"{layers[i]}.gate.e_score_correction_bias")
         assert (bias is not None and bias.dtype == torch.float32) == (symbol == "E")
+
+
+def test_the_dry_export_lists_what_the_export_writes(trained):
+    _, _, directory, _ = trained
+    config = json.loads((directory / "out" / "config.json").read_text())
+    report = resolve_report(config, policies.load(POLICY[1]))
+    listed = {tensor.name: tensor for tensor in exported_tensors(report, "modelopt")}
+    with safe_open(directory / "out" / "model.safetensors", framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        written = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in listed.items()} == written
+    sizes = {name: tensor.nbytes for name, tensor in load_file(directory / "out" / "model.safetensors").items()}
+    assert {name: tensor.num_bytes for name, tensor in listed.items()} == sizes
+
+
+def measured_load(workshop, run, nproc: int, *flags: str) -> tuple[dict, str]:
+    flags = [*flags, "--save", str(run), "--eval-iters", "2", "--qad-ptq"]
+    _, output = workshop.train(workshop.argv(*flags, kind="f32"), nproc, whole=False)
+    return json.loads((run / "expert_load.json").read_text())["layers"], output
+
+
+def test_the_load_of_experts_against_the_teachers(workshop, tmp_path):
+    """Of every token of an evaluation, in any layout; a student that is the teacher sends none elsewhere."""
+    same = ["--qad-policy", "bf16", "--qad-student", f"{workshop.directory}/f32_teacher"]
+    alike, _ = measured_load(workshop, tmp_path / "same", 1, *same)
+    quantized, output = measured_load(workshop, tmp_path / "nvfp4", 1, *POLICY, *same[2:])
+    assert list(alike) == list(quantized) == [str(i) for i, symbol in enumerate(PATTERN) if symbol == "E"]
+    tokens = 2 * 8 * 32  # evaluations, sequences, their length
+    for layer, counts in alike.items():
+        assert (counts["changed"], counts["compared"]) == (0, tokens)
+        assert counts["teacher"] == counts["student"] == quantized[layer]["teacher"]
+        assert sum(counts["teacher"]) == 3 * tokens
+        assert 0 < quantized[layer]["changed"] < tokens
+        assert sum(quantized[layer]["student"]) == 3 * tokens
+    assert "experts at iteration" in output and "tokens whose experts changed: " in output
+    # The same tokens, split over ranks and stages, the teacher two microbatches at a time.
+    other = ["--qad-policy", "bf16"]
+    expected, _ = measured_load(workshop, tmp_path / "one", 1, *other)
+    assert all(0 < counts["changed"] < tokens for counts in expected.values())
+    layouts = {"tp2ep2": (4, TP2EP2), "pp2": (2, ["--pipeline-model-parallel-size", "2"])}
+    layouts["teacher"] = (1, ["--qad-teacher-micro-batch-size", "4"])
+    for name, (nproc, layout) in layouts.items():
+        assert measured_load(workshop, tmp_path / name, nproc, *other, *layout)[0] == expected, name
 
 
 def test_the_router_stays_and_may_learn(workshop, trained, tmp_path):
@@ -167,6 +215,21 @@ def test_transformers_computes_the_students_weight_only_logits(workshop, tmp_pat
         print(f"weights {'on' if quantizes else 'off'} the grid: {found['error']:.1e} of {found['std']:.2f}")
         # float32 sums in another order, as in test_hybrids; a weight off the grid changes logits by 1e-1.
         assert (found["error"] <= 1e-4) == quantizes
+
+
+def test_what_cannot_be_is_one_error(workshop, tmp_path):
+    error = workshop.fail(workshop.argv("--moe-aux-loss-coeff", "1e-2", kind="f32"))
+    assert "--moe-aux-loss-coeff 0.01 with a frozen router" in error or "[0.01] with a frozen router" in error
+    error = workshop.fail(workshop.argv("--expert-model-parallel-size", "3", kind="f32"), 3)
+    assert "--expert-model-parallel-size 3 does not divide the experts of the student (8); possible: 1, 2, 4, 8" in error
+    source = tmp_path / "hf"
+    shutil.copytree(workshop.directory / "hf_f32_teacher", source)
+    tensors = load_file(source / "model.safetensors")
+    missing = [name for name in tensors if ".experts.5." in name]
+    save_file({name: t for name, t in tensors.items() if name not in missing}, source / "model.safetensors")
+    arguments = {"models": [(str(source), str(tmp_path / "imported"), "float32")]}
+    output = workshop.server.run("training_jobs:import_checkpoints", 1, arguments, fails=True)
+    assert f"{len(missing)} tensors are missing, first {min(missing)!r}" in output
 
 
 def test_packed_documents_are_apart(workshop, tmp_path):
