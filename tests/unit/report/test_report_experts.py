@@ -1,0 +1,40 @@
+"""What the report says of experts, from the two files that a job leaves."""
+
+import json
+
+from megatron_qad.report.collect import Results
+from megatron_qad.report.experts import Experts, expert_rows
+from megatron_qad.report.markdown import markdown
+from megatron_qad.report.runs import Run
+
+LAYERS = {
+    "3": {"teacher": [30, 10, 20, 20], "student": [32, 8, 20, 20], "compared": 40, "changed": 2},
+    "1": {"teacher": None, "student": [0, 0, 8, 0], "compared": 0, "changed": 0},
+}
+FEW = {f"decoder.layers.3.mlp.experts.experts.{i}.linear_fc1": {"tokens": i, "amax_of": "another"} for i in range(12)}
+
+
+def report_of(experts: Experts) -> str:
+    model = {"architecture": "X", "num_hidden_layers": 1, "hidden_size": 1, "vocab_size": 1, "num_weights": 1}
+    run = Run("QAD", "somewhere", {}, {}, None, None, experts)
+    return markdown(Results("a title", "a teacher", model, [run], [], []))
+
+
+def test_load_and_few_tokens(tmp_path):
+    (tmp_path / "expert_load.json").write_text(json.dumps({"iteration": 7, "layers": LAYERS}))
+    (tmp_path / "calibration.json").write_text(json.dumps({"few_tokens": FEW}))
+    experts = Experts.read(tmp_path)
+    assert expert_rows("QAD", experts) == [
+        ["QAD", "1", "not compared", "not compared", "not compared", "4.00", "0.00"],
+        ["QAD", "3", "5.00%", "1.50", "0.50", "1.60", "0.40"],
+    ]
+    text = report_of(experts)
+    assert "| QAD | 3 | 5.00% | 1.50 | 0.50 | 1.60 | 0.40 |" in text
+    assert "12 linears of experts saw too few tokens" in text
+    assert "experts.0.linear_fc1` (0 tokens)" in text and "experts.9.linear_fc1` (9 tokens)" in text
+    assert "experts.10." not in text  # the ten fewest
+
+
+def test_a_model_without_experts_has_no_section(tmp_path):
+    assert Experts.read(tmp_path) == Experts()
+    assert "Experts" not in report_of(Experts.read(tmp_path))
