@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import pytest
+import tiny_hybrids
+import tiny_job
 import tiny_models
 import torch
 from launch import run_workers
 
 HERE = Path(__file__).parent
 CASES = ("llama-tied", "llama3-rope", "qwen2", "qwen3")
+# Linears, and linears with a quantized input: a Mamba layer has 2, attention 2, an MLP 2, a layer of experts 2 each.
+HYBRIDS = {"nemotron-h": 2 * 2 + 2 + 2 + 2 * (8 + 1) * 2, "qwen3-moe": 2 * (2 + 8 * 2)}
+ATTENTIONS = {"nemotron-h": 1, "qwen3-moe": 2}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
@@ -16,8 +21,12 @@ def compared(request, tmp_path_factory):
     """Every case imported, built, saved and loaded by both specs at this tensor-parallel size, and exported."""
     root = tmp_path_factory.mktemp(f"te{request.param}")
     imports, models, exports = [], [], []
-    for case in CASES:
-        tiny_models.make(case, root / "hf" / case, torch.bfloat16)
+    for case in (*CASES, *HYBRIDS):
+        if case in HYBRIDS:
+            config = tiny_hybrids.CASES[case] | {"torch_dtype": "bfloat16"}
+            tiny_job.write_hf(root / "hf" / case, config, dtype=torch.bfloat16)
+        else:
+            tiny_models.make(case, root / "hf" / case, torch.bfloat16)
         imports.append([str(root / "hf" / case), str(root / "imported" / case), "bfloat16"])
         saved = root / "saved" / case
         models.append({"case": case, "checkpoint": str(root / "imported" / case), "saved": str(saved)})
@@ -41,7 +50,16 @@ def test_names_shards_values_and_quantizers_agree(compared, case):
     assert result["tensors"] > 6 * blocks
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_a_hybrid_agrees(compared, case):
+    """The same for Mamba layers and experts, each of them with a quantizer of its own."""
+    result = compared[1][case]
+    assert result["faults"] == []
+    assert result["linears"] == HYBRIDS[case]
+    assert result["quantizers"] == HYBRIDS[case] + 2 * ATTENTIONS[case]
+
+
+@pytest.mark.parametrize("case", (*CASES, *HYBRIDS))
 def test_te_saved_checkpoint_exports_to_the_bytes_that_were_imported(compared, case):
     root, _ = compared
     given, found = _tensors(root / "hf" / case), _tensors(root / "out" / case / "te" / "bf16")
@@ -50,7 +68,7 @@ def test_te_saved_checkpoint_exports_to_the_bytes_that_were_imported(compared, c
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", (*CASES, *HYBRIDS))
 def test_te_saved_checkpoint_exports_to_the_nvfp4_bytes_of_the_local_one(compared, case):
     root, _ = compared
     local, te = (root / "out" / case / spec / "modelopt" for spec in ("local", "te"))
