@@ -8,11 +8,13 @@ have used.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
-from megatron_qad.checkpoint.hf_reader import declared_dtype, read_json
+from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype, read_json
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
@@ -53,18 +55,33 @@ def export_hf(
             f"{', '.join(EXPORTED_FORMATS)}. With layout 'bf16' its weights can be written unpacked"
         )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
+    carried = read_carried(checkpoint / "hf")
+    export = Export(
+        TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max"), declared_dtype(config)
+    )
     return write_hf_checkpoint(
-        Export(
-            TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max"), declared_dtype(config)
-        ).items(family.tensors(config)),
+        chain(export.items(family.tensors(config)), (HFTensor(name, tensor) for name, tensor in carried.items())),
         output,
         config=config,
         layout=layout,
-        linear_modules=family.linear_modules(config),
+        linear_modules=[*family.linear_modules(config), *_linears_among(carried)],
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
     )
+
+
+def read_carried(assets: Path) -> dict[str, torch.Tensor]:
+    """Tensors that the import carried along, by Hugging Face name."""
+    file = assets / CARRIED_TENSORS
+    return load_file(file) if file.is_file() else {}
+
+
+def _linears_among(carried: dict[str, torch.Tensor]) -> list[str]:
+    """Modules that a server may take for linears, which a packed checkpoint must then exclude: matrices, but no router
+    or embedding."""
+    names = [name for name, tensor in carried.items() if name.endswith(".weight") and tensor.dim() == 2]
+    return [name.removesuffix(".weight") for name in names if ".gate." not in name and "embed" not in name]
 
 
 def read_job(checkpoint: Path) -> dict:

@@ -22,10 +22,14 @@ class Inventory:
     )  # linears that a server merges and that share their scales
     convolutions: list[str] = field(default_factory=list)  # linear to a server, never quantized; excluded by name
     float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
+    carried: str | None = None  # what names of tensors begin with that no inventory lists and that stay as they were
     attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
     tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head"
+
+    def carries(self, name: str) -> bool:
+        return self.carried is not None and name.startswith(self.carried)
 
     def excluded(self, quantized) -> set[str]:
         """What the configurations must exclude where these linears are quantized."""
@@ -131,7 +135,8 @@ def _nemotron_h(config: dict[str, Any]) -> Inventory:
     """One mixer a layer, by the pattern: Mamba-2, attention, MLP or experts. The hub's names."""
     hidden, vocab = _number(config, "hidden_size"), _number(config, "vocab_size")
     tied = bool(config.get("tie_word_embeddings", False))
-    model = Inventory(tied_head=tied, embedding="backbone.embeddings.weight")
+    carried = "mtp." if config.get("num_nextn_predict_layers") else None
+    model = Inventory(tied_head=tied, embedding="backbone.embeddings.weight", carried=carried)
     model.tensors |= {model.embedding: (vocab, hidden), "backbone.norm_f.weight": (hidden,)}
     model.linears[model.head] = (vocab, hidden)
     add = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}

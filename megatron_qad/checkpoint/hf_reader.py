@@ -10,6 +10,8 @@ from megatron_qad.checkpoint.hf_writer import CARRIED_FILES
 from megatron_qad.runtime.errors import QADError
 
 # What the imported checkpoint keeps beside the weights: all that export carries on.
+CARRIED_TENSORS = "carried.safetensors"
+"""Tensors that are no part of the Megatron model, beside the config in a checkpoint's ``hf/``."""
 ASSETS = ("config.json", *CARRIED_FILES)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from safetensors.torch import save_file
 
-from megatron_qad.checkpoint.hf_reader import ASSETS, HFReader
+from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime.distributed import rank_and_size
@@ -42,6 +43,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     dist_checkpointing.save(sharded, str(aside / "release"))
     if rank == 0:
         copy_assets(source, aside / "hf")
+        carry_tensors(source, aside / "hf")
         (aside / "latest_checkpointed_iteration.txt").write_text("release")
         aside.rename(target)  # replaces an empty directory
     torch.distributed.barrier()
@@ -92,9 +94,22 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
+def carried_names(reader: HFReader) -> list[str]:
+    """Tensors that the family carries from import to export as they are."""
+    prefix = family_of(reader.config).carried
+    return sorted(name for name in reader.names if prefix is not None and name.startswith(prefix))
+
+
+def carry_tensors(source: Path, target: Path) -> None:
+    reader = HFReader(source)
+    if names := carried_names(reader):
+        save_file({name: reader.read(name).contiguous() for name in names}, target / CARRIED_TENSORS)
+        print(f"megatron_qad: {len(names)} tensors ({names[0]}, ...) are carried along: not trained, not quantized")
+
+
 def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
     wanted = {name for m in maps for name in m.hf}
-    left_over = reader.names - wanted
+    left_over = reader.names - wanted - set(carried_names(reader))
     if reader.config.get("tie_word_embeddings"):
         left_over.discard("lm_head.weight")  # some files store the tied head a second time
     left_over = {name for name in left_over if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned

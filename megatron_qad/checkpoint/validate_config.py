@@ -148,7 +148,7 @@ def _check_exclusions(where: str, found: Any, model: Inventory, quantized: Mappi
     for module in sorted(set(found)):
         if module in quantized:
             fault(module, f"is quantized and stands in {where}")
-        elif module not in model.excluded(()):
+        elif module not in model.excluded(()) and not model.carries(module):
             fault(
                 module, f"stands in {where} and is no linear; expected exact names, servers read patterns differently"
             )

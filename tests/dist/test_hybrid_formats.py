@@ -217,6 +217,34 @@ def test_transformers_computes_the_students_weight_only_logits(workshop, tmp_pat
         assert (found["error"] <= 1e-4) == quantizes
 
 
+def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
+    """Bits, names and exclusion; the run says that they are not trained."""
+    source = tmp_path / "hf"
+    shutil.copytree(workshop.directory / "hf_bf16_student", source)
+    config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (source / "config.json").write_text(json.dumps(config))
+    heads = {
+        "mtp.layers.0.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        "mtp.layers.0.enorm.weight": torch.randn(64).bfloat16(),
+        "mtp.layers.1.mixer.gate.weight": torch.randn(8, 64).bfloat16(),
+        "mtp.layers.1.mixer.gate.e_score_correction_bias": torch.randn(8),
+    }
+    save_file(load_file(source / "model.safetensors") | heads, source / "model.safetensors")
+    arguments = {"models": [(str(source), str(tmp_path / "imported"), "bfloat16")]}
+    output = workshop.server.run("training_jobs:import_checkpoints", 1, arguments)
+    assert "4 tensors (mtp.layers.0.eh_proj.weight, ...) are carried along: not trained, not quantized" in output
+    flags = [*BF16, *POLICY, "--save", str(tmp_path / "run"), "--qad-teacher", str(tmp_path / "imported")]
+    flags += ["--qad-student", str(tmp_path / "imported"), "--qad-ptq"]
+    workshop.train(workshop.argv(*flags, kind="bf16"), whole=False)
+    stored = export(workshop, tmp_path / "run", tmp_path / "out")
+    for name, tensor in heads.items():
+        assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor), name
+    report = validate_nvfp4(tmp_path / "out")
+    assert not report.faults, report.faults[:5]
+    excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert [name for name in excluded if name.startswith("mtp.")] == ["mtp.layers.0.eh_proj"]
+
+
 def test_what_cannot_be_is_one_error(workshop, tmp_path):
     error = workshop.fail(workshop.argv("--moe-aux-loss-coeff", "1e-2", kind="f32"))
     assert "--moe-aux-loss-coeff 0.01 with a frozen router" in error or "[0.01] with a frozen router" in error

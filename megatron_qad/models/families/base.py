@@ -117,6 +117,9 @@ class Family:
     tensors: Callable[[dict], list[TensorMap]]
     """config -> every tensor of the model."""
     rope_scaling: Callable[[dict], dict | None]
+    carried: str | None = None
+    """What the Hugging Face names of tensors begin with that are no part of the Megatron model and go from import to
+    export untouched (layers for multi-token prediction); None: there are none."""
     is_trainable: bool = True
     """False: its tensors are known, its training is not implemented; ``megatron_args`` says so."""
 

@@ -2,7 +2,8 @@
 
 Layer i of the file is layer i of the pattern. Hugging Face names are the hub's (``backbone.*``, experts apart), which
 transformers 5 renames when it loads. Experts carry Megatron's name of one expert's tensor with its global index. What
-has no map yet stops: biases of linears and layers for multi-token prediction.
+has no map yet stops: biases of linears. Layers for multi-token prediction (``mtp.*``) are carried along, untrained and
+unquantized.
 """
 
 from collections.abc import Iterator
@@ -132,8 +133,6 @@ def tensors(config: dict, prefix: str = "") -> list[TensorMap]:
     """Every tensor. ``prefix``: what stands before the Hugging Face names (``language_model.``)."""
     if biased := [key for key in _BIASES if config.get(key)]:
         raise QADError(f"config.json sets {biased[0]}; linears with biases are not supported in this family")
-    if config.get("num_nextn_predict_layers"):
-        raise QADError("config.json has num_nextn_predict_layers; layers for multi-token prediction are not supported")
     vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
     names = (f"{prefix}backbone.embeddings.weight",)
     found = [TensorMap("embedding.word_embeddings.weight", names, "embedding", (vocab, hidden))]
@@ -246,4 +245,5 @@ NEMOTRON_H = Family(
     megatron_args=megatron_args,
     tensors=tensors,
     rope_scaling=lambda config: None,
+    carried="mtp.",
 )

@@ -216,7 +216,6 @@ def test_layers_block_type_says_what_the_pattern_says():
         ({"hybrid_override_pattern": None, "layers_block_type": ["rnn"]}, "layers_block_type has 'rnn'"),
         ({"mlp_bias": True}, "sets mlp_bias"),
         ({"use_bias": True}, "sets use_bias"),
-        ({"num_nextn_predict_layers": 1}, "multi-token prediction"),
         ({"ssm_state_size": None}, "no 'ssm_state_size'"),
     ],
 )
