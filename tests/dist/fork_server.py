@@ -49,7 +49,7 @@ class ForkServer:
 
     def __exit__(self, *exc):
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)  # a busy machine takes its time
         self._log.close()
 
     def run(self, function: str, nproc: int = 1, arguments: dict | None = None, *, fails: bool = False, timeout=120):
