@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.weights import TRACKER
+from megatron_qad.runtime import manifest, whole_saves
 from megatron_qad.runtime.distributed import rank_and_size
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process
@@ -37,14 +39,14 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     aside = target.parent / f".{target.name}.partial"  # renamed when whole: a killed import leaves no target
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
-        (aside / "release").mkdir(parents=True)
     torch.distributed.barrier()
     save_checkpoints_in_this_process()
+    whole_saves.install()
     dist_checkpointing.save(sharded, str(aside / "release"))
     if rank == 0:
         copy_assets(source, aside / "hf")
         carry_tensors(source, aside / "hf")
-        (aside / "latest_checkpointed_iteration.txt").write_text("release")
+        manifest.write_atomically(aside / TRACKER, "release")
         aside.rename(target)  # replaces an empty directory
     torch.distributed.barrier()
     return count

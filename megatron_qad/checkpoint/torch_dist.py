@@ -10,15 +10,24 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.models.weights import GATED_HALVES, iteration_dir
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
 
 class TorchDistReader:
-    """Global tensors of the newest iteration in a checkpoint directory. torch.distributed must be initialized."""
+    """Global tensors of one iteration in a checkpoint directory. torch.distributed must be initialized.
 
-    def __init__(self, checkpoint: str | Path):
+    Args:
+        iteration: a number, "best", or None for the newest.
+
+    Raises:
+        QADError: no such iteration, or a damaged one.
+    """
+
+    def __init__(self, checkpoint: str | Path, iteration: int | str | None = None):
         self.checkpoint = Path(checkpoint)
-        self.directory = iteration_dir(checkpoint)
+        self.directory = iteration_dir(checkpoint, iteration)
+        manifest.require_whole(self.directory)
         self._metadata = dist_checkpointing.load_tensors_metadata(str(self.directory))
 
     def __contains__(self, name: str) -> bool:

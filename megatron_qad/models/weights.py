@@ -4,6 +4,7 @@ For checkpoints made by ``tools/import_hf.py`` or saved by a QAD job. Only weigh
 quantizers' amaxes of a job that resumes are Megatron's ``load_checkpoint``'s to load.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+BEST_FILE, BEST_KEY = "best_checkpoints.json", "kl_to_teacher"
 
 # Megatron's training loop stores gate and up of a gated MLP as two tensors with these endings (the metadata key
 # "singleton_local_shards"); the importer, as Megatron's default, as the two halves of one.
@@ -23,19 +28,44 @@ _EXTRA_STATE = "_extra_state"  # of Transformer Engine's and modelopt's modules:
 _QUANTIZER = "_quantizer."
 
 
-def iteration_dir(checkpoint: str | Path) -> Path:
-    """The newest iteration inside a checkpoint directory, by ``latest_checkpointed_iteration.txt``."""
+def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) -> Path:
+    """The directory of one iteration inside a checkpoint directory.
+
+    Args:
+        iteration: a number, "best" (of those that are there, by validation KL) or None for what
+            ``latest_checkpointed_iteration.txt`` names.
+    """
     root = Path(checkpoint)
-    tracker = root / "latest_checkpointed_iteration.txt"
+    if iteration is not None:
+        found = root / f"iter_{best_iteration(root) if iteration == 'best' else int(iteration):07d}"
+        if not (found / ".metadata").is_file():
+            there = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
+            raise QADError(f"{root}: {found.name} is not a torch_dist checkpoint; there are: {there}")
+        return found
+    tracker = root / TRACKER
     if not tracker.is_file():
-        raise QADError(f"{root}: no latest_checkpointed_iteration.txt; expected a checkpoint directory")
+        raise QADError(f"{root}: no {TRACKER}; expected a checkpoint directory")
     latest = tracker.read_text().strip()
+    if latest != "release" and not latest.isdigit():
+        raise QADError(f"{tracker} says {latest!r}, expected a number or 'release'; resuming the job mends it")
     found = root / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     if not (found / ".metadata").is_file():
-        raise QADError(
-            f"{root}: latest_checkpointed_iteration.txt says {latest}, but {found.name} is not a torch_dist checkpoint"
-        )
+        raise QADError(f"{root}: {TRACKER} says {latest}, but {found.name} is not a torch_dist checkpoint")
     return found
+
+
+def validated_kl(root: Path) -> dict[int, float]:
+    """Validation KL by iteration, of the run that saves in ``root``; empty if it has not validated."""
+    file = root / BEST_FILE
+    return {entry["iteration"]: entry[BEST_KEY] for entry in json.loads(file.read_text())} if file.is_file() else {}
+
+
+def best_iteration(root: Path) -> int:
+    """The validated iteration with the lowest KL whose checkpoint is there."""
+    there = [step for step in validated_kl(root) if (root / f"iter_{step:07d}").is_dir()]
+    if not there:
+        raise QADError(f"{root}: no checkpoint with a validation ({BEST_FILE}); name its iteration instead of 'best'")
+    return there[0]
 
 
 def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
@@ -56,8 +86,9 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
         with_amaxes: also the input quantizers' amaxes, whose buffers must be there (``expect_amax``).
 
     Raises:
-        QADError: a tensor of the model that the checkpoint lacks, or one of another shape; named.
+        QADError: a damaged checkpoint; a tensor of the model that it lacks, or one of another shape; named.
     """
+    manifest.require_whole(iteration_dir(checkpoint))
     stored = stored_shapes(checkpoint)
     left_out = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
     # Experts are always stored like that, and say nothing of the other MLPs.

@@ -1,0 +1,176 @@
+"""Checkpoints that are complete or invisible.
+
+``install`` puts ``save`` in the place of Megatron's ``dist_checkpointing.save``, the one function through which every
+torch_dist checkpoint is written, synchronous or not. It writes to ``NAME.JOB.partial``, sums up every file where it was
+written, and renames the directory when all of it is there; only then does Megatron move
+``latest_checkpointed_iteration.txt``. What fails on one rank fails on all, so that a full disk ends a save and not a
+job (``training.checkpoints`` goes on with it).
+"""
+
+import functools
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_qad.runtime import manifest
+from megatron_qad.runtime.errors import QADError
+
+PARTIAL, REPLACED = ".partial", ".replaced"
+_ROOM_BYTES = 16 << 20
+_SUMS = ".sums."
+free_after_writing = 0
+"""Bytes left on the disk when the last save had written its large files, for the message if that failed; rank 0's."""
+
+
+texts_beside: dict[str, Callable[[], str]] = {}
+"""Files of text that go into every checkpoint: name -> its content at the time of the save."""
+
+
+class SaveFailed(QADError):
+    """A checkpoint could not be written or was not whole; raised on every rank."""
+
+
+def install() -> None:
+    """Have Megatron save through ``save``. Once a process."""
+    from megatron.core import dist_checkpointing
+
+    upstream = dist_checkpointing.save
+    if not isinstance(upstream, partial):
+        dist_checkpointing.save = partial(save, upstream)
+
+
+def save(
+    upstream: Callable,
+    sharded_state_dict,
+    checkpoint_dir,
+    *args,
+    async_sharded_save: bool = False,
+    async_strategy: str = "mcore",
+    verify_integrity: bool = False,
+    **rest,
+):
+    """Megatron's ``save`` with the same arguments and the same answer (a request, if asynchronous).
+
+    ``verify_integrity`` asks for what is done anyway.
+
+    Raises:
+        SaveFailed: on every rank.
+    """
+    final = Path(checkpoint_dir)
+    aside = final.with_name(f"{final.name}.{_name_of_this_job()}{PARTIAL}")
+    on_first_rank(lambda: _start(aside, final))
+    texts = {name: text() for name, text in texts_beside.items()}
+    request = upstream(
+        sharded_state_dict,
+        str(aside),
+        *args,
+        async_sharded_save=True,  # also where it is not: the steps are then ours to run
+        async_strategy=async_strategy if async_sharded_save else "mcore",
+        **rest,
+    )
+    write = partial(_write_and_sum, request.async_fn, str(aside), torch.distributed.get_rank())
+    if request.async_fn is not None:
+        request = request._replace(async_fn=write)
+    request.finalize_fns.insert(0, partial(_free_room, aside))
+    request.finalize_fns.append(partial(_publish, aside, final, texts))
+    if async_sharded_save:
+        return request
+    request.execute_sync()
+    return None
+
+
+@functools.cache
+def _name_of_this_job() -> str:
+    """The writer of an asynchronous save may outlive a job that is killed: no other job shall write where it does."""
+    name = [secrets.token_hex(4)]
+    torch.distributed.broadcast_object_list(name, src=0)
+    return name[0]
+
+
+def _start(aside: Path, final: Path) -> None:
+    if final.is_dir() and not any(final.iterdir()):
+        final.rmdir()  # Megatron has just made it: nothing of that name is to be seen yet
+    clear_away(final.parent, f"{final.name}.")
+    aside.mkdir(parents=True)
+    # Room for the small files that the first rank writes last and alone, where a full disk could not be agreed on.
+    with open(_room(aside), "wb") as room:
+        os.posix_fallocate(room.fileno(), 0, _ROOM_BYTES)
+
+
+def _room(aside: Path) -> Path:
+    return aside.with_name(f"{aside.name.removesuffix(PARTIAL)}.room{PARTIAL}")
+
+
+def _free_room(aside: Path) -> None:
+    global free_after_writing
+    if torch.distributed.get_rank() == 0:
+        free_after_writing = shutil.disk_usage(aside).free
+        _room(aside).unlink(missing_ok=True)
+
+
+def clear_away(root: Path, name: str = "") -> None:
+    """Remove what saves of ``name`` (the start of one) left in ``root`` when they failed or were killed."""
+    for path in root.glob(f"{name}*{PARTIAL}"):
+        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(f"{name}*{REPLACED}"):  # its successor was not yet in its place
+        place = path.with_name(path.name.removesuffix(REPLACED))
+        shutil.rmtree(path, ignore_errors=True) if place.exists() else path.rename(place)
+
+
+def _write_and_sum(write: Callable, directory: str, rank: int, *args, **kwargs) -> None:
+    """A rank's part of the save, in the process that writes it: what it wrote is summed up there, not in training."""
+    write(*args, **kwargs)  # hands its own errors over a queue
+    try:
+        files = Path(directory).glob(f"__{rank}_*.distcp")
+        (Path(directory) / f"{_SUMS}{rank}").write_text(json.dumps({f.name: manifest.sum_of(f) for f in files}))
+    except OSError as error:
+        print(f"megatron_qad: rank {rank}: {error}", flush=True)  # _publish misses the sums
+
+
+def _publish(aside: Path, final: Path, texts: dict[str, str]) -> None:
+    """All ranks: put the sums together, check that everything is there, and give the checkpoint its name."""
+    shares: list[dict] = [{} for _ in range(torch.distributed.get_world_size())]
+    mine = aside / f"{_SUMS}{torch.distributed.get_rank()}"
+    try:
+        found = json.loads(mine.read_text()) if mine.is_file() else {}
+        mine.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        found = {}
+    torch.distributed.all_gather_object(shares, found)
+    sums = {name: tuple(value) for share in shares for name, value in share.items()}
+    on_first_rank(lambda: _check_and_rename(sums, texts, aside, final))
+
+
+def _check_and_rename(sums: dict[str, manifest.Sum], texts: dict[str, str], aside: Path, final: Path) -> None:
+    for name, text in texts.items():
+        manifest.write_atomically(aside / name, text)
+    for name in (".metadata", "metadata.json", *texts):
+        sums[name] = manifest.sum_of(aside / name)
+    if unsummed := {file.name for file in aside.iterdir() if not file.name.startswith(_SUMS)} ^ sums.keys():
+        raise SaveFailed(f"{aside}: no checksum of {min(unsummed)}, or it is not there")
+    manifest.write(aside, sums)
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(aside, final)
+    manifest.sync_directory(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def on_first_rank(work: Callable[[], None]) -> None:
+    """Do ``work`` on rank 0; what stops it there is raised on every rank."""
+    fault: list[str | None] = [None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            work()
+        except (OSError, QADError) as error:
+            fault = [str(error)]
+    torch.distributed.broadcast_object_list(fault, src=0)
+    if fault[0] is not None:
+        raise SaveFailed(fault[0])

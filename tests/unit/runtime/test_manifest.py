@@ -1,0 +1,79 @@
+"""The checksums of a checkpoint directory: what is whole, what is not and is named, and that Megatron reads them."""
+
+import json
+
+import pytest
+
+from megatron_qad.runtime import QADError, manifest
+
+FILES = {"__0_0.distcp": b"weights" * 1000, "__1_0.distcp": b"", ".metadata": b"names", "metadata.json": b"{}"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    directory = tmp_path / "iter_0000010"
+    directory.mkdir()
+    for name, content in FILES.items():
+        (directory / name).write_bytes(content)
+    manifest.write(directory, {name: manifest.sum_of(directory / name) for name in FILES})
+    return directory
+
+
+def test_a_whole_one_has_no_faults(checkpoint):
+    assert manifest.faults(checkpoint) == []
+    manifest.require_whole(checkpoint)
+    assert manifest.num_bytes(checkpoint) == sum(file.stat().st_size for file in checkpoint.iterdir())
+
+
+def test_megatrons_own_manifest_is_read(checkpoint):
+    from megatron.core.dist_checkpointing.validation import save_integrity_manifest
+
+    save_integrity_manifest(str(checkpoint))
+    assert manifest.faults(checkpoint) == []
+    (checkpoint / ".metadata").write_bytes(b"NAMES")
+    assert manifest.faults(checkpoint) == ["iter_0000010/.metadata has another SHA-256 than when it was written"]
+
+
+def test_megatron_reads_it(checkpoint):
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
+
+    verify_integrity_manifest(str(checkpoint))
+    (checkpoint / "__0_0.distcp").write_bytes(b"x" * 7000)
+    with pytest.raises(CheckpointingException, match="hash mismatch"):
+        verify_integrity_manifest(str(checkpoint))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_shares_of_all_ranks_cover_every_file(checkpoint, size):
+    for name in FILES:
+        if not FILES[name]:
+            continue
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[:-1] + b"?")
+        found = [fault for rank in range(size) for fault in manifest.faults(checkpoint, rank, size)]
+        assert found == [f"iter_0000010/{name} has another SHA-256 than when it was written"]
+        (checkpoint / name).write_bytes(content)
+
+
+def test_each_kind_of_damage_is_named(checkpoint):
+    (checkpoint / "__1_0.distcp").write_bytes(b"more")
+    with pytest.raises(
+        QADError, match=r"damaged: iter_0000010/__1_0\.distcp has 4 bytes, not 0.*remove integrity\.json"
+    ):
+        manifest.require_whole(checkpoint)
+    (checkpoint / "__1_0.distcp").unlink()
+    assert manifest.faults(checkpoint) == ["iter_0000010/__1_0.distcp is missing"]
+    (checkpoint / "integrity.json").write_text(json.dumps([]))
+    assert manifest.faults(checkpoint) == ["iter_0000010/integrity.json is not readable"]
+    (checkpoint / "integrity.json").unlink()
+    assert manifest.faults(checkpoint) == []  # of another writer: not checked
+    (checkpoint / "metadata.json").unlink()
+    assert manifest.faults(checkpoint) == ["iter_0000010 has no metadata.json: it was never finished"]
+
+
+def test_a_file_is_replaced_at_once(tmp_path):
+    file = tmp_path / "latest"
+    manifest.write_atomically(file, "1")
+    manifest.write_atomically(file, "2")
+    assert file.read_text() == "2" and list(tmp_path.iterdir()) == [file]
