@@ -18,9 +18,14 @@ def main() -> None:
         default="modelopt",
         help="modelopt: vLLM, SGLang, TensorRT-LLM. compressed-tensors: vLLM, transformers. bf16: unpacked",
     )
+    parser.add_argument(
+        "--iteration", help="number of the iteration to export, or 'best' by validation KL; default: the newest"
+    )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="bound on a safetensors file, in 10^9 bytes")
     parser.add_argument("--keep", action="store_true", help="if --output is complete already, leave it and succeed")
     options = parser.parse_args()
+    if options.iteration not in (None, "best") and not options.iteration.isdigit():
+        parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
     if options.keep and (Path(options.output) / "config.json").is_file():
         return print(f"{options.output} is there already")
     prepare()
@@ -29,7 +34,8 @@ def main() -> None:
     from megatron_qad.runtime.distributed import init_process_group
 
     init_process_group()
-    written = export_hf(options.checkpoint, options.output, options.layout, int(options.max_shard_gb * 1e9))
+    shard_bytes = int(options.max_shard_gb * 1e9)
+    written = export_hf(options.checkpoint, options.output, options.layout, shard_bytes, options.iteration)
     counts = Counter(written.quantized.values())
     print(
         f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, in {len(written.shards)} file(s) to "

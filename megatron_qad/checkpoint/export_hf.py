@@ -28,37 +28,44 @@ JOB_FILE = "qad.json"
 
 
 def export_hf(
-    checkpoint: str | Path, output: str | Path, layout: LayoutName, max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    checkpoint: str | Path,
+    output: str | Path,
+    layout: LayoutName,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    iteration: int | str | None = None,
 ) -> Written:
-    """Write the newest iteration of ``checkpoint`` as the Hugging Face directory ``output``.
+    """Write an iteration of ``checkpoint`` as the Hugging Face directory ``output``.
 
     Args:
         checkpoint: a directory that a QAD job saved or, for layout "bf16", one that ``import_hf`` wrote.
-        layout: "bf16", "modelopt" or "compressed-tensors". In "bf16" quantized weights stay on their grid.
+        layout: "bf16", "modelopt" or "compressed-tensors". In "bf16" quantized weights are written as the values on
+            their grid that the packed layouts decode to.
+        iteration: a number, "best" (by validation KL) or None for the newest.
 
     Tensors that are not packed are written in the dtype that ``config.json`` declares, which is what servers expect; a
     job that trained in float32 is rounded here.
 
     Raises:
-        QADError: missing tensors or amaxes (named), a checkpoint without ``qad.json``, or what the writer refuses.
+        QADError: a damaged checkpoint, missing tensors or amaxes (named), no ``qad.json``, or what the writer refuses.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / "hf" / "config.json").is_file():
         raise QADError(f"{checkpoint}: no hf/config.json; expected what import_hf.py or pretrain_qad.py wrote")
     config = read_json(checkpoint / "hf" / "config.json")
     family = family_of(config)
-    job = {} if layout == "bf16" else read_job(checkpoint)
-    formats, kv_cache = job.get("formats", {}), job.get("kv_cache", "bf16")
-    if refused := sorted({fmt for fmt in formats.values()} - set(EXPORTED_FORMATS)):
+    # Layout bf16 also takes what import_hf wrote, which has no formats.
+    job = read_job(checkpoint) if layout != "bf16" or (checkpoint / JOB_FILE).is_file() else {}
+    formats, kv_cache = job.get("formats", {}), job.get("kv_cache", "bf16") if layout != "bf16" else "bf16"
+    refused = sorted({fmt for fmt in formats.values()} - set(EXPORTED_FORMATS))
+    if refused and layout != "bf16":
         raise QADError(
             f"{checkpoint}: its policy gives linears the format {refused[0]}, which no layout holds; exported are "
             f"{', '.join(EXPORTED_FORMATS)}. With layout 'bf16' its weights can be written unpacked"
         )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     carried = read_carried(checkpoint / "hf")
-    export = Export(
-        TorchDistReader(checkpoint), layout, formats, kv_cache, job.get("scale_rule", "max"), declared_dtype(config)
-    )
+    reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
+    export = Export(reader, layout, formats, kv_cache, scale_rule, declared_dtype(config))
     return write_hf_checkpoint(
         chain(export.items(family.tensors(config)), (HFTensor(name, tensor) for name, tensor in carried.items())),
         output,
@@ -108,7 +115,11 @@ class Export:
         """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
         for tensor_map, tensor in self.reader.layers(maps):
             fmt = self.formats.get(tensor_map.megatron, "bf16")
-            if fmt == "bf16":
+            if self.layout == "bf16" or fmt == "bf16":
+                arithmetic = WEIGHT_FORMATS.get(LINEAR_FORMATS[fmt].weight)  # None: not quantized in place
+                if arithmetic is not None:
+                    name = tensor_map.megatron
+                    tensor = arithmetic.as_exported(tensor, name=name, rule=self.scale_rule)
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
                     dtype = part.dtype if tensor_map.is_float32 else self.dtype or part.dtype
                     yield HFTensor(name, part.to(dtype).contiguous())

@@ -88,22 +88,56 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
+SAVED = """
+import sys
+from safetensors.torch import save_file
+from megatron_qad.runtime import prepare
+prepare()
+from megatron_qad.checkpoint.hf_reader import read_json
+from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.models.families import family_of
+from megatron_qad.runtime.distributed import init_process_group
+from pathlib import Path
+run, target = map(Path, sys.argv[1:])
+init_process_group()
+config = read_json(run / "hf" / "config.json")
+layers = TorchDistReader(run).layers(family_of(config).tensors(config))
+save_file({n: p.contiguous() for m, t in layers for n, p in zip(m.hf, m.to_hf(t))}, target / "model.safetensors")
+"""
+
+
 @pytest.fixture(scope="module")
-def in_place(job) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights as the next step's schedule would use them, in Hugging Face names: fake-quantized per
-    Megatron tensor (q, k, v fused; gate, up fused)."""
+def saved(job) -> dict[str, torch.Tensor]:
+    """The checkpoint's weights as they lie there, in Hugging Face names."""
+    (job / "saved").mkdir()
+    run("-c", SAVED, job / "run", job / "saved")
+    return tensors(job / "saved")
+
+
+@pytest.fixture(scope="module")
+def in_place(job, saved) -> dict[str, torch.Tensor]:
+    """The checkpoint's weights as the next step's schedule would use them: fake-quantized per Megatron tensor (q, k, v
+    fused; gate, up fused)."""
     from megatron_qad.formats import nvfp4
     from megatron_qad.models.families import family_of
 
     config = json.loads((job / "hf" / "config.json").read_text())
-    plain, found = tensors(job / "bf16"), {}
+    found = {}
     for tensor_map in family_of(config).tensors(config):
-        parts = [plain[name] for name in tensor_map.hf]
+        parts = [saved[name] for name in tensor_map.hf]
         if tensor_map.is_linear and tensor_map.kind != "head":
             scale = nvfp4.global_scale_from_amax(torch.stack([nvfp4.tensor_amax(p) for p in parts]).amax())
             parts = [nvfp4.fake_quant(p, scale) for p in parts]
         found |= dict(zip(tensor_map.hf, parts, strict=True))
     return found
+
+
+def test_the_bf16_export_is_the_in_place_weights(job, saved, in_place):
+    exported = tensors(job / "bf16")
+    assert exported.keys() == in_place.keys()
+    assert all(torch.equal(exported[name], in_place[name]) for name in in_place)
+    moved = [name for name in saved if not torch.equal(saved[name], exported[name])]
+    assert len(moved) == 2 * 7, "saved off the grid: each linear of the two blocks, and nothing else, was rounded"
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
@@ -124,12 +158,12 @@ def test_each_exported_weight_decodes_to_the_in_place_weight(job, in_place):
         assert torch.equal(stored[name], in_place[name]), name
 
 
-def test_bytes_equal_modelopts(job):
+def test_bytes_equal_modelopts(job, saved):
     """On the same input, which is the checkpoint's tensor. (Codes may differ in the sign of zero from modelopt's of the
     fake-quantized tensor, where a small negative weight has become a zero without sign.)"""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-    stored, weights = tensors(job / "modelopt"), tensors(job / "bf16")
+    stored, weights = tensors(job / "modelopt"), saved
     for name in (n.removesuffix("_scale_2") for n in stored if n.endswith("weight_scale_2")):
         quantized, scale, _ = NVFP4QTensor.quantize(
             weights[name].float(), 16, weights_scaling_factor_2=stored[f"{name}_scale_2"], try_tensorrt=False
