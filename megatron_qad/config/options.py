@@ -75,6 +75,25 @@ class QADOptions:
     """What the teacher's pass keeps of each microbatch until the loss: 'logits', 'hidden' (its final hidden states, to
     which the loss applies the output layer), or 'auto', the smaller. A fused output layer needs 'hidden'."""
 
+    qad_keep_last: int | None = None
+    """Checkpoints to keep, the newest ones; older ones are removed unless --qad-keep-best keeps them. Default: all."""
+
+    qad_keep_best: int | None = None
+    """Checkpoints to keep because their validation KL is the lowest, beside the newest. Needs a validation at each save
+    (--save-interval a multiple of --eval-interval)."""
+
+    qad_on_nan: Literal["stop", "skip"] = "stop"
+    """What happens when a loss or a gradient is NaN or Inf: 'stop', or 'skip' the update of that step; either way the
+    log names step, rank and layer."""
+
+    qad_spike_factor: float | None = None
+    """A loss above this many times the median of the last 64 goes back to the last good checkpoint in --save, leaving
+    out the batches since; such as 5. Default: never."""
+
+    qad_hang_seconds: float | None = None
+    """Seconds without progress after which a job names the rank that is behind and ends. Default: 9/10 of
+    --distributed-timeout-minutes; 0 turns it off. Must exceed the longest single part of a step."""
+
     qad_ptq: bool = False
     """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""
 

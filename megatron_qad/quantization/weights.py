@@ -81,6 +81,15 @@ class InPlaceWeights:
                 for name, master in masters.items():
                     self.weights[name].copy_(master)
 
+    def were_not_updated(self) -> None:
+        """The optimizer step that was announced did not happen: the weights are still on the grid, where quantizing
+        them again could move one (float32 ones were restored)."""
+        self.is_stale = any(w.dtype == torch.float32 for w in self.weights.values())
+
+    def were_loaded(self) -> None:
+        """The weights are those of a checkpoint, which may have been saved on the grid."""
+        self.is_stale = self._may_be_on_grid = True
+
     @torch.no_grad()
     def quantize_(self) -> None:
         """Replace every weight by its fake-quantized self. The amaxes of all weights travel in one all-reduce.

@@ -7,6 +7,7 @@ files, the user's flags. So every Megatron flag works unchanged.
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -24,14 +25,14 @@ from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.families import family_of
 from megatron_qad.models.specs import hybrid_stack_spec
-from megatron_qad.runtime import Capabilities, QADError, capabilities
+from megatron_qad.runtime import Capabilities, QADError, capabilities, whole_saves
 from megatron_qad.runtime.megatron_wheel import (
     dispatch_tokens_on_cpu,
     load_reshardable_state_of_torch_adam,
     save_checkpoints_in_this_process,
     use_compiled_dataset_helpers,
 )
-from megatron_qad.training import preemption, resume
+from megatron_qad.training import checkpoints, preemption, resume
 from megatron_qad.training.hidden_states import check_hidden_losses
 from megatron_qad.training.layout import (
     check_layout,
@@ -107,6 +108,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_masters(args)
     if not args.async_save:
         save_checkpoints_in_this_process()
+    whole_saves.install()
     args.qad = _qad_options(args)
     if args.dataloader_inter_document_masking and args.qad.qad_document_multiple is None:
         cp = args.context_parallel_size
@@ -117,6 +119,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         term.loss.check(args.padded_vocab_size // args.tensor_model_parallel_size)
     check_hidden_losses(args, loss, shapes)
     settle_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
+    checkpoints.check_options(args)
     return args
 
 
@@ -187,6 +190,9 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
         "no-create-attention-mask-in-dataloader": True,  # attention is causal by the layer spec
         "ckpt-format": "torch_dist",
         "exit-signal-handler": True,  # SIGTERM saves after the current step (training/preemption.py)
+        "no-check-for-nan-in-loss-and-grad": True,  # training/guard.py does, in one pass, and can do more than stop
+        # Megatron's default, nvrx, is a package of its own.
+        "async-strategy": "nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
         "save-interval": 1000,  # Megatron has no default and stops at --save without one
         "tokenizer-type": "NullTokenizer",  # the data is tokenized already; its metadata names the tokenizer
     }

@@ -24,9 +24,11 @@ from tqdm import tqdm
 from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
 from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.hidden_states import HiddenStates
+from megatron_qad.training.not_finite import Trace
 from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.teacher import Teacher
@@ -60,6 +62,9 @@ class QADStep:
         """The hidden-state losses of the job, if it has any."""
         self.scale_penalty: ScalePenalty | None = None
         """Its penalty on scale growth."""
+        self.losses: list[dict] | None = None
+        """What the loss function reported of each microbatch of the last training step, on the last stage."""
+        self._ran: dict = {}
         self._read_ahead: list[Batch] = []
         self._read_ahead_in_evaluation = False
 
@@ -74,11 +79,13 @@ class QADStep:
         shape = schedule_shape(**shape)
         expert_load.is_measuring = evaluates
         hidden_states, penalty = (None, None) if evaluates else (self.hidden_states, self.scale_penalty)
+        heartbeat.beat("teacher's pass of an evaluation" if evaluates else "teacher's pass")
         with hidden_states.active() if hidden_states else nullcontext():
             if self.teacher is not None:
                 self.teacher.annotate(batches, **shape)
             if self.weights.is_stale:
                 gather_parameters(model)
+            heartbeat.beat("student's pass of an evaluation" if evaluates else "student's passes")
             with self.weights.on_grid(then_updated=not evaluates):
                 if penalty:
                     penalty.add_gradient(batches)
@@ -92,7 +99,34 @@ class QADStep:
         for part in (hidden_states, penalty):
             if part:
                 part.report(reports)
+        if not evaluates:
+            self.losses = reports
+            # Not the iterator itself: its worker processes must end with Megatron's last reference to it.
+            stages = [None] * len(data_iterator) if isinstance(data_iterator, list) else None
+            self._ran = {"schedule": schedule, "batches": batches, "stages": stages, "shape": shape}
         return reports
+
+    @torch.no_grad()
+    def run_again(self, model, trace: Trace) -> None:
+        """The forward passes of the training step that ran last, up to the logits, once more, with ``trace`` watching
+        both models."""
+        batches, shape = self._ran["batches"], self._ran["shape"]
+        if self.teacher is not None:
+            with trace.watching(self.teacher.chunks, "the teacher", order=0):
+                self.teacher.annotate(batches, **shape)
+                for batch in batches:
+                    if batch.teacher_output is not None:
+                        batch.teacher_output.logits()
+                        batch.teacher_output = None
+        with trace.watching(model, "the student", order=1):
+            self._ran["schedule"](
+                data_iterator=iterators(batches, self._ran["stages"]),
+                model=model,
+                num_microbatches=len(batches),
+                forward_step_func=_up_to_logits,
+                forward_only=True,
+                **shape,
+            )
 
     def _next_batches(self, data_iterator, number: int, shape: dict, evaluates: bool) -> list[Batch]:
         """What calibration read ahead comes first, but only where it was read: an evaluation between the first steps
@@ -118,6 +152,7 @@ class QADStep:
         if isinstance(data_iterator, list):  # virtual stages want whole rounds of the pipeline
             num_stages = mpu.get_pipeline_model_parallel_world_size()
             number = -(-number // num_stages) * num_stages
+        heartbeat.beat("calibration")
         batches = self._read(data_iterator, number, shape)
         self._read_ahead = batches
         bar = tqdm(total=number, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
@@ -167,6 +202,17 @@ def _only_forward(bar: tqdm, batches, model):
         return output.new_zeros(()), output.new_zeros((), dtype=int), {}
 
     bar.update()
+    return output_of(model, batch, hidden=fused), no_loss
+
+
+def _up_to_logits(batches, model):
+    batch, fused = next(batches), Outputs.chosen(get_args().qad).fused
+
+    def no_loss(output):
+        if fused:
+            Output(output, unwrap_model(model)).logits()
+        return output.new_zeros(()), output.new_zeros((), dtype=int), {}
+
     return output_of(model, batch, hidden=fused), no_loss
 
 

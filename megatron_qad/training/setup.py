@@ -20,9 +20,11 @@ from megatron_qad.models.weights import has_amaxes, load_weights
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime import QADError
+from megatron_qad.runtime import QADError, manifest
+from megatron_qad.training import checkpoints
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.expert_load import expert_load
+from megatron_qad.training.guard import Guard, wrap_train_step
 from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.loss import job_losses
 from megatron_qad.training.outputs import Outputs
@@ -51,6 +53,7 @@ def resolve_formats(args: argparse.Namespace) -> dict[str, str]:
 
 def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Before the student is wrapped: its weights, its quantizers, the teacher, and the schedule that joins them."""
+    checkpoints.settle_and_install(args)
     resumes = args.load is not None and checkpoint_exists(args.load)
     start = args.qad.qad_student or args.qad.qad_teacher
     penalties = job_losses().of_kind(ScaleGrowth)
@@ -88,6 +91,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     if penalties:
         step.scale_penalty = ScalePenalty(penalties, weights)
     wrap_schedule(step)
+    wrap_train_step(Guard(step, args.qad.qad_on_nan, args.qad.qad_spike_factor), args)
     return chunks
 
 
@@ -144,4 +148,4 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
         "scale_rule": args.qad.qad_weight_scale_rule,
         "formats": formats,
     }
-    file.write_text(json.dumps(job, indent=1))
+    manifest.write_atomically(file, json.dumps(job, indent=1))

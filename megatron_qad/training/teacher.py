@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_qad.models.output_layer import Output
-from megatron_qad.runtime import QADError
 from megatron_qad.training.batch import Batch, join, output_of
 
 
@@ -93,12 +92,3 @@ class Teacher:
             whole = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
             return [scatter_to_sequence_parallel_region(part).clone() for part in whole.chunk(joined, dim=dim)]
         return [part.clone() for part in output.chunk(joined, dim=dim)]
-
-
-def check_finite(values: torch.Tensor, what: str, step: int) -> None:
-    """Raise QADError, which names the ``step``, if any of the values is NaN or Inf. Synchronizes the device."""
-    if not bool(torch.isfinite(values).all()):
-        raise QADError(
-            f"{what} hold NaN or Inf at step {step}; the checkpoint is damaged or overflows in {values.dtype}. "
-            "Look for NaN in its weights, or train in another precision"
-        )

@@ -7,6 +7,8 @@ wandb itself: Megatron would print the exponential of each number as a perplexit
 from megatron.core import mpu
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, is_last_rank, print_rank_last
 
+from megatron_qad.models.weights import BEST_KEY
+from megatron_qad.training.best import best_checkpoints
 from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.loss import validation_metrics
 
@@ -18,6 +20,7 @@ def report_validation(model) -> dict[str, float]:
     means = total.means(has_teacher=args.teacher_hf_config is not None)
     # Megatron counts an iteration after its evaluation; curr_iteration stays 0 where nothing is trained.
     iteration = max(args.iteration, args.curr_iteration + 1 if args.consumed_train_samples else 0)
+    best_checkpoints.add(iteration, means.get(BEST_KEY) if is_last_rank() else None)
     print_rank_last(
         f" megatron_qad validation at iteration {iteration} | " + " | ".join(f"{k}: {v:.6g}" for k, v in means.items())
     )

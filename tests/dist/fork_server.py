@@ -10,6 +10,7 @@ Each rank calls ``module:function(**arguments)`` with torchrun's environment var
 itself does; ``launch.run_workers`` is for that.
 """
 
+import glob
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch import ROOT, environment
@@ -29,15 +31,20 @@ class JobFailed(AssertionError):
 
 
 class ForkServer:
-    """The test's side. ``run`` blocks until all ranks of a job have ended."""
+    """The test's side. ``run`` blocks until all ranks of a job have ended.
 
-    def __init__(self, directory: Path):
-        self.directory, self._jobs = directory, 0
+    Args:
+        directory: for logs.
+        prefix: a command that starts the server, such as one that mounts something first.
+    """
+
+    def __init__(self, directory: Path, prefix: Sequence[str] = ()):
+        self.directory, self._jobs, self._prefix = directory, 0, prefix
 
     def __enter__(self):
         self._log = open(self.directory / "server.log", "w")
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [*self._prefix, sys.executable, str(Path(__file__).resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -52,15 +59,30 @@ class ForkServer:
         self._process.wait(120)  # a busy machine takes its time
         self._log.close()
 
-    def run(self, function: str, nproc: int = 1, arguments: dict | None = None, *, fails: bool = False, timeout=120):
+    def run(
+        self,
+        function: str,
+        nproc: int = 1,
+        arguments: dict | None = None,
+        *,
+        fails: bool = False,
+        timeout=120,
+        kill: dict | None = None,
+    ):
         """Run one job and return the text of all its ranks' output, rank after rank.
+
+        Args:
+            fails: a rank must fail; None: may.
+            kill: end ranks by SIGKILL: "after" seconds (from the start, or from when a path like "when" is there),
+                only the rank "victim" first, if given. See ``_wait``.
 
         Raises:
             JobFailed: a rank failed, or none did though ``fails``; with the end of the output.
         """
         self._jobs += 1
         log = self.directory / f"job{self._jobs}"
-        job = {"function": function, "nproc": nproc, "arguments": arguments or {}, "log": str(log), "timeout": timeout}
+        job = {"function": function, "nproc": nproc, "arguments": arguments or {}, "log": str(log)}
+        job |= {"timeout": timeout, "kill": kill}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -68,7 +90,7 @@ class ForkServer:
             raise JobFailed(f"the fork server died:\n{(self.directory / 'server.log').read_text()[-6000:]}")
         codes = json.loads(answer)
         output = "\n".join(_log_of(log, rank).read_text() for rank in range(nproc))
-        if fails != any(codes):
+        if fails is not None and fails != any(codes):
             raise JobFailed(f"{function} on {nproc} ranks: exit statuses {codes}\n{output[-12000:]}")
         return output
 
@@ -88,7 +110,7 @@ def _serve() -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         ranks = [_start(job, rank, port) for rank in range(job["nproc"])]
-        answers.write(json.dumps(_wait(ranks, job["timeout"])) + "\n")
+        answers.write(json.dumps(_wait(ranks, job["timeout"], job["kill"])) + "\n")
         answers.flush()
 
 
@@ -99,6 +121,7 @@ def _start(job: dict, rank: int, port: int) -> int:
     log = os.open(_log_of(job["log"], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # what a rank said before it is killed is in its log
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["nproc"], "LOCAL_WORLD_SIZE": job["nproc"]}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -118,19 +141,28 @@ def _start(job: dict, rank: int, port: int) -> int:
     os._exit(code)
 
 
-def _wait(ranks: list[int], timeout: float) -> list[int]:
+def _wait(ranks: list[int], timeout: float, kill: dict | None) -> list[int]:
     """Exit statuses. Once a rank has failed or time is up, the others, which would wait for it, are ended soon."""
     codes: dict[int, int] = {}
-    end = time.monotonic() + timeout
+    end, grace = time.monotonic() + timeout, 5.0  # seconds for the others to print their own error
+    moment = time.monotonic() + kill["after"] if kill and not kill.get("when") else None
     while len(codes) < len(ranks):
+        if kill and moment is None and glob.glob(kill["when"]):
+            moment = time.monotonic() + kill["after"]
+        if kill and moment is not None and time.monotonic() >= moment:
+            victim = kill.get("victim")
+            for pid in ranks if victim is None else ranks[victim : victim + 1]:
+                if pid not in codes:
+                    os.kill(pid, signal.SIGKILL)
+            kill, grace = None, 0.3
         for pid in ranks:
             if pid not in codes and (status := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[pid] = os.waitstatus_to_exitcode(status[1])
                 if codes[pid]:
-                    end = min(end, time.monotonic() + 5)  # time for the others to print their own error
+                    end = min(end, time.monotonic() + grace)
             elif pid not in codes and time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+        time.sleep(0.02 if kill is None else 0.002)
     return [codes[pid] for pid in ranks]
 
 

@@ -32,7 +32,8 @@ def _whole(ranks: list[dict], vocab_size: int) -> dict[str, Tensor]:
         for tensor, _, _, tp_rank in copies:
             place = 0 if axis is None else tp_rank
             # Data-parallel ranks, a tied embedding's two stages and uncut tensors: copies that must be the same.
-            assert torch.equal(shards.setdefault(place, tensor), tensor), name
+            first = shards.setdefault(place, tensor)
+            assert first is tensor or torch.equal(first, tensor), name  # NaN is not equal to itself
         tensors = [shards[place] for place in sorted(shards)]
         if axis is None:
             whole = tensors[0]

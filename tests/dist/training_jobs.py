@@ -20,7 +20,7 @@ def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
         import_hf(source, target, getattr(torch, dtype))
 
 
-def export_checkpoint(checkpoint: str, outputs: dict[str, str]) -> None:
+def export_checkpoint(checkpoint: str, outputs: dict[str, str], iteration: int | str | None = None) -> None:
     """tools/export_hf.py for several layouts: layout and directory of each."""
     from megatron_qad.checkpoint.export_hf import export_hf
     from megatron_qad.runtime import QADError
@@ -29,7 +29,7 @@ def export_checkpoint(checkpoint: str, outputs: dict[str, str]) -> None:
     init_process_group()
     try:
         for layout, output in outputs.items():
-            export_hf(checkpoint, output, layout)
+            export_hf(checkpoint, output, layout, iteration=iteration)
     except QADError as error:
         sys.exit(f"error: {error}")
 
@@ -110,7 +110,7 @@ class _Watch:
         found = self._train_step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
         del optimizer.step
         now["loss"] = {name: torch.as_tensor(value).tolist() for name, value in found[0].items()}
-        now["grad_norm"] = float(found[5])
+        now["grad_norm"] = None if found[5] is None else float(found[5])  # None: the update was left out
         now["params"] = self._shards(model, lambda p: p.data)
         now["masters"] = self._shards(model, _master)
         now["amaxes"] = _amaxes(model)

@@ -1,0 +1,128 @@
+"""What the ranks of test_checkpoints and test_numbers run: pretrain_qad.py with something going wrong at a step."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import training_jobs
+
+
+def train_on_a_full_disk(argv: list[str], record: str, disk: str, at: dict[str, int]) -> None:
+    """``training_jobs.train``; before step ``i`` rank 0 fills ``disk`` but for ``at[i]`` bytes; -1 empties it."""
+    from megatron.training import training as megatron_loop
+
+    train_step, ballast = megatron_loop.train_step, Path(disk) / "ballast"
+
+    def step(*args, iteration=None, **rest):
+        free = at.get(str(iteration + 1))
+        if free is not None and os.environ["RANK"] == "0":
+            ballast.unlink(missing_ok=True)
+            if free >= 0:
+                size = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free
+                with open(ballast, "wb") as file:
+                    os.posix_fallocate(file.fileno(), 0, size)
+        return train_step(*args, iteration=iteration, **rest)
+
+    megatron_loop.train_step = step
+    training_jobs.train(argv, record=record)
+
+
+def list_files(directory: str) -> None:
+    """Print what is in ``directory``, which only the server's processes may see."""
+    for path in sorted(Path(directory).rglob("*")):
+        print("file", path.relative_to(directory))
+    tracker = Path(directory) / "latest_checkpointed_iteration.txt"
+    print("tracker", tracker.read_text() if tracker.is_file() else "none")
+    sys.stdout.flush()
+
+
+def digest(directory: str) -> None:
+    """Print a hash of all tensors of one iteration: weights, masters, moments."""
+    import hashlib
+
+    from megatron.core import dist_checkpointing
+
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    found = hashlib.sha256()
+    tensors = dist_checkpointing.load_plain_tensors(directory)
+    tensors = {name: tensor for name, tensor in tensors.items() if torch.is_tensor(tensor)}  # args name directories
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    print("digest", len(tensors), found.hexdigest())
+
+
+def train_with_fault(argv: list[str], fault: dict, record: str | None = None) -> None:
+    """``training_jobs.train``; at step ``fault["step"]`` (and, if "from", all later ones) on rank ``fault["rank"]`` the
+    "kind" of it:
+
+    "output": the output of module "name" is infinite; with "once", only the first time it runs
+    "gradient": the gradient of parameter "name" is NaN
+    "weights": the weights are eight times as large
+    "slow": the rank takes 0.3 s more
+    "stopped": the rank's process is stopped, as one that hangs
+    """
+    from megatron.training import training as megatron_loop
+
+    train_step = megatron_loop.train_step
+
+    def step(forward_step, data_iterator, model, *args, iteration=None, **rest):
+        number = iteration + 1
+        now = number == fault["step"] or fault.get("from") and number > fault["step"]
+        now = now and os.environ["RANK"] == str(fault["rank"])
+        undo = _FAULTS[fault["kind"]](fault, model) if now else None
+        try:
+            return train_step(forward_step, data_iterator, model, *args, iteration=iteration, **rest)
+        finally:
+            if undo is not None:
+                undo.remove()
+
+    megatron_loop.train_step = step
+    training_jobs.train(argv, record=record)
+
+
+def _parts(model) -> dict:
+    from megatron_qad.quantization.names import named_modules_globally
+
+    return {name: module for chunk in model for name, module in named_modules_globally(chunk)}
+
+
+def _output(fault, model):
+    times = []
+
+    def hook(module, args, output):
+        times.append(None)
+        if fault.get("once") and len(times) > 1:
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        return (first * torch.inf, *output[1:]) if isinstance(output, tuple) else first * torch.inf
+
+    return _parts(model)[fault["name"]].register_forward_hook(hook)
+
+
+def _gradient(fault, model):
+    module, kind = fault["name"].rsplit(".", 1)
+    return getattr(_parts(model)[module], kind).register_hook(lambda grad: grad * torch.nan)
+
+
+def _weights(fault, model):
+    with torch.no_grad():
+        for chunk in model:
+            for parameter in chunk.parameters():
+                parameter.mul_(8)
+
+
+def _slow(fault, model):
+    time.sleep(0.3)
+
+
+def _stopped(fault, model):
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+_FAULTS = {"output": _output, "gradient": _gradient, "weights": _weights, "slow": _slow, "stopped": _stopped}
