@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
+.PHONY: demo test test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -16,6 +16,10 @@ demo: env
 
 test: env lint
 	$(RUN) pytest -q tests --ignore tests/te
+
+# Thirty kills at random moments, in steps, saves and exports; the record goes to docs/. Minutes.
+test-kill: env
+	$(RUN) python tests/dist/kill_harness.py --kills 30 --record docs/kill_test.md
 
 unit: env
 	$(RUN) pytest -q tests/unit

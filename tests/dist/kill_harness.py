@@ -1,0 +1,204 @@
+"""Kills a job at random moments and starts it again, until it has ended: what every restart must find, and the end.
+
+    python tests/dist/kill_harness.py --kills 30 --record docs/kill_test.md        (make test-kill)
+
+A kill is SIGKILL, of all ranks at once or of one, at a random time after the start, or shortly after a checkpoint's
+partial directory appeared, so that saves, which are short, are met as often. Exports are killed likewise. After each
+kill the directory is looked at as the next start will find it, and the next start must go on where it says.
+"""
+
+import argparse
+import datetime
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tiny_job
+from fork_server import ForkServer
+from launch import ROOT
+
+TRACKER = "latest_checkpointed_iteration.txt"
+NUM_STEPS, SAVE_INTERVAL = 12, 2
+
+
+@dataclass
+class Kill:
+    """What was killed, when, and what of it was lost."""
+
+    what: str
+    moment: str
+    reached: int
+    """The last step that the log saw done."""
+    complete: int
+    """The checkpoint that the next start takes."""
+
+
+@dataclass
+class Harness:
+    directory: Path
+    server: ForkServer
+    seed: int
+    kills: list[Kill] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.draw = random.Random(self.seed)
+        d = self.directory
+        tiny_job.write_hf(d / "hf", tiny_job.LLAMA | {"dtype": "bfloat16"})
+        tiny_job.write_hf(d / "hf_student", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=0.3)
+        tiny_job.write_data(d / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
+        models = [(f"{d}/hf", f"{d}/teacher", "bfloat16"), (f"{d}/hf_student", f"{d}/student", "bfloat16")]
+        self.server.run("training_jobs:import_checkpoints", 1, {"models": models})
+        began = time.monotonic()
+        self.train("through", [])
+        self.seconds = time.monotonic() - began
+        self.expected = self.digest("through")
+
+    def train(self, run: str, flags: list[str], kill: dict | None = None) -> str:
+        d = self.directory
+        argv = [
+            *("--qad-teacher", f"{d}/teacher", "--qad-student", f"{d}/student", "--save", f"{d}/{run}"),
+            *("--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache", "--split", "80,20,0", "--bf16"),
+            *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8", "--log-interval", "1"),
+            *("--train-iters", str(NUM_STEPS), "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
+            *("--eval-interval", "4", "--eval-iters", "1", "--qad-calibration-samples", "8", "--use-distributed-optimizer"),
+            *("--save-interval", str(SAVE_INTERVAL), "--qad-keep-last", "2", *flags),
+        ]
+        argv += ["--load", f"{d}/{run}"] if (d / run / TRACKER).is_file() else []
+        return self.server.run("training_jobs:train", 2, {"argv": argv}, kill=kill, fails=None if kill else False)
+
+    def digest(self, run: str) -> str:
+        output = self.server.run("surviving_jobs:digest", 1, {"directory": f"{self.directory}/{run}/iter_{NUM_STEPS:07d}"})
+        return next(line for line in output.splitlines() if line.startswith("digest "))
+
+    def one_run(self, name: str, num_kills: int) -> None:
+        """A run from the beginning that is killed up to ``num_kills`` times and then left alone; half of the runs save
+        asynchronously. Its end must be the undisturbed one's, bit for bit."""
+        flags = ["--async-save"] if self.draw.random() < 0.5 else []
+        root, complete = self.directory / name, 0
+        for _ in range(num_kills):
+            if complete == NUM_STEPS:
+                break
+            in_a_save = self.draw.random() < 0.5
+            kill = {"after": self.draw.uniform(0, 0.2 if in_a_save else self.seconds)}
+            if in_a_save:
+                kill["when"] = f"{root}/iter_{self._a_save_after(complete):07d}.*.partial"
+            if self.draw.random() < 0.3:
+                kill["victim"] = self.draw.randrange(2)
+            output = self.train(name, flags, kill)
+            self._goes_on_at(output, complete)
+            reached = max((step for step, _ in _iterations(output)), default=complete)
+            if "after training is done" in output:
+                continue  # it ended before its moment came
+            complete = self._complete(root)
+            assert 0 <= reached - complete <= SAVE_INTERVAL + len(flags) * SAVE_INTERVAL, (reached, complete)
+            victim = f"rank {kill['victim']} of " if "victim" in kill else ""
+            kind = f"{victim}a job that saves {'asynchronously' if flags else 'at once'}"
+            when = f"{kill['after']:.3f} s after " + ("a save began" if in_a_save else "its start")
+            self.kills.append(Kill(kind, when, reached, complete))
+        output = self.train(name, flags)
+        self._goes_on_at(output, complete)
+        assert self.digest(name) == self.expected, f"{name} ended with other weights"
+        assert not list(root.glob("*.partial")) and not list(root.glob("*.replaced"))
+
+    def _a_save_after(self, complete: int) -> int:
+        return self.draw.randrange(complete + SAVE_INTERVAL, NUM_STEPS + 1, SAVE_INTERVAL)
+
+    def _goes_on_at(self, output: str, complete: int) -> None:
+        """The first step of a start follows the checkpoint that lay there; a start that was killed earlier has none."""
+        steps = _iterations(output)
+        assert not steps or steps[0][0] == complete + 1, f"started at {steps[0][0]}, not after {complete}\n{output[-4000:]}"
+
+    def _complete(self, root: Path) -> int:
+        """The checkpoint that the tracker names, which must be whole; where the tracker was cut off, the newest that
+        is. 0 if there is no tracker yet."""
+        from megatron_qad.runtime import manifest
+
+        if not (root / TRACKER).is_file():
+            return 0
+        tracked = (root / TRACKER).read_text()
+        whole = [int(path.name[5:]) for path in root.glob("iter_???????") if not manifest.faults(path)]
+        if tracked.isdigit():
+            assert int(tracked) in whole, f"the tracker says {tracked}, whole are {whole}"
+            return int(tracked)
+        return max(whole)
+
+    def exports(self, num_kills: int) -> None:
+        """Exports of the undisturbed run, killed: the target is whole or not there, and the next export makes it."""
+        target = self.directory / "exported"
+        arguments = {"checkpoint": f"{self.directory}/through", "outputs": {"modelopt": str(target)}}
+        began = time.monotonic()
+        self.server.run("training_jobs:export_checkpoint", 1, arguments)
+        seconds = time.monotonic() - began
+        expected = (target / "model.safetensors").read_bytes()
+        for number in range(3 * num_kills):
+            if sum(kill.what == "an export" for kill in self.kills) == num_kills:
+                break
+            aside = self.directory / f"exported{number}"
+            arguments["outputs"] = {"modelopt": str(aside)}
+            after = self.draw.uniform(0, seconds)
+            self.server.run("training_jobs:export_checkpoint", 1, arguments, kill={"after": after}, fails=None)
+            there = aside.exists()
+            if not there:
+                self.server.run("training_jobs:export_checkpoint", 1, arguments)
+            assert (aside / "model.safetensors").read_bytes() == expected
+            assert {file.name for file in aside.iterdir()} == {file.name for file in target.iterdir()}
+            if not there:  # else it was done before its moment came
+                self.kills.append(Kill("an export", f"{after:.3f} s after its start", 0, 0))
+
+
+def _iterations(output: str) -> list[tuple[int, int]]:
+    """Steps that Megatron's log says are done, in order."""
+    return [(int(a), int(b)) for a, b in re.findall(r"\] iteration +(\d+)/ +(\d+) \|", output)]
+
+
+def record(harness: Harness, file: Path, seconds: float) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    lost = [kill.reached - kill.complete for kill in harness.kills if kill.what != "an export"]
+    lines = [
+        "# The kill test's record",
+        f"`make test-kill`, {datetime.date.today()}, commit {commit.strip()}, seed {harness.seed}: {len(harness.kills)} "
+        f"kills by SIGKILL in {seconds:.0f} s on two CPU cores. The tiny Llama of the tests on two data-parallel ranks, "
+        f"BF16, distributed optimizer, {NUM_STEPS} steps, a checkpoint every {SAVE_INTERVAL}, the last two kept.",
+        "",
+        "Every start went on at the checkpoint named last, which was whole; every run ended with the undisturbed run's "
+        f"weights, masters and moments, bit for bit. Lost: at most {max(lost)} steps of training, "
+        f"{sum(lost) / len(lost):.1f} on average; of an export, the export.",
+        "",
+        "| kill | what | moment | steps done | went on after | steps lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, kill in enumerate(harness.kills, 1):
+        steps = f"{kill.reached} | {kill.complete} | {kill.reached - kill.complete}"
+        lines.append(f"| {number} | {kill.what} | {kill.moment} | {steps if 'export' not in kill.what else '- | - | -'} |")
+    file.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="Markdown file to write")
+    options = parser.parse_args()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory, ForkServer(Path(directory)) as server:
+        harness = Harness(Path(directory), server, options.seed)
+        harness.exports(options.kills // 6)
+        number = 0
+        while len(harness.kills) < options.kills:
+            number += 1
+            harness.one_run(f"run{number}", min(5, options.kills - len(harness.kills)))
+            print(f"{len(harness.kills)} kills survived in {time.monotonic() - began:.0f} s", flush=True)
+        for kill in harness.kills:
+            print(kill)
+        if options.record:
+            record(harness, options.record, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()
