@@ -1,13 +1,17 @@
 """A job that is asked to leave, by SIGTERM on one rank or by a file, saves, exits with status 0, and goes on where it
 was when the same command starts it again: steps, random states, validations, wandb run."""
 
+import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import records
 import tiny_job
 import torch
 from fork_server import ForkServer
+from launch import ROOT, environment
 
 FLAGS = (
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 6 --lr 1e-3 --min-lr 1e-4 --split 80,20,0 "
@@ -61,6 +65,28 @@ def test_a_job_that_is_asked_to_leave_goes_on_bit_for_bit(place, tmp_path, how):
         [line for line in log.splitlines() if "validation at iteration" in line] for log in (second_log, expected_log)
     ]
     assert validations[0] == validations[1] and len(validations[0]) == 2
+
+
+def test_torchrun_sh_survives_sigterm_to_all_its_processes(place, tmp_path):
+    """As SLURM sends it at the end of a time limit: the agent must leave its ranks the time to save."""
+    directory, _ = place
+    command = [f"{ROOT}/launch/torchrun.sh", "pretrain_qad.py", "--qad-teacher", f"{directory}/teacher", *FLAGS]
+    command += ["--data-path", f"{directory}/data", "--save", str(tmp_path / "run"), "--train-iters", "2000"]
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        env = environment() | {"NPROC_PER_NODE": "2"}
+        script = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 200
+        while "kl loss" not in log.read_text():
+            assert script.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
+            time.sleep(0.1)
+        processes = [psutil.Process(script.pid), *psutil.Process(script.pid).children(recursive=True)]
+        assert len(processes) >= 4  # the script, the agent, two ranks
+        for process in processes:
+            process.terminate()
+        assert script.wait(120) == 0, log.read_text()[-5000:]
+    saved = int((tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text())
+    assert 1 <= saved < 2000 and f"iteration {saved:8d}/" in log.read_text()
 
 
 def test_calibration_alone_never_resumes(place, tmp_path):

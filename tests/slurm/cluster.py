@@ -69,6 +69,13 @@ class Namespaces:
 
     def up(self) -> None:
         _require_programs()
+        try:
+            self._join()
+        except AssertionError as error:
+            self.down()
+            raise Unavailable(f"no network namespaces here: {error}") from error
+
+    def _join(self) -> None:
         lines = [f"{address} {host}\n" for host, address in self.addresses.items()]
         (self.directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         for host in self.hosts:
@@ -208,11 +215,6 @@ def _require_programs() -> None:
             subprocess.run(["apt-get", "-qq", *command], env=environment, capture_output=True, timeout=300)
     if missing := [program for program in PROGRAMS if not shutil.which(program)]:
         raise Unavailable(f"{', '.join(missing)} not found; Debian's packages {', '.join(PACKAGES)} have them")
-    try:
-        _ip("netns", "add", f"probe-{os.getpid()}")
-        _ip("netns", "del", f"probe-{os.getpid()}")
-    except AssertionError as error:
-        raise Unavailable(f"no network namespaces here: {error}") from error
 
 
 def _ip(*arguments: str) -> None:

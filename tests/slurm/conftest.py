@@ -1,88 +1,18 @@
 """The cluster, if this machine can have one; a tiny job; the same job undisturbed, which every other one must equal."""
 
-import contextlib
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cluster import Cluster, Unavailable
+from place import ROOT, TRAIN, Place, megatron
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests" / "dist")]
 
 import tiny_job  # noqa: E402
-from cluster import Cluster, Unavailable  # noqa: E402
-
-TRAIN = """
-tensor_model_parallel_size: 2
-sequence-parallel: true
-bf16: true
-use-distributed-optimizer: true
-seq-length: 32
-micro-batch-size: 2
-global-batch-size: 4
-train-iters: 24
-lr: 1.0e-3
-min-lr: 1.0e-4
-lr-decay-style: cosine
-split: 80,20,0
-eval-interval: 10
-eval-iters: 1
-save-interval: 100
-log-interval: 1
-tensorboard-log-interval: 1
-qad-calibration-samples: 16
-"""
-
-
-@dataclass
-class Place:
-    """A directory with the tiny models and data, and the cluster whose nodes see it."""
-
-    directory: Path
-    cluster: Cluster
-
-    def arguments(self, name: str) -> list[str]:
-        """pretrain_qad.py's, for a run that saves to ``name``."""
-        d = self.directory
-        run = ["--save", f"{d}/{name}", "--tensorboard-dir", f"{d}/{name}/tensorboard"]
-        models = ["--qad-teacher", f"{d}/teacher", "--qad-student", f"{d}/student"]
-        data = ["--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"]
-        return ["pretrain_qad.py", "--config", f"{d}/train.yaml", *models, *data, *run]
-
-    def environment(self, **more: str) -> dict[str, str]:
-        """Of a user whose shell has the project's Python first and whose nodes have two processes each."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        fixed = {"PATH": path, "PYTHONWARNINGS": "ignore", "QAD_JOB_ROOT": str(self.directory)}
-        return fixed | {"NPROC_PER_NODE": "2"} | more
-
-    def submit(self, name: str, *command: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        """sbatch with the log ``name``.log; the job's number."""
-        flags = ["--parsable", "--nodes=2", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={self.log(name)}"]
-        return self.cluster.slurm(
-            "sbatch", *flags, *options, *command, environment=self.environment(**environment), cwd=ROOT
-        )
-
-    def log(self, name: str) -> Path:
-        return self.directory / f"{name}.log"
-
-
-@contextlib.contextmanager
-def megatron():
-    """This process as a group of one rank, which reading and writing checkpoints needs."""
-    from megatron_qad.runtime import prepare
-
-    prepare()
-    import torch
-
-    from megatron_qad.runtime.distributed import init_process_group
-
-    init_process_group()
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from conftest import megatron
+from place import megatron
 
 
 def history(run: Path) -> dict[str, list[tuple[int, float]]]:

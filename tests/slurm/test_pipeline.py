@@ -1,6 +1,6 @@
 """launch/pipeline.sbatch: a Hugging Face model becomes a validated NVFP4 one through jobs that wait for each other."""
 
-from conftest import ROOT
+from place import ROOT
 from safetensors import safe_open
 
 STAGES = ("import", "calibrate", "qad", "export", "validate")
