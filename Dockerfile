@@ -30,4 +30,4 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
   && python -c "import megatron.core, modelopt, mamba_ssm, causal_conv1d, transformer_engine; import megatron_qad" \
   && useradd --create-home --uid 10001 qad
 USER 10001
-ENTRYPOINT ["launch/torchrun.sh"]
+ENTRYPOINT ["/opt/megatron_qad/launch/torchrun.sh"]

@@ -1,0 +1,40 @@
+"""The launch scripts name what is missing before they start anything. Jobs that they start: tests/slurm, tests/dist."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "SLURM_JOB_ID", "QAD_MODEL", "QAD_WORK", "QAD_STAGES")
+
+
+def run(*command: str, **environment: str) -> tuple[int, str]:
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "10.0.0.1"}])
+def test_several_nodes_need_an_address_and_a_number(given):
+    code, text = run("launch/torchrun.sh", "pretrain_qad.py", NNODES="2", **given)
+    missing = "NODE_RANK: NNODES=2 needs the number of this node, 0 to 1" if given else "MASTER_ADDR: NNODES=2 needs"
+    assert code and missing in text
+
+
+def test_without_a_program_the_usage_is_shown():
+    assert run("launch/torchrun.sh")[0] == 2 and "NPROC_PER_NODE" in run("launch/torchrun.sh")[1]
+    assert run("launch/slurm.sbatch", "pretrain_qad.py")[0] == 2  # not under SLURM
+
+
+def test_an_interface_that_is_not_there_is_named_with_those_that_are():
+    code, text = run("launch/torchrun.sh", "tools/import_hf.py", QAD_INTERFACE="nosuch0")
+    assert code and "error: QAD_INTERFACE=nosuch0: No such device; this machine has lo" in text
+
+
+def test_the_pipeline_names_what_it_needs(tmp_path):
+    assert "QAD_MODEL: Hugging Face directory" in run("launch/pipeline.sbatch", QAD_WORK=str(tmp_path))[1]
+    given = {"QAD_MODEL": str(tmp_path), "QAD_WORK": str(tmp_path / "work"), "QAD_STAGES": "export publish"}
+    code, text = run("launch/pipeline.sbatch", **given)
+    assert code == 2 and "no stage 'publish'" in text and not (tmp_path / "work").exists()
