@@ -6,7 +6,9 @@ Megatron's signal handler, whose answers it gathers over all ranks after each st
 for the file. Left out: what starts the job again (``launch/slurm.sbatch``) and what it then finds (``resume``).
 """
 
+import atexit
 import functools
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -23,6 +25,14 @@ def install(job_dir: str | None) -> None:
     if directory is not None and not directory.is_dir():
         raise QADError(f"--qad-job-dir {directory}: no such directory; the script that starts the job must make it")
     global_vars.DistributedSignalHandler = functools.partial(StopRequests, directory)
+    atexit.register(_end_data_workers)
+
+
+def _end_data_workers() -> None:
+    """Megatron lets data workers ignore SIGTERM, too. When a rank fails, multiprocessing sends it to them and waits for
+    them, for ever; all other ranks wait for this one."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 class StopRequests(DistributedSignalHandler):
@@ -36,11 +46,14 @@ class StopRequests(DistributedSignalHandler):
     def __init__(self, directory: Path | None, sig: signal.Signals):
         super().__init__(sig)
         self._directory = directory
+        self._has_stepped = False
 
     def signals_received(self) -> list[int]:
         speaks = self._directory is not None and os.environ.get("LOCAL_RANK", "0") == "0"
         if speaks:
-            (self._directory / "stepped").touch()
+            if not self._has_stepped:
+                (self._directory / "stepped").touch()
+                self._has_stepped = True
             self._signal_received |= (self._directory / "stop").exists()
         received = super().signals_received()
         if any(received):

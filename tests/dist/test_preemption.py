@@ -76,7 +76,7 @@ def test_torchrun_sh_survives_sigterm_to_all_its_processes(place, tmp_path):
     with open(log, "w") as output:
         env = environment() | {"NPROC_PER_NODE": "2"}
         script = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
-        end = time.monotonic() + 200
+        end = time.monotonic() + 300
         while "kl loss" not in log.read_text():
             assert script.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
             time.sleep(0.1)
@@ -87,6 +87,27 @@ def test_torchrun_sh_survives_sigterm_to_all_its_processes(place, tmp_path):
         assert script.wait(120) == 0, log.read_text()[-5000:]
     saved = int((tmp_path / "run" / "latest_checkpointed_iteration.txt").read_text())
     assert 1 <= saved < 2000 and f"iteration {saved:8d}/" in log.read_text()
+
+
+def test_a_rank_that_fails_ends_soon(place, tmp_path):
+    """Its data workers ignore SIGTERM, by which it would end them: it must not wait for them."""
+    directory, _ = place
+    command = [f"{ROOT}/launch/torchrun.sh", "tests/dist/crashing_job.py", "--qad-teacher", f"{directory}/teacher"]
+    command += [*FLAGS, "--data-path", f"{directory}/data", "--num-workers", "2"]
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        env = environment() | {"NPROC_PER_NODE": "2"}
+        script = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT)
+        end = time.monotonic() + 300
+        while "the third step" not in log.read_text():
+            assert script.poll() is None and time.monotonic() < end, log.read_text()[-5000:]
+            time.sleep(0.1)
+        try:
+            assert script.wait(60) == 1  # 3 s on a quiet machine
+        finally:
+            for process in psutil.Process().children(recursive=True):
+                if "crashing_job.py" in " ".join(process.cmdline()):
+                    process.kill()
 
 
 def test_calibration_alone_never_resumes(place, tmp_path):
