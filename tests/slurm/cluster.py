@@ -44,7 +44,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
 ReturnToService=2
-KillWait=30
+KillWait=5
 SlurmdTimeout=10
 MinJobAge=600
 NodeName={n1} NodeAddr=10.231.77.11 CPUs=4 RealMemory=8000 State=UNKNOWN

@@ -35,7 +35,7 @@ def test_a_job_comes_back_until_it_is_cancelled(place, job):
     place.cluster.start_node(place.cluster.n1)
     wait_for_start(4)
     place.cluster.slurm("scancel", number)
-    place.cluster.wait(number, lambda _: "not queued again by this script" in log.read_text(), 30, log)
+    place.cluster.wait(number, lambda state: state["JobState"] == "CANCELLED", 60, log)
     time.sleep(8)  # longer than a job that is queued again waits here (cred_expire)
     assert place.cluster.state(number)["JobState"] == "CANCELLED"
 

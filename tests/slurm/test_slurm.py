@@ -62,8 +62,10 @@ def test_a_job_outlives_a_node(place, assert_undisturbed):
     place.cluster.wait(job, lambda state: state["JobState"] in ("PENDING", "REQUEUED"), 300, log)
     killed_at = runs.iteration(log)
     place.cluster.start_node(place.cluster.n2)
-    state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 300, log)
-    assert state["Restarts"] == "1" and len(starts(log)) == 2
+    state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 600, log)
+    # Seen on SLURM 22.05: a minute after the death the returned node is told to end the job, which is the first start's
+    # order and reaches the second. It saves and comes back once more; a shorter job does not meet it.
+    assert state["Restarts"] in ("1", "2") and len(starts(log)) == int(state["Restarts"]) + 1
     assert 7 <= killed_at < 24
     assert_undisturbed(place.directory / "bereaved")
 
