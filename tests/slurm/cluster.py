@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes on this machine, without systemd, in a second.
+"""A real SLURM cluster of two nodes and a spare one on this machine, without systemd, in a second.
 
 Each node is a network namespace with an address of its own, in which a slurmd runs under its own host name; a third
 holds the controller and a bridge between them. Nothing is attached to the machine's own network. All files, munge's key
@@ -49,8 +49,9 @@ SlurmdTimeout=10
 MinJobAge=600
 NodeName={n1} NodeAddr=10.231.77.11 CPUs=4 RealMemory=8000 State=UNKNOWN
 NodeName={n2} NodeAddr=10.231.77.12 CPUs=4 RealMemory=8000 State=UNKNOWN
-PartitionName=ci Nodes={n1},{n2} Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=120
-PartitionName=urgent Nodes={n1},{n2} MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
+NodeName={n3} NodeAddr=10.231.77.13 CPUs=4 RealMemory=8000 State=UNKNOWN
+PartitionName=ci Nodes={n1},{n2},{n3} Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes={n1},{n2},{n3} MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -59,13 +60,15 @@ class Unavailable(Exception):
 
 
 class Namespaces:
-    """Two nodes and a controller: network namespaces joined by a bridge. ``run`` and ``start`` act on one of them."""
+    """Three nodes and a controller: network namespaces joined by a bridge. ``run`` and ``start`` act on one of them."""
 
     def __init__(self, directory: Path):
         tag = os.getpid()
         self.directory = directory
-        self.ctl, self.n1, self.n2 = self.hosts = f"ctl-{tag}", f"n1-{tag}", f"n2-{tag}"
-        self.addresses = dict(zip(self.hosts, ("10.231.77.1", "10.231.77.11", "10.231.77.12"), strict=True))
+        self.ctl = f"ctl-{tag}"
+        self.n1, self.n2, self.n3 = self.nodes = tuple(f"n{i}-{tag}" for i in (1, 2, 3))
+        self.hosts = (self.ctl, *self.nodes)
+        self.addresses = {self.ctl: "10.231.77.1"} | {node: f"10.231.77.1{i + 1}" for i, node in enumerate(self.nodes)}
 
     def up(self) -> None:
         _require_programs()
@@ -84,7 +87,7 @@ class Namespaces:
         _ip("-n", self.ctl, "link", "add", "bridge0", "type", "bridge")
         _ip("-n", self.ctl, "address", "add", "10.231.77.1/24", "dev", "bridge0")
         _ip("-n", self.ctl, "link", "set", "bridge0", "up")
-        for port, host in enumerate((self.n1, self.n2)):
+        for port, host in enumerate(self.nodes):
             veth = f"port{port}"
             _ip("-n", self.ctl, "link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", host)
             _ip("-n", self.ctl, "link", "set", veth, "master", "bridge0", "up")
@@ -133,7 +136,7 @@ class Cluster(Namespaces):
     def up(self) -> None:
         super().up()
         d = self.directory
-        for name in ("state", *(f"spool.{node}" for node in (self.n1, self.n2))):
+        for name in ("state", *(f"spool.{node}" for node in self.nodes)):
             (d / name).mkdir()
         # proctrack/cgroup also finds ranks that have lost their parent; it needs version 1's freezer.
         freezer = Path("/sys/fs/cgroup/freezer")
@@ -141,7 +144,8 @@ class Cluster(Namespaces):
         if proctrack == "cgroup":
             plugin = "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
             (d / "cgroup.conf").write_text(plugin)
-        (d / "slurm.conf").write_text(_CONFIG.format(d=d, ctl=self.ctl, n1=self.n1, n2=self.n2, proctrack=proctrack))
+        names = {host.split("-")[0]: host for host in self.hosts}
+        (d / "slurm.conf").write_text(_CONFIG.format(d=d, **names, proctrack=proctrack))
         key = d / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
@@ -149,8 +153,8 @@ class Cluster(Namespaces):
         munge = [f"--{name}={file}" for name, file in files.items()]
         _run("munged", *munge, f"--log-file={d}/munged.log", "--num-threads=2", "--force")
         self.run(self.ctl, "slurmctld", "-c", env=self.environment)
-        self.start_node(self.n1)
-        self.start_node(self.n2)
+        for node in self.nodes:
+            self.start_node(node)
         self._wait_until_idle()
 
     def start_node(self, host: str) -> None:
@@ -189,13 +193,13 @@ class Cluster(Namespaces):
         for file in (self.directory / "munged.pid",):
             if file.is_file():
                 os.kill(int(file.read_text()), signal.SIGTERM)
-        for node in (self.n1, self.n2):  # our own cgroups, empty now
+        for node in self.nodes:  # our own cgroups, empty now
             for path in sorted(Path("/sys/fs/cgroup/freezer").glob(f"slurm_{node}/**/"), reverse=True):
                 path.rmdir()
 
     def _wait_until_idle(self) -> None:
         end = time.monotonic() + 60
-        while self.slurm("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D") != "2":
+        while self.slurm("sinfo", "-h", "-p", "ci", "-t", "idle", "-o", "%D") != "3":
             if time.monotonic() > end:
                 raise AssertionError(f"SLURM did not become ready\n{self._logs()}")
             time.sleep(0.1)
