@@ -137,6 +137,25 @@ def test_target_that_is_not_empty(whole, tmp_path):
     torch.distributed.destroy_process_group()
 
 
+def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeypatch):
+    """Interrupted once its weights are written; the next import does not mind what that one left aside."""
+    from megatron_qad.checkpoint import import_hf as module
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    init_process_group()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "copy_assets", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            import_hf(whole, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == [".target.partial"]
+    import_hf(whole, tmp_path / "target")
+    torch.distributed.destroy_process_group()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (tmp_path / "target" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
 def test_assets_are_files_and_folders_but_no_weights(whole, tmp_path):
     source = Path(shutil.copytree(whole, tmp_path / "source"))
     (source / "additional_chat_templates").mkdir()
