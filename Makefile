@@ -6,13 +6,17 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
+.PHONY: demo tiny-hybrid test test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
 
 demo: env
 	$(RUN) examples/tiny_cpu/run.sh $(DEMO_DIR)
+
+# The same on a hybrid of Mamba, attention, MLP and expert layers.
+tiny-hybrid: env
+	$(RUN) examples/tiny_hybrid/run.sh $(HYBRID_DIR)
 
 test: env lint
 	$(RUN) pytest -q tests --ignore tests/te

@@ -1,0 +1,67 @@
+"""Says whether the example's run did what QAD is for; exit status 1 and the reason if not.
+
+1. KL(QAD) <= 0.9 KL(PTQ) on held-out text, as the training jobs measured them, and KL(QAD) < KL(QAT) / 2. 2. Routers
+are the teacher's, to the bit. 3. The student's quantized weights, exported unpacked and loaded by plain transformers,
+are nearer to the teacher than PTQ. (transformers has no NVFP4 for this architecture: its inputs are not quantized
+here.)
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_qad.runtime import prepare
+
+prepare()
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+WINDOW = 256
+# 100 steps take away a fifth of PTQ's divergence. Rounding weights alone makes half of it, the rest comes from inputs.
+SHARE = 0.9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output directory of run.sh")
+    run = parser.parse_args().run
+    results = json.loads((run / "report" / "results.json").read_text())["runs"]
+    kl = {name: results[name]["validation"]["kl_to_teacher"] for name in ("PTQ", "QAT", "QAD")}
+    print(f"        held-out KL to the teacher: PTQ {kl['PTQ']:.5f}, QAT {kl['QAT']:.5f}, QAD {kl['QAD']:.5f}")
+    reloaded = divergence_of_export(run)
+    print(f"        QAD's weights in transformers, inputs in BF16: {reloaded:.5f}")
+    failures = []
+    if not kl["QAD"] <= SHARE * kl["PTQ"]:
+        failures.append(f"KL(QAD) is not at most {SHARE} of KL(PTQ)")
+    if not kl["QAD"] < kl["QAT"] / 2:
+        failures.append("KL(QAD) is not below half of KL(QAT)")
+    if not reloaded < kl["PTQ"]:
+        failures.append("the exported weights are not nearer to the teacher than PTQ")
+    teacher, student = (load_file(run / name / "model.safetensors") for name in ("hf-teacher", "hf-modelopt"))
+    if moved := [name for name in teacher if ".gate." in name and not torch.equal(teacher[name], student[name])]:
+        failures.append(f"{len(moved)} frozen tensors of routers moved, first {moved[0]}")
+    if failures:
+        sys.exit("error: " + "; ".join(failures))
+
+
+@torch.inference_mode()
+def divergence_of_export(run: Path) -> float:
+    """Mean KL(teacher || exported student) a token over the first held-out windows, both run by transformers on the
+    CPU."""
+    data = IndexedDataset(str(run / "data" / "heldout"))
+    tokens = torch.cat([torch.from_numpy(data[i].astype("int64")) for i in range(len(data))])
+    tokens = tokens[: 16 * WINDOW].view(-1, WINDOW)
+    models = (
+        AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("hf-teacher", "hf-bf16")
+    )
+    log_p, log_q = (model(tokens, use_cache=False).logits.log_softmax(dim=-1) for model in models)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Everything the example starts from: the texts and the tokenizer of tiny_cpu, and an untrained tiny Nemotron-H.
+
+The model is written under the hub's names, which transformers renames when it loads and when it saves.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_cpu"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from make_inputs import VOCAB_SIZE, write_texts, write_tokenizer  # noqa: E402
+
+from megatron_qad.models.families import family_of  # noqa: E402
+
+CONFIG = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "MEM*-ME",
+    "num_hidden_layers": 7,
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "n_groups": 2,
+    "ssm_state_size": 32,
+    "conv_kernel": 4,
+    "chunk_size": 256,
+    "time_step_min": 0.0,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "moe_shared_expert_intermediate_size": 128,
+    "routed_scaling_factor": 1.0,
+    "mlp_hidden_act": "relu2",
+    "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "bfloat16",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    output = parser.parse_args().output
+    model = output / "hf"
+    model.mkdir(parents=True)
+    write_texts(output)
+    write_model(model)
+    write_tokenizer(output / "raw.txt", model / "tokenizer")
+    print(f"wrote texts, tokenizer and an untrained model to {output}")
+
+
+def write_model(directory: Path) -> None:
+    torch.manual_seed(1)
+    tensors = {}
+    for tensor_map in family_of(CONFIG).tensors(CONFIG):
+        for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
+            tensors[name] = initial(name, shape).to(torch.float32 if tensor_map.is_float32 else torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(CONFIG, indent=1))
+
+
+def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """As these models are started: decays of 1 to 16, step sizes of 0.001 to 0.1, norms and skips of one."""
+    last = name.rsplit(".", 1)[-1]
+    if last == "A_log":
+        return torch.empty(shape).uniform_(1, 16).log()
+    if last == "dt_bias":
+        dt = torch.exp(torch.rand(shape) * math.log(100) + math.log(0.001))
+        return dt + torch.log(-torch.expm1(-dt))  # softplus of it is dt
+    if last == "D" or "norm" in name:
+        return torch.ones(shape)
+    if last in ("bias", "e_score_correction_bias"):
+        return torch.zeros(shape)
+    if "conv1d" in name:
+        return torch.empty(shape).uniform_(-0.5, 0.5)
+    return torch.randn(shape) * 0.02
+
+
+if __name__ == "__main__":
+    main()

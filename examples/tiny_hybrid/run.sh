@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# The method on a tiny Nemotron-H: Mamba, attention, MLP and expert layers, by the policy of Nemotron 3 Nano, at expert
+# parallelism 2 on two CPU cores. A teacher in two stages, then PTQ, QAT and QAD from it, export, validation, report. Ends
+# with an error unless QAD is nearer to the teacher than PTQ and QAT (check.py says by how much).
+#   examples/tiny_hybrid/run.sh [OUTPUT_DIRECTORY]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-runs/tiny_hybrid}
+here=examples/tiny_hybrid
+source examples/steps.sh
+
+make_inputs
+
+# The teacher: an ordinary BF16 model whose routers learn, trained on the raw text, then on text of another manner.
+bf16=(--qad-loss ce --qad-policy bf16 --qad-train-router)
+train teacher-stage1 "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 200 --lr 3e-3
+train teacher-stage2 "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 40 --lr 1e-3
+
+# Three ways to NVFP4 from the same teacher, on the same data, with its routers.
+from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw" --qad-policy "$here/policy.yaml")
+train ptq "${from_teacher[@]}" --qad-ptq
+train qat "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
+train qad "${from_teacher[@]}" --qad-loss kl --train-iters 100 --lr 5e-4
+
+step export-teacher python tools/export_hf.py --checkpoint "$out/teacher-stage2" --output "$out/hf-teacher" --layout bf16 &
+for layout in modelopt bf16; do
+  step "export-$layout" python tools/export_hf.py --checkpoint "$out/qad" --output "$out/hf-$layout" --layout "$layout" &
+done
+wait_all
+step validate python tools/validate_nvfp4.py "$out/hf-modelopt"
+tail -n 1 "$out/log/validate.txt"
+step report python tools/report.py --title "Tiny Nemotron-H on two CPU cores" --teacher "$out/teacher-stage2" \
+  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --output "$out/report"
+say "reload with transformers and check"
+python "$here/check.py" "$out"
+say "done: $out/report/report.md, $out/hf-modelopt"
