@@ -1,7 +1,8 @@
 """Says whether the example's run did what QAD is for; exit status 1 and the reason if not.
 
-1. KL(QAD) <= 0.9 KL(PTQ) on held-out text, as the training jobs measured them, and KL(QAD) < KL(QAT) / 2. 2. Routers
-are the teacher's, to the bit. 3. The student's quantized weights, exported unpacked and loaded by plain transformers,
+1. KL(QAD) <= 0.9 KL(PTQ) on held-out text, as the training jobs measured them, and KL(QAD) < KL(QAT) / 2. The goal is
+half of KL(PTQ), which is not reached: 0.82 was measured, and 0.9 chosen after that, to notice if it gets worse. 2.
+Routers are the teacher's, to the bit. 3. The student's quantized weights, exported unpacked and loaded by plain transformers,
 are nearer to the teacher than PTQ. (transformers has no NVFP4 for this architecture: its inputs are not quantized
 here.)
 """
@@ -22,8 +23,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 WINDOW = 256
-# 100 steps take away a fifth of PTQ's divergence. Rounding weights alone makes half of it, the rest comes from inputs.
+# Chosen after 0.82 was seen in 100 steps: it guards against getting worse and is not the goal. Rounding weights alone
+# makes half of PTQ's divergence, the rest comes from inputs.
 SHARE = 0.9
+GOAL = 0.5
 
 
 def main() -> None:
@@ -33,6 +36,8 @@ def main() -> None:
     results = json.loads((run / "report" / "results.json").read_text())["runs"]
     kl = {name: results[name]["validation"]["kl_to_teacher"] for name in ("PTQ", "QAT", "QAD")}
     print(f"        held-out KL to the teacher: PTQ {kl['PTQ']:.5f}, QAT {kl['QAT']:.5f}, QAD {kl['QAD']:.5f}")
+    ratio = kl["QAD"] / kl["PTQ"]
+    print(f"        QAD / PTQ: {ratio:.2f}; the goal of {GOAL} is {'reached' if ratio <= GOAL else 'not reached'}")
     reloaded = divergence_of_export(run)
     print(f"        QAD's weights in transformers, inputs in BF16: {reloaded:.5f}")
     failures = []
