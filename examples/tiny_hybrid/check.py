@@ -2,9 +2,9 @@
 
 1. KL(QAD) <= 0.9 KL(PTQ) on held-out text, as the training jobs measured them, and KL(QAD) < KL(QAT) / 2. The goal is
 half of KL(PTQ), which is not reached: 0.82 was measured, and 0.9 chosen after that, to notice if it gets worse. 2.
-Routers are the teacher's, to the bit. 3. The student's quantized weights, exported unpacked and loaded by plain transformers,
-are nearer to the teacher than PTQ. (transformers has no NVFP4 for this architecture: its inputs are not quantized
-here.)
+Routers are the teacher's, to the bit. 3. The student's quantized weights, exported unpacked and loaded by plain
+transformers, are nearer to the teacher than PTQ. (transformers has no NVFP4 for this architecture: its inputs are not
+quantized here.)
 """
 
 import argparse
