@@ -28,7 +28,9 @@ def cases(arguments: dict) -> list:
             found = _logits(args, expected["tokens"])
             results.append({**case, "sequence_parallel": args.sequence_parallel, **_compare(found, expected["logits"])})
     for case in arguments.get("saves", ()):
-        flags = ["--bf16", "--save", case["target"], "--save-interval", "1", *_sizes((2, 8)), *case["flags"]]
+        # Unquantized: the export would put the weights of a quantizing policy on their grid.
+        policy = ["--qad-policy", "bf16"]
+        flags = ["--bf16", "--save", case["target"], "--save-interval", "1", *_sizes((2, 8)), *policy, *case["flags"]]
         with job(case["checkpoint"], *case["parallel"], *flags) as args:
             _save(args)
         results.append(case["target"])
