@@ -28,7 +28,7 @@ def save(cases: list[dict], flags: list[str]) -> None:
 
     for case in cases:
         sizes = ["--seq-length", "8", "--micro-batch-size", "1", "--global-batch-size", "8"]
-        saving = ["--bf16", "--save", case["target"], "--save-interval", "1"]
+        saving = ["--bf16", "--save", case["target"], "--save-interval", "1", "--qad-policy", "bf16"]
         with job(case["checkpoint"], *_sizes_of(flags), *sizes, *saving, *flags) as args:
             worker_models._save(args)
 
