@@ -135,6 +135,8 @@ class InPlaceWeights:
     def _whole(self, amaxes: torch.Tensor, names: list[str]) -> torch.Tensor:
         for group, of_experts in self._tp_groups:
             mine = [i for i, name in enumerate(names) if self._is_expert[name] == of_experts]
+            if not mine:  # on all ranks of the group: they hold the same layers
+                continue
             # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
             reduced = torch.where(amaxes[mine].isnan(), torch.inf, amaxes[mine])
             torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX, group=group)
