@@ -43,18 +43,24 @@ class InPlaceWeights:
         expert_tp_group=None,
     ):
         self.scale_rule = scale_rule
-        self.weights: dict[str, torch.nn.Parameter] = {}
+        found: dict[str, torch.nn.Parameter] = {}
         self.formats: dict[str, str] = {}
         """The weights' own formats, "nvfp4" or "fp8"."""
         for chunk in chunks:
             for name, module in named_modules_globally(chunk):
                 weight_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")].weight
                 if weight_format in WEIGHT_FORMATS:
-                    self.weights[f"{name}.weight"] = module.weight
+                    found[f"{name}.weight"] = module.weight
                     self.formats[f"{name}.weight"] = weight_format
-        self._is_expert = {name: is_expert(name) for name in self.weights}
-        groups = ((tp_group, False), (expert_tp_group or tp_group, True))
-        self._tp_groups = [pair for pair in groups if pair[0] is not None and pair[0].size() > 1]
+        self.weights = {name: found[name] for name in sorted(found, key=is_expert)}
+        """By global Megatron name, the experts' last: one run of them a tensor-parallel group."""
+        experts_from = sum(not is_expert(name) for name in self.weights)
+        runs = ((tp_group, slice(experts_from)), (expert_tp_group or tp_group, slice(experts_from, None)))
+        self._shards = [
+            (group, run)
+            for group, run in runs
+            if group is not None and group.size() > 1 and list(self.weights)[run]  # on all ranks or on none of a group
+        ]
         self.num_quantizations = 0
         """How often the weights have been quantized: once per optimizer step."""
         self.seconds = 0.0
@@ -109,12 +115,14 @@ class InPlaceWeights:
         self.seconds += time.perf_counter() - began
 
     @torch.no_grad()
-    def quantized_copy(self, name: str) -> torch.Tensor:
-        """What one weight is on its grid by the max rule, [out, in]; the weight stays as it is. Collective."""
-        arithmetic, weight = WEIGHT_FORMATS[self.formats[name]], self.weights[name].detach().clone()
-        scales = arithmetic.scales_from_amaxes(self._whole(amax_list([weight]), [name]), [name])
-        arithmetic.fake_quant_list_([weight], scales, [name], "max")
-        return weight
+    def quantized_copies(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and what that weight is on its grid by the max rule, [out, in], one at a time; the weights stay as they
+        are. Collective at the first."""
+        amaxes = self.amaxes()
+        for i, (name, weight) in enumerate(self.weights.items()):
+            arithmetic, copy = WEIGHT_FORMATS[self.formats[name]], weight.detach().clone()
+            arithmetic.fake_quant_list_([copy], arithmetic.scales_from_amaxes(amaxes[i : i + 1], [name]), [name], "max")
+            yield name, copy
 
     def _quantize_format(self, arithmetic: WeightFormat, names: list[str], amaxes: torch.Tensor) -> None:
         scales = arithmetic.scales_from_amaxes(amaxes, names)
@@ -130,15 +138,10 @@ class InPlaceWeights:
 
     def amaxes(self) -> torch.Tensor:
         """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""
-        return self._whole(amax_list([weight.data for weight in self.weights.values()]), list(self.weights))
-
-    def _whole(self, amaxes: torch.Tensor, names: list[str]) -> torch.Tensor:
-        for group, of_experts in self._tp_groups:
-            mine = [i for i, name in enumerate(names) if self._is_expert[name] == of_experts]
-            if not mine:  # on all ranks of the group: they hold the same layers
-                continue
+        amaxes = amax_list([weight.data for weight in self.weights.values()])
+        for group, run in self._shards:
             # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
-            reduced = torch.where(amaxes[mine].isnan(), torch.inf, amaxes[mine])
-            torch.distributed.all_reduce(reduced, op=torch.distributed.ReduceOp.MAX, group=group)
-            amaxes[mine] = reduced
+            shared = torch.where(amaxes[run].isnan(), torch.inf, amaxes[run])
+            torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
+            amaxes[run] = shared
         return amaxes

@@ -30,8 +30,9 @@ class ScalePenalty:
     def __init__(self, terms: Sequence[Term], weights: InPlaceWeights):
         self.terms = terms
         self._weights = weights.weights
-        names = [name for name, fmt in weights.formats.items() if fmt == "nvfp4"]
-        self._initial = {name: block_amaxes(weights.quantized_copy(name)) for name in names}
+        self._initial = {
+            name: block_amaxes(copy) for name, copy in weights.quantized_copies() if weights.formats[name] == "nvfp4"
+        }
         self._value = torch.zeros((), device=torch.cuda.current_device())
 
     @torch.no_grad()
