@@ -189,7 +189,8 @@ class ActivationQuantizers:
             amaxes = torch.stack([self._percentile(calibrator, zero) for calibrator in calibrators])
             found = dict(zip(names, amaxes.tolist(), strict=True))
         taken = self._fallbacks(found, self._num_tokens(calibrators, device))
-        return {name: amaxes[names.index(taken.get(name, name))] for name in self.quantizers}
+        place = {name: i for i, name in enumerate(names)}
+        return {name: amaxes[place[taken.get(name, name)]] for name in self.quantizers}
 
     def _names_of_all(self) -> list[str]:
         """The quantizers of all ranks of ``groups``, which hold other experts each, in the same order everywhere."""
@@ -218,6 +219,8 @@ class ActivationQuantizers:
         """By linear, the other one whose amax it takes."""
         taken = {}
         for name, tokens in zip(found, num_tokens, strict=True):
+            if found[name] > 0 and tokens >= MIN_EXPERT_TOKENS:
+                continue
             others = [other for other in sibling_experts(name, found) if found[other] > 0]
             largest = max(others, key=found.__getitem__, default=None)
             if others and found[largest] > found[name] and tokens < MIN_EXPERT_TOKENS:

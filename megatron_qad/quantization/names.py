@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -35,7 +36,12 @@ def is_expert(name: str) -> bool:
 
 def sibling_experts(name: str, names: Iterable[str]) -> list[str]:
     """The other ``names`` that are the same linear of another expert of the same layer; none for other linears."""
-    pattern = _EXPERT.sub(r"\1*\3", name)
+    pattern = _of_any_expert(name)
     if pattern == name:
         return []
-    return [other for other in names if other != name and _EXPERT.sub(r"\1*\3", other) == pattern]
+    return [other for other in names if other != name and _of_any_expert(other) == pattern]
+
+
+@cache
+def _of_any_expert(name: str) -> str:
+    return _EXPERT.sub(r"\1*\3", name)
