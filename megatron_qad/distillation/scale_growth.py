@@ -9,7 +9,7 @@ size.
 import torch
 from torch import Tensor
 
-BLOCK = 16
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 
 class ScaleGrowth:
@@ -20,7 +20,7 @@ class ScaleGrowth:
 
 def block_amaxes(weight: Tensor) -> Tensor:
     """[..., n] -> [..., n / 16]: the largest magnitude of each block, in the weight's dtype."""
-    return weight.unflatten(-1, (-1, BLOCK)).abs().amax(dim=-1)
+    return weight.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(dim=-1)
 
 
 def scale_growth(weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def scale_growth(weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         float32 [] and [..., n]. A block's gradient goes to its largest elements, in equal parts where several are.
     """
-    blocks = weight.detach().float().unflatten(-1, (-1, BLOCK))
+    blocks = weight.detach().float().unflatten(-1, (-1, BLOCK_SIZE))
     start = initial.float()
     magnitudes = blocks.abs()
     amaxes = magnitudes.amax(dim=-1)
