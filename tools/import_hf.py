@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_qad.config.run_files import TRACKER
 from megatron_qad.runtime import QADError, prepare
 
 DTYPES = ("bfloat16", "float32")
@@ -16,7 +17,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
     parser.add_argument("--keep", action="store_true", help="if --output is complete already, leave it and succeed")
     options = parser.parse_args()
-    if options.keep and (Path(options.output) / "latest_checkpointed_iteration.txt").is_file():
+    if options.keep and (Path(options.output) / TRACKER).is_file():
         return print(f"{options.output} is there already")
     prepare()
     import torch

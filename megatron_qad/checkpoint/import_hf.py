@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import save_file
 
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
+from megatron_qad.config.run_files import TRACKER
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.weights import TRACKER
 from megatron_qad.runtime import manifest, whole_saves
 from megatron_qad.runtime.distributed import rank_and_size
 from megatron_qad.runtime.errors import QADError

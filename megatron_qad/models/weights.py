@@ -15,11 +15,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
+from megatron_qad.config.run_files import BEST_FILE, TRACKER
 from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
-TRACKER = "latest_checkpointed_iteration.txt"
-BEST_FILE, BEST_KEY = "best_checkpoints.json", "kl_to_teacher"
+BEST_KEY = "kl_to_teacher"
 
 # Megatron's training loop stores gate and up of a gated MLP as two tensors with these endings (the metadata key
 # "singleton_local_shards"); the importer, as Megatron's default, as the two halves of one.

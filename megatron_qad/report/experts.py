@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_qad.config.run_files import CALIBRATION_FILE, LOAD_FILE
+
 # Written by training.expert_load and training.schedule, whose imports start Megatron.
-LOAD_FILE, CALIBRATION_FILE = "expert_load.json", "calibration.json"
 
 
 @dataclass(frozen=True)

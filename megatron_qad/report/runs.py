@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_qad.config.run_files import TRACKER
 from megatron_qad.report.experts import Experts
 from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
 from megatron_qad.report.weights import has_checkpoint, read_job
@@ -33,7 +34,7 @@ class Run:
         scalars = read_scalars(directory)
         saved = None
         if has_checkpoint(directory):
-            saved = (Path(directory) / "latest_checkpointed_iteration.txt").read_text().strip()
+            saved = (Path(directory) / TRACKER).read_text().strip()
         return cls(
             name, str(directory), scalars, validation_of(scalars), read_job(directory), saved, Experts.read(directory)
         )

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_qad.checkpoint.export_hf import JOB_FILE
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.config.run_files import JOB_FILE, TRACKER
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
@@ -73,7 +73,7 @@ def read_config(checkpoint: str | Path) -> dict:
 
 def has_checkpoint(directory: str | Path) -> bool:
     """Whether a job saved anything there; a save that is damaged counts, and reading it raises."""
-    return (Path(directory) / "latest_checkpointed_iteration.txt").is_file()
+    return (Path(directory) / TRACKER).is_file()
 
 
 def linears_of(config: dict) -> list[TensorMap]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.models.weights import BEST_FILE, BEST_KEY, validated_kl
+from megatron_qad.config.run_files import BEST_FILE
+from megatron_qad.models.weights import BEST_KEY, validated_kl
 from megatron_qad.runtime import manifest
 
 

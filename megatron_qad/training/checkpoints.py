@@ -16,7 +16,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_qad.models.weights import TRACKER
+from megatron_qad.config.run_files import TRACKER
 from megatron_qad.runtime import QADError, manifest, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.runtime.whole_saves import SaveFailed, on_first_rank

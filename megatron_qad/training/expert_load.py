@@ -16,7 +16,7 @@ from megatron.core import mpu
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, get_tensorboard_writer, is_last_rank, print_rank_last
 
-LOAD_FILE = "expert_load.json"
+from megatron_qad.config.run_files import LOAD_FILE
 
 
 class ExpertLoad:

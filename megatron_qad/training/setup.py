@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
+from megatron_qad.config.run_files import JOB_FILE
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.models.builder import QADModelConfig, freeze
@@ -123,7 +124,7 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
         QADError: ``--save`` holds checkpoints of a job with other formats, which ``qad.json`` must go on describing.
     """
     save = Path(args.save)
-    file = save / "qad.json"
+    file = save / JOB_FILE
     if file.is_file():
         job = json.loads(file.read_text())
         before, kv_cache = job["formats"], job.get("kv_cache", "bf16")

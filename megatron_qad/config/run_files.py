@@ -1,0 +1,12 @@
+"""The small files beside a run's checkpoints, each written by one room and read by others."""
+
+TRACKER = "latest_checkpointed_iteration.txt"
+"""Megatron's: the newest checkpoint."""
+JOB_FILE = "qad.json"
+"""What the job was: models, policy, loss."""
+BEST_FILE = "best_checkpoints.json"
+"""The checkpoints with the lowest validation KL."""
+CALIBRATION_FILE = "calibration.json"
+"""Experts' linears that saw too few tokens in calibration."""
+LOAD_FILE = "expert_load.json"
+"""How teacher and student spread tokens over their experts."""
