@@ -26,6 +26,7 @@ from megatron_qad.checkpoint.layouts import (
     exclusions,
     stored_tensors,
 )
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
 # What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
@@ -113,9 +114,9 @@ def write_hf_checkpoint(
         _carry(source, aside)
         _write_configs(aside, config, layout, excluded, formats, kv_cache)
         for path in (*aside.rglob("*"), aside):
-            _sync(path)
+            manifest.sync(path)
         os.rename(aside, directory)  # atomic; replaces an empty directory
-        _sync(directory.parent)
+        manifest.sync(directory.parent)
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise _disk_full(directory, shards) from error
@@ -175,7 +176,7 @@ class _Shards:
             if number := next((n for n in _DISK_FULL if f"(os error {n})" in str(error)), None):
                 raise OSError(number, os.strerror(number), str(path)) from error
             raise
-        _sync(path)
+        manifest.sync(path)
         self.weight_map.update(dict.fromkeys(self.pending, len(self.names)))
         self.names.append(file_name)
         self.num_bytes += self.pending_bytes
@@ -232,15 +233,6 @@ def _write_configs(
 
 def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Wait until ``path`` is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _disk_full(directory: Path, shards: _Shards) -> QADError:

@@ -120,12 +120,12 @@ def write_atomically(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(aside, file)
-    sync_directory(file.parent)
+    sync(file.parent)
 
 
-def sync_directory(directory: Path) -> None:
-    """Have the names in ``directory`` on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -159,7 +159,7 @@ def _check_and_rename(sums: dict[str, manifest.Sum], texts: dict[str, str], asid
     if final.exists():
         os.rename(final, replaced)
     os.rename(aside, final)
-    manifest.sync_directory(final.parent)
+    manifest.sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
