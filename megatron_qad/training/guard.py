@@ -1,6 +1,6 @@
 """Stands between a step's gradients and the optimizer: updates only from finite numbers, and looks out for spikes.
 
-Megatron's ``train_step`` is wrapped, here and nowhere else. Before ``optimizer.step`` one all-reduce of four numbers
+Megatron's ``train_step`` is wrapped, here and nowhere else. Before ``optimizer.step`` one all-reduce of three numbers
 tells every rank whether any loss or gradient is not finite, and the loss; all then do the same: update, leave the
 update out (``skip``), stop with the step, rank and layer named (``stop``), or go back to the last good checkpoint after
 a spike. Megatron counts an update that was left out as a skipped iteration: its data is used up, its learning rate not.
@@ -16,7 +16,8 @@ import torch
 from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 
-from megatron_qad.models.weights import TRACKER, iteration_dir
+from megatron_qad.config.run_files import TRACKER
+from megatron_qad.models.weights import iteration_dir
 from megatron_qad.runtime import QADError, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.not_finite import Trace, gradients_are_finite

@@ -21,6 +21,7 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
 
+from megatron_qad.config.run_files import CALIBRATION_FILE
 from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
@@ -33,7 +34,6 @@ from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.teacher import Teacher
 
-CALIBRATION_FILE = "calibration.json"
 _MAX_PRINTED = 8
 
 
@@ -123,7 +123,7 @@ class QADStep:
                 data_iterator=iterators(batches, self._ran["stages"]),
                 model=model,
                 num_microbatches=len(batches),
-                forward_step_func=_up_to_logits,
+                forward_step_func=partial(_without_loss, Output.logits, lambda: None),
                 forward_only=True,
                 **shape,
             )
@@ -161,7 +161,7 @@ class QADStep:
                 data_iterator=iterators(batches, data_iterator),
                 model=model,
                 num_microbatches=number,
-                forward_step_func=partial(_only_forward, bar),
+                forward_step_func=partial(_without_loss, Output.hidden, bar.update),
                 forward_only=True,
                 **schedule_shape(**shape),
             )
@@ -192,27 +192,17 @@ def gather_parameters(model) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def _only_forward(bar: tqdm, batches, model):
-    """Shows activation quantizers a microbatch, also that of a head whose GEMM is fused with the loss."""
+def _without_loss(finish: Callable[[Output], torch.Tensor], seen: Callable, batches, model):
+    """A forward step of Megatron's that ends before the loss. ``finish`` runs on the output where the output layer is
+    fused with the loss, and so has not run in the model; ``seen`` is called once a microbatch."""
     batch, fused = next(batches), Outputs.chosen(get_args().qad).fused
 
     def no_loss(output):
         if fused:
-            Output(output, unwrap_model(model)).hidden()
+            finish(Output(output, unwrap_model(model)))
         return output.new_zeros(()), output.new_zeros((), dtype=int), {}
 
-    bar.update()
-    return output_of(model, batch, hidden=fused), no_loss
-
-
-def _up_to_logits(batches, model):
-    batch, fused = next(batches), Outputs.chosen(get_args().qad).fused
-
-    def no_loss(output):
-        if fused:
-            Output(output, unwrap_model(model)).logits()
-        return output.new_zeros(()), output.new_zeros((), dtype=int), {}
-
+    seen()
     return output_of(model, batch, hidden=fused), no_loss
 
 
