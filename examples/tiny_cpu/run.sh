@@ -6,41 +6,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/tiny_cpu}
 here=examples/tiny_cpu
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
-if [ -e "$out" ]; then echo "$out exists; remove it or name another directory: $0 DIRECTORY" >&2; exit 1; fi
-mkdir -p "$out/log"
-started=$SECONDS
-say() { printf '[%3d s] %s\n' "$((SECONDS - started))" "$*"; }
+source examples/steps.sh
 
-# One step of the demo: its name, then its command; what it prints goes to a log that is shown if it fails.
-step() {
-  local name=$1; shift
-  say "$name"
-  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; say "$name failed; all of it: $out/log/$name.txt"; exit 1; }
-}
-
-# Waits for the steps in the background; one that failed ends the demo.
-wait_all() {
-  local job
-  for job in $(jobs -p); do wait "$job"; done
-}
-
-# A training job on two ranks (--save and the losses differ, the rest is in train.yaml).
-train() {
-  local name=$1; shift
-  step "$name" torchrun --standalone --nproc-per-node 2 pretrain_qad.py --config "$here/train.yaml" \
-    --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard" --valid-data-path "$out/data/heldout" "$@"
-  grep -h 'megatron_qad validation' "$out/log/$name.txt" | tail -n 1 | sed 's/.*iteration/        iteration/'
-}
-
-step inputs python "$here/make_inputs.py" "$out/inputs"
-mkdir "$out/data"
-for text in raw post heldout; do
-  step "data-$text" python tools/prepare_data.py --input "$out/inputs/$text.txt" --split-on $'\n\x1e\n' \
-    --tokenizer "$out/inputs/hf/tokenizer.model" --output "$out/data/$text" &
-done
-step import python tools/import_hf.py --hf-model "$out/inputs/hf" --output "$out/untrained"
-wait_all
+make_inputs
 
 # The teacher: an ordinary BF16 model, trained on the raw text, then on text of another manner.
 bf16=(--qad-loss ce --qad-policy bf16)

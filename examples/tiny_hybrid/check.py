@@ -8,21 +8,15 @@ quantized here.)
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from megatron_qad.runtime import prepare
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from held_out import divergence_of_export, measured_kl  # noqa: E402
 
-prepare()
-
-from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-WINDOW = 256
 # Chosen after 0.82 was seen in 100 steps: it guards against getting worse and is not the goal. Rounding weights alone
 # makes half of PTQ's divergence, the rest comes from inputs.
 SHARE = 0.9
@@ -33,12 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output directory of run.sh")
     run = parser.parse_args().run
-    results = json.loads((run / "report" / "results.json").read_text())["runs"]
-    kl = {name: results[name]["validation"]["kl_to_teacher"] for name in ("PTQ", "QAT", "QAD")}
-    print(f"        held-out KL to the teacher: PTQ {kl['PTQ']:.5f}, QAT {kl['QAT']:.5f}, QAD {kl['QAD']:.5f}")
+    kl = measured_kl(run)
     ratio = kl["QAD"] / kl["PTQ"]
     print(f"        QAD / PTQ: {ratio:.2f}; the goal of {GOAL} is {'reached' if ratio <= GOAL else 'not reached'}")
-    reloaded = divergence_of_export(run)
+    reloaded = divergence_of_export(run, "hf-bf16", torch.float32, 16)
     print(f"        QAD's weights in transformers, inputs in BF16: {reloaded:.5f}")
     failures = []
     if not kl["QAD"] <= SHARE * kl["PTQ"]:
@@ -52,20 +44,6 @@ def main() -> None:
         failures.append(f"{len(moved)} frozen tensors of routers moved, first {moved[0]}")
     if failures:
         sys.exit("error: " + "; ".join(failures))
-
-
-@torch.inference_mode()
-def divergence_of_export(run: Path) -> float:
-    """Mean KL(teacher || exported student) a token over the first held-out windows, both run by transformers on the
-    CPU."""
-    data = IndexedDataset(str(run / "data" / "heldout"))
-    tokens = torch.cat([torch.from_numpy(data[i].astype("int64")) for i in range(len(data))])
-    tokens = tokens[: 16 * WINDOW].view(-1, WINDOW)
-    models = (
-        AutoModelForCausalLM.from_pretrained(run / name, dtype=torch.float32) for name in ("hf-teacher", "hf-bf16")
-    )
-    log_p, log_q = (model(tokens, use_cache=False).logits.log_softmax(dim=-1) for model in models)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1).mean().item()
 
 
 if __name__ == "__main__":
