@@ -1,6 +1,6 @@
 """pretrain_qad.py with a bug that shows itself in the third step."""
 
-import pretrain_qad
+import pretrain_qad  # noqa: I001  before megatron: it installs the backend
 from megatron.training import training as megatron_loop
 
 train_step, num_steps = megatron_loop.train_step, 0

@@ -56,6 +56,7 @@ def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: boo
     """Largest error of the logits of a job's float32 checkpoint, its weights put on the grid as a step would."""
     import worker_models
     from layout import job
+
     from megatron_qad.quantization.weights import InPlaceWeights
     from megatron_qad.training import setup
 

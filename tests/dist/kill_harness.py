@@ -65,14 +65,16 @@ class Harness:
             *("--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache", "--split", "80,20,0", "--bf16"),
             *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8", "--log-interval", "1"),
             *("--train-iters", str(NUM_STEPS), "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
-            *("--eval-interval", "4", "--eval-iters", "1", "--qad-calibration-samples", "8", "--use-distributed-optimizer"),
-            *("--save-interval", str(SAVE_INTERVAL), "--qad-keep-last", "2", *flags),
+            *("--eval-interval", "4", "--eval-iters", "1", "--qad-calibration-samples", "8"),
+            *("--use-distributed-optimizer", "--save-interval", str(SAVE_INTERVAL), "--qad-keep-last", "2", *flags),
         ]
         argv += ["--load", f"{d}/{run}"] if (d / run / TRACKER).is_file() else []
         return self.server.run("training_jobs:train", 2, {"argv": argv}, kill=kill, fails=None if kill else False)
 
     def digest(self, run: str) -> str:
-        output = self.server.run("surviving_jobs:digest", 1, {"directory": f"{self.directory}/{run}/iter_{NUM_STEPS:07d}"})
+        output = self.server.run(
+            "surviving_jobs:digest", 1, {"directory": f"{self.directory}/{run}/iter_{NUM_STEPS:07d}"}
+        )
         return next(line for line in output.splitlines() if line.startswith("digest "))
 
     def one_run(self, name: str, num_kills: int) -> None:
@@ -111,7 +113,9 @@ class Harness:
     def _goes_on_at(self, output: str, complete: int) -> None:
         """The first step of a start follows the checkpoint that lay there; a start that was killed earlier has none."""
         steps = _iterations(output)
-        assert not steps or steps[0][0] == complete + 1, f"started at {steps[0][0]}, not after {complete}\n{output[-4000:]}"
+        assert not steps or steps[0][0] == complete + 1, (
+            f"started at {steps[0][0]}, not after {complete}\n{output[-4000:]}"
+        )
 
     def _complete(self, root: Path) -> int:
         """The checkpoint that the tracker names, which must be whole; where the tracker was cut off, the newest that
@@ -161,9 +165,10 @@ def record(harness: Harness, file: Path, seconds: float) -> None:
     lost = [kill.reached - kill.complete for kill in harness.kills if kill.what != "an export"]
     lines = [
         "# The kill test's record",
-        f"`make test-kill`, {datetime.date.today()}, commit {commit.strip()}, seed {harness.seed}: {len(harness.kills)} "
-        f"kills by SIGKILL in {seconds:.0f} s on two CPU cores. The tiny Llama of the tests on two data-parallel ranks, "
-        f"BF16, distributed optimizer, {NUM_STEPS} steps, a checkpoint every {SAVE_INTERVAL}, the last two kept.",
+        f"`make test-kill`, {datetime.date.today()}, commit {commit.strip()}, seed {harness.seed}: "
+        f"{len(harness.kills)} kills by SIGKILL in {seconds:.0f} s on two CPU cores. The tiny Llama of the tests on two "
+        f"data-parallel ranks, BF16, distributed optimizer, {NUM_STEPS} steps, a checkpoint every {SAVE_INTERVAL}, the "
+        "last two kept.",
         "",
         "Every start went on at the checkpoint named last, which was whole; every run ended with the undisturbed run's "
         f"weights, masters and moments, bit for bit. Lost: at most {max(lost)} steps of training, "
@@ -174,7 +179,9 @@ def record(harness: Harness, file: Path, seconds: float) -> None:
     ]
     for number, kill in enumerate(harness.kills, 1):
         steps = f"{kill.reached} | {kill.complete} | {kill.reached - kill.complete}"
-        lines.append(f"| {number} | {kill.what} | {kill.moment} | {steps if 'export' not in kill.what else '- | - | -'} |")
+        lines.append(
+            f"| {number} | {kill.what} | {kill.moment} | {steps if 'export' not in kill.what else '- | - | -'} |"
+        )
     file.write_text("\n".join(lines) + "\n")
 
 

@@ -136,8 +136,14 @@ def _assert_axes_agree(workshop, model: str, axes: dict, flags: list[str]) -> No
     for axis, (nproc, axis_flags) in axes.items():
         is_sharded = SHARDED[0] in axis_flags
         found, _ = workshop.train(argv + axis_flags, nproc, whole=not is_sharded)
-        errors = {"loss": max(_relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(found, expected, strict=True))}
-        errors["grad_norm"] = max(_relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(found, expected, strict=True))
+        errors = {
+            "loss": max(
+                _relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(found, expected, strict=True)
+            )
+        }
+        errors["grad_norm"] = max(
+            _relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(found, expected, strict=True)
+        )
         # Of a distributed optimizer's gradients a rank holds a part, and of an overlapped gather's parameters, too.
         whole = () if is_sharded else ("grads", "params")
         for what in whole:
@@ -182,7 +188,7 @@ def test_another_teacher(workshop, teacher):
 
 @pytest.mark.parametrize("layout", ["one rank", "pp2 virtual2"])
 def test_the_teacher_is_apart_and_its_logits_are_freed(workshop, tmp_path, layout):
-    """In no wrapper, optimizer, gradient buffer or checkpoint; each microbatch's logits go once the student used them."""
+    """In no wrapper, optimizer, gradient buffer or checkpoint; a microbatch's logits go once the student used them."""
     nproc, flags = {"one rank": (1, []), "pp2 virtual2": (2, PP2 + VIRTUAL)}[layout]
     argv = workshop.argv(*("--bf16", *SHARDED, "--qad-policy", "bf16", *flags), kind="llama", num_steps=1)
     argv += ["--qad-teacher", f"{workshop.directory}/large", "--save", str(tmp_path / "run")]
@@ -209,12 +215,15 @@ RESHARDED = [
 ]
 
 
-# Flags and the tolerance of a loss. Quantized: a last bit may decide an input's code, which moves one input of one token
+# Flags and the tolerance of a loss. Quantized: a last bit may decide an input's code, which moves an input of a token
 # (test_training). BF16: partial sums of tensor-parallel ranks are rounded to 8 bits, 4e-4 here.
 RESUMED = {
     "float32": (["--qad-policy", "bf16"], TOLERANCE),
     "nvfp4": (["--qad-policy", "nvfp4-all-linear"], 0.02),
-    "distributed optimizer": (["--qad-policy", "bf16", "--bf16", *SHARDED, "--dist-ckpt-optim-fully-reshardable"], 2e-3),
+    "distributed optimizer": (
+        ["--qad-policy", "bf16", "--bf16", *SHARDED, "--dist-ckpt-optim-fully-reshardable"],
+        2e-3,
+    ),
 }
 
 
@@ -261,7 +270,12 @@ def test_the_simulator_predicts_a_measured_step(workshop, tmp_path, monkeypatch)
     assert measured / predicted == pytest.approx(1, abs=0.3)
 
 
-STREAMED = {"one rank": (1, []), "tp2pp2": (4, TP2 + SP + PP2), "pp2 virtual2": (2, PP2 + VIRTUAL), "packed": (2, CP2 + PACKED)}
+STREAMED = {
+    "one rank": (1, []),
+    "tp2pp2": (4, TP2 + SP + PP2),
+    "pp2 virtual2": (2, PP2 + VIRTUAL),
+    "packed": (2, CP2 + PACKED),
+}
 
 
 @pytest.mark.parametrize("axis", STREAMED)
@@ -283,16 +297,28 @@ def test_a_teacher_on_the_host_changes_nothing(workshop, tmp_path, axis):
 
 # Ranks, flags, and what the error says.
 REFUSED = [
-    (2, ["--tensor-model-parallel-size", "3"], "does not divide the attention heads (4); possible for the student: 1, 2"),
+    (
+        2,
+        ["--tensor-model-parallel-size", "3"],
+        "does not divide the attention heads (4); possible for the student: 1, 2",
+    ),
     (2, [*TP2, *PP2], "TP 2 x PP 2 x CP 1 needs a multiple of 4 ranks; this job has 2"),
-    (1, ["--pipeline-model-parallel-size", "5"], "5 pipeline stages x 1 virtual ones for 4 layers (*-*-) of the student"),
+    (
+        1,
+        ["--pipeline-model-parallel-size", "5"],
+        "5 pipeline stages x 1 virtual ones for 4 layers (*-*-) of the student",
+    ),
     (2, [*PP2, "--num-virtual-stages-per-pipeline-rank", "3"], "2 pipeline stages x 3 virtual ones for 4 layers"),
     (2, [*PP2, *VIRTUAL, "--global-batch-size", "6"], "virtual stages need a number of microbatches that PP 2 divides"),
     (1, VIRTUAL, "virtual-stages-per-pipeline-rank 2 without pipeline parallelism"),
     (2, [*CP2, "--seq-length", "30"], "--seq-length 30 is not a multiple of 4, twice --context-parallel-size 2"),
     (2, ["--global-batch-size", "6"], "--global-batch-size 6 is not a multiple of 4, --micro-batch-size 2 x DP 2"),
     (1, ["--qad-teacher-micro-batch-size", "3"], "--qad-teacher-micro-batch-size 3 must be a multiple of"),
-    (2, [*CP2, PACKED[0], "--qad-document-multiple", "2"], "--qad-document-multiple 2 must divide --seq-length 32 and be a multiple of 4"),
+    (
+        2,
+        [*CP2, PACKED[0], "--qad-document-multiple", "2"],
+        "--qad-document-multiple 2 must divide --seq-length 32 and be a multiple of 4",
+    ),
 ]
 
 

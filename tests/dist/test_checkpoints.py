@@ -222,7 +222,7 @@ def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
 
 
 DISK = 64 << 20
-_MOUNTS = "mount -t tmpfs -o size={size} none {disk} && exec \"$@\""
+_MOUNTS = 'mount -t tmpfs -o size={size} none {disk} && exec "$@"'
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,9 @@ def _check(workshop, argv, expected, axes):  # noqa: F811
     wrong = {}
     for axis, (nproc, flags) in axes.items():
         found, _ = workshop.train(argv + flags, nproc)
-        errors = [max(abs(a["loss"][n] / b["loss"][n] - 1) for n in b["loss"]) for a, b in zip(found, expected, strict=True)]
+        errors = [
+            max(abs(a["loss"][n] / b["loss"][n] - 1) for n in b["loss"]) for a, b in zip(found, expected, strict=True)
+        ]
         errors += [records.largest_error(found, expected, what)[0] for what in ("grads", "params")]
         print(f"{axis}: " + " ".join(f"{error:.1e}" for error in errors))
         if max(errors) > TOLERANCE:
@@ -65,7 +67,9 @@ def test_against_transformers(workshop):  # noqa: F811
     # A block of a Llama is two places of the pattern: its MLP's output is what transformers calls a hidden state.
     argv = workshop.argv("--qad-policy", "bf16", "--qad-loss", "kl+0.3*hidden_mse(layers=[1])", num_steps=1)
     (step,), _ = workshop.train(argv)
-    models = [AutoModelForCausalLM.from_pretrained(workshop.directory / f"hf_untied_{w}") for w in ("teacher", "student")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(workshop.directory / f"hf_untied_{w}") for w in ("teacher", "student")
+    ]
     teacher, student = (model.float() for model in models)
     kl = mse = tokens = 0
     for batch in step["batches"]:
@@ -92,7 +96,9 @@ def test_scale_growth(workshop, tmp_path):  # noqa: F811
     values = [step["loss"]["scale_growth loss"] for step in expected]
     assert values[0] == 0 and values[-1] > 0
     assert expected[1]["loss"]["total loss"] == pytest.approx(expected[1]["loss"]["kl loss"] + 10 * values[1], rel=1e-6)
-    assert torch.equal(expected[0]["grads"]["embedding.word_embeddings.weight"], free[0]["grads"]["embedding.word_embeddings.weight"])
+    assert torch.equal(
+        expected[0]["grads"]["embedding.word_embeddings.weight"], free[0]["grads"]["embedding.word_embeddings.weight"]
+    )
     growth = [_largest_growth(steps) for steps in (expected, free)]
     assert growth[0] < growth[1], growth
     follow = str(workshop.directory / f"record{workshop._number - 1}")
@@ -126,7 +132,9 @@ def test_what_cannot_be_compared_is_refused(workshop):  # noqa: F811
     def error(loss, *flags, nproc=1):
         return workshop.fail(workshop.argv("--qad-loss", loss, *flags), nproc)
 
-    assert "hidden states of 64 and 96 elements" in error("kl+hidden_mse", "--qad-teacher", f"{workshop.directory}/wide")
+    assert "hidden states of 64 and 96 elements" in error(
+        "kl+hidden_mse", "--qad-teacher", f"{workshop.directory}/wide"
+    )
     assert "the student has 4 layers, none at position 4" in error("kl+hidden_mse(layers=[4])")
     assert "expected a loss of the logits" in error("hidden_mse")
     deep_teacher = ["--qad-teacher", f"{workshop.directory}/deep", *PP2]

@@ -249,7 +249,9 @@ def test_what_cannot_be_is_one_error(workshop, tmp_path):
     error = workshop.fail(workshop.argv("--moe-aux-loss-coeff", "1e-2", kind="f32"))
     assert "--moe-aux-loss-coeff 0.01 with a frozen router" in error or "[0.01] with a frozen router" in error
     error = workshop.fail(workshop.argv("--expert-model-parallel-size", "3", kind="f32"), 3)
-    assert "--expert-model-parallel-size 3 does not divide the experts of the student (8); possible: 1, 2, 4, 8" in error
+    assert (
+        "--expert-model-parallel-size 3 does not divide the experts of the student (8); possible: 1, 2, 4, 8" in error
+    )
     source = tmp_path / "hf"
     shutil.copytree(workshop.directory / "hf_f32_teacher", source)
     tensors = load_file(source / "model.safetensors")

@@ -3,7 +3,6 @@
 One process is compared with transformers, on files with the hub's names; the parallel layouts with one process.
 """
 
-
 import pytest
 import records
 import tiny_hybrids

@@ -78,7 +78,13 @@ def test_a_skipped_step_leaves_no_trace(shop, through):
 
 
 def test_skipping_ends_where_it_does_not_help(shop):
-    fault = {"kind": "output", "name": "decoder.layers.2.self_attention.linear_proj", "step": 2, "rank": 0, "from": True}
+    fault = {
+        "kind": "output",
+        "name": "decoder.layers.2.self_attention.linear_proj",
+        "step": 2,
+        "rank": 0,
+        "from": True,
+    }
     error = shop.fail(FAULTY, argv=shop.argv("--qad-on-nan", "skip", num_steps=20), fault=fault)
     assert "error: step 11:" in error and "skipping does not help" in error
 
@@ -131,5 +137,3 @@ def test_a_hanging_rank_is_named_and_ends_the_job(shop, tmp_path):
     assert "in step 2, " in error or "in step 3, data" in error  # what it wrote last, a fifth of a second before
     assert "rank 0 on" in error and "in step 3, gradients" in error
     assert Path(tmp_path / "heartbeats" / "rank_00001.json").is_file()
-
-

@@ -83,7 +83,7 @@ def test_mixed_precision_with_a_distributed_optimizer(workshop):  # noqa: F811
     expected, _ = workshop.train(argv + LOGITS, 2, whole=False)
     found, _ = workshop.train(argv + FUSED, 2, whole=False)
     for a, b in zip(found, expected, strict=True):
-        # The gradient of a chunk's logits is rounded like that of all of them; its products are summed in another order.
+        # The gradient of a chunk's logits is rounded like that of all; its products are summed in another order.
         assert a["loss"]["kl loss"] == pytest.approx(b["loss"]["kl loss"], rel=2e-3)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-3)
 

@@ -14,9 +14,9 @@ from fork_server import ForkServer
 from launch import ROOT, environment
 
 FLAGS = (
-    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 6 --lr 1e-3 --min-lr 1e-4 --split 80,20,0 "
-    "--lr-decay-style cosine --eval-interval 4 --eval-iters 2 --log-interval 1 --qad-calibration-samples 16 --bf16 "
-    "--use-distributed-optimizer --save-interval 100 --tensor-model-parallel-size 2 --sequence-parallel"
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 6 --lr 1e-3 --min-lr 1e-4 --split "
+    "80,20,0 --lr-decay-style cosine --eval-interval 4 --eval-iters 2 --log-interval 1 --qad-calibration-samples 16 "
+    "--bf16 --use-distributed-optimizer --save-interval 100 --tensor-model-parallel-size 2 --sequence-parallel"
 ).split()
 
 
