@@ -15,7 +15,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -102,14 +101,14 @@ def _log_of(log: str | Path, rank: int) -> Path:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
-    import pretrain_qad  # noqa: F401  prepares the backend and imports all that a job needs
+    import pretrain_qad  # noqa: F401, I001  prepares the backend and imports all that a job needs
+    import torch
 
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ranks = [_start(job, rank, port) for rank in range(job["nproc"])]
+        # The ranks' store is served here, as torchrun's agent does: its port is held before any rank knows it.
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = [_start(job, rank, store.port) for rank in range(job["nproc"])]
         answers.write(json.dumps(_wait(ranks, job["timeout"], job["kill"])) + "\n")
         answers.flush()
 
@@ -125,6 +124,7 @@ def _start(job: dict, rank: int, port: int) -> int:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["nproc"], "LOCAL_WORLD_SIZE": job["nproc"]}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     code = 0
     try:
         module, function = job["function"].split(":")

@@ -166,9 +166,9 @@ def record(harness: Harness, file: Path, seconds: float) -> None:
     lines = [
         "# The kill test's record",
         f"`make test-kill`, {datetime.date.today()}, commit {commit.strip()}, seed {harness.seed}: "
-        f"{len(harness.kills)} kills by SIGKILL in {seconds:.0f} s on two CPU cores. The tiny Llama of the tests on two "
-        f"data-parallel ranks, BF16, distributed optimizer, {NUM_STEPS} steps, a checkpoint every {SAVE_INTERVAL}, the "
-        "last two kept.",
+        f"{len(harness.kills)} kills by SIGKILL in {seconds:.0f} s on two CPU cores. The tiny Llama of the tests on "
+        f"two data-parallel ranks, BF16, distributed optimizer, {NUM_STEPS} steps, a checkpoint every {SAVE_INTERVAL}, "
+        "the last two kept.",
         "",
         "Every start went on at the checkpoint named last, which was whole; every run ended with the undisturbed run's "
         f"weights, masters and moments, bit for bit. Lost: at most {max(lost)} steps of training, "
