@@ -1,7 +1,7 @@
 """Says whether the example's run did what QAD is for; exit status 1 and the reason if not.
 
-1. KL(QAD) <= 0.9 KL(PTQ) on held-out text, as the training jobs measured them, and KL(QAD) < KL(QAT) / 2. The goal is
-half of KL(PTQ), which is not reached: 0.82 was measured, and 0.9 chosen after that, to notice if it gets worse. 2.
+1. KL(QAD) <= 0.75 KL(PTQ) on held-out text, as the training jobs measured them, and KL(QAD) < KL(QAT) / 2. The goal is
+half of KL(PTQ), which is not reached: 0.65 was measured, and 0.75 chosen after that, to notice if it gets worse. 2.
 Routers are the teacher's, to the bit. 3. The student's quantized weights, exported unpacked and loaded by plain
 transformers, are nearer to the teacher than PTQ. (transformers has no NVFP4 for this architecture: its inputs are not
 quantized here.)
@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from held_out import divergence_of_export, measured_kl  # noqa: E402
 
-# Chosen after 0.82 was seen in 100 steps: it guards against getting worse and is not the goal. Rounding weights alone
-# makes half of PTQ's divergence, the rest comes from inputs.
-SHARE = 0.9
+# Chosen after 0.65 was seen: it guards against getting worse and is not the goal. Rounding weights alone makes 0.46 of
+# PTQ's divergence, inputs the rest: QAD undoes most of the weights' part, little of the inputs' (docs/BENCHMARKS.md).
+SHARE = 0.75
 GOAL = 0.5
 
 
