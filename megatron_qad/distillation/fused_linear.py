@@ -30,8 +30,15 @@ from megatron_qad.distillation.vocab_parallel import (
     write_gradients,
 )
 
-# Tokens of a chunk: enough rows for a GEMM to be worth reading the weights for.
-CHUNK_TOKENS = 128
+CHUNK_BYTES = 256 << 20
+"""Logits of one chunk, of both models. Each chunk reads both output weights and adds to a gradient of their size, which
+only many tokens make worth while."""
+MIN_CHUNK_TOKENS = 128
+
+
+def tokens_of_chunk(logits_width: int, element_size: int) -> int:
+    """How many tokens' logits of both models, [V/tp] each, fit in ``CHUNK_BYTES``; at least ``MIN_CHUNK_TOKENS``."""
+    return max(CHUNK_BYTES // (2 * logits_width * element_size), MIN_CHUNK_TOKENS)
 
 
 def fused_linear_losses(
@@ -45,7 +52,7 @@ def fused_linear_losses(
     *,
     token_weight: Tensor | None = None,
     ignore_index: int = -100,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
 ) -> tuple[Tensor, ...]:
     """``vocab_parallel.logit_losses`` of ``hidden @ weight.T`` and ``teacher_hidden @ teacher_weight.T``.
@@ -58,7 +65,7 @@ def fused_linear_losses(
         teacher_hidden, teacher_weight: the teacher's, [..., H_t] and [V/tp, H_t]; get no gradient. None where no loss
             needs a teacher.
         labels, token_weight, ignore_index: as ``labels``, ``weight``, ``ignore_index`` there.
-        chunk_tokens: tokens whose logits exist at a time.
+        chunk_tokens: tokens whose logits exist at a time. None: ``tokens_of_chunk``.
 
     Raises:
         ValueError: as there; shapes that do not fit; a loss of two rounds.
@@ -76,6 +83,7 @@ def fused_linear_losses(
         raise ValueError(f"output weights {list(weight.shape)} and {list(teacher_weight.shape)}: expected one V/tp")
     scale = token_scale(hidden.shape[:-1].numel(), hidden.device, token_weight, labels, ignore_index)
     teacher = (teacher_hidden, teacher_weight)
+    chunk_tokens = chunk_tokens or tokens_of_chunk(len(weight), weight.element_size())
     settings = (tuple(losses), chunk_tokens, reduce_hidden_grad)
     return _FusedLinearLosses.apply(hidden, weight, *teacher, labels, scale, shard, settings)
 

@@ -8,15 +8,13 @@ from torch import Tensor
 
 from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, compare, logit_losses
-from megatron_qad.distillation.fused_linear import fused_linear_losses
+from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
 from megatron_qad.models.output_layer import Output
 from megatron_qad.runtime.errors import QADError
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
 # two models has a gigabyte to spare; what is fused costs two GEMMs of the output layer more.
 FUSED_ABOVE_BYTES = 1 << 30
-# Tokens whose logits exist at a time where metrics are computed from hidden states.
-CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,9 @@ def metrics_of(student: Output, teacher: Output | None, labels: Tensor, weight: 
     hidden = student.hidden().flatten(0, 1)
     of_teacher = None if teacher is None else teacher.hidden().flatten(0, 1)
     labels, weight = labels.flatten(), weight.flatten()
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
+    step = tokens_of_chunk(len(student.weight), student.weight.element_size())
+    for start in range(0, len(labels), step):
+        rows = slice(start, start + step)
         logits = None if of_teacher is None else of_teacher[rows] @ teacher.weight.t()
         total += compare(hidden[rows] @ student.weight.t(), logits, labels[rows], weight[rows], shard)
     return total

@@ -5,7 +5,7 @@ import torch
 from reference_losses import expected
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses
-from megatron_qad.distillation.fused_linear import fused_linear_losses
+from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
 
 SHAPE, VOCAB, PADDED, HIDDEN, TEACHER_HIDDEN = (2, 11), 40, 48, 16, 24
 CASES = {
@@ -156,3 +156,9 @@ def test_what_cannot_be_done_is_refused():
         fused_linear_losses(kl, hidden, weight, teacher_hidden[:1], teacher_weight, labels, shard)
     with pytest.raises(ValueError, match=r"expected one V/tp"):
         fused_linear_losses(kl, hidden, weight, teacher_hidden, teacher_weight[:40], labels, shard)
+
+
+def test_a_chunk_is_as_large_as_its_memory_allows():
+    """256 MiB of two models' logits; where a vocabulary is so wide that few tokens fit, enough for a GEMM."""
+    assert tokens_of_chunk(131072, 2) == 512 and tokens_of_chunk(16384, 2) == 4096
+    assert tokens_of_chunk(1 << 20, 4) == 128
