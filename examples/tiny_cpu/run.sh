@@ -18,8 +18,8 @@ train teacher-stage2 "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-da
 # Three ways to NVFP4 from the same teacher, on the same data.
 from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw")
 train ptq "${from_teacher[@]}" --qad-ptq
-train qat "${from_teacher[@]}" --qad-loss ce --train-iters 100 --lr 5e-4
-train qad "${from_teacher[@]}" --qad-loss kl --train-iters 150 --lr 5e-4
+train qat "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
+train qad "${from_teacher[@]}" --qad-loss kl --train-iters 200 --lr 3e-4
 
 step export-teacher python tools/export_hf.py --checkpoint "$out/teacher-stage2" --output "$out/hf-teacher" --layout bf16 &
 for layout in modelopt compressed-tensors; do
