@@ -3,6 +3,7 @@
 reached again is left out."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,8 @@ class BestCheckpoints:
         torch.distributed.broadcast_object_list(value, src=torch.distributed.get_world_size() - 1)
         if value[0] is None:
             return
-        self._kl.setdefault(iteration, value[0])  # the one before the save; a last one at the end sees other data
+        kl = value[0] if math.isfinite(value[0]) else math.inf  # NaN has no place in an order
+        self._kl.setdefault(iteration, kl)  # the one before the save; a last one at the end sees other data
         if torch.distributed.get_rank() == 0:
             entries = [{"iteration": step, BEST_KEY: self._kl[step]} for step in self.ranked(list(self._kl))]
             try:
