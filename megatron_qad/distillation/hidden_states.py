@@ -33,13 +33,15 @@ class HiddenLoss:
         """(student's layer, teacher's layer), counted from 0.
 
         Raises:
-            ValueError: a layer that one of the models does not have.
+            ValueError: a layer that one of the models does not have, or one of the student's twice.
         """
         mine = list(self.layers if self.layers is not None else range(num_layers))
         theirs = list(self.teacher_layers if self.teacher_layers is not None else mine)
         for layers, number, who in ((mine, num_layers, "student"), (theirs, num_teacher_layers, "teacher")):
             if missing := [layer for layer in layers if not -number <= layer < number]:
                 raise ValueError(f"the {who} has {number} layers, none at position {missing[0]}")
+        if len({layer % num_layers for layer in mine}) < len(mine):
+            raise ValueError(f"layers {mine} of the student's {num_layers} name one of them twice")
         return [(a % num_layers, b % num_teacher_layers) for a, b in zip(mine, theirs, strict=True)]
 
     def per_token(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -60,5 +60,7 @@ def test_settings_it_cannot_have(settings, message):
 def test_layers_that_are_not_there():
     with pytest.raises(ValueError, match="the student has 4 layers, none at position 4"):
         HiddenMSE(layers=[4]).pairs(4, 8)
+    with pytest.raises(ValueError, match=r"layers \[1, -3\] of the student's 4 name one of them twice"):
+        HiddenMSE(layers=[1, -3]).pairs(4, 4)
     with pytest.raises(ValueError, match="the teacher has 2 layers, none at position 2"):
         HiddenMSE().pairs(4, 2)
