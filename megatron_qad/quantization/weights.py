@@ -116,12 +116,13 @@ class InPlaceWeights:
 
     @torch.no_grad()
     def quantized_copies(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and what that weight is on its grid by the max rule, [out, in], one at a time; the weights stay as they
-        are. Collective at the first."""
+        """Name and what that weight is on its grid, [out, in], one at a time; the weights stay as they are. Collective
+        at the first."""
         amaxes = self.amaxes()
         for i, (name, weight) in enumerate(self.weights.items()):
             arithmetic, copy = WEIGHT_FORMATS[self.formats[name]], weight.detach().clone()
-            arithmetic.fake_quant_list_([copy], arithmetic.scales_from_amaxes(amaxes[i : i + 1], [name]), [name], "max")
+            scale = arithmetic.scales_from_amaxes(amaxes[i : i + 1], [name])
+            arithmetic.fake_quant_list_([copy], scale, [name], self.scale_rule)
             yield name, copy
 
     def _quantize_format(self, arithmetic: WeightFormat, names: list[str], amaxes: torch.Tensor) -> None:

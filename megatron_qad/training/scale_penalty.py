@@ -54,8 +54,9 @@ class ScalePenalty:
             value, gradient = scale_growth(weight, initial)
             weight.main_grad.add_(gradient.mul_(factor * num_tokens / group.size()))
             if is_expert:
-                # The log averages over data-parallel ranks, which hold different experts.
-                value = value * mpu.get_expert_model_parallel_world_size()
+                # The log sums over tensor-parallel ranks and averages over data-parallel ones, between which experts
+                # are shared out in another way: each shard counts once.
+                value = value * mpu.get_data_parallel_world_size(with_context_parallel=True) / group.size()
             elif not getattr(weight, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_rank() > 0:
                 value = torch.zeros_like(value)  # the same weight on every rank
             self._value += value

@@ -148,7 +148,11 @@ def test_a_scale_rule_errs_less_and_its_weights_are_known_again(make_chunk, line
         chunk = make_chunk((256, 64, 16), dtype=torch.bfloat16)
         weight = linears(chunk)[0].weight
         before = weight.detach().clone()
-        InPlaceWeights([chunk], FORMATS, scale_rule=name).quantize_()
+        in_place = InPlaceWeights([chunk], FORMATS, scale_rule=name)
+        _, copy = next(in_place.quantized_copies())
+        assert torch.equal(weight, before)
+        in_place.quantize_()
+        assert torch.equal(weight, copy)
         errors[name] = (weight.detach().float() - before.float()).square().sum().item()
         assert nvfp4.tensor_amax(weight.data) == nvfp4.tensor_amax(before)  # the exporter finds the global scale by it
         assert on_grid(weight.detach())
