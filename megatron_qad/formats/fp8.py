@@ -38,15 +38,16 @@ def row_amax(x: Tensor) -> Tensor:
     return torch.maximum(-low, high).float()
 
 
-def scale_from_amax(amax: Tensor, *, name: str = "tensor") -> Tensor:
+def scale_from_amax(amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
     """Amax of any shape, [] for a tensor or [rows, 1] -> float32 scale ``amax / 448`` of that shape.
 
     Finite and positive always: amax 0 gives 1.0, and a quotient below the smallest normal float32 is raised to it.
-    Raises QADError, with ``name``, for a NaN, infinite or negative amax.
+    Raises QADError, with ``name``, for a NaN, infinite or negative amax. The check waits for the device;
+    ``check=False`` leaves it out.
     """
     amax = amax.detach().float()
     usable = torch.isfinite(amax) & (amax >= 0)
-    if not bool(usable.all()):
+    if check and not bool(usable.all()):
         raise QADError(
             f"{name}: {int((~usable).sum())} of {amax.numel()} amaxes are NaN, infinite or negative (the first is "
             f"{amax[~usable].reshape(-1)[0].item()}), expected finite numbers >= 0. "

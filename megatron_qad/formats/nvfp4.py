@@ -71,18 +71,18 @@ GLOBAL_SCALE_MIN = 2.0**-126
 GLOBAL_SCALE_MAX = torch.finfo(torch.float32).max * (1 - 2.0**-22) / GLOBAL_SCALE_DIVISOR
 
 
-def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor") -> Tensor:
+def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor", check: bool = True) -> Tensor:
     """float32 amax -> float32 global scale of the same shape ([] or [1] to []), ``amax / 2688``: 6, the largest code,
     times 448, the largest block scale.
 
     Two rules make the result finite and positive always: an all-zero tensor (amax 0) gets 1.0, and a quotient below the
     smallest normal float32 is raised to it. Raises QADError for a NaN, infinite or negative amax, with ``name``; for
-    amaxes [n] of n tensors ``name`` holds n names.
+    amaxes [n] of n tensors ``name`` holds n names. The check waits for the device; ``check=False`` leaves it out.
     """
     amax = amax.detach().float()
     amax = amax.reshape(()) if isinstance(name, str) else amax
     usable = torch.isfinite(amax) & (amax >= 0)
-    if not bool(usable.all()):
+    if check and not bool(usable.all()):
         names = [name] if isinstance(name, str) else name
         bad = (~usable.reshape(-1)).nonzero().flatten().tolist()
         raise QADError(
