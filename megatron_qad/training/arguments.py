@@ -106,6 +106,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dispatch_tokens_on_cpu()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     check_masters(args)
+    check_step(args)
     if not args.async_save:
         save_checkpoints_in_this_process()
     whole_saves.install()
@@ -137,6 +138,7 @@ def check_router(args: argparse.Namespace, options: QADOptions) -> None:
 def check_masters(args: argparse.Namespace) -> None:
     """Refuse optimizers that keep no master apart from the parameter, which in-place quantization would overwrite."""
     refused = {
+        "fp16": "leaves out steps whose gradients overflow, and its loss scale is not ours",
         "use_precision_aware_optimizer": "keeps in the parameter the upper half of its master",
         "use_megatron_fsdp": "shards the parameters, so that no rank has a weight to quantize",
         "use_torch_fsdp2": "shards the parameters, so that no rank has a weight to quantize",
@@ -149,6 +151,32 @@ def check_masters(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} {why}; QAD quantizes BF16 parameters in place and needs the optimizer's "
                 "float32 masters beside them. Use --bf16 --use-distributed-optimizer"
             )
+
+
+def check_step(args: argparse.Namespace) -> None:
+    """Refuse what runs a step, shares weights out, or saves in a way that QAD's step and exporter do not know."""
+    refused = {
+        f"--ckpt-format {args.ckpt_format}": (
+            args.ckpt_format != "torch_dist",
+            "checkpoints of other formats can be neither checked, resumed nor exported here",
+        ),
+        f"--cuda-graph-impl {args.cuda_graph_impl}": (
+            args.cuda_graph_impl != "none",
+            "calibration and the teacher's pass come before the schedule that a graph would hold",
+        ),
+        "--overlap-moe-expert-parallel-comm": (
+            args.overlap_moe_expert_parallel_comm,
+            "its schedule asks the forward step for a plan of the layers, which the step of QAD does not make",
+        ),
+        "--tensor-parallel-num-weight-shards": (
+            max(args.gtp_weight_remat_size, args.expert_gtp_weight_remat_size) > 1,
+            "no rank has a whole row of a weight, and the shards' amaxes would be found apart",
+        ),
+        "--hybrid-context-parallel": (args.hybrid_context_parallel, "its data has another shape than QAD's batches"),
+    }
+    for flag, (is_set, why) in refused.items():
+        if is_set:
+            raise QADError(f"{flag} is not supported: {why}. Leave it out")
 
 
 def shape_in_layout(hf_config: dict, args: argparse.Namespace, virtual_stages: int) -> dict:

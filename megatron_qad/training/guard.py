@@ -66,8 +66,6 @@ class Guard:
         Raises:
             QADError: on every rank, what is not finite, and where.
         """
-        if get_args().fp16:
-            return update()  # its loss scale is found by overflowing: Megatron leaves such updates out itself
         loss, is_finite = self._agree(model)
         if not is_finite:
             self._not_finite(model)

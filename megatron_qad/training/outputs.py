@@ -41,7 +41,7 @@ class Outputs:
 
 def output_bytes(args: argparse.Namespace, teacher_hidden_size: int | None) -> dict[str, int]:
     """Bytes on a rank of one microbatch's "logits" of one model, and of the teacher's "hidden" states."""
-    width = 2 if args.bf16 or args.fp16 else 4
+    width = 2 if args.bf16 else 4
     tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
     shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
     logits = tokens * (args.padded_vocab_size // args.tensor_model_parallel_size) * width

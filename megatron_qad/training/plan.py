@@ -53,7 +53,7 @@ def _layout(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Iterator[str]:
-    width = 2 if args.bf16 or args.fp16 else 4
+    width = 2 if args.bf16 else 4
     dense, experts = _largest_stage(args, tensors, args.hybrid_layer_pattern)
     student = dense + experts
     rows = {"student weights": student * width}
