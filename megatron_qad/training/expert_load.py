@@ -28,11 +28,17 @@ class ExpertLoad:
         self._counts: dict[int, torch.Tensor] = {}  # int64 [2, experts + 1]: teacher, student; loads, tokens or changed
 
     def watch(self, teacher: Sequence[torch.nn.Module], student: Sequence[torch.nn.Module]) -> None:
-        """Listen to the routers of these model chunks."""
-        for chunks, hear in ((teacher, self._teacher_decides), (student, self._student_decides)):
-            for module in (module for chunk in chunks for module in chunk.modules()):
-                if isinstance(module, TopKRouter):
-                    module.register_forward_hook(hear)
+        """Listen to the routers of these model chunks; to the teacher's where the student has one in that layer."""
+        of_teacher, of_student = (
+            [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+            for chunks in (teacher, student)
+        )
+        compared = {router.layer_number for router in of_student}
+        for router in of_student:
+            router.register_forward_hook(self._student_decides)
+        for router in of_teacher:
+            if router.layer_number in compared:
+                router.register_forward_hook(self._teacher_decides)
 
     def _teacher_decides(self, router: TopKRouter, inputs, outputs) -> None:
         if self.is_measuring:
