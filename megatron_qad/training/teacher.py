@@ -41,8 +41,7 @@ class Teacher:
         Args:
             seq_length, micro_batch_size, rest: as the student's schedule gets them.
         """
-        # An evaluation may have another number of microbatches than a step.
-        joined = self.joined if len(batches) % self.joined == 0 else 1
+        joined = self.joined if self._can_join(len(batches)) else 1
         groups = [join(batches[i : i + joined]) for i in range(0, len(batches), joined)]
         is_packed = batches[0].documents is not None
         with torch.no_grad():
@@ -63,6 +62,12 @@ class Teacher:
                 parts = self._split(state, joined, is_packed, is_hidden=True)
                 for batch, part in zip(batches[i * joined : (i + 1) * joined], parts, strict=True):
                     batch.teacher_states[key] = part
+
+    def _can_join(self, num_batches: int) -> bool:
+        """An evaluation, or a batch that grows, may have another number of microbatches than a step was checked for;
+        virtual stages take whole rounds of the pipeline."""
+        rounds = mpu.get_pipeline_model_parallel_world_size() if len(self.chunks) > 1 else 1
+        return num_batches % (self.joined * rounds) == 0
 
     def forward(self, batches: Sequence[Batch], **shape) -> list[torch.Tensor]:
         """The outputs of all microbatches, in order, on the last stage; an empty list on the others."""
