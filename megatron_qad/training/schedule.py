@@ -29,6 +29,7 @@ from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
 from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.hidden_states import HiddenStates
+from megatron_qad.training.loss import job_losses
 from megatron_qad.training.not_finite import Trace
 from megatron_qad.training.outputs import Outputs
 from megatron_qad.training.scale_penalty import ScalePenalty
@@ -65,6 +66,7 @@ class QADStep:
         self.losses: list[dict] | None = None
         """What the loss function reported of each microbatch of the last training step, on the last stage."""
         self._ran: dict = {}
+        self._is_calibrated = False  # as far as all ranks know
         self._read_ahead: list[Batch] = []
         self._read_ahead_in_evaluation = False
 
@@ -72,7 +74,7 @@ class QADStep:
         shape = {name: rest.get(name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
         # The rank's place in Megatron's loop, because ranks without data have no iterator to tell by.
         evaluates = bool(rest.get("forward_only"))
-        if not self.activations.calibrated:
+        if self._must_calibrate():
             self._calibrate(schedule, data_iterator, model, forward_step_func, shape)
             self._read_ahead_in_evaluation = evaluates
         batches = self._next_batches(data_iterator, num_microbatches, shape, evaluates)
@@ -81,7 +83,7 @@ class QADStep:
         hidden_states, penalty = (None, None) if evaluates else (self.hidden_states, self.scale_penalty)
         heartbeat.beat("teacher's pass of an evaluation" if evaluates else "teacher's pass")
         with hidden_states.active() if hidden_states else nullcontext():
-            if self.teacher is not None:
+            if self._uses_teacher(evaluates):
                 self.teacher.annotate(batches, **shape)
             if self.weights.is_stale:
                 gather_parameters(model)
@@ -111,7 +113,7 @@ class QADStep:
         """The forward passes of the training step that ran last, up to the logits, once more, with ``trace`` watching
         both models."""
         batches, shape = self._ran["batches"], self._ran["shape"]
-        if self.teacher is not None:
+        if self._uses_teacher(evaluates=False):
             with trace.watching(self.teacher.chunks, "the teacher", order=0):
                 self.teacher.annotate(batches, **shape)
                 for batch in batches:
@@ -127,6 +129,19 @@ class QADStep:
                 forward_only=True,
                 **shape,
             )
+
+    def _uses_teacher(self, evaluates: bool) -> bool:
+        """A loss without a teacher (QAT) is trained without its pass; evaluations report the KL to it all the same."""
+        return self.teacher is not None and (evaluates or job_losses().needs_teacher)
+
+    def _must_calibrate(self) -> bool:
+        """Whether any rank has a quantizer without an amax. One without quantizers runs the passes, too."""
+        if not self._is_calibrated:
+            missing = torch.tensor(not self.activations.calibrated, dtype=int, device=torch.cuda.current_device())
+            torch.distributed.all_reduce(missing, op=torch.distributed.ReduceOp.MAX)
+            self._is_calibrated = True
+            return bool(missing)
+        return False
 
     def _next_batches(self, data_iterator, number: int, shape: dict, evaluates: bool) -> list[Batch]:
         """What calibration read ahead comes first, but only where it was read: an evaluation between the first steps
@@ -210,8 +225,10 @@ def say_if_masters_are_lost(args: argparse.Namespace) -> None:
     """Warn where a job resumes without the float32 masters that its optimizer saved."""
     if args.load is None or not checkpoint_exists(args.load) or not (args.no_load_optim or args.finetune):
         return
+    if args.skip_train:
+        return
     flag = "--no-load-optim" if args.no_load_optim else "--finetune"
-    if args.bf16 or args.fp16:
+    if args.bf16:
         print_rank_0(
             f"megatron_qad: WARNING: {flag}: resuming from {args.load} without its optimizer state. The high-precision "
             "masters are lost: new ones are made of the checkpoint's 16-bit weights, which a validation may have left "

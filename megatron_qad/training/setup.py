@@ -133,6 +133,12 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
                 f"--save {save} holds checkpoints with a {kv_cache} KV cache; this job's policy makes it "
                 f"{load_policy(args).kv_cache}. Choose another directory or the policy of before"
             )
+        rule, rule_before = args.qad.qad_weight_scale_rule, job.get("scale_rule", "max")
+        if rule != rule_before:
+            raise QADError(
+                f"--save {save} holds checkpoints of --qad-weight-scale-rule {rule_before}; this job has {rule}. "
+                "Choose another directory or the rule of before"
+            )
         if differ := sorted(name for name in formats | before if formats.get(name) != before.get(name)):
             name = differ[0]
             raise QADError(

@@ -18,8 +18,9 @@ def report_validation(model) -> dict[str, float]:
     args = get_args()
     total = validation_metrics.take().all_reduce(mpu.get_data_parallel_group(with_context_parallel=True))
     means = total.means(has_teacher=args.teacher_hf_config is not None)
-    # Megatron counts an iteration after its evaluation; curr_iteration stays 0 where nothing is trained.
-    iteration = max(args.iteration, args.curr_iteration + 1 if args.consumed_train_samples else 0)
+    # Megatron counts an iteration after its evaluation. Where nothing is trained curr_iteration stays 0, and under
+    # --skip-train it is not there.
+    iteration = max(args.iteration, getattr(args, "curr_iteration", -1) + 1 if args.consumed_train_samples else 0)
     best_checkpoints.add(iteration, means.get(BEST_KEY) if is_last_rank() else None)
     print_rank_last(
         f" megatron_qad validation at iteration {iteration} | " + " | ".join(f"{k}: {v:.6g}" for k, v in means.items())

@@ -303,6 +303,41 @@ def test_each_weight_is_quantized_once_a_step(workshop, kind):
             assert a.keys() == b.keys() and all(torch.equal(a[w], b[w]) for w in a), name
 
 
+def test_a_stage_without_quantizers_calibrates_with_the_others(workshop):
+    """The loss and gradients of one rank, where the first pipeline stage is all BF16; no rank waits for another."""
+    kept = ("--qad-rule", "decoder.layers.0.*=bf16", "decoder.layers.1.*=bf16")
+    argv = workshop.argv("--qad-policy", "nvfp4-all-linear", *kept, num_steps=1)
+    (expected,), _ = workshop.train(argv)
+    assert {name.split(".")[2] for name in expected["amaxes"]} == {"2", "3"}
+    (found,), _ = workshop.train(argv + LAYOUTS["pp2"][1], 2)
+    assert found["loss"]["kl loss"] == pytest.approx(expected["loss"]["kl loss"], rel=TOLERANCE)
+    assert records.largest_error([found], [expected], "grads")[0] <= TOLERANCE
+
+
+def test_a_trained_checkpoint_is_evaluated_without_training(workshop, tmp_path):
+    """--skip-train, which evaluates on other held-out tokens than the end of training does."""
+    argv = workshop.argv(*MIXED_PRECISION, "--eval-interval", "2", "--eval-iters", "2", kind="bf16", num_steps=2)
+    argv += ["--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2"]
+    for more in ([], ["--skip-train"]):
+        output = workshop.server.run("training_jobs:train", 1, {"argv": argv + more})
+        assert "megatron_qad validation at iteration 2 | kl_to_teacher: " in output
+        assert "The high-precision masters are lost" not in output
+    error = workshop.fail([*argv, "--qad-weight-scale-rule", "mse"])
+    assert "holds checkpoints of --qad-weight-scale-rule max; this job has mse" in error
+
+
+def test_qat_trains_without_the_teachers_pass(workshop, tmp_path):
+    """A loss without a teacher costs no pass of it; the evaluation, which compares both models, has it."""
+    argv = workshop.argv("--qad-loss", "ce", "--eval-interval", "1", "--eval-iters", "1", num_steps=1)
+    workshop.server.run("axes_jobs:measure_schedule", 1, {"argv": argv, "result": str(tmp_path / "times")})
+    training, evaluation, *_ = torch.load(tmp_path / "times.rank0")
+    kinds = ["".join(kind for kind, _, _ in step) for step in (training, evaluation)]
+    assert kinds == [
+        8 * "F" + 4 * "FB",
+        4 * "T" + 4 * "T",
+    ]  # calibration and training; teacher and student, no gradients
+
+
 def test_bad_input_stops_with_one_error(workshop, tmp_path):
     d = workshop.directory
     error = workshop.fail(workshop.argv("--qad-teacher", f"{d}/inf"))
