@@ -92,7 +92,8 @@ class QADOptions:
 
     qad_hang_seconds: float | None = None
     """Seconds without progress after which a job names the rank that is behind and ends. Default: 9/10 of
-    --distributed-timeout-minutes; 0 turns it off. Must exceed the longest single part of a step."""
+    --distributed-timeout-minutes; 0 turns it off. Must exceed the longest single part of a step. Parts of the start, a
+    save and a rollback may take ten times as long."""
 
     qad_ptq: bool = False
     """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 _MAX_SECONDS_BETWEEN = 5
 _GRACE_SECONDS = 30
+_LONG = 10  # times the limit of a part of a step: what the whole model is read or written in
 _MAX_NAMED = 8
 
 
@@ -25,14 +26,19 @@ class Heartbeat:
 
     def __init__(self):
         self.step, self.phase = 0, "start"
-        self._num_phases, self._time = 0, time.time()
+        self._num_phases, self._time, self._patience = 0, time.time(), _LONG
         self._file: Path | None = None
 
-    def beat(self, phase: str, step: int | None = None) -> None:
-        """The rank enters ``phase``. All ranks enter the same ones in the same order."""
+    def beat(self, phase: str, step: int | None = None, is_long: bool = False) -> None:
+        """The rank enters ``phase``. All ranks enter the same ones in the same order.
+
+        Args:
+            is_long: loading or saving, which may take ten times as long as a part of a step.
+        """
         self.phase, self.step = phase, self.step if step is None else step
         self._num_phases += 1
         self._time = time.time()
+        self._patience = _LONG if is_long else 1  # after the time: never is a long phase's time held to the short limit
 
     def still(self) -> None:
         """The phase is moving: a microbatch of it begins."""
@@ -42,7 +48,8 @@ class Heartbeat:
         """Write to ``directory`` (None: nowhere; the report then knows this rank only) and watch from now on.
 
         Args:
-            hang_seconds: how long nothing may move before the process is ended.
+            hang_seconds: how long nothing may move before the process is ended; ten times that in a long phase, such as
+                the one at the start.
         """
         self._rank, self._size, self._hang_seconds = rank, size, hang_seconds
         if directory is not None:
@@ -66,15 +73,16 @@ class Heartbeat:
                     written = place
                 except OSError:
                     pass  # a full disk must not end a job; the next round tries again
-            if (waited := time.time() - self._time) > self._hang_seconds:
-                self._report(place, waited)
+            limit = self._hang_seconds * self._patience  # before the time, as it is set after it
+            if (waited := time.time() - self._time) > limit:
+                self._report(place, waited, limit)
             time.sleep(self._every)
 
-    def _report(self, mine: dict, waited: float) -> None:
+    def _report(self, mine: dict, waited: float, limit: float) -> None:
         places = self._places() | {mine["rank"]: mine}
         ahead = max(place["num_phases"] for place in places.values())
         speaker = min(rank for rank, place in places.items() if place["num_phases"] == ahead)
-        if mine["rank"] != speaker and waited < self._hang_seconds + _GRACE_SECONDS:
+        if mine["rank"] != speaker and waited < limit + _GRACE_SECONDS:
             return  # one voice is enough; it ends the job
         order = sorted(places.values(), key=lambda place: (place["num_phases"], place["time"]))
         said = "; ".join(

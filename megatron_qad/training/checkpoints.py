@@ -150,13 +150,15 @@ def wrap_saving(args: argparse.Namespace) -> None:
 
     def save_checkpoint(iteration, *rest, **named):
         def saves():
-            heartbeat.beat("save")
+            heartbeat.beat("save", is_long=True)
             on_first_rank(lambda: _check_room(Path(get_args().save), iteration))
             return save(iteration, *rest, **named)
 
         keeper.survive(saves, iteration, at_end=iteration >= get_args().train_iters)
 
     def maybe_finalize_async_save(*rest, **named):
+        if named.get("blocking"):
+            heartbeat.beat("end of a save", is_long=True)
         keeper.survive(lambda: finalize(*rest, **named), at_end=named.get("terminate", False))
 
     megatron_loop.save_checkpoint = save_checkpoint

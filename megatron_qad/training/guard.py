@@ -133,6 +133,7 @@ class Guard:
         """Once Megatron has counted the step."""
         if self.spiked:
             self.spiked = False
+            heartbeat.beat("rolling back", is_long=True)
             self._distrusted |= roll_back(model, optimizer, scheduler, self._distrusted)
             self._step.weights.were_loaded()
         self.times.end(get_args().log_interval, _step())

@@ -22,6 +22,7 @@ from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError, manifest
+from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training import checkpoints
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.expert_load import expert_load
@@ -59,6 +60,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     start = args.qad.qad_student or args.qad.qad_teacher
     penalties = job_losses().of_kind(ScaleGrowth)
     if not resumes or penalties:
+        heartbeat.beat("loading the student", is_long=True)
         load_weights(chunks, start)
     if not resumes:
         print_rank_0(f"megatron_qad: student starts from {start}")
@@ -76,6 +78,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     )
     if resumes and has_amaxes(args.load):
         activations.expect_amax(device=torch.cuda.current_device())
+    heartbeat.beat("loading the teacher", is_long=True)
     teacher = build_teacher(args) if args.teacher_hf_config is not None else None
     if teacher is not None:
         check_apart(teacher.chunks, chunks)
@@ -93,6 +96,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
         step.scale_penalty = ScalePenalty(penalties, weights)
     wrap_schedule(step)
     wrap_train_step(Guard(step, args.qad.qad_on_nan, args.qad.qad_spike_factor), args)
+    heartbeat.beat("Megatron's start: optimizer, checkpoint, index of the data", is_long=True)
     return chunks
 
 

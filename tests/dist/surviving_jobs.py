@@ -86,6 +86,24 @@ def train_with_fault(argv: list[str], fault: dict, record: str | None = None) ->
     training_jobs.train(argv, record=record)
 
 
+def train_with_slow_disk(argv: list[str], seconds: float) -> None:
+    """``training_jobs.train``; each model that is loaded and each checkpoint that is saved takes ``seconds`` more."""
+    from megatron.training import training as megatron_loop
+
+    from megatron_qad.training import setup
+
+    def slow(function):
+        def call(*args, **named):
+            time.sleep(seconds)
+            return function(*args, **named)
+
+        return call
+
+    setup.load_weights = slow(setup.load_weights)
+    megatron_loop.save_checkpoint = slow(megatron_loop.save_checkpoint)
+    training_jobs.train(argv)
+
+
 def _parts(model) -> dict:
     from megatron_qad.quantization.names import named_modules_globally
 

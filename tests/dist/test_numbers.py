@@ -137,3 +137,10 @@ def test_a_hanging_rank_is_named_and_ends_the_job(shop, tmp_path):
     assert "in step 2, " in error or "in step 3, data" in error  # what it wrote last, a fifth of a second before
     assert "rank 0 on" in error and "in step 3, gradients" in error
     assert Path(tmp_path / "heartbeats" / "rank_00001.json").is_file()
+
+
+def test_a_slow_disk_is_no_hang(shop, tmp_path):
+    """Each load and each save takes longer than a part of a step may."""
+    argv = shop.argv("--save", str(tmp_path), "--qad-hang-seconds", "5", num_steps=1)
+    shop.server.run("surviving_jobs:train_with_slow_disk", 1, {"argv": argv, "seconds": 6})
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"
