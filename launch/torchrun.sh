@@ -7,6 +7,7 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   nodes, this one's number, address of node 0, its port (29400)
 #   QAD_INTERFACE   network interface (such as ib0) for the rendezvous, NCCL and gloo; node 0's address must be on it
 #   QAD_JOB_DIR     directory through which the job is asked to stop (docs/launching.md)
+#   QAD_JOIN_TIMEOUT   seconds for which a node waits for the others, also for node 0 to be there at all (900)
 # SIGTERM or SIGUSR1 to this script lets a training job save after the step it is in and exit with status 0; Ctrl-C ends it.
 set -euo pipefail
 if [[ $# -eq 0 ]]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2; fi
@@ -20,8 +21,10 @@ processes=${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}
 nodes=${NNODES:-1}
 if [[ $nodes -gt 1 ]]; then
   : "${MASTER_ADDR:?NNODES=$nodes needs the address of node 0}" "${NODE_RANK:?NNODES=$nodes needs the number of this node, 0 to $((nodes - 1))}"
+  # join_timeout counts from when node 0's store is reached; read_timeout is how long that may take.
+  join=${QAD_JOIN_TIMEOUT:-900}
   rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${QAD_RENDEZVOUS_ID:-qad}"
-    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=${QAD_JOIN_TIMEOUT:-900}")
+    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$join,read_timeout=$join")
 else
   rendezvous=(--standalone)
 fi

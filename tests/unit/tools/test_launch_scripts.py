@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[3]
 VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "SLURM_JOB_ID", "QAD_MODEL", "QAD_WORK", "QAD_STAGES")
 
 
-def run(*command: str, **environment: str) -> tuple[int, str]:
+def run(*command: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
     clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    done = subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=50)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -31,6 +31,15 @@ def test_without_a_program_the_usage_is_shown():
 def test_an_interface_that_is_not_there_is_named_with_those_that_are():
     code, text = run("launch/torchrun.sh", "tools/import_hf.py", QAD_INTERFACE="nosuch0")
     assert code and "error: QAD_INTERFACE=nosuch0: No such device; this machine has lo" in text
+
+
+def test_a_node_waits_for_node_0_as_long_as_it_is_told():
+    """torch's own limit for reaching node 0's store is 60 seconds, longer than ``run`` waits."""
+    nobody = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    code, text = run(
+        "launch/torchrun.sh", "tools/import_hf.py", NNODES="2", NODE_RANK="1", QAD_JOIN_TIMEOUT="2", **nobody
+    )
+    assert code and "RendezvousConnectionError" in text
 
 
 def test_the_pipeline_names_what_it_needs(tmp_path):
