@@ -8,13 +8,16 @@
 #   QAD_INTERFACE   network interface (such as ib0) for the rendezvous, NCCL and gloo; node 0's address must be on it
 #   QAD_JOB_DIR     directory through which the job is asked to stop (docs/launching.md)
 #   QAD_JOIN_TIMEOUT   seconds for which a node waits for the others, also for node 0 to be there at all (900)
+# The program is looked for in the current directory, then in the project's.
 # SIGTERM or SIGUSR1 to this script lets a training job save after the step it is in and exit with status 0; Ctrl-C ends it.
 set -euo pipefail
 if [[ $# -eq 0 ]]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2; fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/environment.sh
 source "$here/environment.sh"
-export PYTHONPATH=${here%/*}${PYTHONPATH:+:$PYTHONPATH}  # scripts under tools/ import the package beside this one
+root=${here%/*}
+if [[ $1 != -* && ! -e $1 && -e $root/$1 ]]; then set -- "$root/$1" "${@:2}"; fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # scripts under tools/ import the package beside this one
 
 num_gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || num_gpus=0
 processes=${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}

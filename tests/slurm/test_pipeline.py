@@ -1,5 +1,6 @@
 """launch/pipeline.sbatch: a Hugging Face model becomes a validated NVFP4 one through jobs that wait for each other."""
 
+import pytest
 from place import ROOT
 from safetensors import safe_open
 
@@ -48,7 +49,9 @@ def test_the_pipeline_ends_in_a_validated_model(place):
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
-def test_a_stage_that_fails_stops_the_ones_after_it(place):
-    jobs = pipeline(place, QAD_STAGES="export validate", QAD_WORK=str(place.directory / "empty"))
+@pytest.mark.parametrize("image", [{}, {"QAD_HOME": "/opt/megatron_qad", "QAD_IMAGE": "absent"}], ids=["", "image"])
+def test_a_stage_that_fails_stops_the_ones_after_it(place, image):
+    """Also that of a container, whose directory of the project is not on the machine that submits it."""
+    jobs = pipeline(place, QAD_STAGES="export validate", QAD_WORK=str(place.directory / "empty"), **image)
     place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "FAILED", 300)
     place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "CANCELLED", 30)

@@ -3,6 +3,7 @@
 import pytest
 import runs
 import torch
+from place import ROOT
 
 SECRETS = {"WANDB_API_KEY": "0d15ea5e" * 5, "HF_TOKEN": "hf_dontprintthisdontprintthis"}
 
@@ -70,8 +71,10 @@ def test_a_job_outlives_a_node(place, assert_undisturbed):
 
 
 def test_a_wrong_command_is_not_tried_again(place):
+    """Nor is it, with QAD_HOME, looked for where the job runs."""
     command = ("launch/slurm.sbatch", "pretrain_qad.py", "--qad-teacher", "/absent")
-    job = place.submit("wrong", *command, NPROC_PER_NODE="1")
+    elsewhere = (f"--chdir={place.directory}",)
+    job = place.submit("wrong", *command, options=elsewhere, NPROC_PER_NODE="1", QAD_HOME=str(ROOT))
     place.cluster.wait(job, lambda state: state["JobState"] == "FAILED", 300)
     text = place.log("wrong").read_text()
     assert "error: /absent: no hf/config.json" in text and len(starts(place.log("wrong"))) == 1

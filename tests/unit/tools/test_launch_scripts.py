@@ -42,6 +42,11 @@ def test_a_node_waits_for_node_0_as_long_as_it_is_told():
     assert code and "RendezvousConnectionError" in text
 
 
+def test_a_program_of_the_project_is_found_from_anywhere(tmp_path):
+    code, text = run(f"{ROOT}/launch/torchrun.sh", "tools/import_hf.py", "--help", cwd=tmp_path, NPROC_PER_NODE="1")
+    assert code == 0 and "usage: import_hf.py" in text
+
+
 def test_the_pipeline_names_what_it_needs(tmp_path):
     assert "QAD_MODEL: Hugging Face directory" in run("launch/pipeline.sbatch", QAD_WORK=str(tmp_path))[1]
     given = {"QAD_MODEL": str(tmp_path), "QAD_WORK": str(tmp_path / "work"), "QAD_STAGES": "export publish"}
