@@ -16,7 +16,18 @@ export PYTHONFAULTHANDLER=1
 
 # Compiled kernels on the node's own disk: on a shared one, every rank of every node would write the same files at once,
 # and a home directory's quota and locks would be in the way. One place a user, so that a second job finds them.
-qad_cache=${QAD_CACHE_DIR:-${TMPDIR:-/tmp}/megatron_qad-$(id -u)}
+qad_cache=${QAD_CACHE_DIR:-}
+if [[ -z $qad_cache ]]; then
+  qad_cache=${TMPDIR:-/tmp}/megatron_qad-$(id -u)
+  # Whoever writes there has his code run here, and in /tmp anybody could have made it first.
+  mkdir -m 700 "$qad_cache" 2>/dev/null || true
+  if [[ -L $qad_cache || ! -d $qad_cache || ! -O $qad_cache ]]; then
+    echo "error: $qad_cache: expected a directory that is yours, and no link, for compiled kernels;" \
+      "found: $(ls -ld "$qad_cache" 2>&1). Remove it or set QAD_CACHE_DIR" >&2
+    return 1
+  fi
+  chmod 700 "$qad_cache"
+fi
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$qad_cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$qad_cache/inductor}
 

@@ -47,6 +47,36 @@ def test_a_program_of_the_project_is_found_from_anywhere(tmp_path):
     assert code == 0 and "usage: import_hf.py" in text
 
 
+def settings(tmp_path: Path) -> tuple[int, str]:
+    """Where compiled kernels go, with ``tmp_path`` as the directory for temporary files."""
+    command = "set -e; source launch/environment.sh; echo $TRITON_CACHE_DIR"
+    return run("bash", "-c", command, TMPDIR=str(tmp_path), TRITON_CACHE_DIR="", QAD_CACHE_DIR="")
+
+
+def test_compiled_kernels_are_kept_where_nobody_else_writes(tmp_path):
+    cache = tmp_path / f"megatron_qad-{os.getuid()}"
+    for _ in range(2):  # it is not there, then it is, and was made with another mode
+        assert settings(tmp_path) == (0, f"{cache}/triton\n")
+        assert cache.stat().st_mode & 0o777 == 0o700
+        cache.chmod(0o777)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "stranger's"])
+def test_a_cache_that_is_not_ours_is_refused(tmp_path, kind):
+    cache = tmp_path / f"megatron_qad-{os.getuid()}"
+    if kind == "link":
+        cache.symlink_to(tmp_path)
+    elif kind == "file":
+        cache.touch()
+    else:
+        cache.mkdir()
+        if os.getuid():
+            pytest.skip("giving a directory away needs root")
+        os.chown(cache, 12345, -1)
+    code, text = settings(tmp_path)
+    assert code and f"error: {cache}: expected a directory that is yours" in text and "set QAD_CACHE_DIR" in text
+
+
 def test_the_pipeline_names_what_it_needs(tmp_path):
     assert "QAD_MODEL: Hugging Face directory" in run("launch/pipeline.sbatch", QAD_WORK=str(tmp_path))[1]
     given = {"QAD_MODEL": str(tmp_path), "QAD_WORK": str(tmp_path / "work"), "QAD_STAGES": "export publish"}
