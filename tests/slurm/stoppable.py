@@ -10,7 +10,7 @@ from pathlib import Path
 directory, asked = Path(os.environ["QAD_JOB_DIR"]), []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
 (directory / "stepped").touch()
-print("running", flush=True)
+print(f"on {len(os.sched_getaffinity(0))} cores\nrunning", flush=True)
 while not asked and not (directory / "stop").exists():
     time.sleep(0.1)
     if Path(sys.argv[1]).exists():

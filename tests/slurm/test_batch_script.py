@@ -49,6 +49,9 @@ def test_a_job_comes_back_until_it_is_cancelled(place, job):
 
 def test_crashes_are_counted(place, job):
     number, log, wait_for_start, crash = job
+    text = log.read_text()
+    # Two were asked for; this cluster binds a task to one by itself.
+    assert text.count(" cores\n") == 2 and "on 1 cores" not in text, text
     crash.touch()
     place.cluster.wait(number, lambda state: state["JobState"] == "PENDING", 300, log)
     assert "crash 1, with status 1, after training had begun; job" in log.read_text()
