@@ -55,3 +55,5 @@ def test_a_stage_that_fails_stops_the_ones_after_it(place, image):
     jobs = pipeline(place, QAD_STAGES="export validate", QAD_WORK=str(place.directory / "empty"), **image)
     place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "FAILED", 300)
     place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "CANCELLED", 30)
+    if image:  # (pyxis, which would know that option of srun's, is not here)
+        assert "--container-image" in (place.directory / "empty" / "log" / "export.log").read_text()
