@@ -2,5 +2,6 @@
 
 ``prepare`` reads ``sources`` and drives the ``writer``, ``metadata`` says what was written, ``tokenizer`` and ``chat``
 turn text into ids and masks,
-``dataset`` and ``provider`` feed Megatron's ``pretrain``, ``generate`` lets a teacher write its own training text.
+``dataset`` and ``provider`` feed Megatron's ``pretrain`` with data of the run's own tokenizer (``run_tokenizer``),
+``generate`` lets a teacher write its own training text.
 """

@@ -36,7 +36,8 @@ class QADDataset(GPTDataset):
 
     ``dataset[i]`` is a dict: ``tokens`` int64 [s], ``labels`` int64 [s] (the token after), ``loss_mask`` float32 [s]
     (1.0 where the label counts), ``position_ids`` int64 [s], and ``attention_mask`` only if the config asks for it.
-    Padding never counts; with ``eod_mask_loss`` neither does the label that follows an EOD, as in GPTDataset. With
+    Padding never counts; with ``eod_mask_loss`` neither does the label that follows an EOD, as in GPTDataset; the
+    EOD is the one that PREFIX.json names, or the tokenizer's where there is no such file. With
     ``inter_document_masking`` the documents are kept apart (``packing``), and ``cu_seqlens`` says where they end.
 
     Raises:
@@ -48,6 +49,8 @@ class QADDataset(GPTDataset):
         self._mask = _open_loss_mask(dataset_path, indexed_dataset, config.mmap_bin_files, self._metadata)
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
         self._pad_token_id = _PADDING
+        # A job's tokenizer is usually Megatron's NullTokenizer, which knows no id of the data's.
+        self._eod = config.tokenizer.eod if self._metadata is None else self._metadata.eod
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
@@ -66,7 +69,7 @@ class QADDataset(GPTDataset):
             counts[self.config.sequence_length :] = 0  # the last label is unknown
         loss_mask = torch.from_numpy(counts[1:].copy())
         if self.config.eod_mask_loss:
-            loss_mask[sample["tokens"] == self.config.tokenizer.eod] = 0.0
+            loss_mask[sample["tokens"] == self._eod] = 0.0
         sample["loss_mask"] = loss_mask
         if self.config.inter_document_masking:
             lengths = [length for _, _, length in parts]

@@ -1,8 +1,8 @@
 """The train, validation and test data of ``pretrain()``: ``--data-path`` and its kin, through ``QADDataset``.
 
 Checks what Megatron leaves to chance: that each prefix exists, that its ids fit the model's vocabulary, and that it was
-made with the tokenizer of this run. Left out: mock data, fill-in-the-middle, Megatron's own ``--sft`` packing, data
-in object storage.
+made with the tokenizer of this run (``run_tokenizer``). Left out: mock data, fill-in-the-middle, Megatron's own
+``--sft`` packing, data in object storage.
 """
 
 import json
@@ -20,7 +20,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import load_metadata
-from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.runtime.errors import QADError
 
 
@@ -69,6 +69,13 @@ def dataset_config(args) -> QADDatasetConfig:
                 f"--{flag.replace('_', '-')} is for other data than QAD's. Prepare the data with tools/prepare_data.py "
                 "(chat data gets its loss mask there) and give it with --data-path."
             )
+    for flag in ("reset_position_ids", "reset_attention_mask"):
+        # Megatron would look for the EOD of its NullTokenizer, and build masks that nobody reads.
+        if getattr(args, flag):
+            raise QADError(
+                f"--{flag.replace('_', '-')} does not keep the documents of a row apart here. Give "
+                "--dataloader-inter-document-masking instead, which does, for positions and attention."
+            )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
@@ -84,8 +91,8 @@ def dataset_config(args) -> QADDatasetConfig:
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
+        reset_position_ids=False,
+        reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
         # Megatron's batch code on the other side reads the same flag; attention is causal without a mask too.
         create_attention_mask=args.create_attention_mask_in_dataloader,
@@ -106,7 +113,7 @@ def check_data(args, config: GPTDatasetConfig) -> None:
     """Compare every prefix of the blends with the file system, the model's vocabulary and the run's tokenizer.
 
     Args:
-        args: needs ``padded_vocab_size``, ``tokenizer_model`` and ``tokenizer_type``.
+        args: needs ``padded_vocab_size``, ``tokenizer_model``, ``tokenizer_type`` and ``qad``.
         config: its blends name the prefixes.
 
     Raises:
@@ -114,7 +121,7 @@ def check_data(args, config: GPTDatasetConfig) -> None:
     """
     blends = [config.blend] if config.blend is not None else config.blend_per_split
     prefixes = list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
-    run_vocab = None
+    tokenizer = RunTokenizer.of(args)
     for prefix in prefixes:
         missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
         if missing:
@@ -126,6 +133,11 @@ def check_data(args, config: GPTDatasetConfig) -> None:
             _check_index(prefix)
         metadata = load_metadata(prefix)
         if metadata is None:
+            if config.eod_mask_loss and args.tokenizer_type == "NullTokenizer" and args.null_tokenizer_eod_id is None:
+                raise QADError(
+                    f"--eod-mask-loss: without {prefix}.json, which tools/prepare_data.py writes, nothing says which "
+                    "id ends a document. Prepare the data with that, or give --null-tokenizer-eod-id."
+                )
             continue
         if args.padded_vocab_size is not None and metadata.vocab_size > args.padded_vocab_size:
             raise QADError(
@@ -133,14 +145,8 @@ def check_data(args, config: GPTDatasetConfig) -> None:
                 f"ids, but the model has {args.padded_vocab_size} (padding included). Prepare the data with the "
                 "model's tokenizer."
             )
-        if run_vocab is None:
-            run_vocab = _run_vocabulary(args)
-        if run_vocab and metadata.vocab_sha256 != run_vocab:
-            raise QADError(
-                f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name} (vocabulary "
-                f"{metadata.vocab_sha256[:12]}), but --tokenizer-model {args.tokenizer_model} maps other pieces to its "
-                f"ids (vocabulary {run_vocab[:12]}). Prepare the data with the model's tokenizer."
-            )
+        if tokenizer is not None:
+            tokenizer.check(prefix, metadata)
 
 
 def _check_index(prefix: str) -> None:
@@ -166,14 +172,6 @@ def _sequences_per_dataset(args) -> dict | None:
     if args.per_dataset_sequences_path is None:
         return None
     return json.loads(Path(args.per_dataset_sequences_path).read_text(encoding="utf-8"))
-
-
-def _run_vocabulary(args) -> str:
-    """The hash of the run's vocabulary, or "" where the run has no tokenizer with pieces (NullTokenizer)."""
-    model = args.tokenizer_model
-    if args.tokenizer_type == "NullTokenizer" or model is None or not Path(model).exists():
-        return ""
-    return load_tokenizer(model).vocab_sha256()
 
 
 def _is_built_on_rank(vp_stage: int | None) -> bool:

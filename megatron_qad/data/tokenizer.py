@@ -22,6 +22,9 @@ _HF_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
+"""The files that map pieces to ids. Settings and templates may differ: they touch how text is read, not what ids
+mean."""
 
 
 class DataTokenizer:

@@ -3,12 +3,8 @@ nothing."""
 
 from pathlib import Path
 
-from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.data.tokenizer import VOCABULARY_FILES, load_tokenizer
 from megatron_qad.runtime import QADError
-
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
-"""The files that map pieces to ids. Settings and templates may differ: they touch how text is read, not what ids
-mean."""
 
 
 def check_same_vocabulary(student: str, student_config: dict, teacher: str, teacher_config: dict) -> None:
@@ -32,7 +28,7 @@ def check_same_vocabulary(student: str, student_config: dict, teacher: str, teac
         )
     if Path(student).resolve() == Path(teacher).resolve():
         return
-    files = {name: (Path(student) / "hf" / name, Path(teacher) / "hf" / name) for name in _FILES}
+    files = {name: (Path(student) / "hf" / name, Path(teacher) / "hf" / name) for name in VOCABULARY_FILES}
     differ = [
         name for name, (a, b) in files.items() if a.is_file() and b.is_file() and a.read_bytes() != b.read_bytes()
     ]

@@ -1,6 +1,9 @@
 """The provider with Megatron's own arguments, in one process."""
 
+import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +108,93 @@ def test_a_copy_that_broke_off_is_refused(args_for, chats):
         stream.truncate(4)
     with pytest.raises(QADError, match=r"out.idx cannot be read"):
         check(args_for("--data-path", chats))
+
+
+@pytest.fixture
+def by_null_tokenizer(args_for):
+    """``by_null_tokenizer(tokenizer, "--data-path", prefix)``: the job's default, a tokenizer without pieces; the
+    teacher's checkpoint carries the files of ``tokenizer`` in ``hf/``."""
+
+    def make(tokenizer, *flags):
+        args = args_for("--tokenizer-type", "NullTokenizer", "--vocab-size", "512", *flags)
+        args.tokenizer_model, args.rank = None, 0
+        args.qad.qad_teacher = str(tokenizer)
+        return args
+
+    return make
+
+
+@pytest.fixture
+def checkpoint_with(tmp_path):
+    """``checkpoint_with(directory or file)``: CKPT whose ``hf/`` holds that tokenizer."""
+
+    def make(tokenizer):
+        if tokenizer.is_dir():
+            shutil.copytree(tokenizer, tmp_path / "ckpt" / "hf")
+        else:
+            (tmp_path / "ckpt" / "hf").mkdir(parents=True)
+            shutil.copyfile(tokenizer, tmp_path / "ckpt" / "hf" / "tokenizer.model")
+        return tmp_path / "ckpt"
+
+    return make
+
+
+def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(
+    by_null_tokenizer, checkpoint_with, write_jsonl, prepared, sp_model, hf_dir
+):
+    """Without --tokenizer-model, the tokenizer that the teacher's checkpoint carries is what data must come from."""
+    texts = write_jsonl([{"text": "hello"}] * 3)
+    of_pieces, of_hf = prepared(texts, sp_model, name="sp")[0], prepared(texts, hf_dir, name="hf")[0]
+    checkpoint = checkpoint_with(hf_dir)
+    check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+    with pytest.raises(QADError, match=r"tokenizer tiny.model .* the model's tokenizer in .*ckpt/hf maps other pieces"):
+        check(by_null_tokenizer(checkpoint, "--data-path", "0.5", of_hf, "0.5", of_pieces))
+    # Another file with the same vocabulary passes, but has to be loaded for that.
+    file = checkpoint / "hf" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))
+    check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+    file.write_text("{")
+    with pytest.raises(
+        QADError, match=r"tokenizer chatml, whose files are not those of .*ckpt/hf, and that one cannot"
+    ):
+        check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+    file.unlink()  # a checkpoint without a tokenizer has nothing to say
+    check(by_null_tokenizer(checkpoint, "--data-path", of_hf, of_pieces))
+
+
+def test_the_same_piece_model_under_another_name(
+    by_null_tokenizer, checkpoint_with, write_jsonl, prepared, sp_model, hf_dir
+):
+    texts = write_jsonl([{"text": "hello"}] * 3)
+    of_pieces, of_hf = prepared(texts, sp_model, name="sp")[0], prepared(texts, hf_dir, name="hf")[0]
+    checkpoint = checkpoint_with(sp_model)
+    check(by_null_tokenizer(checkpoint, "--data-path", of_pieces))
+    with pytest.raises(QADError, match=r"tokenizer chatml.*ckpt/hf"):
+        check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+
+
+def test_eod_mask_loss_takes_the_eod_of_the_data(
+    by_null_tokenizer, checkpoint_with, write_jsonl, prepared, one_process, hf_dir, hf_tokenizer
+):
+    """The job's NullTokenizer would take its last id for the EOD."""
+    texts, _ = prepared(write_jsonl([{"text": "plain text"}] * 40), hf_dir)
+    set_args(by_null_tokenizer(checkpoint_with(hf_dir), "--data-path", texts, "--eod-mask-loss"))
+    train, _, _ = datasets_provider([12, 4, 0])
+    assert train.config.tokenizer.eod != hf_tokenizer.eod
+    after_eod = [s["loss_mask"][s["tokens"] == hf_tokenizer.eod] for s in (train[i] for i in range(12))]
+    assert sum(map(len, after_eod)) > 0 and not torch.cat(after_eod).any()
+
+
+def test_an_eod_that_nobody_knows_is_refused(by_null_tokenizer, checkpoint_with, chats, hf_dir):
+    Path(f"{chats}.json").unlink()
+    flags = ("--data-path", chats, "--eod-mask-loss")
+    checkpoint = checkpoint_with(hf_dir)
+    with pytest.raises(QADError, match=r"--eod-mask-loss: without .*out.json, .* nothing says which id"):
+        check(by_null_tokenizer(checkpoint, *flags))
+    check(by_null_tokenizer(checkpoint, *flags, "--null-tokenizer-eod-id", "2"))
+
+
+@pytest.mark.parametrize("flag", ["--reset-position-ids", "--reset-attention-mask"])
+def test_flags_that_would_not_keep_documents_apart_are_refused(args_for, chats, flag):
+    with pytest.raises(QADError, match=f"{flag} does not keep .* --dataloader-inter-document-masking instead"):
+        check(args_for("--data-path", chats, flag))
