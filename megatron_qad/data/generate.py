@@ -94,7 +94,9 @@ def read_prompts(path: str | Path) -> list[str]:
         QADError: the file is missing, not UTF-8, or empty.
     """
     try:
-        prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines(), nor text mode: those end a line at other characters, too (U+2028, \x0b, a lone \r).
+        lines = Path(path).read_bytes().decode("utf-8").split("\n")
+        prompts = [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise QADError(f"--prompts {path} cannot be read: {error}. Expected UTF-8 text, one prompt a line.") from error
     if not prompts:
@@ -152,7 +154,11 @@ def _load(model_dir: str | Path, dtype: str, device: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            str(model_dir), local_files_only=True, trust_remote_code=False, dtype=getattr(torch, dtype)
+            str(model_dir),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # other files are pickles, which run code
+            dtype=getattr(torch, dtype),
         )
     except (OSError, ValueError, KeyError) as error:
         raise QADError(f"--model {model_dir}: transformers cannot load it: {error}") from error

@@ -2,11 +2,13 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts
@@ -91,6 +93,22 @@ def test_bad_options_and_prompts(model_dir, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(QADError, match="holds no prompt"):
         read_prompts(tmp_path / "empty.txt")
+
+
+def test_prompts_end_at_newlines_only(tmp_path):
+    """str.splitlines() would also break at characters that may stand inside a prompt."""
+    prompts = ["one\u2028prompt", "one\x85prompt", "one\x0b\x0c\x1cprompt", "one\rprompt"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join(["", *prompts, ""]).encode())
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
+
+
+def test_a_model_of_pickles_is_refused(model_dir, tmp_path):
+    """transformers would otherwise fall back to pytorch_model.bin."""
+    pickled = Path(shutil.copytree(model_dir, tmp_path / "pickled"))
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    with pytest.raises(QADError, match="transformers cannot load it.*safetensors"):
+        generate_documents(pickled, None, tmp_path / "own.jsonl", OPTIONS)
 
 
 def test_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
