@@ -139,15 +139,23 @@ def _nemotron_h(config: dict[str, Any]) -> Inventory:
     model = Inventory(tied_head=tied, embedding="backbone.embeddings.weight", carried=carried)
     model.tensors |= {model.embedding: (vocab, hidden), "backbone.norm_f.weight": (hidden,)}
     model.linears[model.head] = (vocab, hidden)
-    add = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
-    pattern = config.get("hybrid_override_pattern")
-    if not isinstance(pattern, str) or set(pattern) - set(add):
-        raise QADError(f"config.json: hybrid_override_pattern is {pattern!r}, expected a text of {', '.join(add)}.")
-    for index, symbol in enumerate(pattern):
+    for index, add_mixer in enumerate(_mixers(config)):
         layer = f"backbone.layers.{index}"
         model.tensors[f"{layer}.norm.weight"] = (hidden,)
-        add[symbol](model, config, f"{layer}.mixer", hidden)
+        add_mixer(model, config, f"{layer}.mixer", hidden)
     return model
+
+
+def _mixers(config: dict) -> list[Callable]:
+    """What each layer is: a letter of ``hybrid_override_pattern``, a name in ``layers_block_type`` of newer files."""
+    key, add = "hybrid_override_pattern", {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+    if config.get(key) is None and config.get("layers_block_type") is not None:
+        key, add = "layers_block_type", {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _experts}
+        add |= {"linear_attention": _mamba, "full_attention": _attention}
+    layers, known = config.get(key), tuple(add)  # a tuple, as above
+    if not isinstance(layers, str if "M" in known else list) or any(layer not in known for layer in layers):
+        raise QADError(f"config.json: {key} is {layers!r}, expected one of {', '.join(add)} for each layer.")
+    return [add[layer] for layer in layers]
 
 
 def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
@@ -165,7 +173,7 @@ def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
 def _attention(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
     heads = _number(config, "num_attention_heads")
     kv_heads = _number(config, "num_key_value_heads", heads)
-    head_dim = _number(config, "head_dim", hidden // heads)
+    head_dim = _number(config, "head_dim", _number(config, "attention_head_dim", hidden // heads))
     qkv = tuple(f"{mixer}.{x}_proj" for x in "qkv")
     model.linears |= {name: (n * head_dim, hidden) for name, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True)}
     model.linears[f"{mixer}.o_proj"] = (hidden, heads * head_dim)

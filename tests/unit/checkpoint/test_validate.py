@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.runtime.errors import QADError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exported import (  # noqa: E402  (a helper beside the tests)
@@ -30,6 +31,27 @@ from exported import (  # noqa: E402  (a helper beside the tests)
 )
 
 INDEX = "model.safetensors.index.json"
+NEMOTRON_H = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "intermediate_size": 48,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "n_routed_experts": 3,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 48,
+    "vocab_size": 40,
+    "dtype": "bfloat16",
+}
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
@@ -351,3 +373,36 @@ def test_command_line_prints_faults_and_exits_1(tmp_path):
     assert bad.returncode == 1 and f"FAULT {DOWN}.input_scale: is missing" in bad.stdout
     assert "1 faults" in bad.stdout
     assert faults(tmp_path / "nowhere") == [f"{tmp_path / 'nowhere'}: is no directory; expected an exported checkpoint"]
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [["mamba", "moe", "attention", "mlp"], ["linear_attention", "moe", "full_attention", "mlp"]],
+    ids=["hub", "transformers"],
+)
+def test_a_hybrid_whose_layers_have_names_is_what_the_pattern_says(blocks):
+    """transformers 5 writes ``layers_block_type`` and no ``hybrid_override_pattern``; import and export take both."""
+    from megatron_qad.checkpoint.hf_inventory import inventory
+
+    pattern = NEMOTRON_H | {"hybrid_override_pattern": "ME*-"}
+    named = {k: v for k, v in NEMOTRON_H.items() if k != "head_dim"}
+    named |= {"layers_block_type": blocks, "attention_head_dim": 16}
+    assert inventory(named) == inventory(pattern)
+    assert inventory(named).linears["backbone.layers.2.mixer.k_proj"] == (2 * 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, "hybrid_override_pattern is None"),
+        ({"hybrid_override_pattern": "MX"}, "hybrid_override_pattern is 'MX', expected one of M, "),
+        ({"layers_block_type": ["mamba", "rnn"]}, "layers_block_type is .*'rnn'.*, expected one of mamba, "),
+        ({"layers_block_type": [["mamba"]]}, "layers_block_type is "),
+        ({"layers_block_type": "mamba"}, "layers_block_type is 'mamba'"),
+    ],
+)
+def test_layers_of_a_hybrid_that_nobody_knows(changes, named):
+    from megatron_qad.checkpoint.hf_inventory import inventory
+
+    with pytest.raises(QADError, match=named):
+        inventory(NEMOTRON_H | changes)
