@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype, read_json
-from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, write_hf_checkpoint
+from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.config.run_files import JOB_FILE
@@ -47,7 +47,7 @@ def export_hf(
     Raises:
         QADError: a damaged checkpoint, missing tensors or amaxes (named), no ``qad.json``, or what the writer refuses.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, output = Path(checkpoint), new_directory(output)  # refused before gigabytes are checked and read
     if not (checkpoint / "hf" / "config.json").is_file():
         raise QADError(f"{checkpoint}: no hf/config.json; expected what import_hf.py or pretrain_qad.py wrote")
     config = read_json(checkpoint / "hf" / "config.json")

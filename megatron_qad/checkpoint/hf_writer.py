@@ -79,7 +79,7 @@ def write_hf_checkpoint(
     Args:
         items: the model's tensors in HF names, each name once. Tied heads are left out by the caller, who must not
             write into a tensor after yielding it: it may wait in memory until its shard is full.
-        directory: must not exist, or be empty.
+        directory: must not exist, or be empty; may be a link to such a one.
         config: becomes config.json, with ``quantization_config`` added for packed layouts.
         layout: "bf16", "modelopt" or "compressed-tensors".
         linear_modules: names of all linears of the model, ``lm_head`` included; those not quantized become the
@@ -88,11 +88,11 @@ def write_hf_checkpoint(
         max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
         kv_cache: "bf16" or "fp8", whose scales are among the items; the configurations announce it.
 
-    Raises QADError for a used directory, a full disk, a name given twice, and whatever ``stored_tensors`` refuses.
+    Raises QADError for a used directory or a mount point, a full disk, a name given twice, and whatever
+    ``stored_tensors`` refuses.
     """
     check_layout(layout)
-    directory = Path(directory).absolute()
-    _check_target(directory)
+    directory = new_directory(directory)
     source = _check_source(source)
     if max_shard_bytes <= 0:
         raise QADError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes.")
@@ -191,11 +191,23 @@ def _own(tensor: Tensor, others: Iterable[Tensor]) -> Tensor:
     return tensor.clone() if is_view or is_shared else tensor
 
 
-def _check_target(directory: Path) -> None:
+def new_directory(path: str | Path) -> Path:
+    """Where a directory can appear at once, by a rename from beside it: ``path`` with its links followed.
+
+    Raises:
+        QADError: a mount point, over which nothing can be renamed; a file or a directory that is not empty.
+    """
+    directory = Path(path).resolve()
+    if directory.is_mount():
+        raise QADError(
+            f"{directory}: is a mount point, and what is written appears by a rename, which cannot replace one. Give a "
+            "directory inside it."
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise QADError(
             f"{directory}: exists and is not empty. Give a new directory, or remove this one; nothing is overwritten."
         )
+    return directory
 
 
 def _check_source(source: str | Path | None) -> Path | None:

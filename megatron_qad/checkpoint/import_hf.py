@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import save_file
 
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
+from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.config.run_files import TRACKER
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
@@ -31,11 +32,11 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
 
     Raises:
         QADError: unsupported family, missing, left-over, truncated, wrong-shaped or non-finite tensors, or a target
-            that exists and is not empty.
+            that exists and is not empty or is a mount point.
     """
-    source, target = Path(source), Path(target)
-    rank, size = rank_and_size()
-    sharded, count = _all_or_none(lambda: _read(source, target, dtype, rank, size))
+    source, rank, size = Path(source), *rank_and_size()
+    target = _all_or_none(lambda: new_directory(target))
+    sharded, count = _all_or_none(lambda: _read(source, dtype, rank, size))
     aside = target.parent / f".{target.name}.partial"  # renamed when whole: a killed import leaves no target
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -52,10 +53,8 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     return count
 
 
-def _read(source: Path, target: Path, dtype: torch.dtype, rank: int, size: int) -> tuple[dict[str, ShardedTensor], int]:
+def _read(source: Path, dtype: torch.dtype, rank: int, size: int) -> tuple[dict[str, ShardedTensor], int]:
     """This rank's share of the tensors, converted, and the number of all. Writes nothing."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise QADError(f"{target} exists and is not empty; choose another directory or remove it")
     reader = HFReader(source)
     family = family_of(reader.config)
     family.megatron_args(reader.config)  # refuses now what training could not build

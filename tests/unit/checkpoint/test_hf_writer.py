@@ -107,6 +107,18 @@ def test_a_used_directory_is_refused_and_an_empty_one_is_filled(tmp_path):
     assert (tmp_path / "empty/config.json").exists()
 
 
+def test_a_link_is_followed_and_a_mount_point_refused(tmp_path):
+    """What is written appears by a rename, which would replace the link and cannot replace a mount point."""
+    (tmp_path / "there").mkdir()
+    for name, target in (("empty", tmp_path / "there"), ("dangling", tmp_path / "not" / "yet")):
+        link = tmp_path / name
+        link.symlink_to(target)
+        assert write(link).directory == target.resolve()
+        assert link.is_symlink() and (target / "config.json").is_file()
+    with pytest.raises(QADError, match="/proc: is a mount point, .* Give a directory inside it"):
+        write("/proc")
+
+
 def broken_stream():
     for number, item in enumerate(items()):
         if number == 12:

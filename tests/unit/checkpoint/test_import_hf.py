@@ -131,10 +131,22 @@ def test_target_that_is_not_empty(whole, tmp_path):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in ("full", "file"):
-        with pytest.raises(QADError, match=f"{target} exists and is not empty"):
+        with pytest.raises(QADError, match=f"{target}: exists and is not empty"):
             import_hf(whole, tmp_path / target)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     torch.distributed.destroy_process_group()
+
+
+def test_a_target_that_is_a_link_or_a_mount_point(whole, tmp_path):
+    init_process_group()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    import_hf(whole, tmp_path / "link")
+    with pytest.raises(QADError, match="/proc: is a mount point, .* Give a directory inside it"):
+        import_hf(whole, "/proc")
+    torch.distributed.destroy_process_group()
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "latest_checkpointed_iteration.txt").read_text() == "release"
 
 
 def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeypatch):
