@@ -5,7 +5,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from megatron_qad.config.run_files import EXPORT_FILE
 from megatron_qad.runtime import QADError, prepare
+
+KEEP = "if --output is complete already and of this iteration and layout, leave it and succeed; of another, fail"
 
 
 def main() -> None:
@@ -22,17 +25,20 @@ def main() -> None:
         "--iteration", help="number of the iteration to export, or 'best' by validation KL; default: the newest"
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="bound on a safetensors file, in 10^9 bytes")
-    parser.add_argument("--keep", action="store_true", help="if --output is complete already, leave it and succeed")
+    parser.add_argument("--keep", action="store_true", help=KEEP)
     options = parser.parse_args()
     if options.iteration not in (None, "best") and not options.iteration.isdigit():
         parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
-    if options.keep and (Path(options.output) / "config.json").is_file():
-        return print(f"{options.output} is there already")
     prepare()
 
-    from megatron_qad.checkpoint.export_hf import export_hf
+    from megatron_qad.checkpoint import origins
+    from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of
     from megatron_qad.runtime.distributed import init_process_group
 
+    if options.keep and (Path(options.output) / "config.json").is_file():
+        asked = would_be_made_of(options.checkpoint, options.layout, options.iteration)
+        origins.require_same(Path(options.output), EXPORT_FILE, asked)
+        return print(f"{options.output} is there already")
     init_process_group()
     shard_bytes = int(options.max_shard_gb * 1e9)
     written = export_hf(options.checkpoint, options.output, options.layout, shard_bytes, options.iteration)

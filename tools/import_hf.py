@@ -4,10 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.config.run_files import TRACKER
+from megatron_qad.config.run_files import IMPORT_FILE, TRACKER
 from megatron_qad.runtime import QADError, prepare
 
 DTYPES = ("bfloat16", "float32")
+KEEP = "if --output is complete already and of this model, leave it and succeed; of another, fail"
 
 
 def main() -> None:
@@ -15,16 +16,19 @@ def main() -> None:
     parser.add_argument("--hf-model", required=True, help="Hugging Face model directory (config.json, *.safetensors)")
     parser.add_argument("--output", required=True, help="checkpoint directory to write; must be empty or new")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
-    parser.add_argument("--keep", action="store_true", help="if --output is complete already, leave it and succeed")
+    parser.add_argument("--keep", action="store_true", help=KEEP)
     options = parser.parse_args()
-    if options.keep and (Path(options.output) / TRACKER).is_file():
-        return print(f"{options.output} is there already")
     prepare()
     import torch
 
+    from megatron_qad.checkpoint import origins
     from megatron_qad.checkpoint.import_hf import import_hf
     from megatron_qad.runtime.distributed import init_process_group
 
+    if options.keep and (Path(options.output) / TRACKER).is_file():
+        asked = origins.of_model(Path(options.hf_model), options.dtype)
+        origins.require_same(Path(options.output), IMPORT_FILE, asked)
+        return print(f"{options.output} is there already")
     init_process_group()
     tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))
     if torch.distributed.get_rank() == 0:

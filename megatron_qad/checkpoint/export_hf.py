@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype, read_json
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.config.run_files import JOB_FILE
+from megatron_qad.config.run_files import EXPORT_FILE, JOB_FILE
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.weights import iteration_dir
 from megatron_qad.runtime.errors import QADError
 
 
@@ -52,8 +54,7 @@ def export_hf(
         raise QADError(f"{checkpoint}: no hf/config.json; expected what import_hf.py or pretrain_qad.py wrote")
     config = read_json(checkpoint / "hf" / "config.json")
     family = family_of(config)
-    # Layout bf16 also takes what import_hf wrote, which has no formats.
-    job = read_job(checkpoint) if layout != "bf16" or (checkpoint / JOB_FILE).is_file() else {}
+    job = _job_of(checkpoint, layout)
     formats, kv_cache = job.get("formats", {}), job.get("kv_cache", "bf16") if layout != "bf16" else "bf16"
     refused = sorted({fmt for fmt in formats.values()} - set(EXPORTED_FORMATS))
     if refused and layout != "bf16":
@@ -74,7 +75,18 @@ def export_hf(
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
+        texts={EXPORT_FILE: origins.text_of(origins.of_iteration(reader.directory, layout, job))},
     )
+
+
+def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
+    """The record that ``export_hf`` with the same arguments would write (``origins``); reads no weights."""
+    return origins.of_iteration(iteration_dir(checkpoint, iteration), layout, _job_of(Path(checkpoint), layout))
+
+
+def _job_of(checkpoint: Path, layout: LayoutName) -> dict:
+    """Layout bf16 also takes what import_hf wrote, which has no formats."""
+    return read_job(checkpoint) if layout != "bf16" or (checkpoint / JOB_FILE).is_file() else {}
 
 
 def read_carried(assets: Path) -> dict[str, torch.Tensor]:

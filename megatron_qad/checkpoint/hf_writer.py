@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ def write_hf_checkpoint(
     source: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     kv_cache: str = "bf16",
+    texts: Mapping[str, str] | None = None,
 ) -> Written:
     """Write ``items``, in their order, as the HF checkpoint ``directory``.
 
@@ -87,6 +88,7 @@ def write_hf_checkpoint(
         source: HF directory whose tokenizer, chat template and generation config are copied; None copies nothing.
         max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
         kv_cache: "bf16" or "fp8", whose scales are among the items; the configurations announce it.
+        texts: further small files, name -> content.
 
     Raises QADError for a used directory or a mount point, a full disk, a name given twice, and whatever
     ``stored_tensors`` refuses.
@@ -113,6 +115,8 @@ def write_hf_checkpoint(
         excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
         _carry(source, aside)
         _write_configs(aside, config, layout, excluded, formats, kv_cache)
+        for name, text in (texts or {}).items():
+            (aside / name).write_text(text, encoding="utf-8")
         for path in (*aside.rglob("*"), aside):
             manifest.sync(path)
         os.rename(aside, directory)  # atomic; replaces an empty directory

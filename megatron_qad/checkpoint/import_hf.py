@@ -13,9 +13,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import save_file
 
+from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.config.run_files import TRACKER
+from megatron_qad.config.run_files import IMPORT_FILE, TRACKER
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime import manifest, whole_saves
@@ -47,6 +48,8 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     if rank == 0:
         copy_assets(source, aside / "hf")
         carry_tensors(source, aside / "hf")
+        record = origins.of_model(source, str(dtype).removeprefix("torch."))
+        manifest.write_atomically(aside / IMPORT_FILE, origins.text_of(record))
         manifest.write_atomically(aside / TRACKER, "release")
         aside.rename(target)  # replaces an empty directory
     torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""The small files beside a run's checkpoints, each written by one room and read by others."""
+"""The small files beside a run's checkpoints or in an export, each written by one room and read by others."""
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's: the newest checkpoint."""
@@ -10,3 +10,7 @@ CALIBRATION_FILE = "calibration.json"
 """Experts' linears that saw too few tokens in calibration."""
 LOAD_FILE = "expert_load.json"
 """How teacher and student spread tokens over their experts."""
+IMPORT_FILE = "qad_import.json"
+"""In an imported checkpoint: which Hugging Face model it was made of."""
+EXPORT_FILE = "qad_export.json"
+"""In an exported Hugging Face directory: which iteration of which checkpoint it was made of."""

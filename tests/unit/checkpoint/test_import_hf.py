@@ -1,6 +1,7 @@
 """Damaged or foreign Hugging Face directories: one clear error each, and nothing written."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_qad.runtime import QADError, prepare
@@ -147,6 +149,72 @@ def test_a_target_that_is_a_link_or_a_mount_point(whole, tmp_path):
     torch.distributed.destroy_process_group()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """``tool("import_hf", *flags)``: what it printed; run here, and not as a process of its own, for the time."""
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["main"]()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_an_import_is_kept_only_for_the_same_model(damaged, tmp_path, tool):
+    target = tmp_path / "target"
+    flags = ("--hf-model", damaged, "--output", target, "--keep")
+    assert "wrote" in tool("import_hf", *flags)
+    assert tool("import_hf", *flags) == f"{target} is there already\n"
+    moved = damaged.rename(tmp_path / "moved")  # what counts is the content
+    flags = ("--hf-model", moved, *flags[2:])
+    assert "is there already" in tool("import_hf", *flags)
+    with pytest.raises(
+        QADError, match="was made of .*dtype bfloat16, .* asked for now is .*dtype float32, .* Remove it"
+    ):
+        tool("import_hf", *flags, "--dtype", "float32")
+    change_weights(moved, lambda weights: weights[Q_PROJ].view(-1)[:8].neg_())
+    with pytest.raises(QADError, match=r"was made of model damaged, .*asked for now is model moved, .* Remove it"):
+        tool("import_hf", *flags)
+    (target / "qad_import.json").unlink()
+    with pytest.raises(QADError, match=r"target has no qad_import.json that says what it was made of"):
+        tool("import_hf", *flags)
+
+
+def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
+    """A run that trains on has another newest iteration; what was exported of it before is old."""
+    run, output = tmp_path / "run", tmp_path / "out"
+
+    def train(iteration):
+        change_weights(damaged, lambda weights: weights[Q_PROJ].view(-1)[:8].neg_())
+        tool("import_hf", "--hf-model", damaged, "--output", tmp_path / "step")
+        shutil.copytree(tmp_path / "step" / "hf", run / "hf", dirs_exist_ok=True)
+        (tmp_path / "step" / "release").rename(run / f"iter_{iteration:07d}")
+        (run / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+        shutil.rmtree(tmp_path / "step")
+
+    train(2)
+    flags = ("--checkpoint", run, "--output", output, "--layout", "bf16", "--keep")
+    assert "wrote" in tool("export_hf", *flags)
+    assert tool("export_hf", *flags) == f"{output} is there already\n"
+    transformers.AutoModelForCausalLM.from_pretrained(output)  # does not mind the record
+    train(4)
+    with pytest.raises(QADError, match="was made of .*iter_0000002, .* asked for now is .*iter_0000004, .* Remove it"):
+        tool("export_hf", *flags)
+    assert "is there already" in tool("export_hf", *flags, "--iteration", "2")
+    shutil.rmtree(run / "iter_0000002")
+    train(2)  # begun anew: the same number, other weights
+    with pytest.raises(QADError, match="was made of .*iter_0000002, .* asked for now is .*iter_0000002, .* Remove it"):
+        tool("export_hf", *flags, "--iteration", "2")
+    (run / "qad.json").write_text('{"formats": {}}')
+    with pytest.raises(QADError, match="layout bf16, .* asked for now is .*layout modelopt"):
+        tool("export_hf", *flags, "--layout", "modelopt")
 
 
 def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeypatch):

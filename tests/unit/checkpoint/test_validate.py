@@ -406,3 +406,9 @@ def test_layers_of_a_hybrid_that_nobody_knows(changes, named):
 
     with pytest.raises(QADError, match=named):
         inventory(NEMOTRON_H | changes)
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_the_record_of_an_export_is_no_fault(tmp_path, layout):
+    assert faults(export(tmp_path / "out", layout, texts={"qad_export.json": "{}"})) == []
+    assert (tmp_path / "out" / "qad_export.json").is_file()
