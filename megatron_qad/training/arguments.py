@@ -63,6 +63,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = expand(argv, parser)
     early, _ = parser.parse_known_args(argv)
     options = _qad_options(early)
+    check_tokenizer(early)
     loss = parse_loss(options.qad_loss, temperature=options.qad_temperature)
     if options.qad_weight_scale_rule not in SCALE_RULES:
         raise QADError(
@@ -122,6 +123,28 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     settle_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     checkpoints.check_options(args)
     return args
+
+
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """Refuse a tokenizer that would bring code or be downloaded (docs/security.md)."""
+    if args.trust_remote_code:
+        raise QADError(
+            "--trust-remote-code would run code that came with a tokenizer, and a job runs none. Leave it out: the "
+            "data is tokenized already"
+        )
+    if args.tokenizer_type in (None, "NullTokenizer"):
+        return
+    by_path = ("HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+    if args.tokenizer_type not in by_path:
+        raise QADError(
+            f"--tokenizer-type {args.tokenizer_type}: expected NullTokenizer, the default, or {', '.join(by_path)}, "
+            "which are read from a local --tokenizer-model"
+        )
+    if args.tokenizer_model is None or not Path(args.tokenizer_model).exists():
+        raise QADError(
+            f"--tokenizer-model {args.tokenizer_model}: does not exist. Expected a local directory or file; names on "
+            "the hub are not downloaded"
+        )
 
 
 def check_router(args: argparse.Namespace, options: QADOptions) -> None:

@@ -8,7 +8,7 @@ from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
-from megatron_qad.training.arguments import read_hf_config  # noqa: E402
+from megatron_qad.training.arguments import parse_arguments, read_hf_config  # noqa: E402
 from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
 
@@ -124,3 +124,31 @@ def test_tokenizers_with_the_same_pieces(checkpoint):
     written_anew, without = checkpoint("anew", pieces, indent=1), checkpoint("without", None)
     for teacher in (student, same, written_anew, without):
         check_same_vocabulary(student, SIZE, teacher, SIZE)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--trust-remote-code"], "--trust-remote-code would run code that came with a tokenizer"),
+        (["--tokenizer-model", "org/model"], "--tokenizer-model org/model: does not exist. Expected a local directory"),
+        ([], "--tokenizer-model None: does not exist"),
+        (["--tokenizer-type", "GPT2BPETokenizer"], "--tokenizer-type GPT2BPETokenizer: expected NullTokenizer"),
+    ],
+)
+def test_tokenizers_that_bring_code_or_are_downloaded(flags, message):
+    with pytest.raises(QADError) as error:
+        parse_arguments(["--tokenizer-type", "HuggingFaceTokenizer", *flags])
+    assert message in str(error.value)
+
+
+def test_no_remote_code_by_a_file_of_options(tmp_path):
+    (tmp_path / "job.yaml").write_text("trust_remote_code: true\n")
+    with pytest.raises(QADError, match="--trust-remote-code would run code"):
+        parse_arguments(["--config", str(tmp_path / "job.yaml")])
+
+
+def test_a_local_tokenizer_passes(checkpoint, tmp_path):
+    """The next check is what stops: no checkpoint was named."""
+    local = checkpoint("teacher", {"a": 0, "b": 1})
+    with pytest.raises(QADError, match="needs --qad-teacher"):
+        parse_arguments(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{local}/hf"])
