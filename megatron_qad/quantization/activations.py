@@ -17,7 +17,7 @@ from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
 from megatron_qad.quantization.kv_cache import quantize_kv_cache, register_core_attentions
-from megatron_qad.quantization.names import named_modules_globally, sibling_experts
+from megatron_qad.quantization.names import alike_experts, named_modules_globally
 from megatron_qad.runtime.errors import QADError
 
 NVFP4_BACKEND = "megatron_qad_nvfp4"
@@ -218,13 +218,10 @@ class ActivationQuantizers:
 
     def _fallbacks(self, found: dict[str, float], num_tokens: list[int]) -> dict[str, str]:
         """By linear, the other one whose amax it takes."""
-        taken = {}
+        taken, alike = {}, alike_experts(found)
         for name, tokens in zip(found, num_tokens, strict=True):
-            if found[name] > 0 and tokens >= MIN_EXPERT_TOKENS:
-                continue
-            others = [other for other in sibling_experts(name, found) if found[other] > 0]
-            largest = max(others, key=found.__getitem__, default=None)
-            if others and found[largest] > found[name] and tokens < MIN_EXPERT_TOKENS:
+            largest = max(alike.get(name, [name]), key=found.__getitem__)
+            if found[largest] > found[name] and tokens < MIN_EXPERT_TOKENS:
                 self.fallbacks[name], taken[name] = (largest, tokens), largest
             elif found[name] == 0:
                 raise QADError(

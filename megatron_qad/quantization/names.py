@@ -1,8 +1,8 @@
 """The global names of a model chunk's modules: what Megatron calls ``decoder.layers.0`` on every pipeline stage."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import cache
 
 import torch
 from megatron.core.utils import unwrap_model
@@ -34,14 +34,11 @@ def is_expert(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
-def sibling_experts(name: str, names: Iterable[str]) -> list[str]:
-    """The other ``names`` that are the same linear of another expert of the same layer; none for other linears."""
-    pattern = _of_any_expert(name)
-    if pattern == name:
-        return []
-    return [other for other in names if other != name and _of_any_expert(other) == pattern]
-
-
-@cache
-def _of_any_expert(name: str) -> str:
-    return _EXPERT.sub(r"\1*\3", name)
+def alike_experts(names: Iterable[str]) -> dict[str, list[str]]:
+    """By name of an expert's linear, all ``names`` of that linear of its layer's experts, itself among them; one list
+    for all of these. Other linears are not in it."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if is_expert(name):
+            groups[_EXPERT.sub(r"\1*\3", name)].append(name)
+    return {name: group for group in groups.values() for name in group}

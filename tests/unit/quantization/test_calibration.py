@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS as ENOUGH
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
-from megatron_qad.quantization.names import sibling_experts
+from megatron_qad.quantization.names import alike_experts
 from megatron_qad.runtime import QADError
 
 
@@ -74,11 +74,12 @@ def test_a_percentile_saturates_outliers_and_100_is_the_maximum(make_chunk, line
 EXPERT = "decoder.layers.{}.mlp.experts.experts.{}.{}"
 
 
-def test_siblings_are_the_other_experts_at_the_same_place():
+def test_alike_are_the_experts_of_a_layer_at_the_same_place():
     names = [EXPERT.format(layer, i, fc) for layer in (1, 3) for i in (0, 1, 12) for fc in ("linear_fc1", "linear_fc2")]
     names.append("decoder.layers.1.mlp.shared_experts.linear_fc1")
-    assert sibling_experts(names[0], names) == [EXPERT.format(1, i, "linear_fc1") for i in (1, 12)]
-    assert sibling_experts(names[-1], names) == []
+    alike = alike_experts(names)
+    assert alike[names[0]] == [EXPERT.format(1, i, "linear_fc1") for i in (0, 1, 12)]
+    assert alike.keys() == set(names[:-1])
 
 
 class OneRank:
