@@ -76,7 +76,8 @@ class QADOptions:
     which the loss applies the output layer), or 'auto', the smaller. A fused output layer needs 'hidden'."""
 
     qad_keep_last: int | None = None
-    """Checkpoints to keep, the newest ones; older ones are removed unless --qad-keep-best keeps them. Default: all."""
+    """Checkpoints to keep, the newest ones; older ones are removed unless --qad-keep-best keeps them. Default:
+    all; with --qad-keep-best alone, the newest one."""
 
     qad_keep_best: int | None = None
     """Checkpoints to keep because their validation KL is the lowest, beside the newest. Needs a validation at each save
