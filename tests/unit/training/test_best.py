@@ -17,6 +17,9 @@ from megatron_qad.training.best import BestCheckpoints  # noqa: E402
 
 @pytest.fixture
 def one_process(tmp_path):
+    if torch.distributed.is_initialized():  # another file's, of one process too
+        yield
+        return
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
