@@ -18,9 +18,8 @@ demo: env
 tiny-hybrid: env
 	$(RUN) examples/tiny_hybrid/run.sh $(HYBRID_DIR)
 
-# Two processes: most tests wait for imports and for each other's ranks most of the time.
 test: env lint
-	$(RUN) pytest -q -n 2 --dist loadgroup tests --ignore tests/te
+	$(RUN) pytest -q tests --ignore tests/te
 
 # Thirty kills at random moments, in steps, saves and exports; the record goes to docs/. Minutes.
 test-kill: env
