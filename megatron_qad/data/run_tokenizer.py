@@ -4,13 +4,12 @@ That is the one of ``--tokenizer-model`` or else the one that the student's or t
 ``hf/``. Hashes of files are compared first; a tokenizer is loaded only where they differ.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from megatron_qad.data.metadata import DataMetadata
-from megatron_qad.data.tokenizer import VOCABULARY_FILES, load_tokenizer
+from megatron_qad.data.tokenizer import VOCABULARY_FILES, files_sha256, load_tokenizer
 from megatron_qad.runtime.errors import QADError
 
 
@@ -77,4 +76,4 @@ class RunTokenizer:
     def _sums(self) -> dict[str, str]:
         """{file name: SHA-256} of what maps pieces to ids."""
         files = [self.path / name for name in VOCABULARY_FILES] if self.path.is_dir() else [self.path]
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+        return files_sha256(file for file in files if file.is_file())

@@ -6,9 +6,11 @@ tokenizer's directory is run. Left out: tiktoken, BERT word pieces.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_qad.data.chat import encode_chat
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
 # The files that decide how text becomes ids; the first group is Hugging Face's, by the names it gives them.
@@ -25,6 +27,11 @@ _HF_FILES = (
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
 """The files that map pieces to ids. Settings and templates may differ: they touch how text is read, not what ids
 mean."""
+
+
+def files_sha256(files: Iterable[Path]) -> dict[str, str]:
+    """{file name: SHA-256 of its bytes}."""
+    return {file.name: manifest.sum_of(file)[1] for file in files}
 
 
 class DataTokenizer:
@@ -64,7 +71,7 @@ class DataTokenizer:
 
     def files_sha256(self) -> dict[str, str]:
         """{file name: SHA-256 of its bytes} of the defining files."""
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.files}
+        return files_sha256(self.files)
 
 
 class HFTokenizer(DataTokenizer):

@@ -1,7 +1,6 @@
 """Documents -> the indexed datasets of tokens and loss mask at one prefix, and their move to the final names."""
 
 import contextlib
-import hashlib
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from megatron_qad.data.metadata import DataMetadata, loss_mask_prefix, metadata_path, output_files
 from megatron_qad.data.sources import BadLine, Encoded
 from megatron_qad.data.tokenizer import DataTokenizer
+from megatron_qad.runtime import manifest
 
 
 class DocumentWriter:
@@ -96,5 +96,4 @@ def publish(aside: str, prefix: str) -> None:
 
 
 def _sha256(path: str) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return manifest.sum_of(Path(path))[1]
