@@ -223,9 +223,9 @@ def _without_loss(finish: Callable[[Output], torch.Tensor], seen: Callable, batc
 
 def say_if_masters_are_lost(args: argparse.Namespace) -> None:
     """Warn where a job resumes without the float32 masters that its optimizer saved."""
-    if args.load is None or not checkpoint_exists(args.load) or not (args.no_load_optim or args.finetune):
+    if args.skip_train or args.load is None or not checkpoint_exists(args.load):
         return
-    if args.skip_train:
+    if not (args.no_load_optim or args.finetune):
         return
     flag = "--no-load-optim" if args.no_load_optim else "--finetune"
     if args.bf16:

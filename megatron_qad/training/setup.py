@@ -131,18 +131,16 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
     file = save / JOB_FILE
     if file.is_file():
         job = json.loads(file.read_text())
-        before, kv_cache = job["formats"], job.get("kv_cache", "bf16")
-        if kv_cache != load_policy(args).kv_cache:
-            raise QADError(
-                f"--save {save} holds checkpoints with a {kv_cache} KV cache; this job's policy makes it "
-                f"{load_policy(args).kv_cache}. Choose another directory or the policy of before"
-            )
-        rule, rule_before = args.qad.qad_weight_scale_rule, job.get("scale_rule", "max")
-        if rule != rule_before:
-            raise QADError(
-                f"--save {save} holds checkpoints of --qad-weight-scale-rule {rule_before}; this job has {rule}. "
-                "Choose another directory or the rule of before"
-            )
+        for what, was, is_now in (
+            ("KV cache", job.get("kv_cache", "bf16"), load_policy(args).kv_cache),
+            ("--qad-weight-scale-rule", job.get("scale_rule", "max"), args.qad.qad_weight_scale_rule),
+        ):
+            if was != is_now:
+                raise QADError(
+                    f"--save {save} holds checkpoints of {what} {was}; this job has {is_now}. Choose another directory "
+                    f"or the {what} of before"
+                )
+        before = job["formats"]
         if differ := sorted(name for name in formats | before if formats.get(name) != before.get(name)):
             name = differ[0]
             raise QADError(
