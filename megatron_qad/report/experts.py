@@ -11,8 +11,6 @@ from pathlib import Path
 
 from megatron_qad.config.run_files import CALIBRATION_FILE, LOAD_FILE
 
-# Written by training.expert_load and training.schedule, whose imports start Megatron.
-
 
 @dataclass(frozen=True)
 class Experts:
