@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_configs import TINY_HYBRID
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.runtime.errors import QADError
@@ -31,27 +32,8 @@ from exported import (  # noqa: E402  (a helper beside the tests)
 )
 
 INDEX = "model.safetensors.index.json"
-NEMOTRON_H = {
-    "model_type": "nemotron_h",
-    "architectures": ["NemotronHForCausalLM"],
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_hidden_layers": 4,
-    "intermediate_size": 48,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "n_groups": 2,
-    "ssm_state_size": 16,
-    "conv_kernel": 4,
-    "n_routed_experts": 3,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 48,
-    "vocab_size": 40,
-    "dtype": "bfloat16",
-}
+NEMOTRON_H = {k: v for k, v in TINY_HYBRID.items() if k != "hybrid_override_pattern"}
+NEMOTRON_H |= {"model_type": "nemotron_h", "head_dim": 16}
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

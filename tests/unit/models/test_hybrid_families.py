@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_configs import TINY_HYBRID
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from megatron_qad.models.families import family_of
@@ -15,26 +16,6 @@ from megatron_qad.models.families.decilm import ffn_size
 from megatron_qad.runtime import QADError
 
 CONFIGS = Path(__file__).parents[1] / "quantization" / "configs"
-TINY = {
-    "architectures": ["NemotronHForCausalLM"],
-    "hybrid_override_pattern": "ME*-M",
-    "num_hidden_layers": 5,
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 48,
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 16,
-    "n_groups": 2,
-    "ssm_state_size": 16,
-    "conv_kernel": 4,
-    "n_routed_experts": 3,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 16,
-    "moe_shared_expert_intermediate_size": 80,
-}
 BLOCK = {
     "attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
     "ffn": {"ffn_mult": 2.625, "no_op": False, "replace_with_linear": False},
@@ -79,7 +60,7 @@ def on_the_hub(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("changes", [{}, {"moe_latent_size": 24}, {"use_conv_bias": False}])
 def test_nemotron_h_covers_the_model_of_transformers(changes):
-    config = TINY | changes
+    config = TINY_HYBRID | changes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             NemotronHConfig(**{k: v for k, v in config.items() if k != "num_hidden_layers"})
@@ -94,7 +75,7 @@ def test_nemotron_h_covers_the_model_of_transformers(changes):
 
 
 def test_nemotron_h_maps_invert():
-    for tensor in tensors_of(TINY):
+    for tensor in tensors_of(TINY_HYBRID):
         parts = [torch.randn(shape) for shape in tensor.hf_shapes()]
         joined = tensor.to_megatron(parts)
         assert tuple(joined.shape) == tensor.shape
@@ -113,7 +94,7 @@ def test_megatron_names_are_unique_and_say_their_layer():
 
 def test_megatron_names_of_a_hybrid():
     """The names that megatron-core 0.19.2's HybridModel saves (facts file; Mamba components are split from these)."""
-    names = {tensor.megatron: tensor for tensor in tensors_of(TINY)}
+    names = {tensor.megatron: tensor for tensor in tensors_of(TINY_HYBRID)}
     for name in (
         "decoder.layers.0.mixer.in_proj.layer_norm_weight",
         "decoder.layers.0.mixer.conv1d.weight",
@@ -188,7 +169,7 @@ def test_the_inventory_of_many_experts_is_fast():
 
 
 def test_linear_modules_are_linears_and_conv1d():
-    config = TINY
+    config = TINY_HYBRID
     modules = family_of(config).linear_modules(config)
     assert {name for name in modules if ".0." in name and "experts" not in name} == {
         f"backbone.layers.0.mixer.{name}" for name in ("in_proj", "out_proj", "conv1d")
@@ -198,13 +179,13 @@ def test_linear_modules_are_linears_and_conv1d():
 
 
 def test_layers_block_type_says_what_the_pattern_says():
-    listed = {k: v for k, v in TINY.items() if k != "hybrid_override_pattern"}
+    listed = {k: v for k, v in TINY_HYBRID.items() if k != "hybrid_override_pattern"}
     for blocks in (
         ["mamba", "moe", "attention", "mlp", "mamba"],
         ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
     ):
-        assert family_of(TINY).layer_pattern(listed | {"layers_block_type": blocks}) == "ME*-M"
-    assert family_of(TINY).layer_kinds(TINY) == ["mamba", "expert", "attention", "mlp", "mamba"]
+        assert family_of(TINY_HYBRID).layer_pattern(listed | {"layers_block_type": blocks}) == "ME*-M"
+    assert family_of(TINY_HYBRID).layer_kinds(TINY_HYBRID) == ["mamba", "expert", "attention", "mlp", "mamba"]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +202,7 @@ def test_layers_block_type_says_what_the_pattern_says():
 )
 def test_what_nemotron_h_does_not_know_is_refused(changes, named):
     with pytest.raises(QADError, match=named):
-        tensors_of(TINY | changes)
+        tensors_of(TINY_HYBRID | changes)
 
 
 def test_blocks_without_attention_or_mlp_are_left_out():
