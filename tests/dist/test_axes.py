@@ -251,8 +251,8 @@ def test_the_simulator_predicts_a_measured_step(workshop, tmp_path, monkeypatch)
     else runs on the machine delays one rank or the other: of three jobs one must be undisturbed."""
     monkeypatch.syspath_prepend(str(ROOT / "tools"))  # by its own name: in a whole run "tools" is tests/unit/tools
     # Not in the costs: sends, and what runs between passes. Without any overlap a step would take 1.6 times as long.
-    ratios = [_measured_by_predicted(workshop, tmp_path / str(i)) for i in range(3)]
-    assert min(abs(ratio - 1) for ratio in ratios) <= 0.3, ratios
+    ratios = (_measured_by_predicted(workshop, tmp_path / str(i)) for i in range(3))
+    assert any(abs(ratio - 1) <= 0.3 for ratio in ratios)
 
 
 def _measured_by_predicted(workshop, result) -> float:

@@ -139,12 +139,16 @@ def checkpoint_with(tmp_path):
     return make
 
 
-def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(
-    by_null_tokenizer, checkpoint_with, write_jsonl, prepared, sp_model, hf_dir
-):
-    """Without --tokenizer-model, the tokenizer that the teacher's checkpoint carries is what data must come from."""
+@pytest.fixture
+def by_both(write_jsonl, prepared, sp_model, hf_dir):
+    """Prefixes of the same text by the sentencepiece model and by the Hugging Face tokenizer."""
     texts = write_jsonl([{"text": "hello"}] * 3)
-    of_pieces, of_hf = prepared(texts, sp_model, name="sp")[0], prepared(texts, hf_dir, name="hf")[0]
+    return prepared(texts, sp_model, name="sp")[0], prepared(texts, hf_dir, name="hf")[0]
+
+
+def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(by_null_tokenizer, checkpoint_with, by_both, hf_dir):
+    """Without --tokenizer-model, the tokenizer that the teacher's checkpoint carries is what data must come from."""
+    of_pieces, of_hf = by_both
     checkpoint = checkpoint_with(hf_dir)
     check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
     with pytest.raises(QADError, match=r"tokenizer tiny.model .* the model's tokenizer in .*ckpt/hf maps other pieces"):
@@ -162,11 +166,8 @@ def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(
     check(by_null_tokenizer(checkpoint, "--data-path", of_hf, of_pieces))
 
 
-def test_the_same_piece_model_under_another_name(
-    by_null_tokenizer, checkpoint_with, write_jsonl, prepared, sp_model, hf_dir
-):
-    texts = write_jsonl([{"text": "hello"}] * 3)
-    of_pieces, of_hf = prepared(texts, sp_model, name="sp")[0], prepared(texts, hf_dir, name="hf")[0]
+def test_the_same_piece_model_under_another_name(by_null_tokenizer, checkpoint_with, by_both, sp_model):
+    of_pieces, of_hf = by_both
     checkpoint = checkpoint_with(sp_model)
     check(by_null_tokenizer(checkpoint, "--data-path", of_pieces))
     with pytest.raises(QADError, match=r"tokenizer chatml.*ckpt/hf"):

@@ -3,29 +3,18 @@
 import json
 import math
 
-import pytest
-import torch
-
 from megatron_qad.runtime import prepare
 
 prepare()
 
 from megatron_qad.config.run_files import BEST_FILE  # noqa: E402
 from megatron_qad.models.weights import validated_kl  # noqa: E402
+from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
 from megatron_qad.training.best import BestCheckpoints  # noqa: E402
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    if torch.distributed.is_initialized():  # another file's, of one process too
-        yield
-        return
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_a_validation_that_is_not_a_number_is_the_worst(one_process, tmp_path):
+def test_a_validation_that_is_not_a_number_is_the_worst(tmp_path):
+    init_process_group()
     best = BestCheckpoints()
     best.start(tmp_path, 0)
     for iteration, kl in ((100, math.nan), (200, 0.3), (300, 0.1), (400, math.inf)):
