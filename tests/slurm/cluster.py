@@ -128,11 +128,12 @@ class Namespaces:
 
 
 class Cluster(Namespaces):
-    """SLURM in the namespaces; ``environment`` is what its commands need."""
+    """SLURM in the namespaces."""
 
-    def __init__(self, directory: Path):
-        super().__init__(directory)
-        self.environment = {**os.environ, "SLURM_CONF": f"{directory}/slurm.conf"}
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its commands need; asked for after ``up`` has put /usr/sbin on the path."""
+        return {**os.environ, "SLURM_CONF": f"{self.directory}/slurm.conf"}
 
     def up(self) -> None:
         super().up()
