@@ -71,7 +71,13 @@ def stop(place, request, tmp_path):
         environment = {"NPROC_PER_NODE": "1", "PATH": f"{tmp_path}:{place.environment()['PATH']}"}
         command = ("launch/slurm.sbatch", "tests/slurm/stoppable.py", "/no/crash")
         number, log = place.submit(name, *command, **environment), place.log(name)
-        request.addfinalizer(lambda: place.cluster.slurm("scancel", number))
+
+        def cancel():
+            place.cluster.slurm("scancel", number)
+            # Of a job that is cancelled in the queue no script is there to remove the small files.
+            shutil.rmtree(place.directory / f".qad-job-{number}", ignore_errors=True)
+
+        request.addfinalizer(cancel)
         place.cluster.wait(number, lambda _: log.is_file() and log.read_text().count("running\n") == 2, 300, log)
         place.cluster.slurm("scancel", "--signal=TERM", number)
         return place.cluster.wait(number, lambda found: found["JobState"] == state, 60, log), log.read_text()
