@@ -1,5 +1,6 @@
 """What launch/slurm.sbatch makes of signals, crashes and deaths, with a program that starts in no time."""
 
+import re
 import shutil
 import time
 
@@ -54,7 +55,8 @@ def test_crashes_are_counted(place, job):
     assert text.count(" cores\n") == 2 and "on 1 cores" not in text, text
     crash.touch()
     place.cluster.wait(number, lambda state: state["JobState"] == "PENDING", 300, log)
-    assert "crash 1, with status 1, after training had begun; job" in log.read_text()
+    # srun's status is its tasks' highest: the crash's 1, or 255 where the other node's torchrun was killed in time.
+    assert re.search("crash 1, with status (1|255), after training had begun; job", log.read_text())
     place.cluster.wait(number, lambda state: state["JobState"] == "FAILED", 300)
     assert "crash 2, more than QAD_MAX_CRASHES" in log.read_text()
 
