@@ -4,13 +4,19 @@ The conversation is rendered once by the tokenizer's chat template and tokenized
 assistant wrote is found as character ranges of the rendered text, in one of two ways:
 
 - the template marks it with ``{% generation %}``: those ranges;
-- otherwise by difference: what message i adds to the rendering of the messages before it, opened for generation.
+- otherwise by difference: what message i adds to the rendering of the messages before it, opened for generation. A
+  reasoning model's template may open with ``<think>`` where the message then has none: what both share is the prompt.
+
+Arguments of tool calls that are JSON text, as OpenAI's interface has them, are parsed first, because templates render
+mappings; servers do the same.
 
 Left out: tokenizers without character offsets (the slow ones) and sentencepiece models, which have no chat template.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from os.path import commonprefix
 
 import jinja2
 
@@ -41,6 +47,7 @@ def encode_chat(hf_tokenizer, messages: list[dict], tools: list | None = None) -
     """
     if not any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages):
         raise BadDocument("no message has the role 'assistant', so no token would count")
+    messages = [_with_parsed_arguments(message) for message in messages]
     template = hf_tokenizer.get_chat_template(tools=tools)
     tagged = _GENERATION_TAG.search(template) is not None
     if tagged:
@@ -102,7 +109,8 @@ def _assistant_spans(hf_tokenizer, template: str, messages, tools, text: str) ->
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = _render(hf_tokenizer, template, messages[:i], tools, prompt=True)
+        before = _render(hf_tokenizer, template, messages[:i], tools)
+        opened = _render(hf_tokenizer, template, messages[:i], tools, prompt=True)
         through = _render(hf_tokenizer, template, messages[: i + 1], tools)
         for part, what in ((before, "before"), (through, "through")):
             if not text.startswith(part):
@@ -110,10 +118,32 @@ def _assistant_spans(hf_tokenizer, template: str, messages, tools, text: str) ->
                     f"the chat template renders the messages {what} message {i} differently once later messages "
                     "follow, so the assistant's tokens cannot be told apart; a template with {% generation %} can"
                 )
-        if len(before) > len(through):
+        prompt = commonprefix([opened, text])
+        if len(prompt) == len(before) < len(opened):
+            raise BadDocument(f"the chat template opens message {i} otherwise than it renders it")
+        if len(prompt) > len(through):
             raise BadDocument(f"message {i} renders to nothing after the generation prompt")
-        spans.append((len(before), len(through)))
+        spans.append((len(prompt), len(through)))
     return spans
+
+
+def _with_parsed_arguments(message):
+    """The message, with mappings for the arguments of tool calls that are JSON text."""
+    if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
+        return message
+    return message | {"tool_calls": [_parsed_call(call) for call in message["tool_calls"]]}
+
+
+def _parsed_call(call):
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except ValueError as error:
+        raise BadDocument(f"the arguments of a call of {function.get('name')!r} are no JSON: {error}") from error
+    return call | {"function": function | {"arguments": parsed}}
 
 
 def _stop_at_eos(ids: list[int], mask: list[int], eos: int) -> None:

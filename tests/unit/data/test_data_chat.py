@@ -106,6 +106,62 @@ def test_a_template_that_rewrites_history_is_a_bad_document(make_hf_dir):
         tokenizer.encode_chat(turn + turn)
 
 
+def test_a_prompt_that_opens_a_thought_ends_where_the_message_leaves_it(make_hf_dir):
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    # Like Nemotron 3 Nano's: the prompt begins a thought; a message without one is rendered with an empty one.
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and '<think>' not in m.content %}<think></think>{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = load_tokenizer(make_hf_dir(template))
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "<think>\nhm</think>So."},
+    ]
+    ids, mask = tokenizer.encode_chat(chat)
+    assert counted_runs(tokenizer, ids, mask) == ["</think>Yes.<|im_end|>", "hm</think>So.<|im_end|>"]
+
+
+def test_a_prompt_of_another_header_is_a_bad_document(make_hf_dir):
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    tokenizer = load_tokenizer(make_hf_dir(template))
+    with pytest.raises(BadDocument, match="opens message 2 otherwise than it renders it"):
+        tokenizer.encode_chat(CHAT)
+
+
+def test_arguments_of_tool_calls_are_rendered_alike_as_text_and_as_mappings(make_hf_dir):
+    from megatron_qad.data.tokenizer import load_tokenizer
+
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}("
+        "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v | tojson }};{% endfor %}){% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = load_tokenizer(make_hf_dir(template))
+
+    def encoded(*arguments):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": a}} for a in arguments]
+        answer = {"role": "assistant", "content": "", "tool_calls": calls}
+        return tokenizer.encode_chat([{"role": "user", "content": "Hi"}, answer])
+
+    ids, mask = encoded('{"a": 1, "b": "x"}', "")
+    assert counted_runs(tokenizer, ids, mask) == ['f(a=1;b="x";)f()<|im_end|>']
+    assert (ids, mask) == encoded({"a": 1, "b": "x"}, {})
+    with pytest.raises(BadDocument, match="arguments of a call of 'f' are no JSON"):
+        encoded('{"a": ')
+
+
 def test_a_chat_without_an_assistant_is_a_bad_document(hf_tokenizer):
     with pytest.raises(BadDocument, match="no message has the role 'assistant'"):
         hf_tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
