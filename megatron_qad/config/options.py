@@ -31,8 +31,11 @@ class QADOptions:
     qad_policy: str = "nvfp4-all-linear"
     """Quantization policy: a shipped one's name or a YAML file. 'bf16' turns quantization off."""
 
-    qad_rule: list[str] = field(default_factory=list, metadata={"argparse_meta": {"type": str, "nargs": "+"}})
-    """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins."""
+    qad_rule: list[str] = field(
+        default_factory=list, metadata={"argparse_meta": {"type": str, "nargs": "+", "action": "extend"}}
+    )
+    """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins.
+    Given again, here or in --config, it adds more."""
 
     qad_weight_scale_rule: str = "max"
     """How the block scales of NVFP4 weights are chosen: 'max' (the block's largest value becomes 6), 'four_over_six' (6

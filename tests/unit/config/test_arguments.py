@@ -1,5 +1,6 @@
 """What arguments check before Megatron sees them: stages, tensor-parallel sizes, the vocabularies of the two models."""
 
+import argparse
 import json
 
 import pytest
@@ -8,7 +9,8 @@ from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
-from megatron_qad.training.arguments import parse_arguments, read_hf_config  # noqa: E402
+from megatron_qad.config.yaml_file import expand  # noqa: E402
+from megatron_qad.training.arguments import add_qad_arguments, parse_arguments, read_hf_config  # noqa: E402
 from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
 
@@ -152,3 +154,12 @@ def test_a_local_tokenizer_passes(checkpoint, tmp_path):
     local = checkpoint("teacher", {"a": 0, "b": 1})
     with pytest.raises(QADError, match="needs --qad-teacher"):
         parse_arguments(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{local}/hf"])
+
+
+def test_rules_of_file_and_flags_add_up(tmp_path):
+    (tmp_path / "job.yaml").write_text("qad-rule: [head=nvfp4, attention=fp8]\n")
+    flags = ["--qad-rule", "mlp=fp8", "--config", f"{tmp_path}/job.yaml", "--qad-rule", "head=bf16"]
+    parser = add_qad_arguments(argparse.ArgumentParser())
+    rules = parser.parse_args(expand(flags, parser)).qad_rule
+    assert rules == ["head=nvfp4", "attention=fp8", "mlp=fp8", "head=bf16"]
+    assert parser.parse_args([]).qad_rule == []
