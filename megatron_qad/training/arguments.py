@@ -122,6 +122,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check_hidden_losses(args, loss, shapes)
     settle_outputs(args, loss, shapes["the teacher"]["hidden-size"] if teacher_config else None)
     checkpoints.check_options(args)
+    check_skipped(args)
     return args
 
 
@@ -200,6 +201,19 @@ def check_step(args: argparse.Namespace) -> None:
     for flag, (is_set, why) in refused.items():
         if is_set:
             raise QADError(f"{flag} is not supported: {why}. Leave it out")
+
+
+def check_skipped(args: argparse.Namespace) -> None:
+    """Refuse to leave out a step whose data calibration has read ahead: Megatron would leave out what comes next."""
+    skipped = set(args.iterations_to_skip or ())
+    calibrates_at = next(step for step in range(1, len(skipped) + 2) if step not in skipped)
+    last = calibrates_at + math.ceil(args.qad.qad_calibration_samples / args.global_batch_size)
+    read_ahead = sorted(step for step in skipped if calibrates_at < step <= last)
+    if read_ahead and args.load is None:
+        raise QADError(
+            f"--iterations-to-skip {read_ahead[0]}: the data of steps up to {last} is read ahead for calibration. Skip "
+            "later steps, or calibrate on fewer samples (--qad-calibration-samples)"
+        )
 
 
 def shape_in_layout(hf_config: dict, args: argparse.Namespace, virtual_stages: int) -> dict:

@@ -10,7 +10,12 @@ from megatron_qad.runtime import QADError, prepare
 prepare()
 
 from megatron_qad.config.yaml_file import expand  # noqa: E402
-from megatron_qad.training.arguments import add_qad_arguments, parse_arguments, read_hf_config  # noqa: E402
+from megatron_qad.training.arguments import (  # noqa: E402
+    add_qad_arguments,
+    check_skipped,
+    parse_arguments,
+    read_hf_config,
+)
 from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
 
@@ -163,3 +168,15 @@ def test_rules_of_file_and_flags_add_up(tmp_path):
     rules = parser.parse_args(expand(flags, parser)).qad_rule
     assert rules == ["head=nvfp4", "attention=fp8", "mlp=fp8", "head=bf16"]
     assert parser.parse_args([]).qad_rule == []
+
+
+@pytest.mark.parametrize("skipped, refused", [([], None), ([1], None), ([7], None), ([3], 3), ([1, 7], 7), ([5, 9], 5)])
+def test_steps_whose_data_calibration_reads_are_not_skipped(skipped, refused):
+    args = argparse.Namespace(iterations_to_skip=skipped, load=None, global_batch_size=8)
+    args.qad = argparse.Namespace(qad_calibration_samples=36)  # five steps' data, with the next one's to be sure
+    if refused is None:
+        return check_skipped(args)
+    with pytest.raises(QADError, match=rf"--iterations-to-skip {refused}: "):
+        check_skipped(args)
+    args.load = "a checkpoint with calibrated quantizers"
+    check_skipped(args)
