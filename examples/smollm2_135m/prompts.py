@@ -1,6 +1,7 @@
 """The user prompts that SmolLM2 answers to make its own training text: every task with every topic.
 
-Held-out topics appear in no training prompt. ``python prompts.py DIR`` writes DIR/train.txt and DIR/heldout.txt.
+Held-out topics appear in no training prompt. ``python prompts.py DIR`` writes train-1.txt, train-2.txt and heldout.txt
+there.
 """
 
 import sys
@@ -33,6 +34,38 @@ TRAIN_TOPICS = (
     "bicycle repair",
     "bees",
     "public libraries",
+    "black holes",
+    "learning the guitar",
+    "recycling",
+    "the Roman Empire",
+    "home insurance",
+    "dogs",
+    "coral reefs",
+    "public speaking",
+    "coffee",
+    "fractions",
+    "long-distance running",
+    "mushrooms",
+    "the printing press",
+    "job interviews",
+    "earthquakes",
+    "spreadsheets",
+    "photography",
+    "vaccines",
+    "train travel",
+    "knitting",
+    "the stock market",
+    "whales",
+    "time zones",
+    "gardening in winter",
+    "robots",
+    "making friends",
+    "soccer",
+    "sourdough",
+    "maps",
+    "the human heart",
+    "renewable energy",
+    "password safety",
 )
 HELDOUT_TOPICS = ("lighthouses", "growing tomatoes")
 
@@ -40,7 +73,9 @@ HELDOUT_TOPICS = ("lighthouses", "growing tomatoes")
 def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    for name, topics in (("train", TRAIN_TOPICS), ("heldout", HELDOUT_TOPICS)):
+    # The training prompts in two halves: two processes answer them.
+    parts = (("train-1", TRAIN_TOPICS[::2]), ("train-2", TRAIN_TOPICS[1::2]), ("heldout", HELDOUT_TOPICS))
+    for name, topics in parts:
         prompts = [task.format(topic) for topic in topics for task in TASKS]
         (directory / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
