@@ -31,6 +31,7 @@ def install(job_dir: str | None) -> None:
 def _end_data_workers() -> None:
     """Megatron lets data workers ignore SIGTERM, too. When a rank fails, multiprocessing sends it to them and waits for
     them, for ever; all other ranks wait for this one."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each that is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 

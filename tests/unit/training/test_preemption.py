@@ -1,0 +1,21 @@
+"""A process whose data workers are still there ends without an error."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+from megatron_qad.runtime import prepare
+prepare()
+from torch.utils.data import DataLoader
+from megatron_qad.training import preemption
+preemption.install(None)
+batches = iter(DataLoader(list(range(1000)), num_workers=1))
+next(batches)
+"""
+
+
+def test_data_workers_that_are_left_end_with_the_process_and_say_nothing():
+    # torch's handler would raise in whatever Python code runs next.
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
