@@ -109,22 +109,27 @@ def _assistant_spans(hf_tokenizer, template: str, messages, tools, text: str) ->
     for i, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = _render(hf_tokenizer, template, messages[:i], tools)
         opened = _render(hf_tokenizer, template, messages[:i], tools, prompt=True)
         through = _render(hf_tokenizer, template, messages[: i + 1], tools)
-        for part, what in ((before, "before"), (through, "through")):
-            if not text.startswith(part):
-                raise BadDocument(
-                    f"the chat template renders the messages {what} message {i} differently once later messages "
-                    "follow, so the assistant's tokens cannot be told apart; a template with {% generation %} can"
-                )
-        prompt = commonprefix([opened, text])
-        if len(prompt) == len(before) < len(opened):
-            raise BadDocument(f"the chat template opens message {i} otherwise than it renders it")
-        if len(prompt) > len(through):
+        if not text.startswith(opened):
+            before = _render(hf_tokenizer, template, messages[:i], tools)
+            _check_beginning(text, before, f"before message {i}")
+            opened = commonprefix([opened, text])
+            if len(opened) <= len(before):
+                raise BadDocument(f"the chat template opens message {i} otherwise than it renders it")
+        _check_beginning(text, through, f"through message {i}")
+        if len(opened) > len(through):
             raise BadDocument(f"message {i} renders to nothing after the generation prompt")
-        spans.append((len(prompt), len(through)))
+        spans.append((len(opened), len(through)))
     return spans
+
+
+def _check_beginning(text: str, part: str, which: str) -> None:
+    if not text.startswith(part):
+        raise BadDocument(
+            f"the chat template renders the messages {which} differently once later messages follow, so the "
+            "assistant's tokens cannot be told apart; a template with {% generation %} can"
+        )
 
 
 def _with_parsed_arguments(message):
