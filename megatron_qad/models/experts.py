@@ -6,12 +6,15 @@ is an MLP of its own, whose input has an amax of its own.
 """
 
 from functools import partial
+from unittest.mock import patch
 
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+
+from megatron_qad.models.local_layers import DuplicatedLinear
 
 
 class Router(TopKRouter):
@@ -45,12 +48,22 @@ class Experts(SequentialMLP):
         return super().sharded_state_dict(prefix, sharded_offsets, {**(metadata or {}), "singleton_local_shards": True})
 
 
-def moe_mlp(column_parallel_linear: type, row_parallel_linear: type, *, trains_router: bool) -> partial:
-    """What a layer of experts builds as its MLP, of these linears."""
+class LocalMoELayer(moe_layer.MoELayer):
+    """``MoELayer`` without Transformer Engine: the projections into and out of the narrower space that experts may work
+    in (``moe_latent_size``) are torch's."""
+
+    def __init__(self, *args, **kwargs):
+        # Upstream's constructor takes them from these names of its module, and nowhere else.
+        with patch.multiple(moe_layer, HAVE_TE=True, TELinear=DuplicatedLinear):
+            super().__init__(*args, **kwargs)
+
+
+def moe_mlp(layer: type, column_parallel_linear: type, row_parallel_linear: type, *, trains_router: bool) -> partial:
+    """What a layer of experts builds as its MLP: ``layer``, a ``MoELayer``, of these linears."""
     linears = MLPSubmodules(linear_fc1=column_parallel_linear, linear_fc2=row_parallel_linear)
     return partial(
-        MoELayer,
-        submodules=MoESubmodules(
+        layer,
+        submodules=moe_layer.MoESubmodules(
             router=partial(Router, is_frozen=not trains_router),
             experts=partial(Experts, submodules=linears),
             shared_experts=partial(SharedExpertMLP, submodules=linears),

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import (
     MoETransformerLayer,
@@ -24,7 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_qad.models.attention import CoreAttention
-from megatron_qad.models.experts import moe_mlp
+from megatron_qad.models.experts import LocalMoELayer, moe_mlp
 from megatron_qad.models.local_layers import LocalHybridStack, RMSNorm
 
 LAYER_SPECS = ("te", "local")
@@ -56,7 +57,7 @@ def _te_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
 
     layers = upstream.submodules
     # Upstream's experts are one grouped GEMM, whose inputs share a quantizer.
-    mlp = moe_mlp(TEColumnParallelLinear, TERowParallelLinear, trains_router=trains_router)
+    mlp = moe_mlp(MoELayer, TEColumnParallelLinear, TERowParallelLinear, trains_router=trains_router)
     changed = {"moe_layer": _with_submodules(layers.moe_layer, mlp=mlp)}
     if qk_layernorm:  # upstream's attention has no QK norm
         attention = layers.attention_layer.submodules.self_attention
@@ -118,7 +119,7 @@ def _local_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
         module=MoETransformerLayer,
         submodules=TransformerLayerSubmodules(
             pre_mlp_layernorm=RMSNorm,
-            mlp=moe_mlp(ColumnParallelLinear, RowParallelLinear, trains_router=trains_router),
+            mlp=moe_mlp(LocalMoELayer, ColumnParallelLinear, RowParallelLinear, trains_router=trains_router),
             mlp_bda=get_bias_dropout_add,
         ),
     )

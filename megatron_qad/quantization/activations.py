@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import modelopt.torch.quantization as mtq
 import torch
-from modelopt.torch.quantization.nn import TensorQuantizer, register_quant_backend
+from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer, register_quant_backend
+from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
 
 from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
@@ -101,6 +102,7 @@ class ActivationQuantizers:
         self._calibrated = False
         for chunk in chunks:
             register_core_attentions(chunk)
+            _register_latent_projections(chunk)
             mtq.replace_quant_module(chunk)
             for module in chunk.modules():
                 if isinstance(module, TensorQuantizer):
@@ -238,6 +240,14 @@ def _check_finite(amaxes: dict[str, float]) -> None:
                 f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
                 "Look for NaN in the weights before it"
             )
+
+
+def _register_latent_projections(chunk: torch.nn.Module) -> None:
+    """Let modelopt quantize the local layer spec's projections around experts; it knows Transformer Engine's."""
+    for name, module in chunk.named_modules():
+        if name.endswith("_latent_proj") and type(module) not in QuantModuleRegistry:
+            key = f"megatron_{type(module).__name__}"
+            QuantModuleRegistry.register({type(module): key})(type(f"Quant{key}", (QuantLinearConvBase,), {}))
 
 
 def _quantize_int4_weight(name: str, module: torch.nn.Module) -> None:

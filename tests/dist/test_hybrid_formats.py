@@ -217,6 +217,33 @@ def test_transformers_computes_the_students_weight_only_logits(workshop, tmp_pat
         assert (found["error"] <= 1e-4) == quantizes
 
 
+def test_projections_around_experts_are_quantized(workshop, tmp_path):
+    """moe_latent_size at TP2 x EP2: the two linears into and out of the experts' space train on the grid, their inputs
+    quantized, and are in the file like any other."""
+    config = CONFIG | {"moe_latent_size": 32, "torch_dtype": "bfloat16"}
+    source = tiny_job.write_hf(tmp_path / "hf", config, dtype=torch.bfloat16)
+    arguments = {"models": [(str(source), str(tmp_path / "imported"), "bfloat16")]}
+    workshop.server.run("training_jobs:import_checkpoints", 1, arguments)
+    model = ["--qad-teacher", str(tmp_path / "imported"), "--qad-student", str(tmp_path / "imported")]
+    flags = [*BF16, *TP2EP2, *POLICY, *model, "--save", str(tmp_path / "run"), "--lr", "1e-2"]
+    steps, _ = workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), 4)
+    stored = export(workshop, tmp_path / "run", tmp_path / "out")
+    report = validate_nvfp4(tmp_path / "out")
+    assert not report.faults, report.faults[:5]
+    given = load_file(source / "model.safetensors")
+    for i in (1, 3, 6, 7):
+        for name, outputs, inputs in (("fc1_latent_proj", 32, 64), ("fc2_latent_proj", 64, 32)):
+            weight = f"backbone.layers.{i}.mixer.{name}.weight"
+            packed, scale = stored[weight], stored[f"{weight}_scale"]
+            assert packed.shape == (outputs, inputs // 2)
+            assert stored[weight.replace("weight", "input_scale")] > 0
+            learnt = nvfp4.dequantize(packed, scale, stored[f"{weight}_scale_2"], torch.bfloat16)
+            untrained_scale = nvfp4.global_scale_from_amax(given[weight].abs().amax().float())
+            assert not torch.equal(learnt, nvfp4.fake_quant(given[weight], untrained_scale))
+            on_grid = steps[1]["on_grid"][f"decoder.layers.{i}.mlp.{name}.weight"].reshape(-1, 16).sort(-1).values
+            assert bool((on_grid.diff(dim=-1) == 0).any(-1).all())
+
+
 def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
     """Bits, names and exclusion; the run says that they are not trained."""
     source = tmp_path / "hf"

@@ -64,6 +64,7 @@ def _pattern(symbols: str, **changes) -> dict:
 
 WHOLE = {
     "nemotron-h": NEMOTRON_H,
+    "nemotron-h, latent experts": _pattern("ME*E", moe_latent_size=32),
     "nemotron-h dense": _pattern("M-M*-M-"),
     "qwen3-moe": QWEN3_MOE,
 }

@@ -11,9 +11,14 @@ from launch import run_workers
 
 HERE = Path(__file__).parent
 CASES = ("llama-tied", "llama3-rope", "qwen2", "qwen3")
-# Linears, and linears with a quantized input: a Mamba layer has 2, attention 2, an MLP 2, a layer of experts 2 each.
-HYBRIDS = {"nemotron-h": 2 * 2 + 2 + 2 + 2 * (8 + 1) * 2, "qwen3-moe": 2 * (2 + 8 * 2)}
-ATTENTIONS = {"nemotron-h": 1, "qwen3-moe": 2}
+# Linears, and linears with a quantized input: a Mamba layer has 2, attention 2, an MLP 2, a layer of experts 2 each and
+# perhaps 2 around them.
+HYBRIDS = {
+    "nemotron-h": 2 * 2 + 2 + 2 + 2 * (8 + 1) * 2,
+    "nemotron-h, latent experts": 2 + 2 + 2 * ((8 + 1) * 2 + 2),
+    "qwen3-moe": 2 * (2 + 8 * 2),
+}
+ATTENTIONS = {"nemotron-h": 1, "nemotron-h, latent experts": 1, "qwen3-moe": 2}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
