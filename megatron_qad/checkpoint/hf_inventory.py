@@ -131,6 +131,51 @@ def _qwen3_moe(config: dict[str, Any]) -> Inventory:
     return model
 
 
+def _nemotron_nas(config: dict[str, Any]) -> Inventory:
+    """Llama blocks after an architecture search: attention or MLP missing, one square linear, or of its own width."""
+    hidden, heads, blocks = _number(config, "hidden_size"), _number(config, "num_attention_heads"), []
+    if isinstance(config.get("block_configs"), list):
+        blocks = [block for block in config["block_configs"] if isinstance(block, dict)]
+    if len(blocks) != _number(config, "num_hidden_layers"):
+        raise QADError(f"config.json: block_configs describes {len(blocks)} blocks, expected num_hidden_layers")
+    # Every block as if it were whole, then those parts replaced that are not.
+    model = _llama(config | {"num_key_value_heads": heads, "intermediate_size": 1})
+    for index, block in enumerate(blocks):
+        layer = f"model.layers.{index}"
+        for part, norm, module, square in (
+            ("attention", "input_layernorm", "self_attn", "linear_attn"),
+            ("ffn", "post_attention_layernorm", "mlp", "linear_mlp"),
+        ):
+            entry, prefix = block.get(part) or {}, f"{layer}.{module}."
+            is_plain = not entry.get("no_op") and not entry.get("replace_with_linear")
+            if is_plain and part == "attention":
+                rows = heads // _number(entry, "n_heads_in_group") * _number(config, "head_dim", hidden // heads)
+                model.linears |= {f"{prefix}k_proj": (rows, hidden), f"{prefix}v_proj": (rows, hidden)}
+            elif is_plain:
+                width = _nas_width(entry, hidden)
+                model.linears |= {f"{prefix}{name}_proj": (width, hidden) for name in ("gate", "up")}
+                model.linears[f"{prefix}down_proj"] = (hidden, width)
+            else:
+                for name in [name for name in model.linears if name.startswith(prefix)]:
+                    del model.linears[name]
+                model.fused = [group for group in model.fused if not group[0].startswith(prefix)]
+                model.attentions = [pair for pair in model.attentions if not pair[0].startswith(prefix)]
+                if entry.get("no_op"):
+                    del model.tensors[f"{layer}.{norm}.weight"]
+                else:
+                    model.linears[f"{prefix}{square}"] = (hidden, hidden)
+    return model
+
+
+def _nas_width(ffn: dict, hidden: int) -> int:
+    if ffn.get("intermediate_size") is not None:
+        return _number(ffn, "intermediate_size")
+    factor = ffn.get("ffn_mult")
+    if not isinstance(factor, int | float) or factor <= 0:
+        raise QADError(f"config.json: an entry of block_configs has ffn_mult {factor!r}, expected a positive number.")
+    return (int(2 * factor * hidden / 3) + 255) // 256 * 256
+
+
 def _nemotron_h(config: dict[str, Any]) -> Inventory:
     """One mixer a layer, by the pattern: Mamba-2, attention, MLP or experts. The hub's names."""
     hidden, vocab = _number(config, "hidden_size"), _number(config, "vocab_size")
@@ -206,6 +251,7 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], Inventory]] = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "nemotron_h": _nemotron_h,
+    "nemotron-nas": _nemotron_nas,
 }
 
 

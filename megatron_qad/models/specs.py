@@ -5,6 +5,7 @@ Both write and read the same checkpoints: the local spec maps its separate norms
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_qad.models.attention import CoreAttention
 from megatron_qad.models.experts import LocalMoELayer, moe_mlp
 from megatron_qad.models.local_layers import LocalHybridStack, RMSNorm
+from megatron_qad.models.sized_mlp import SizedMLPLayer
 
 LAYER_SPECS = ("te", "local")
 
@@ -38,17 +40,22 @@ _NORMS_AS_TE_NAMES_THEM = {
 _MAMBA_NORM_AS_TE_NAMES_IT = {"norm.": "mixer.in_proj.layer_norm_"}
 
 
-def hybrid_stack_spec(layer_spec: str, *, qk_layernorm: bool, trains_router: bool = False) -> ModuleSpec:
+def hybrid_stack_spec(
+    layer_spec: str, *, qk_layernorm: bool, trains_router: bool = False, mlp_widths: Sequence[int] | None = None
+) -> ModuleSpec:
     """The stack of one model.
 
     Args:
         layer_spec: "te" or "local" (``runtime.capabilities().layer_spec`` says which fits this machine).
         qk_layernorm: whether attention normalizes each head's query and key (Qwen3).
         trains_router: whether the routers of expert layers learn.
+        mlp_widths: inner width of the MLP of every layer of the whole model; None: the config's.
     """
-    if layer_spec == "te":
-        return _te_spec(qk_layernorm, trains_router)
-    return _local_spec(qk_layernorm, trains_router)
+    spec = (_te_spec if layer_spec == "te" else _local_spec)(qk_layernorm, trains_router)
+    if mlp_widths is None:
+        return spec
+    mlp_layer = dataclasses.replace(spec.submodules.mlp_layer, module=SizedMLPLayer, params={"widths": mlp_widths})
+    return _with_submodules(spec, mlp_layer=mlp_layer)
 
 
 def _te_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:

@@ -83,6 +83,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         check_same_vocabulary(student, hf_config, options.qad_teacher, teacher_config)
     models = {"the student": hf_config} | ({"the teacher": teacher_config} if teacher_config is not None else {})
     shapes = {who: family_of(config).megatron_args(config) for who, config in models.items()}
+    for who, config in models.items():
+        shapes[who]["mlp-widths"] = family_of(config).mlp_widths(config)
     if options.qad_ptq:
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
@@ -288,10 +290,14 @@ def model_config(args: argparse.Namespace, hf_config: dict) -> QADModelConfig:
     """The ``HybridModelConfig`` of a model in this job's parallel layout."""
     config = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
     layer_spec = args.qad.qad_layer_spec or capabilities().layer_spec
+    family = family_of(hf_config)
     config.hybrid_stack_spec = hybrid_stack_spec(
-        layer_spec, qk_layernorm=config.transformer.qk_layernorm, trains_router=args.qad.qad_train_router
+        layer_spec,
+        qk_layernorm=config.transformer.qk_layernorm,
+        trains_router=args.qad.qad_train_router,
+        mlp_widths=family.mlp_widths(hf_config),
     )
-    config.rope_scaling = family_of(hf_config).rope_scaling(hf_config)
+    config.rope_scaling = family.rope_scaling(hf_config)
     return config
 
 

@@ -6,6 +6,7 @@ would work for this model on these ranks.
 
 import argparse
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping
 
@@ -63,7 +64,8 @@ def possible_tensor_parallel(shape: Mapping) -> tuple[dict[str, int], list[int]]
             "the 16-element blocks of the attention output": shape["num-attention-heads"] * shape["kv-channels"] // 16,
         }
     if "-" in pattern:
-        parts["the 16-element blocks of the MLP"] = shape["ffn-hidden-size"] // 16
+        widths = shape.get("mlp-widths") or [shape["ffn-hidden-size"]]
+        parts["the 16-element blocks of the MLP"] = math.gcd(*widths) // 16
     if "M" in pattern:
         parts |= {
             "the Mamba heads": shape["mamba-num-heads"],
@@ -97,7 +99,8 @@ def check_layout(args: argparse.Namespace, shapes: Mapping[str, Mapping]) -> Non
 
     Args:
         args: parsed, not yet validated.
-        shapes: Megatron options of each model ("the student", "the teacher") with its pattern uncut.
+        shapes: Megatron options of each model ("the student", "the teacher") with its pattern uncut; "mlp-widths" are
+            the inner widths of its layers' MLPs, if they differ.
 
     Raises:
         QADError: what does not fit, and layouts that do.

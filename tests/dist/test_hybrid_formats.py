@@ -244,6 +244,35 @@ def test_projections_around_experts_are_quantized(workshop, tmp_path):
             assert bool((on_grid.diff(dim=-1) == 0).any(-1).all())
 
 
+def test_a_searched_llama_in_nvfp4(workshop, tmp_path):
+    """Blocks of other widths, or without attention or MLP, at TP2 and PP2: trained, exported in both layouts, valid,
+    with the same bits."""
+    source = tiny_job.write_hf(
+        tmp_path / "hf", tiny_hybrids.NEMOTRON_NAS | {"torch_dtype": "bfloat16"}, dtype=torch.bfloat16
+    )
+    arguments = {"models": [(str(source), str(tmp_path / "imported"), "bfloat16")]}
+    workshop.server.run("training_jobs:import_checkpoints", 1, arguments)
+    model = ["--qad-teacher", str(tmp_path / "imported"), "--qad-student", str(tmp_path / "imported")]
+    flags = [*BF16, *model, "--qad-policy", "llama-nemotron-super-49b", "--save", str(tmp_path / "run"), "--lr", "1e-2"]
+    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    steps, _ = workshop.train(workshop.argv(*flags, *layout, kind="bf16", num_steps=2), 4)
+    assert steps[0]["loss"]["kl loss"] > 0
+    outputs = {layout: str(tmp_path / layout) for layout in ("modelopt", "compressed-tensors")}
+    workshop.server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(tmp_path / "run"), "outputs": outputs})
+    codes = []
+    for layout, output in outputs.items():
+        report = validate_nvfp4(output)
+        assert not report.faults, (layout, report.faults[:5])
+        assert len(report.quantized) == 3 * 4 + 4 * 3  # attention in three blocks, MLPs in four
+        stored = load_file(f"{output}/model.safetensors")
+        ending = ".weight_packed" if layout == "compressed-tensors" else ".weight"
+        codes.append({name.removesuffix(ending): t for name, t in stored.items() if t.dtype == torch.uint8})
+    assert codes[0].keys() == codes[1].keys()
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+    assert codes[0]["model.layers.1.mlp.up_proj"].shape == (512, 32)
+    assert codes[0]["model.layers.3.mlp.up_proj"].shape == (256, 32)
+
+
 def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
     """Bits, names and exclusion; the run says that they are not trained."""
     source = tmp_path / "hf"

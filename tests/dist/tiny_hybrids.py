@@ -1,13 +1,15 @@
-"""Tiny Nemotron-H and Qwen3-MoE models under the hub's names, and transformers' models of the same files.
+"""Tiny Nemotron-H, Qwen3-MoE and Nemotron-NAS models under the hub's names, and transformers' models of the same files.
 
 Every layer kind stands alone once, and together in whole patterns. Sizes are such that two tensor-parallel ranks have
 whole heads, groups and 16-element blocks each, and four expert-parallel ranks an expert or more.
 """
 
+import json
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tiny_job import LLAMA
 
 from megatron_qad.models.families import family_of
@@ -56,6 +58,25 @@ QWEN3_MOE = LLAMA | {
     "torch_dtype": "float32",
     "max_position_embeddings": 512,
 }
+NEMOTRON_NAS = LLAMA | {
+    "architectures": ["DeciLMForCausalLM"],
+    "model_type": "nemotron-nas",
+    "num_hidden_layers": 5,
+    "num_key_value_heads": None,
+    "intermediate_size": None,
+    "block_configs": [
+        {"attention": {"n_heads_in_group": group, "no_op": group is None}, "ffn": ffn}
+        for group, ffn in (
+            (2, {"ffn_mult": 1.0}),
+            (None, {"ffn_mult": 8.0}),
+            (2, {"ffn_mult": None, "no_op": True}),
+            (None, {"ffn_mult": 1.0}),
+            (2, {"ffn_mult": 8.0}),
+        )
+    ],
+    "torch_dtype": "float32",
+    "max_position_embeddings": 512,
+}
 
 
 def _pattern(symbols: str, **changes) -> dict:
@@ -67,6 +88,7 @@ WHOLE = {
     "nemotron-h, latent experts": _pattern("ME*E", moe_latent_size=32),
     "nemotron-h dense": _pattern("M-M*-M-"),
     "qwen3-moe": QWEN3_MOE,
+    "nemotron-nas": NEMOTRON_NAS,
 }
 CASES = WHOLE | {
     "mamba": _pattern("M"),
@@ -88,12 +110,45 @@ def has_experts(case: str) -> bool:
 
 def by_transformers(directory: str | Path) -> transformers.PreTrainedModel:
     """transformers' model of a directory with the hub's names; it must know all of them and need no other."""
+    config = json.loads((Path(directory) / "config.json").read_text())
+    if config["model_type"] == "nemotron-nas":
+        return _searched_llama(config, load_file(Path(directory) / "model.safetensors"))
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
     left = {what: list(names) for what, names in info.items() if names}
     assert not left, left
     return model.eval()
+
+
+class _Nothing(torch.nn.Module):
+    """In the place of a part that a block does not have: it adds zero to the residual."""
+
+    def __init__(self, returns_weights: bool):
+        super().__init__()
+        self.returns_weights = returns_weights
+
+    def forward(self, hidden_states, **kwargs):
+        zero = torch.zeros_like(hidden_states)
+        return (zero, None) if self.returns_weights else zero
+
+
+def _searched_llama(config: dict, tensors: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:
+    """The hub's model comes with code of its own; this is transformers' Llama with other MLPs, and parts taken out."""
+    blocks = config["block_configs"]
+    of_llama = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    of_llama |= {"num_key_value_heads": config["num_attention_heads"] // 2, "intermediate_size": 256}
+    settings = transformers.LlamaConfig(**of_llama, attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(settings)
+    for block, layer in zip(blocks, model.model.layers, strict=True):
+        if block["attention"].get("no_op"):
+            layer.input_layernorm, layer.self_attn = torch.nn.Identity(), _Nothing(returns_weights=True)
+        if block["ffn"].get("no_op"):
+            layer.post_attention_layernorm, layer.mlp = torch.nn.Identity(), _Nothing(returns_weights=False)
+        elif block["ffn"]["ffn_mult"] == 8.0:  # two thirds of 8 * 64 is 341, the next multiple of 256 is 512
+            layer.mlp = type(layer.mlp)(transformers.LlamaConfig(**of_llama | {"intermediate_size": 512}))
+    model.load_state_dict(tensors)
+    return model.float().eval()
 
 
 def tokens(case: str, rows: int) -> torch.Tensor:

@@ -117,6 +117,9 @@ class Family:
     tensors: Callable[[dict], list[TensorMap]]
     """config -> every tensor of the model."""
     rope_scaling: Callable[[dict], dict | None]
+    mlp_widths: Callable[[dict], tuple[int, ...] | None] = lambda hf_config: None
+    """config -> inner width of the MLP of each layer of the pattern, 0 where it has none; None: all have
+    ``ffn-hidden-size``."""
     carried: str | None = None
     """What the Hugging Face names of tensors begin with that are no part of the Megatron model and go from import to
     export untouched (layers for multi-token prediction); None: there are none."""

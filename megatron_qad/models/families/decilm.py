@@ -1,12 +1,12 @@
 """Llama Nemotron Super and its kin (``DeciLMForCausalLM``): Llama blocks after an architecture search.
 
 ``block_configs`` describes every block: attention or MLP may be missing (its symbol is left out of the pattern, and
-with it its norm) or replaced by one linear, and each MLP has its own width. Inspection only: HybridModel has no layer
-for a replaced one, and per-layer widths are to come.
+with it its norm) or replaced by one linear, and each MLP has its own width. A model with replaced ones can only be
+inspected: HybridModel has no layer for them. Llama Nemotron Super V1 49B has none.
 """
 
 from megatron_qad.models.families import dense
-from megatron_qad.models.families.base import Family, TensorMap, not_trainable, required
+from megatron_qad.models.families.base import Family, TensorMap, required
 from megatron_qad.runtime.errors import QADError
 
 _FFN_MULTIPLE = 256
@@ -24,6 +24,33 @@ def ffn_size(config: dict, ffn: dict) -> int:
 
 def layer_pattern(config: dict) -> str:
     return "".join(symbol for _, symbol, _ in _layers(config))
+
+
+def mlp_widths(config: dict) -> tuple[int, ...]:
+    return tuple(ffn_size(config, part) if symbol == "-" else 0 for _, symbol, part in _layers(config))
+
+
+def megatron_args(config: dict) -> dict:
+    layers = _layers(config)
+    if replaced := [block for block, _, part in layers if part.get("replace_with_linear")]:
+        raise QADError(
+            f"config.json: block_configs[{replaced[0]}] has 'replace_with_linear'; such blocks can be inspected "
+            "(tools/inspect_policy.py), but not imported or trained"
+        )
+    sizes = {part["n_heads_in_group"] for _, symbol, part in layers if symbol == "*"}
+    widths = [width for width in mlp_widths(config) if width]
+    if len(sizes) != 1 or not widths:
+        raise QADError(
+            f"config.json: block_configs has attention with n_heads_in_group {sorted(sizes)} and {len(widths)} MLPs; "
+            "expected MLPs and one value, since Megatron's attention layers are alike"
+        )
+    alike = {
+        "num_key_value_heads": required(config, "num_attention_heads") // sizes.pop(),
+        # The layers take their widths from mlp_widths; Megatron counts operations by this one.
+        "intermediate_size": round(sum(widths) / len(widths)),
+    }
+    shape = dense.megatron_args(config | alike, qkv_bias=False, qk_norm=False)
+    return shape | {"hybrid-layer-pattern": layer_pattern(config)}
 
 
 def tensors(config: dict) -> list[TensorMap]:
@@ -73,8 +100,8 @@ def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[TensorMap]
 DECILM = Family(
     architecture="DeciLMForCausalLM",
     layer_pattern=layer_pattern,
-    megatron_args=not_trainable,
+    megatron_args=megatron_args,
     tensors=tensors,
-    rope_scaling=not_trainable,
-    is_trainable=False,
+    rope_scaling=dense.rope_scaling,
+    mlp_widths=mlp_widths,
 )

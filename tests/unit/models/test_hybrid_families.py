@@ -11,9 +11,11 @@ import torch
 from tiny_configs import TINY_HYBRID
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
+from megatron_qad.checkpoint.hf_inventory import inventory
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.decilm import ffn_size
 from megatron_qad.runtime import QADError
+from megatron_qad.training.layout import possible_tensor_parallel
 
 CONFIGS = Path(__file__).parents[1] / "quantization" / "configs"
 BLOCK = {
@@ -244,7 +246,90 @@ def test_block_configs_must_be_as_many_as_layers():
         tensors_of(decilm(BLOCK) | {"num_hidden_layers": 2})
 
 
-@pytest.mark.parametrize("name", ["llama-nemotron-super-49b", "nemotron-nano-12b-v2-vl"])
+def test_llama_nemotron_super_as_megatron_builds_it():
+    config = read("llama-nemotron-super-49b")
+    family = family_of(config)
+    shape, widths = family.megatron_args(config), family.mlp_widths(config)
+    assert shape["hybrid-layer-pattern"] == family.layer_pattern(config)
+    assert (shape["num-query-groups"], shape["kv-channels"], shape["rotary-base"]) == (8, 128, 500000)
+    pattern = shape["hybrid-layer-pattern"]
+    assert [bool(width) for width in widths] == [symbol == "-" for symbol in pattern]
+    assert Counter(width for width in widths if width) == {28672: 49, 14336: 6, 17920: 1, 7168: 10, 5632: 8, 2816: 6}
+    # Megatron counts operations as if all MLPs were alike: the sum of their widths is what matters.
+    assert shape["ffn-hidden-size"] * pattern.count("-") == pytest.approx(sum(widths), abs=pattern.count("-") / 2)
+    shape["mlp-widths"] = widths
+    assert possible_tensor_parallel(shape)[1] == [1, 2, 4, 8]
+    for tensor in family.tensors(config):
+        if tensor.kind == "mlp" and tensor.megatron.endswith("linear_fc2.weight"):
+            assert tensor.shape == (8192, widths[tensor.layer])
+
+
+def test_tensor_parallelism_must_divide_every_mlp():
+    config = decilm(BLOCK, {**BLOCK, "ffn": {"intermediate_size": 96}})
+    family = family_of(config)
+    shape = family.megatron_args(config | {"rms_norm_eps": 1e-5}) | {"mlp-widths": family.mlp_widths(config)}
+    assert family.mlp_widths(config) == (0, 768, 0, 96)
+    assert possible_tensor_parallel(shape) == (
+        {
+            "the attention heads": 8,
+            "the key-value heads": 4,
+            "the 16-element blocks of the attention output": 24,
+            "the 16-element blocks of the MLP": 6,
+        },
+        [1, 2],
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "named"),
+    [
+        ([BLOCK, LINEAR_ATTENTION], r"block_configs\[1\] has 'replace_with_linear'"),
+        ([LINEAR_FFN, BLOCK], r"block_configs\[0\] has 'replace_with_linear'"),
+        ([BLOCK, {**BLOCK, "attention": {"n_heads_in_group": 4}}], r"n_heads_in_group \[2, 4\].*expected MLPs and one"),
+        ([NO_ATTENTION], r"n_heads_in_group \[\]"),
+        ([NO_FFN], "and 0 MLPs"),
+    ],
+)
+def test_searched_blocks_that_megatron_has_no_layer_for(blocks, named):
+    config = decilm(*blocks)
+    with pytest.raises(QADError, match=named):
+        family_of(config).megatron_args(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [decilm(BLOCK, NO_ATTENTION, NO_FFN, LINEAR_ATTENTION, LINEAR_FFN), read("llama-nemotron-super-49b")],
+    ids=["tiny", "super"],
+)
+def test_the_validators_inventory_of_a_searched_llama_is_the_name_maps(config):
+    """Two lists of the same tensors, written apart."""
+    listed = inventory(config | {"model_type": "nemotron-nas"})
+    named = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
+    mapped = {}
+    for tensor in tensors_of(config):
+        mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
+    assert named == mapped
+    assert {f"{module}.weight" for module in listed.linears} == {
+        name for tensor in tensors_of(config) if tensor.is_linear for name in tensor.hf
+    }
+    fused = {tensor.hf for tensor in tensors_of(config) if tensor.is_linear and len(tensor.hf) > 1}
+    assert {tuple(f"{module}.weight" for module in group) for group in listed.fused} == fused
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"block_configs": None}, "block_configs describes 0 blocks"),
+        ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": "a"}}]}, "ffn_mult 'a'"),
+        ({"block_configs": [{"ffn": {"ffn_mult": 1.0}}]}, "n_heads_in_group is None"),
+    ],
+)
+def test_a_damaged_config_of_a_searched_llama_is_no_traceback(changes, named):
+    with pytest.raises(QADError, match=named):
+        inventory(decilm(BLOCK) | {"model_type": "nemotron-nas"} | changes)
+
+
+@pytest.mark.parametrize("name", ["nemotron-nano-12b-v2-vl"])
 def test_what_can_only_be_inspected_says_so(name):
     config = read(name)
     family = family_of(config)
@@ -256,6 +341,6 @@ def test_what_can_only_be_inspected_says_so(name):
 
 def test_an_unsupported_family_is_told_which_can_be_inspected():
     with pytest.raises(
-        QADError, match="Supported: .*NemotronHForCausalLM.*only to inspect policies: DeciLM.*, NemotronH_Nano_VL_V2$"
+        QADError, match="Supported: DeciLM.*NemotronHForCausalLM.*only to inspect policies: NemotronH_Nano_VL_V2$"
     ):
         family_of({"architectures": ["GPT2LMHeadModel"]})
