@@ -22,14 +22,14 @@ class Inventory:
     )  # linears that a server merges and that share their scales
     convolutions: list[str] = field(default_factory=list)  # linear to a server, never quantized; excluded by name
     float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
-    carried: str | None = None  # what names of tensors begin with that no inventory lists and that stay as they were
+    carried: tuple[str, ...] = ()  # what names of tensors begin with that no inventory lists and that stay as they were
     attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
     tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head"
 
     def carries(self, name: str) -> bool:
-        return self.carried is not None and name.startswith(self.carried)
+        return name.startswith(self.carried)
 
     def excluded(self, quantized) -> set[str]:
         """What the configurations must exclude where these linears are quantized."""
@@ -180,7 +180,7 @@ def _nemotron_h(config: dict[str, Any]) -> Inventory:
     """One mixer a layer, by the pattern: Mamba-2, attention, MLP or experts. The hub's names."""
     hidden, vocab = _number(config, "hidden_size"), _number(config, "vocab_size")
     tied = bool(config.get("tie_word_embeddings", False))
-    carried = "mtp." if config.get("num_nextn_predict_layers") else None
+    carried = ("mtp.",) if config.get("num_nextn_predict_layers") else ()
     model = Inventory(tied_head=tied, embedding="backbone.embeddings.weight", carried=carried)
     model.tensors |= {model.embedding: (vocab, hidden), "backbone.norm_f.weight": (hidden,)}
     model.linears[model.head] = (vocab, hidden)
@@ -189,6 +189,26 @@ def _nemotron_h(config: dict[str, Any]) -> Inventory:
         model.tensors[f"{layer}.norm.weight"] = (hidden,)
         add_mixer(model, config, f"{layer}.mixer", hidden)
     return model
+
+
+def _nemotron_vl(config: dict[str, Any]) -> Inventory:
+    """A Nemotron-H behind a vision encoder, which is whatever it was."""
+    inner = config.get("llm_config") or config.get("text_config")
+    if not isinstance(inner, dict):
+        raise QADError(f"config.json: llm_config is {inner!r:.100}, expected the language model's config.")
+    text, prefix = _nemotron_h(inner), "language_model."
+    return Inventory(
+        tensors={prefix + name: shape for name, shape in text.tensors.items()},
+        linears={prefix + name: shape for name, shape in text.linears.items()},
+        fused=[tuple(prefix + name for name in group) for group in text.fused],
+        convolutions=[prefix + name for name in text.convolutions],
+        float32={prefix + name for name in text.float32},
+        carried=("vision_model.", "mlp1.", *(prefix + start for start in text.carried)),
+        attentions=[tuple(prefix + name for name in pair) for pair in text.attentions],
+        tied_head=text.tied_head,
+        embedding=prefix + text.embedding,
+        head=prefix + text.head,
+    )
 
 
 def _mixers(config: dict) -> list[Callable]:
@@ -252,6 +272,7 @@ _FAMILIES: dict[str, Callable[[dict[str, Any]], Inventory]] = {
     "qwen3_moe": _qwen3_moe,
     "nemotron_h": _nemotron_h,
     "nemotron-nas": _nemotron_nas,
+    "NemotronH_Nano_VL_V2": _nemotron_vl,
 }
 
 

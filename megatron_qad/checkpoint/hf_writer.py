@@ -44,6 +44,7 @@ CARRIED_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
     "*.py",
     "LICENSE*",
 )

@@ -17,7 +17,7 @@ from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.config.run_files import IMPORT_FILE, TRACKER
-from megatron_qad.models.families import family_of
+from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.runtime import manifest, whole_saves
 from megatron_qad.runtime.distributed import rank_and_size
@@ -100,8 +100,8 @@ def copy_assets(source: Path, target: Path) -> None:
 
 def carried_names(reader: HFReader) -> list[str]:
     """Tensors that the family carries from import to export as they are."""
-    prefix = family_of(reader.config).carried
-    return sorted(name for name in reader.names if prefix is not None and name.startswith(prefix))
+    prefixes = family_of(reader.config).carried
+    return sorted(name for name in reader.names if name.startswith(prefixes))
 
 
 def carry_tensors(source: Path, target: Path) -> None:
@@ -114,7 +114,7 @@ def carry_tensors(source: Path, target: Path) -> None:
 def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
     wanted = {name for m in maps for name in m.hf}
     left_over = reader.names - wanted - set(carried_names(reader))
-    if reader.config.get("tie_word_embeddings"):
+    if text_config(reader.config).get("tie_word_embeddings"):
         left_over.discard("lm_head.weight")  # some files store the tied head a second time
     left_over = {name for name in left_over if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
     if left_over:

@@ -23,7 +23,6 @@ class PolicyReport:
     """A policy resolved on a model."""
 
     architecture: str
-    is_trainable: bool
     layer_pattern: str
     num_weights: int
     """All tensors of the model, embeddings, norms and vision encoder included."""
@@ -47,8 +46,6 @@ class PolicyReport:
     def lines(self) -> Iterator[str]:
         """For a terminal."""
         yield f"model       {self.architecture}, {self.num_weights:,} weights, layers {self.layer_pattern}"
-        if not self.is_trainable:
-            yield "            (known for inspection; not trainable yet)"
         yield f"policy      {self.policy.name}: " + "; ".join(map(str, self.policy.rules))
         yield f"KV cache    {self.policy.kv_cache}"
         yield ""
@@ -73,7 +70,6 @@ class PolicyReport:
         """All of it, every expert on its own, as plain data."""
         return {
             "architecture": self.architecture,
-            "is_trainable": self.is_trainable,
             "layer_pattern": self.layer_pattern,
             "num_weights": self.num_weights,
             "policy": self.policy.name,
@@ -114,9 +110,8 @@ def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
     quantized = [name for row in rows if LINEAR_FORMATS[row.format].quantizes for name in row.hf]
     return PolicyReport(
         architecture=family.architecture,
-        is_trainable=family.is_trainable,
         layer_pattern=family.layer_pattern(hf_config),
-        num_weights=sum(math.prod(tensor.shape) for tensor in family.tensors(hf_config)),
+        num_weights=sum(math.prod(tensor.shape) for tensor in family.all_tensors(hf_config)),
         policy=policy,
         rows=rows,
         exclude_modules=exclusions(family.linear_modules(hf_config), quantized),

@@ -41,7 +41,7 @@ def exported_tensors(report: PolicyReport, layout: str) -> list[ExportedTensor]:
     formats = {f"{row.module}.weight": row.format for row in report.rows if not row.is_tied}
     plain = _DTYPES.get(str(declared_dtype(config)), "BF16")
     found = []
-    for tensor in family_of(config).tensors(config):
+    for tensor in family_of(config).all_tensors(config):
         fmt = formats.get(tensor.megatron, "bf16")
         for name, shape in zip(tensor.hf, tensor.hf_shapes(), strict=True):
             if LINEAR_FORMATS[fmt].quantizes:

@@ -23,7 +23,7 @@ from megatron_qad.config.yaml_file import expand, to_flags
 from megatron_qad.distillation import LogitLoss, parse_loss
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
-from megatron_qad.models.families import family_of
+from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities, whole_saves
 from megatron_qad.runtime.megatron_wheel import (
@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     hf_config = read_hf_config(student)
     teacher_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
     if teacher_config is not None:
-        check_same_vocabulary(student, hf_config, options.qad_teacher, teacher_config)
+        check_same_vocabulary(student, text_config(hf_config), options.qad_teacher, text_config(teacher_config))
     models = {"the student": hf_config} | ({"the teacher": teacher_config} if teacher_config is not None else {})
     shapes = {who: family_of(config).megatron_args(config) for who, config in models.items()}
     for who, config in models.items():
@@ -243,7 +243,7 @@ def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespa
     other.virtual_pipeline_model_parallel_size = virtual if virtual > 1 else None
     other.overlap_p2p_comm = args.overlap_p2p_comm and virtual > 1
     other.padded_vocab_size = (
-        None if hf_config["vocab_size"] != args.hf_config["vocab_size"] else args.padded_vocab_size
+        args.padded_vocab_size if shape["vocab-size"] == text_config(args.hf_config)["vocab_size"] else None
     )
     return other
 

@@ -9,6 +9,7 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, parse_loss
+from megatron_qad.models.families import text_config
 from megatron_qad.models.output_layer import Output
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import Batch, output_of
@@ -38,7 +39,9 @@ def loss_function(batch: Batch, head: torch.nn.Module | None, output: torch.Tens
     """
     args = get_args()
     student = Output(output, head)
-    shard = VocabShard.of_rank(student.width, args.hf_config["vocab_size"], mpu.get_tensor_model_parallel_group())
+    shard = VocabShard.of_rank(
+        student.width, text_config(args.hf_config)["vocab_size"], mpu.get_tensor_model_parallel_group()
+    )
     teacher, batch.teacher_output = batch.teacher_output, None  # freed as soon as this microbatch is done
     num_tokens = batch.loss_mask.count_nonzero().int()
     if not torch.is_grad_enabled():

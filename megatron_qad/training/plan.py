@@ -8,7 +8,7 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_qad.models.families import family_of
+from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
 from megatron_qad.training.layout import ranks_of_layers, teacher_virtual_stages, with_stages
@@ -73,7 +73,7 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
     shards = (args.data_parallel_size, _expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
     rows["optimizer state"] = dense * each // shards[0] + experts * each // shards[1]
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    teacher_hidden = None if args.teacher_hf_config is None else args.teacher_hf_config["hidden_size"]
+    teacher_hidden = None if args.teacher_hf_config is None else text_config(args.teacher_hf_config)["hidden_size"]
     of_output = output_bytes(args, teacher_hidden)
     if not Outputs.chosen(args.qad).fused:
         rows["student logits, one microbatch"] = of_output["logits"]

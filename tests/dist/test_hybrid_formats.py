@@ -301,6 +301,48 @@ def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
     assert [name for name in excluded if name.startswith("mtp.")] == ["mtp.layers.0.eh_proj"]
 
 
+VISION_LANGUAGE = {
+    "architectures": ["NemotronH_Nano_VL_V2"],
+    "model_type": "NemotronH_Nano_VL_V2",
+    "vit_hidden_size": 32,
+    "projector_hidden_size": 48,
+    "downsample_ratio": 0.5,
+    "vision_config": {"num_hidden_layers": 1, "intermediate_size": 64, "patch_size": 2, "max_resolution": 8},
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path):
+    """It learns as it does alone, bit for bit, and what sees is as it was."""
+    models = []
+    for who, noise in (("teacher", 0.0), ("student", 0.1)):
+        config = VISION_LANGUAGE | {"llm_config": CONFIG | {"torch_dtype": "bfloat16"}}
+        source = tiny_job.write_hf(tmp_path / f"hf_{who}", config, noise=noise, dtype=torch.bfloat16)
+        models.append((str(source), str(tmp_path / who), "bfloat16"))
+    output = workshop.server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    # A class token, positions, the patches' linear; four linears with biases and two norms of a block; the projector.
+    assert "18 tensors (mlp1.0.weight, ...) are carried along: not trained, not quantized" in output
+    model = ["--qad-teacher", str(tmp_path / "teacher"), "--qad-student", str(tmp_path / "student")]
+    flags = [*BF16, *TP2EP2, *POLICY, *model, "--save", str(tmp_path / "run"), "--lr", "1e-2"]
+    steps, _ = workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), 4)
+    alone, stored_alone, *_ = trained
+    assert [step["loss"] for step in steps] == [step["loss"] for step in alone]
+    stored = export(workshop, tmp_path / "run", tmp_path / "out")
+    given = load_file(tmp_path / "hf_student" / "model.safetensors")
+    seeing = {name for name in given if name.startswith(("vision_model.", "mlp1."))}
+    assert stored.keys() == {f"language_model.{name}" for name in stored_alone} | seeing
+    for name, tensor in stored.items():
+        expected = given[name] if name in seeing else stored_alone[name.removeprefix("language_model.")]
+        assert tensor.dtype == expected.dtype, name
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
+    report = validate_nvfp4(tmp_path / "out")
+    assert not report.faults, report.faults[:5]
+    assert len(report.quantized) == 4 * (8 * 2 + 2) + 2 * 2
+    excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    linears = {f"{name}.weight" for name in excluded if not name.startswith("language_model.")}
+    assert linears == {name for name in seeing if name.endswith(".weight") and given[name].dim() == 2}
+
+
 def test_what_cannot_be_is_one_error(workshop, tmp_path):
     error = workshop.fail(workshop.argv("--moe-aux-loss-coeff", "1e-2", kind="f32"))
     assert "--moe-aux-loss-coeff 0.01 with a frozen router" in error or "[0.01] with a frozen router" in error

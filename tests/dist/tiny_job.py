@@ -35,7 +35,7 @@ def write_hf(
     (directory / "config.json").write_text(json.dumps(config))
     weights, moves = (torch.Generator().manual_seed(n) for n in (seed, seed + 1000))
     tensors = {}
-    for tensor_map in family_of(config).tensors(config):
+    for tensor_map in family_of(config).all_tensors(config):
         for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
             # Larger than an initialization: distributions far from uniform, so that the KL is not near zero.
             scale = {"norm": 0.1, "embedding": 0.5}.get(tensor_map.kind, 0.15)

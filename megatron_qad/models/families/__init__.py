@@ -28,8 +28,12 @@ def family_of(hf_config: dict) -> Family:
     for architecture in found:
         if architecture in _FAMILIES:
             return _FAMILIES[architecture]
-    trainable = sorted(name for name, family in _FAMILIES.items() if family.is_trainable)
     raise QADError(
-        f"config.json names the architecture {found[0]!r}, which is not supported. Supported: {', '.join(trainable)}; "
-        f"only to inspect policies: {', '.join(sorted(set(_FAMILIES) - set(trainable)))}"
+        f"config.json names the architecture {found[0]!r}, which is not supported. Supported: "
+        f"{', '.join(sorted(_FAMILIES))}"
     )
+
+
+def text_config(hf_config: dict) -> dict:
+    """The config of the language model that Megatron builds: ``hf_config`` itself, or what a wrapper's holds."""
+    return family_of(hf_config).text_config(hf_config)

@@ -115,16 +115,18 @@ class Family:
     megatron_args: Callable[[dict], dict]
     """config -> Megatron argument names and values (True: a flag without a value)."""
     tensors: Callable[[dict], list[TensorMap]]
-    """config -> every tensor of the model."""
+    """config -> every tensor of the Megatron model."""
     rope_scaling: Callable[[dict], dict | None]
     mlp_widths: Callable[[dict], tuple[int, ...] | None] = lambda hf_config: None
     """config -> inner width of the MLP of each layer of the pattern, 0 where it has none; None: all have
     ``ffn-hidden-size``."""
-    carried: str | None = None
+    text_config: Callable[[dict], dict] = lambda hf_config: hf_config
+    """config -> the config of the language model that Megatron builds, where it stands inside a wrapper's."""
+    carried: tuple[str, ...] = ()
     """What the Hugging Face names of tensors begin with that are no part of the Megatron model and go from import to
-    export untouched (layers for multi-token prediction); None: there are none."""
-    is_trainable: bool = True
-    """False: its tensors are known, its training is not implemented; ``megatron_args`` says so."""
+    export untouched: layers for multi-token prediction, a vision encoder."""
+    beside: Callable[[dict], list[TensorMap]] = lambda hf_config: []
+    """config -> those of the carried tensors that are known without their file."""
 
     def layer_kinds(self, hf_config: dict) -> list[str]:
         """The kind of every layer of the pattern, as policies name it."""
@@ -133,8 +135,12 @@ class Family:
     def linear_modules(self, hf_config: dict) -> list[str]:
         """Hugging Face names of every module that a server takes for a linear; what is not quantized of them is
         excluded."""
-        fixed = [tensor for tensor in self.tensors(hf_config) if tensor.always_excluded]
+        fixed = [tensor for tensor in self.all_tensors(hf_config) if tensor.always_excluded]
         return [name.removesuffix(".weight") for tensor in (*self.linears(hf_config), *fixed) for name in tensor.hf]
+
+    def all_tensors(self, hf_config: dict) -> list[TensorMap]:
+        """Every tensor of the Hugging Face model that its config tells of."""
+        return [*self.tensors(hf_config), *self.beside(hf_config)]
 
     def linears(self, hf_config: dict) -> list[TensorMap]:
         """Every GEMM, in model order, the head last; a tied head is there too, marked ``is_tied``."""
@@ -151,14 +157,6 @@ class Family:
 
 LAYER_KINDS = {"*": "attention", "M": "mamba", "-": "mlp", "E": "expert"}
 """Symbols of HybridModel's pattern; an expert layer also holds its router and its shared experts."""
-
-
-def not_trainable(hf_config: dict):
-    """Stands for ``megatron_args`` and ``rope_scaling`` of a family that can only be inspected."""
-    raise QADError(
-        f"{(hf_config.get('architectures') or ['this architecture'])[0]} is not trainable yet: its policies can be "
-        "inspected (tools/inspect_policy.py), but its weights cannot be imported or trained"
-    )
 
 
 def required(hf_config: dict, key: str):

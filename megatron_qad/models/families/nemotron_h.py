@@ -245,5 +245,5 @@ NEMOTRON_H = Family(
     megatron_args=megatron_args,
     tensors=tensors,
     rope_scaling=lambda config: None,
-    carried="mtp.",
+    carried=("mtp.",),
 )

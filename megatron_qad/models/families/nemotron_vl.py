@@ -2,7 +2,8 @@
 
 A policy sees the language model, under the Megatron names that it would have alone; its Hugging Face names start with
 ``language_model.``. The vision encoder and the projector (``mlp1``) stay in BF16 under every policy; they are no part
-of the Megatron model, so a tensor of theirs has one name on both sides. Inspection only.
+of the Megatron model, so a tensor of theirs has one name on both sides. They are carried from import to export: the
+language model is distilled on text, no pictures are fed.
 
 The encoder is ViT-H/16 of C-RADIOv2: ``vision_config`` does not spell out its depth and width, so they stand here and
 can be overridden by keys of that name.
@@ -11,7 +12,7 @@ can be overridden by keys of that name.
 from collections.abc import Iterator
 
 from megatron_qad.models.families import nemotron_h
-from megatron_qad.models.families.base import Family, TensorMap, not_trainable, required
+from megatron_qad.models.families.base import Family, TensorMap, required
 
 _PREFIX = "language_model."
 _VISION = "vision_model.radio_model.model"
@@ -34,9 +35,16 @@ def layer_pattern(config: dict) -> str:
     return nemotron_h.layer_pattern(language_config(config))
 
 
+def megatron_args(config: dict) -> dict:
+    return nemotron_h.megatron_args(language_config(config))
+
+
 def tensors(config: dict) -> list[TensorMap]:
-    found = nemotron_h.tensors(language_config(config), _PREFIX)
-    return [*found, *_vision_encoder(config), *_projector(config)]
+    return nemotron_h.tensors(language_config(config), _PREFIX)
+
+
+def beside(config: dict) -> list[TensorMap]:
+    return [*_vision_encoder(config), *_projector(config)]
 
 
 def _vision_encoder(config: dict) -> Iterator[TensorMap]:
@@ -80,8 +88,10 @@ def _kept(name: str, shape: tuple[int, ...], **kwargs) -> TensorMap:
 NEMOTRON_VL = Family(
     architecture="NemotronH_Nano_VL_V2",
     layer_pattern=layer_pattern,
-    megatron_args=not_trainable,
+    megatron_args=megatron_args,
     tensors=tensors,
-    rope_scaling=not_trainable,
-    is_trainable=False,
+    rope_scaling=nemotron_h.NEMOTRON_H.rope_scaling,
+    text_config=language_config,
+    carried=("vision_model.", "mlp1."),
+    beside=beside,
 )

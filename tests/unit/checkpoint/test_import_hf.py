@@ -69,9 +69,10 @@ def change_config(directory: Path, **changes) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_a_family_that_can_only_be_inspected(damaged, refuses):
-    change_config(damaged, architectures=["NemotronH_Nano_VL_V2"])
-    refuses(damaged, "NemotronH_Nano_VL_V2 is not trainable yet.*cannot be imported")
+def test_a_model_that_can_only_be_inspected(damaged, refuses):
+    blocks = [{"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
+    change_config(damaged, architectures=["DeciLMForCausalLM"], num_hidden_layers=1, block_configs=blocks)
+    refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'; such blocks can be inspected.*not imported")
 
 
 def test_no_directory_or_config(damaged, refuses, tmp_path):
@@ -122,7 +123,9 @@ def test_weights_that_are_not_finite(damaged, refuses, bad):
 
 def test_unsupported_family_and_rope(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
-    refuses(damaged, "'MambaForCausalLM', which is not supported. Supported: LlamaForCausalLM, NemotronH")
+    refuses(
+        damaged, "'MambaForCausalLM', which is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH"
+    )
     change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
     refuses(damaged, "rope type 'yarn'; supported: default, llama3")
 

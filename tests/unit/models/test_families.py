@@ -72,7 +72,7 @@ def test_files_of_before_transformers_5_keep_theta_and_scaling_apart():
 
 def test_an_unsupported_family_is_told_which_are_supported():
     for architectures in (["GPT2LMHeadModel"], None):
-        with pytest.raises(QADError, match="LlamaForCausalLM, NemotronHForCausalLM, Qwen2ForCausalLM, Qwen3"):
+        with pytest.raises(QADError, match="LlamaForCausalLM, NemotronHForCausalLM, NemotronH_Nano_VL_V2, Qwen2"):
             family_of({"architectures": architectures})
 
 

@@ -12,7 +12,7 @@ from tiny_configs import TINY_HYBRID
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from megatron_qad.checkpoint.hf_inventory import inventory
-from megatron_qad.models.families import family_of
+from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.decilm import ffn_size
 from megatron_qad.runtime import QADError
 from megatron_qad.training.layout import possible_tensor_parallel
@@ -33,7 +33,7 @@ def read(name: str) -> dict:
 
 
 def tensors_of(config: dict):
-    return family_of(config).tensors(config)
+    return family_of(config).all_tensors(config)
 
 
 def num_weights(config: dict) -> int:
@@ -329,18 +329,31 @@ def test_a_damaged_config_of_a_searched_llama_is_no_traceback(changes, named):
         inventory(decilm(BLOCK) | {"model_type": "nemotron-nas"} | changes)
 
 
-@pytest.mark.parametrize("name", ["nemotron-nano-12b-v2-vl"])
-def test_what_can_only_be_inspected_says_so(name):
-    config = read(name)
-    family = family_of(config)
-    assert not family.is_trainable
-    for function in (family.megatron_args, family.rope_scaling):
-        with pytest.raises(QADError, match=f"{family.architecture} is not trainable yet.*inspect_policy.py"):
-            function(config)
+def test_the_language_model_behind_a_vision_encoder_is_what_megatron_builds():
+    config = read("nemotron-nano-12b-v2-vl")
+    family, alone = family_of(config), config["llm_config"]
+    assert family.megatron_args(config) == family_of(alone).megatron_args(alone)
+    assert family.rope_scaling(config) is None
+    assert text_config(config)["vocab_size"] == 131072 and text_config(alone) is alone
+    # What is carried is what stands beside it, and nothing of the language model.
+    assert all(name.startswith(family.carried) for tensor in family.beside(config) for name in tensor.hf)
+    assert not any(name.startswith(family.carried) for tensor in family.tensors(config) for name in tensor.hf)
 
 
-def test_an_unsupported_family_is_told_which_can_be_inspected():
-    with pytest.raises(
-        QADError, match="Supported: DeciLM.*NemotronHForCausalLM.*only to inspect policies: NemotronH_Nano_VL_V2$"
-    ):
+def test_the_validators_inventory_of_a_vision_language_model():
+    config = read("nemotron-nano-12b-v2-vl")
+    with pytest.raises(QADError, match="llm_config is None"):
+        inventory(config | {"llm_config": None})
+    listed, family = inventory(config), family_of(config)
+    named = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
+    mapped = {}
+    for tensor in family.tensors(config):
+        mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
+    assert named == mapped
+    assert all(listed.carries(name) for tensor in family.beside(config) for name in tensor.hf)
+    assert not any(map(listed.carries, named))
+
+
+def test_an_unsupported_family_is_told_which_are():
+    with pytest.raises(QADError, match="'GPT2LMHeadModel', which is not supported. Supported: DeciLM.*, Qwen3Moe"):
         family_of({"architectures": ["GPT2LMHeadModel"]})
