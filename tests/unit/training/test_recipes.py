@@ -1,0 +1,70 @@
+"""The settings for the models of the report: each is a job that this program takes, as large as its comment says."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted((ROOT / "examples" / "report_models").glob("*.yaml"))
+CONFIGS = ROOT / "tests" / "unit" / "quantization" / "configs"
+# Tokens in billions and learning rate, from the report's table; ranks that its comment is for.
+REPORT = {
+    "acereason_nemotron_7b": (0.8, 1e-5, 8),
+    "llama_nemotron_super_49b": (0.3, 1e-6, 32),
+    "nemotron_3_nano_30b_a3b": (2.5, 1e-5, 32),
+    "nemotron_nano_12b_v2_vl": (0.5, 2e-6, 8),
+    "nemotron_nano_9b_v2": (6.0, 1e-6, 8),
+}
+
+
+def config_of(recipe: Path) -> Path:
+    return CONFIGS / f"{recipe.stem.replace('_', '-')}.json"
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """What the dry run of each recipe prints, its model's config.json alone at hand."""
+    directory, jobs = tmp_path_factory.mktemp("recipes"), []
+    for recipe in RECIPES:
+        checkpoint = directory / recipe.stem
+        (checkpoint / "hf").mkdir(parents=True)
+        (checkpoint / "hf" / "config.json").write_text(config_of(recipe).read_text())
+        jobs.append(["--config", str(recipe), "--qad-teacher", str(checkpoint), "--data-path", "d", "--save", "run"])
+    found = {}
+    for ranks in sorted({ranks for _, _, ranks in REPORT.values()}):
+        mine = [i for i, recipe in enumerate(RECIPES) if REPORT[recipe.stem][2] == ranks]
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("dry_runs.py"))],
+            input=json.dumps([jobs[i] for i in mine]),
+            capture_output=True,
+            text=True,
+            cwd=directory,
+            env={"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
+        )
+        assert not done.returncode, done.stderr[-3000:]
+        for i, (status, printed) in zip(mine, json.loads(done.stdout.splitlines()[-1]), strict=True):
+            assert not status, printed[-3000:]
+            found[RECIPES[i].stem] = printed
+    return found
+
+
+def test_every_model_of_the_report_has_one():
+    assert {recipe.stem for recipe in RECIPES} == set(REPORT)
+    assert {config_of(recipe) for recipe in RECIPES} == set(CONFIGS.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", REPORT)
+def test_a_recipe_is_the_reports(plans, name):
+    tokens, lr, ranks = REPORT[name]
+    settings, plan = yaml.safe_load((ROOT / "examples" / "report_models" / f"{name}.yaml").read_text()), plans[name]
+    assert float(settings["lr"]) == lr and settings["qad-policy"] == name.replace("_", "-")
+    trained = int(re.search(r"iterations = ([\d,]+) tokens", plan)[1].replace(",", ""))
+    assert trained == pytest.approx(tokens * 1e9, rel=0.01)
+    assert re.search(rf"layout +{ranks} ranks", plan)
+    # Weights, gradients and states leave a fifth of 80 GB to activations.
+    assert int(re.search(r"  sum +([\d,]+)", plan)[1].replace(",", "")) < 64e9
