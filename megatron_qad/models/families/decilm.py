@@ -10,6 +10,8 @@ from megatron_qad.models.families.base import Family, TensorMap, required
 from megatron_qad.runtime.errors import QADError
 
 _FFN_MULTIPLE = 256
+_KNOWN = {"no_op", "replace_with_linear", "n_heads_in_group", "ffn_mult", "intermediate_size"}
+_OF_LLAMA = {"hidden_act": "silu", "gated": True}
 
 
 def ffn_size(config: dict, ffn: dict) -> int:
@@ -37,6 +39,13 @@ def megatron_args(config: dict) -> dict:
             f"config.json: block_configs[{replaced[0]}] has 'replace_with_linear'; such blocks can be inspected "
             "(tools/inspect_policy.py), but not imported or trained"
         )
+    for block, _, part in layers:
+        for key, value in part.items():
+            if key not in _KNOWN and value and value != _OF_LLAMA.get(key):
+                raise QADError(
+                    f"config.json: block_configs[{block}] has {key} {value!r}, which is not known here; expected "
+                    "Llama's attention and MLP, or none"
+                )
     sizes = {part["n_heads_in_group"] for _, symbol, part in layers if symbol == "*"}
     widths = [width for width in mlp_widths(config) if width]
     if len(sizes) != 1 or not widths:

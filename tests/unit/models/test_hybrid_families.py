@@ -253,6 +253,9 @@ def test_llama_nemotron_super_as_megatron_builds_it():
     assert shape["hybrid-layer-pattern"] == family.layer_pattern(config)
     assert (shape["num-query-groups"], shape["kv-channels"], shape["rotary-base"]) == (8, 128, 500000)
     pattern = shape["hybrid-layer-pattern"]
+    spelled_out = {"attention": {"window_length": None, "unshifted_sink": False}, "ffn": {"hidden_act": "silu"}}
+    blocks = [{part: entry | spelled_out[part] for part, entry in block.items()} for block in config["block_configs"]]
+    assert family.megatron_args(config | {"block_configs": blocks}) == shape
     assert [bool(width) for width in widths] == [symbol == "-" for symbol in pattern]
     assert Counter(width for width in widths if width) == {28672: 49, 14336: 6, 17920: 1, 7168: 10, 5632: 8, 2816: 6}
     # Megatron counts operations as if all MLPs were alike: the sum of their widths is what matters.
@@ -286,6 +289,11 @@ def test_tensor_parallelism_must_divide_every_mlp():
         ([BLOCK, LINEAR_ATTENTION], r"block_configs\[1\] has 'replace_with_linear'"),
         ([LINEAR_FFN, BLOCK], r"block_configs\[0\] has 'replace_with_linear'"),
         ([BLOCK, {**BLOCK, "attention": {"n_heads_in_group": 4}}], r"n_heads_in_group \[2, 4\].*expected MLPs and one"),
+        (
+            [{**BLOCK, "attention": {"n_heads_in_group": 2, "window_length": 8}}],
+            "has window_length 8, which is not known",
+        ),
+        ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "hidden_act": "relu2"}}], "has hidden_act 'relu2'"),
         ([NO_ATTENTION], r"n_heads_in_group \[\]"),
         ([NO_FFN], "and 0 MLPs"),
     ],
