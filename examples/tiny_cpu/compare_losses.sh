@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # The tiny model of run.sh trained with one loss after the other, from the same teacher, on the same data: a table of what
-# each does to held-out text. Needs the output of run.sh (make demo); minutes a loss.
-#   examples/tiny_cpu/compare_losses.sh [DEMO_DIRECTORY] [OUTPUT_DIRECTORY]
+# each does to held-out text. Needs the output of run.sh (make demo); a minute or two a loss. Flags go to every job: another
+# rate, another order of the data, or a student that starts far from the teacher, from its first stage.
+#   examples/tiny_cpu/compare_losses.sh [DEMO_DIRECTORY [OUTPUT_DIRECTORY [FLAGS ...]]]
+#   examples/tiny_cpu/compare_losses.sh runs/tiny_cpu runs/far --qad-student runs/tiny_cpu/teacher-stage1 --seed 2
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 demo=${1:-runs/tiny_cpu}
 out=${2:-$demo/losses}
+shift $(($# < 2 ? $# : 2))
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 [ -d "$demo/teacher-stage2" ] || { echo "$demo holds no finished demo: run examples/tiny_cpu/run.sh $demo" >&2; exit 1; }
 mkdir -p "$out"
@@ -23,7 +26,7 @@ for entry in "${losses[@]}"; do
   name=${entry%%|*} loss=${entry##*|}
   torchrun --standalone --nproc-per-node 2 pretrain_qad.py --config examples/tiny_cpu/train.yaml \
     --qad-teacher "$demo/teacher-stage2" --qad-loss "$loss" --train-data-path "$demo/data/raw" \
-    --valid-data-path "$demo/data/heldout" --train-iters 150 --lr 5e-4 --save "$out/$name" >"$out/$name.txt" 2>&1 ||
+    --valid-data-path "$demo/data/heldout" --train-iters 150 --lr 5e-4 --save "$out/$name" "$@" >"$out/$name.txt" 2>&1 ||
     { tail -n 40 "$out/$name.txt"; exit 1; }
   grep -h 'megatron_qad validation' "$out/$name.txt" | tail -n 1 |
     sed -E "s/.*kl_to_teacher: ([^ ]+) .* cross_entropy: ([^ ]+) .*teacher_cross.*top1_agreement: ([^ ]+) .*/| $loss | \1 | \2 | \3 |/"
