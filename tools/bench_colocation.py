@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="jobs of each side and layout, in turn")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--head-dim", type=int, default=32, help="of attention; half as many key-value heads")
     parser.add_argument("--layers", type=int, default=4, help="blocks of attention and MLP")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--seq-length", type=int, default=256)
@@ -62,9 +63,9 @@ def prepare_inputs(directory: Path, own) -> list[str]:
     config = tiny_job.LLAMA | {
         "hidden_size": own.hidden,
         "intermediate_size": 3 * own.hidden,
-        "num_attention_heads": own.hidden // 32,
-        "num_key_value_heads": max(own.hidden // 64, 2),
-        "head_dim": 32,
+        "num_attention_heads": own.hidden // own.head_dim,
+        "num_key_value_heads": max(own.hidden // own.head_dim // 2, 2),
+        "head_dim": own.head_dim,
         "num_hidden_layers": own.layers,
         "vocab_size": own.vocab,
         "max_position_embeddings": own.seq_length,

@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument(
         "--trim",
         action="store_true",
-        help="give freed pages back before each variant, which then runs once untimed: for sizes whose variants do "
-        "not fit into memory beside what the others left in pieces",
+        help="give freed pages back before each variant of --sizes, which then runs once untimed: for sizes whose "
+        "variants do not fit into memory beside what the others left in pieces",
     )
     parser.add_argument(
         "--clock", default="wall", choices=("wall", "cpu"), help="cpu: of the process, where others use the machine too"
@@ -262,16 +262,24 @@ def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
     for turn in range(args.repeat + 1):
         for name, loss in losses.items():
             if args.trim:
-                ctypes.CDLL(None).malloc_trim(0)
+                _trim()
                 seconds(loss)
             found = seconds(loss)
             if turn:  # the first compiles and pages in
                 times[name].append(found)
-    return {
-        name: {"ms": statistics.median(times[name]) * 1e3, "collectives": _collectives(loss, leaf, student, teacher)}
-        | _memory(loss, leaf, student, teacher)
-        for name, loss in losses.items()
-    }
+    found = {}
+    for name, loss in losses.items():
+        if args.trim:
+            _trim()
+        counts = _collectives(loss, leaf, student, teacher)
+        found[name] = {"ms": statistics.median(times[name]) * 1e3, "collectives": counts}
+        found[name] |= _memory(loss, leaf, student, teacher)
+    return found
+
+
+def _trim() -> None:
+    """glibc gives the pages of freed memory back, those between pieces in use, too."""
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _as_output(leaf, values):
