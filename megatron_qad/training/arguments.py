@@ -29,6 +29,7 @@ from megatron_qad.runtime import Capabilities, QADError, capabilities, whole_sav
 from megatron_qad.runtime.megatron_wheel import (
     dispatch_tokens_on_cpu,
     load_reshardable_state_of_torch_adam,
+    pack_mamba_rows_without_te,
     save_checkpoints_in_this_process,
     use_compiled_dataset_helpers,
 )
@@ -107,6 +108,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     load_reshardable_state_of_torch_adam()
     if capabilities().device == "cpu":
         dispatch_tokens_on_cpu()
+    if capabilities().device == "cpu" or importlib.util.find_spec("transformer_engine_torch") is None:
+        pack_mamba_rows_without_te()
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     check_masters(args)
     check_step(args)

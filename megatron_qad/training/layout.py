@@ -170,8 +170,6 @@ def _mamba_faults(args, shapes, tp: int, cp: int) -> Iterator[str]:
     for who, shape in shapes.items():
         if "M" not in shape["hybrid-layer-pattern"] or cp == 1:
             continue
-        if args.dataloader_inter_document_masking:
-            yield f"--context-parallel-size {cp} with packed rows: not supported by the Mamba layers of {who}"
         heads, groups = shape["mamba-num-heads"] // tp, shape["mamba-num-groups"] // tp
         if heads % cp or groups % cp and cp % groups:
             yield (

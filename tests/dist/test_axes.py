@@ -125,7 +125,8 @@ def test_axes_of_hybrids_agree(workshop, model):
 
 
 def test_packed_rows_of_a_hybrid_agree(workshop):
-    _assert_axes_agree(workshop, "nemotron-h", {"tp2ep2": (4, TP2 + SP + EP2), "pp2": (2, PP2)}, PACKED)
+    axes = {"tp2ep2": (4, TP2 + SP + EP2), "pp2": (2, PP2), "cp2": (2, CP2)}
+    _assert_axes_agree(workshop, "nemotron-h", axes, PACKED)
 
 
 def _assert_axes_agree(workshop, model: str, axes: dict, flags: list[str]) -> None:

@@ -107,7 +107,6 @@ HYBRID = SHAPE | {
 
 
 TP, EP, CP, ETP = (f"{x}_parallel_size" for x in ("tensor_model", "expert_model", "context", "expert_tensor"))
-PACKED = "dataloader_inter_document_masking"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +119,6 @@ PACKED = "dataloader_inter_document_masking"
         (2, {ETP: 4}, "the experts' tensor parallelism of 4 does not divide the 16-element blocks of an expert"),
         (2, {EP: 4}, "experts at EP 4 x expert TP 1 x PP 1 need a multiple of 4 ranks"),
         (5, {CP: 5}, "--context-parallel-size 5 does not divide the 12 Mamba heads and 2 groups"),
-        (2, {CP: 2, PACKED: True}, "with packed rows: not supported by the Mamba layers of the student"),
     ],
 )
 def test_layouts_of_hybrids_that_cannot_be(monkeypatch, world, changes, says):
