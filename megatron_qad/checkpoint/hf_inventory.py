@@ -4,6 +4,7 @@ One function a family; a new family is a function in ``_FAMILIES``. Written down
 ``models``, so that the validator does not repeat an exporter's mistake.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Inventory:
     convolutions: list[str] = field(default_factory=list)  # linear to a server, never quantized; excluded by name
     float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
     carried: tuple[str, ...] = ()  # what names of tensors begin with that no inventory lists and that stay as they were
+    required: tuple[str, ...] = ()  # those of ``carried`` that must be there
     attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
     tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
     embedding: str = "model.embed_tokens.weight"
@@ -135,7 +137,7 @@ def _nemotron_nas(config: dict[str, Any]) -> Inventory:
     """Llama blocks after an architecture search: attention or MLP missing, one square linear, or of its own width."""
     hidden, heads, blocks = _number(config, "hidden_size"), _number(config, "num_attention_heads"), []
     if isinstance(config.get("block_configs"), list):
-        blocks = [block for block in config["block_configs"] if isinstance(block, dict)]
+        blocks = [block for block in config["block_configs"] if _is_block(block)]
     if len(blocks) != _number(config, "num_hidden_layers"):
         raise QADError(f"config.json: block_configs describes {len(blocks)} blocks, expected num_hidden_layers")
     # Every block as if it were whole, then those parts replaced that are not.
@@ -167,11 +169,15 @@ def _nemotron_nas(config: dict[str, Any]) -> Inventory:
     return model
 
 
+def _is_block(block: Any) -> bool:
+    return isinstance(block, dict) and all(isinstance(block.get(part) or {}, dict) for part in ("attention", "ffn"))
+
+
 def _nas_width(ffn: dict, hidden: int) -> int:
     if ffn.get("intermediate_size") is not None:
         return _number(ffn, "intermediate_size")
     factor = ffn.get("ffn_mult")
-    if not isinstance(factor, int | float) or factor <= 0:
+    if not isinstance(factor, int | float) or not 0 < factor < math.inf:
         raise QADError(f"config.json: an entry of block_configs has ffn_mult {factor!r}, expected a positive number.")
     return (int(2 * factor * hidden / 3) + 255) // 256 * 256
 
@@ -204,6 +210,7 @@ def _nemotron_vl(config: dict[str, Any]) -> Inventory:
         convolutions=[prefix + name for name in text.convolutions],
         float32={prefix + name for name in text.float32},
         carried=("vision_model.", "mlp1.", *(prefix + start for start in text.carried)),
+        required=("vision_model.", "mlp1."),
         attentions=[tuple(prefix + name for name in pair) for pair in text.attentions],
         tied_head=text.tied_head,
         embedding=prefix + text.embedding,

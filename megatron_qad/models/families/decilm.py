@@ -5,6 +5,8 @@ with it its norm) or replaced by one linear, and each MLP has its own width. A m
 inspected: HybridModel has no layer for them. Llama Nemotron Super V1 49B has none.
 """
 
+import math
+
 from megatron_qad.models.families import dense
 from megatron_qad.models.families.base import Family, TensorMap, required
 from megatron_qad.runtime.errors import QADError
@@ -41,22 +43,24 @@ def megatron_args(config: dict) -> dict:
         )
     for block, _, part in layers:
         for key, value in part.items():
-            if key not in _KNOWN and value and value != _OF_LLAMA.get(key):
+            if key not in _KNOWN and (value or key in _OF_LLAMA) and value != _OF_LLAMA.get(key):
                 raise QADError(
                     f"config.json: block_configs[{block}] has {key} {value!r}, which is not known here; expected "
                     "Llama's attention and MLP, or none"
                 )
-    sizes = {part["n_heads_in_group"] for _, symbol, part in layers if symbol == "*"}
+    sizes = {part.get("n_heads_in_group") for _, symbol, part in layers if symbol == "*"}
     widths = [width for width in mlp_widths(config) if width]
-    if len(sizes) != 1 or not widths:
+    if len(sizes) != 1 or not all(sizes) or not widths:
         raise QADError(
-            f"config.json: block_configs has attention with n_heads_in_group {sorted(sizes)} and {len(widths)} MLPs; "
+            f"config.json: block_configs has attention with n_heads_in_group {list(sizes)} and {len(widths)} MLPs; "
             "expected MLPs and one value, since Megatron's attention layers are alike"
         )
+    unit = math.gcd(*widths)
     alike = {
         "num_key_value_heads": required(config, "num_attention_heads") // sizes.pop(),
-        # The layers take their widths from mlp_widths; Megatron counts operations by this one.
-        "intermediate_size": round(sum(widths) / len(widths)),
+        # The layers take their widths from mlp_widths. Megatron counts operations by this one, and tries its fused gate
+        # on it at the start: near the mean, and a width that tensor parallelism divides as it does the others.
+        "intermediate_size": unit * round(sum(widths) / len(widths) / unit),
     }
     shape = dense.megatron_args(config | alike, qkv_bias=False, qk_norm=False)
     return shape | {"hybrid-layer-pattern": layer_pattern(config)}
@@ -84,9 +88,12 @@ def _layers(config: dict) -> list[tuple[int, str, dict]]:
         raise QADError(
             f"config.json: block_configs has {len(blocks)} entries, num_hidden_layers is {config['num_hidden_layers']}"
         )
-    parts = [
-        (i, symbol, block[key]) for i, block in enumerate(blocks) for symbol, key in (("*", "attention"), ("-", "ffn"))
-    ]
+    parts = []
+    for i, block in enumerate(blocks):
+        for symbol, key in (("*", "attention"), ("-", "ffn")):
+            if not isinstance(part := isinstance(block, dict) and block.get(key), dict):
+                raise QADError(f"config.json: block_configs[{i}] has no {key!r}; one that is left out says 'no_op'")
+            parts.append((i, symbol, part))
     return [(block, symbol, part) for block, symbol, part in parts if not part.get("no_op")]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from megatron_qad.models.families import nemotron_h
 from megatron_qad.models.families.base import Family, TensorMap, required
+from megatron_qad.runtime.errors import QADError
 
 _PREFIX = "language_model."
 _VISION = "vision_model.radio_model.model"
@@ -36,7 +37,11 @@ def layer_pattern(config: dict) -> str:
 
 
 def megatron_args(config: dict) -> dict:
-    return nemotron_h.megatron_args(language_config(config))
+    inner = language_config(config)
+    if inner.get("tie_word_embeddings"):
+        raise QADError("config.json: llm_config has tie_word_embeddings; this family has a head of its own")
+    beside(config)  # what it does not say stops here, and not at the export
+    return nemotron_h.megatron_args(inner)
 
 
 def tensors(config: dict) -> list[TensorMap]:
@@ -92,6 +97,6 @@ NEMOTRON_VL = Family(
     tensors=tensors,
     rope_scaling=nemotron_h.NEMOTRON_H.rope_scaling,
     text_config=language_config,
-    carried=("vision_model.", "mlp1."),
+    carried=("vision_model.", "mlp1.", f"{_PREFIX}mtp."),
     beside=beside,
 )

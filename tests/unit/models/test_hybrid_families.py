@@ -258,8 +258,9 @@ def test_llama_nemotron_super_as_megatron_builds_it():
     assert family.megatron_args(config | {"block_configs": blocks}) == shape
     assert [bool(width) for width in widths] == [symbol == "-" for symbol in pattern]
     assert Counter(width for width in widths if width) == {28672: 49, 14336: 6, 17920: 1, 7168: 10, 5632: 8, 2816: 6}
-    # Megatron counts operations as if all MLPs were alike: the sum of their widths is what matters.
-    assert shape["ffn-hidden-size"] * pattern.count("-") == pytest.approx(sum(widths), abs=pattern.count("-") / 2)
+    # Megatron counts operations as if all MLPs were alike, and starts by running a gate of that width at any TP.
+    assert shape["ffn-hidden-size"] == pytest.approx(sum(widths) / pattern.count("-"), abs=128)
+    assert shape["ffn-hidden-size"] % 256 == 0
     shape["mlp-widths"] = widths
     assert possible_tensor_parallel(shape)[1] == [1, 2, 4, 8]
     for tensor in family.tensors(config):
@@ -294,6 +295,10 @@ def test_tensor_parallelism_must_divide_every_mlp():
             "has window_length 8, which is not known",
         ),
         ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "hidden_act": "relu2"}}], "has hidden_act 'relu2'"),
+        ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "gated": False}}], "has gated False"),
+        ([BLOCK, {**BLOCK, "attention": {}}], r"n_heads_in_group \[.*None.*\]"),
+        ([BLOCK, {**BLOCK, "attention": None}], r"block_configs\[1\] has no 'attention'"),
+        ([BLOCK, "none"], r"block_configs\[1\] has no 'attention'"),
         ([NO_ATTENTION], r"n_heads_in_group \[\]"),
         ([NO_FFN], "and 0 MLPs"),
     ],
@@ -330,6 +335,9 @@ def test_the_validators_inventory_of_a_searched_llama_is_the_name_maps(config):
         ({"block_configs": None}, "block_configs describes 0 blocks"),
         ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": "a"}}]}, "ffn_mult 'a'"),
         ({"block_configs": [{"ffn": {"ffn_mult": 1.0}}]}, "n_heads_in_group is None"),
+        ({"block_configs": [{"attention": 3}]}, "block_configs describes 0 blocks"),
+        ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": float("inf")}}]}, "ffn_mult inf"),
+        ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": float("nan")}}]}, "ffn_mult nan"),
     ],
 )
 def test_a_damaged_config_of_a_searched_llama_is_no_traceback(changes, named):
