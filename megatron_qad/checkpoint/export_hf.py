@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_qad.checkpoint import origins
@@ -64,6 +65,11 @@ def export_hf(
         )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     carried = read_carried(checkpoint / "hf")
+    if family.beside(config) and not carried:
+        raise QADError(
+            f"{checkpoint}: no hf/{CARRIED_TENSORS}, which the import wrote and which holds all that is no part of the "
+            "language model. Copy it from there"
+        )
     reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
     export = Export(reader, layout, formats, kv_cache, scale_rule, declared_dtype(config))
     return write_hf_checkpoint(
@@ -92,7 +98,12 @@ def _job_of(checkpoint: Path, layout: LayoutName) -> dict:
 def read_carried(assets: Path) -> dict[str, torch.Tensor]:
     """Tensors that the import carried along, by Hugging Face name."""
     file = assets / CARRIED_TENSORS
-    return load_file(file) if file.is_file() else {}
+    try:
+        return load_file(file) if file.is_file() else {}
+    except SafetensorError as error:
+        raise QADError(
+            f"{file}: not a whole safetensors file ({error}); copy it from the imported checkpoint"
+        ) from error
 
 
 def _linears_among(carried: dict[str, torch.Tensor]) -> list[str]:

@@ -63,6 +63,8 @@ def _read(source: Path, dtype: torch.dtype, rank: int, size: int) -> tuple[dict[
     family.megatron_args(reader.config)  # refuses now what training could not build
     maps = family.tensors(reader.config)
     _check_names(reader, maps)
+    if rank == 0:
+        _check_carried(reader)
     mine = maps[rank::size]
     stored = {name: part for m in mine for name, part in _stored(m, _convert(reader, m, dtype))}
     return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, len(maps)
@@ -125,6 +127,22 @@ def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
         raise QADError(f"{reader.directory}: {len(missing)} tensors are missing, first {sorted(missing)[0]!r}")
 
 
+def _check_carried(reader: HFReader) -> None:
+    """That none of what the config tells of is missing as a whole, and that all of it is finite."""
+    family, names = family_of(reader.config), carried_names(reader)
+    told = [name for tensor_map in family.beside(reader.config) for name in tensor_map.hf]
+    for prefix in family.carried:
+        if any(name.startswith(prefix) for name in told) and not any(name.startswith(prefix) for name in names):
+            raise QADError(f"{reader.directory}: no tensor's name begins with {prefix!r}; download it again")
+    for name in names:
+        _check_finite(reader, name, reader.read(name))
+
+
+def _check_finite(reader: HFReader, name: str, tensor: torch.Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise QADError(f"{reader.directory}: {name} holds NaN or Inf")
+
+
 def _convert(reader: HFReader, tensor_map: TensorMap, dtype: torch.dtype) -> torch.Tensor:
     parts = []
     for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
@@ -133,7 +151,6 @@ def _convert(reader: HFReader, tensor_map: TensorMap, dtype: torch.dtype) -> tor
             raise QADError(
                 f"{reader.directory}: {name} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise QADError(f"{reader.directory}: {name} holds NaN or Inf")
+        _check_finite(reader, name, tensor)
         parts.append(tensor.to(torch.float32 if tensor_map.is_float32 else dtype))
     return tensor_map.to_megatron(parts).contiguous()

@@ -86,6 +86,7 @@ def validate_nvfp4(directory: str | Path) -> Report:
         report.add("config.json", str(error))
         return report
     report.num_linears = len(model.linears)
+    model.convolutions += _carried_linears(model, shards)
     if layout is None:
         return report
     declared = declared_formats(config["quantization_config"], layout, model)
@@ -97,6 +98,17 @@ def validate_nvfp4(directory: str | Path) -> Report:
     _check_names_and_shapes(config, layout, model, shards, report)
     _check_values(layout, model, shards, report)
     return report
+
+
+def _carried_linears(model: Inventory, shards: Shards) -> list[str]:
+    """Linears that a server builds beside the language model, which must be excluded: matrices, but no router or
+    embedding."""
+    matrices = [
+        name.removesuffix(".weight")
+        for name, stored in shards.tensors.items()
+        if model.carries(name) and name.endswith(".weight") and len(stored.shape) == 2
+    ]
+    return [name for name in matrices if ".gate." not in f"{name}." and "embed" not in name]
 
 
 def _find_layout(config: dict[str, Any], report: Report) -> PackedLayout | None:
@@ -177,8 +189,14 @@ def _check_names_and_shapes(
             report.add(name, f"is {stored.dtype}, expected {dtype}")
         elif stored.shape != shape:
             report.add(name, f"has shape {list(stored.shape)}, expected {list(shape)}")
-    for name in sorted(name for name in set(shards.tensors) - set(expected) if not model.carries(name)):
-        report.add(name, "is unknown; expected no such tensor in this model")
+    for name in sorted(set(shards.tensors) - set(expected)):
+        if not model.carries(name):
+            report.add(name, "is unknown; expected no such tensor in this model")
+        elif (dtype := shards.tensors[name].dtype) in ("U8", "F8_E4M3"):
+            report.add(name, f"is {dtype}; what is no part of the language model is not quantized")
+    for prefix in model.required:
+        if not any(name.startswith(prefix) for name in shards.tensors):
+            report.add(f"{prefix}*", "is missing; expected tensors of what this model has beside its language model")
     for group in model.fused:
         parts = [module for module in group if module in report.quantized]
         if 0 < len(parts) < len(group):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qad.models.families import family_of
+from megatron_qad.models.families import family_of, text_config
 from megatron_qad.report.runs import Run
 from megatron_qad.report.weights import LinearError, linear_errors, linears_of, read_config, same_shape
 from megatron_qad.runtime.errors import QADError
@@ -62,12 +62,13 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str) -> 
 
 
 def _model_facts(config: dict) -> dict:
+    text = text_config(config)
     return {
         "architecture": config["architectures"][0],
-        "num_hidden_layers": config.get("num_hidden_layers"),
-        "hidden_size": config.get("hidden_size"),
-        "vocab_size": config.get("vocab_size"),
-        "num_weights": sum(math.prod(tensor.shape) for tensor in family_of(config).tensors(config)),
+        "num_hidden_layers": text.get("num_hidden_layers"),
+        "hidden_size": text.get("hidden_size"),
+        "vocab_size": text.get("vocab_size"),
+        "num_weights": sum(math.prod(tensor.shape) for tensor in family_of(config).all_tensors(config)),
         "num_linears": len(linears_of(config)),
     }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -121,6 +122,15 @@ def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) 
     assert not shared, f"{len(shared)} parameters of the teacher are the student's, too"
 
 
+def _copy_whole(source: str, target: str) -> None:
+    """A file that appears when it is whole, and stays if it is there: a vision encoder has a gigabyte."""
+    now, then = Path(source).stat(), Path(target).stat() if Path(target).is_file() else None
+    if then is None or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+        partial = f"{target}.partial"
+        shutil.copy2(source, partial)  # its time, too
+        os.replace(partial, target)
+
+
 def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:
     """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear.
 
@@ -148,7 +158,7 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
                 f"{formats.get(name)} ({len(differ)} linears differ). Choose another directory or the policy of before"
             )
     start = Path(args.qad.qad_student or args.qad.qad_teacher)
-    shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True)
+    shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_whole)
     job = {
         "policy": args.qad.qad_policy,
         "rules": args.qad.qad_rule,

@@ -341,6 +341,25 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
     excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     linears = {f"{name}.weight" for name in excluded if not name.startswith("language_model.")}
     assert linears == {name for name in seeing if name.endswith(".weight") and given[name].dim() == 2}
+    # Without its encoder, or with one that a server would take for quantized, it is no such model, at any step.
+    without = tmp_path / "hf_blind"
+    shutil.copytree(tmp_path / "hf_student", without)
+    text = {name: tensor for name, tensor in given.items() if not name.startswith("vision_model.")}
+    save_file(text, without / "model.safetensors")
+    arguments = {"models": [(str(without), str(tmp_path / "blind"), "bfloat16")]}
+    output = workshop.server.run("training_jobs:import_checkpoints", 1, arguments, fails=True)
+    assert "no tensor's name begins with 'vision_model.'" in output
+    (tmp_path / "run" / "hf" / "carried.safetensors").unlink()
+    arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "blind")}}
+    output = workshop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
+    assert "no hf/carried.safetensors" in output
+    qkv = "vision_model.radio_model.model.blocks.0.attn.qkv"
+    for name in ("config.json", "hf_quant_config.json"):
+        file = tmp_path / "out" / name
+        file.write_text(file.read_text().replace(f'"{qkv}",', ""))
+    save_file({n: t for n, t in stored.items() if not n.startswith("mlp1.")}, tmp_path / "out" / "model.safetensors")
+    faults = "\n".join(map(str, validate_nvfp4(tmp_path / "out").faults))
+    assert f"{qkv}: is not quantized and missing from" in faults and "mlp1.*: is missing" in faults
 
 
 def test_what_cannot_be_is_one_error(workshop, tmp_path):

@@ -13,6 +13,7 @@ from megatron_qad.checkpoint.layouts import HFTensor, stored_tensors
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization.format_table import Row, fold_experts, format_rows, render, totals
 from megatron_qad.quantization.policy import SHIPPED, load
+from megatron_qad.report.collect import _model_facts
 from megatron_qad.report.policy_report import report_policy, resolve_report
 from megatron_qad.runtime import QADError
 
@@ -92,6 +93,13 @@ def test_nano_30b_keeps_attention_and_the_mamba_layer_before_each():
     mamba = [f"{backbone}.{i - 1}.mixer.{p}" for i in attention for p in ("in_proj", "out_proj")]
     qkvo = [f"{backbone}.{i}.mixer.{p}_proj" for i in attention for p in "qkvo"]
     assert found.exclude_modules == sorted([*conv, *mamba, *qkvo, "lm_head"])
+
+
+def test_a_runs_report_tells_of_the_language_model_and_of_all_weights():
+    found = report("nemotron-nano-12b-v2-vl")
+    facts = _model_facts(found.hf_config)
+    assert facts["num_weights"] == found.num_weights
+    assert (facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"]) == (62, 5120, 131072)
 
 
 def test_the_vision_encoder_is_excluded_and_untouched():
