@@ -79,7 +79,7 @@ def test_te_saved_checkpoint_exports_to_the_nvfp4_bytes_of_the_local_one(compare
     local, te = (root / "out" / case / spec / "modelopt" for spec in ("local", "te"))
     names = sorted(file.name for file in local.iterdir())
     assert names == sorted(file.name for file in te.iterdir())
-    for name in names:
+    for name in set(names) - {"qad_export.json"}:  # which says from where it was made
         assert (local / name).read_bytes() == (te / name).read_bytes(), name
     for part in ("weight_scale_2", "k_proj.k_scale", "v_proj.v_scale"):
         assert any(name.endswith(part) for name in _tensors(te)), f"no {part}: nothing was quantized"
