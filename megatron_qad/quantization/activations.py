@@ -17,7 +17,7 @@ from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvB
 from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
-from megatron_qad.quantization.kv_cache import quantize_kv_cache, register_core_attentions
+from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
 from megatron_qad.quantization.names import alike_experts, named_modules_globally
 from megatron_qad.runtime.errors import QADError
 
@@ -101,8 +101,8 @@ class ActivationQuantizers:
         all ranks of ``groups``."""
         self._calibrated = False
         for chunk in chunks:
-            register_core_attentions(chunk)
-            _register_latent_projections(chunk)
+            _register(chunk, ".core_attention", QuantCoreAttention)
+            _register(chunk, "_latent_proj", QuantLinearConvBase)
             mtq.replace_quant_module(chunk)
             for module in chunk.modules():
                 if isinstance(module, TensorQuantizer):
@@ -242,12 +242,11 @@ def _check_finite(amaxes: dict[str, float]) -> None:
             )
 
 
-def _register_latent_projections(chunk: torch.nn.Module) -> None:
-    """Let modelopt quantize the local layer spec's projections around experts; it knows Transformer Engine's."""
+def _register(chunk: torch.nn.Module, ending: str, quantized: type) -> None:
+    """Let modelopt put ``quantized`` in the place of modules whose names end so, unless it knows them itself."""
     for name, module in chunk.named_modules():
-        if name.endswith("_latent_proj") and type(module) not in QuantModuleRegistry:
-            key = f"megatron_{type(module).__name__}"
-            QuantModuleRegistry.register({type(module): key})(type(f"Quant{key}", (QuantLinearConvBase,), {}))
+        if name.endswith(ending) and type(module) not in QuantModuleRegistry:
+            QuantModuleRegistry.register({type(module): f"megatron_{type(module).__name__}"})(quantized)
 
 
 def _quantize_int4_weight(name: str, module: torch.nn.Module) -> None:

@@ -7,7 +7,7 @@ is exported, amax / 448, without the clamp to 1 that other exporters add.
 
 import torch
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 
 from megatron_qad.quantization.names import named_modules_globally
 
@@ -32,13 +32,6 @@ class QuantCoreAttention(QuantModule):
         }
         # Scalars that all tensor-parallel ranks share, like those of the linears' inputs.
         return found | make_sharded_tensors_for_checkpoint(amaxes, prefix, {}, sharded_offsets)
-
-
-def register_core_attentions(chunk: torch.nn.Module) -> None:
-    """Let modelopt replace whatever stands at ``core_attention`` in this chunk and that it does not know itself."""
-    for name, module in chunk.named_modules():
-        if name.endswith(".core_attention") and type(module) not in QuantModuleRegistry:
-            QuantModuleRegistry.register({type(module): f"megatron_{type(module).__name__}"})(QuantCoreAttention)
 
 
 def quantize_kv_cache(chunk: torch.nn.Module, attributes: dict) -> dict[str, TensorQuantizer]:
