@@ -182,16 +182,19 @@ def _nas_width(ffn: dict, hidden: int) -> int:
     return (int(2 * factor * hidden / 3) + 255) // 256 * 256
 
 
-def _nemotron_h(config: dict[str, Any]) -> Inventory:
-    """One mixer a layer, by the pattern: Mamba-2, attention, MLP or experts. The hub's names."""
+def _nemotron_h(config: dict[str, Any], prefix: str = "") -> Inventory:
+    """One mixer a layer, by the pattern: Mamba-2, attention, MLP or experts. The hub's names, after ``prefix``."""
     hidden, vocab = _number(config, "hidden_size"), _number(config, "vocab_size")
-    tied = bool(config.get("tie_word_embeddings", False))
-    carried = ("mtp.",) if config.get("num_nextn_predict_layers") else ()
-    model = Inventory(tied_head=tied, embedding="backbone.embeddings.weight", carried=carried)
-    model.tensors |= {model.embedding: (vocab, hidden), "backbone.norm_f.weight": (hidden,)}
+    model = Inventory(
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        embedding=f"{prefix}backbone.embeddings.weight",
+        head=f"{prefix}lm_head",
+        carried=(f"{prefix}mtp.",) if config.get("num_nextn_predict_layers") else (),
+    )
+    model.tensors |= {model.embedding: (vocab, hidden), f"{prefix}backbone.norm_f.weight": (hidden,)}
     model.linears[model.head] = (vocab, hidden)
     for index, add_mixer in enumerate(_mixers(config)):
-        layer = f"backbone.layers.{index}"
+        layer = f"{prefix}backbone.layers.{index}"
         model.tensors[f"{layer}.norm.weight"] = (hidden,)
         add_mixer(model, config, f"{layer}.mixer", hidden)
     return model
@@ -202,20 +205,10 @@ def _nemotron_vl(config: dict[str, Any]) -> Inventory:
     inner = config.get("llm_config") or config.get("text_config")
     if not isinstance(inner, dict):
         raise QADError(f"config.json: llm_config is {inner!r:.100}, expected the language model's config.")
-    text, prefix = _nemotron_h(inner), "language_model."
-    return Inventory(
-        tensors={prefix + name: shape for name, shape in text.tensors.items()},
-        linears={prefix + name: shape for name, shape in text.linears.items()},
-        fused=[tuple(prefix + name for name in group) for group in text.fused],
-        convolutions=[prefix + name for name in text.convolutions],
-        float32={prefix + name for name in text.float32},
-        carried=("vision_model.", "mlp1.", *(prefix + start for start in text.carried)),
-        required=("vision_model.", "mlp1."),
-        attentions=[tuple(prefix + name for name in pair) for pair in text.attentions],
-        tied_head=text.tied_head,
-        embedding=prefix + text.embedding,
-        head=prefix + text.head,
-    )
+    model = _nemotron_h(inner, "language_model.")
+    model.required = ("vision_model.", "mlp1.")
+    model.carried += model.required
+    return model
 
 
 def _mixers(config: dict) -> list[Callable]:
