@@ -37,7 +37,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     """
     source, rank, size = Path(source), *rank_and_size()
     target = _all_or_none(lambda: new_directory(target))
-    sharded, count = _all_or_none(lambda: _read(source, dtype, rank, size))
+    sharded, carried, count = _all_or_none(lambda: _read(source, dtype, rank, size))
     aside = target.parent / f".{target.name}.partial"  # renamed when whole: a killed import leaves no target
     if rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
@@ -47,7 +47,10 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     dist_checkpointing.save(sharded, str(aside / "release"))
     if rank == 0:
         copy_assets(source, aside / "hf")
-        carry_tensors(source, aside / "hf")
+        if carried:
+            save_file(carried, aside / "hf" / CARRIED_TENSORS)
+            first = next(iter(carried))
+            print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
         record = origins.of_model(source, str(dtype).removeprefix("torch."))
         manifest.write_atomically(aside / IMPORT_FILE, origins.text_of(record))
         manifest.write_atomically(aside / TRACKER, "release")
@@ -56,18 +59,20 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     return count
 
 
-def _read(source: Path, dtype: torch.dtype, rank: int, size: int) -> tuple[dict[str, ShardedTensor], int]:
-    """This rank's share of the tensors, converted, and the number of all. Writes nothing."""
+def _read(
+    source: Path, dtype: torch.dtype, rank: int, size: int
+) -> tuple[dict[str, ShardedTensor], dict[str, torch.Tensor], int]:
+    """This rank's share of the tensors, converted, what rank 0 carries along, and the number of all that are converted.
+    Writes nothing."""
     reader = HFReader(source)
     family = family_of(reader.config)
     family.megatron_args(reader.config)  # refuses now what training could not build
     maps = family.tensors(reader.config)
     _check_names(reader, maps)
-    if rank == 0:
-        _check_carried(reader)
+    carried = _read_carried(reader) if rank == 0 else {}
     mine = maps[rank::size]
     stored = {name: part for m in mine for name, part in _stored(m, _convert(reader, m, dtype))}
-    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, len(maps)
+    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, carried, len(maps)
 
 
 def _stored(tensor_map: TensorMap, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,13 +111,6 @@ def carried_names(reader: HFReader) -> list[str]:
     return sorted(name for name in reader.names if name.startswith(prefixes))
 
 
-def carry_tensors(source: Path, target: Path) -> None:
-    reader = HFReader(source)
-    if names := carried_names(reader):
-        save_file({name: reader.read(name).contiguous() for name in names}, target / CARRIED_TENSORS)
-        print(f"megatron_qad: {len(names)} tensors ({names[0]}, ...) are carried along: not trained, not quantized")
-
-
 def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
     wanted = {name for m in maps for name in m.hf}
     left_over = reader.names - wanted - set(carried_names(reader))
@@ -127,30 +125,30 @@ def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
         raise QADError(f"{reader.directory}: {len(missing)} tensors are missing, first {sorted(missing)[0]!r}")
 
 
-def _check_carried(reader: HFReader) -> None:
-    """That none of what the config tells of is missing as a whole, and that all of it is finite."""
+def _read_carried(reader: HFReader) -> dict[str, torch.Tensor]:
+    """What the family carries along: none of what the config tells of missing as a whole, and all of it finite."""
     family, names = family_of(reader.config), carried_names(reader)
     told = [name for tensor_map in family.beside(reader.config) for name in tensor_map.hf]
     for prefix in family.carried:
         if any(name.startswith(prefix) for name in told) and not any(name.startswith(prefix) for name in names):
             raise QADError(f"{reader.directory}: no tensor's name begins with {prefix!r}; download it again")
-    for name in names:
-        _check_finite(reader, name, reader.read(name))
+    return {name: _read_finite(reader, name).contiguous() for name in names}
 
 
-def _check_finite(reader: HFReader, name: str, tensor: torch.Tensor) -> None:
+def _read_finite(reader: HFReader, name: str) -> torch.Tensor:
+    tensor = reader.read(name)
     if not bool(torch.isfinite(tensor).all()):
         raise QADError(f"{reader.directory}: {name} holds NaN or Inf")
+    return tensor
 
 
 def _convert(reader: HFReader, tensor_map: TensorMap, dtype: torch.dtype) -> torch.Tensor:
     parts = []
     for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
-        tensor = reader.read(name)
+        tensor = _read_finite(reader, name)
         if tuple(tensor.shape) != shape:
             raise QADError(
                 f"{reader.directory}: {name} has shape {list(tensor.shape)}, config.json implies {list(shape)}"
             )
-        _check_finite(reader, name, tensor)
         parts.append(tensor.to(torch.float32 if tensor_map.is_float32 else dtype))
     return tensor_map.to_megatron(parts).contiguous()
