@@ -101,3 +101,16 @@ def take_chunks(x: Tensor, lengths: Sequence[int], rank: int, size: int) -> Tens
         return x
     # The last of a span's queries is the last of its keys.
     return torch.cat([x[:, end - (b - a) : end] for a, b, _, end in spans(lengths, rank, size)], dim=1)
+
+
+def partitioned_indices(documents: Tensor, total_tokens: int, size: int, rank: int) -> Tensor:
+    """Which tokens of a packed row a rank holds, in its order: int32 [total_tokens / size]. Called as Transformer
+    Engine's ``thd_get_partitioned_indices`` is.
+
+    Args:
+        documents: int [documents + 1], where each begins and the last ends; lengths are multiples of ``2 * size``.
+    """
+    lengths = documents.diff().tolist()
+    assert not any(length % (2 * size) for length in lengths), "documents that 2 * size chunks do not divide"
+    row = torch.arange(total_tokens, dtype=torch.int32, device=documents.device)
+    return take_chunks(row.unsqueeze(0), lengths, rank, size)[0]

@@ -1,8 +1,8 @@
 """What Megatron needs set right before it runs: what its wheel lacks, and a process that it need not start."""
 
 import importlib.util
-import itertools
 import queue
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -75,24 +75,9 @@ def dispatch_tokens_on_cpu() -> None:
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = moved
 
 
-def partitioned_indices(documents: torch.Tensor, total_tokens: int, size: int, rank: int) -> torch.Tensor:
-    """Which tokens of a packed row a context-parallel rank holds, in its order: int32 [total_tokens / size].
-
-    Args:
-        documents: int [documents + 1], where each begins and the last ends; lengths are multiples of ``2 * size``.
-    """
-    chunks = []
-    for start, end in itertools.pairwise(documents.tolist()):
-        chunk = (end - start) // (2 * size)
-        chunks += [torch.arange(chunk) + start + index * chunk for index in (rank, 2 * size - 1 - rank)]
-    found = torch.cat(chunks).int().to(documents.device)
-    assert len(found) == total_tokens // size, "documents that 2 * size chunks do not divide"
-    return found
-
-
-def pack_mamba_rows_without_te() -> None:
+def pack_mamba_rows_without_te(partitioned_indices: Callable) -> None:
     """Let Mamba layers take packed rows under context parallelism where Transformer Engine's function, which says which
-    tokens are whose, is missing or has no GPU to run on."""
+    tokens are whose, is missing or has no GPU to run on: ``partitioned_indices`` stands in its place."""
     from megatron.core.ssm import mamba_context_parallel
 
     mamba_context_parallel.tex = SimpleNamespace(thd_get_partitioned_indices=partitioned_indices)

@@ -23,6 +23,7 @@ from megatron_qad.config.yaml_file import expand, to_flags
 from megatron_qad.distillation import LogitLoss, parse_loss
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
+from megatron_qad.models.context_parallel import partitioned_indices
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities, whole_saves
@@ -83,9 +84,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if teacher_config is not None:
         check_same_vocabulary(student, text_config(hf_config), options.qad_teacher, text_config(teacher_config))
     models = {"the student": hf_config} | ({"the teacher": teacher_config} if teacher_config is not None else {})
-    shapes = {who: family_of(config).megatron_args(config) for who, config in models.items()}
-    for who, config in models.items():
-        shapes[who]["mlp-widths"] = family_of(config).mlp_widths(config)
+    shapes = {
+        who: family_of(config).megatron_args(config) | {"mlp-widths": family_of(config).mlp_widths(config)}
+        for who, config in models.items()
+    }
     if options.qad_ptq:
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
@@ -108,8 +110,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     load_reshardable_state_of_torch_adam()
     if capabilities().device == "cpu":
         dispatch_tokens_on_cpu()
-    if capabilities().device == "cpu" or importlib.util.find_spec("transformer_engine_torch") is None:
-        pack_mamba_rows_without_te()
+    if capabilities().layer_spec == "local":
+        pack_mamba_rows_without_te(partitioned_indices)
     args = parse_and_validate_args(extra_args_provider=add_qad_arguments)
     check_masters(args)
     check_step(args)

@@ -6,8 +6,7 @@ import torch
 from megatron_qad.runtime import prepare
 
 prepare()
-from megatron_qad.models.context_parallel import take_chunks  # noqa: E402
-from megatron_qad.runtime.megatron_wheel import partitioned_indices  # noqa: E402
+from megatron_qad.models.context_parallel import partitioned_indices, take_chunks  # noqa: E402
 
 
 @pytest.mark.parametrize(("lengths", "size"), [([8, 4], 2), ([16, 8, 8, 32], 4), ([12], 3)])
