@@ -10,6 +10,7 @@ Each rank calls ``module:function(**arguments)`` with torchrun's environment var
 itself does; ``launch.run_workers`` is for that.
 """
 
+import faulthandler
 import glob
 import importlib
 import json
@@ -120,6 +121,7 @@ def _start(job: dict, rank: int, port: int) -> int:
     log = os.open(_log_of(job["log"], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()  # a rank that ends by a signal says where
     sys.stdout.reconfigure(line_buffering=True)  # what a rank said before it is killed is in its log
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["nproc"], "LOCAL_WORLD_SIZE": job["nproc"]}
     os.environ |= {name: str(value) for name, value in ranks.items()}
