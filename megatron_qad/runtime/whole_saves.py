@@ -8,6 +8,7 @@ job (``training.checkpoints`` goes on with it).
 """
 
 import functools
+import io
 import json
 import os
 import secrets
@@ -74,8 +75,8 @@ def save(
         async_strategy=async_strategy if async_sharded_save else "mcore",
         **rest,
     )
-    write = partial(_write_and_sum, request.async_fn, str(aside), torch.distributed.get_rank())
     if request.async_fn is not None:
+        write = partial(_write_and_sum, request.async_fn, str(aside), torch.distributed.get_rank())
         request = request._replace(async_fn=write)
     request.finalize_fns.insert(0, partial(_free_room, aside))
     request.finalize_fns.append(partial(_publish, aside, final, texts))
@@ -123,8 +124,21 @@ def clear_away(root: Path, name: str = "") -> None:
         shutil.rmtree(path, ignore_errors=True) if place.exists() else path.rename(place)
 
 
+class _Bytes(io.BytesIO):
+    """A BytesIO of which a view may become garbage.
+
+    A write that fails leaves its frames, and the view in them, in a reference cycle. CPython 3.12.0 and 3.12.1 die by
+    signal 11 when they collect a view of a BytesIO there (python/cpython#111049); a view of bytes they survive.
+    """
+
+    def getbuffer(self) -> memoryview:
+        return memoryview(self.getvalue())
+
+
 def _write_and_sum(write: Callable, directory: str, rank: int, *args, **kwargs) -> None:
     """A rank's part of the save, in the process that writes it: what it wrote is summed up there, not in training."""
+    for _, _, (objects, _) in args[1]:  # (file, key, (pickled objects, tensors)), each a list of (item, data)
+        objects[:] = [(item, _Bytes(data.getvalue())) for item, data in objects]
     write(*args, **kwargs)  # hands its own errors over a queue
     try:
         files = Path(directory).glob(f"__{rank}_*.distcp")
