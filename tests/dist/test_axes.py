@@ -63,7 +63,11 @@ PACKED_AXES = {
 EP2 = ["--expert-model-parallel-size", "2"]
 # Of a Mamba layer's decay (A_log, dt_bias) the gradient is a small sum of large terms: 1.2e-5 at most here.
 OF_MAMBA = 3e-5
-HYBRIDS = {"qwen3-moe": tiny_hybrids.QWEN3_MOE, "nemotron-h": tiny_hybrids.NEMOTRON_H}
+HYBRIDS = {
+    "qwen3-moe": tiny_hybrids.QWEN3_MOE,
+    "nemotron-h": tiny_hybrids.NEMOTRON_H,
+    "nemotron-nas": tiny_hybrids.NEMOTRON_NAS,
+}
 HYBRID_AXES = {
     "qwen3-moe": {
         "ep2": (2, EP2),
@@ -78,6 +82,11 @@ HYBRID_AXES = {
         "pp2ep2": (4, PP2 + EP2),
         "recompute ep2": (2, RECOMPUTE + EP2),
         "teacher microbatch": (1, ["--qad-teacher-micro-batch-size", "4"]),
+        "teacher on the host": (1, ["--qad-teacher-on-host"]),
+    },
+    "nemotron-nas": {
+        "tp2 sp": (2, TP2 + SP),
+        "pp2 virtual2": (2, PP2 + VIRTUAL),
         "teacher on the host": (1, ["--qad-teacher-on-host"]),
     },
 }
@@ -125,7 +134,7 @@ def test_axes_of_hybrids_agree(workshop, model):
 
 
 def test_packed_rows_of_a_hybrid_agree(workshop):
-    axes = {"tp2ep2": (4, TP2 + SP + EP2), "pp2": (2, PP2), "cp2": (2, CP2)}
+    axes = {"tp2ep2": (4, TP2 + SP + EP2), "pp2": (2, PP2), "cp2": (2, CP2), "tp2cp2": (4, TP2 + SP + CP2)}
     _assert_axes_agree(workshop, "nemotron-h", axes, PACKED)
 
 
