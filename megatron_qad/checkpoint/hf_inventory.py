@@ -21,7 +21,7 @@ class Inventory:
     fused: list[tuple[str, ...]] = field(
         default_factory=list
     )  # linears that a server merges and that share their scales
-    convolutions: list[str] = field(default_factory=list)  # linear to a server, never quantized; excluded by name
+    always_excluded: list[str] = field(default_factory=list)  # linear to a server, never quantized
     float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
     carried: tuple[str, ...] = ()  # what names of tensors begin with that no inventory lists and that stay as they were
     required: tuple[str, ...] = ()  # those of ``carried`` that must be there
@@ -35,7 +35,7 @@ class Inventory:
 
     def excluded(self, quantized) -> set[str]:
         """What the configurations must exclude where these linears are quantized."""
-        return (set(self.linears) | set(self.convolutions)) - set(quantized)
+        return (set(self.linears) | set(self.always_excluded)) - set(quantized)
 
 
 def inventory(config: dict[str, Any]) -> Inventory:
@@ -115,6 +115,7 @@ def _qwen3_moe(config: dict[str, Any]) -> Inventory:
     """Qwen3 with experts in the place of most MLPs."""
     model = _qwen3(config)
     hidden, width = _number(config, "hidden_size"), _number(config, "moe_intermediate_size")
+    num_experts = _number(config, "num_experts", config.get("num_local_experts"))  # transformers 5 saves the second
     step, dense = config.get("decoder_sparse_step") or 1, config.get("mlp_only_layers") or []
     for index in range(_number(config, "num_hidden_layers")):
         if index in dense or (index + 1) % step:
@@ -124,8 +125,9 @@ def _qwen3_moe(config: dict[str, Any]) -> Inventory:
         for module in (*gate_up, f"{mlp}.down_proj"):
             del model.linears[module]
         model.fused.remove(gate_up)
-        model.tensors[f"{mlp}.gate.weight"] = (_number(config, "num_experts"), hidden)
-        for number in range(_number(config, "num_experts")):
+        model.tensors[f"{mlp}.gate.weight"] = (num_experts, hidden)
+        model.always_excluded.append(f"{mlp}.gate")  # servers build this router of a linear, Nemotron-H's of its own
+        for number in range(num_experts):
             expert = f"{mlp}.experts.{number}"
             model.linears[f"{expert}.gate_proj"] = model.linears[f"{expert}.up_proj"] = (width, hidden)
             model.linears[f"{expert}.down_proj"] = (hidden, width)
@@ -228,7 +230,7 @@ def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
     inner = heads * _number(config, "mamba_head_dim")
     model.linears[f"{mixer}.in_proj"] = (2 * inner + 2 * state + heads, hidden)
     model.linears[f"{mixer}.out_proj"] = (hidden, inner)
-    model.convolutions.append(f"{mixer}.conv1d")
+    model.always_excluded.append(f"{mixer}.conv1d")
     channels = inner + 2 * state
     model.tensors |= {f"{mixer}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
     model.tensors |= {f"{mixer}.norm.weight": (inner,), f"{mixer}.conv1d.bias": (channels,)}

@@ -86,7 +86,7 @@ def validate_nvfp4(directory: str | Path) -> Report:
         report.add("config.json", str(error))
         return report
     report.num_linears = len(model.linears)
-    model.convolutions += _carried_linears(model, shards)
+    model.always_excluded += _carried_linears(model, shards)
     if layout is None:
         return report
     declared = declared_formats(config["quantization_config"], layout, model)

@@ -15,6 +15,11 @@ def layer_pattern(config: dict) -> str:
     return "".join("*E" if _has_experts(config, i) else "*-" for i in range(required(config, "num_hidden_layers")))
 
 
+def _num_experts(config: dict) -> int:
+    """transformers 5 saves another name than the hub's."""
+    return required(config, "num_experts" if config.get("num_local_experts") is None else "num_local_experts")
+
+
 def _has_experts(config: dict, block: int) -> bool:
     step = config.get("decoder_sparse_step") or 1
     return block not in (config.get("mlp_only_layers") or ()) and (block + 1) % step == 0
@@ -24,7 +29,7 @@ def megatron_args(config: dict) -> dict:
     shape = dense.megatron_args(config, qkv_bias=False, qk_norm=True)
     shape["hybrid-layer-pattern"] = layer_pattern(config)
     return shape | router_args(
-        num_experts=required(config, "num_experts"),
+        num_experts=_num_experts(config),
         top_k=required(config, "num_experts_per_tok"),
         width=required(config, "moe_intermediate_size"),
         # Normalizing the chosen experts' probabilities is a softmax over their logits alone.
@@ -45,11 +50,13 @@ def tensors(config: dict) -> list[TensorMap]:
 
 
 def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
-    hidden, num_experts = required(config, "hidden_size"), required(config, "num_experts")
+    hidden, num_experts = required(config, "hidden_size"), _num_experts(config)
     width, module = required(config, "moe_intermediate_size"), f"decoder.layers.{layer}.mlp"
     norm = (f"{hf}.post_attention_layernorm.weight",)
     yield TensorMap(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", norm, "norm", (hidden,), layer)
-    yield TensorMap(f"{module}.router.weight", (f"{hf}.mlp.gate.weight",), "router", (num_experts, hidden), layer)
+    # Servers build it of a linear that takes the checkpoint's quantization.
+    router = (f"{module}.router.weight", (f"{hf}.mlp.gate.weight",), "router", (num_experts, hidden), layer)
+    yield TensorMap(*router, always_excluded=True)
     for i in range(num_experts):
         expert, names = f"{module}.experts.experts.{i}", f"{hf}.mlp.experts.{i}"
         yield ExpertGateUp(

@@ -22,6 +22,19 @@ BLOCK = {
     "attention": {"n_heads_in_group": 2, "no_op": False, "replace_with_linear": False},
     "ffn": {"ffn_mult": 2.625, "no_op": False, "replace_with_linear": False},
 }
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "vocab_size": 256,
+}
 NO_ATTENTION = {**BLOCK, "attention": {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}}
 NO_FFN = {**BLOCK, "ffn": {"ffn_mult": None, "no_op": True, "replace_with_linear": False}}
 LINEAR_ATTENTION = {**BLOCK, "attention": {"n_heads_in_group": None, "no_op": False, "replace_with_linear": True}}
@@ -178,6 +191,18 @@ def test_linear_modules_are_linears_and_conv1d():
     }
     assert "lm_head" in modules and not any("gate" in name or "norm" in name for name in modules)
     assert len(modules) == len(set(modules))
+
+
+def test_qwen3_moe_routers_are_linears_to_a_server():
+    """vLLM builds them with the checkpoint's quantization, which must leave them out; blocks without experts have none.
+    transformers 5 saves the number of experts under another name."""
+    config = QWEN3_MOE | {"mlp_only_layers": [1]}
+    modules = set(family_of(config).linear_modules(config))
+    assert {name for name in modules if name.endswith(".gate")} == {f"model.layers.{i}.mlp.gate" for i in (0, 2)}
+    assert inventory(config).excluded(()) == modules
+    saved = {k: v for k, v in config.items() if k != "num_experts"} | {"num_local_experts": 4}
+    assert tensors_of(saved) == tensors_of(config) and inventory(saved) == inventory(config)
+    assert family_of(saved).megatron_args(saved) == family_of(config).megatron_args(config)
 
 
 def test_layers_block_type_says_what_the_pattern_says():
