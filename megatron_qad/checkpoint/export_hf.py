@@ -71,7 +71,8 @@ def export_hf(
             "language model. Copy it from there"
         )
     reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
-    export = Export(reader, layout, formats, kv_cache, scale_rule, declared_dtype(config))
+    amaxes = reader.read_amaxes() if layout != "bf16" else {}
+    export = Export(reader, layout, formats, kv_cache, scale_rule, declared_dtype(config), amaxes)
     return write_hf_checkpoint(
         chain(export.items(family.tensors(config)), (HFTensor(name, tensor) for name, tensor in carried.items())),
         output,
@@ -132,6 +133,8 @@ class Export:
     scale_rule: str
     dtype: torch.dtype | None
     """Of what is not packed; None: as stored."""
+    amaxes: dict[str, torch.Tensor]
+    """Of inputs, keys and values, by the names of their quantizers' buffers."""
 
     def items(self, maps: list[TensorMap]) -> Iterator[HFTensor]:
         """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
@@ -179,6 +182,6 @@ class Export:
         yield from kv_scales(k_proj, v_proj, *amaxes, self.layout)
 
     def _amax(self, name: str) -> torch.Tensor:
-        if name not in self.reader:
+        if name not in self.amaxes:
             raise QADError(f"{self.reader.directory}: no {name}; the job saved this checkpoint before it calibrated")
-        return self.reader.read([name])[name]
+        return self.amaxes[name]

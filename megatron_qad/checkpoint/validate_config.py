@@ -145,10 +145,11 @@ def _check_exclusions(where: str, found: Any, model: Inventory, quantized: Mappi
     if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
         fault(where, f"is {found!r}, expected a list of module names")
         return
+    linears = model.excluded(())
     for module in sorted(set(found)):
         if module in quantized:
             fault(module, f"is quantized and stands in {where}")
-        elif module not in model.excluded(()) and not model.carries(module):
+        elif module not in linears and not model.carries(module):
             fault(
                 module, f"stands in {where} and is no linear; expected exact names, servers read patterns differently"
             )

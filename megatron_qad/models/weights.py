@@ -26,6 +26,7 @@ BEST_KEY = "kl_to_teacher"
 GATED_HALVES = ("_w", "_v")
 _EXTRA_STATE = "_extra_state"  # of Transformer Engine's and modelopt's modules: made anew, never loaded
 _QUANTIZER = "_quantizer."
+AMAX = "_quantizer._amax"
 
 
 def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) -> Path:
@@ -76,7 +77,7 @@ def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
 
 def has_amaxes(checkpoint: str | Path) -> bool:
     """Whether a checkpoint holds calibrated quantizers, of inputs or of the KV cache."""
-    return any(name.endswith("_quantizer._amax") for name in stored_shapes(checkpoint))
+    return any(name.endswith(AMAX) for name in stored_shapes(checkpoint))
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False) -> None:

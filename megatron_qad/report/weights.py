@@ -123,12 +123,13 @@ def linear_errors(
         own = [m for m in wanted if run in quantizes[m.megatron]]
         by_name = {error.name: error for error in found}
         reader = TorchDistReader(checkpoint)
+        amaxes = reader.read_amaxes()
         pairs = zip(TorchDistReader(teacher).layers(own), reader.layers(own), strict=True)
         for (linear, of_teacher), (_, of_run) in pairs:
             arithmetic = weight_formats[run][linear.megatron]
             exported = arithmetic.as_exported(of_run, name=linear.megatron, rule=rules.get(run, "max"))
             distance = relative_distance(exported, of_teacher)
-            by_name[linear.megatron].runs[run] = RunWeight(distance, _input_amax(reader, linear))
+            by_name[linear.megatron].runs[run] = RunWeight(distance, _input_amax(amaxes, linear))
     return found
 
 
@@ -141,6 +142,6 @@ def relative_distance(weight: Tensor, reference: Tensor) -> float:
     return distance / size
 
 
-def _input_amax(reader: TorchDistReader, linear: TensorMap) -> float | None:
-    name = f"{linear.megatron_module}.input_quantizer._amax"
-    return reader.read([name])[name].item() if name in reader else None
+def _input_amax(amaxes: dict[str, Tensor], linear: TensorMap) -> float | None:
+    amax = amaxes.get(f"{linear.megatron_module}.input_quantizer._amax")
+    return None if amax is None else amax.item()
