@@ -35,7 +35,7 @@ def main() -> None:
         print(f"wrote {tensors} tensors to {options.output}")
 
 
-if __name__ == "__main__":  # saving spawns processes that import this file again
+if __name__ == "__main__":
     try:
         main()
     except QADError as error:

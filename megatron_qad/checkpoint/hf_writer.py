@@ -47,6 +47,8 @@ CARRIED_FILES = (
     "video_preprocessor_config.json",
     "*.py",
     "LICENSE*",
+    "NOTICE*",  # with the next, what Llama's licence wants passed on
+    "USE_POLICY*",
 )
 DEFAULT_SHARD_BYTES = 5_000_000_000  # the hub's own default
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -104,8 +106,8 @@ def write_hf_checkpoint(
             "config.json already has a quantization_config; expected that of a BF16 model. Remove the entry."
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = directory.parent / f".{directory.name}.partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process that had our number
+    aside = directory.parent / f".{directory.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
     aside.mkdir()
     shards = _Shards(aside, max_shard_bytes)
     try:
@@ -143,6 +145,7 @@ class _Shards:
     def __init__(self, directory: Path, max_bytes: int):
         self.directory, self.max_bytes = directory, max_bytes
         self.pending: dict[str, Tensor] = {}
+        self._places: set[int] = set()  # of pending tensors in memory
         self.pending_bytes = self.num_bytes = 0
         self.weight_map: dict[str, int | str] = {}  # tensor name -> shard number, at the end -> file name
         self.names: list[str] = []  # file names, temporary until finish()
@@ -153,7 +156,8 @@ class _Shards:
                 raise QADError(f"{name}: given twice to the checkpoint writer; each name may be written once.")
             if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
                 self._flush()
-            self.pending[name] = _own(tensor, self.pending.values())
+            self.pending[name] = tensor = _own(tensor, self._places)
+            self._places.add(tensor.data_ptr())
             self.pending_bytes += tensor.nbytes
 
     def finish(self) -> None:
@@ -185,14 +189,14 @@ class _Shards:
         self.weight_map.update(dict.fromkeys(self.pending, len(self.names)))
         self.names.append(file_name)
         self.num_bytes += self.pending_bytes
-        self.pending, self.pending_bytes = {}, 0
+        self.pending, self._places, self.pending_bytes = {}, set(), 0
 
 
-def _own(tensor: Tensor, others: Iterable[Tensor]) -> Tensor:
+def _own(tensor: Tensor, taken: set[int]) -> Tensor:
     """Contiguous, with a storage of its own: safetensors refuses shared ones, and a view would keep the whole alive."""
     tensor = tensor.contiguous()
     is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-    is_shared = any(tensor.data_ptr() == other.data_ptr() for other in others if other.nbytes)
+    is_shared = tensor.nbytes > 0 and tensor.data_ptr() in taken
     return tensor.clone() if is_view or is_shared else tensor
 
 

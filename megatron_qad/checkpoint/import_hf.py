@@ -1,7 +1,8 @@
 """Hugging Face -> torch_dist: the weights under Megatron's global names, which any TP, PP or EP reads.
 
-Needs no model and no GPU: the family's name map says what to do, a layer's tensors are read when their turn comes.
-Under torchrun each rank imports its share. Values are copied, never changed but for a cast to the asked dtype.
+Needs no model and no GPU: the family's name map says what to do. Under torchrun each rank imports its share, which it
+holds in memory until it is saved: one process needs room for the whole model. Values are copied, never changed but for
+a cast to the asked dtype.
 """
 
 import shutil
@@ -11,7 +12,9 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
@@ -33,7 +36,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
 
     Raises:
         QADError: unsupported family, missing, left-over, truncated, wrong-shaped or non-finite tensors, or a target
-            that exists and is not empty or is a mount point.
+            that exists and is not empty or is a mount point, a full disk.
     """
     source, rank, size = Path(source), *rank_and_size()
     target = _all_or_none(lambda: new_directory(target))
@@ -44,19 +47,37 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     torch.distributed.barrier()
     save_checkpoints_in_this_process()
     whole_saves.install()
-    dist_checkpointing.save(sharded, str(aside / "release"))
+    try:
+        dist_checkpointing.save(sharded, str(aside / "release"))
+        whole_saves.on_first_rank(lambda: _finish(source, aside, carried, dtype))
+    except (whole_saves.SaveFailed, CheckpointException) as error:
+        free = shutil.disk_usage(target.parent).free
+        torch.distributed.barrier()
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        reason = str(error) if isinstance(error, QADError) else "a rank could not write its files"
+        raise QADError(
+            f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Nothing is left of it"
+        ) from error
     if rank == 0:
-        copy_assets(source, aside / "hf")
-        if carried:
-            save_file(carried, aside / "hf" / CARRIED_TENSORS)
-            first = next(iter(carried))
-            print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
-        record = origins.of_model(source, str(dtype).removeprefix("torch."))
-        manifest.write_atomically(aside / IMPORT_FILE, origins.text_of(record))
-        manifest.write_atomically(aside / TRACKER, "release")
         aside.rename(target)  # replaces an empty directory
     torch.distributed.barrier()
     return count
+
+
+def _finish(source: Path, aside: Path, carried: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """The first rank: what stands beside the weights."""
+    copy_assets(source, aside / "hf")
+    if carried:
+        try:
+            save_file(carried, aside / "hf" / CARRIED_TENSORS)
+        except SafetensorError as error:  # the library wraps the operating system's error
+            raise QADError(str(error)) from error
+        first = next(iter(carried))
+        print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
+    record = origins.of_model(source, str(dtype).removeprefix("torch."))
+    manifest.write_atomically(aside / IMPORT_FILE, origins.text_of(record))
+    manifest.write_atomically(aside / TRACKER, "release")
 
 
 def _read(
@@ -66,6 +87,7 @@ def _read(
     Writes nothing."""
     reader = HFReader(source)
     family = family_of(reader.config)
+    reader.rename(family.aliases)
     family.megatron_args(reader.config)  # refuses now what training could not build
     maps = family.tensors(reader.config)
     _check_names(reader, maps)
@@ -78,7 +100,8 @@ def _read(
 def _stored(tensor_map: TensorMap, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     rows = tensor_map.stored_rows
     for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
-        yield tensor_map.megatron + ending, part.contiguous()
+        # Megatron clones views when it saves, beside the tensor that they are of.
+        yield tensor_map.megatron + ending, part if len(rows) == 1 else part.clone()
 
 
 def _all_or_none(work: Callable):
