@@ -1,6 +1,7 @@
 """Reads a Hugging Face model directory tensor by tensor, and says what is wrong with it by name."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from safetensors import SafetensorError, safe_open
 from megatron_qad.checkpoint.hf_writer import CARRIED_FILES
 from megatron_qad.runtime.errors import QADError
 
-# What the imported checkpoint keeps beside the weights: all that export carries on.
 CARRIED_TENSORS = "carried.safetensors"
 """Tensors that are no part of the Megatron model, beside the config in a checkpoint's ``hf/``."""
 ASSETS = ("config.json", *CARRIED_FILES)
+"""What the imported checkpoint keeps beside the weights: all that export carries on."""
 
 
 class HFReader:
@@ -29,6 +30,7 @@ class HFReader:
         self.config = read_json(self.directory / "config.json")
         self._open: dict[Path, object] = {}
         self._file_of = self._index()
+        self._stored_as: dict[str, str] = {}
 
     def _index(self) -> dict[str, Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -53,6 +55,13 @@ class HFReader:
                 raise QADError(f"{file}: not a whole safetensors file ({error}); download it again") from error
         return self._open[file]
 
+    def rename(self, aliases: Mapping[str, str]) -> None:
+        """Give tensors that are stored under an alias the name that it stands for."""
+        for alias, name in aliases.items():
+            if alias in self._file_of and name not in self._file_of:
+                self._file_of[name] = self._file_of.pop(alias)
+                self._stored_as[name] = alias
+
     @property
     def names(self) -> set[str]:
         return set(self._file_of)
@@ -63,7 +72,7 @@ class HFReader:
             raise QADError(f"{self.directory}: no tensor {name!r}, which the config's architecture needs")
         handle = self._handle_of(self._file_of[name])
         try:
-            return handle.get_tensor(name)
+            return handle.get_tensor(self._stored_as.get(name, name))
         except SafetensorError as error:
             raise QADError(f"{self._file_of[name]}: cannot read {name}: {error}") from error
 

@@ -4,8 +4,8 @@ A map relates one Megatron tensor, by its name in a torch_dist checkpoint (globa
 tensors it holds. Both directions are exact: they copy values and never compute. No Megatron is imported here.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -34,8 +34,8 @@ class TensorMap:
     is_float32: bool = False
     """Kept in float32 whatever the model's precision (a router's correction bias)."""
     always_excluded: bool = False
-    """Linear to a server and quantized by no policy (conv1d, the vision encoder): a packed checkpoint's exclusion list
-    names it."""
+    """Linear to a server and quantized by no policy (conv1d, Qwen3-MoE's router, the vision encoder): a packed
+    checkpoint's exclusion list names it."""
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
         return [self.shape]
@@ -125,6 +125,8 @@ class Family:
     carried: tuple[str, ...] = ()
     """What the Hugging Face names of tensors begin with that are no part of the Megatron model and go from import to
     export untouched: layers for multi-token prediction, a vision encoder."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Names that transformers 5 gives tensors when it saves -> the hub's, which are read and written here."""
     beside: Callable[[dict], list[TensorMap]] = lambda hf_config: []
     """config -> those of the carried tensors that are known without their file."""
 

@@ -20,16 +20,19 @@ def _num_groups(config: dict) -> int:
 def _rope(config: dict) -> dict:
     """transformers 5 keeps theta and scaling together under ``rope_parameters``; files of before have both apart."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise QADError(f"config.json has rope parameters of its own for {nested[0]!r}; one for all layers is supported")
+    rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
     return rope
 
 
 def rope_scaling(config: dict) -> dict | None:
     """The llama3 scaling, None for plain rope; any other type is an error rather than a wrong model."""
     rope = _rope(config)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise QADError(f"config.json has partial_rotary_factor {rope['partial_rotary_factor']}; only 1.0 is supported")
+    if (share := rope.pop("partial_rotary_factor")) not in (None, 1.0):
+        raise QADError(f"config.json has partial_rotary_factor {share}; only 1.0 is supported")
     if rope["rope_theta"] != int(rope["rope_theta"]):
         raise QADError(f"config.json has rope_theta {rope['rope_theta']}; Megatron takes whole numbers only")
     if rope["rope_type"] == "default":

@@ -246,4 +246,5 @@ NEMOTRON_H = Family(
     tensors=tensors,
     rope_scaling=lambda config: None,
     carried=("mtp.",),
+    aliases={"backbone.embedding.weight": "backbone.embeddings.weight"},
 )

@@ -19,12 +19,14 @@ prepare()  # before megatron
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT / "tests" / "dist"))  # launch, tiny_models
 
+import tiny_hybrids  # noqa: E402
+import tiny_job  # noqa: E402
 import tiny_models  # noqa: E402
 from launch import environment  # noqa: E402
 
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
-from megatron_qad.checkpoint.import_hf import copy_assets, import_hf  # noqa: E402
+from megatron_qad.checkpoint.import_hf import _read, copy_assets, import_hf  # noqa: E402
 from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
 
 WEIGHTS = "model.safetensors"
@@ -237,6 +239,34 @@ def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeyp
     torch.distributed.destroy_process_group()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert (tmp_path / "target" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [(40, "File too large"), (17 << 10, "a rank could not write its files")],
+    ids=["start", "weights"],
+)
+def test_a_full_disk_is_said_and_leaves_nothing(limit, said, tmp_path):
+    """The disk's place is taken by a limit on the size of a file, in KiB; a save begins with a file of 16 MiB."""
+    tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA | {"vocab_size": 160_000})
+    command = (
+        f"ulimit -f {limit}; exec {sys.executable} tools/import_hf.py --hf-model {tmp_path}/hf --output {tmp_path}/o"
+    )
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}/o: not written: ") and said in error, error
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("case", ["nemotron-h", "qwen3-moe"])
+def test_what_transformers_saves_is_read_as_the_hubs(case, tmp_path):
+    """A model that somebody trained further: transformers 5 renames a tensor of the first and a key of the second."""
+    tiny_job.write_hf(tmp_path / "hub", tiny_hybrids.CASES[case])
+    tiny_hybrids.by_transformers(tmp_path / "hub").save_pretrained(tmp_path / "saved")
+    hub, saved = (_read(tmp_path / name, torch.float32, 0, 1)[0] for name in ("hub", "saved"))
+    assert hub.keys() == saved.keys() and len(hub) > 50
+    assert all(torch.equal(hub[name].data, saved[name].data) for name in hub)
 
 
 def test_assets_are_files_and_folders_but_no_weights(whole, tmp_path):

@@ -65,6 +65,7 @@ def test_files_of_before_transformers_5_keep_theta_and_scaling_apart():
     old = config(rope_parameters=None, rope_scaling=rope, rope_theta=500000.0)
     assert family_of(old).megatron_args(old)["rotary-base"] == 500000
     assert family_of(old).rope_scaling(old) == {**rope, "rope_theta": 500000.0}
+    assert family_of(old).megatron_args(config(rope_parameters=None, rope_theta=None))["rotary-base"] == 10000
     plain = config(rope_parameters=None, rope_theta=1e6)
     assert family_of(plain).megatron_args(plain)["rotary-base"] == 1000000
     assert family_of(plain).rope_scaling(plain) is None
@@ -87,6 +88,8 @@ def test_an_unsupported_family_is_told_which_are_supported():
             "partial_rotary",
         ),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.5}}, "rope_theta 10000.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'full_attention'.*all layers"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
