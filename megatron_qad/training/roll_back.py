@@ -44,6 +44,7 @@ def roll_back(model, optimizer, scheduler, distrusted: set[int]) -> set[int]:
     place = {name: getattr(args, name) for name in _OF_THE_LOOP}
     given = {name: getattr(args, name) for name in ("load", "ckpt_step", "finetune", "no_load_optim")}
     vars(args).update(load=args.save, ckpt_step=iteration, finetune=False, no_load_optim=False)
+    scheduler.num_steps = 0  # Megatron's loading adds the checkpoint's to it
     try:
         load_checkpoint(model, optimizer, scheduler)
     finally:

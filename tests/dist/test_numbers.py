@@ -1,5 +1,6 @@
 """Numbers that go wrong, and ranks that do: named by step, rank and layer, skipped, rolled back, waited for, ended."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,18 @@ def shop(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def through(shop) -> list[dict]:
-    return shop.train(shop.argv(num_steps=14))[0]
+def undisturbed(shop) -> tuple[list[dict], str]:
+    return shop.train(shop.argv(num_steps=14))
+
+
+@pytest.fixture(scope="module")
+def through(undisturbed) -> list[dict]:
+    return undisturbed[0]
+
+
+def learning_rates(output: str) -> list[str]:
+    """As logged, after each step."""
+    return re.findall(r"learning rate: (\S+)", output)
 
 
 def equal(a: dict, b: dict, what: str) -> bool:
@@ -89,10 +100,11 @@ def test_skipping_ends_where_it_does_not_help(shop):
     assert "error: step 11:" in error and "skipping does not help" in error
 
 
-def test_a_spike_goes_back_to_the_last_checkpoint(shop, through, tmp_path):
+def test_a_spike_goes_back_to_the_last_checkpoint(shop, undisturbed, tmp_path):
     """At step 11 the weights are spoilt. The loss says so before the update, the checkpoint of step 10 is loaded, and
-    step 12 runs with its weights, as step 11 of the undisturbed run did. The losses that it is judged by are in the
-    checkpoint: a job that resumes at 10 does the same."""
+    step 12 runs with its weights and learning rate, as step 11 of the undisturbed run did. The losses that it is judged
+    by are in the checkpoint: a job that resumes at 10 does the same."""
+    through, rates = undisturbed[0], learning_rates(undisturbed[1])
     fault = {"kind": "weights", "step": 11, "rank": 0}
     run = tmp_path / "run"
     argv = shop.argv("--save", str(run), "--qad-spike-factor", "3", "--save-interval", "5", num_steps=14)
@@ -103,6 +115,7 @@ def test_a_spike_goes_back_to_the_last_checkpoint(shop, through, tmp_path):
     assert "The batches of steps 11 to 11 (samples 80 to 87) are left out" in back
     assert all(equal(steps[i], through[i], "masters") for i in range(10))
     assert equal(steps[11], through[10], "on_grid")
+    assert len(set(rates)) == 14 and learning_rates(output) == rates[:10] + rates[9:13]
     assert torch.equal(steps[11]["batches"][0]["tokens"], through[11]["batches"][0]["tokens"])
     resumed, output = shop.train([*argv, "--load", str(run), "--ckpt-step", "10"], function=FAULTY, fault=fault)
     assert "rolled back to the checkpoint of iteration 10" in output
