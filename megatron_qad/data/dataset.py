@@ -75,7 +75,10 @@ class QADDataset(GPTDataset):
             lengths = [length for _, _, length in parts]
             if lengths and extra:
                 lengths[-1] -= 1  # the extra token is a label only
-            return keep_documents_apart(sample, [n for n in lengths if n], self.config.document_multiple)
+            lengths = [n for n in lengths[:-1] if n] + lengths[
+                -1:
+            ]  # a document of that token alone starts behind the row
+            return keep_documents_apart(sample, lengths, self.config.document_multiple)
         return sample
 
     def _parts(self, idx: int) -> list[tuple[int, int, int]]:

@@ -15,7 +15,8 @@ def keep_documents_apart(sample: dict[str, Tensor], lengths: Sequence[int], mult
 
     Args:
         sample: ``tokens``, ``labels`` int64 [s], ``loss_mask`` float32 [s]; s is a multiple of ``multiple``.
-        lengths: of the documents in it, in order; together at most s, the rest is padding.
+        lengths: of the documents in it, in order; together at most s, the rest is padding. The last may be 0: of a
+            document that starts right behind the row, so that the one before it has ended.
 
     Returns:
         ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [s], and ``cu_seqlens`` int32 [s + 1]: 0, the end of

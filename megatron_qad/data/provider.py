@@ -79,6 +79,14 @@ def dataset_config(args) -> QADDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
+    if args.full_validation:
+        raise QADError("--full-validation is not supported: validations are of one length. Give --eval-iters instead")
+    validates = any(blend_per_split[1:2]) if blend is None else float((args.split or "0,0").split(",")[1]) > 0
+    if args.eval_iters and not validates:
+        raise QADError(
+            "No validation data was given, and Megatron would fail when it evaluates. Give some (--valid-data-path, or "
+            "a share in --split), or --eval-iters 0"
+        )
     return QADDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,

@@ -26,6 +26,12 @@ def test_a_full_row_leaves_later_documents_out():
     assert row["cu_seqlens"].tolist() == [0] + [8] * 8
 
 
+def test_a_document_that_ends_with_the_row_does_not_count_the_next_ones_first_token():
+    assert keep_documents_apart(sample(8), [8], multiple=1)["loss_mask"].tolist() == [1] * 8  # cut
+    row = keep_documents_apart(sample(8), [8, 0], multiple=1)  # ended
+    assert row["loss_mask"].tolist() == [1] * 7 + [0] and row["cu_seqlens"].tolist() == [0] + [8] * 8
+
+
 def test_nothing_counts_in_padding():
     for lengths, counted in (([3], 3), ([], 0)):
         row = keep_documents_apart(sample(8), lengths, multiple=1)
