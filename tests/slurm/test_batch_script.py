@@ -99,6 +99,14 @@ def test_an_unfinished_job_that_is_not_queued_again_does_not_end_well(stop):
     assert "the job is not done: status 75; submit it again" in text
 
 
+def test_more_processes_than_cores_are_refused(place):
+    """As on shared nodes, where a job that asks for nothing gets one core."""
+    number = place.submit("cores", "launch/slurm.sbatch", "tests/slurm/stoppable.py", "/no/crash", NPROC_PER_NODE="3")
+    state = place.cluster.wait(number, lambda state: state["JobState"] == "FAILED", 60, place.log("cores"))
+    text = place.log("cores").read_text()
+    assert state["ExitCode"] == "2:0" and "error: 3 processes on each node, which gave this job 2 of its cores" in text
+
+
 def test_a_task_of_an_array_comes_back_alone(place):
     """The last task, whose SLURM_JOB_ID is the array's."""
     name = "array"
