@@ -11,7 +11,6 @@ from modelopt.torch.quantization.calib import MaxCalibrator
 
 from megatron_qad.formats import nvfp4
 
-METHODS = ("max", "percentile")
 _NUM_BINS = 0x7F80  # bfloat16 bit patterns of 0 up to, not including, infinity
 _CHUNK = 1 << 20  # elements counted at a time: bincount needs an int64 copy
 

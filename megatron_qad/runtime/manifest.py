@@ -123,6 +123,14 @@ def write_atomically(file: Path, text: str) -> None:
     sync(file.parent)
 
 
+def write_if_there_is_room(file: Path, text: str) -> None:
+    """``write_atomically`` of what a job can do without: a full disk is said and is no reason to stop."""
+    try:
+        write_atomically(file, text)
+    except OSError as error:
+        print(f"megatron_qad: ERROR: {file} could not be written: {error}", flush=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -89,6 +89,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for who, config in models.items()
     }
     if options.qad_ptq:
+        resume.refuse_training_run(early.save)
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
         # A plan can be made anywhere: as if on one model-parallel group.
@@ -191,6 +192,14 @@ def check_step(args: argparse.Namespace) -> None:
             args.ckpt_format != "torch_dist",
             "checkpoints of other formats can be neither checked, resumed nor exported here",
         ),
+        f"--fp8-format {args.fp8}": (
+            args.fp8,
+            "the teacher would compute in it, too, and not be itself",
+        ),
+        f"--fp4-format {args.fp4}": (
+            args.fp4,
+            "the teacher would compute in it, too, and not be itself",
+        ),
         f"--cuda-graph-impl {args.cuda_graph_impl}": (
             args.cuda_graph_impl != "none",
             "calibration and the teacher's pass come before the schedule that a graph would hold",
@@ -213,6 +222,13 @@ def check_step(args: argparse.Namespace) -> None:
 def check_skipped(args: argparse.Namespace) -> None:
     """Refuse to leave out a step whose data calibration has read ahead: Megatron would leave out what comes next."""
     skipped = set(args.iterations_to_skip or ())
+    stages, virtual = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size
+    packed_shards = args.dataloader_inter_document_masking and args.tensor_model_parallel_size > 1
+    if skipped and (stages > 2 or virtual or packed_shards):
+        raise QADError(
+            "--iterations-to-skip: Megatron does not read the data of a skipped step in this layout (more than two "
+            "pipeline stages, virtual stages, or tensor parallelism with documents kept apart). Leave it out"
+        )
     calibrates_at = next(step for step in range(1, len(skipped) + 2) if step not in skipped)
     last = calibrates_at + math.ceil(args.qad.qad_calibration_samples / args.global_batch_size)
     read_ahead = sorted(step for step in skipped if calibrates_at < step <= last)
@@ -247,9 +263,6 @@ def with_shape_of(args: argparse.Namespace, hf_config: dict) -> argparse.Namespa
     other.num_layers = num_layers
     other.virtual_pipeline_model_parallel_size = virtual if virtual > 1 else None
     other.overlap_p2p_comm = args.overlap_p2p_comm and virtual > 1
-    other.padded_vocab_size = (
-        args.padded_vocab_size if shape["vocab-size"] == text_config(args.hf_config)["vocab_size"] else None
-    )
     return other
 
 

@@ -38,10 +38,7 @@ class BestCheckpoints:
         self._kl.setdefault(iteration, kl)  # the one before the save; a last one at the end sees other data
         if torch.distributed.get_rank() == 0:
             entries = [{"iteration": step, BEST_KEY: self._kl[step]} for step in self.ranked(list(self._kl))]
-            try:
-                manifest.write_atomically(self._root / BEST_FILE, json.dumps(entries, indent=1))
-            except OSError as error:  # a full disk is no reason to stop; the next validation writes all of it
-                print(f"megatron_qad: ERROR: {self._root / BEST_FILE} could not be written: {error}", flush=True)
+            manifest.write_if_there_is_room(self._root / BEST_FILE, json.dumps(entries, indent=1))  # or the next time
 
     def ranked(self, iterations: Sequence[int]) -> list[int]:
         """Those of ``iterations`` that were validated, best first; the earlier of equals."""

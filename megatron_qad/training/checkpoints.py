@@ -40,6 +40,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise QADError("--save-retain-interval removes checkpoints, too; use it or --qad-keep-last and --qad-keep-best")
     if best and args.teacher_hf_config is None:
         raise QADError("--qad-keep-best ranks checkpoints by their KL to the teacher; this job has no --qad-teacher")
+    if best and not args.eval_iters:
+        raise QADError("--qad-keep-best ranks checkpoints by their validation; --eval-iters 0 asks for none")
+    if factor is not None and args.no_save_optim:
+        raise QADError(
+            "--qad-spike-factor goes back to checkpoints with their optimizer; --no-save-optim leaves it out"
+        )
     if best and (not args.eval_interval or args.save_interval % args.eval_interval):
         raise QADError(
             f"--qad-keep-best needs a validation at each checkpoint: --save-interval {args.save_interval} is not a "
@@ -161,6 +167,15 @@ def wrap_saving(args: argparse.Namespace) -> None:
             heartbeat.beat("end of a save", is_long=True)
         keeper.survive(lambda: finalize(*rest, **named), at_end=named.get("terminate", False))
 
+    decide = megatron_loop.checkpoint_and_decide_exit
+
+    def checkpoint_and_decide_exit(*rest, **named):
+        exits = decide(*rest, **named)
+        if exits and keeper.failed is not None:
+            raise QADError(f"{keeper.failed}. The job ends here and its last steps are not saved: make room, resume")
+        return exits
+
+    megatron_loop.checkpoint_and_decide_exit = checkpoint_and_decide_exit
     megatron_loop.save_checkpoint = save_checkpoint
     if args.async_save:
         megatron_loop.maybe_finalize_async_save = maybe_finalize_async_save
@@ -180,6 +195,8 @@ class _Keeper:
 
     def __init__(self, keep_last: int | None, keep_best: int | None):
         self._last, self._best = keep_last, keep_best
+        self.failed: str | None = None
+        """What is to be said of the newest save, if it failed."""
 
     def survive(self, work: Callable[[], None], iteration: int | None = None, at_end: bool = False) -> None:
         """Do ``work``, after which a checkpoint may be there that was not.
@@ -189,12 +206,15 @@ class _Keeper:
         """
         try:
             work()
+            self.failed = None
         except (SaveFailed, CheckpointException) as error:
             root = Path(get_args().save)
             on_first_rank(lambda: _remove_traces(root, iteration))
             tracked = (root / TRACKER).read_text().strip() if (root / TRACKER).is_file() else "none"
             what = "the checkpoint" if iteration is None else f"the checkpoint of iteration {iteration}"
-            said = f"{what} could not be saved: {_reason(error)}. The last good one is {tracked}, in {root}"
+            self.failed = said = (
+                f"{what} could not be saved: {_reason(error)}. The last good one is {tracked}, in {root}"
+            )
             if at_end:
                 raise QADError(
                     f"{said}. Training has ended and its last steps are not saved: make room, resume"
@@ -212,8 +232,11 @@ class _Keeper:
         if not (root / TRACKER).is_file():
             return
         whole = [path for path in _newest_first(root) if (path / manifest.FILE).is_file()]
+        ranked = best_checkpoints.ranked([_iteration(path) for path in whole])
+        if self._best and not self._last and len(ranked) < self._best:
+            return  # what was never validated is not worse than what was
         keep = {int((root / TRACKER).read_text())} | {_iteration(path) for path in whole[: self._last or 0]}
-        keep |= set(best_checkpoints.ranked([_iteration(path) for path in whole])[: self._best or 0])
+        keep |= set(ranked[: self._best or 0])
         for path in whole:
             # Newer than the tracker: of a run that was set back.
             if _iteration(path) not in keep and _iteration(path) < max(keep):

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, get_tensorboard_writer, is_last_rank, print_rank_last
 
 from megatron_qad.config.run_files import LOAD_FILE
+from megatron_qad.runtime import manifest
 
 
 class ExpertLoad:
@@ -104,7 +105,9 @@ class ExpertLoad:
                 writer.add_scalar(f"experts/{name}", value, iteration)
         if (save := get_args().save) is not None and Path(save).is_dir():
             by_index = {str(layer - 1): counts for layer, counts in layers.items()}
-            (Path(save) / LOAD_FILE).write_text(json.dumps({"iteration": iteration, "layers": by_index}))
+            manifest.write_if_there_is_room(
+                Path(save) / LOAD_FILE, json.dumps({"iteration": iteration, "layers": by_index})
+            )
 
 
 def busiest(load: Sequence[int]) -> float:

@@ -28,7 +28,7 @@ def check_hidden_losses(args: argparse.Namespace, losses: WeightedLosses, shapes
     """Refuse layers that a model does not have or that lie on different pipeline ranks, and models of different widths.
 
     Args:
-        args: parsed, not yet validated. shapes: as ``layout.check_layout`` takes them.
+        args: parsed. shapes: as ``layout.check_layout`` takes them.
     """
     terms = losses.of_kind(HiddenLoss)
     if not terms:

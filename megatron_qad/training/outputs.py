@@ -1,6 +1,7 @@
 """Which outputs a job keeps, logits or hidden states, and the losses and metrics of either."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, compare, logit_losses
 from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
+from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.models.output_layer import Output
 from megatron_qad.runtime.errors import QADError
 
@@ -79,6 +81,20 @@ def settle_outputs(args: argparse.Namespace, losses: WeightedLosses, teacher_hid
     outputs = choose_outputs(args, losses, teacher_hidden_size)
     args.qad.qad_output_layer = "fused" if outputs.fused else "separate"
     args.qad.qad_teacher_output = "hidden" if outputs.teacher_hidden else "logits"
+
+
+def check_head(outputs: Outputs, formats: Mapping[str, str]) -> None:
+    """Refuse a head whose weight is quantized in its own forward pass where that pass is not run.
+
+    Args:
+        formats: of the student's linears, by Megatron weight name.
+    """
+    head = LINEAR_FORMATS[formats.get("output_layer.weight", "bf16")]
+    if outputs.fused and head.weight == "int4":
+        raise QADError(
+            "an INT4 head is quantized in its forward pass, which an output layer that is fused with the loss does not "
+            "run: give --qad-output-layer separate"
+        )
 
 
 def losses_of(

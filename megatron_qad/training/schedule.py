@@ -25,6 +25,7 @@ from megatron_qad.config.run_files import CALIBRATION_FILE
 from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
 from megatron_qad.training.expert_load import expert_load
@@ -160,7 +161,7 @@ class QADStep:
         return read_batches(data_iterator, number, *rows, on_every_stage=everywhere)
 
     def _calibrate(self, schedule, data_iterator, model, forward_step_func, shape) -> None:
-        """Max calibration with unquantized weights. Its microbatches go back: training sees the data it would have
+        """Calibration with unquantized weights. Its microbatches go back: training sees the data it would have
         seen."""
         # Shared out over the data-parallel ranks, so that the amaxes do not depend on their number.
         number = -(-self.calibration_samples // (shape["micro_batch_size"] * mpu.get_data_parallel_world_size()))
@@ -196,7 +197,7 @@ def report_fallbacks(fallbacks: dict[str, tuple[str, int]]) -> None:
     save = get_args().save
     if save is not None and is_rank0():
         entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in found.items()}
-        (Path(save) / CALIBRATION_FILE).write_text(json.dumps({"few_tokens": entries}, indent=1))
+        manifest.write_if_there_is_room(Path(save) / CALIBRATION_FILE, json.dumps({"few_tokens": entries}, indent=1))
 
 
 def gather_parameters(model) -> None:

@@ -22,7 +22,7 @@ from megatron_qad.models.weights import has_amaxes, load_weights
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime import QADError, manifest
+from megatron_qad.runtime import QADError, manifest, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training import checkpoints
 from megatron_qad.training.arguments import model_config, with_shape_of
@@ -30,7 +30,7 @@ from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.guard import Guard, wrap_train_step
 from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.loss import job_losses
-from megatron_qad.training.outputs import Outputs
+from megatron_qad.training.outputs import Outputs, check_head
 from megatron_qad.training.scale_penalty import ScalePenalty
 from megatron_qad.training.schedule import QADStep, wrap_schedule
 from megatron_qad.training.streamed_teacher import StreamedTeacher
@@ -66,8 +66,9 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     if not resumes:
         print_rank_0(f"megatron_qad: student starts from {start}")
     formats = resolve_formats(args)
-    if args.save is not None and torch.distributed.get_rank() == 0:
-        describe_checkpoint(args, formats)
+    check_head(Outputs.chosen(args.qad), formats)
+    if args.save is not None:
+        whole_saves.on_first_rank(lambda: describe_checkpoint(args, formats))
     tp_group = mpu.get_tensor_model_parallel_group()
     data_group = mpu.get_data_parallel_group(with_context_parallel=True)
     activations = ActivationQuantizers(

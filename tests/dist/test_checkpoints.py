@@ -212,6 +212,8 @@ def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
         ("--qad-keep-last", "0"): "--qad-keep-last 0: expected a number of checkpoints",
         ("--qad-keep-best", "1", "--eval-interval", "3"): "--save-interval 2 is not a multiple of --eval-interval 3",
         ("--qad-keep-last", "1", "--save-retain-interval", "4"): "--save-retain-interval removes checkpoints, too",
+        ("--qad-keep-best", "1", "--eval-iters", "0"): "--eval-iters 0 asks for none",
+        ("--qad-spike-factor", "3", "--no-save-optim"): "--no-save-optim leaves it out",
         ("--qad-keep-best", "1", "--qad-loss", "ce"): None,
     }.items():
         argv = shop.argv("--save", str(tmp_path / "run"), *flags)
@@ -263,6 +265,25 @@ def test_a_full_disk_costs_a_checkpoint(small_disk, through):
         assert "tracker 10" in listed
         assert "iter_0000008/integrity.json" in listed and "iter_0000002/integrity.json" in listed
         assert not any(part in listed for part in ("iter_0000004", "iter_0000006", "partial"))
+
+
+def test_keeping_the_best_removes_none_while_too_few_were_validated(shop, tmp_path):
+    flags = ["--qad-keep-best", "2", "--start-eval-at-iter", "5"]
+    shop.train(shop.argv("--save", str(tmp_path / "run"), *flags, num_steps=8))
+    # 2 and 4 were never validated, 6 was, and only at 8 there are two to choose from.
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "run").glob("iter_*")) == [6, 8]
+    shop.train(shop.argv("--save", str(tmp_path / "early"), *flags, num_steps=6))
+    assert sorted(int(path.name[5:]) for path in (tmp_path / "early").glob("iter_*")) == [2, 4, 6]
+
+
+def test_a_full_disk_on_the_way_out_is_no_success(small_disk):
+    """A job that --exit-interval, or a signal, ends saves for the last time, though not at its last step."""
+    shop, disk = small_disk
+    arguments = {"disk": str(disk), "at": {"4": 0}, "record": f"{shop.directory}/none"}
+    argv = shop.argv("--save", str(disk / "exit"), "--exit-interval", "4")
+    error = shop.fail("surviving_jobs:train_on_a_full_disk", argv=argv, **arguments)
+    assert "The last good one is 2" in error and "The job ends here and its last steps are not saved" in error
+    shop.server.run("os:remove", arguments={"path": str(disk / "ballast")})
 
 
 def test_a_full_disk_at_the_end_is_no_success(small_disk):

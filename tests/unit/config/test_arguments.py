@@ -170,9 +170,34 @@ def test_rules_of_file_and_flags_add_up(tmp_path):
     assert parser.parse_args([]).qad_rule == []
 
 
+ONE_RANK = {
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "tensor_model_parallel_size": 1,
+    "dataloader_inter_document_masking": False,
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "dataloader_inter_document_masking": True},
+    ],
+)
+def test_steps_that_megatron_cannot_skip_are_not_skipped(layout):
+    args = argparse.Namespace(iterations_to_skip=[9], load="a checkpoint", **ONE_RANK | layout)
+    with pytest.raises(QADError, match="--iterations-to-skip: Megatron does not read"):
+        check_skipped(args)
+    args.iterations_to_skip, args.load, args.global_batch_size = [], None, 8
+    args.qad = argparse.Namespace(qad_calibration_samples=8)
+    check_skipped(args)
+
+
 @pytest.mark.parametrize("skipped, refused", [([], None), ([1], None), ([7], None), ([3], 3), ([1, 7], 7), ([5, 9], 5)])
 def test_steps_whose_data_calibration_reads_are_not_skipped(skipped, refused):
-    args = argparse.Namespace(iterations_to_skip=skipped, load=None, global_batch_size=8)
+    args = argparse.Namespace(iterations_to_skip=skipped, load=None, global_batch_size=8, **ONE_RANK)
     args.qad = argparse.Namespace(qad_calibration_samples=36)  # five steps' data, with the next one's to be sure
     if refused is None:
         return check_skipped(args)

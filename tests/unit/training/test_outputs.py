@@ -7,7 +7,7 @@ import pytest
 from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import parse_loss
 from megatron_qad.runtime.errors import QADError
-from megatron_qad.training.outputs import Outputs, choose_outputs, output_bytes
+from megatron_qad.training.outputs import Outputs, check_head, choose_outputs, output_bytes
 
 
 def job(*, tokens=4096, tp=1, vocabulary=131072, sequence_parallel=False, **qad):
@@ -48,6 +48,16 @@ def test_rule(case):
 def test_bytes():
     found = output_bytes(job(tokens=100, tp=4, vocabulary=1000, sequence_parallel=True), 64)
     assert found == {"logits": 100 * 250 * 2, "hidden": 100 * 64 // 4 * 2}
+
+
+def test_an_int4_head_is_not_fused():
+    """It would be trained, and measured, unquantized."""
+    formats = {"output_layer.weight": "int4-w4a16"}
+    check_head(Outputs(False, True), formats)
+    check_head(Outputs(True, True), {"output_layer.weight": "nvfp4"})
+    check_head(Outputs(True, True), {})
+    with pytest.raises(QADError, match="INT4 head .* --qad-output-layer separate"):
+        check_head(Outputs(True, True), formats)
 
 
 def test_contradictions():

@@ -1,15 +1,16 @@
-"""Every start of one --save directory continues one wandb run."""
+"""Every start of one --save directory continues one wandb run; calibration alone does not set one back."""
 
 import argparse
 import os
 
 import pytest
 
-from megatron_qad.runtime import prepare
+from megatron_qad.config.run_files import TRACKER
+from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
-from megatron_qad.training.resume import continue_wandb_run  # noqa: E402
+from megatron_qad.training.resume import continue_wandb_run, refuse_training_run  # noqa: E402
 
 
 def start(save, project: str = "p") -> dict[str, str]:
@@ -43,3 +44,13 @@ def test_only_the_rank_that_writes_to_wandb_and_only_if_asked(tmp_path, monkeypa
     assert start(tmp_path, project="") == {}
     monkeypatch.setenv("RANK", "0")
     assert start(tmp_path) == {} and not list(tmp_path.iterdir())
+
+
+def test_calibration_alone_does_not_set_a_training_run_back(tmp_path):
+    refuse_training_run(None)
+    refuse_training_run(str(tmp_path / "new"))
+    (tmp_path / TRACKER).write_text("1")  # an earlier calibration, done again
+    refuse_training_run(str(tmp_path))
+    (tmp_path / TRACKER).write_text("200")
+    with pytest.raises(QADError, match="holds a training run"):
+        refuse_training_run(str(tmp_path))
