@@ -3,9 +3,11 @@
 
 # Megatron overlaps tensor-parallel collectives with GEMMs and needs them launched in the order in which they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Ranks share the cores of a node: threads of every rank on all of them would only wait for each other. A process that is alone
-# there by request, such as an export, takes all that it is given.
-[[ ${NPROC_PER_NODE:-} == 1 ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Ranks share the cores of a node: threads of every rank on all of them would only wait for each other. The only process of a
+# SLURM job's node, such as an export, takes the cores that the job was given.
+threads=1
+[[ ${NPROC_PER_NODE:-} != 1 ]] || threads=${SLURM_CPUS_ON_NODE:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 # Data workers are forked; the tokenizers library would warn and turn its threads off in each of them.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 # The lengths of sequences and of experts' batches vary: segments that can grow keep freed memory usable.

@@ -80,7 +80,7 @@ class QADOptions:
 
     qad_keep_last: int | None = None
     """Checkpoints to keep, the newest ones; older ones are removed unless --qad-keep-best keeps them. Default:
-    all; with --qad-keep-best alone, the newest one."""
+    all; with --qad-keep-best alone, the newest one, once enough were validated to choose from."""
 
     qad_keep_best: int | None = None
     """Checkpoints to keep because their validation KL is the lowest, beside the newest. Needs a validation at each save

@@ -75,9 +75,8 @@ class QADDataset(GPTDataset):
             lengths = [length for _, _, length in parts]
             if lengths and extra:
                 lengths[-1] -= 1  # the extra token is a label only
-            lengths = [n for n in lengths[:-1] if n] + lengths[
-                -1:
-            ]  # a document of that token alone starts behind the row
+            # The last is 0 if its document starts right behind the row.
+            lengths = [n for n in lengths[:-1] if n] + lengths[-1:]
             return keep_documents_apart(sample, lengths, self.config.document_multiple)
         return sample
 
@@ -121,7 +120,7 @@ class QADDataset(GPTDataset):
             raise QADError(
                 f"The {self.index_split.name} split of {self.dataset_path} has {len(self.indices)} of "
                 f"{len(self.dataset)} documents and {tokens} tokens; at least {needed} are needed. Change --split "
-                f"(now {self.config.split!r}; '100,0,0' asks for no validation and test split) or give more data."
+                f"(now {self.config.split!r}; '100,0,0' with --eval-iters 0 asks for no validation) or give more data."
             )
 
 

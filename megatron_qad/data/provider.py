@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -57,6 +58,12 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
 datasets_provider.is_distributed = True
 
 
+def _has_validation(split: str | None, blend, blend_per_split) -> bool:
+    if blend is None:
+        return bool(blend_per_split[1])
+    return split is not None and parse_and_normalize_split(split)[1] > 0
+
+
 def dataset_config(args) -> QADDatasetConfig:
     """The dataset configuration that Megatron's flags ask for.
 
@@ -79,10 +86,12 @@ def dataset_config(args) -> QADDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
-    if args.full_validation:
-        raise QADError("--full-validation is not supported: validations are of one length. Give --eval-iters instead")
-    validates = any(blend_per_split[1:2]) if blend is None else float((args.split or "0,0").split(",")[1]) > 0
-    if args.eval_iters and not validates:
+    if args.full_validation or args.multiple_validation_sets:
+        raise QADError(
+            "--full-validation and --multiple-validation-sets, which needs it, are not supported: validations are of "
+            "one length. Give --eval-iters and one blend"
+        )
+    if args.eval_iters and not _has_validation(args.split, blend, blend_per_split):
         raise QADError(
             "No validation data was given, and Megatron would fail when it evaluates. Give some (--valid-data-path, or "
             "a share in --split), or --eval-iters 0"
@@ -93,8 +102,6 @@ def dataset_config(args) -> QADDatasetConfig:
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,

@@ -123,11 +123,12 @@ def write_atomically(file: Path, text: str) -> None:
     sync(file.parent)
 
 
-def write_if_there_is_room(file: Path, text: str) -> None:
+def write_or_say(file: Path, text: str) -> None:
     """``write_atomically`` of what a job can do without: a full disk is said and is no reason to stop."""
     try:
         write_atomically(file, text)
     except OSError as error:
+        file.with_name(file.name + ".new").unlink(missing_ok=True)
         print(f"megatron_qad: ERROR: {file} could not be written: {error}", flush=True)
 
 

@@ -118,6 +118,8 @@ def _free_room(aside: Path) -> None:
 def clear_away(root: Path, name: str = "") -> None:
     """Remove what saves of ``name`` (the start of one) left in ``root`` when they failed or were killed."""
     for path in root.glob(f"{name}*{PARTIAL}"):
+        if path.name.startswith("."):
+            continue  # of an export, which may be under way
         path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
     for path in root.glob(f"{name}*{REPLACED}"):  # its successor was not yet in its place
         place = path.with_name(path.name.removesuffix(REPLACED))

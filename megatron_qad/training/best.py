@@ -38,7 +38,7 @@ class BestCheckpoints:
         self._kl.setdefault(iteration, kl)  # the one before the save; a last one at the end sees other data
         if torch.distributed.get_rank() == 0:
             entries = [{"iteration": step, BEST_KEY: self._kl[step]} for step in self.ranked(list(self._kl))]
-            manifest.write_if_there_is_room(self._root / BEST_FILE, json.dumps(entries, indent=1))  # or the next time
+            manifest.write_or_say(self._root / BEST_FILE, json.dumps(entries, indent=1))  # or the next time
 
     def ranked(self, iterations: Sequence[int]) -> list[int]:
         """Those of ``iterations`` that were validated, best first; the earlier of equals."""

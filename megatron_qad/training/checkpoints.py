@@ -42,7 +42,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise QADError("--qad-keep-best ranks checkpoints by their KL to the teacher; this job has no --qad-teacher")
     if best and not args.eval_iters:
         raise QADError("--qad-keep-best ranks checkpoints by their validation; --eval-iters 0 asks for none")
-    if factor is not None and args.no_save_optim:
+    if factor is not None and args.no_save_optim and not args.qad.qad_ptq:  # which itself saves none
         raise QADError(
             "--qad-spike-factor goes back to checkpoints with their optimizer; --no-save-optim leaves it out"
         )

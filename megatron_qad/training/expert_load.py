@@ -105,9 +105,7 @@ class ExpertLoad:
                 writer.add_scalar(f"experts/{name}", value, iteration)
         if (save := get_args().save) is not None and Path(save).is_dir():
             by_index = {str(layer - 1): counts for layer, counts in layers.items()}
-            manifest.write_if_there_is_room(
-                Path(save) / LOAD_FILE, json.dumps({"iteration": iteration, "layers": by_index})
-            )
+            manifest.write_or_say(Path(save) / LOAD_FILE, json.dumps({"iteration": iteration, "layers": by_index}))
 
 
 def busiest(load: Sequence[int]) -> float:

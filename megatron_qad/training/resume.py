@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron.training.checkpointing import checkpoint_exists
 
-from megatron_qad.config.run_files import TRACKER
 from megatron_qad.runtime.errors import QADError
 
 
@@ -24,8 +23,7 @@ def load_flags(early: argparse.Namespace) -> list[str]:
 
 def refuse_training_run(save: str | None) -> None:
     """Calibration alone saves iteration 1: in the directory of a training run that would be the newest."""
-    tracker = Path(save or ".") / TRACKER
-    if save is not None and tracker.is_file() and tracker.read_text().strip() not in ("", "1"):
+    if save is not None and {path.name for path in Path(save).glob("iter_*")} - {"iter_0000001"}:
         raise QADError(
             f"--save {save}: holds a training run, which --qad-ptq would set back to its start. Name another"
         )

@@ -197,7 +197,7 @@ def report_fallbacks(fallbacks: dict[str, tuple[str, int]]) -> None:
     save = get_args().save
     if save is not None and is_rank0():
         entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in found.items()}
-        manifest.write_if_there_is_room(Path(save) / CALIBRATION_FILE, json.dumps({"few_tokens": entries}, indent=1))
+        manifest.write_or_say(Path(save) / CALIBRATION_FILE, json.dumps({"few_tokens": entries}, indent=1))
 
 
 def gather_parameters(model) -> None:

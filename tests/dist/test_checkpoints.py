@@ -221,6 +221,8 @@ def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
             argv = [flag for i, flag in enumerate(argv) if "--qad-teacher" not in argv[max(i - 1, 0) : i + 1]]
             said = "--qad-keep-best ranks checkpoints by their KL to the teacher; this job has no --qad-teacher"
         assert said in shop.fail("training_jobs:train", argv=argv)
+    # The stages of a pipeline share their flags.
+    shop.train(shop.argv("--save", str(tmp_path / "ptq"), "--qad-ptq", "--qad-spike-factor", "3"))
 
 
 DISK = 64 << 20

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
@@ -162,6 +162,18 @@ def test_packed_samples_hold_the_same_tokens(build, chats):
             positions += range(end - start)
         assert packed[i]["position_ids"].tolist() == positions
     assert num_documents > 30
+
+
+def test_a_document_that_ends_with_its_row_does_not_count_the_next_ones_token(build, tmp_path):
+    """Every document is as long as a row, so that each row's last label is another document's first token."""
+    builder = IndexedDatasetBuilder(f"{tmp_path}/rows.bin", dtype=np.int32)
+    for i in range(40):
+        builder.add_document(torch.arange(i, i + SEQUENCE), [SEQUENCE])
+    builder.finalize(f"{tmp_path}/rows.idx")
+    packed = build(([f"{tmp_path}/rows"], None), [20, 5, None], inter_document_masking=True)[0]
+    for i in range(20):
+        assert packed[i]["cu_seqlens"].tolist() == [0] + [SEQUENCE] * SEQUENCE
+        assert packed[i]["loss_mask"].tolist() == [1] * (SEQUENCE - 1) + [0]
 
 
 def test_data_prepared_anew_is_not_cut_by_the_cached_indices(build, texts, write_jsonl, prepared, hf_dir):

@@ -86,12 +86,15 @@ def test_no_data_and_other_data_are_refused(args_for, chats):
 
 
 def test_a_validation_that_cannot_be_is_refused(args_for, chats):
-    for flags in (["--data-path", chats, "--split", "100,0,0"], ["--train-data-path", chats]):
+    splits = [["--data-path", chats, "--split", split] for split in ("100,0,0", "100", "99 0 1")]
+    for flags in (*splits, ["--train-data-path", chats]):
         with pytest.raises(QADError, match="No validation data was given.*--eval-iters 0"):
             check(args_for(*flags))
         check(args_for(*flags, "--eval-iters", "0"))
-    with pytest.raises(QADError, match="--full-validation is not supported"):
-        check(args_for("--data-path", chats, "--full-validation"))
+    check(args_for("--data-path", chats, "--split", "99 1 0"))
+    for flag in ("--full-validation", "--multiple-validation-sets"):
+        with pytest.raises(QADError, match="--full-validation and --multiple-validation-sets"):
+            check(args_for("--data-path", chats, flag))
 
 
 def test_a_vocabulary_that_exceeds_the_model_is_refused(args_for, chats):

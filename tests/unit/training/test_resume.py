@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from megatron_qad.config.run_files import TRACKER
 from megatron_qad.runtime import QADError, prepare
 
 prepare()
@@ -49,8 +48,8 @@ def test_only_the_rank_that_writes_to_wandb_and_only_if_asked(tmp_path, monkeypa
 def test_calibration_alone_does_not_set_a_training_run_back(tmp_path):
     refuse_training_run(None)
     refuse_training_run(str(tmp_path / "new"))
-    (tmp_path / TRACKER).write_text("1")  # an earlier calibration, done again
+    (tmp_path / "iter_0000001").mkdir()  # an earlier calibration, done again
     refuse_training_run(str(tmp_path))
-    (tmp_path / TRACKER).write_text("200")
+    (tmp_path / "iter_0000200").mkdir()
     with pytest.raises(QADError, match="holds a training run"):
         refuse_training_run(str(tmp_path))
