@@ -89,7 +89,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         for who, config in models.items()
     }
     if options.qad_ptq:
-        resume.refuse_training_run(early.save)
+        checkpoints.refuse_training_run(early.save)
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
         # A plan can be made anywhere: as if on one model-parallel group.

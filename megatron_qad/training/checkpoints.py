@@ -53,6 +53,14 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
+def refuse_training_run(save: str | None) -> None:
+    """Calibration alone saves iteration 1: in the directory of a training run that would be the newest."""
+    if save is not None and any(_iteration(path) > 1 for path in _newest_first(Path(save))):
+        raise QADError(
+            f"--save {save}: holds a training run, which --qad-ptq would set back to its start. Name another"
+        )
+
+
 def settle_and_install(args: argparse.Namespace) -> None:
     """Before anything is loaded, on every rank, once a process."""
     iteration = settle(args)

@@ -11,22 +11,12 @@ from pathlib import Path
 
 from megatron.training.checkpointing import checkpoint_exists
 
-from megatron_qad.runtime.errors import QADError
-
 
 def load_flags(early: argparse.Namespace) -> list[str]:
     """``--load`` for a job that names none and whose ``--save`` holds a checkpoint; calibration alone never resumes."""
     if early.load is None and early.save is not None and not early.qad_ptq and checkpoint_exists(early.save):
         return ["--load", early.save]
     return []
-
-
-def refuse_training_run(save: str | None) -> None:
-    """Calibration alone saves iteration 1: in the directory of a training run that would be the newest."""
-    if save is not None and {path.name for path in Path(save).glob("iter_*")} - {"iter_0000001"}:
-        raise QADError(
-            f"--save {save}: holds a training run, which --qad-ptq would set back to its start. Name another"
-        )
 
 
 def continue_wandb_run(early: argparse.Namespace) -> None:

@@ -9,7 +9,8 @@ from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
-from megatron_qad.training.resume import continue_wandb_run, refuse_training_run  # noqa: E402
+from megatron_qad.training.checkpoints import refuse_training_run  # noqa: E402
+from megatron_qad.training.resume import continue_wandb_run  # noqa: E402
 
 
 def start(save, project: str = "p") -> dict[str, str]:
@@ -49,6 +50,8 @@ def test_calibration_alone_does_not_set_a_training_run_back(tmp_path):
     refuse_training_run(None)
     refuse_training_run(str(tmp_path / "new"))
     (tmp_path / "iter_0000001").mkdir()  # an earlier calibration, done again
+    refuse_training_run(str(tmp_path))
+    (tmp_path / "iter_0000001.0f3a.partial").mkdir()  # and one that was killed
     refuse_training_run(str(tmp_path))
     (tmp_path / "iter_0000200").mkdir()
     with pytest.raises(QADError, match="holds a training run"):
