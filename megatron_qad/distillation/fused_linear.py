@@ -1,9 +1,14 @@
 """Output layers of both models and their loss in one operation: no [tokens, V] tensor of either ever exists.
 
 The logits of a chunk of tokens are made by a GEMM, reduced to the few numbers a token that the losses need, and
-dropped. The backward pass makes them again, writes their gradient over them, and multiplies it with the output weights
-and the hidden states. So two GEMMs of the size of an output layer come on top of the unfused form's four; memory is a
-chunk of logits of each model. Of losses of two rounds (jsd) the logits would be needed a third time: refused.
+dropped. Of one loss the gradient can be made at once, up to the factor that arrives in the backward pass and is the
+same for all tokens of a sum: it is written over the chunk's logits and multiplied with the output weights and the
+hidden states. These are the unfused form's four GEMMs; memory is a chunk of logits of each model and, until the
+backward pass, a float32 sum of the size of the output weight; tensor-parallel ranks meet once a chunk.
+
+Without that sum (``gradient_in_forward`` False), for several losses, and where tokens get factors of their own, the
+backward pass makes the logits again: two GEMMs more, and ranks meet once. Of losses of two rounds (jsd) the logits
+would be needed a third time: refused.
 
 Tensor parallelism is that of a column-parallel output layer: hidden states whole on every rank, weights [V/tp, H].
 The gradient of the hidden states is summed over the ranks here. With sequence parallelism the caller gathers the hidden
@@ -54,11 +59,12 @@ def fused_linear_losses(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     reduce_hidden_grad: bool = True,
+    gradient_in_forward: bool | None = None,
 ) -> tuple[Tensor, ...]:
     """``vocab_parallel.logit_losses`` of ``hidden @ weight.T`` and ``teacher_hidden @ teacher_weight.T``.
 
-    One all-gather forward; backward one all-reduce of the hidden states' gradient, unless ``reduce_hidden_grad`` is
-    False, and then none.
+    One all-gather forward, or one a chunk with ``gradient_in_forward``; backward one all-reduce of the hidden states'
+    gradient, unless ``reduce_hidden_grad`` is False, and then none.
 
     Args:
         hidden: [..., H_s], the student's final hidden states, whole on every rank. weight: [V/tp, H_s], same dtype.
@@ -66,6 +72,8 @@ def fused_linear_losses(
             needs a teacher.
         labels, token_weight, ignore_index: as ``labels``, ``weight``, ``ignore_index`` there.
         chunk_tokens: tokens whose logits exist at a time. None: ``tokens_of_chunk``.
+        gradient_in_forward: whether one loss's gradient is made in the forward pass, at the price of a float32 [V/tp,
+            H_s] until the backward pass. None: where the logits of both models would take as much.
 
     Raises:
         ValueError: as there; shapes that do not fit; a loss of two rounds.
@@ -84,7 +92,9 @@ def fused_linear_losses(
     scale = token_scale(hidden.shape[:-1].numel(), hidden.device, token_weight, labels, ignore_index)
     teacher = (teacher_hidden, teacher_weight)
     chunk_tokens = chunk_tokens or tokens_of_chunk(len(weight), weight.element_size())
-    settings = (tuple(losses), chunk_tokens, reduce_hidden_grad)
+    if gradient_in_forward is None:
+        gradient_in_forward = len(scale) * 2 * weight.element_size() >= 4 * weight.shape[1]
+    settings = (tuple(losses), chunk_tokens, reduce_hidden_grad, gradient_in_forward and len(losses) == 1)
     return _FusedLinearLosses.apply(hidden, weight, *teacher, labels, scale, shard, settings)
 
 
@@ -111,21 +121,29 @@ class _Chunks:
 class _FusedLinearLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher_hidden, teacher_weight, labels, scale, shard, settings):
-        losses, chunk_tokens, ctx.reduce_hidden_grad = settings
+        losses, chunk_tokens, ctx.reduce_hidden_grad, in_forward = settings
         inputs = (hidden, weight, teacher_hidden, teacher_weight, labels)
         chunks = _Chunks(*inputs, scale, chunk_tokens)
         ctx.set_materialize_grads(True)
         ctx.losses, ctx.shard, ctx.chunk_tokens, ctx.parameter = losses, shard, chunk_tokens, weight
+        ctx.gradients = None
+        if in_forward and any(ctx.needs_input_grad[:2]):
+            total = _new_total(weight) if ctx.needs_input_grad[1] else None
+            ctx.gradients = _Gradients(chunks, ctx.needs_input_grad[0], total)
         out = scale.new_zeros(len(losses), len(scale))
         saved: list[tuple[Tensor, ...]] = [() for _ in losses]
         if chunks.tokens:
-            found = [_chunk_stats(losses, shard, *chunks.logits(tokens)) for tokens in chunks.tokens]
-            parts = [torch.cat(of_chunks) for of_chunks in zip(*(parts for parts, _ in found), strict=True)]
-            local = [
-                tuple(torch.cat(tensors) for tensors in zip(*of_chunks, strict=True))
-                for of_chunks in zip(*(local for _, local in found), strict=True)
-            ]
-            results = merge_over_ranks(losses, parts, local, shard)
+            found = []
+            for tokens in chunks.tokens:
+                student, teacher, of_labels = chunks.logits(tokens)
+                stats = _chunk_stats(losses, shard, student, teacher, of_labels)
+                if ctx.gradients is not None:
+                    stats = merge_over_ranks(losses, *stats, shard)
+                    numbers = [numbers for _, numbers in stats]
+                    write_gradients(student, student, teacher, of_labels, shard, losses, numbers, [scale[tokens]])
+                    ctx.gradients.add(tokens, student)
+                found.append(stats)
+            results = _joined_results(found) if ctx.gradients is not None else _merged(losses, found, shard)
             counted = torch.cat(chunks.tokens)
             for i, (loss, numbers) in enumerate(results):
                 out[i, counted] = loss.float() * scale[counted]
@@ -137,31 +155,61 @@ class _FusedLinearLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         *inputs, scale = ctx.saved_tensors[:6]
-        rest, saved = list(ctx.saved_tensors[6:]), []
-        for number in ctx.num_saved:
-            saved.append(rest[:number])
-            rest = rest[number:]
-        hidden, weight = inputs[:2]
-        chunks = _Chunks(*inputs, scale, ctx.chunk_tokens)
-        grad_hidden = torch.zeros_like(chunks.hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = _WeightGradient(ctx.parameter) if ctx.needs_input_grad[1] else None
-        done = 0
-        for tokens in chunks.tokens:
-            student, teacher, labels = chunks.logits(tokens)
-            mine = [[t[done : done + len(tokens)] for t in s] for s in saved]
-            factors = [g.reshape(-1)[tokens].float() * scale[tokens] for g in grads]
-            write_gradients(student, student, teacher, labels, ctx.shard, ctx.losses, mine, factors)
-            if grad_hidden is not None:
-                grad_hidden[tokens] = student @ chunks.weight
-            if grad_weight is not None:
-                grad_weight.add(student, chunks.hidden[tokens])
-            done += len(tokens)
+        hidden = inputs[0]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is not None and not any(grads[0].stride()):  # one number for all tokens, as of a sum
+            grad_hidden, grad_weight = gradients.scaled(grads[0].flatten()[0], ctx.parameter)
+        else:
+            grad_hidden, grad_weight = _recomputed(ctx, inputs, scale, grads)
         if grad_hidden is not None:
             group = ctx.shard.group
             if ctx.reduce_hidden_grad and group is not None and group.size() > 1:
                 torch.distributed.all_reduce(grad_hidden, group=group)
             grad_hidden = grad_hidden.view(hidden.shape)
-        return grad_hidden, grad_weight and grad_weight.result(), None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _recomputed(ctx, inputs, scale: Tensor, grads) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden states [tokens, H] and weight from logits that are made once more."""
+    rest, saved = list(ctx.saved_tensors[6:]), []
+    for number in ctx.num_saved:
+        saved.append(rest[:number])
+        rest = rest[number:]
+    chunks = _Chunks(*inputs, scale, ctx.chunk_tokens)
+    total = None
+    if ctx.needs_input_grad[1]:
+        main_grad = getattr(ctx.parameter, "main_grad", None)
+        total = _new_total(ctx.parameter) if main_grad is None else main_grad
+    gradients = _Gradients(chunks, ctx.needs_input_grad[0], total)
+    done = 0
+    for tokens in chunks.tokens:
+        student, teacher, labels = chunks.logits(tokens)
+        mine = [[t[done : done + len(tokens)] for t in s] for s in saved]
+        factors = [g.reshape(-1)[tokens].float() * scale[tokens] for g in grads]
+        write_gradients(student, student, teacher, labels, ctx.shard, ctx.losses, mine, factors)
+        gradients.add(tokens, student)
+        done += len(tokens)
+    return gradients.hidden, gradients.of_weight(ctx.parameter)
+
+
+def _merged(losses, found: list, shard: VocabShard) -> list:
+    """What chunks hold in their stats, in one collective: (loss, numbers) of each loss."""
+    parts = [torch.cat(of_chunks) for of_chunks in zip(*(parts for parts, _ in found), strict=True)]
+    local = [_joined(of_chunks) for of_chunks in zip(*(local for _, local in found), strict=True)]
+    return merge_over_ranks(losses, parts, local, shard)
+
+
+def _joined_results(found: list) -> list:
+    """(loss, numbers) of each loss in each chunk -> of all tokens."""
+    results = []
+    for of_chunks in zip(*found, strict=True):
+        losses, numbers = zip(*of_chunks, strict=True)
+        results.append((torch.cat(losses), _joined(numbers)))
+    return results
+
+
+def _joined(tuples) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(tensors) for tensors in zip(*tuples, strict=True))
 
 
 def _chunk_stats(losses, shard: VocabShard, student: Tensor, teacher: Tensor | None, labels: Tensor | None):
@@ -169,25 +217,53 @@ def _chunk_stats(losses, shard: VocabShard, student: Tensor, teacher: Tensor | N
     return local_stats(losses, tiles, tiles.slices, student.new_ones(len(student), dtype=torch.float32))
 
 
-class _WeightGradient:
-    """Sums G^T h of the chunks into ``main_grad`` or a tensor of its own."""
+def _new_total(weight: Tensor) -> Tensor:
+    """For the sum of a weight's gradients: float32, so that many chunks round once."""
+    return torch.zeros_like(weight, dtype=torch.float32)
 
-    def __init__(self, weight: Tensor):
-        self.weight = weight
-        self.has_main_grad = getattr(weight, "main_grad", None) is not None
-        # float32, so that many chunks round once
-        self.total = weight.main_grad if self.has_main_grad else torch.zeros_like(weight, dtype=torch.float32)
 
-    def add(self, grad: Tensor, hidden: Tensor) -> None:
-        if self.total.dtype == grad.dtype:
-            self.total.addmm_(grad.t(), hidden)
+class _Gradients:
+    """Of hidden states and output weight, from the logits' gradient of one chunk after the other."""
+
+    def __init__(self, chunks: _Chunks, of_hidden: bool, total: Tensor | None):
+        """total: [V/tp, H], to which the weight's gradient is added; float32, or main_grad in any dtype. None: none."""
+        self.chunks, self.total = chunks, total
+        self.hidden = torch.zeros_like(chunks.hidden) if of_hidden else None
+
+    def add(self, tokens: Tensor, grad: Tensor) -> None:
+        """grad: [len(tokens), V/tp], of the student's logits."""
+        if self.hidden is not None:
+            self.hidden[tokens] = grad @ self.chunks.weight
+        if self.total is not None:
+            _add_product(self.total, grad.t(), self.chunks.hidden[tokens])
+
+    def scaled(self, factor: Tensor, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Both times ``factor`` [], the hidden states' and what autograd accumulates for the weight."""
+        hidden = None if self.hidden is None else self.hidden.mul_(factor)
+        if self.total is None:
+            return hidden, None
+        if (main_grad := getattr(parameter, "main_grad", None)) is None:
+            self.total.mul_(factor)
         else:
-            self.total.add_(grad.t() @ hidden)
+            self.total = main_grad.addcmul_(self.total, factor.to(self.total.dtype))
+        return hidden, self.of_weight(parameter)
 
-    def result(self) -> Tensor:
+    def of_weight(self, parameter: Tensor) -> Tensor | None:
         """What autograd accumulates: after ``main_grad`` something of the right shape that nobody reads, or zeros."""
-        if not self.has_main_grad:
-            return self.total.to(self.weight.dtype)
-        self.weight.grad_added_to_main_grad = True
-        make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
-        return make(self.weight)
+        if self.total is None:
+            return None
+        if getattr(parameter, "main_grad", None) is None:
+            return self.total.to(parameter.dtype)
+        parameter.grad_added_to_main_grad = True
+        make = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
+        return make(parameter)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in total's dtype where one call of the GEMM can do that."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(a @ b)

@@ -83,7 +83,7 @@ def case(name: str, dtype, closeness: float, group) -> dict:
     }
 
 
-def fused(name: str, group) -> dict:
+def fused(name: str, group, in_forward: bool) -> dict:
     """The fused output layer: errors of losses, hidden states' gradient and this rank's part of the weights'."""
     generator = torch.Generator().manual_seed(1)
     hidden, teacher_hidden = (torch.randn(*SHAPE, size, generator=generator) for size in (8, 12))
@@ -106,12 +106,13 @@ def fused(name: str, group) -> dict:
     weight = weight[mine].clone().requires_grad_()
     inputs = (hidden, weight, teacher_hidden, teacher_weight[mine], labels, shard)
     with _Counts() as forward:
-        found = fused_linear_losses(losses, *inputs, token_weight=token_weight, chunk_tokens=5)
+        settings = {"token_weight": token_weight, "chunk_tokens": 5, "gradient_in_forward": in_forward}
+        found = fused_linear_losses(losses, *inputs, **settings)
     with _Counts() as backward:
         sum((i + 1) * out.sum() for i, out in enumerate(found)).backward()
     whole = hidden.grad.clone()
     hidden.grad = None
-    partial = fused_linear_losses(losses, *inputs, token_weight=token_weight, reduce_hidden_grad=False)
+    partial = fused_linear_losses(losses, *inputs, **settings, reduce_hidden_grad=False)
     sum((i + 1) * out.sum() for i, out in enumerate(partial)).backward()
     torch.distributed.all_reduce(hidden.grad, group=group)
     return {
@@ -120,6 +121,7 @@ def fused(name: str, group) -> dict:
         "weight_error": (weight.grad.double() / 2 - w.grad[mine]).abs().max().item(),  # of both calls
         "partial_error": (hidden.grad - whole).abs().max().item(),
         "scale": h.grad.abs().max().item(),
+        "chunks": -(-int((counted != 0).sum()) // 5),
         "forward": forward,
         "backward": backward,
     }
@@ -161,7 +163,9 @@ def cases(arguments: dict) -> list:
                         results.append(what | case(name, dtype, closeness, group))
                 results.append({"what": "nothing", "name": name, "size": size} | nothing_counts(name, group))
             for name in ("kl", "ce", "five"):
-                results.append({"what": "fused", "name": name, "size": size} | fused(name, group))
+                for in_forward in (False, True):
+                    what = {"what": "fused", "name": name, "size": size, "in_forward": in_forward}
+                    results.append(what | fused(name, group, in_forward))
             results.append({"what": "refusals", "size": size, "texts": refusals(group)})
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, results)

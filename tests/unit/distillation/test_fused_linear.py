@@ -40,9 +40,10 @@ def total(losses):
     return sum((i + 1) * loss.sum() for i, loss in enumerate(losses))
 
 
+@pytest.mark.parametrize("in_forward", [True, False], ids=["gradient in forward", "recomputed"])
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_float64(case, chunk_tokens):
+def test_equals_float64(case, chunk_tokens, in_forward):
     hidden, weight, teacher_hidden, teacher_weight, labels, token_weight = given()
     h, w = (t.double().requires_grad_() for t in (hidden, weight))
     logits, teacher = h @ w.t(), teacher_hidden.double() @ teacher_weight.double().t()
@@ -55,7 +56,8 @@ def test_equals_float64(case, chunk_tokens):
     logits.backward(grad_logits)
     hidden.requires_grad_()
     weight.requires_grad_()
-    found = fused(case, hidden, weight, teacher_hidden, teacher_weight, labels, token_weight, chunk_tokens=chunk_tokens)
+    inputs = (hidden, weight, teacher_hidden, teacher_weight, labels, token_weight)
+    found = fused(case, *inputs, chunk_tokens=chunk_tokens, gradient_in_forward=in_forward)
     total(found).backward()
     for a, b in zip(found, wanted, strict=True):
         # float32 logits of up to 10 are sums of 24 products; gradients of six losses, weighted up to 6, add up.
@@ -65,8 +67,9 @@ def test_equals_float64(case, chunk_tokens):
     assert not hidden.grad[counted == 0].any() and not weight.grad[VOCAB:].any()
 
 
+@pytest.mark.parametrize("in_forward", [True, False], ids=["gradient in forward", "recomputed"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_unfused_losses_in_bf16(case):
+def test_equals_the_unfused_losses_in_bf16(case, in_forward):
     """Bit for bit in the losses and the gradient of hidden states where one chunk does the unfused GEMM."""
     hidden, weight, teacher_hidden, teacher_weight, labels, token_weight = given(torch.bfloat16)
     token_weight, labels = token_weight + 0.1, labels.clamp(min=0)  # every token counts, so both GEMMs have all rows
@@ -74,7 +77,8 @@ def test_equals_the_unfused_losses_in_bf16(case):
     for is_fused in (True, False):
         h, w = (t.clone().requires_grad_() for t in (hidden, weight))
         if is_fused:
-            found = fused(case, h, w, teacher_hidden, teacher_weight, labels, token_weight)
+            inputs = (h, w, teacher_hidden, teacher_weight, labels, token_weight)
+            found = fused(case, *inputs, gradient_in_forward=in_forward)
         else:
             losses = [LOSSES[name](**settings) for name, settings in CASES[case]]
             logits, teacher = h.flatten(0, 1) @ w.t(), teacher_hidden.flatten(0, 1) @ teacher_weight.t()
@@ -86,6 +90,41 @@ def test_equals_the_unfused_losses_in_bf16(case):
         grads.append((h.grad, w.grad))
     assert torch.equal(grads[0][0], grads[1][0])
     torch.testing.assert_close(grads[0][1], grads[1][1], rtol=2.0**-7, atol=1e-6)  # BF16 rounds a float32 sum once
+
+
+class _Gemms(torch.utils._python_dispatch.TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_number_of_gemms():
+    """Four where the gradient is made in the forward pass and the loss is summed; six elsewhere."""
+    inputs = given()
+    each = torch.rand(SHAPE)
+    grads, numbers = [], []
+    for in_forward, of_each in ((True, None), (True, each), (False, each), (False, None)):
+        h, w = (t.clone().requires_grad_() for t in inputs[:2])
+        with _Gemms() as gemms:
+            (loss,) = fused("kl", h, w, *inputs[2:], chunk_tokens=100, gradient_in_forward=in_forward)
+            (3 * loss.sum() if of_each is None else (loss * of_each).sum()).backward()
+        numbers.append(gemms.number)
+        grads.append((h.grad, w.grad))
+    assert numbers == [4, 8, 6, 6]  # the second: those of a gradient that was made for nothing, too
+    for a, b in ((0, 3), (1, 2)):
+        torch.testing.assert_close(grads[a], grads[b], rtol=1e-5, atol=1e-6)  # float32: three times a sum or its terms
+
+
+def test_the_gradient_is_made_in_the_forward_pass_where_that_costs_no_more_memory_than_logits():
+    shard, kl = VocabShard(0, 40), [LOSSES["kl"]()]
+    for tokens, hidden, gemms_wanted in ((32, 32, 4), (31, 32, 6), (32, 33, 6)):
+        h, w = torch.randn(tokens, hidden).bfloat16(), torch.randn(40, hidden).bfloat16()
+        with _Gemms() as gemms:
+            inputs = (h.requires_grad_(), w.requires_grad_(), h.detach(), w.detach(), None, shard)
+            fused_linear_losses(kl, *inputs)[0].sum().backward()
+        assert gemms.number == gemms_wanted
 
 
 class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -107,21 +146,23 @@ def test_no_tensor_of_tokens_times_vocabulary():
     h, t = torch.randn(tokens, hidden, requires_grad=True), torch.randn(tokens, hidden)
     with _Recorder() as recorder:
         shard = VocabShard(0, vocab)
-        (loss,) = fused_linear_losses([LOSSES["kl"]()], h, weight, t, weight.detach(), None, shard, chunk_tokens=4)
+        inputs = (h, weight, t, weight.detach(), None, shard)
+        (loss,) = fused_linear_losses([LOSSES["kl"]()], *inputs, chunk_tokens=4)
         loss.sum().backward()
     # Four float32 tiles of a chunk are one allocation; weights and their gradient are what is largest after it.
     assert 4 * vocab <= recorder.largest <= max(4 * 4 * vocab, vocab * hidden) < tokens * vocab
 
 
+@pytest.mark.parametrize("in_forward", [True, False], ids=["gradient in forward", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_main_grad(dtype):
+def test_main_grad(dtype, in_forward):
     """What DDP's hook and autograd would do without us, and what they then leave alone."""
     inputs = given(dtype)
     weight = inputs[1].requires_grad_()
-    total(fused("kl", inputs[0], weight, *inputs[2:])).backward()
+    total(fused("kl", inputs[0], weight, *inputs[2:], gradient_in_forward=in_forward)).backward()
     wanted, weight.grad = weight.grad.float(), None
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(weight.shape), False
-    total(fused("kl", inputs[0], weight, *inputs[2:])).backward()
+    total(fused("kl", inputs[0], weight, *inputs[2:], gradient_in_forward=in_forward)).backward()
     rtol = 1e-6 if dtype == torch.float32 else 2.0**-8  # main_grad is float32, the gradient was rounded
     torch.testing.assert_close(weight.main_grad - 1, wanted, rtol=rtol, atol=1e-6)
     assert weight.grad_added_to_main_grad
@@ -129,7 +170,7 @@ def test_main_grad(dtype):
     # Tied: the embedding's gradient arrives through autograd, in the same .grad, which DDP then adds to main_grad.
     weight.grad, weight.zero_out_wgrad = None, True
     embedded = torch.nn.functional.embedding(torch.tensor([3]), weight)
-    (total(fused("kl", inputs[0], weight, *inputs[2:])) + embedded.sum()).backward()
+    (total(fused("kl", inputs[0], weight, *inputs[2:], gradient_in_forward=in_forward)) + embedded.sum()).backward()
     assert torch.equal(weight.grad[3], torch.ones(HIDDEN, dtype=dtype))
     assert weight.grad.count_nonzero() == HIDDEN
 
