@@ -51,8 +51,8 @@ def _log_ratio(p: Tensor, q: Tensor, x: Tensor, e_p: Tensor, sum_p: Tensor) -> T
 
 
 def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float64 [ranks, t, 5] -> KL(p || q), log Z_p, log Z_q, each [t]."""
-    max_p, max_q, sum_p, log_ratio, within = stats.unbind(dim=2)
+    """float32 [ranks, t, 5] -> KL(p || q), log Z_p, log Z_q, each float64 [t]."""
+    max_p, max_q, sum_p, log_ratio, within = stats.double().unbind(dim=2)
     top = max_p.amax(dim=0)
     mass = sum_p * (max_p - top).exp()
     total = mass.sum(dim=0)
@@ -83,10 +83,12 @@ class KL(LogitLoss):
         return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()
 
     def merge(self, stats, local, rank):
+        if (kernels := self.kernels(stats)) is not None:
+            return kernels.merge(stats)
         kl, log_t, log_s = merge_kl(stats)
         # softmax(z) = e^(z - m) r with m the largest logit and r = e^m / Z: likely tokens then have exponents near 0,
         # which float32 keeps better than z - log Z. The ratio of both r is 1 where the models agree.
-        max_t, max_s = stats[..., 0].amax(dim=0), stats[..., 1].amax(dim=0)
+        max_t, max_s = stats[..., 0].double().amax(dim=0), stats[..., 1].double().amax(dim=0)
         log_r_s, log_r_t = max_s - log_s, max_t - log_t
         return kl, tuple(v.float() for v in (max_s, max_t, (log_r_s - log_r_t).exp(), log_r_t.exp()))
 

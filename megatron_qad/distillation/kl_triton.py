@@ -7,8 +7,8 @@ The numbers are those of ``divergences.kl_stats``, summed in one pass with runni
 by term as e_t expm1(x) where x is small, so that late in QAD nothing cancels. Where a maximum moves, x moves by a
 constant delta, and E and R follow: E <- a_t (E + delta D_t), R <- a_s R + (a_s - a_t) D_t.
 
-expm1 is a polynomial. Of the GPU's fast functions the exponential is good enough, the logarithm near 1 is not: those of
-the sums are left to torch, in float64. Imported only where ``common.triton_serves`` says so.
+expm1 is a polynomial. Of the GPU's fast functions the exponential is good enough; logarithms are those of float64, of
+which a token needs a few. Imported only where ``common.triton_serves`` says so.
 """
 
 import torch
@@ -16,9 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a program takes at a time. Not tuned: no GPU was at hand.
-_COLUMNS = 4096
-_LAUNCH = {"num_warps": 8}
+# Columns a program takes at a time.
+_STATS_COLUMNS, _GRADIENT_COLUMNS = 4096, 4096
+_STATS_LAUNCH = {"num_warps": 8}
+_GRADIENT_LAUNCH = {"num_warps": 8}
+_MERGE_TOKENS = 128
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _SMALL = tl.constexpr(0.7)
 
@@ -37,29 +39,37 @@ def stats(
     Returns:
         float32 [tokens, 5].
     """
-    tokens = len(student)
-    sums = torch.zeros(tokens, 6, dtype=torch.float64, device=student.device)
+    out = torch.empty(len(student), 5, device=student.device)
     if num_columns == 0:
-        sums[:, :2] = _LOWEST.value
-        return sums[:, :5].float()
-    if tokens:
+        return out.copy_(out.new_tensor([_LOWEST.value, _LOWEST.value, 0, 0, 0]))
+    if len(student):
         with torch.cuda.device_of(student):  # triton launches on the current device; nothing on the CPU
-            _stats_kernel[(tokens,)](
+            _stats_kernel[(len(student),)](
                 *(student, student.stride(0), 1 / temperatures[0], teacher, teacher.stride(0), 1 / temperatures[1]),
-                *(scale if scale is not None else sums, sums),
+                *(scale if scale is not None else out, out),
                 NUM_COLUMNS=num_columns,  # one number a job
+                IS_WARM=temperatures != (1.0, 1.0),
                 ALL_COUNT=scale is None,
-                COLUMNS=min(_COLUMNS, triton.next_power_of_2(num_columns)),
-                **_LAUNCH,
+                COLUMNS=min(_STATS_COLUMNS, max(triton.next_power_of_2(num_columns), 8)),
+                **_STATS_LAUNCH,
             )
-    max_t, max_s, sum_t, sum_s, mean, difference = sums.unbind(dim=1)
-    some = sum_t > 0
-    sum_t = torch.where(some, sum_t, 1.0)
-    ratio = difference / sum_t
-    log_ratio = torch.where(ratio > -0.5, ratio.clamp(min=-0.5).log1p(), (sum_s / sum_t).log())
-    log_ratio = torch.where(some, log_ratio, 0.0)
-    found = (max_t, max_s, torch.where(some, sum_t, 0.0), log_ratio, log_ratio - mean / sum_t)
-    return torch.stack(found, dim=1).float()
+    return out
+
+
+def merge(stats: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``divergences.KL.merge``: float32 [ranks, tokens, 5] -> the loss, float64 [tokens], and what ``write_gradient``
+    reads, float32 [tokens] each."""
+    ranks, tokens, _ = stats.shape
+    kl = torch.empty(tokens, dtype=torch.float64, device=stats.device)
+    saved = torch.empty(4, tokens, device=stats.device)
+    if tokens:
+        with torch.cuda.device_of(stats):
+            _merge_kernel[(triton.cdiv(tokens, _MERGE_TOKENS),)](
+                *(stats, *stats.stride(), kl, saved, tokens),
+                RANKS=ranks,
+                TOKENS=_MERGE_TOKENS,
+            )
+    return kl, tuple(saved)
 
 
 def write_gradient(
@@ -75,15 +85,16 @@ def write_gradient(
     if out.numel() == 0:
         return
     max_s, max_t, ratio, r_t = (tensor.contiguous() for tensor in saved)
-    columns = min(_COLUMNS, triton.next_power_of_2(width))
+    columns = min(_GRADIENT_COLUMNS, triton.next_power_of_2(width))
     with torch.cuda.device_of(out):
         _gradient_kernel[(tokens, triton.cdiv(width, columns))](
             *(student, student.stride(0), 1 / temperatures[0], teacher, teacher.stride(0), 1 / temperatures[1]),
             *(out, out.stride(0), max_s, max_t, ratio.log(), r_t, factor.contiguous()),
             NUM_COLUMNS=num_columns,
             WIDTH=width,
+            IS_WARM=temperatures != (1.0, 1.0),
             COLUMNS=columns,
-            **_LAUNCH,
+            **_GRADIENT_LAUNCH,
         )
 
 
@@ -95,17 +106,75 @@ def _expm1_of_small(x):
 
 
 @triton.jit
-def _logits(pointer, columns, inside, factor):
-    return tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32) * factor
+def _exp(x):
+    return tl.exp2(x * 1.4426950408889634)  # one instruction, without e^x's care for subnormal results
+
+
+@triton.jit
+def _few(x, COLUMNS: tl.constexpr):
+    """Sums of eight neighbours, which one thread holds: an eighth of the registers."""
+    return tl.sum(tl.reshape(x, [COLUMNS // 8, 8]), axis=1)
+
+
+@triton.jit
+def _logits(pointer, columns, inside, factor, IS_MASKED: tl.constexpr, IS_WARM: tl.constexpr):
+    if IS_MASKED:
+        z = tl.load(pointer + columns, mask=inside, other=0.0).to(tl.float32)
+    else:
+        z = tl.load(pointer + columns).to(tl.float32)
+    if IS_WARM:
+        z *= factor
+    return z
+
+
+@triton.jit
+def _add_block(
+    max_s, max_t, sum_s, sum_t, mean, difference, student, factor_s, teacher, factor_t, columns, inside,
+    COLUMNS: tl.constexpr, IS_MASKED: tl.constexpr, IS_WARM: tl.constexpr,
+):  # fmt: skip
+    z_s = _logits(student, columns, inside, factor_s, IS_MASKED, IS_WARM)
+    z_t = _logits(teacher, columns, inside, factor_t, IS_MASKED, IS_WARM)
+    if IS_MASKED:
+        new_s = tl.maximum(max_s, tl.max(tl.where(inside, z_s, _LOWEST), axis=0))
+        new_t = tl.maximum(max_t, tl.max(tl.where(inside, z_t, _LOWEST), axis=0))
+    else:
+        new_s = tl.maximum(max_s, tl.max(z_s, axis=0))
+        new_t = tl.maximum(max_t, tl.max(z_t, axis=0))
+    if (new_s > max_s) | (new_t > max_t):  # in a row's first blocks, seldom later
+        a_s = _exp(max_s - new_s)
+        a_t = _exp(max_t - new_t)
+        delta = (max_s - new_s) - (max_t - new_t)
+        between = tl.where(tl.abs(delta) < _SMALL, a_t * _expm1_of_small(delta), a_s - a_t)
+        difference = a_s * difference + between * sum_t
+        mean = a_t * (mean + delta * sum_t)
+        sum_t *= a_t
+        sum_s *= a_s
+    y_t = z_t - new_t
+    y_s = z_s - new_s
+    x = y_s - y_t
+    e_t = _exp(y_t)
+    e_s = _exp(y_s)
+    grown = tl.where(tl.abs(x) < _SMALL, e_t * _expm1_of_small(x), e_s - e_t)
+    if IS_MASKED:
+        e_t = tl.where(inside, e_t, 0.0)
+        e_s = tl.where(inside, e_s, 0.0)
+        grown = tl.where(inside, grown, 0.0)
+        x = tl.where(inside, x, 0.0)
+    sum_s += _few(e_s, COLUMNS)
+    sum_t += _few(e_t, COLUMNS)
+    mean += _few(e_t * x, COLUMNS)
+    difference += _few(grown, COLUMNS)
+    return new_s, new_t, sum_s, sum_t, mean, difference
 
 
 @triton.jit
 def _stats_kernel(
     student, student_stride, factor_s, teacher, teacher_stride, factor_t, scale, out,
-    NUM_COLUMNS: tl.constexpr, ALL_COUNT: tl.constexpr, COLUMNS: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr, IS_WARM: tl.constexpr, ALL_COUNT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One token: [max z_t, max z_s, D_t, D_s, E, R] into ``out`` [tokens, 6]."""
+    """One token: [max z_t, max z_s, D_t, log(D_s / D_t), KL within the shard] into ``out`` [tokens, 5]."""
     token = tl.program_id(0).to(tl.int64)
+    out += token * 5
     counts = True
     if not ALL_COUNT:
         counts = tl.load(scale + token) != 0
@@ -113,63 +182,121 @@ def _stats_kernel(
         student += token * student_stride
         teacher += token * teacher_stride
         lanes = tl.arange(0, COLUMNS)
-        # Of the lanes; summed over them at the end, in float64, because log(1 + R / D_t) - E / D_t cancels.
-        sum_t = tl.zeros([COLUMNS], tl.float32)
-        sum_s = tl.zeros([COLUMNS], tl.float32)
-        mean = tl.zeros([COLUMNS], tl.float32)
-        difference = tl.zeros([COLUMNS], tl.float32)
+        # Many partial sums, added up at the end, in float64, because log(1 + R / D_t) - E / D_t cancels.
+        sum_s = tl.zeros([COLUMNS // 8], tl.float32)
+        sum_t = tl.zeros([COLUMNS // 8], tl.float32)
+        mean = tl.zeros([COLUMNS // 8], tl.float32)
+        difference = tl.zeros([COLUMNS // 8], tl.float32)
         max_s = tl.full([], _LOWEST, tl.float32)
         max_t = tl.full([], _LOWEST, tl.float32)
-        for start in range(0, NUM_COLUMNS, COLUMNS):
-            columns = start + lanes
-            inside = columns < NUM_COLUMNS
-            z_s = _logits(student, columns, inside, factor_s)
-            z_t = _logits(teacher, columns, inside, factor_t)
-            new_s = tl.maximum(max_s, tl.max(tl.where(inside, z_s, _LOWEST), axis=0))
-            new_t = tl.maximum(max_t, tl.max(tl.where(inside, z_t, _LOWEST), axis=0))
-            a_s = tl.exp(max_s - new_s)
-            a_t = tl.exp(max_t - new_t)
-            delta = (max_s - new_s) - (max_t - new_t)
-            between = tl.where(tl.abs(delta) < _SMALL, a_t * _expm1_of_small(delta), a_s - a_t)
-            difference = a_s * difference + between * sum_t
-            mean = a_t * (mean + delta * sum_t)
-            y_t = z_t - new_t
-            y_s = z_s - new_s
-            x = tl.where(inside, y_s - y_t, 0.0)
-            e_t = tl.where(inside, tl.exp(y_t), 0.0)
-            e_s = tl.where(inside, tl.exp(y_s), 0.0)
-            difference += tl.where(tl.abs(x) < _SMALL, e_t * _expm1_of_small(x), e_s - e_t)
-            mean += e_t * x
-            sum_t = a_t * sum_t + e_t
-            sum_s = a_s * sum_s + e_s
-            max_s = new_s
-            max_t = new_t
-        out += token * 6
+        WHOLE: tl.constexpr = NUM_COLUMNS // COLUMNS * COLUMNS
+        for start in range(0, WHOLE, COLUMNS):
+            max_s, max_t, sum_s, sum_t, mean, difference = _add_block(
+                max_s, max_t, sum_s, sum_t, mean, difference,
+                student, factor_s, teacher, factor_t, start + lanes, None, COLUMNS, False, IS_WARM,
+            )  # fmt: skip
+        if WHOLE < NUM_COLUMNS:
+            columns = WHOLE + lanes
+            max_s, max_t, sum_s, sum_t, mean, difference = _add_block(
+                max_s, max_t, sum_s, sum_t, mean, difference,
+                student, factor_s, teacher, factor_t, columns, columns < NUM_COLUMNS, COLUMNS, True, IS_WARM,
+            )  # fmt: skip
+        total_s = tl.sum(sum_s.to(tl.float64), axis=0)
+        total_t = tl.sum(sum_t.to(tl.float64), axis=0)
+        growth = tl.sum(difference.to(tl.float64), axis=0) / total_t
+        log_ratio = tl.log(tl.where(growth > -0.5, 1 + growth, total_s / total_t))
         tl.store(out, max_t)
         tl.store(out + 1, max_s)
-        tl.store(out + 2, tl.sum(sum_t.to(tl.float64), axis=0))
-        tl.store(out + 3, tl.sum(sum_s.to(tl.float64), axis=0))
-        tl.store(out + 4, tl.sum(mean.to(tl.float64), axis=0))
-        tl.store(out + 5, tl.sum(difference.to(tl.float64), axis=0))
+        tl.store(out + 2, total_t.to(tl.float32))
+        tl.store(out + 3, log_ratio.to(tl.float32))
+        tl.store(out + 4, (log_ratio - tl.sum(mean.to(tl.float64), axis=0) / total_t).to(tl.float32))
+    else:
+        for i in tl.static_range(5):
+            tl.store(out + i, 0.0)
+
+
+@triton.jit
+def _merge_kernel(
+    stats, rank_stride, token_stride, number_stride, kl, saved, num_tokens,
+    RANKS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """``merge_kl`` and ``KL.merge`` of some tokens, in float64."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = tokens < num_tokens
+    stats += tokens * token_stride
+    top_t = tl.full([TOKENS], _LOWEST, tl.float64)
+    top_s = tl.full([TOKENS], _LOWEST, tl.float64)
+    for rank in tl.static_range(RANKS):
+        of_rank = stats + rank * rank_stride
+        top_t = tl.maximum(top_t, tl.load(of_rank, mask=inside, other=0.0).to(tl.float64))
+        top_s = tl.maximum(top_s, tl.load(of_rank + number_stride, mask=inside, other=0.0).to(tl.float64))
+    total = tl.zeros([TOKENS], tl.float64)
+    within = tl.zeros([TOKENS], tl.float64)
+    mean_shift = tl.zeros([TOKENS], tl.float64)
+    for rank in tl.static_range(RANKS):
+        mass, shift, inner = _of_rank(stats + rank * rank_stride, number_stride, inside, top_t)
+        total += mass
+        within += mass * inner
+        mean_shift += mass * shift
+    within /= total
+    mean_shift /= total
+    # log sum of the masses times e^(shift - mean shift), from the largest term
+    top = tl.full([TOKENS], -float("inf"), tl.float64)
+    for rank in tl.static_range(RANKS):
+        mass, shift, inner = _of_rank(stats + rank * rank_stride, number_stride, inside, top_t)
+        top = tl.maximum(top, tl.log(mass / total) + shift - mean_shift)
+    between = tl.zeros([TOKENS], tl.float64)
+    for rank in tl.static_range(RANKS):
+        mass, shift, inner = _of_rank(stats + rank * rank_stride, number_stride, inside, top_t)
+        between += tl.exp(tl.log(mass / total) + shift - mean_shift - top)
+    between = top + tl.log(between)
+    log_r_t = -tl.log(total)  # max z_t - log Z_t
+    log_r_s = top_s - (top_t - log_r_t + mean_shift + between)
+    tl.store(kl + tokens, tl.maximum(within + between, 0.0), mask=inside)
+    tl.store(saved + tokens, top_s.to(tl.float32), mask=inside)
+    tl.store(saved + num_tokens + tokens, top_t.to(tl.float32), mask=inside)
+    tl.store(saved + 2 * num_tokens + tokens, tl.exp(log_r_s - log_r_t).to(tl.float32), mask=inside)
+    tl.store(saved + 3 * num_tokens + tokens, tl.exp(log_r_t).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _of_rank(numbers, stride, inside, top_t):
+    """Of one shard: the teacher's mass relative to e^(max z_t), log Z_s - log Z_t, and the KL within."""
+    max_t = tl.load(numbers, mask=inside, other=0.0).to(tl.float64)
+    max_s = tl.load(numbers + stride, mask=inside, other=0.0).to(tl.float64)
+    sum_t = tl.load(numbers + 2 * stride, mask=inside, other=1.0).to(tl.float64)
+    log_ratio = tl.load(numbers + 3 * stride, mask=inside, other=0.0).to(tl.float64)
+    within = tl.load(numbers + 4 * stride, mask=inside, other=0.0).to(tl.float64)
+    return sum_t * tl.exp(max_t - top_t), max_s - max_t + log_ratio, within
 
 
 @triton.jit
 def _gradient_kernel(
     student, student_stride, factor_s, teacher, teacher_stride, factor_t, out, out_stride,
-    max_s, max_t, log_ratio, r_t, factor, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    max_s, max_t, log_ratio, r_t, factor,
+    NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, IS_WARM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one token: r_t factor (e_s ratio - e_t)."""
+    IS_MASKED: tl.constexpr = WIDTH % COLUMNS != 0 or NUM_COLUMNS != WIDTH
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < NUM_COLUMNS
     scale = tl.load(factor + token)
     gradient = tl.zeros([COLUMNS], tl.float32)
     if scale != 0:
-        y_s = _logits(student + token * student_stride, columns, inside, factor_s) - tl.load(max_s + token)
-        y_t = _logits(teacher + token * teacher_stride, columns, inside, factor_t) - tl.load(max_t + token)
+        z_s = _logits(student + token * student_stride, columns, inside, factor_s, IS_MASKED, IS_WARM)
+        z_t = _logits(teacher + token * teacher_stride, columns, inside, factor_t, IS_MASKED, IS_WARM)
         shift = tl.load(log_ratio + token)
+        y_s = z_s - tl.load(max_s + token)
+        y_t = z_t - tl.load(max_t + token)
         x = y_s - y_t + shift
-        e_t = tl.exp(y_t)
-        parts = tl.where(tl.abs(x) < _SMALL, e_t * _expm1_of_small(x), tl.exp(y_s + shift) - e_t)
-        gradient = tl.where(inside, parts * (tl.load(r_t + token) * scale), 0.0)
-    tl.store(out + token * out_stride + columns, gradient.to(out.dtype.element_ty), mask=columns < WIDTH)
+        e_t = _exp(y_t)
+        parts = tl.where(tl.abs(x) < _SMALL, e_t * _expm1_of_small(x), _exp(y_s + shift) - e_t)
+        gradient = parts * (tl.load(r_t + token) * scale)
+        if IS_MASKED:
+            gradient = tl.where(inside, gradient, 0.0)
+    out += token * out_stride
+    if IS_MASKED:
+        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=columns < WIDTH)
+    else:
+        tl.store(out + columns, gradient.to(out.dtype.element_ty))

@@ -28,7 +28,7 @@ class CrossEntropy(LogitLoss):
         return torch.stack((maximum, total, torch.where(here, label, 0.0)), dim=1), (tile.column,)
 
     def merge(self, stats, local, rank):
-        maxima, sums, labels = stats.unbind(dim=2)
+        maxima, sums, labels = stats.double().unbind(dim=2)
         top = maxima.amax(dim=0)
         log_total = (sums * (maxima - top).exp()).sum(dim=0).log()
         return top - labels.sum(dim=0) + log_total, ((top + log_total).float(), *local)
@@ -63,7 +63,7 @@ class MSE(LogitLoss):
         return torch.stack((torch.full_like(mean, number), mean, squares), dim=1), ()
 
     def merge(self, stats, local, rank):
-        number, means, squares = stats.unbind(dim=2)
+        number, means, squares = stats.double().unbind(dim=2)
         total = number.sum(dim=0)
         mean = (number * means).sum(dim=0) / total
         loss = (squares + number * (means - mean).square()).sum(dim=0) / total
@@ -116,7 +116,7 @@ class TopKL(LogitLoss):
         return stats, (index,)
 
     def merge(self, stats, local, rank):
-        num_ranks, num_tokens = stats.shape[:2]
+        stats, num_tokens = stats.double(), stats.shape[1]
         z_t, z_s = (
             z.transpose(0, 1).reshape(num_tokens, -1) for z in (stats[..., 4 : 4 + self.k], stats[..., 4 + self.k :])
         )

@@ -70,10 +70,12 @@ class Tiles:
 
     def live(self, scale: Tensor) -> list[tuple[slice, bool]]:
         """The tiles in which a token counts, and whether all do. One synchronization with the device."""
-        counts = scale != 0
         if not self.slices:
             return []
-        found = torch.stack([torch.stack((counts[rows].any(), counts[rows].all())) for rows in self.slices]).tolist()
+        rows, missing = self.slices[0].stop, self.slices[-1].start + self.slices[0].stop - len(scale)
+        counts = torch.nn.functional.pad(scale != 0, (0, missing)).view(-1, rows)
+        every = torch.nn.functional.pad(scale != 0, (0, missing), value=True).view(-1, rows)
+        found = torch.stack((counts.any(dim=1), every.all(dim=1)), dim=1).tolist()
         return [(rows, every) for rows, (some, every) in zip(self.slices, found, strict=True) if some]
 
     def load(self, rows: slice, loss: "LogitLoss", z_s: Tensor | None = None) -> Tile:

@@ -51,8 +51,8 @@ class LogitLoss:
         return self.temperature, self.teacher_temperature
 
     def kernels(self, logits: Tensor):
-        """A module with ``stats`` and ``write_gradient`` for whole logits, such as ``kl_triton``, where these lie on a
-        device that it serves; None: tiles."""
+        """A module with ``stats``, ``merge`` and ``write_gradient`` for whole logits, such as ``kl_triton``, where
+        these lie on a device that it serves; None: tiles."""
         return None
 
     def shard_stats(self, tile: Tile) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -60,7 +60,7 @@ class LogitLoss:
         raise NotImplementedError
 
     def merge(self, stats: Tensor, local: tuple[Tensor, ...], rank: int) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-        """float64 [ranks, tokens, k] -> the loss, float64 [tokens], and what ``gradient`` reads, each [tokens, ...].
+        """float32 [ranks, tokens, k] -> the loss, float64 [tokens], and what ``gradient`` reads, each [tokens, ...].
 
         The loss is None for a loss of two rounds."""
         raise NotImplementedError
@@ -147,8 +147,10 @@ class _LogitLosses(torch.autograd.Function):
         shape, width = student.shape[:-1], student.shape[-1]
         flat_teacher = None if teacher is None else teacher.detach().reshape(-1, width)
         tiles = Tiles(student.detach().reshape(-1, width), flat_teacher, labels, shard)
-        live = [rows for rows, _ in tiles.live(scale)]
-        if live:
+        # Kernels skip what does not count, and asking a GPU would stop it.
+        by_kernels = all(loss.kernels(tiles.student) is not None for loss in losses)
+        live = [] if by_kernels else [rows for rows, _ in tiles.live(scale)]
+        if live or by_kernels:
             results = merge_over_ranks(losses, *local_stats(losses, tiles, live, scale), shard)
             if any(loss.rounds == 2 for loss in losses):
                 results = _second_round(losses, results, tiles, live, len(scale), shard)
@@ -201,10 +203,10 @@ def _stats_by_kernel(loss: LogitLoss, tiles: Tiles, scale: Tensor) -> Tensor | N
 
 def merge_over_ranks(losses, parts: list[Tensor], local, shard: VocabShard) -> list:
     """(loss or None, saved) of each loss, float64 and float32 [tokens]. The one collective."""
-    gathered = all_gather(torch.cat(parts, dim=1), shard.group)
+    gathered = all_gather(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), shard.group)
     rank = 0 if shard.group is None else shard.group.rank()
     split = gathered.split([part.shape[1] for part in parts], dim=2)
-    return [loss.merge(s.double(), mine, rank) for loss, s, mine in zip(losses, split, local, strict=True)]
+    return [loss.merge(s, mine, rank) for loss, s, mine in zip(losses, split, local, strict=True)]
 
 
 def _second_round(losses, results, tiles: Tiles, live, num_tokens: int, shard: VocabShard) -> list:
@@ -231,7 +233,9 @@ def write_gradients(out, student, teacher, labels, shard: VocabShard, losses, sa
     """Sum over losses of factor [tokens] times its gradient in the student's logits, over ``out`` [tokens, V/tp], which
     may be ``student`` itself. No collective."""
     if len(losses) == 1 and saved[0] and (kernels := losses[0].kernels(student)) is not None:
-        factor = losses[0].kernel_factor(saved[0], factors[0]) / losses[0].temperature
+        factor = losses[0].kernel_factor(saved[0], factors[0])
+        if losses[0].temperature != 1.0:
+            factor = factor / losses[0].temperature
         kernels.write_gradient(out, student, teacher, shard.num_columns, losses[0].temperatures, saved[0][:4], factor)
         return
     tiles = Tiles(student, teacher, labels, shard)

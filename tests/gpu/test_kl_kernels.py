@@ -20,7 +20,7 @@ def reference(student, teacher):
     q, p = student.log_softmax(-1), teacher.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1)
     kl.sum().backward()
-    return kl.detach(), student.grad
+    return kl.detach(), (p.exp() * (p - q).abs()).sum(-1).detach(), student.grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,14 +28,14 @@ def reference(student, teacher):
 @pytest.mark.parametrize("width", [16384, 32000, 50257, 131072])
 def test_against_float64(width, noise, dtype):
     student, teacher = logits(64, width, noise, dtype)
-    kl, gradient = reference(student, teacher)
+    kl, moved, gradient = reference(student, teacher)
     shard = VocabShard(0, width)
     leaf = student.clone().requires_grad_()
     (found,) = logit_losses([LOSSES["kl"]()], leaf * 1, teacher, None, shard)
     found.sum().backward()
-    # Of the loss float32 roundings, and of e^x by the GPU's fast exponential (2^-21 at x = -16); of a gradient
-    # roundings of a probability, and that of the dtype.
-    assert (found.detach() - kl).abs().max() <= 1e-6 * kl.max() + 2e-9
+    # Of the loss four float32 roundings of what is summed, E_t|log(p_t / p_s)|, some of them of the GPU's fast e^x; of a
+    # gradient roundings of a probability, and that of the dtype.
+    assert ((found.detach() - kl).abs() <= 2.4e-7 * moved + 1e-12).all()
     rounded = gradient.abs() * (2.0**-8 if dtype == torch.bfloat16 else 0)
     assert ((leaf.grad.double() - gradient).abs() <= rounded + 1e-6).all()
 
