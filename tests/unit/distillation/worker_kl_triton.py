@@ -97,6 +97,16 @@ def masks_and_padding():
     # The interpreter cuts bfloat16 off where a GPU rounds: one unit in its last place.
     error = (grad[:, :150] - gradient * weight[:, None])[counted].abs()
     assert (error <= gradient[counted].abs() * 2.0**-7 + 1e-7).all()
+    leaf.grad = None
+    rows = (leaf * 1.0)[:, :200]
+    (found,) = logit_losses([LOSSES["confidence_kl"]()], rows, teacher, None, VocabShard(0, 150), weight=weight)
+    found.sum().backward(retain_graph=True)
+    assert leaf.grad.isfinite().all() and not leaf.grad[2].any() and leaf.grad[counted].any(dim=1).all()
+    try:  # the logits hold their gradient now
+        found.sum().backward()
+        raise AssertionError("a second backward pass read a gradient as logits")
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
     none = torch.randn(2, 8, requires_grad=True)
     (found,) = logit_losses(
         [LOSSES["kl"]()], none * 1.0, torch.randn(2, 8), None, VocabShard(0, 8), weight=torch.zeros(2)
