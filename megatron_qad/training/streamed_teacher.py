@@ -34,18 +34,24 @@ class HostWeights:
         """Copies of a layer to the device so far."""
         for i in range(len(layers)):
             self._release(i)
+        torch.cuda.empty_cache()  # what they lay in is of another stream than the copies will be
 
     def visits(self) -> Iterator[int]:
         """Each layer's index in turn, with its weights on the device until the next one is asked for."""
         number = len(self._parameters)
+        done = None
         if number:
             self._fetch(0)
         for i in range(number):
-            if i + 1 < number:
-                self._fetch(i + 1)
             self._arrive(i)
             yield i
+            if done is not None:
+                done.synchronize()  # the layer before has left the device; this one is computed, the next one copied
+            if i + 1 < number:
+                self._fetch(i + 1)
             self._release(i)
+            done = torch.cuda.Event()
+            done.record()
 
     def _fetch(self, i: int) -> None:
         device = torch.cuda.current_device()
