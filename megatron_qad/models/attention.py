@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,6 +24,8 @@ from megatron_qad.models.context_parallel import document_lengths, gather_in_ord
 from megatron_qad.runtime.errors import QADError
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
+# Not cuDNN's, which plans anew for each length: documents have lengths of their own.
+_FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CoreAttention(MegatronModule):
@@ -99,7 +102,8 @@ class CoreAttention(MegatronModule):
         dropout = self.dropout if self.training else 0.0
         # Ranks that hold other heads must drop other scores; under sequence parallelism the default state is their own.
         forked = dropout and not self.config.sequence_parallel
-        with get_cuda_rng_tracker().fork() if forked else nullcontext():
+        kernels = sdpa_kernel(_FOR_ANY_LENGTH) if is_packed else nullcontext()
+        with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
             parts = [
                 _attend(query[a:b], key[c:d], value[c:d], self.softmax_scale, dropout)
                 for a, b, c, d in spans(lengths, rank, size)
