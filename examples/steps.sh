@@ -2,6 +2,7 @@
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 if [ -e "$out" ]; then echo "$out exists; remove it or name another directory: $0 DIRECTORY" >&2; exit 1; fi
 mkdir -p "$out/log"
+source examples/ranks.sh
 started=$SECONDS
 say() { printf '[%3d s] %s\n' "$((SECONDS - started))" "$*"; }
 
@@ -31,10 +32,10 @@ make_inputs() {
   wait_all
 }
 
-# A training job on two ranks (--save and the losses differ, the rest is in train.yaml).
+# A training job (--save and the losses differ, the rest is in train.yaml).
 train() {
   local name=$1; shift
-  step "$name" torchrun --standalone --nproc-per-node 2 pretrain_qad.py --config "$here/train.yaml" \
+  step "$name" torchrun --standalone --nproc-per-node "$ranks" pretrain_qad.py --config "$here/train.yaml" \
     --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard" --valid-data-path "$out/data/heldout" "$@"
   grep -hE 'megatron_qad (validation|experts)' "$out/log/$name.txt" | tail -n 2 | sed 's/.*at iteration/        iteration/'
 }

@@ -72,14 +72,15 @@ def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inp
     )
     formats = resolve_formats(args)
     inputs = ActivationQuantizers([chunk.module for chunk in chunks], formats)
-    inputs.expect_amax()
+    inputs.expect_amax(device=torch.cuda.current_device())
     load_weights(chunks, args.load, with_amaxes=True)
     assert inputs.calibrated, f"{args.load} was saved before calibration"
     model = freeze(chunks[0])
-    position_ids = torch.arange(tokens.shape[1])[None]
+    tokens = tokens.cuda()  # stays on the CPU where there is no GPU
+    position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
     with InPlaceWeights(chunks, formats).on_grid(then_updated=False):
         logits = output_of(model, Batch(tokens=tokens, position_ids=position_ids))
-    return logits[..., : args.hf_config["vocab_size"]]
+    return logits[..., : args.hf_config["vocab_size"]].cpu()
 
 
 def print_agreement(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 # Freed memory is kept: the pages of half a gigabyte of gradients, new in every step, took 0.5 s of 7.6.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$out/log" "$out/data"
+source examples/ranks.sh
 say() { printf '[%s %4d s] %s\n' "$(date +%H:%M:%S)" "$SECONDS" "$*"; }
 
 step() {
@@ -22,7 +23,7 @@ step() {
 
 train() {
   local name=$1; shift
-  step "$name" torchrun --standalone --nproc-per-node 2 pretrain_qad.py --config "$here/train.yaml" \
+  step "$name" torchrun --standalone --nproc-per-node "$ranks" pretrain_qad.py --config "$here/train.yaml" \
     --qad-teacher "$out/teacher" --valid-data-path "$out/data/heldout" \
     --save "$out/$name" --load "$out/$name" --tensorboard-dir "$out/$name/tensorboard" "$@"
   grep -h 'megatron_qad validation' "$out/log/$name.txt" | sed 's/.*iteration/    iteration/'

@@ -12,6 +12,7 @@ shift $(($# < 2 ? $# : 2))
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 [ -d "$demo/teacher-stage2" ] || { echo "$demo holds no finished demo: run examples/tiny_cpu/run.sh $demo" >&2; exit 1; }
 mkdir -p "$out"
+source examples/ranks.sh
 # Name and loss. Adam takes no notice of a loss's scale; the weights matter beside weight decay and clipping only.
 losses=(
   "kl|kl"
@@ -24,7 +25,7 @@ losses=(
 printf '| loss | KL to the teacher | cross entropy | top-1 agreement |\n|---|---|---|---|\n'
 for entry in "${losses[@]}"; do
   name=${entry%%|*} loss=${entry##*|}
-  torchrun --standalone --nproc-per-node 2 pretrain_qad.py --config examples/tiny_cpu/train.yaml \
+  torchrun --standalone --nproc-per-node "$ranks" pretrain_qad.py --config examples/tiny_cpu/train.yaml \
     --qad-teacher "$demo/teacher-stage2" --qad-loss "$loss" --train-data-path "$demo/data/raw" \
     --valid-data-path "$demo/data/heldout" --train-iters 150 --lr 5e-4 --save "$out/$name" "$@" >"$out/$name.txt" 2>&1 ||
     { tail -n 40 "$out/$name.txt"; exit 1; }

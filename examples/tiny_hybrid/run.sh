@@ -8,19 +8,20 @@ cd "$(dirname "$0")/../.."
 out=${1:-runs/tiny_hybrid}
 here=examples/tiny_hybrid
 source examples/steps.sh
+experts=(--expert-model-parallel-size "$ranks")
 
 make_inputs
 
 # The teacher: an ordinary BF16 model whose routers learn, trained on the raw text, then on text of another manner.
 bf16=(--qad-loss ce --qad-policy bf16 --qad-train-router)
-train teacher-stage1 "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 200 --lr 3e-3
-train teacher-stage2 "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 40 --lr 1e-3
+train teacher-stage1 "${experts[@]}" "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 200 --lr 3e-3
+train teacher-stage2 "${experts[@]}" "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 40 --lr 1e-3
 
 # Three ways to NVFP4 from the same teacher, on the same data, with its routers.
 from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw" --qad-policy "$here/policy.yaml")
-train ptq "${from_teacher[@]}" --qad-ptq
-train qat "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
-train qad "${from_teacher[@]}" --qad-loss kl --train-iters 120 --lr 2e-4
+train ptq "${experts[@]}" "${from_teacher[@]}" --qad-ptq
+train qat "${experts[@]}" "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
+train qad "${experts[@]}" "${from_teacher[@]}" --qad-loss kl --train-iters 120 --lr 2e-4
 
 step export-teacher python tools/export_hf.py --checkpoint "$out/teacher-stage2" --output "$out/hf-teacher" --layout bf16 &
 for layout in modelopt bf16; do
