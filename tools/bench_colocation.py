@@ -5,9 +5,9 @@
 Both are whole jobs in Megatron's own loop, BF16 with the distributed optimizer, run in turn on this machine. Ours is
 pretrain_qad.py's. The peer is modelopt's real code: ``modelopt.torch.distill`` with its Megatron plugin (teacher inside
 the student's module, both hidden states concatenated between stages, ``LogitsKLLoss``) and weight and input quantizers
-in every forward pass. It has the same arithmetic of NVFP4 on the CPU, where modelopt has none. Printed: median seconds
-of Megatron's ``train_step`` (the slowest rank), growth of a rank's peak resident memory from where the student's bare
-weights stand (the largest rank), and bytes that all ranks send between pipeline stages in a step.
+in every forward pass: on a GPU by modelopt's kernels, on the CPU, where it has none, by ours. Printed: median seconds
+of Megatron's ``train_step`` (the slowest rank), growth of a rank's peak memory, resident or the GPU's, from where the
+student's bare weights stand (the largest rank), and bytes that all ranks send between pipeline stages in a step.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("ours", "modelopt")
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
-LAYOUTS = {"TP2": (2, TP2), "PP2": (2, PP2), "TP2xPP2": (4, TP2 + PP2)}
+LAYOUTS = {"one rank": (1, []), "TP2": (2, TP2), "PP2": (2, PP2), "TP2xPP2": (4, TP2 + PP2)}
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
 WARM_UP = 2  # steps: the first one calibrates
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--recompute", action="store_true", help="full activation recompute")
-    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--layouts", nargs="+", default=[x for x in LAYOUTS if x != "one rank"], choices=LAYOUTS)
     own = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         flags = prepare_inputs(Path(directory), own)
@@ -97,7 +97,8 @@ def run(layout: str, side: str, flags: list[str], directory: Path) -> list[dict]
     result = directory / f"result_{time.monotonic_ns()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), __file__]
     command += ["--rank-of", side, str(result), *flags, *layout_flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         ours = done.stderr.split("torch/distributed/elastic")[0]  # before the launcher's own traceback
@@ -168,8 +169,10 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
         import torch
 
         torch.distributed.barrier()
+        torch.cuda.synchronize()
         before, began = sent[0], time.perf_counter()
         found = train_step(*args, **kwargs)
+        torch.cuda.synchronize()
         measured["seconds"].append(time.perf_counter() - began)
         measured["sent"] = sent[0] - before
         for value in found[0].values():
@@ -180,8 +183,20 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
     sys.argv = ["pretrain_qad.py", *argv]
     pretrain_qad.main()
     measured["seconds"] = measured["seconds"][WARM_UP:]
-    measured["memory"] = status_bytes("VmHWM") - measured["memory"]
+    measured["memory"] = peak_memory() - measured["memory"]
     Path(f"{result}.rank{os.environ['RANK']}").write_text(json.dumps(measured))
+
+
+def on_gpu() -> bool:
+    from megatron_qad.runtime import capabilities
+
+    return capabilities().device == "cuda"
+
+
+def peak_memory() -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() if on_gpu() else status_bytes("VmHWM")
 
 
 def status_bytes(name: str) -> int:
@@ -191,8 +206,14 @@ def status_bytes(name: str) -> int:
 
 def reset_peak(measured: dict) -> None:
     """The student's bare weights stand already, of the same size on both sides; everything after this counts."""
-    Path("/proc/self/clear_refs").write_text("5")
-    measured["memory"] = status_bytes("VmRSS")
+    import torch
+
+    if on_gpu():
+        torch.cuda.reset_peak_memory_stats()
+        measured["memory"] = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+        measured["memory"] = status_bytes("VmRSS")
 
 
 def count_sends() -> list[int]:
@@ -235,6 +256,9 @@ def prepare_peer(args, chunks):
     for name, module in named_modules_globally(chunks[0]):
         if f"{name}.weight" in amaxes:
             module.weight_quantizer.set_from_attribute_config(NVFP4_INPUT)
+            if on_gpu():
+                for quantizer in (module.weight_quantizer, module.input_quantizer):
+                    quantizer.backend = None  # modelopt's own
             module.weight_quantizer.amax = amaxes[f"{name}.weight"].view(1)
             quantizers.append(module.weight_quantizer)
     assert quantizers, "no weight quantizer on this rank"
