@@ -4,9 +4,11 @@ the same; and output layer with loss beside Liger's.
     python tools/bench_loss.py [--repeat 5] [--sizes 512x32000,2048x32000,512x131072] [--dtype bfloat16]
 
 All variants get the same logits, in turn, in one process a rank with one thread. Times are medians. Memory is what the
-allocator handed out during one call above what was there, counted from the profiler's events: "peak" at its highest,
-gradient of the logits included where it is a tensor of its own; "kept" between the forward and the backward pass.
-Errors are against float64. The C library is told to keep freed pages, because fresh ones would double the peers' times.
+allocator handed out during one call above what was there, on the CPU counted from the profiler's events: "peak" at its
+highest, gradient of the logits included where it is a tensor of its own; "kept" between the forward and the backward
+pass. Errors are against float64. The C library is told to keep freed pages, because fresh ones would double the peers'
+times. Where a GPU is there, a rank runs on one, times are those of its events, and the rate of ours is given as a share
+of a copy's, counting 10 bytes an element in bfloat16.
 """
 
 import argparse
@@ -37,7 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="timed calls of each variant")
     parser.add_argument("--sizes", default="512x32000,2048x32000,512x131072", help="tokens x vocabulary, with commas")
-    parser.add_argument("--tp", default="1,2", help="numbers of ranks, with commas")
+    parser.add_argument(
+        "--tp", default="1,2", help="numbers of ranks, with commas; each needs a GPU where one is there"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--fused-sizes", default="1024x32000", help="the same with the output layer; '' leaves it out")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size of both models there")
@@ -69,7 +73,12 @@ def main() -> None:
                 sys.exit(f"error: the bench of {tp} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
             print("".join(line for line in done.stderr.splitlines(True) if line.startswith("left out")), end="")
             found = json.loads(result.read_text())
-        print(f"\nTP {tp}, {args.dtype}, {args.clock} time\n\n{table(found['cases'])}", flush=True)
+        where = found["device"] or f"{args.clock} time"
+        print(f"\nTP {tp}, {args.dtype}, {where}\n\n{table(found['cases'])}", flush=True)
+        for case in found["cases"]:
+            if copy := case["copy_ms"]:
+                share = copy / case["variants"]["ours"]["ms"]
+                print(f"{case['size']}: a copy of as many bytes takes {copy:.2f} ms; ours has {share:.0%} of its rate")
         if found["fused"]:
             print(f"\nHidden size {args.hidden}, output layers included\n\n{table(found['fused'])}", flush=True)
         if found["errors"]:
@@ -77,16 +86,25 @@ def main() -> None:
 
 
 def table(cases: list[dict]) -> str:
-    lines = ["| tokens x vocabulary | loss | ms | times ours | peak MB | kept MB | collectives |", "|" + "---|" * 7]
+    columns = (
+        "tokens x vocabulary",
+        "loss",
+        "ms",
+        "times ours",
+        "peak MB",
+        "bytes an element",
+        "kept MB",
+        "collectives",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for case in cases:
         ours = case["variants"]["ours"]
         for name, v in case["variants"].items():
             ratio, memory = v["ms"] / ours["ms"], v["peak"] / ours["peak"]
             calls = ", ".join(f"{n} {what}" for what, n in v["collectives"].items()) or "none"
-            peak = f"{v['peak'] / 1e6:.1f} ({memory:.0f} x)"
-            lines.append(
-                f"| {case['size']} | {name} | {v['ms']:.0f} | {ratio:.2f} | {peak} | {v['kept'] / 1e6:.1f} | {calls} |"
-            )
+            peak = f"{v['peak'] / 1e6:.1f} ({memory:.0f} x) | {v['peak'] / case['elements']:.3f}"
+            ms = f"{v['ms']:.0f}" if v["ms"] > 50 else f"{v['ms']:.2f}"
+            lines.append(f"| {case['size']} | {name} | {ms} | {ratio:.2f} | {peak} | {v['kept'] / 1e6:.1f} | {calls} |")
     return "\n".join(lines)
 
 
@@ -104,22 +122,31 @@ def run_rank(args: argparse.Namespace) -> None:
     from megatron.core import parallel_state  # without our CPU backend: inductor would take its "cuda" for a GPU
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     tp = torch.distributed.get_world_size()
     parallel_state.initialize_model_parallel(tp)
     losses = variants(tp, compiled=not args.no_compile)
     cases = []
     for size in args.sizes.split(","):
         tokens, vocab = map(int, size.split("x"))
-        cases.append({"size": size.replace("x", " x "), "variants": measure(losses, tokens, vocab, args)})
+        case = {"size": size.replace("x", " x "), "elements": tokens * vocab // tp}
+        case["variants"] = measure(losses, tokens, vocab, args)
+        case["copy_ms"] = copy_ms(case["elements"], args) if on_gpu else None
+        cases.append(case)
     errors = [] if tp > 1 else [{"kl": kl, "variants": errors_at(losses, kl)} for kl in KLS]
     fused = []
     for size in args.fused_sizes.split(",") if args.fused_sizes and tp == 1 else ():
         tokens, vocab = map(int, size.split("x"))
         found = measure_fused(fused_variants(losses["ours"], vocab, args.hidden), tokens, vocab, args)
-        fused.append({"size": size.replace("x", " x "), "variants": found})
+        fused.append({"size": size.replace("x", " x "), "elements": tokens * vocab, "variants": found})
     if torch.distributed.get_rank() == 0:
-        Path(args.result).write_text(json.dumps({"cases": cases, "fused": fused, "errors": errors}))
+        device = torch.cuda.get_device_name() if on_gpu else None
+        result = {"cases": cases, "fused": fused, "errors": errors, "device": device}
+        Path(args.result).write_text(json.dumps(result))
 
 
 def variants(tp: int, *, compiled: bool) -> dict:
@@ -188,12 +215,21 @@ def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
             teacher = teacher_hidden @ teacher_weight.t()
         return ours(hidden @ weight.t(), teacher).sum()
 
-    def only_gemms(hidden, weight, teacher_hidden, teacher_weight):
-        with torch.no_grad():
-            teacher_hidden @ teacher_weight.t()
-        return (hidden @ weight.t()).sum()  # its gradient takes the other two
+    class OnlyGEMMs(torch.autograd.Function):
+        """With the student's logits in the place of their gradient."""
 
-    found = {"ours": fused, "ours, output layers apart": separate, "the four GEMMs, no loss": only_gemms}
+        @staticmethod
+        def forward(ctx, hidden, weight, teacher_hidden, teacher_weight):
+            teacher_hidden @ teacher_weight.t()
+            ctx.save_for_backward(hidden, weight, logits := hidden @ weight.t())
+            return logits[0, 0]
+
+        @staticmethod
+        def backward(ctx, _):
+            hidden, weight, logits = ctx.saved_tensors
+            return logits @ weight, logits.t() @ hidden, None, None
+
+    found = {"ours": fused, "ours, output layers apart": separate, "the four GEMMs, no loss": OnlyGEMMs.apply}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ModuleNotFoundError as missing:
@@ -210,7 +246,7 @@ def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
 def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
     import torch
 
-    generator, dtype = torch.Generator().manual_seed(0), getattr(torch, args.dtype)
+    generator, dtype = _generator(0), getattr(torch, args.dtype)
     hidden = torch.randn(tokens, args.hidden, generator=generator)
     weight = torch.randn(vocab, args.hidden, generator=generator) * 3 / args.hidden**0.5
     move = torch.randn(hidden.shape, generator=generator) * 0.03
@@ -224,17 +260,15 @@ def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
     times = {name: [] for name in losses}
     for turn in range(args.repeat + 1):
         for name, loss in losses.items():
-            clock = time.process_time if args.clock == "cpu" else time.perf_counter
-            start = clock()
-            call(loss)
+            found = _seconds(lambda loss=loss: call(loss), args)
             if turn:
-                times[name].append(clock() - start)
+                times[name].append(found)
     return {
         name: {
             "ms": statistics.median(times[name]) * 1e3,
             "collectives": {},
-            "kept": _allocated(lambda loss=loss: loss(*inputs))[-1],
-            "peak": max(_allocated(lambda loss=loss: call(loss))),
+            "kept": _allocated(lambda loss=loss: loss(*inputs))[0],
+            "peak": _allocated(lambda loss=loss: call(loss))[1],
         }
         for name, loss in losses.items()
     }
@@ -244,19 +278,16 @@ def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
     import torch
 
     rank, tp = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    generator = torch.Generator().manual_seed(rank)
+    generator = _generator(rank)
     teacher = torch.randn(tokens, 1, vocab // tp, generator=generator).mul_(3)
     student = (teacher + torch.randn(teacher.shape, generator=generator) * 0.1).to(getattr(torch, args.dtype))
     teacher = teacher.to(student.dtype)
     leaf = torch.empty_like(student).requires_grad_()
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
 
     def seconds(loss) -> float:
         logits = _as_output(leaf, student)
         torch.distributed.barrier()
-        start = clock()
-        torch.autograd.grad(loss(logits, teacher).sum(), logits)
-        return clock() - start
+        return _seconds(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits), args)
 
     times = {name: [] for name in losses}
     for turn in range(args.repeat + 1):
@@ -275,6 +306,39 @@ def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
         found[name] = {"ms": statistics.median(times[name]) * 1e3, "collectives": counts}
         found[name] |= _memory(loss, leaf, student, teacher)
     return found
+
+
+def copy_ms(elements: int, args) -> float:
+    """What a copy would take that reads and writes as many bytes as the KL: in bfloat16 10 an element."""
+    import torch
+
+    source = torch.ones(elements, dtype=getattr(torch, args.dtype))
+    target = torch.empty_like(source)
+    times = [_seconds(lambda: target.copy_(source), args) for _ in range(4 * args.repeat)]
+    return statistics.median(times) * 1e3 * 2.5
+
+
+def _generator(seed: int):
+    import torch
+
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def _seconds(call, args) -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    start = clock()
+    call()
+    return clock() - start
 
 
 def _trim() -> None:
@@ -318,29 +382,38 @@ def _memory(loss, leaf, student, teacher) -> dict:
     import torch
 
     logits = _as_output(leaf, student)
-    kept = _allocated(lambda: loss(logits, teacher))[-1]
+    kept, _ = _allocated(lambda: loss(logits, teacher))
     logits = _as_output(leaf, student)
-    peak = max(_allocated(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits)))
+    _, peak = _allocated(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits))
     return {"kept": kept, "peak": peak}
 
 
-def _allocated(call) -> list[int]:
-    """Bytes above those before the call, after each allocation and release; what it returns is kept until then."""
+def _allocated(call) -> tuple[int, int]:
+    """Bytes above those before the call: after it, with what it returns, and at its highest."""
+    import torch
     from torch.profiler import ProfilerActivity, profile
 
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]
     del kept
-    return list(itertools.accumulate(sizes))
+    totals = list(itertools.accumulate(sizes))
+    return totals[-1], max(totals)
 
 
 def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000) -> dict:
     """Root mean square error of the loss and relative error of the gradient, float32 logits, mean KL near ``kl``."""
     import torch
 
-    generator = torch.Generator().manual_seed(1)
+    generator = _generator(1)
     teacher = torch.randn(tokens, 1, vocab, generator=generator).mul_(3)
     move = torch.randn(teacher.shape, generator=generator)
 
