@@ -71,8 +71,8 @@ class QADOptions:
 
     qad_output_layer: Literal["auto", "fused", "separate"] = "auto"
     """'fused' computes output layer and loss together, in chunks of tokens, so that the logits of a microbatch never
-    exist, for two more GEMMs of an output layer; not for losses of two passes (jsd). 'separate' makes logits. 'auto' is
-    fused where one microbatch's logits of both models take more than 1 GiB of a rank."""
+    exist; not for losses of two passes (jsd). 'separate' makes logits. 'auto' is fused where one microbatch's logits of
+    both models take more than 1 GiB of a rank."""
 
     qad_teacher_output: Literal["auto", "hidden", "logits"] = "auto"
     """What the teacher's pass keeps of each microbatch until the loss: 'logits', 'hidden' (its final hidden states, to

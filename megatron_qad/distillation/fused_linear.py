@@ -35,15 +35,22 @@ from megatron_qad.distillation.vocab_parallel import (
     write_gradients,
 )
 
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Logits of one chunk, of both models. Each chunk reads both output weights and adds to a gradient of their size, which
-only many tokens make worth while."""
+only many tokens make worth while: on an H100 at V = 131072 chunks of 4096 tokens took 1.19 times the time of the whole
+GEMMs, of 2048 tokens 1.25, of 512 1.63 (docs/BENCHMARKS.md)."""
 MIN_CHUNK_TOKENS = 128
 
 
-def tokens_of_chunk(logits_width: int, element_size: int) -> int:
+def tokens_of_chunk(logits_width: int, element_size: int, device_type: str) -> int:
     """How many tokens' logits of both models, [V/tp] each, fit in ``CHUNK_BYTES``; at least ``MIN_CHUNK_TOKENS``."""
-    return max(CHUNK_BYTES // (2 * logits_width * element_size), MIN_CHUNK_TOKENS)
+    return max(CHUNK_BYTES[device_type] // (2 * logits_width * element_size), MIN_CHUNK_TOKENS)
+
+
+def makes_gradient_in_forward(num_losses: int, num_tokens: int, hidden_size: int, element_size: int) -> bool:
+    """Whether the gradient is made in the forward pass unless the caller says: of one loss, where the float32 [V/tp, H]
+    that it needs takes no more than the logits of both models, [tokens, V/tp] each, would."""
+    return num_losses == 1 and 4 * hidden_size <= 2 * num_tokens * element_size
 
 
 def fused_linear_losses(
@@ -73,7 +80,7 @@ def fused_linear_losses(
         labels, token_weight, ignore_index: as ``labels``, ``weight``, ``ignore_index`` there.
         chunk_tokens: tokens whose logits exist at a time. None: ``tokens_of_chunk``.
         gradient_in_forward: whether one loss's gradient is made in the forward pass, at the price of a float32 [V/tp,
-            H_s] until the backward pass. None: where the logits of both models would take as much.
+            H_s] until the backward pass. None: ``makes_gradient_in_forward``.
 
     Raises:
         ValueError: as there; shapes that do not fit; a loss of two rounds.
@@ -91,9 +98,10 @@ def fused_linear_losses(
         raise ValueError(f"output weights {list(weight.shape)} and {list(teacher_weight.shape)}: expected one V/tp")
     scale = token_scale(hidden.shape[:-1].numel(), hidden.device, token_weight, labels, ignore_index)
     teacher = (teacher_hidden, teacher_weight)
-    chunk_tokens = chunk_tokens or tokens_of_chunk(len(weight), weight.element_size())
+    chunk_tokens = chunk_tokens or tokens_of_chunk(len(weight), weight.element_size(), weight.device.type)
     if gradient_in_forward is None:
-        gradient_in_forward = len(scale) * 2 * weight.element_size() >= 4 * weight.shape[1]
+        sizes = (len(scale), weight.shape[1], weight.element_size())
+        gradient_in_forward = makes_gradient_in_forward(len(losses), *sizes)
     settings = (tuple(losses), chunk_tokens, reduce_hidden_grad, gradient_in_forward and len(losses) == 1)
     return _FusedLinearLosses.apply(hidden, weight, *teacher, labels, scale, shard, settings)
 
@@ -128,8 +136,7 @@ class _FusedLinearLosses(torch.autograd.Function):
         ctx.losses, ctx.shard, ctx.chunk_tokens, ctx.parameter = losses, shard, chunk_tokens, weight
         ctx.gradients = None
         if in_forward and any(ctx.needs_input_grad[:2]):
-            total = _new_total(weight) if ctx.needs_input_grad[1] else None
-            ctx.gradients = _Gradients(chunks, ctx.needs_input_grad[0], total)
+            ctx.gradients = _Gradients(chunks, ctx.needs_input_grad)
         out = scale.new_zeros(len(losses), len(scale))
         saved: list[tuple[Tensor, ...]] = [() for _ in losses]
         if chunks.tokens:
@@ -176,11 +183,7 @@ def _recomputed(ctx, inputs, scale: Tensor, grads) -> tuple[Tensor | None, Tenso
         saved.append(rest[:number])
         rest = rest[number:]
     chunks = _Chunks(*inputs, scale, ctx.chunk_tokens)
-    total = None
-    if ctx.needs_input_grad[1]:
-        main_grad = getattr(ctx.parameter, "main_grad", None)
-        total = _new_total(ctx.parameter) if main_grad is None else main_grad
-    gradients = _Gradients(chunks, ctx.needs_input_grad[0], total)
+    gradients = _Gradients(chunks, ctx.needs_input_grad, getattr(ctx.parameter, "main_grad", None))
     done = 0
     for tokens in chunks.tokens:
         student, teacher, labels = chunks.logits(tokens)
@@ -189,7 +192,7 @@ def _recomputed(ctx, inputs, scale: Tensor, grads) -> tuple[Tensor | None, Tenso
         write_gradients(student, student, teacher, labels, ctx.shard, ctx.losses, mine, factors)
         gradients.add(tokens, student)
         done += len(tokens)
-    return gradients.hidden, gradients.of_weight(ctx.parameter)
+    return gradients.hidden, gradients.for_autograd(ctx.parameter)
 
 
 def _merged(losses, found: list, shard: VocabShard) -> list:
@@ -217,53 +220,51 @@ def _chunk_stats(losses, shard: VocabShard, student: Tensor, teacher: Tensor | N
     return local_stats(losses, tiles, tiles.slices, student.new_ones(len(student), dtype=torch.float32))
 
 
-def _new_total(weight: Tensor) -> Tensor:
-    """For the sum of a weight's gradients: float32, so that many chunks round once."""
-    return torch.zeros_like(weight, dtype=torch.float32)
-
-
 class _Gradients:
     """Of hidden states and output weight, from the logits' gradient of one chunk after the other."""
 
-    def __init__(self, chunks: _Chunks, of_hidden: bool, total: Tensor | None):
-        """total: [V/tp, H], to which the weight's gradient is added; float32, or main_grad in any dtype. None: none."""
+    def __init__(self, chunks: _Chunks, needs_input_grad, total: Tensor | None = None):
+        """total: [V/tp, H] of any dtype, to which the weight's gradient is added. None: to a float32 sum of its own, so
+        that many chunks round once."""
         self.chunks, self.total = chunks, total
-        self.hidden = torch.zeros_like(chunks.hidden) if of_hidden else None
+        self.of_the_weight = needs_input_grad[1]
+        self.hidden = torch.zeros_like(chunks.hidden) if needs_input_grad[0] else None
 
     def add(self, tokens: Tensor, grad: Tensor) -> None:
         """grad: [len(tokens), V/tp], of the student's logits."""
         if self.hidden is not None:
             self.hidden[tokens] = grad @ self.chunks.weight
-        if self.total is not None:
-            _add_product(self.total, grad.t(), self.chunks.hidden[tokens])
+        if self.of_the_weight:
+            self.total = _product(grad.t(), self.chunks.hidden[tokens], self.total)
 
     def scaled(self, factor: Tensor, parameter: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Both times ``factor`` [], the hidden states' and what autograd accumulates for the weight."""
-        hidden = None if self.hidden is None else self.hidden.mul_(factor)
-        if self.total is None:
-            return hidden, None
-        if (main_grad := getattr(parameter, "main_grad", None)) is None:
-            self.total.mul_(factor)
-        else:
-            self.total = main_grad.addcmul_(self.total, factor.to(self.total.dtype))
-        return hidden, self.of_weight(parameter)
+        if self.hidden is not None:
+            self.hidden.mul_(factor)
+        if self.total is not None:
+            if (main_grad := getattr(parameter, "main_grad", None)) is None:
+                self.total.mul_(factor)
+            else:
+                main_grad.addcmul_(self.total, factor.to(self.total.dtype))
+        return self.hidden, self.for_autograd(parameter)
 
-    def of_weight(self, parameter: Tensor) -> Tensor | None:
-        """What autograd accumulates: after ``main_grad`` something of the right shape that nobody reads, or zeros."""
-        if self.total is None:
+    def for_autograd(self, parameter: Tensor) -> Tensor | None:
+        """What it accumulates for the weight: after ``main_grad`` something of its shape that nobody reads, or 0."""
+        if not self.of_the_weight:
             return None
         if getattr(parameter, "main_grad", None) is None:
-            return self.total.to(parameter.dtype)
+            return torch.zeros_like(parameter) if self.total is None else self.total.to(parameter.dtype)
         parameter.grad_added_to_main_grad = True
         make = torch.zeros_like if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like
         return make(parameter)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in total's dtype where one call of the GEMM can do that."""
+def _product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
+    """a @ b in float32, or added to ``total``, summed in its dtype where one call of the GEMM can do that."""
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(a @ b)
+        return total.addmm_(a, b)
+    if total.is_cuda and total.dtype == torch.float32:
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.add_(a @ b)

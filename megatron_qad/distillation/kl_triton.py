@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns a program takes at a time.
-_STATS_COLUMNS, _GRADIENT_COLUMNS = 4096, 4096
-_STATS_LAUNCH = {"num_warps": 8}
+# Columns a program takes at a time: the fastest of fifteen shapes on an H100, at 131072 and at 16384 columns. One warp
+# finds its maxima without waiting for others.
+_STATS_COLUMNS, _GRADIENT_COLUMNS = 1024, 8192
+_STATS_LAUNCH = {"num_warps": 1}
 _GRADIENT_LAUNCH = {"num_warps": 8}
 _MERGE_TOKENS = 128
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)

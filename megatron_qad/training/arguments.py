@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ from megatron_qad.training.vocabulary import check_same_vocabulary
 
 def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     ArgumentGroupFactory(QADOptions).build_group(parser, title="quantization-aware distillation")
+    for action in parser._actions:  # argparse formats help with %: "10%)" of a flag of megatron-core 0.19.2 ends --help
+        if action.help is not argparse.SUPPRESS and action.help:
+            action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     return parser
 
 

@@ -9,13 +9,18 @@ from torch import Tensor
 
 from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, compare, logit_losses
-from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
+from megatron_qad.distillation.fused_linear import (
+    fused_linear_losses,
+    makes_gradient_in_forward,
+    tokens_of_chunk,
+)
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.models.output_layer import Output
+from megatron_qad.runtime.capabilities import capabilities
 from megatron_qad.runtime.errors import QADError
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
-# two models has a gigabyte to spare; what is fused costs two GEMMs of the output layer more.
+# two models has a gigabyte to spare; less would not fill a chunk.
 FUSED_ABOVE_BYTES = 1 << 30
 
 
@@ -48,6 +53,21 @@ def output_bytes(args: argparse.Namespace, teacher_hidden_size: int | None) -> d
     shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
     logits = tokens * (args.padded_vocab_size // args.tensor_model_parallel_size) * width
     return {"logits": logits, "hidden": tokens * (teacher_hidden_size or 0) // shards * width}
+
+
+def fused_bytes(args: argparse.Namespace, num_losses: int, hidden_size: int) -> dict[str, int]:
+    """Bytes on a rank of a fused output layer: "chunk", the logits of both models that exist at a time, and "gradient",
+    the output weight's where the forward pass makes it.
+
+    Args:
+        num_losses: of logits. hidden_size: the student's.
+    """
+    element = 2 if args.bf16 else 4
+    width = args.padded_vocab_size // args.tensor_model_parallel_size
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    chunk = min(tokens_of_chunk(width, element, capabilities().device), tokens)
+    in_forward = makes_gradient_in_forward(num_losses, tokens, hidden_size, element)
+    return {"chunk": 2 * chunk * width * element, "gradient": 4 * width * hidden_size if in_forward else 0}
 
 
 def choose_outputs(args: argparse.Namespace, losses: WeightedLosses, teacher_hidden_size: int | None) -> Outputs:
@@ -125,7 +145,7 @@ def metrics_of(student: Output, teacher: Output | None, labels: Tensor, weight: 
     hidden = student.hidden().flatten(0, 1)
     of_teacher = None if teacher is None else teacher.hidden().flatten(0, 1)
     labels, weight = labels.flatten(), weight.flatten()
-    step = tokens_of_chunk(len(student.weight), student.weight.element_size())
+    step = tokens_of_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         logits = None if of_teacher is None else of_teacher[rows] @ teacher.weight.t()

@@ -8,11 +8,12 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_qad.distillation import LogitLoss, parse_loss
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
 from megatron_qad.training.layout import ranks_of_layers, teacher_virtual_stages, with_stages
-from megatron_qad.training.outputs import Outputs, output_bytes
+from megatron_qad.training.outputs import Outputs, fused_bytes, output_bytes
 
 
 def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
@@ -75,7 +76,12 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     teacher_hidden = None if args.teacher_hf_config is None else text_config(args.teacher_hf_config)["hidden_size"]
     of_output = output_bytes(args, teacher_hidden)
-    if not Outputs.chosen(args.qad).fused:
+    if Outputs.chosen(args.qad).fused:
+        num_losses = len(parse_loss(args.qad.qad_loss).of_kind(LogitLoss))
+        of_fused = fused_bytes(args, num_losses, text_config(args.hf_config)["hidden_size"])
+        rows["logits of both models, one chunk"] = of_fused["chunk"]
+        rows["output weight's gradient, float32"] = of_fused["gradient"]
+    else:
         rows["student logits, one microbatch"] = of_output["logits"]
     if args.teacher_hf_config is not None:
         kept, other = ("hidden", "logits") if Outputs.chosen(args.qad).teacher_hidden else ("logits", "hidden")

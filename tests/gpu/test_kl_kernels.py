@@ -33,9 +33,10 @@ def test_against_float64(width, noise, dtype):
     leaf = student.clone().requires_grad_()
     (found,) = logit_losses([LOSSES["kl"]()], leaf * 1, teacher, None, shard)
     found.sum().backward()
-    # Of the loss four float32 roundings of what is summed, E_t|log(p_t / p_s)|, some of them of the GPU's fast e^x;
-    # of a gradient roundings of a probability, and that of the dtype.
-    assert ((found.detach() - kl).abs() <= 2.4e-7 * moved + 1e-12).all()
+    # Of the loss: where one token has most of the probability, two roundings of its product with x in each of two sums,
+    # 2.4e-7 of E_t|x|, and those of x itself, less a maximum of up to 8 away, as much again. Of a gradient roundings of
+    # a probability, and that of the dtype.
+    assert ((found.detach() - kl).abs() <= 4.8e-7 * moved + 1e-12).all()
     rounded = gradient.abs() * (2.0**-8 if dtype == torch.bfloat16 else 0)
     assert ((leaf.grad.double() - gradient).abs() <= rounded + 1e-6).all()
 

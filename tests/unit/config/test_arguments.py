@@ -9,6 +9,8 @@ from megatron_qad.runtime import QADError, prepare
 
 prepare()
 
+from megatron.training.arguments import add_megatron_arguments  # noqa: E402
+
 from megatron_qad.config.yaml_file import expand  # noqa: E402
 from megatron_qad.training.arguments import (  # noqa: E402
     add_qad_arguments,
@@ -18,6 +20,16 @@ from megatron_qad.training.arguments import (  # noqa: E402
 )
 from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
+
+
+def test_help(capsys):
+    """All of Megatron's flags and ours: one of Megatron's has a bare % in its help, which argparse stops at."""
+    parser = add_qad_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--qad-teacher" in printed and "1.10 = 10%)" in printed and "in %, of an" in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,6 @@ def test_what_cannot_be_done_is_refused():
 
 
 def test_a_chunk_is_as_large_as_its_memory_allows():
-    """256 MiB of two models' logits; where a vocabulary is so wide that few tokens fit, enough for a GEMM."""
-    assert tokens_of_chunk(131072, 2) == 512 and tokens_of_chunk(16384, 2) == 4096
-    assert tokens_of_chunk(1 << 20, 4) == 128
+    """Two models' logits; where a vocabulary is so wide that few tokens fit, enough for a GEMM."""
+    assert tokens_of_chunk(131072, 2, "cpu") == 512 and tokens_of_chunk(16384, 2, "cpu") == 4096
+    assert tokens_of_chunk(131072, 2, "cuda") == 4096 and tokens_of_chunk(1 << 20, 4, "cpu") == 128

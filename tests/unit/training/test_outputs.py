@@ -7,7 +7,7 @@ import pytest
 from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import parse_loss
 from megatron_qad.runtime.errors import QADError
-from megatron_qad.training.outputs import Outputs, check_head, choose_outputs, output_bytes
+from megatron_qad.training.outputs import Outputs, check_head, choose_outputs, fused_bytes, output_bytes
 
 
 def job(*, tokens=4096, tp=1, vocabulary=131072, sequence_parallel=False, **qad):
@@ -48,6 +48,16 @@ def test_rule(case):
 def test_bytes():
     found = output_bytes(job(tokens=100, tp=4, vocabulary=1000, sequence_parallel=True), 64)
     assert found == {"logits": 100 * 250 * 2, "hidden": 100 * 64 // 4 * 2}
+
+
+def test_bytes_of_a_fused_output_layer():
+    """On the CPU a chunk is 256 MiB: 512 tokens of two models at 131072 columns. One loss of 4096 tokens makes its
+    gradient in the forward pass where that is no larger than both models' logits: up to a hidden size of 4096."""
+    of_chunk = 2 * 512 * 131072 * 2
+    assert fused_bytes(job(), 1, 4096) == {"chunk": of_chunk, "gradient": 4 * 131072 * 4096}
+    assert fused_bytes(job(), 1, 4097) == {"chunk": of_chunk, "gradient": 0}
+    assert fused_bytes(job(), 2, 4096) == {"chunk": of_chunk, "gradient": 0}
+    assert fused_bytes(job(tokens=100), 1, 50)["chunk"] == 2 * 100 * 131072 * 2
 
 
 def test_an_int4_head_is_not_fused():
