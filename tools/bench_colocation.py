@@ -59,6 +59,7 @@ def prepare_inputs(directory: Path, own) -> list[str]:
     """A teacher and a student of random weights, random data; the flags of a job that uses them."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "dist")]
     import tiny_job
+    import torch
 
     config = tiny_job.LLAMA | {
         "hidden_size": own.hidden,
@@ -71,7 +72,7 @@ def prepare_inputs(directory: Path, own) -> list[str]:
         "max_position_embeddings": own.seq_length,
     }
     for who, noise in (("teacher", 0.0), ("student", 0.1)):
-        source = tiny_job.write_hf(directory / f"hf_{who}", config, noise=noise)
+        source = tiny_job.write_hf(directory / f"hf_{who}", config, noise=noise, dtype=torch.bfloat16)
         command = [sys.executable, "tools/import_hf.py", "--hf-model", str(source), "--output", str(directory / who)]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     from megatron_qad.runtime import prepare

@@ -7,8 +7,9 @@ All variants get the same logits, in turn, in one process a rank with one thread
 allocator handed out during one call above what was there, on the CPU counted from the profiler's events: "peak" at its
 highest, gradient of the logits included where it is a tensor of its own; "kept" between the forward and the backward
 pass. Errors are against float64. The C library is told to keep freed pages, because fresh ones would double the peers'
-times. Where a GPU is there, a rank runs on one, times are those of its events, and the rate of ours is given as a share
-of a copy's, counting 10 bytes an element in bfloat16.
+times. Where a GPU is there, a rank runs on one; "ms" is the time of its events behind a filled queue, as in a training
+step, "host ms" what the CPU takes to fill it; and the rate of ours is given as a share of a copy's, counting 10 bytes
+an element in bfloat16.
 """
 
 import argparse
@@ -86,16 +87,8 @@ def main() -> None:
 
 
 def table(cases: list[dict]) -> str:
-    columns = (
-        "tokens x vocabulary",
-        "loss",
-        "ms",
-        "times ours",
-        "peak MB",
-        "bytes an element",
-        "kept MB",
-        "collectives",
-    )
+    columns = ("tokens x vocabulary", "loss", "ms", "host ms", "times ours", "peak MB", "bytes an element", "kept MB")
+    columns += ("collectives",)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for case in cases:
         ours = case["variants"]["ours"]
@@ -103,7 +96,8 @@ def table(cases: list[dict]) -> str:
             ratio, memory = v["ms"] / ours["ms"], v["peak"] / ours["peak"]
             calls = ", ".join(f"{n} {what}" for what, n in v["collectives"].items()) or "none"
             peak = f"{v['peak'] / 1e6:.1f} ({memory:.0f} x) | {v['peak'] / case['elements']:.3f}"
-            ms = f"{v['ms']:.0f}" if v["ms"] > 50 else f"{v['ms']:.2f}"
+            ms = f"{v['ms']:.0f}" if v["ms"] > 100 else f"{v['ms']:.2f}"
+            ms += f" | {v['host_ms']:.2f}" if v["host_ms"] is not None else " | -"
             lines.append(f"| {case['size']} | {name} | {ms} | {ratio:.2f} | {peak} | {v['kept'] / 1e6:.1f} | {calls} |")
     return "\n".join(lines)
 
@@ -264,8 +258,8 @@ def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
             if turn:
                 times[name].append(found)
     return {
-        name: {
-            "ms": statistics.median(times[name]) * 1e3,
+        name: _medians(times[name])
+        | {
             "collectives": {},
             "kept": _allocated(lambda loss=loss: loss(*inputs))[0],
             "peak": _allocated(lambda loss=loss: call(loss))[1],
@@ -284,7 +278,7 @@ def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
     teacher = teacher.to(student.dtype)
     leaf = torch.empty_like(student).requires_grad_()
 
-    def seconds(loss) -> float:
+    def seconds(loss) -> tuple[float, float | None]:
         logits = _as_output(leaf, student)
         torch.distributed.barrier()
         return _seconds(lambda: torch.autograd.grad(loss(logits, teacher).sum(), logits), args)
@@ -303,7 +297,7 @@ def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
         if args.trim:
             _trim()
         counts = _collectives(loss, leaf, student, teacher)
-        found[name] = {"ms": statistics.median(times[name]) * 1e3, "collectives": counts}
+        found[name] = _medians(times[name]) | {"collectives": counts}
         found[name] |= _memory(loss, leaf, student, teacher)
     return found
 
@@ -314,8 +308,7 @@ def copy_ms(elements: int, args) -> float:
 
     source = torch.ones(elements, dtype=getattr(torch, args.dtype))
     target = torch.empty_like(source)
-    times = [_seconds(lambda: target.copy_(source), args) for _ in range(4 * args.repeat)]
-    return statistics.median(times) * 1e3 * 2.5
+    return 2.5 * _medians([_seconds(lambda: target.copy_(source), args) for _ in range(4 * args.repeat)])["ms"]
 
 
 def _generator(seed: int):
@@ -324,21 +317,25 @@ def _generator(seed: int):
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
-def _seconds(call, args) -> float:
+def _medians(times: list[tuple[float, float | None]]) -> dict[str, float | None]:
+    seconds, host = zip(*times, strict=True)
+    return {
+        "ms": statistics.median(seconds) * 1e3,
+        "host_ms": None if host[0] is None else statistics.median(host) * 1e3,
+    }
+
+
+def _seconds(call, args) -> tuple[float, float | None]:
+    """Of a call, and on a GPU of its launches alone."""
     import torch
+    from gpu_timing import gpu_seconds
 
     if torch.cuda.is_available():
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return gpu_seconds(call)
     clock = time.process_time if args.clock == "cpu" else time.perf_counter
     start = clock()
     call()
-    return clock() - start
+    return clock() - start, None
 
 
 def _trim() -> None:

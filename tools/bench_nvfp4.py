@@ -14,6 +14,7 @@ import time
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from gpu_timing import gpu_seconds
 
 from megatron_qad.formats import fp8, nvfp4, nvfp4_lists
 
@@ -26,8 +27,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the CPU tables' tensor")
     parser.add_argument("--repeats", type=int, default=7, help="timed calls of each, after one that is not timed")
+    parser.add_argument("--only-gpu", action="store_true", help="leave the CPU's tables out")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.only_gpu:
+        return print_gpu_tables(options.repeats)
     small = calls(made(64, torch.float32))
     for call in small.values():
         call()  # libraries load on their first call
@@ -151,33 +155,25 @@ def print_gpu_tables(repeats: int) -> None:
         other, moved = torch.empty_like(x), 2 * x.numel() * x.element_size()
         amax = nvfp4.tensor_amax(x)
         scale = nvfp4.global_scale_from_amax(amax)
-        copy = gpu_seconds(lambda other=other, x=x: other.copy_(x), repeats)
-        ours = gpu_seconds(lambda x=x, scale=scale: nvfp4.fake_quant_(x, scale, check=False), repeats)
-        theirs = gpu_seconds(lambda x=x, amax=amax: dynamic_block_quant(x, 16, amax, None, (2, 1), (4, 3)), repeats)
+        copy = median_seconds(lambda other=other, x=x: other.copy_(x), repeats)
+        ours = median_seconds(lambda x=x, scale=scale: nvfp4.fake_quant_(x, scale, check=False), repeats)
+        theirs = median_seconds(lambda x=x, amax=amax: dynamic_block_quant(x, 16, amax, None, (2, 1), (4, 3)), repeats)
         rates = f"{moved / copy / 1e9:.0f} | {moved / ours / 1e9:.0f} | {copy / ours:.0%}"
         print(f"| {size}x{size} | {rates} | {theirs / ours:.2f} |")
     experts = [made(1024, torch.bfloat16).cuda() for _ in range(256)]
     names = [f"expert {i}" for i in range(len(experts))]
     scales = nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(experts), names)
-    listed = gpu_seconds(lambda: nvfp4_lists.fake_quant_list_(experts, scales, names, check=False), repeats)
-    loop = gpu_seconds(
+    listed = median_seconds(lambda: nvfp4_lists.fake_quant_list_(experts, scales, names, check=False), repeats)
+    loop = median_seconds(
         lambda: [nvfp4.fake_quant_(x, s, check=False) for x, s in zip(experts, scales, strict=True)], repeats
     )
     print(f"\n256 experts of 1024x1024: one launch {listed * 1e3:.2f} ms, a loop {loop * 1e3:.2f} ms.")
 
 
-def gpu_seconds(call, repeats: int) -> float:
+def median_seconds(call, repeats: int) -> float:
     for _ in range(3):
         call()
-    times = []
-    for _ in range(4 * repeats):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        call()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / 1e3)
-    return statistics.median(times)
+    return statistics.median(gpu_seconds(call)[0] for _ in range(4 * repeats))
 
 
 if __name__ == "__main__":
