@@ -107,7 +107,8 @@ def fused_linear_losses(
 
 
 class _Chunks:
-    """The logits of both models, some tokens at a time. Tokens that do not count are left out of every GEMM."""
+    """The logits of both models, some tokens at a time. Tokens that do not count are left out of every GEMM, at the
+    price of one synchronization with the device; where all count, nothing is gathered."""
 
     def __init__(self, hidden, weight, teacher_hidden, teacher_weight, labels, counts: Tensor, chunk_tokens: int):
         self.hidden = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -116,10 +117,17 @@ class _Chunks:
         if teacher_hidden is not None:
             self.teacher = (teacher_hidden.detach().reshape(-1, teacher_hidden.shape[-1]), teacher_weight.detach())
         self.labels = None if labels is None else labels.reshape(-1)
-        self.tokens = counts.nonzero()[:, 0].split(chunk_tokens) if counts.any() else ()
+        counted = counts.nonzero()[:, 0]
+        if len(counted) == len(counts):
+            starts = range(0, len(counts), chunk_tokens)
+            self.tokens = [slice(start, min(start + chunk_tokens, len(counts))) for start in starts]
+            self.counted = slice(None)
+        else:
+            self.tokens = counted.split(chunk_tokens) if len(counted) else []
+            self.counted = counted
 
-    def logits(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of the student, of the teacher [len(tokens), V/tp], and the labels, of one chunk."""
+    def logits(self, tokens: Tensor | slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the student, of the teacher, [tokens of the chunk, V/tp], and the labels, of one of ``tokens``."""
         teacher = None
         if self.teacher is not None:
             teacher = self.teacher[0][tokens] @ self.teacher[1].t()
@@ -151,9 +159,8 @@ class _FusedLinearLosses(torch.autograd.Function):
                     ctx.gradients.add(tokens, student)
                 found.append(stats)
             results = _joined_results(found) if ctx.gradients is not None else _merged(losses, found, shard)
-            counted = torch.cat(chunks.tokens)
             for i, (loss, numbers) in enumerate(results):
-                out[i, counted] = loss.float() * scale[counted]
+                out[i, chunks.counted] = loss.float() * scale[chunks.counted]
                 saved[i] = numbers
         ctx.num_saved = [len(s) for s in saved]
         ctx.save_for_backward(*inputs, scale, *(t for s in saved for t in s))
@@ -187,11 +194,11 @@ def _recomputed(ctx, inputs, scale: Tensor, grads) -> tuple[Tensor | None, Tenso
     done = 0
     for tokens in chunks.tokens:
         student, teacher, labels = chunks.logits(tokens)
-        mine = [[t[done : done + len(tokens)] for t in s] for s in saved]
+        mine = [[t[done : done + len(student)] for t in s] for s in saved]
         factors = [g.reshape(-1)[tokens].float() * scale[tokens] for g in grads]
         write_gradients(student, student, teacher, labels, ctx.shard, ctx.losses, mine, factors)
         gradients.add(tokens, student)
-        done += len(tokens)
+        done += len(student)
     return gradients.hidden, gradients.for_autograd(ctx.parameter)
 
 
@@ -230,9 +237,11 @@ class _Gradients:
         self.of_the_weight = needs_input_grad[1]
         self.hidden = torch.zeros_like(chunks.hidden) if needs_input_grad[0] else None
 
-    def add(self, tokens: Tensor, grad: Tensor) -> None:
-        """grad: [len(tokens), V/tp], of the student's logits."""
-        if self.hidden is not None:
+    def add(self, tokens: Tensor | slice, grad: Tensor) -> None:
+        """grad: [tokens of the chunk, V/tp], of the student's logits."""
+        if self.hidden is not None and isinstance(tokens, slice):
+            torch.mm(grad, self.chunks.weight, out=self.hidden[tokens])
+        elif self.hidden is not None:
             self.hidden[tokens] = grad @ self.chunks.weight
         if self.of_the_weight:
             self.total = _product(grad.t(), self.chunks.hidden[tokens], self.total)
