@@ -2,8 +2,9 @@
 
 Each reads and writes every value once. Both roundings are those of the reference, adding and subtracting a multiple of
 the power of two below (``common.round_mantissa_``), because no cast is then involved on any architecture; quotients are
-IEEE divisions; fused multiply-add is off where a product could lose its rounding to it. The list kernels take a table
-of pointers: one launch for all weights of one type, each program finding its tensor by bisection.
+IEEE's, those of the rule "max" without divisions; fused multiply-add is off where a product could lose its rounding to
+it. The list kernels take a table of pointers: one launch for all weights of one type, each program finding its tensor
+by bisection.
 
 Imported only where ``common.triton_serves`` says so: not every machine has triton. What is left out: packing.
 """
@@ -20,7 +21,7 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _EXPONENT = tl.constexpr(0x7F800000)
 _INFINITY = tl.constexpr(0x7F800000)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
-_NUM_BLOCKS = 256  # NVFP4 blocks a program: 4096 values, 32 a thread. Not tuned: no GPU was at hand.
+_NUM_BLOCKS = 256  # NVFP4 blocks a program: 4096 values, 32 a thread
 _TILE_ELEMENTS = _NUM_BLOCKS * BLOCK_SIZE.value
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -155,6 +156,44 @@ def _block_scale(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def _fake_quant_by_division(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
+    decode_scale = (_block_scale(x, amax, global_scale, RULE, TILE) * global_scale)[:, None]
+    return _round_to_e2m1(tl.div_rn(x, decode_scale)) * decode_scale
+
+
+@triton.jit
+def _quotient(a, d, reciprocal, IS_SHORT: tl.constexpr):
+    """The IEEE quotient a / d from d's IEEE reciprocal, where neither the quotient nor what it leaves over underflows.
+
+    A product within two units in the last place; a step that makes it one of the two floats around a / d; and one that
+    makes it the nearest (Markstein 1990: the rest a - d q is exact in a fused multiply-add). If ``a`` came from 16
+    bits, the first step does that: all pairs of mantissas, of a's 128 or 1024 with d's 2^23, were tried."""
+    q = a * reciprocal
+    q = tl.fma(tl.fma(-d, q, a), reciprocal, q)
+    if not IS_SHORT:
+        q = tl.fma(tl.fma(-d, q, a), reciprocal, q)
+    return q
+
+
+@triton.jit
+def _fake_quant_by_max(x, amax, global_scale, IS_SHORT: tl.constexpr):
+    """Rule "max" of [TILE, 16] and [TILE] under a global scale from 2^-64 to 2^7: the bits of divisions without them.
+
+    In this range quotients are exact from 2^-10 on; smaller ones become the smallest scale, or code 0."""
+    largest = global_scale * 6.0
+    amax = tl.minimum(amax, largest * 1024.0, propagate_nan=_ALL)  # infinity would leave NaN over
+    scale = _quotient(amax, largest, tl.div_rn(1.0, largest), IS_SHORT)
+    scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 0.001953125, propagate_nan=_ALL)  # 2^-9
+    scale = _round_to_e4m3(scale) * global_scale
+    reciprocal = tl.div_rn(1.0, scale)[:, None]
+    six = (scale * 6.0)[:, None]
+    scale = scale[:, None]
+    x = tl.minimum(tl.maximum(x, -six, propagate_nan=_ALL), six, propagate_nan=_ALL)  # what exceeds it gets code 6
+    codes = _round_mantissa(_quotient(x, scale, reciprocal, IS_SHORT), 6291456.0, 0x3F800000)
+    return tl.fma(codes, scale, 0.0)  # -0.0 becomes 0.0
+
+
+@triton.jit
 def _fake_quant_tile(pointer, blocks, num_blocks, global_scale, bad_pointer, RULE: tl.constexpr, TILE: tl.constexpr):
     """In place on the blocks [TILE] (int64 indices) of one tensor."""
     offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
@@ -162,10 +201,18 @@ def _fake_quant_tile(pointer, blocks, num_blocks, global_scale, bad_pointer, RUL
     x = tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
     bits = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)  # through bits: NaN is the largest
     tl.atomic_add(bad_pointer + tl.zeros([TILE], tl.int32), 1, mask=bits >= _INFINITY)
-    decode_scale = _block_scale(x, bits.to(tl.float32, bitcast=True), global_scale, RULE, TILE) * global_scale
-    decode_scale = decode_scale[:, None]
-    out = (_round_to_e2m1(tl.div_rn(x, decode_scale)) * decode_scale).to(pointer.dtype.element_ty)
-    tl.store(pointer + offsets, tl.where(out == 0.0, 0.0, out), mask=inside)  # a short type can round to -0.0
+    amax = bits.to(tl.float32, bitcast=True)
+    if RULE == "max":
+        if (global_scale >= 5.421010862427522e-20) & (global_scale <= 128.0):
+            out = _fake_quant_by_max(x, amax, global_scale, pointer.dtype.element_ty != tl.float32)
+        else:
+            out = _fake_quant_by_division(x, amax, global_scale, RULE, TILE)
+    else:
+        out = _fake_quant_by_division(x, amax, global_scale, RULE, TILE)
+    out = out.to(pointer.dtype.element_ty)
+    if pointer.dtype.element_ty != tl.bfloat16:  # a short type can round to -0.0; below, bfloat16 has float32's range
+        out = tl.where(out == 0.0, 0.0, out)
+    tl.store(pointer + offsets, out, mask=inside)
 
 
 @triton.jit

@@ -34,7 +34,59 @@ def made(rows, dim, dtype, seed):
     return x.clamp(-3e4, 3e4).to(dtype)
 
 
+def fuse():
+    """Triton's interpreter rounds the product of a fused multiply-add. Here it is exact: a float64 holds it, and rounds
+    the sum far below the last place of a float32."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_fma(self, x, y, z):
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+def quotients():
+    """All mantissas of bfloat16 over many divisors, and pairs of float32: IEEE's quotients."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def divide(a, d, out, IS_SHORT: tl.constexpr):
+        at = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+        divisor = tl.load(d + at)
+        reciprocal = tl.div_rn(1.0, divisor)
+        tl.store(out + at, nvfp4_triton._quotient(tl.load(a + at), divisor, reciprocal, IS_SHORT))
+
+    generator = torch.Generator().manual_seed(0)
+    short = (torch.arange(128).repeat(512) << 16 | 0x3F800000).to(torch.int32).view(torch.float32)
+    for a, is_short in ((short, True), (torch.rand(65536, generator=generator) + 1, False)):
+        d = torch.rand(65536, generator=generator) * 2.0 ** torch.randint(-60, 15, (65536,), generator=generator)
+        out = torch.empty(65536)
+        divide[(16,)](a, d, out, IS_SHORT=is_short)
+        assert torch.equal(out, a / d)
+
+
+def scales_at_the_ends():
+    """Global scales inside and outside of the range in which quotients come from reciprocals; block sizes from zero to
+    infinity under each."""
+    for exponent in (-100, -65, -64, -63, -20, 6, 7, 8, 40):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(48, 64, generator=torch.Generator().manual_seed(exponent + 200))
+            x *= 2.0 ** (exponent + torch.arange(-36.0, 12.0)[:, None])
+            x[3, :16], x[4, 5], x[5, 20] = 0.0, -0.0, torch.inf
+            x, scale = x.to(dtype), torch.tensor(1.3 * 2.0**exponent)
+            wanted = nvfp4.fake_quant(x.float(), scale, check=False)
+            wanted = truncated(wanted) if dtype == torch.bfloat16 else wanted
+            assert nvfp4_triton.fake_quant_(x, scale, "max").tolist() == [1] and same(x, wanted), (exponent, dtype)
+
+
 def interpret():
+    fuse()
+    quotients()
+    scales_at_the_ends()
     for rule in nvfp4.SCALE_RULES:
         for dtype in (torch.float32,) if rule == "mse" else (torch.float32, torch.float16, torch.bfloat16):
             x = made(70, 128, dtype, seed=1)  # 560 blocks: two tiles and a part
@@ -117,9 +169,9 @@ def compile_for_gpus():
             )
             assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx
             assert ".ftz" not in ptx  # subnormals are kept
-            # The only fused products are the two of each rounding, whose products are exact.
-            fused = re.findall(r"fma\.rn\.f32 .*", ptx)
-            assert fused and all(re.search("0f[4C][9A]C00000", line) for line in fused)
+            # The only fused products are the two of each rounding, whose products are exact, and those of quotients.
+            fused = re.findall(r"fma\.rn\.f32.*", ptx)  # of sm_100 in pairs
+            assert fused and (rule == "max" or all(re.search("0f[4C][9A]C00000", line) for line in fused))
             assert re.search(r"ld\.global\.v4\.b32", ptx) and re.search(r"st\.global\.v4\.b32", ptx)  # 16 bytes each
     for kind in ("*fp32", "*fp16"):
         _ptx(
