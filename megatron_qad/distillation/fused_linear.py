@@ -101,7 +101,8 @@ def fused_linear_losses(
     chunk_tokens = chunk_tokens or tokens_of_chunk(len(weight), weight.element_size(), weight.device.type)
     if gradient_in_forward is None:
         sizes = (len(scale), weight.shape[1], weight.element_size())
-        gradient_in_forward = makes_gradient_in_forward(len(losses), *sizes)
+        # Not in float16, in which a gradient needs the loss scale that arrives in the backward pass.
+        gradient_in_forward = makes_gradient_in_forward(len(losses), *sizes) and weight.dtype != torch.float16
     settings = (tuple(losses), chunk_tokens, reduce_hidden_grad, gradient_in_forward and len(losses) == 1)
     return _FusedLinearLosses.apply(hidden, weight, *teacher, labels, scale, shard, settings)
 
@@ -271,7 +272,8 @@ class _Gradients:
 def _product(a: Tensor, b: Tensor, total: Tensor | None) -> Tensor:
     """a @ b in float32, or added to ``total``, summed in its dtype where one call of the GEMM can do that."""
     if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+        short = a.is_cuda and a.dtype != torch.float32
+        return torch.mm(a, b, out_dtype=torch.float32) if short else (a @ b).float()
     if total.dtype == a.dtype:
         return total.addmm_(a, b)
     if total.is_cuda and total.dtype == torch.float32:
