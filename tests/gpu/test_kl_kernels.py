@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses
+from megatron_qad.runtime import capabilities
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: kernels are compared on it")
+pytestmark = pytest.mark.skipif(capabilities().device != "cuda", reason="needs a GPU: kernels are compared on it")
 
 
 def logits(tokens, width, noise, dtype, seed=0):

@@ -6,11 +6,11 @@ import torch
 from megatron_qad.formats import nvfp4
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.nvfp4_lists import amax_list, fake_quant_list_, global_scales_from_amaxes
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.runtime import QADError, capabilities
 
 nvfp4_triton = pytest.importorskip("megatron_qad.formats.nvfp4_triton", reason="triton is not installed")
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: kernels are compared on it")
+pytestmark = pytest.mark.skipif(capabilities().device != "cuda", reason="needs a GPU: kernels are compared on it")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
