@@ -283,6 +283,7 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
         # Megatron's default, nvrx, is a package of its own.
         "async-strategy": "nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
         "save-interval": 1000,  # Megatron has no default and stops at --save without one
+        "eval-interval": 1000,  # the same, with a TypeError
         "tokenizer-type": "NullTokenizer",  # the data is tokenized already; its metadata names the tokenizer
     }
     if (layer_spec or machine.layer_spec) == "local":

@@ -28,7 +28,6 @@ micro-batch-size: 2
 global-batch-size: 4
 train-iters: 4
 save-interval: 100
-eval-interval: 100
 eval-iters: 1
 lr: 1.0e-3
 min-lr: 1.0e-4
