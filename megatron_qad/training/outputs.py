@@ -16,7 +16,6 @@ from megatron_qad.distillation.fused_linear import (
 )
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.models.output_layer import Output
-from megatron_qad.runtime.capabilities import capabilities
 from megatron_qad.runtime.errors import QADError
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
@@ -56,8 +55,8 @@ def output_bytes(args: argparse.Namespace, teacher_hidden_size: int | None) -> d
 
 
 def fused_bytes(args: argparse.Namespace, num_losses: int, hidden_size: int) -> dict[str, int]:
-    """Bytes on a rank of a fused output layer: "chunk", the logits of both models that exist at a time, and "gradient",
-    the output weight's where the forward pass makes it.
+    """Bytes on a GPU of a fused output layer: "chunk", the logits of both models that exist at a time, and "gradient",
+    the output weight's where the forward pass makes it. Plans are made where no GPU is.
 
     Args:
         num_losses: of logits. hidden_size: the student's.
@@ -65,7 +64,7 @@ def fused_bytes(args: argparse.Namespace, num_losses: int, hidden_size: int) -> 
     element = 2 if args.bf16 else 4
     width = args.padded_vocab_size // args.tensor_model_parallel_size
     tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-    chunk = min(tokens_of_chunk(width, element, capabilities().device), tokens)
+    chunk = min(tokens_of_chunk(width, element, "cuda"), tokens)
     in_forward = makes_gradient_in_forward(num_losses, tokens, hidden_size, element)
     return {"chunk": 2 * chunk * width * element, "gradient": 4 * width * hidden_size if in_forward else 0}
 

@@ -51,9 +51,10 @@ def test_bytes():
 
 
 def test_bytes_of_a_fused_output_layer():
-    """On the CPU a chunk is 256 MiB: 512 tokens of two models at 131072 columns. One loss of 4096 tokens makes its
+    """On a GPU a chunk is 2 GiB: 4096 tokens of two models at 131072 columns. One loss of 4096 tokens makes its
     gradient in the forward pass where that is no larger than both models' logits: up to a hidden size of 4096."""
-    of_chunk = 2 * 512 * 131072 * 2
+    of_chunk = 2 * 4096 * 131072 * 2
+    assert fused_bytes(job(tokens=8192), 1, 4096)["chunk"] == of_chunk == 2 << 30
     assert fused_bytes(job(), 1, 4096) == {"chunk": of_chunk, "gradient": 4 * 131072 * 4096}
     assert fused_bytes(job(), 1, 4097) == {"chunk": of_chunk, "gradient": 0}
     assert fused_bytes(job(), 2, 4096) == {"chunk": of_chunk, "gradient": 0}
