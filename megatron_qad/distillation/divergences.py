@@ -76,7 +76,7 @@ class KL(LogitLoss):
         return kl_triton
 
     def kernel_factor(self, saved, factor: Tensor) -> Tensor:
-        """What a token's gradient is multiplied by, beside the numbers that the kernel reads."""
+        """What a token's gradient is multiplied by, beside the numbers that the kernel reads; 0 where it was."""
         return factor
 
     def shard_stats(self, tile: Tile):
@@ -115,7 +115,7 @@ class ConfidenceKL(KL):
         return kl * scale, (*saved, scale.float())
 
     def kernel_factor(self, saved, factor: Tensor) -> Tensor:
-        return factor * saved[4]
+        return torch.where(factor == 0, 0.0, factor * saved[4])  # a token that does not count may have infinity there
 
     def gradient(self, tile: Tile, saved, factor):
         return super().gradient(tile, saved, self.kernel_factor(saved, factor))

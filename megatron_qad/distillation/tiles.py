@@ -73,9 +73,8 @@ class Tiles:
         if not self.slices:
             return []
         rows, missing = self.slices[0].stop, self.slices[-1].start + self.slices[0].stop - len(scale)
-        counts = torch.nn.functional.pad(scale != 0, (0, missing)).view(-1, rows)
-        every = torch.nn.functional.pad(scale != 0, (0, missing), value=True).view(-1, rows)
-        found = torch.stack((counts.any(dim=1), every.all(dim=1)), dim=1).tolist()
+        some, every = (torch.nn.functional.pad(scale != 0, (0, missing), value=v).view(-1, rows) for v in (False, True))
+        found = torch.stack((some.any(dim=1), every.all(dim=1)), dim=1).tolist()
         return [(rows, every) for rows, (some, every) in zip(self.slices, found, strict=True) if some]
 
     def load(self, rows: slice, loss: "LogitLoss", z_s: Tensor | None = None) -> Tile:

@@ -233,8 +233,7 @@ def write_gradients(out, student, teacher, labels, shard: VocabShard, losses, sa
     """Sum over losses of factor [tokens] times its gradient in the student's logits, over ``out`` [tokens, V/tp], which
     may be ``student`` itself. No collective."""
     if len(losses) == 1 and saved[0] and (kernels := losses[0].kernels(student)) is not None:
-        # A token that does not count may have NaN or infinity in its numbers.
-        factor = torch.where(factors[0] == 0, 0.0, losses[0].kernel_factor(saved[0], factors[0]))
+        factor = losses[0].kernel_factor(saved[0], factors[0])
         if losses[0].temperature != 1.0:
             factor = factor / losses[0].temperature
         kernels.write_gradient(out, student, teacher, shard.num_columns, losses[0].temperatures, saved[0][:4], factor)

@@ -202,11 +202,8 @@ def _fake_quant_tile(pointer, blocks, num_blocks, global_scale, bad_pointer, RUL
     bits = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)  # through bits: NaN is the largest
     tl.atomic_add(bad_pointer + tl.zeros([TILE], tl.int32), 1, mask=bits >= _INFINITY)
     amax = bits.to(tl.float32, bitcast=True)
-    if RULE == "max":
-        if (global_scale >= 5.421010862427522e-20) & (global_scale <= 128.0):
-            out = _fake_quant_by_max(x, amax, global_scale, pointer.dtype.element_ty != tl.float32)
-        else:
-            out = _fake_quant_by_division(x, amax, global_scale, RULE, TILE)
+    if RULE == "max" and ((global_scale >= 5.421010862427522e-20) & (global_scale <= 128.0)):
+        out = _fake_quant_by_max(x, amax, global_scale, pointer.dtype.element_ty != tl.float32)
     else:
         out = _fake_quant_by_division(x, amax, global_scale, RULE, TILE)
     out = out.to(pointer.dtype.element_ty)

@@ -47,11 +47,15 @@ class Outputs:
 
 def output_bytes(args: argparse.Namespace, teacher_hidden_size: int | None) -> dict[str, int]:
     """Bytes on a rank of one microbatch's "logits" of one model, and of the teacher's "hidden" states."""
-    width = 2 if args.bf16 else 4
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    tokens, width, element = _logits_of(args)
     shards = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    logits = tokens * (args.padded_vocab_size // args.tensor_model_parallel_size) * width
-    return {"logits": logits, "hidden": tokens * (teacher_hidden_size or 0) // shards * width}
+    return {"logits": tokens * width * element, "hidden": tokens * (teacher_hidden_size or 0) // shards * element}
+
+
+def _logits_of(args: argparse.Namespace) -> tuple[int, int, int]:
+    """One microbatch's on a rank: tokens, V/tp, bytes of an element."""
+    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    return tokens, args.padded_vocab_size // args.tensor_model_parallel_size, 2 if args.bf16 else 4
 
 
 def fused_bytes(args: argparse.Namespace, num_losses: int, hidden_size: int) -> dict[str, int]:
@@ -61,9 +65,7 @@ def fused_bytes(args: argparse.Namespace, num_losses: int, hidden_size: int) -> 
     Args:
         num_losses: of logits. hidden_size: the student's.
     """
-    element = 2 if args.bf16 else 4
-    width = args.padded_vocab_size // args.tensor_model_parallel_size
-    tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+    tokens, width, element = _logits_of(args)
     chunk = min(tokens_of_chunk(width, element, "cuda"), tokens)
     in_forward = makes_gradient_in_forward(num_losses, tokens, hidden_size, element)
     return {"chunk": 2 * chunk * width * element, "gradient": 4 * width * hidden_size if in_forward else 0}
