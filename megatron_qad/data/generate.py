@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_qad.data.sampling import Sampler
 from megatron_qad.runtime.errors import QADError
 
 
@@ -147,7 +148,9 @@ def _fingerprint(prompts: Sequence[str]) -> str:
 
 
 def _load(model_dir: str | Path, dtype: str, device: str):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    from megatron_qad.data.grouped_attention import register
 
     if not Path(model_dir).is_dir():
         raise QADError(f"--model {model_dir} is not a directory. Expected a Hugging Face model; none is downloaded.")
@@ -160,14 +163,18 @@ def _load(model_dir: str | Path, dtype: str, device: str):
             use_safetensors=True,  # other files are pickles, which run code
             dtype=getattr(torch, dtype),
         )
+        if torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(register())
     except (OSError, ValueError, KeyError) as error:
         raise QADError(f"--model {model_dir}: transformers cannot load it: {error}") from error
+    # Of what its makers advise for serving only the end stays: a repetition penalty would make it another model's text.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(device).eval(), tokenizer
 
 
 def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, options: GenerateOptions) -> list[dict]:
     """``size`` JSONL lines; prompts are padded on the left, so that all begin to write at the same column."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
@@ -180,17 +187,17 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in starts])
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in starts])
     config = GenerationConfig(
-        do_sample=True,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=0,  # its default of 50 would cut the distribution that the student is to learn
+        do_sample=False,  # the sampler's scores leave one token
         max_new_tokens=options.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
     )
     with torch.inference_mode():
         sequences = model.generate(
-            input_ids=input_ids.to(model.device), attention_mask=attention.to(model.device), generation_config=config
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention.to(model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([Sampler(options.temperature, options.top_p)]),
         )
     lines = []
     for i, row in enumerate(sequences[:, width:].tolist()):

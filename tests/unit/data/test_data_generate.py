@@ -78,6 +78,18 @@ def test_a_run_that_was_killed_goes_on_with_the_same_text(model_dir, tmp_path):
     assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 0
 
 
+def test_what_the_makers_advise_for_serving_changes_nothing(model_dir, tmp_path):
+    """transformers would take a repetition penalty from generation_config.json, as Qwen2.5 has one."""
+    advised = Path(shutil.copytree(model_dir, tmp_path / "advised"))
+    config = json.loads((advised / "generation_config.json").read_text())
+    # Logits of this model are near 0; a penalty near 1 would change no token of so few.
+    advice = {"repetition_penalty": 0.001, "top_k": 2, "do_sample": True, "min_length": 9}
+    (advised / "generation_config.json").write_text(json.dumps(config | advice))
+    for directory, name in ((model_dir, "a"), (advised, "b")):
+        generate_documents(directory, None, tmp_path / f"{name}.jsonl", OPTIONS)
+    assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.jsonl")
+
+
 def test_other_settings_do_not_continue_a_file(model_dir, tmp_path):
     generate_documents(model_dir, None, tmp_path / "a.jsonl", OPTIONS)
     other = GenerateOptions(**{**vars(OPTIONS), "seed": 6, "num_documents": 8})
