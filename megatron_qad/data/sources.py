@@ -104,13 +104,15 @@ def encode_record(
     """Tokenize one record and end it with EOD, or say why that cannot be.
 
     EOD is appended unless the document ends with it already. In a chat it counts only if the token before it does, that
-    is, if the template leaves the assistant's last message without an end of its own.
+    is, if the template leaves the assistant's last message without an end of its own. A JSONL line with
+    ``"finish": "length"``, as ``data.generate`` writes where it cut a text off, has an end that nobody meant: its last
+    special tokens do not count.
 
     Raises:
         QADError: the tokenizer cannot do what the input needs at all (chat without a chat template).
     """
     try:
-        ids, mask = _encode(record, tokenizer, json_key)
+        ids, mask, was_cut = _encode(record, tokenizer, json_key)
     except BadDocument as error:
         line = record.line + error.line_offset
         return BadLine(record.file, line, str(error))
@@ -122,19 +124,31 @@ def encode_record(
         ids.append(tokenizer.eod)
         if mask is not None:
             mask.append(mask[-1])
+    if was_cut:
+        mask = _without_its_end(ids, mask or [1] * len(ids), tokenizer.special)
     return Encoded(ids, mask)
 
 
-def _encode(record: Record, tokenizer: DataTokenizer, json_key: str) -> tuple[list[int], list[int] | None]:
+def _without_its_end(ids: list[int], mask: list[int], special: frozenset[int]) -> list[int]:
+    """``mask`` without the special tokens that the last run of counted tokens ends with."""
+    last = max(i for i, counts in enumerate(mask) if counts)
+    while last > 0 and mask[last] and ids[last] in special:
+        mask[last] = 0
+        last -= 1
+    return mask
+
+
+def _encode(record: Record, tokenizer: DataTokenizer, json_key: str) -> tuple[list[int], list[int] | None, bool]:
+    """(ids, mask, whether the text was cut off), without EOD."""
     try:
         text = record.data.decode("utf-8")
     except UnicodeDecodeError as error:
         bad = BadDocument(f"not UTF-8: byte {record.data[error.start]:#04x} ({error.reason})")
         bad.line_offset = record.data.count(b"\n", 0, error.start)
         raise bad from error
-    mask = None
+    mask, was_cut = None, False
     if record.is_json:
-        key, value, tools = _json_document(text, json_key)
+        key, value, tools, was_cut = _json_document(text, json_key)
         if key == "messages":
             ids, mask = tokenizer.encode_chat(value, tools)
         else:
@@ -143,7 +157,7 @@ def _encode(record: Record, tokenizer: DataTokenizer, json_key: str) -> tuple[li
         ids = _encode_text(text, tokenizer)
     if not ids:
         raise BadDocument("the text has no tokens")
-    return ids, mask
+    return ids, mask, was_cut
 
 
 def _encode_text(text: str, tokenizer: DataTokenizer) -> list[int]:
@@ -152,8 +166,8 @@ def _encode_text(text: str, tokenizer: DataTokenizer) -> list[int]:
     return tokenizer.encode(text)
 
 
-def _json_document(text: str, json_key: str) -> tuple[str, str | list, list | None]:
-    """(key, value, tools) of a JSONL line."""
+def _json_document(text: str, json_key: str) -> tuple[str, str | list, list | None, bool]:
+    """(key, value, tools, whether it was cut off) of a JSONL line."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -168,17 +182,17 @@ def _json_document(text: str, json_key: str) -> tuple[str, str | list, list | No
         raise BadDocument(f"has no {wanted}; its keys are {sorted(line)[:10]}")
     if not _is_unicode(text):
         raise BadDocument("holds a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
-    key, value = keys[0], line[keys[0]]
+    key, value, was_cut = keys[0], line[keys[0]], line.get("finish") == "length"
     if key == "text":
         if not isinstance(value, str):
             raise BadDocument(f"'text' is {type(value).__name__}, expected a string")
-        return key, value, None
+        return key, value, None, was_cut
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
         raise BadDocument("'messages' is not a non-empty list of objects with a 'role'")
     tools = line.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise BadDocument(f"'tools' is {type(tools).__name__}, expected a list of JSON schemas")
-    return key, value, tools or None
+    return key, value, tools or None, was_cut
 
 
 def _is_unicode(json_text: str) -> bool:

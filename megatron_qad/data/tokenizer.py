@@ -45,6 +45,7 @@ class DataTokenizer:
         vocab_size: ids are 0 .. vocab_size - 1.
         eod: id that ends each document (the tokenizer's EOS, as Megatron's tokenizers have it).
         bos, unk: ids or None.
+        special: ids that are no text, ``eod`` among them.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DataTokenizer:
     eod: int
     bos: int | None
     unk: int | None
+    special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain document, opened as the tokenizer opens it (some put BOS first), without EOD."""
@@ -100,6 +102,8 @@ class HFTokenizer(DataTokenizer):
         # Ids may have holes; the model's rows must reach the largest, so the size is counted from it.
         self.vocab_size = max(self.vocab.values()) + 1
         self.eod, self.bos, self.unk = self.hf.eos_token_id, self.hf.bos_token_id, self.hf.unk_token_id
+        added = {id_ for id_, token in self.hf.added_tokens_decoder.items() if token.special}
+        self.special = frozenset(added | set(self.hf.all_special_ids))
 
     def encode(self, text: str) -> list[int]:
         return list(self.hf(text, verbose=False)["input_ids"])
@@ -141,6 +145,7 @@ class SentencePieceTokenizer(DataTokenizer):
         self.eod = self.sp.eos_id()
         self.bos = self.sp.bos_id() if self.sp.bos_id() >= 0 else None
         self.unk = self.sp.unk_id() if self.sp.unk_id() >= 0 else None
+        self.special = frozenset({self.eod})
 
     def encode(self, text: str) -> list[int]:
         return self.sp.encode(text)

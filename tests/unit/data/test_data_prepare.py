@@ -94,6 +94,21 @@ BAD = [
 ]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_end_of_a_text_that_was_cut_off_does_not_count(chat, hf_tokenizer):
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it"}]
+    line = {"messages": turns} if chat else {"text": "Because it"}
+    whole, cut = (
+        encode_record(Record("f", 1, True, json.dumps(line | finish).encode()), hf_tokenizer)
+        for finish in ({"finish": "eos"}, {"finish": "length"})
+    )
+    assert cut.ids == whole.ids
+    counts = whole.mask or [1] * len(whole.ids)
+    (end,) = (i for i, (a, b) in enumerate(zip(counts, cut.mask, strict=True)) if a != b)
+    assert (counts[end], cut.mask[end], whole.ids[end]) == (1, 0, hf_tokenizer.eod)
+    assert hf_tokenizer.hf.decode([i for i, m in zip(cut.ids, cut.mask, strict=True) if m]) == "Because it"
+
+
 def test_bad_lines_are_named_with_their_reason(write_jsonl, prepared, hf_dir):
     lines = [{"text": "good one"}, *[line for line, _ in BAD], "", {"text": "good two"}]
     path = write_jsonl(lines)
