@@ -10,7 +10,11 @@ import torch
 
 
 class AdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` whose state is there from the start and whose step counter follows a restored group's."""
+    """``torch.optim.AdamW`` whose state is there from the start and whose step counter follows a restored group's.
+
+    On a CPU it takes torch's fused form, one pass over the state for eight; on a GPU torch's default, since the fused
+    form wants the step counters on the GPU.
+    """
 
     def state_dict(self):
         for group in self.param_groups:
@@ -26,6 +30,9 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         self._take_restored_step()
+        for group in self.param_groups:  # here, not once: a restored group says what the job before it ran on
+            on_cpu = all(param.device.type == "cpu" for param in group["params"])
+            group["fused"] = True if on_cpu else None
         return super().step(closure)
 
     def _take_restored_step(self) -> None:

@@ -27,7 +27,7 @@ def step(optimizer, params, number: int) -> None:
 def straight():
     """torch's own parameters after each of ten steps."""
     params = parameters()
-    optimizer = TorchAdamW(params, **OPTIONS)
+    optimizer = TorchAdamW(params, **OPTIONS, fused=True)
     found = []
     for number in range(10):
         step(optimizer, params, number)
@@ -63,11 +63,14 @@ def test_resumes_from_its_own_state(straight):
     for number in range(5):
         step(optimizer, params, number)
     state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        group["fused"] = None  # as a job on a GPU leaves it
     again = AdamW(params, **OPTIONS)
     again.load_state_dict(state)
     for number in range(5, 10):
         step(again, params, number)
     assert_equal(params, straight[9])
+    assert all(group["fused"] for group in again.param_groups)
 
 
 def test_resumes_from_a_step_in_the_parameter_groups(straight):
