@@ -45,7 +45,7 @@ def export_hf(
         iteration: a number, "best" (by validation KL) or None for the newest.
 
     Tensors that are not packed are written in the dtype that ``config.json`` declares, which is what servers expect; a
-    job that trained in float32 is rounded here.
+    job that trained in float32 is rounded here. A packed layout of a config that declares none gets bfloat16.
 
     Raises:
         QADError: a damaged checkpoint, missing tensors or amaxes (named), no ``qad.json``, or what the writer refuses.
@@ -64,6 +64,8 @@ def export_hf(
             f"{', '.join(EXPORTED_FORMATS)}. With layout 'bf16' its weights can be written unpacked"
         )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if layout != "bf16" and declared_dtype(config) is None:
+        config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
     carried = read_carried(checkpoint / "hf")
     if family.beside(config) and not carried:
         raise QADError(

@@ -53,6 +53,9 @@ def job(tmp_path_factory) -> Path:
     )
     config = LlamaConfig(vocab_size=300, max_position_embeddings=128, tie_word_embeddings=False, **shape)
     LlamaForCausalLM(config).bfloat16().save_pretrained(d / "hf")
+    declared = json.loads((d / "hf" / "config.json").read_text())
+    del declared["dtype"]  # as some files on the hub have none
+    (d / "hf" / "config.json").write_text(json.dumps(declared))
     (d / "text.txt").write_text("\n".join(f"the number {i} is followed by {i + 1}" for i in range(900)))
     import sentencepiece
 
