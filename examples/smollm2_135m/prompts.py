@@ -66,6 +66,30 @@ TRAIN_TOPICS = (
     "the human heart",
     "renewable energy",
     "password safety",
+    "glaciers",
+    "beekeeping",
+    "airports",
+    "poetry",
+    "camping",
+    "the periodic table",
+    "houseplants",
+    "ancient Egypt",
+    "bridges",
+    "meditation",
+    "cheese",
+    "satellites",
+    "birdwatching",
+    "taxes",
+    "swimming",
+    "dinosaurs",
+    "opera",
+    "carpentry",
+    "rivers",
+    "microwave ovens",
+    "board games",
+    "the moon",
+    "email etiquette",
+    "bicycles",
 )
 HELDOUT_TOPICS = ("lighthouses", "growing tomatoes")
 
@@ -73,8 +97,8 @@ HELDOUT_TOPICS = ("lighthouses", "growing tomatoes")
 def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
-    # The training prompts in two halves: two processes answer them.
-    parts = (("train-1", TRAIN_TOPICS[::2]), ("train-2", TRAIN_TOPICS[1::2]), ("heldout", HELDOUT_TOPICS))
+    # Two processes answer; the one with the held-out prompts has fewer of the others.
+    parts = (("train-1", TRAIN_TOPICS[:36]), ("train-2", TRAIN_TOPICS[36:]), ("heldout", HELDOUT_TOPICS))
     for name, topics in parts:
         prompts = [task.format(topic) for topic in topics for task in TASKS]
         (directory / f"{name}.txt").write_text("\n".join(prompts) + "\n")

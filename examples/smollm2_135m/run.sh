@@ -32,21 +32,21 @@ train() {
 step extract python "$here/extract.py" "$out/hf"
 step import python tools/import_hf.py --hf-model "$out/hf" --output "$out/teacher"
 step prompts python "$here/prompts.py" "$out/prompts"
-# Both cores generate at once: 640 answers to training prompts, and 112 to held-out ones, sampled as the model's card says
-# that it is to be sampled: what is distilled and measured is what users get.
+# Both cores generate at once: an answer to each of 1,024 training prompts, and 112 to held-out ones, sampled as the model's
+# card says that it is to be sampled: what is distilled and measured is what users get.
 # shellcheck disable=SC2016  # the inner shell's $0 and $other
 step generate bash -c '
   answer() {
     python tools/generate_data.py --model "$0/hf" --prompts "$0/prompts/$1.txt" --output "$0/data/$1.jsonl" \
-      --num-documents "$2" --batch-size 128 --max-new-tokens 256 --temperature 0.2 --top-p 0.9 --seed "$3"
+      --batch-size 128 --max-new-tokens 256 --temperature 0.2 --top-p 0.9 "${@:2}"
   }
-  answer train-1 384 1234 & other=$!
-  answer heldout 112 7 && answer train-2 256 4321 && wait $other' "$out"
+  answer train-1 --seed 1234 & other=$!
+  answer heldout --seed 7 --num-documents 112 && answer train-2 --seed 4321 && wait $other' "$out"
 for split in train-1 train-2 heldout; do
   step "data-$split" python tools/prepare_data.py --input "$out/data/$split.jsonl" --tokenizer "$out/hf" --output "$out/data/$split"
   tail -n 1 "$out/log/data-$split.txt"
 done
-own=(--train-data-path 0.6 "$out/data/train-1" 0.4 "$out/data/train-2")
+own=(--train-data-path 0.56 "$out/data/train-1" 0.44 "$out/data/train-2")
 train ptq --qad-ptq "${own[@]}"
 train qad "${own[@]}"
 for layout in modelopt compressed-tensors; do
