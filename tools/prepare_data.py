@@ -16,6 +16,7 @@ from megatron_qad.runtime import QADError, prepare  # noqa: E402
 EPILOG = """
 A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, with "tools" if any), rendered through
 the tokenizer's chat template; only what the assistant wrote counts in the loss. EOD ends each document.
+With "finish": "length", as generate_data.py writes for a text that it cut off, the end does not count.
 Bad lines are listed in OUTPUT.bad.txt and left out. Exit status: 0 if they are at most --max-bad-fraction of all
 records; 1 otherwise, and then no data is written. Written: OUTPUT.bin, .idx, .json, and OUTPUT_loss_mask.bin, .idx
 where some token does not count.
