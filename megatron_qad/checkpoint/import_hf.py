@@ -6,26 +6,24 @@ a cast to the asked dtype.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.config.run_files import IMPORT_FILE, TRACKER
+from megatron_qad.checkpoint.release import all_or_none, write_release
+from megatron_qad.config.run_files import IMPORT_FILE
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.runtime import manifest, whole_saves
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.distributed import rank_and_size
 from megatron_qad.runtime.errors import QADError
-from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -39,29 +37,9 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
             that exists and is not empty or is a mount point, a full disk.
     """
     source, rank, size = Path(source), *rank_and_size()
-    target = _all_or_none(lambda: new_directory(target))
-    sharded, carried, count = _all_or_none(lambda: _read(source, dtype, rank, size))
-    aside = target.parent / f".{target.name}.partial"  # renamed when whole: a killed import leaves no target
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-    torch.distributed.barrier()
-    save_checkpoints_in_this_process()
-    whole_saves.install()
-    try:
-        dist_checkpointing.save(sharded, str(aside / "release"))
-        whole_saves.on_first_rank(lambda: _finish(source, aside, carried, dtype))
-    except (whole_saves.SaveFailed, CheckpointException) as error:
-        free = shutil.disk_usage(target.parent).free
-        torch.distributed.barrier()
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error) if isinstance(error, QADError) else "a rank could not write its files"
-        raise QADError(
-            f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Nothing is left of it"
-        ) from error
-    if rank == 0:
-        aside.rename(target)  # replaces an empty directory
-    torch.distributed.barrier()
+    target = all_or_none(lambda: new_directory(target))
+    sharded, carried, count = all_or_none(lambda: _read(source, dtype, rank, size))
+    write_release(target, sharded, lambda aside: _finish(source, aside, carried, dtype))
     return count
 
 
@@ -77,7 +55,6 @@ def _finish(source: Path, aside: Path, carried: dict[str, torch.Tensor], dtype: 
         print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
     record = origins.of_model(source, str(dtype).removeprefix("torch."))
     manifest.write_atomically(aside / IMPORT_FILE, origins.text_of(record))
-    manifest.write_atomically(aside / TRACKER, "release")
 
 
 def _read(
@@ -102,20 +79,6 @@ def _stored(tensor_map: TensorMap, tensor: torch.Tensor) -> Iterator[tuple[str, 
     for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
         # Megatron clones views when it saves, beside the tensor that they are of.
         yield tensor_map.megatron + ending, part if len(rows) == 1 else part.clone()
-
-
-def _all_or_none(work: Callable):
-    """``work()`` on every rank. What stops one stops all, with its message, before any of them has written."""
-    result, fault = None, None
-    try:
-        result = work()
-    except QADError as error:
-        fault = str(error)
-    faults: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(faults, fault)
-    if first := next((found for found in faults if found), None):
-        raise QADError(first)
-    return result
 
 
 def copy_assets(source: Path, target: Path) -> None:

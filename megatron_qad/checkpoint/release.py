@@ -1,0 +1,68 @@
+"""Writes a checkpoint that no training made: ``release/`` in torch_dist format, whole or not at all."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_qad.config.run_files import TRACKER
+from megatron_qad.runtime import manifest, whole_saves
+from megatron_qad.runtime.errors import QADError
+from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process
+
+
+def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -> None:
+    """Save the sharded tensors of all ranks under ``target``. Every rank calls this.
+
+    Args:
+        target: a directory that is new or empty (``hf_writer.new_directory``).
+        sharded: a sharded state dict, each rank its part.
+        finish: called on the first rank with the directory under its name of before, to write what stands beside.
+
+    Raises:
+        QADError: a full disk or another fault of writing; nothing is left.
+    """
+    aside = target.parent / f".{target.name}.partial"  # renamed when whole: one that is killed leaves no target
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        shutil.rmtree(aside, ignore_errors=True)
+    torch.distributed.barrier()
+    save_checkpoints_in_this_process()
+    whole_saves.install()
+
+    def describe() -> None:
+        finish(aside)
+        manifest.write_atomically(aside / TRACKER, "release")
+
+    try:
+        dist_checkpointing.save(sharded, str(aside / "release"))
+        whole_saves.on_first_rank(describe)
+    except (whole_saves.SaveFailed, CheckpointException) as error:
+        free = shutil.disk_usage(target.parent).free
+        torch.distributed.barrier()
+        if is_first:
+            shutil.rmtree(aside, ignore_errors=True)
+        reason = str(error) if isinstance(error, QADError) else "a rank could not write its files"
+        raise QADError(
+            f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Nothing is left of it"
+        ) from error
+    if is_first:
+        aside.rename(target)  # replaces an empty directory
+    torch.distributed.barrier()
+
+
+def all_or_none(work: Callable):
+    """``work()`` on every rank. What stops one stops all, with its message, before any of them has written."""
+    result, fault = None, None
+    try:
+        result = work()
+    except QADError as error:
+        fault = str(error)
+    faults: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(faults, fault)
+    if first := next((found for found in faults if found), None):
+        raise QADError(first)
+    return result
