@@ -110,6 +110,16 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
             raise QADError(f"{checkpoint}: tensors that the model and the checkpoint do not share: {wrong[:5]}")
 
 
+def weights_to_save(chunks: Sequence[torch.nn.Module]) -> dict:
+    """The sharded state dict of the chunks' weights, gate and up as the halves of one tensor, as the importer has
+    them."""
+    found = {}
+    for i, chunk in enumerate(unwrap_model(list(chunks))):
+        sharded = chunk.sharded_state_dict(metadata={"singleton_local_shards": False})
+        found |= {f"{i}.{name}": x for name, x in sharded.items() if _EXTRA_STATE not in name}
+    return found
+
+
 def _check(sharded: dict, stored: dict[str, tuple[int, ...]], checkpoint) -> None:
     for tensor in _tensors(sharded):
         key, shape = tensor.key, tuple(tensor.global_shape)

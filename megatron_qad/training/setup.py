@@ -13,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
-from megatron_qad.config.run_files import JOB_FILE
+from megatron_qad.config.run_files import JOB_FILE, SMOOTHING_FILE
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.models.builder import QADModelConfig, freeze
@@ -160,6 +160,8 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
             )
     start = Path(args.qad.qad_student or args.qad.qad_teacher)
     shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_whole)
+    if not file.is_file() and (start / SMOOTHING_FILE).is_file():  # of the weights that --save's descend from
+        shutil.copy2(start / SMOOTHING_FILE, save / SMOOTHING_FILE)
     job = {
         "policy": args.qad.qad_policy,
         "rules": args.qad.qad_rule,

@@ -35,7 +35,7 @@ def shop(tmp_path_factory):
                 *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
                 *("--micro-batch-size", "2", "--global-batch-size", "8", *layout_flags, *flags),
             ]
-            return server.run("training_jobs:sensitivity", nproc, {"argv": argv}, **more)
+            return server.run("training_jobs:tool", nproc, {"name": "sensitivity", "argv": argv}, **more)
 
         yield run
 

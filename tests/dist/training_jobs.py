@@ -4,6 +4,7 @@ Watching takes nothing away: Megatron's ``train_step`` is called as it is, and b
 gradients, parameters and masters of this rank are copied, whole tensors' names and shard axes beside them.
 """
 
+import importlib
 import os
 import sys
 
@@ -185,15 +186,13 @@ def _master(parameter):
     return None if master is None or master.numel() != parameter.numel() else master.view(parameter.shape)
 
 
-def sensitivity(argv: list[str]) -> None:
-    """tools/sensitivity.py, with its errors printed as the script prints them."""
+def tool(name: str, argv: list[str]) -> None:
+    """tools/``name``.py, with its errors printed as the script prints them."""
     sys.path.insert(0, "tools")
-    import sensitivity as tool
-
     from megatron_qad.runtime import QADError
 
-    sys.argv = ["sensitivity.py"]
+    sys.argv = [f"{name}.py"]
     try:
-        tool.main(argv)
+        importlib.import_module(name).main(argv)
     except QADError as error:
         sys.exit(f"error: {error}")

@@ -130,6 +130,21 @@ def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, t
     assert results.linears == [] and any("other layers than the teacher" in note for note in results.notes)
 
 
+def test_a_run_that_was_smoothed_otherwise_is_not_compared(three_runs, teacher, tmp_path):
+    """Its weights differ from the teacher's by the factors that smoothing moved, not by an error."""
+    record = json.dumps({"exponent": 0.5, "weights_sha256": "0" * 64})
+    (three_runs["QAD"] / "qad_smoothing.json").write_text(record)
+    results = write_report(three_runs, teacher, tmp_path / "out")
+    assert any("QAD: its weights and the teacher's are not smoothed alike" in note for note in results.notes)
+    assert results.linears and not any("QAD" in linear.runs for linear in results.linears)
+    (teacher / "qad_smoothing.json").write_text(record)
+    try:
+        results = write_report(three_runs, teacher, tmp_path / "again")
+    finally:
+        (teacher / "qad_smoothing.json").unlink()  # other tests have this teacher, too
+    assert all("QAD" in linear.runs for linear in results.linears)
+
+
 @pytest.mark.parametrize(
     ("second", "warning"),
     [

@@ -1,0 +1,159 @@
+"""tools/smooth.py on every kind of layer: the model stays what it is in transformers too, in every layout the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_hybrids
+import tiny_job
+import torch
+from fork_server import ForkServer
+from safetensors.torch import load_file, save_file
+
+OUTLIER = 64.0
+LLAMA = tiny_job.LLAMA | {"torch_dtype": "bfloat16"}
+MODELS = {
+    "llama": LLAMA,
+    "qwen2": LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},  # biases of q, k, v
+    "nemotron-h": tiny_hybrids.NEMOTRON_H,
+    "nemotron-h, latent experts": tiny_hybrids.WHOLE["nemotron-h, latent experts"],
+    "qwen3-moe": tiny_hybrids.QWEN3_MOE,
+    "nemotron-nas": tiny_hybrids.NEMOTRON_NAS,
+}
+DTYPES = ("bfloat16", "float32")
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+EP2 = ["--expert-model-parallel-size", "2"]
+# Ranks, flags, and the models that each is run for: all in BF16 by one rank, and in float32 in every layout, where sums
+# in another order move no factor over a boundary.
+LAYOUTS = {
+    "bf16": (1, ["--bf16"], list(MODELS)),
+    "tp1": (1, [], list(MODELS)),
+    "tp2": (2, TP2, ["qwen2", "nemotron-h", "nemotron-nas"]),
+    "pp2": (2, ["--pipeline-model-parallel-size", "2"], ["llama"]),
+    "virtual": (2, ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"], ["llama"]),
+    "dp2": (2, [], ["llama"]),
+    "cp2": (2, ["--context-parallel-size", "2"], ["llama"]),
+    "tp2ep2": (4, TP2 + EP2, ["nemotron-h", "nemotron-h, latent experts", "qwen3-moe"]),
+}
+
+
+def plant_outliers(directory: Path) -> None:
+    """One channel in each block of what every layer's norm gives, as post-trained models have a few."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("layernorm.weight", ".norm.weight")) and "layers" in name:
+            tensor[5::16] *= OUTLIER
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("smoothing")
+    imports = []
+    for name, config in MODELS.items():
+        config = config | {"torch_dtype": "bfloat16"}
+        plant_outliers(tiny_job.write_hf(directory / f"hf {name}", config, dtype=torch.bfloat16))
+        imports += [(f"{directory}/hf {name}", f"{directory}/{name} {dtype}", dtype) for dtype in DTYPES]
+    tiny_job.write_data(directory / "data", vocab_size=120)
+    with ForkServer(directory) as server:
+        server.run("training_jobs:import_checkpoints", 1, {"models": imports})
+
+        def run(tool: str, output: Path, model: str, *flags, layout="bf16", **more):
+            nproc, layout_flags, _ = LAYOUTS[layout]
+            argv = [
+                *("--output", str(output), "--qad-teacher", f"{directory}/{model}", "--data-path", f"{directory}/data"),
+                *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--seq-length", "32"),
+                *("--micro-batch-size", "2", "--global-batch-size", "8", *layout_flags, *flags),
+            ]
+            return server.run("training_jobs:tool", nproc, {"name": tool, "argv": argv}, **more)
+
+        run.directory, run.server = directory, server
+        yield run
+
+
+@pytest.fixture(scope="module")
+def smoothed(shop):
+    """Every model smoothed in its layouts and exported: layout -> model -> Hugging Face directory."""
+    found, exports = {}, []
+    for layout, (_, _, models) in LAYOUTS.items():
+        found[layout] = {}
+        for model in models:
+            output = shop.directory / f"{model} {layout}"
+            source = f"{model} {DTYPES[layout != 'bf16']}"
+            said = shop("smooth", output, source, "--qad-calibration-samples", "8", layout=layout)
+            assert "what they were, bit for bit" in said, said[-2000:]
+            found[layout][model] = shop.directory / f"hf {model} {layout}"
+            exports.append([str(output), str(found[layout][model]), "bf16"])
+    shop.server.run("hybrid_jobs:export", 1, {"exports": exports})
+    return found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_transformers_computes_the_same_bit_for_bit(shop, smoothed, model):
+    original, after = shop.directory / f"hf {model}", smoothed["bf16"][model]
+    was, is_now = (load_file(path / "model.safetensors") for path in (original, after))
+    changed = {name for name in was if not torch.equal(was[name], is_now[name])}
+    for name in changed:  # by powers of two and by nothing else
+        ratio = (is_now[name].double() / was[name].double()).nan_to_num(nan=1.0)
+        assert torch.equal(ratio.log2(), ratio.log2().round()), name
+    endings = {name.split(".")[-2] for name in changed}
+    print(f"{model}: {len(changed)} of {len(was)} tensors changed: {sorted(endings)}")
+    assert endings >= {"q_proj"} | ({"in_proj", "gate"} if "nemotron-h" in model else set())
+    assert not endings & {"embed_tokens", "embeddings", "lm_head", "norm_f", "conv1d"}
+    tokens = torch.randint(0, 120, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = [tiny_hybrids.by_transformers(path)(tokens, use_cache=False).logits for path in (original, after)]
+    assert logits[0].std() > 0.3
+    assert torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("bf16", "tp1")])
+def test_layouts_find_the_same_factors(smoothed, layout):
+    for model, directory in smoothed[layout].items():
+        found, expected = (load_file(d / "model.safetensors") for d in (directory, smoothed["tp1"][model]))
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert torch.equal(found[name], expected[name]), f"{model}: {name}"
+
+
+def test_quantization_costs_less(shop, smoothed, tmp_path):
+    """Sensitivity's "everything in NVFP4", of the same model before and after. A sixteenth of the channels is an
+    outlier, whose block has no bits left for the others."""
+    kls = []
+    for model in ("llama bfloat16", "llama bf16"):
+        shop("sensitivity", tmp_path / model, model)
+        kls.append(json.loads((tmp_path / model / "sensitivity.json").read_text())["everything"]["nvfp4"])
+    print(f"KL {kls[0]:.4f} -> {kls[1]:.4f}")
+    assert kls[1] < 0.75 * kls[0]
+
+
+def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_path):
+    record = json.loads((shop.directory / "llama bf16" / "qad_smoothing.json").read_text())
+    assert record["exponent"] == 0.5 and record["sequences"] == 8 and record["largest_change"] == 0.0
+    where = shop.directory
+    argv = [
+        *(
+            "--qad-teacher",
+            f"{where}/llama bf16",
+            "--data-path",
+            f"{where}/data",
+            "--data-cache-path",
+            f"{where}/cache",
+        ),
+        *("--split", "50,50,0", "--bf16", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
+        *("--qad-ptq", "--save", str(tmp_path), "--eval-iters", "1"),
+    ]
+    shop.server.run("training_jobs:train", 1, {"argv": argv})
+    assert json.loads((tmp_path / "qad_smoothing.json").read_text()) == record
+
+
+def test_what_cannot_be_is_refused(shop, tmp_path):
+    assert "--exponent 1.5: expected a number above 0, up to 1" in shop(
+        "smooth", tmp_path / "a", "llama bfloat16", "--exponent", "1.5", fails=True
+    )
+    assert "quantizes no input to NVFP4" in shop(
+        "smooth", tmp_path / "b", "llama bfloat16", "--qad-policy", "bf16", fails=True
+    )
+    shutil.copytree(shop.directory / "hf llama", tmp_path / "c")
+    assert "exists and is not empty" in shop("smooth", tmp_path / "c", "llama bfloat16", fails=True)

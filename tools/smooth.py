@@ -1,0 +1,68 @@
+"""Moves scales between inputs and weights, so that both round better to NVFP4; the model stays what it is, bit for bit.
+
+    torchrun --nproc-per-node N tools/smooth.py --output SMOOTHED [--exponent 0.5] \
+      --qad-teacher CKPT --data-path DATA ...        (Megatron's and pretrain_qad.py's flags)
+
+SMOOTHED is then the --qad-teacher of a job, PTQ or QAD. The text is the training split's, --qad-calibration-samples
+sequences of it.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_qad.runtime import QADError, prepare
+
+prepare(to_compute=True)
+
+import torch  # noqa: E402
+from megatron.training import print_rank_0  # noqa: E402
+from megatron.training.initialize import initialize_megatron  # noqa: E402
+
+from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
+from megatron_qad.checkpoint.release import all_or_none, write_release  # noqa: E402
+from megatron_qad.config.run_files import SMOOTHING_FILE  # noqa: E402
+from megatron_qad.runtime import manifest  # noqa: E402
+from megatron_qad.training.arguments import parse_arguments  # noqa: E402
+from megatron_qad.training.smoothing import smooth  # noqa: E402
+
+EXPONENT = "share of a channel's range, as an exponent, that goes into the weights: 0 none, 1 all (default: 0.5)"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; empty or new")
+    parser.add_argument("--exponent", type=float, default=0.5, help=EXPONENT)
+    own, rest = parser.parse_known_args(argv)
+    if not 0 < own.exponent <= 1:
+        raise QADError(f"--exponent {own.exponent}: expected a number above 0, up to 1")
+    # Nothing is trained, and the norms must be modules of their own.
+    args = parse_arguments([*rest, "--train-iters", "1", "--eval-iters", "0", "--qad-layer-spec", "local"])
+    initialize_megatron()
+    output = all_or_none(lambda: new_directory(own.output))
+    done = smooth(args, own.exponent)
+
+    def finish(aside: Path) -> None:
+        shutil.copytree(Path(args.qad.qad_teacher) / "hf", aside / "hf")
+        record = {"exponent": own.exponent, "sequences": done.num_sequences, "largest_change": done.largest_change}
+        record["weights_sha256"] = hashlib.sha256((aside / "release" / manifest.FILE).read_bytes()).hexdigest()
+        manifest.write_atomically(aside / SMOOTHING_FILE, json.dumps(record, indent=2))
+
+    write_release(output, done.sharded, finish)
+    moved = torch.cat(list(done.factors.values())) if done.factors else torch.ones(1)
+    print_rank_0(
+        f"megatron_qad: smoothed on {done.num_sequences} sequences; on the first rank {len(done.factors)} inputs, "
+        f"{(moved != 1).float().mean():.0%} of their channels, by {moved.min():g} to {moved.max():g}"
+    )
+    same = "what they were, bit for bit" if done.largest_change == 0 else f"changed by up to {done.largest_change:.3g}"
+    print_rank_0(f"megatron_qad: final hidden states are {same}; wrote {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QADError as error:
+        sys.exit(f"error: {error}")
