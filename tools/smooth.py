@@ -8,8 +8,6 @@ sequences of it.
 """
 
 import argparse
-import hashlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -22,13 +20,17 @@ import torch  # noqa: E402
 from megatron.training import print_rank_0  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
+from megatron_qad.checkpoint import origins  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
 from megatron_qad.checkpoint.release import all_or_none, write_release  # noqa: E402
-from megatron_qad.config.run_files import SMOOTHING_FILE  # noqa: E402
+from megatron_qad.config.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
+from megatron_qad.models.weights import iteration_dir  # noqa: E402
 from megatron_qad.runtime import manifest  # noqa: E402
 from megatron_qad.training.arguments import parse_arguments  # noqa: E402
+from megatron_qad.training.setup import resolve_formats  # noqa: E402
 from megatron_qad.training.smoothing import smooth  # noqa: E402
 
+KEEP = "if --output is complete already and would be made again, leave it and succeed; if of something else, fail"
 EXPONENT = "share of a channel's range, as an exponent, that goes into the weights: 0 none, 1 all (default: 0.5)"
 
 
@@ -36,20 +38,25 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; empty or new")
     parser.add_argument("--exponent", type=float, default=0.5, help=EXPONENT)
+    parser.add_argument("--keep", action="store_true", help=KEEP)
     own, rest = parser.parse_known_args(argv)
     if not 0 < own.exponent <= 1:
         raise QADError(f"--exponent {own.exponent}: expected a number above 0, up to 1")
     # Nothing is trained, and the norms must be modules of their own.
     args = parse_arguments([*rest, "--train-iters", "1", "--eval-iters", "0", "--qad-layer-spec", "local"])
+    source, sequences = iteration_dir(args.qad.qad_teacher), args.qad.qad_calibration_samples
+    record = origins.of_smoothing(source, own.exponent, sequences, resolve_formats(args))
+    if own.keep and (own.output / TRACKER).is_file():
+        origins.require_same(own.output, SMOOTHING_FILE, record)
+        return print_rank_0(f"{own.output} is there already")
     initialize_megatron()
     output = all_or_none(lambda: new_directory(own.output))
     done = smooth(args, own.exponent)
 
     def finish(aside: Path) -> None:
         shutil.copytree(Path(args.qad.qad_teacher) / "hf", aside / "hf")
-        record = {"exponent": own.exponent, "sequences": done.num_sequences, "largest_change": done.largest_change}
-        record["weights_sha256"] = hashlib.sha256((aside / "release" / manifest.FILE).read_bytes()).hexdigest()
-        manifest.write_atomically(aside / SMOOTHING_FILE, json.dumps(record, indent=2))
+        described = record | {"result": origins.sum_of_iteration(aside / "release")}
+        manifest.write_atomically(aside / SMOOTHING_FILE, origins.text_of(described))
 
     write_release(output, done.sharded, finish)
     moved = torch.cat(list(done.factors.values())) if done.factors else torch.ones(1)

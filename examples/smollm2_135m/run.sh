@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A real post-trained model on two CPU cores: SmolLM2-135M-Instruct to NVFP4, trained on text that it wrote itself.
+# A real post-trained model on two CPU cores: SmolLM2-135M-Instruct to NVFP4, smoothed, trained on text that it wrote itself.
 #   examples/smollm2_135m/run.sh [OUTPUT_DIRECTORY]
 # A run that was interrupted goes on where it stopped: finished steps are skipped, generation and training resume.
 set -euo pipefail
@@ -21,10 +21,15 @@ step() {
   touch "$out/log/$name.done"
 }
 
+job() {
+  local script=$1; shift
+  torchrun --standalone --nproc-per-node "$ranks" "$script" --config "$here/train.yaml" \
+    --train-data-path 0.56 "$out/data/train-1" 0.44 "$out/data/train-2" --valid-data-path "$out/data/heldout" "$@"
+}
+
 train() {
   local name=$1; shift
-  step "$name" torchrun --standalone --nproc-per-node "$ranks" pretrain_qad.py --config "$here/train.yaml" \
-    --qad-teacher "$out/teacher" --valid-data-path "$out/data/heldout" \
+  step "$name" job pretrain_qad.py \
     --save "$out/$name" --load "$out/$name" --tensorboard-dir "$out/$name/tensorboard" "$@"
   grep -h 'megatron_qad validation' "$out/log/$name.txt" | sed 's/.*iteration/    iteration/'
 }
@@ -46,16 +51,19 @@ for split in train-1 train-2 heldout; do
   step "data-$split" python tools/prepare_data.py --input "$out/data/$split.jsonl" --tokenizer "$out/hf" --output "$out/data/$split"
   tail -n 1 "$out/log/data-$split.txt"
 done
-own=(--train-data-path 0.56 "$out/data/train-1" 0.44 "$out/data/train-2")
-train ptq --qad-ptq "${own[@]}"
-train qad "${own[@]}"
+train ptq --qad-teacher "$out/teacher" --qad-ptq
+# The same model, bit for bit, whose inputs and weights round better; it is teacher and start of what follows.
+step smooth job tools/smooth.py --qad-teacher "$out/teacher" --output "$out/smoothed"
+grep -h 'megatron_qad: smoothed\|megatron_qad: final' "$out/log/smooth.txt" | sed 's/megatron_qad:/   /'
+train ptq-smoothed --qad-teacher "$out/smoothed" --qad-ptq
+train qad --qad-teacher "$out/smoothed"
 for layout in modelopt compressed-tensors; do
   step "export-$layout" python tools/export_hf.py --checkpoint "$out/qad" --output "$out/hf-$layout" --layout "$layout"
   step "validate-$layout" python tools/validate_nvfp4.py "$out/hf-$layout"
   tail -n 1 "$out/log/validate-$layout.txt"
 done
-step report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$out/teacher" --run PTQ="$out/ptq" \
-  --run QAD="$out/qad" --output "$out/report"
+step report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$out/smoothed" --run PTQ="$out/ptq" \
+  --run "PTQ, smoothed=$out/ptq-smoothed" --run QAD="$out/qad" --output "$out/report"
 step compare torchrun --standalone --nproc-per-node 1 "$here/compare.py" --config "$here/train.yaml" --qad-teacher "$out/teacher" \
   --load "$out/qad" --hf-model "$out/hf-compressed-tensors" --text "$out/prompts/heldout.txt"
 grep -h '^prompt\|^answer\|inputs, Megatron' "$out/log/compare.txt"

@@ -1,8 +1,9 @@
-"""What an import or an export was made of, in a small file of it: ``--keep`` keeps only what would be made again.
+"""What an import, a smoothing or an export was made of, in a small file of it: ``--keep`` keeps only what would be made
+again.
 
 A model is known by its small files and by samples of its weights, a saved iteration by its manifest, which has a sum of
-every file: both cost well under a second, however large the weights. Names stand in the record for people; what counts
-is the rest.
+every file: both cost well under a second, however large the weights. Names stand in the record for people, and the
+sum of what came out for comparisons; what counts is the rest.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
-_NAMES = ("model", "checkpoint")
+_NOT_ASKED = ("model", "checkpoint", "result")
 
 
 def of_model(source: Path, dtype: str) -> dict[str, Any]:
@@ -31,19 +32,34 @@ def of_iteration(directory: Path, layout: str, job: dict) -> dict[str, Any]:
         directory: of the iteration, beside whose checkpoint directory's ``hf/`` it stands.
         job: what ``qad.json`` says of the formats.
     """
-    sums = directory / manifest.FILE
-    if sums.is_file():
-        weights = [sums.read_bytes()]
-    else:  # saved by something else: a copy counts as another
-        stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
-        weights = [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
     formats = json.dumps([job.get(key) for key in ("formats", "kv_cache", "scale_rule")], sort_keys=True).encode()
     return {
         "checkpoint": directory.parent.resolve().name,
         "iteration": directory.name,
         "layout": layout,
-        "sha256": _sum([*weights, formats, *_of_hf(directory.parent / "hf")]),
+        "sha256": _sum([*_of_iteration(directory), formats, *_of_hf(directory.parent / "hf")]),
     }
+
+
+def of_smoothing(directory: Path, exponent: float, sequences: int, formats: dict[str, str]) -> dict[str, Any]:
+    """The record of a smoothed checkpoint.
+
+    Args:
+        directory: of the iteration that it is made of.
+        sequences: of calibration, as asked for.
+        formats: of every linear, by Megatron weight name: they say what is smoothed.
+    """
+    what = json.dumps(formats, sort_keys=True).encode()
+    return {
+        "checkpoint": directory.parent.resolve().name,
+        "exponent": exponent,
+        "sequences": sequences,
+        "sha256": _sum([*_of_iteration(directory), what]),
+    }
+
+
+def sum_of_iteration(directory: Path) -> str:
+    return _sum(_of_iteration(directory))
 
 
 def text_of(record: dict[str, Any]) -> str:
@@ -58,15 +74,30 @@ def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> No
     """
     file = output / record_name
     found = read_json(file) if file.is_file() else {}
-    if {k: v for k, v in found.items() if k not in _NAMES} != {k: v for k, v in expected.items() if k not in _NAMES}:
+    if {k: v for k, v in found.items() if k not in _NOT_ASKED} != {
+        k: v for k, v in expected.items() if k not in _NOT_ASKED
+    }:
         was = f"was made of {_described(found)}" if found else f"has no {record_name} that says what it was made of"
         raise QADError(
             f"--keep: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another --output."
         )
 
 
+def _asked(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in _NOT_ASKED}
+
+
 def _described(record: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value[:12] if key == 'sha256' else value}" for key, value in record.items())
+    return ", ".join(f"{key} {value[:12] if key in ('sha256', 'result') else value}" for key, value in record.items())
+
+
+def _of_iteration(directory: Path) -> list[bytes]:
+    sums = directory / manifest.FILE
+    if sums.is_file():
+        return [sums.read_bytes()]
+    # Saved by something else: a copy counts as another.
+    stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
+    return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
 
 
 def _of_hf(directory: Path) -> Iterable[bytes]:

@@ -130,7 +130,7 @@ def test_quantization_costs_less(shop, smoothed, tmp_path):
 
 def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_path):
     record = json.loads((shop.directory / "llama bf16" / "qad_smoothing.json").read_text())
-    assert record["exponent"] == 0.5 and record["sequences"] == 8 and record["largest_change"] == 0.0
+    assert record["checkpoint"] == "llama bfloat16" and record["exponent"] == 0.5 and record["sequences"] == 8
     where = shop.directory
     argv = [
         *(
@@ -146,6 +146,16 @@ def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_p
     ]
     shop.server.run("training_jobs:train", 1, {"argv": argv})
     assert json.loads((tmp_path / "qad_smoothing.json").read_text()) == record
+
+
+def test_what_would_be_made_again_is_kept(shop, smoothed):
+    output = shop.directory / "llama bf16"
+    before = (output / "latest_checkpointed_iteration.txt").stat().st_mtime_ns
+    flags = ["--qad-calibration-samples", "8", "--keep"]
+    assert "is there already" in shop("smooth", output, "llama bfloat16", *flags)
+    assert "was made of checkpoint llama bfloat16" in shop("smooth", output, "llama float32", *flags, fails=True)
+    assert "exponent 0.25" in shop("smooth", output, "llama bfloat16", *flags, "--exponent", "0.25", fails=True)
+    assert (output / "latest_checkpointed_iteration.txt").stat().st_mtime_ns == before
 
 
 def test_what_cannot_be_is_refused(shop, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 from place import ROOT
 from safetensors import safe_open
 
-STAGES = ("import", "calibrate", "qad", "export", "validate")
+STAGES = ("import", "smooth", "calibrate", "qad", "export", "validate")
 
 
 def pipeline(place, *flags: str, **environment: str) -> dict[str, str]:
@@ -26,7 +26,7 @@ def pipeline(place, *flags: str, **environment: str) -> dict[str, str]:
 
 def test_the_pipeline_ends_in_a_validated_model(place):
     work = place.directory / "work"
-    jobs = pipeline(place, "--train-iters", "4")
+    jobs = pipeline(place, "--train-iters", "4", QAD_STAGES=" ".join(STAGES))
     assert tuple(jobs) == STAGES
     for earlier, later in zip(STAGES, STAGES[1:], strict=False):
         dependency = place.cluster.state(jobs[later])["Dependency"]
@@ -35,16 +35,20 @@ def test_the_pipeline_ends_in_a_validated_model(place):
         place.cluster.wait(
             jobs[stage], lambda state: state["JobState"] == "COMPLETED", 300, work / "log" / f"{stage}.log"
         )
+    assert "what they were, bit for bit" in (work / "log" / "smooth.log").read_text()
+    assert f"teacher from {work}/smoothed, frozen" in (work / "log" / "qad.log").read_text()
     assert ": valid" in (work / "log" / "validate.log").read_text()
     with safe_open(work / "hf-modelopt" / "model.safetensors", framework="pt") as file:
         assert sum(name.endswith("weight_scale_2") for name in file.keys()) == 2 * 7  # noqa: SIM118 (no mapping)
 
     # Each stage alone, again: what is complete is left as it is.
     written = {
-        file: file.stat().st_mtime_ns for part in ("teacher", "hf-modelopt") for file in work.glob(f"{part}/**/*")
+        file: file.stat().st_mtime_ns
+        for part in ("teacher", "smoothed", "hf-modelopt")
+        for file in work.glob(f"{part}/**/*")
     }
-    jobs = pipeline(place, QAD_STAGES="import export")
-    assert tuple(jobs) == ("import", "export")
+    jobs = pipeline(place, QAD_STAGES="import smooth export")
+    assert tuple(jobs) == ("import", "smooth", "export")
     place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "COMPLETED", 300)
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
