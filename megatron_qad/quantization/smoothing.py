@@ -8,8 +8,7 @@ does it by itself, which needs nothing of other blocks or ranks, and factors are
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.activations import squared_relu
@@ -20,6 +19,7 @@ from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS
 from megatron_qad.quantization.names import named_modules_globally
+from megatron_qad.runtime.errors import QADError
 
 _SMALLEST = 2.0**-16
 """Of a block's largest mean square: channels below count as this. One that calibration never saw alive may wake."""
@@ -59,8 +59,8 @@ class Exchange:
     power: int = 1
     groups: tuple = ()
     min_tokens: int = 1
-    _squares: Tensor | None = None
-    _num_tokens: int = 0
+    _squares: Tensor | None = field(init=False, default=None)
+    _num_tokens: int = field(init=False, default=0)
 
     def see(self, x: Tensor) -> None:
         """Add the tensor of a forward pass, [..., inputs], to what is known of its channels."""
@@ -70,7 +70,11 @@ class Exchange:
         self._num_tokens += len(x)
 
     def apply_(self, exponent: float) -> Tensor:
-        """Move the scales; return the factors, float32 [channels]. Collective over ``groups``."""
+        """Move the scales; return the factors, float32 [channels]. Collective over ``groups``.
+
+        Raises:
+            QADError: the tensor held NaN or Inf.
+        """
         inputs = self.columns[0].shape[1]
         device = self.columns[0].device
         squares = torch.zeros(inputs, dtype=torch.float64, device=device) if self._squares is None else self._squares
@@ -78,6 +82,8 @@ class Exchange:
         for group in self.groups:
             if group is not None and group.size() > 1:
                 torch.distributed.all_reduce(seen, group=group)
+        if not bool(seen.isfinite().all()):
+            raise QADError(f"the input of {self.name} held NaN or Inf. Look for them in the weights before it")
         squares, num_tokens = seen[:-1], seen[-1]
         if num_tokens < self.min_tokens:
             squares = torch.zeros_like(squares)
@@ -209,8 +215,8 @@ def _within_mlp(name: str, mlp: torch.nn.Module, groups: tuple, min_tokens: int 
         return  # no factor passes through another activation
     inner = fc2.weight.shape[1]
     rows = [tensor[-inner:] for tensor in (fc1.weight, fc1.bias) if tensor is not None]  # behind the gate's
-    exchange = partial(Exchange, power=power, groups=groups, min_tokens=min_tokens)
-    yield exchange(name, rows, [fc2.weight], _input_of(fc2))
+    watch = _input_of(fc2)
+    yield Exchange(name, rows, [fc2.weight], watch, power=power, groups=groups, min_tokens=min_tokens)
 
 
 def _input_of(linear: torch.nn.Module) -> Callable:

@@ -61,12 +61,15 @@ def smooth(args: argparse.Namespace, exponent: float) -> Smoothed:
     smoothing = Smoothing(chunks, formats, groups)
     if not _any_rank(bool(smoothing.exchanges)):
         raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
-    batches = _batches(args)
+    batches, first = _batches(args), _whole_round(1)
+    at_a_time = 4 * mpu.get_pipeline_model_parallel_world_size()
     with smoothing.watching():
-        before = _hidden_states(args, chunks, batches)
+        before = _hidden_states(args, chunks, batches[:first])
+        for i in range(first, len(batches), at_a_time):  # all at once, their hidden states would take gigabytes
+            _hidden_states(args, chunks, batches[i : i + at_a_time])
     factors = smoothing.apply_(exponent)
-    after = _hidden_states(args, chunks, batches[: _whole_round(1)])
-    change = max((float((a.float() - b.float()).abs().max()) for a, b in zip(after, before, strict=False)), default=0.0)
+    after = _hidden_states(args, chunks, batches[:first])
+    change = max((float((a.float() - b.float()).abs().max()) for a, b in zip(after, before, strict=True)), default=0.0)
     largest = torch.tensor(change, device=torch.cuda.current_device())
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     num_sequences = len(batches) * args.micro_batch_size * mpu.get_data_parallel_world_size()

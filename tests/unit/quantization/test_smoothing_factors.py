@@ -5,6 +5,7 @@ import torch
 
 from megatron_qad.formats import nvfp4
 from megatron_qad.quantization.smoothing import Exchange, block_factors
+from megatron_qad.runtime.errors import QADError
 
 
 def squares_of(*exponents: float) -> torch.Tensor:
@@ -76,3 +77,10 @@ def test_too_few_tokens_change_nothing():
     kept = rows.clone(), columns.clone()
     assert exchange.apply_(0.5).tolist() == [1.0] * 16
     assert torch.equal(rows, kept[0]) and torch.equal(columns, kept[1])
+
+
+def test_nan_is_named():
+    exchange = Exchange("decoder.layers.1.mlp.linear_fc2", [torch.ones(16, 4)], [torch.ones(8, 16)], watch=None)
+    exchange.see(torch.full((4, 16), torch.nan))
+    with pytest.raises(QADError, match=r"layers\.1\.mlp\.linear_fc2 held NaN or Inf"):
+        exchange.apply_(0.5)
