@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     own, rest = parser.parse_known_args(argv)
     # Nothing is trained; Megatron wants to know for how long.
     untrained = ["--train-iters", "1", "--eval-interval", "1", "--eval-iters", str(own.num_microbatches)]
-    args = parse_arguments([*rest, *untrained])
+    args = parse_arguments([*rest, *untrained], trains=False)
     initialize_megatron()
     linears = family_of(args.hf_config).linears(args.hf_config)
     units = units_of(linears, resolve_formats(args))

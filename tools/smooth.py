@@ -24,6 +24,7 @@ from megatron_qad.checkpoint import origins  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
 from megatron_qad.checkpoint.release import all_or_none, write_release  # noqa: E402
 from megatron_qad.config.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
+from megatron_qad.formats.catalogue import LINEAR_FORMATS  # noqa: E402
 from megatron_qad.models.weights import iteration_dir  # noqa: E402
 from megatron_qad.runtime import manifest  # noqa: E402
 from megatron_qad.training.arguments import parse_arguments  # noqa: E402
@@ -43,15 +44,21 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < own.exponent <= 1:
         raise QADError(f"--exponent {own.exponent}: expected a number above 0, up to 1")
     # Nothing is trained, and the norms must be modules of their own.
-    args = parse_arguments([*rest, "--train-iters", "1", "--eval-iters", "0", "--qad-layer-spec", "local"])
-    source, sequences = iteration_dir(args.qad.qad_teacher), args.qad.qad_calibration_samples
-    record = origins.of_smoothing(source, own.exponent, sequences, resolve_formats(args))
+    untrained = ["--train-iters", "1", "--eval-iters", "0", "--qad-layer-spec", "local"]
+    args = parse_arguments([*rest, *untrained], trains=False)
+    if args.qad.qad_teacher is None or args.qad.qad_student is not None:
+        raise QADError("--qad-teacher, and no --qad-student: the model that is to be smoothed")
+    formats = resolve_formats(args)
+    if not any(LINEAR_FORMATS[fmt].input == "nvfp4" for fmt in formats.values()):
+        raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
+    asked = {"exponent": own.exponent, "sequences": args.qad.qad_calibration_samples, "text": text_of(args)}
+    record = origins.of_smoothing(iteration_dir(args.qad.qad_teacher), asked, formats)
     if own.keep and (own.output / TRACKER).is_file():
         origins.require_same(own.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{own.output} is there already")
     initialize_megatron()
     output = all_or_none(lambda: new_directory(own.output))
-    done = smooth(args, own.exponent)
+    done = smooth(args, own.exponent, formats)
 
     def finish(aside: Path) -> None:
         shutil.copytree(Path(args.qad.qad_teacher) / "hf", aside / "hf")
@@ -64,8 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         f"megatron_qad: smoothed on {done.num_sequences} sequences; on the first rank {len(done.factors)} inputs, "
         f"{(moved != 1).float().mean():.0%} of their channels, by {moved.min():g} to {moved.max():g}"
     )
-    same = "what they were, bit for bit" if done.largest_change == 0 else f"changed by up to {done.largest_change:.3g}"
+    change = f"changed by up to {done.largest_change:.3g} of their root mean square"
+    same = "what they were, bit for bit" if done.largest_change == 0 else change
     print_rank_0(f"megatron_qad: final hidden states are {same}; wrote {output}")
+
+
+def text_of(args: argparse.Namespace) -> list:
+    """What decides which sequences a model sees, and in which precision."""
+    data = [args.data_path, args.train_data_path, args.data_args_path, args.per_split_data_args_path, args.split]
+    return [*data, args.seq_length, args.seed, str(args.params_dtype).removeprefix("torch.")]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ for split in train-1 train-2 heldout; do
 done
 train ptq --qad-teacher "$out/teacher" --qad-ptq
 # The same model, bit for bit, whose inputs and weights round better; it is teacher and start of what follows.
-step smooth job tools/smooth.py --qad-teacher "$out/teacher" --output "$out/smoothed"
+step smooth job tools/smooth.py --qad-teacher "$out/teacher" --output "$out/smoothed" --keep
 grep -h 'megatron_qad: smoothed\|megatron_qad: final' "$out/log/smooth.txt" | sed 's/megatron_qad:/   /'
 train ptq-smoothed --qad-teacher "$out/smoothed" --qad-ptq
 train qad --qad-teacher "$out/smoothed"

@@ -41,21 +41,17 @@ def of_iteration(directory: Path, layout: str, job: dict) -> dict[str, Any]:
     }
 
 
-def of_smoothing(directory: Path, exponent: float, sequences: int, formats: dict[str, str]) -> dict[str, Any]:
+def of_smoothing(directory: Path, settings: dict[str, Any], formats: dict[str, str]) -> dict[str, Any]:
     """The record of a smoothed checkpoint.
 
     Args:
         directory: of the iteration that it is made of.
-        sequences: of calibration, as asked for.
+        settings: what was asked for, small and in words and numbers.
         formats: of every linear, by Megatron weight name: they say what is smoothed.
     """
     what = json.dumps(formats, sort_keys=True).encode()
-    return {
-        "checkpoint": directory.parent.resolve().name,
-        "exponent": exponent,
-        "sequences": sequences,
-        "sha256": _sum([*_of_iteration(directory), what]),
-    }
+    names = {"checkpoint": directory.parent.resolve().name, "iteration": directory.name}
+    return names | settings | {"sha256": _sum([*_of_iteration(directory), what])}
 
 
 def sum_of_iteration(directory: Path) -> str:
@@ -74,9 +70,7 @@ def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> No
     """
     file = output / record_name
     found = read_json(file) if file.is_file() else {}
-    if {k: v for k, v in found.items() if k not in _NOT_ASKED} != {
-        k: v for k, v in expected.items() if k not in _NOT_ASKED
-    }:
+    if _asked(found) != _asked(expected):
         was = f"was made of {_described(found)}" if found else f"has no {record_name} that says what it was made of"
         raise QADError(
             f"--keep: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another --output."

@@ -20,7 +20,8 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
     Args:
         target: a directory that is new or empty (``hf_writer.new_directory``).
         sharded: a sharded state dict, each rank its part.
-        finish: called on the first rank with the directory under its name of before, to write what stands beside.
+        finish: called on the first rank with the directory, under the name that it has until it is whole, to write
+            what stands beside the weights.
 
     Raises:
         QADError: a full disk or another fault of writing; nothing is left.

@@ -6,6 +6,7 @@ where it is made (the weight of a norm, the rows of an up or a value projection)
 does it by itself, which needs nothing of other blocks or ranks, and factors are powers of two, which no float rounds.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,9 +28,11 @@ _SMALLEST = 2.0**-16
 
 @dataclass(frozen=True)
 class Groups:
-    """Process groups over which a sum of squares is completed; None: one rank."""
+    """Process groups over which a sum of squares is completed, in one all-reduce, so that all their ranks find the same
+    bits; None: one rank."""
 
-    tensor: object = None
+    tensor_and_data: object = None
+    """Tensor, data and context parallel."""
     data: object = None
     """Data and context parallel."""
     expert_data: object = None
@@ -47,8 +50,9 @@ class Exchange:
         watch: calls its argument with the tensor, [..., inputs], in every forward pass, until the handle is removed.
         channel_of: int64 [inputs], the channel that each input column reads; None: its own.
         power: how often a row's factor arrives at the columns (2 behind a squared ReLU).
-        groups: over which ranks the tensor's rows are spread.
+        group: the ranks over which the tensor's rows are spread.
         min_tokens: with fewer, nothing is exchanged.
+        readers: regular expression of the names of all linears that read it; None: ``name`` alone.
     """
 
     name: str
@@ -57,8 +61,9 @@ class Exchange:
     watch: Callable
     channel_of: Tensor | None = None
     power: int = 1
-    groups: tuple = ()
+    group: object = None
     min_tokens: int = 1
+    readers: str | None = None
     _squares: Tensor | None = field(init=False, default=None)
     _num_tokens: int = field(init=False, default=0)
 
@@ -70,7 +75,7 @@ class Exchange:
         self._num_tokens += len(x)
 
     def apply_(self, exponent: float) -> Tensor:
-        """Move the scales; return the factors, float32 [channels]. Collective over ``groups``.
+        """Move the scales; return the factors, float32 [channels]. Collective over ``group``.
 
         Raises:
             QADError: the tensor held NaN or Inf.
@@ -79,9 +84,8 @@ class Exchange:
         device = self.columns[0].device
         squares = torch.zeros(inputs, dtype=torch.float64, device=device) if self._squares is None else self._squares
         seen = torch.cat([squares, squares.new_tensor([self._num_tokens])])
-        for group in self.groups:
-            if group is not None and group.size() > 1:
-                torch.distributed.all_reduce(seen, group=group)
+        if self.group is not None and self.group.size() > 1:
+            torch.distributed.all_reduce(seen, group=self.group)
         if not bool(seen.isfinite().all()):
             raise QADError(f"the input of {self.name} held NaN or Inf. Look for them in the weights before it")
         squares, num_tokens = seen[:-1], seen[-1]
@@ -145,49 +149,52 @@ def _exchanges(chunk: torch.nn.Module, formats: Mapping[str, str], groups: Group
     rounds = {name.removesuffix(".weight") for name, fmt in formats.items() if LINEAR_FORMATS[fmt].input == "nvfp4"}
     for layer in unwrap_model(chunk).decoder.layers:
         for exchange in _of_layer(layer, names, groups):
-            # Experts of other ranks read the same norm: what is asked is whether any linear there does.
-            place = exchange.name
-            if any(name == place or name.startswith(f"{place}.") for name in rounds):
-                if exchange.columns[0].shape[1] % BLOCK_SIZE == 0:
-                    yield exchange
+            # By name and not by what this rank holds: experts of other ranks read the same norm.
+            readers = re.compile(exchange.readers or re.escape(exchange.name))
+            if any(map(readers.fullmatch, rounds)) and exchange.columns[0].shape[1] % BLOCK_SIZE == 0:
+                yield exchange
 
 
 def _of_layer(layer: torch.nn.Module, names: dict[int, str], groups: Groups) -> Iterator[Exchange]:
-    whole = (groups.tensor, groups.data)  # each rank has all channels of some tokens
+    whole = groups.tensor_and_data  # each rank has all channels of some tokens
     if (mixer := getattr(layer, "mixer", None)) is not None:
         yield _behind_norm(names[id(mixer.in_proj)], layer.norm, [mixer.in_proj], whole)
-        yield _behind_norm(names[id(mixer.out_proj)], mixer.norm, [mixer.out_proj], (groups.data,))
+        yield _behind_norm(names[id(mixer.out_proj)], mixer.norm, [mixer.out_proj], groups.data)
     attention = getattr(layer, "self_attention", None)
     if hasattr(attention, "linear_qkv"):
         yield _behind_norm(names[id(attention.linear_qkv)], layer.input_layernorm, [attention.linear_qkv], whole)
         yield from _behind_values(names[id(attention.linear_proj)], attention, groups)
     mlp = getattr(layer, "mlp", None)
     if hasattr(mlp, "router"):
-        yield _behind_norm(names[id(mlp)], layer.pre_mlp_layernorm, _readers_of_experts_input(mlp), whole)
+        yield _before_experts(names[id(mlp)], layer.pre_mlp_layernorm, mlp, whole)
         for expert in mlp.experts.local_experts:
-            yield from _within_mlp(names[id(expert.linear_fc2)], expert, (groups.expert_data,), MIN_EXPERT_TOKENS)
+            yield from _within_mlp(names[id(expert.linear_fc2)], expert, groups.expert_data, MIN_EXPERT_TOKENS)
         if mlp.shared_experts is not None:
             shared = mlp.shared_experts
-            yield from _within_mlp(names[id(shared.linear_fc2)], shared, (groups.data,))
+            yield from _within_mlp(names[id(shared.linear_fc2)], shared, groups.data)
     elif hasattr(mlp, "linear_fc1"):
         yield _behind_norm(names[id(mlp.linear_fc1)], layer.pre_mlp_layernorm, [mlp.linear_fc1], whole)
-        yield from _within_mlp(names[id(mlp.linear_fc2)], mlp, (groups.data,))
+        yield from _within_mlp(names[id(mlp.linear_fc2)], mlp, groups.data)
 
 
-def _readers_of_experts_input(moe: torch.nn.Module) -> list[torch.nn.Module]:
+def _behind_norm(name: str, norm: torch.nn.Module, readers: Sequence[torch.nn.Module], group) -> Exchange:
+    def watch(see):
+        return norm.register_forward_hook(lambda _, inputs, output: see(output))
+
+    return Exchange(name, [norm.weight], [reader.weight for reader in readers], watch, group=group)
+
+
+def _before_experts(name: str, norm: torch.nn.Module, moe: torch.nn.Module, group) -> Exchange:
+    """The norm that router, experts (or the projection into their space) and shared experts read."""
     latent = getattr(moe, "fc1_latent_proj", None)
     readers = [moe.router] + ([latent] if latent is not None else [e.linear_fc1 for e in moe.experts.local_experts])
     if moe.shared_experts is not None:
         readers.append(moe.shared_experts.linear_fc1)
         assert moe.shared_experts.gate_weight is None, "a gate of the shared experts reads the norm, too"
-    return readers
-
-
-def _behind_norm(name: str, norm: torch.nn.Module, readers: Sequence[torch.nn.Module], groups: tuple) -> Exchange:
-    def watch(see):
-        return norm.register_forward_hook(lambda _, inputs, output: see(output))
-
-    return Exchange(name, [norm.weight], [reader.weight for reader in readers], watch, groups=groups)
+    exchange = _behind_norm(name, norm, readers, group)
+    routed = r"experts\.experts\.\d+\.linear_fc1" if latent is None else "fc1_latent_proj"
+    exchange.readers = rf"{re.escape(name)}\.({routed}|shared_experts\.linear_fc1)"
+    return exchange
 
 
 def _behind_values(name: str, attention: torch.nn.Module, groups: Groups) -> Iterator[Exchange]:
@@ -204,10 +211,10 @@ def _behind_values(name: str, attention: torch.nn.Module, groups: Groups) -> Ite
     ]
     channels = torch.arange(num_groups * size, device=proj.weight.device).view(num_groups, 1, size)
     channel_of = channels.expand(-1, proj.weight.shape[1] // (num_groups * size), -1).flatten()
-    yield Exchange(name, values, [proj.weight], _input_of(proj), channel_of, groups=(groups.data,))
+    yield Exchange(name, values, [proj.weight], _input_of(proj), channel_of, group=groups.data)
 
 
-def _within_mlp(name: str, mlp: torch.nn.Module, groups: tuple, min_tokens: int = 1) -> Iterator[Exchange]:
+def _within_mlp(name: str, mlp: torch.nn.Module, group, min_tokens: int = 1) -> Iterator[Exchange]:
     """Rows of the up projection, or of the only one before a squared ReLU."""
     fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
     power = 1 if mlp.config.gated_linear_unit else 2
@@ -216,7 +223,7 @@ def _within_mlp(name: str, mlp: torch.nn.Module, groups: tuple, min_tokens: int 
     inner = fc2.weight.shape[1]
     rows = [tensor[-inner:] for tensor in (fc1.weight, fc1.bias) if tensor is not None]  # behind the gate's
     watch = _input_of(fc2)
-    yield Exchange(name, rows, [fc2.weight], watch, power=power, groups=groups, min_tokens=min_tokens)
+    yield Exchange(name, rows, [fc2.weight], watch, power=power, group=group, min_tokens=min_tokens)
 
 
 def _input_of(linear: torch.nn.Module) -> Callable:

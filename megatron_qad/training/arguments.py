@@ -42,10 +42,17 @@ from megatron_qad.training.layout import (
     num_virtual_stages,
     teacher_virtual_stages,
     with_stages,
+    without,
     without_virtual_stages,
 )
 from megatron_qad.training.outputs import settle_outputs
 from megatron_qad.training.vocabulary import check_same_vocabulary
+
+_OF_TRAINING = (
+    *("--train-samples", "--lr-decay-samples", "--lr-warmup-samples", "--save", "--load", "--tensorboard-dir"),
+    *("--wandb-project", "--qad-keep-last", "--qad-keep-best", "--qad-spike-factor"),
+)
+"""What a job that trains nothing has no use for, or would count, save or log as training."""
 
 
 def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -56,8 +63,11 @@ def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     return parser
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -> argparse.Namespace:
     """Parse and validate; sets Megatron's global args.
+
+    Args:
+        trains: False leaves out what concerns training alone, so that a tool may be given a job's flags.
 
     Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
 
@@ -67,6 +77,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = add_qad_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     argv = expand(argv, parser)
+    if not trains:
+        argv = without(argv, *_OF_TRAINING)
     early, _ = parser.parse_known_args(argv)
     options = _qad_options(early)
     check_tokenizer(early)

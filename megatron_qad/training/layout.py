@@ -22,16 +22,21 @@ def num_virtual_stages(args: argparse.Namespace) -> int:
     return asked or getattr(args, "virtual_pipeline_model_parallel_size", None) or 1
 
 
-def without_virtual_stages(argv: list[str]) -> list[str]:
-    """``argv`` without Megatron's flag for virtual stages, which a layer pattern that is cut into them replaces."""
+def without(argv: list[str], *flags: str) -> list[str]:
+    """``argv`` without these flags and the one value of each."""
     kept = iter(argv)
     found = []
     for word in kept:
-        if word == _VIRTUAL_STAGES:
+        if word in flags:
             next(kept, None)
-        elif not word.startswith(_VIRTUAL_STAGES + "="):
+        elif word.split("=")[0] not in flags:
             found.append(word)
     return found
+
+
+def without_virtual_stages(argv: list[str]) -> list[str]:
+    """``argv`` without Megatron's flag for virtual stages, which a layer pattern that is cut into them replaces."""
+    return without(argv, _VIRTUAL_STAGES)
 
 
 def teacher_virtual_stages(num_layers: int, args: argparse.Namespace) -> int:

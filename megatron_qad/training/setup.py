@@ -68,7 +68,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
     formats = resolve_formats(args)
     check_head(Outputs.chosen(args.qad), formats)
     if args.save is not None:
-        whole_saves.on_first_rank(lambda: describe_checkpoint(args, formats))
+        whole_saves.on_first_rank(lambda: describe_checkpoint(args, formats, resumes))
     tp_group = mpu.get_tensor_model_parallel_group()
     data_group = mpu.get_data_parallel_group(with_context_parallel=True)
     activations = ActivationQuantizers(
@@ -123,6 +123,21 @@ def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) 
     assert not shared, f"{len(shared)} parameters of the teacher are the student's, too"
 
 
+def _describe_smoothing(start: Path, save: Path, load: Path | None) -> None:
+    """Beside the checkpoints, how the weights that they descend from were smoothed."""
+    records = [path and path / SMOOTHING_FILE for path in (start, load)]
+    of_start, of_load = (file.read_text() if file and file.is_file() else None for file in records)
+    if load is not None and of_load != of_start:
+        raise QADError(
+            f"{load} is of a job whose weights were not smoothed as {start} is ({SMOOTHING_FILE}); it goes on as it "
+            "began. Give the --qad-teacher or --qad-student of before, or begin in another --save directory"
+        )
+    if of_start is not None:
+        manifest.write_atomically(save / SMOOTHING_FILE, of_start)
+    else:
+        (save / SMOOTHING_FILE).unlink(missing_ok=True)
+
+
 def _copy_whole(source: str, target: str) -> None:
     """A file that appears when it is whole, and stays if it is there: a vision encoder has a gigabyte."""
     now, then = Path(source).stat(), Path(target).stat() if Path(target).is_file() else None
@@ -132,11 +147,12 @@ def _copy_whole(source: str, target: str) -> None:
         os.replace(partial, target)
 
 
-def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> None:
+def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str], resumes: bool = False) -> None:
     """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear.
 
     Raises:
-        QADError: ``--save`` holds checkpoints of a job with other formats, which ``qad.json`` must go on describing.
+        QADError: ``--save`` holds checkpoints of a job with other formats, which ``qad.json`` must go on describing;
+            ``--load`` is of a job that began with weights smoothed otherwise.
     """
     save = Path(args.save)
     file = save / JOB_FILE
@@ -160,8 +176,7 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str]) -> No
             )
     start = Path(args.qad.qad_student or args.qad.qad_teacher)
     shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_whole)
-    if not file.is_file() and (start / SMOOTHING_FILE).is_file():  # of the weights that --save's descend from
-        shutil.copy2(start / SMOOTHING_FILE, save / SMOOTHING_FILE)
+    _describe_smoothing(start, save, Path(args.load) if resumes else None)
     job = {
         "policy": args.qad.qad_policy,
         "rules": args.qad.qad_rule,

@@ -5,6 +5,7 @@ a job whose NVFP4 then costs less: the scales that ``quantization.smoothing`` mo
 """
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,6 @@ from megatron_qad.quantization.smoothing import Groups, Smoothing
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
 from megatron_qad.training.batch import Batch, read_batches, schedule_shape
-from megatron_qad.training.setup import resolve_formats
 from megatron_qad.training.teacher import Teacher
 
 
@@ -34,19 +34,25 @@ class Smoothed:
     """float32 [channels] of this rank, powers of two, by the name of what reads the channels."""
     num_sequences: int
     largest_change: float
-    """Of any final hidden state of the first microbatch; 0.0 says that all are what they were, bit for bit."""
+    """Of any final hidden state of the first microbatch, as a share of their root mean square; 0.0 says that all are
+    what they were, bit for bit."""
 
 
-def smooth(args: argparse.Namespace, exponent: float) -> Smoothed:
+# A reader that was left out would change the states by as much as they are. What may differ is the order of sums on a
+# GPU that adds up experts' outputs as they come: a few of bfloat16's roundings, of 2^-8.
+_LARGEST_CHANGE = 0.05
+
+
+def smooth(args: argparse.Namespace, exponent: float, formats: Mapping[str, str]) -> Smoothed:
     """Smooth ``--qad-teacher`` by ``--qad-calibration-samples`` sequences of the training split. Collective.
 
     Args:
         exponent: see ``quantization.smoothing.block_factors``.
+        formats: of every linear, by global Megatron weight name.
 
     Raises:
-        QADError: the policy has no linear with NVFP4 inputs.
+        QADError: the model is not what it was; NaN or Inf in the text's passes.
     """
-    formats = resolve_formats(args)
     config = model_config(args, args.hf_config)
     chunks = config.get_builder_cls()(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
@@ -54,13 +60,11 @@ def smooth(args: argparse.Namespace, exponent: float) -> Smoothed:
     load_weights(chunks, args.qad.qad_teacher)
     chunks = [freeze(chunk) for chunk in chunks]
     groups = Groups(
-        mpu.get_tensor_model_parallel_group(),
+        mpu.get_tensor_and_data_parallel_group(with_context_parallel=True),
         mpu.get_data_parallel_group(with_context_parallel=True),
         mpu.get_expert_data_parallel_group(),
     )
     smoothing = Smoothing(chunks, formats, groups)
-    if not _any_rank(bool(smoothing.exchanges)):
-        raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
     batches, first = _batches(args), _whole_round(1)
     at_a_time = 4 * mpu.get_pipeline_model_parallel_world_size()
     with smoothing.watching():
@@ -69,11 +73,14 @@ def smooth(args: argparse.Namespace, exponent: float) -> Smoothed:
             _hidden_states(args, chunks, batches[i : i + at_a_time])
     factors = smoothing.apply_(exponent)
     after = _hidden_states(args, chunks, batches[:first])
-    change = max((float((a.float() - b.float()).abs().max()) for a, b in zip(after, before, strict=True)), default=0.0)
-    largest = torch.tensor(change, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    change = _change(before, after)
+    if change > _LARGEST_CHANGE:
+        raise QADError(
+            f"smoothing changed the model: a final hidden state by {change:.3g} of their root mean square. Nothing was "
+            "written; this is a fault of megatron_qad"
+        )
     num_sequences = len(batches) * args.micro_batch_size * mpu.get_data_parallel_world_size()
-    return Smoothed(weights_to_save(chunks), factors, num_sequences, largest.item())
+    return Smoothed(weights_to_save(chunks), factors, num_sequences, change)
 
 
 def _batches(args: argparse.Namespace) -> list[Batch]:
@@ -100,7 +107,11 @@ def _hidden_states(args: argparse.Namespace, chunks: list[torch.nn.Module], batc
         return Teacher(chunks, keeps_hidden=True).forward(batches, **shape, decoder_seq_length=None)
 
 
-def _any_rank(is_so: bool) -> bool:
-    found = torch.tensor(is_so, dtype=int, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return bool(found)
+def _change(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest difference over all ranks, as a share of the states' root mean square; infinite for NaN."""
+    largest = torch.zeros((), device=torch.cuda.current_device())
+    for old, new in zip(before, after, strict=True):
+        difference = (new.float() - old.float()).abs().max() / old.float().square().mean().sqrt()
+        largest = torch.maximum(largest, difference.nan_to_num(nan=torch.inf, posinf=torch.inf))
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest.item()
