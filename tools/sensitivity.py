@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget-mb", type=float, help="10^6 bytes that the candidates may take; no proposal without")
     parser.add_argument("--num-microbatches", type=int, default=4, help="of held-out text, a data-parallel rank")
     own, rest = parser.parse_known_args(argv)
-    # Nothing is trained; Megatron wants to know for how long.
-    untrained = ["--train-iters", "1", "--eval-interval", "1", "--eval-iters", str(own.num_microbatches)]
-    args = parse_arguments([*rest, *untrained], trains=False)
+    evaluation = ["--eval-interval", "1", "--eval-iters", str(own.num_microbatches)]
+    args = parse_arguments([*rest, *evaluation], trains=False)
     initialize_megatron()
     linears = family_of(args.hf_config).linears(args.hf_config)
     units = units_of(linears, resolve_formats(args))

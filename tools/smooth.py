@@ -43,15 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     own, rest = parser.parse_known_args(argv)
     if not 0 < own.exponent <= 1:
         raise QADError(f"--exponent {own.exponent}: expected a number above 0, up to 1")
-    # Nothing is trained, and the norms must be modules of their own.
-    untrained = ["--train-iters", "1", "--eval-iters", "0", "--qad-layer-spec", "local"]
-    args = parse_arguments([*rest, *untrained], trains=False)
+    # The norms must be modules of their own.
+    args = parse_arguments([*rest, "--eval-iters", "0", "--qad-layer-spec", "local"], trains=False)
     if args.qad.qad_teacher is None or args.qad.qad_student is not None:
         raise QADError("--qad-teacher, and no --qad-student: the model that is to be smoothed")
     formats = resolve_formats(args)
     if not any(LINEAR_FORMATS[fmt].input == "nvfp4" for fmt in formats.values()):
         raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
-    asked = {"exponent": own.exponent, "sequences": args.qad.qad_calibration_samples, "text": text_of(args)}
+    asked = {"exponent": own.exponent, "sequences": args.qad.qad_calibration_samples, "text": calibration_text(args)}
     record = origins.of_smoothing(iteration_dir(args.qad.qad_teacher), asked, formats)
     if own.keep and (own.output / TRACKER).is_file():
         origins.require_same(own.output, SMOOTHING_FILE, record)
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     print_rank_0(f"megatron_qad: final hidden states are {same}; wrote {output}")
 
 
-def text_of(args: argparse.Namespace) -> list:
+def calibration_text(args: argparse.Namespace) -> list:
     """What decides which sequences a model sees, and in which precision."""
     data = [args.data_path, args.train_data_path, args.data_args_path, args.per_split_data_args_path, args.split]
     return [*data, args.seq_length, args.seed, str(args.params_dtype).removeprefix("torch.")]

@@ -17,12 +17,11 @@ from megatron_qad.runtime import prepare
 prepare(to_compute=True)
 
 import torch  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 from modelopt.torch.quantization.nn import register_quant_backend  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from megatron_qad.models.builder import freeze  # noqa: E402
+from megatron_qad.models.builder import build_chunks, freeze  # noqa: E402
 from megatron_qad.models.weights import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import NVFP4_BACKEND, ActivationQuantizers, nvfp4_inputs  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
@@ -65,11 +64,7 @@ def main() -> None:
 def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inputs=nvfp4_inputs) -> torch.Tensor:
     """[b, s, V] of the student of ``--load``, with quantized weights and inputs as ``quantize_inputs`` makes them."""
     register_quant_backend(NVFP4_BACKEND, quantize_inputs)
-    config = model_config(args, args.hf_config)
-    builder = config.get_builder_cls()(config)
-    chunks = builder.build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
+    chunks = build_chunks(model_config(args, args.hf_config))
     formats = resolve_formats(args)
     inputs = ActivationQuantizers([chunk.module for chunk in chunks], formats)
     inputs.expect_amax(device=torch.cuda.current_device())

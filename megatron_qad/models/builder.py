@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from megatron_qad.models.rope import llama3_inv_freq
@@ -30,6 +31,13 @@ class QADModelBuilder(HybridModelBuilder):
                 dim=config.transformer.kv_channels, base=config.rotary_base, scaling=config.rope_scaling
             ).to(rotary.inv_freq.device)
         return model
+
+
+def build_chunks(config: QADModelConfig) -> list[torch.nn.Module]:
+    """This rank's chunks of a model in the job's parallel layout, one a virtual stage, without DDP's wrapper."""
+    return config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
 
 
 def freeze(model: torch.nn.Module) -> torch.nn.Module:

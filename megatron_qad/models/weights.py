@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from megatron_qad.config.run_files import BEST_FILE, TRACKER
+from megatron_qad.config.run_files import BEST_FILE, SMOOTHING_FILE, TRACKER
 from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
@@ -67,6 +67,12 @@ def best_iteration(root: Path) -> int:
     if not there:
         raise QADError(f"{root}: no checkpoint with a validation ({BEST_FILE}); name its iteration instead of 'best'")
     return there[0]
+
+
+def smoothing_record(checkpoint: str | Path) -> str | None:
+    """How the weights that a checkpoint descends from were smoothed (``tools/smooth.py``); None: not."""
+    file = Path(checkpoint) / SMOOTHING_FILE
+    return file.read_text() if file.is_file() else None
 
 
 def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:

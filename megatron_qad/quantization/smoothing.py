@@ -177,11 +177,14 @@ def _of_layer(layer: torch.nn.Module, names: dict[int, str], groups: Groups) -> 
         yield from _within_mlp(names[id(mlp.linear_fc2)], mlp, groups.data)
 
 
-def _behind_norm(name: str, norm: torch.nn.Module, readers: Sequence[torch.nn.Module], group) -> Exchange:
+def _behind_norm(
+    name: str, norm: torch.nn.Module, readers: Sequence[torch.nn.Module], group, names: str | None = None
+) -> Exchange:
     def watch(see):
         return norm.register_forward_hook(lambda _, inputs, output: see(output))
 
-    return Exchange(name, [norm.weight], [reader.weight for reader in readers], watch, group=group)
+    columns = [reader.weight for reader in readers]
+    return Exchange(name, [norm.weight], columns, watch, group=group, readers=names)
 
 
 def _before_experts(name: str, norm: torch.nn.Module, moe: torch.nn.Module, group) -> Exchange:
@@ -191,10 +194,8 @@ def _before_experts(name: str, norm: torch.nn.Module, moe: torch.nn.Module, grou
     if moe.shared_experts is not None:
         readers.append(moe.shared_experts.linear_fc1)
         assert moe.shared_experts.gate_weight is None, "a gate of the shared experts reads the norm, too"
-    exchange = _behind_norm(name, norm, readers, group)
     routed = r"experts\.experts\.\d+\.linear_fc1" if latent is None else "fc1_latent_proj"
-    exchange.readers = rf"{re.escape(name)}\.({routed}|shared_experts\.linear_fc1)"
-    return exchange
+    return _behind_norm(name, norm, readers, group, rf"{re.escape(name)}\.({routed}|shared_experts\.linear_fc1)")
 
 
 def _behind_values(name: str, attention: torch.nn.Module, groups: Groups) -> Iterator[Exchange]:

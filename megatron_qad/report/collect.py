@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qad.config.run_files import SMOOTHING_FILE
 from megatron_qad.models.families import family_of, text_config
+from megatron_qad.models.weights import smoothing_record
 from megatron_qad.report.runs import Run
 from megatron_qad.report.weights import LinearError, linear_errors, linears_of, read_config, same_shape
 from megatron_qad.runtime.errors import QADError
@@ -52,7 +52,7 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str) -> 
         if own.is_file() and not same_shape(json.loads(own.read_text()), config):
             notes.append(f"{run.name}: its model has other layers than the teacher; its weights are not compared.")
             continue
-        if _smoothing_of(run.directory) != _smoothing_of(teacher):
+        if smoothing_record(run.directory) != smoothing_record(teacher):
             notes.append(
                 f"{run.name}: its weights and the teacher's are not smoothed alike (tools/smooth.py), so they are not "
                 "compared."
@@ -66,11 +66,6 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str) -> 
         notes.append("No run says which linears are quantized, so no weight error is reported.")
     linears = linear_errors(teacher, formats, checkpoints, rules) if formats else []
     return Results(title, str(teacher), _model_facts(config), read, linears, notes)
-
-
-def _smoothing_of(checkpoint: str | Path) -> dict | None:
-    file = Path(checkpoint) / SMOOTHING_FILE
-    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _model_facts(config: dict) -> dict:

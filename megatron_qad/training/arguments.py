@@ -66,10 +66,10 @@ def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -> argparse.Namespace:
     """Parse and validate; sets Megatron's global args.
 
+    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
+
     Args:
         trains: False leaves out what concerns training alone, so that a tool may be given a job's flags.
-
-    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
 
     Raises:
         QADError: for what QAD itself checks; Megatron's own checks raise as they do upstream.
@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
     parser = add_qad_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     argv = expand(argv, parser)
     if not trains:
-        argv = without(argv, *_OF_TRAINING)
+        argv = [*without(argv, *_OF_TRAINING), "--train-iters", "1"]  # Megatron wants to know for how long
     early, _ = parser.parse_known_args(argv)
     options = _qad_options(early)
     check_tokenizer(early)

@@ -48,6 +48,20 @@ def schedule_shape(*, seq_length: int, micro_batch_size: int, **rest) -> dict:
     return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **rest}
 
 
+def whole_rounds(number: int) -> int:
+    """``number`` of microbatches, rounded up to whole rounds of the pipeline where virtual stages want them."""
+    if mpu.get_virtual_pipeline_model_parallel_world_size() is None:
+        return number
+    num_stages = mpu.get_pipeline_model_parallel_world_size()
+    return -(-number // num_stages) * num_stages
+
+
+def num_calibration_batches(samples: int, micro_batch_size: int) -> int:
+    """Microbatches of each rank for calibration with ``samples`` sequences: shared out over the data-parallel ranks, so
+    that what is found does not depend on their number."""
+    return whole_rounds(-(-samples // (micro_batch_size * mpu.get_data_parallel_world_size())))
+
+
 def read_batches(
     data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int, *, on_every_stage: bool = False
 ) -> list[Batch]:

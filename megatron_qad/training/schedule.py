@@ -27,7 +27,14 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import manifest
 from megatron_qad.runtime.heartbeat import heartbeat
-from megatron_qad.training.batch import Batch, iterators, output_of, read_batches, schedule_shape
+from megatron_qad.training.batch import (
+    Batch,
+    iterators,
+    num_calibration_batches,
+    output_of,
+    read_batches,
+    schedule_shape,
+)
 from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.hidden_states import HiddenStates
 from megatron_qad.training.loss import job_losses
@@ -163,11 +170,7 @@ class QADStep:
     def _calibrate(self, schedule, data_iterator, model, forward_step_func, shape) -> None:
         """Calibration with unquantized weights. Its microbatches go back: training sees the data it would have
         seen."""
-        # Shared out over the data-parallel ranks, so that the amaxes do not depend on their number.
-        number = -(-self.calibration_samples // (shape["micro_batch_size"] * mpu.get_data_parallel_world_size()))
-        if isinstance(data_iterator, list):  # virtual stages want whole rounds of the pipeline
-            num_stages = mpu.get_pipeline_model_parallel_world_size()
-            number = -(-number // num_stages) * num_stages
+        number = num_calibration_batches(self.calibration_samples, shape["micro_batch_size"])
         heartbeat.beat("calibration")
         batches = self._read(data_iterator, number, shape)
         self._read_ahead = batches

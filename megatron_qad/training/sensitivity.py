@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.training import build_train_valid_test_data_iterators
 from tqdm import tqdm
 
 from megatron_qad.data.provider import datasets_provider
-from megatron_qad.models.builder import freeze
+from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.format_table import ShapedLinear, format_rows
@@ -88,10 +87,7 @@ class Probe:
 
     def __init__(self, args: argparse.Namespace, quantizable: Sequence[str], num_microbatches: int):
         self.args = args
-        config = model_config(args, args.hf_config)
-        chunks = config.get_builder_cls()(config).build_distributed_models(
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-        )
+        chunks = build_chunks(model_config(args, args.hf_config))
         load_weights(chunks, args.qad.qad_teacher)
         self.tp_group = mpu.get_tensor_model_parallel_group()
         self.data_group = mpu.get_data_parallel_group(with_context_parallel=True)

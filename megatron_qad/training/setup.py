@@ -9,16 +9,15 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
 from megatron_qad.config.run_files import JOB_FILE, SMOOTHING_FILE
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
-from megatron_qad.models.builder import QADModelConfig, freeze
+from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.families import family_of
-from megatron_qad.models.weights import has_amaxes, load_weights
+from megatron_qad.models.weights import has_amaxes, load_weights, smoothing_record
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
@@ -105,10 +104,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
 def build_teacher(args: argparse.Namespace) -> Teacher:
     """The frozen teacher in BF16 (or the job's precision), in this job's parallel layout, with stages of its own."""
     config = model_config(with_shape_of(args, args.teacher_hf_config), args.teacher_hf_config)
-    builder = config.get_builder_cls()(config)
-    chunks = builder.build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
+    chunks = build_chunks(config)
     load_weights(chunks, args.qad.qad_teacher)
     print_rank_0(f"megatron_qad: teacher from {args.qad.qad_teacher}, frozen")
     joined = (args.qad.qad_teacher_micro_batch_size or args.micro_batch_size) // args.micro_batch_size
@@ -125,15 +121,14 @@ def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) 
 
 def _describe_smoothing(start: Path, save: Path, load: Path | None) -> None:
     """Beside the checkpoints, how the weights that they descend from were smoothed."""
-    records = [path and path / SMOOTHING_FILE for path in (start, load)]
-    of_start, of_load = (file.read_text() if file and file.is_file() else None for file in records)
-    if load is not None and of_load != of_start:
+    record = smoothing_record(start)
+    if load is not None and smoothing_record(load) != record:
         raise QADError(
             f"{load} is of a job whose weights were not smoothed as {start} is ({SMOOTHING_FILE}); it goes on as it "
             "began. Give the --qad-teacher or --qad-student of before, or begin in another --save directory"
         )
-    if of_start is not None:
-        manifest.write_atomically(save / SMOOTHING_FILE, of_start)
+    if record is not None:
+        manifest.write_atomically(save / SMOOTHING_FILE, record)
     else:
         (save / SMOOTHING_FILE).unlink(missing_ok=True)
 

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import mpu
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.training import build_train_valid_test_data_iterators
 from torch import Tensor
 
 from megatron_qad.data.provider import datasets_provider
-from megatron_qad.models.builder import freeze
+from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights, weights_to_save
 from megatron_qad.quantization.smoothing import Groups, Smoothing
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
-from megatron_qad.training.batch import Batch, read_batches, schedule_shape
+from megatron_qad.training.batch import Batch, num_calibration_batches, read_batches, schedule_shape, whole_rounds
 from megatron_qad.training.teacher import Teacher
 
 
@@ -53,10 +52,7 @@ def smooth(args: argparse.Namespace, exponent: float, formats: Mapping[str, str]
     Raises:
         QADError: the model is not what it was; NaN or Inf in the text's passes.
     """
-    config = model_config(args, args.hf_config)
-    chunks = config.get_builder_cls()(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
+    chunks = build_chunks(model_config(args, args.hf_config))
     load_weights(chunks, args.qad.qad_teacher)
     chunks = [freeze(chunk) for chunk in chunks]
     groups = Groups(
@@ -65,7 +61,7 @@ def smooth(args: argparse.Namespace, exponent: float, formats: Mapping[str, str]
         mpu.get_expert_data_parallel_group(),
     )
     smoothing = Smoothing(chunks, formats, groups)
-    batches, first = _batches(args), _whole_round(1)
+    batches, first = _batches(args), whole_rounds(1)
     at_a_time = 4 * mpu.get_pipeline_model_parallel_world_size()
     with smoothing.watching():
         before = _hidden_states(args, chunks, batches[:first])
@@ -84,20 +80,12 @@ def smooth(args: argparse.Namespace, exponent: float, formats: Mapping[str, str]
 
 
 def _batches(args: argparse.Namespace) -> list[Batch]:
-    number = -(-args.qad.qad_calibration_samples // (args.micro_batch_size * mpu.get_data_parallel_world_size()))
-    number = _whole_round(number)
+    number = num_calibration_batches(args.qad.qad_calibration_samples, args.micro_batch_size)
     samples = number * args.micro_batch_size * mpu.get_data_parallel_world_size()
     args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
     args.train_iters = -(-samples // args.global_batch_size)
     iterator, _, _ = build_train_valid_test_data_iterators(datasets_provider)
     return read_batches(iterator, number, args.micro_batch_size, args.seq_length)
-
-
-def _whole_round(number: int) -> int:
-    """Virtual stages want whole rounds of the pipeline."""
-    if mpu.get_virtual_pipeline_model_parallel_world_size() is None:
-        return number
-    return -(-number // (stages := mpu.get_pipeline_model_parallel_world_size())) * stages
 
 
 def _hidden_states(args: argparse.Namespace, chunks: list[torch.nn.Module], batches: list[Batch]) -> list[Tensor]:

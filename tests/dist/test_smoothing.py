@@ -132,6 +132,12 @@ def test_layouts_find_the_same_factors(smoothed, layout):
             assert torch.equal(found[name], expected[name]), f"{model}: {name}"
 
 
+def test_virtual_stages_take_whole_rounds(shop, tmp_path):
+    """Two stages take microbatches by twos: three of two sequences become four."""
+    said = shop("smooth", tmp_path / "a", "llama float32", "--qad-calibration-samples", "6", layout="virtual")
+    assert "smoothed on 8 sequences" in said
+
+
 def test_quantization_costs_less(shop, smoothed, tmp_path):
     """Sensitivity's "everything in NVFP4", of the same model before and after. A sixteenth of the channels is an
     outlier, whose block has no bits left for the others."""
@@ -149,14 +155,8 @@ def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_p
     assert record["text"][-1] == "bfloat16"
     where = shop.directory
     argv = [
-        *(
-            "--qad-teacher",
-            f"{where}/llama bf16",
-            "--data-path",
-            f"{where}/data",
-            "--data-cache-path",
-            f"{where}/cache",
-        ),
+        *("--qad-teacher", f"{where}/llama bf16", "--data-path", f"{where}/data"),
+        *("--data-cache-path", f"{where}/cache"),
         *("--split", "50,50,0", "--bf16", "--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
         *("--qad-ptq", "--save", str(tmp_path), "--eval-iters", "1"),
     ]
