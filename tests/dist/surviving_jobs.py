@@ -65,7 +65,7 @@ def train_with_fault(argv: list[str], fault: dict, record: str | None = None) ->
     "gradient": the gradient of parameter "name" is NaN
     "weights": the weights are eight times as large
     "slow": the rank takes 0.3 s more
-    "stopped": the rank's process is stopped, as one that hangs
+    "stopped": the rank's process is stopped, as one that hangs, a second later: its heartbeat has written where it is
     """
     from megatron.training import training as megatron_loop
 
@@ -140,6 +140,7 @@ def _slow(fault, model):
 
 
 def _stopped(fault, model):
+    time.sleep(1)  # five times what the heartbeat's thread waits between two looks under --qad-hang-seconds 8
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
