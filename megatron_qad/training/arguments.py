@@ -48,8 +48,11 @@ from megatron_qad.training.layout import (
 from megatron_qad.training.outputs import settle_outputs
 from megatron_qad.training.vocabulary import check_same_vocabulary
 
+_IN_SAMPLES = ("--train-samples", "--lr-decay-samples", "--lr-warmup-samples")
+"""How long a job trains, counted in samples: Megatron refuses them beside --train-iters."""
+
 _OF_TRAINING = (
-    *("--train-samples", "--lr-decay-samples", "--lr-warmup-samples", "--save", "--load", "--tensorboard-dir"),
+    *(*_IN_SAMPLES, "--save", "--load", "--tensorboard-dir"),
     *("--wandb-project", "--qad-keep-last", "--qad-keep-best", "--qad-spike-factor"),
 )
 """What a job that trains nothing has no use for, or would count, save or log as training."""
@@ -106,6 +109,7 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
     }
     if options.qad_ptq:
         checkpoints.refuse_training_run(early.save)
+        argv = without(argv, *_IN_SAMPLES)
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
     if options.qad_dry_run and "WORLD_SIZE" not in os.environ:
         # A plan can be made anywhere: as if on one model-parallel group.

@@ -222,7 +222,8 @@ def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
             said = "--qad-keep-best ranks checkpoints by their KL to the teacher; this job has no --qad-teacher"
         assert said in shop.fail("training_jobs:train", argv=argv)
     # The stages of a pipeline share their flags.
-    shop.train(shop.argv("--save", str(tmp_path / "ptq"), "--qad-ptq", "--qad-spike-factor", "3"))
+    samples = ["--train-samples", "64", "--lr-decay-samples", "64", "--lr-warmup-samples", "8"]
+    shop.train(shop.argv("--save", str(tmp_path / "ptq"), "--qad-ptq", "--qad-spike-factor", "3", *samples))
 
 
 DISK = 64 << 20
