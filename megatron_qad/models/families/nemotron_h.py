@@ -6,6 +6,7 @@ has no map yet stops: biases of linears. Layers for multi-token prediction (``mt
 unquantized.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,10 @@ def _mamba_args(config: dict) -> dict:
     for key, value in _OF_MAMBA.items():
         if config.get(key, value) != value:
             raise QADError(f"config.json has {key} {config[key]!r}; Megatron's Mamba layers have {value!r}")
+    low, high = config.get("time_step_limit") or (0.0, math.inf)
+    # transformers 5 writes what is not finite as {"__float__": "Infinity"}, earlier ones as JSON's bare Infinity.
+    if (float(low), float(high["__float__"] if isinstance(high, dict) else high)) != (0.0, math.inf):
+        raise QADError(f"config.json has time_step_limit [{low}, {high}]; Megatron's Mamba layers have no limits")
     return {
         "mamba-num-heads": required(config, "mamba_num_heads"),
         "mamba-head-dim": required(config, "mamba_head_dim"),

@@ -35,6 +35,7 @@ QWEN3_MOE = {
     "moe_intermediate_size": 32,
     "vocab_size": 256,
 }
+ONLY_MAMBA = TINY_HYBRID | {"hybrid_override_pattern": "MM", "num_hidden_layers": 2}
 NO_ATTENTION = {**BLOCK, "attention": {"n_heads_in_group": None, "no_op": True, "replace_with_linear": False}}
 NO_FFN = {**BLOCK, "ffn": {"ffn_mult": None, "no_op": True, "replace_with_linear": False}}
 LINEAR_ATTENTION = {**BLOCK, "attention": {"n_heads_in_group": None, "no_op": False, "replace_with_linear": True}}
@@ -230,6 +231,28 @@ def test_layers_block_type_says_what_the_pattern_says():
 def test_what_nemotron_h_does_not_know_is_refused(changes, named):
     with pytest.raises(QADError, match=named):
         tensors_of(TINY_HYBRID | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"conv_kernel": 3}, "conv_kernel 3; Megatron's Mamba layers have 4"),
+        ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit \[0.0, 0.1\]"),
+        ({"time_step_limit": [0.001, math.inf]}, r"time_step_limit \[0.001, inf\]"),
+    ],
+)
+def test_what_megatrons_mamba_cannot_compute_is_refused(changes, named):
+    with pytest.raises(QADError, match=named):
+        family_of(ONLY_MAMBA).megatron_args(ONLY_MAMBA | changes)
+
+
+def test_no_limit_of_time_steps_is_written_in_two_ways(tmp_path):
+    NemotronHConfig(time_step_limit=[0.0, math.inf]).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["time_step_limit"]
+    assert isinstance(saved[1], dict)  # as transformers 5 writes it
+    for limit in (saved, json.loads("[0.0, Infinity]"), None):
+        config = ONLY_MAMBA | {"time_step_limit": limit}
+        assert family_of(config).megatron_args(config) == family_of(config).megatron_args(ONLY_MAMBA)
 
 
 def test_blocks_without_attention_or_mlp_are_left_out():
