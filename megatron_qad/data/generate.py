@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_qad.data.sampling import Sampler
+from megatron_qad.runtime import bf16_products
 from megatron_qad.runtime.errors import QADError
 
 
@@ -70,6 +71,8 @@ def generate_documents(
     done = _resume(output, options, hf_model_dir, prompts)
     if done >= options.num_documents:
         return 0
+    if torch.device(device).type == "cpu":
+        bf16_products.install()
     model, tokenizer = _load(hf_model_dir, options.dtype, device)
     written = 0
     with (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_qad.runtime import adamw, cpu_backend, mamba_packages, safe_checkpoints
+from megatron_qad.runtime import adamw, bf16_products, cpu_backend, mamba_packages, safe_checkpoints
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ def capabilities() -> Capabilities:
     reasons.append(f"layer spec {layer_spec}: {why}")
     triton = gpu and importlib.util.find_spec("triton") is not None
     reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
+    if not gpu:
+        emulated = bf16_products.are_needed()
+        why = "float32 kernels: oneDNN has none for this CPU" if emulated else "oneDNN: this CPU has what it needs"
+        reasons.append(f"BF16 products by {why}")
     packages = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))
     mamba = "mamba_ssm" if gpu and packages else "torch"
     why = "its packages are installed" if packages else "mamba_ssm and causal_conv1d are not both installed"
@@ -84,6 +88,7 @@ def prepare(*, to_compute: bool = False) -> Capabilities:
     found = capabilities()
     if found.device == "cpu":
         cpu_backend.install()
+        bf16_products.install()
         if to_compute:
             sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed
     if found.mamba == "torch":

@@ -68,12 +68,13 @@ def machine():
 def test_the_report_gives_each_choice_and_its_reason(machine):
     assert (machine.device, machine.backend, machine.kernels) == ("cpu", "gloo", "torch")
     lines = machine.report().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert "device cpu" in lines[0] and "found no GPU" in lines[0]
     assert "collectives gloo: nccl needs a GPU" in lines[1]
     assert "layer spec local" in lines[2] and "Transformer Engine" in lines[2]
     assert "kernels torch: triton needs a GPU" in lines[3]
-    assert "mamba torch: " in lines[4]
+    assert "BF16 products by " in lines[4]
+    assert "mamba torch: " in lines[5]
     assert prepare() is machine  # a second call changes nothing
 
 

@@ -1,0 +1,142 @@
+"""Products of BF16 tensors by float32 kernels: what float32 gives, rounded once; nothing else changes; they are fast on
+whatever CPU this is."""
+
+import contextlib
+import time
+
+import pytest
+import torch
+
+from megatron_qad.runtime import bf16_products, capabilities, prepare
+
+F = torch.nn.functional
+BATCHES, ROWS, INNER, COLUMNS = 3, 17, 33, 21
+
+
+@contextlib.contextmanager
+def only_torch():
+    """torch's own kernels, whatever this process has installed."""
+    if (library := bf16_products.install()) is not None:
+        library._destroy()
+    bf16_products.install.cache_clear()
+    try:
+        yield
+    finally:
+        bf16_products.install()
+
+
+@contextlib.contextmanager
+def ours():
+    library = bf16_products.register()
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+@pytest.fixture
+def registered():
+    with only_torch(), ours():
+        yield
+
+
+def operands(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Left, right and what is added, a batch each; values that BF16 holds."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((BATCHES, ROWS, INNER), (BATCHES, INNER, COLUMNS), (BATCHES, ROWS, COLUMNS))
+    return tuple(torch.randn(*shape, generator=generator).bfloat16().to(dtype) for shape in shapes)
+
+
+def written(function, *args, **named) -> torch.Tensor:
+    """Into ``out``, whose NaN must not be read."""
+    out = torch.full_like(args[-1] if "beta" in named else function(*args, **named), torch.nan)
+    assert function(*args, **named, out=out) is out
+    return out
+
+
+def over(target: torch.Tensor, method: str, *args, **named) -> torch.Tensor:
+    target = target.clone()
+    memory = target.data_ptr()
+    assert getattr(target, method)(*args, **named).data_ptr() == memory
+    return target
+
+
+PRODUCTS = {
+    "mm": lambda a, b, c: a[0] @ b[0],
+    "mm transposed": lambda a, b, c: (b[0].t() @ a[0].t()).t(),
+    "bmm": lambda a, b, c: a @ b,
+    "addmm": lambda a, b, c: torch.addmm(c[0], a[0], b[0], beta=0.5, alpha=2),
+    "baddbmm": lambda a, b, c: torch.baddbmm(c, a, b, beta=0.5, alpha=2),
+    "linear": lambda a, b, c: F.linear(a, b[0].t(), c[0, 0]),
+    "mm.out": lambda a, b, c: written(torch.mm, a[0], b[0]),
+    "bmm.out": lambda a, b, c: written(torch.bmm, a, b),
+    "addmm.out": lambda a, b, c: written(torch.addmm, c[0], a[0], b[0]),
+    "baddbmm.out": lambda a, b, c: written(torch.baddbmm, torch.full_like(c, torch.nan), a, b, beta=0),
+    "addmm_": lambda a, b, c: over(c[0], "addmm_", a[0], b[0], alpha=2),
+    "baddbmm_": lambda a, b, c: over(c, "baddbmm_", a, b),
+    "nothing": lambda a, b, c: a[0, :0] @ b[0],
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_that_of_float32_rounded_once(name, registered):
+    wide = PRODUCTS[name](*operands(torch.float32))
+    found = PRODUCTS[name](*operands(torch.bfloat16))
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_other_dtypes_are_left_alone(name, dtype):
+    with only_torch():
+        before = PRODUCTS[name](*operands(dtype))
+        with ours():
+            during = PRODUCTS[name](*operands(dtype))
+    assert during.dtype == dtype and torch.equal(during, before)
+
+
+def test_gradients_of_a_linear(registered):
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs, weight, grad = operands(dtype)
+        leaves = inputs.requires_grad_(), weight[0].t().clone().requires_grad_()
+        F.linear(*leaves).backward(grad)
+        return [leaf.grad for leaf in leaves]
+
+    for found, wide in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_attention(masked, registered):
+    """The forward pass stays torch's, whose output, rounded, is what the backward pass reads: 2^-8 of the largest
+    gradient each for that rounding and for the gradient's own."""
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        leaves = [torch.randn(2, 4, 40, 16, generator=generator).bfloat16().to(dtype) for _ in range(3)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        mask = torch.ones(40, 40).tril().log().to(dtype) if masked else None
+        out = F.scaled_dot_product_attention(*leaves, attn_mask=mask, is_causal=not masked)
+        out.backward(torch.randn(out.shape, generator=generator).to(dtype))
+        return [leaf.grad for leaf in leaves]
+
+    for found, wide in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found - wide).abs().max() <= 2 * 2**-8 * wide.abs().max()
+
+
+@pytest.mark.skipif(capabilities().device != "cpu", reason="with a GPU, products are its own")
+def test_no_cpu_takes_long_over_bf16():
+    """torch's plain loop takes 60 times as long as float32; a conversion of the operands less than one more time."""
+    prepare()
+
+    def milliseconds(dtype: torch.dtype) -> float:
+        left, right = (torch.randn(512, 512).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        return min(times) * 1e3
+
+    assert milliseconds(torch.bfloat16) < 8 * milliseconds(torch.float32)
