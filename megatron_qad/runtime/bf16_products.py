@@ -12,7 +12,11 @@ import warnings
 import torch
 
 _RETURNING = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu_backward")
-_WRITING = ("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmm_", "baddbmm_")
+_WRITING = {
+    "mm.out": "mm", "bmm.out": "bmm", "addmm.out": "addmm", "baddbmm.out": "baddbmm",
+    "addmm_": "addmm", "baddbmm_": "baddbmm",
+}  # fmt: skip
+"""Into ``out`` or the first operand, and what returns the same."""
 
 
 def are_needed() -> bool:
@@ -30,11 +34,12 @@ def register() -> torch.library.Library:
     """Put them in the place of torch's CPU kernels, where other dtypes still go, while the returned object is kept."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="[^;]*operator")  # that a kernel is overridden
-        for name in _RETURNING + _WRITING:
-            kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-            make = _writing if name in _WRITING else _returning
-            library.impl(name, make(kernel), "CPU", with_keyset=True)
+        warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that one is overridden
+        kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (*_RETURNING, *_WRITING)}
+        for name in _RETURNING:
+            library.impl(name, _returning(kernels[name]), "CPU", with_keyset=True)
+        for name, returning in _WRITING.items():
+            library.impl(name, _writing(kernels[name], kernels[returning]), "CPU", with_keyset=True)
     return library
 
 
@@ -48,16 +53,12 @@ def _returning(kernel):
     return product
 
 
-def _writing(kernel):
-    """Into ``out``, or into the first operand."""
-
-    def product(keys, *args, out=None, **named):
-        given = {} if out is None else {"out": out}
+def _writing(kernel, returning):
+    def product(keys, *args, **named):
         if not _is_bf16(args[0]):
-            return kernel.call_boxed(keys, *args, **named, **given)
-        target = args[0] if out is None else out
-        given = {} if out is None else {"out": torch.empty_like(out, dtype=torch.float32)}
-        found = kernel.call_boxed(keys, *map(_wide, args), **named, **given)
+            return kernel.call_boxed(keys, *args, **named)
+        target = named.pop("out", args[0])
+        found = returning.call_boxed(keys, *map(_wide, args), **named)
         return target.resize_(found.shape).copy_(found)
 
     return product

@@ -21,6 +21,8 @@ _SYMBOLS = {
 _BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias")
 # What Megatron's Mamba mixer fixes, by key: the only value that can be trained.
 _OF_MAMBA = {"conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu"}
+# As JSON's bare Infinity, and as transformers 5 writes what is not finite.
+_NO_TIME_STEP_LIMIT = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,8 @@ def _mamba_args(config: dict) -> dict:
     for key, value in _OF_MAMBA.items():
         if config.get(key, value) != value:
             raise QADError(f"config.json has {key} {config[key]!r}; Megatron's Mamba layers have {value!r}")
-    low, high = config.get("time_step_limit") or (0.0, math.inf)
-    # transformers 5 writes what is not finite as {"__float__": "Infinity"}, earlier ones as JSON's bare Infinity.
-    if (float(low), float(high["__float__"] if isinstance(high, dict) else high)) != (0.0, math.inf):
-        raise QADError(f"config.json has time_step_limit [{low}, {high}]; Megatron's Mamba layers have no limits")
+    if (limit := config.get("time_step_limit")) not in _NO_TIME_STEP_LIMIT:
+        raise QADError(f"config.json has time_step_limit {limit!r}; Megatron's Mamba layers have no limits")
     return {
         "mamba-num-heads": required(config, "mamba_num_heads"),
         "mamba-head-dim": required(config, "mamba_head_dim"),
