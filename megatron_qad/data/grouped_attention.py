@@ -1,7 +1,9 @@
 """transformers' attention on a CPU, without copies of the keys and values that several heads share.
 
 transformers repeats them for every head wherever there is a mask, that is, in every batch of prompts of several
-lengths: torch's fused kernels for GPUs take no mask with shared heads. Its kernel for CPUs does.
+lengths: torch's fused kernels for GPUs take no mask with shared heads. Its kernel for CPUs does, but reads them once a
+head. Where a token is written, the heads that share them are given to it as the rows of one: one read, and products
+of a matrix instead of vectors.
 """
 
 import torch
@@ -33,16 +35,18 @@ def grouped_attention(
     Returns:
         ([b, s, heads, head dim], None).
     """
+    heads, groups = query.shape[1], key.shape[1]
+    writes_one = query.shape[2] == 1
     out = torch.nn.functional.scaled_dot_product_attention(
-        query,
+        query.reshape(query.shape[0], groups, heads // groups, -1) if writes_one else query,
         key,
         value,
         attn_mask=attention_mask,
         is_causal=attention_mask is None and query.shape[2] > 1,
         scale=scaling,
-        enable_gqa=True,
+        enable_gqa=not writes_one,
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
 
 
 def register() -> str:
