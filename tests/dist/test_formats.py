@@ -37,6 +37,7 @@ class Shop:
             *("--qad-teacher", f"{d}/teacher", "--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"),
             *(*precision, "--split", "80,20,0", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(num_steps)),
+            *tiny_job.READ_HERE,
             *(
                 "--lr",
                 "1e-3",

@@ -75,7 +75,8 @@ def shop(tmp_path_factory):
             argv = [
                 *("--output", str(output), "--qad-teacher", f"{directory}/{model}", "--data-path", f"{directory}/data"),
                 *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--seq-length", "32"),
-                *("--micro-batch-size", "2", "--global-batch-size", "8", *layout_flags, *flags),
+                *("--micro-batch-size", "2", "--global-batch-size", "8"),
+                *(*tiny_job.READ_HERE, *layout_flags, *flags),
             ]
             return server.run("training_jobs:tool", nproc, {"name": tool, "argv": argv}, **more)
 

@@ -46,6 +46,7 @@ class Workshop:
             *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8"),
             *("--train-iters", str(num_steps), "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
             *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1", "--qad-calibration-samples", "16"),
+            *tiny_job.READ_HERE,
             *flags,
         ]
 

@@ -25,6 +25,9 @@ LLAMA = {
     "vocab_size": 120,
     "tie_word_embeddings": False,
 }
+READ_HERE = ("--num-workers", "0")
+"""No processes that read the data: starting and ending them is an eighth of a tiny job and more. The jobs of
+test_checkpoints, test_numbers, test_preemption and test_kill have them."""
 
 
 def write_hf(
