@@ -152,11 +152,14 @@ def _fingerprint(prompts: Sequence[str]) -> str:
 
 def _load(model_dir: str | Path, dtype: str, device: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
     from megatron_qad.data.grouped_attention import register
 
     if not Path(model_dir).is_dir():
         raise QADError(f"--model {model_dir} is not a directory. Expected a Hugging Face model; none is downloaded.")
+    # An MLP layer of a Nemotron-H keeps as little as one of experts: nothing. transformers 5.14 knows only the latter.
+    DYNAMIC_LAYER_TYPE_MAPPING.setdefault("mlp", DYNAMIC_LAYER_TYPE_MAPPING["moe"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(

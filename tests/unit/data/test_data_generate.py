@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts
 from megatron_qad.runtime.errors import QADError
@@ -134,3 +134,41 @@ def test_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(tool), run_name="__main__")
     assert exit_.value.code == 0 and len(read(tmp_path / "o.jsonl")) == 2
+
+
+def test_a_hybrid_with_mlp_layers_writes_what_its_whole_passes_say(tmp_path, hf_tokenizer):
+    """transformers 5.14 has no cache for these layers, and without one a token costs a whole pass."""
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        hybrid_override_pattern="M-*E",
+        vocab_size=hf_tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=2,
+        n_routed_experts=4,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=16,
+        bos_token_id=hf_tokenizer.bos,
+        eos_token_id=hf_tokenizer.eod,
+    )
+    model = NemotronHForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3 if weight.dim() > 1 else 1)  # likeliest tokens that stand out
+    model.save_pretrained(tmp_path / "model")
+    hf_tokenizer.hf.save_pretrained(tmp_path / "model")
+    nearly_greedy = GenerateOptions(num_documents=2, max_new_tokens=10, batch_size=2, temperature=1e-4, dtype="float32")
+    generate_documents(tmp_path / "model", None, tmp_path / "own.jsonl", nearly_greedy)
+    ids = torch.tensor([[hf_tokenizer.bos]])
+    while ids.shape[1] < 11 and ids[0, -1] != hf_tokenizer.eod:
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    written = [token for token in ids[0, 1:].tolist() if token != hf_tokenizer.eod]
+    assert len(set(written)) > 1
+    expected = hf_tokenizer.hf.decode(written, clean_up_tokenization_spaces=False)
+    assert [line["text"] for line in read(tmp_path / "own.jsonl")] == [expected] * 2
