@@ -10,9 +10,7 @@ Each rank calls ``module:function(**arguments)`` with torchrun's environment var
 itself does; ``launch.run_workers`` is for that.
 """
 
-import argparse
 import faulthandler
-import functools
 import glob
 import importlib
 import json
@@ -105,9 +103,10 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print is no answer
     import pretrain_qad  # noqa: F401, I001  prepares the backend and imports all that a job needs
+    import docstrings
     import torch
 
-    _read_docstrings_once()
+    docstrings.read_once()
     for line in sys.stdin:
         job = json.loads(line)
         # The ranks' store is served here, as torchrun's agent does: its port is held before any rank knows it.
@@ -115,17 +114,6 @@ def _serve() -> None:
         ranks = [_start(job, rank, store.port) for rank in range(job["nproc"])]
         answers.write(json.dumps(_wait(ranks, job["timeout"], job["kill"])) + "\n")
         answers.flush()
-
-
-def _read_docstrings_once() -> None:
-    """Megatron parses its sources for the help texts of its options, four times in a job: a quarter of a small one."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
-    from megatron.training.arguments import add_megatron_arguments
-
-    read = functools.partial(ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory))
-    found = functools.cache(read)
-    ArgumentGroupFactory._get_field_docstrings = lambda factory, config: found(config)
-    add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
 def _start(job: dict, rank: int, port: int) -> int:

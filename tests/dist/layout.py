@@ -11,6 +11,7 @@ from megatron_qad.runtime import prepare
 
 prepare()
 
+import docstrings  # noqa: E402
 from megatron.core import mpu  # noqa: E402
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator  # noqa: E402
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
@@ -18,6 +19,8 @@ from megatron.training import initialize_megatron  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 from megatron_qad.training.arguments import parse_arguments  # noqa: E402
+
+docstrings.read_once()
 
 
 @contextmanager
