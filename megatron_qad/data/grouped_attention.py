@@ -35,14 +35,13 @@ def grouped_attention(
     Returns:
         ([b, s, heads, head dim], None).
     """
-    heads, groups = query.shape[1], key.shape[1]
     writes_one = query.shape[2] == 1
     out = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(query.shape[0], groups, heads // groups, -1) if writes_one else query,
+        query.reshape(*key.shape[:2], -1, query.shape[3]) if writes_one else query,
         key,
         value,
         attn_mask=attention_mask,
-        is_causal=attention_mask is None and query.shape[2] > 1,
+        is_causal=attention_mask is None and not writes_one,
         scale=scaling,
         enable_gqa=not writes_one,
     )

@@ -12,11 +12,8 @@ import warnings
 import torch
 
 _RETURNING = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu_backward")
-_WRITING = {
-    "mm.out": "mm", "bmm.out": "bmm", "addmm.out": "addmm", "baddbmm.out": "baddbmm",
-    "addmm_": "addmm", "baddbmm_": "baddbmm",
-}  # fmt: skip
-"""Into ``out`` or the first operand, and what returns the same."""
+_WRITING = ("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmm_", "baddbmm_")
+"""Into ``out`` or the first operand; what returns the same has the rest of the name."""
 
 
 def are_needed() -> bool:
@@ -38,8 +35,9 @@ def register() -> torch.library.Library:
         kernels = {name: torch.library.get_kernel(f"aten::{name}", "CPU") for name in (*_RETURNING, *_WRITING)}
         for name in _RETURNING:
             library.impl(name, _returning(kernels[name]), "CPU", with_keyset=True)
-        for name, returning in _WRITING.items():
-            library.impl(name, _writing(kernels[name], kernels[returning]), "CPU", with_keyset=True)
+        for name in _WRITING:
+            returning = kernels[name.removesuffix(".out").removesuffix("_")]
+            library.impl(name, _writing(kernels[name], returning), "CPU", with_keyset=True)
     return library
 
 

@@ -34,6 +34,10 @@ def model_dir(tmp_path_factory, hf_tokenizer):
     # Rare EOS would leave "finish": "eos" untested; this makes it one token in about ten.
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)
+    return write(directory, model, hf_tokenizer)
+
+
+def write(directory, model, hf_tokenizer):
     model.save_pretrained(directory)
     hf_tokenizer.hf.save_pretrained(directory)
     return directory
@@ -161,10 +165,9 @@ def test_a_hybrid_with_mlp_layers_writes_what_its_whole_passes_say(tmp_path, hf_
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3 if weight.dim() > 1 else 1)  # likeliest tokens that stand out
-    model.save_pretrained(tmp_path / "model")
-    hf_tokenizer.hf.save_pretrained(tmp_path / "model")
+    directory = write(tmp_path / "model", model, hf_tokenizer)
     nearly_greedy = GenerateOptions(num_documents=2, max_new_tokens=10, batch_size=2, temperature=1e-4, dtype="float32")
-    generate_documents(tmp_path / "model", None, tmp_path / "own.jsonl", nearly_greedy)
+    generate_documents(directory, None, tmp_path / "own.jsonl", nearly_greedy)
     ids = torch.tensor([[hf_tokenizer.bos]])
     while ids.shape[1] < 11 and ids[0, -1] != hf_tokenizer.eod:
         ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
