@@ -1,7 +1,8 @@
-"""The user prompts that SmolLM2 answers to make its own training text: every task with every topic.
+"""The user prompts that SmolLM2 answers to make its own training text: every topic with four tasks, every task with as
+many topics.
 
-Held-out topics appear in no training prompt. ``python prompts.py DIR`` writes train-1.txt, train-2.txt and heldout.txt
-there.
+Held-out topics, with all tasks, appear in no training prompt. ``python prompts.py DIR`` writes train-1.txt,
+train-2.txt and heldout.txt there.
 """
 
 import sys
@@ -97,10 +98,10 @@ HELDOUT_TOPICS = ("lighthouses", "growing tomatoes")
 def main() -> None:
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True, exist_ok=True)
+    train = [task.format(topic) for i, topic in enumerate(TRAIN_TOPICS) for task in TASKS[i % 4 :: 4]]
+    heldout = [task.format(topic) for topic in HELDOUT_TOPICS for task in TASKS]
     # Two processes answer; the one with the held-out prompts has fewer of the others.
-    parts = (("train-1", TRAIN_TOPICS[:36]), ("train-2", TRAIN_TOPICS[36:]), ("heldout", HELDOUT_TOPICS))
-    for name, topics in parts:
-        prompts = [task.format(topic) for topic in topics for task in TASKS]
+    for name, prompts in (("train-1", train[:192]), ("train-2", train[192:]), ("heldout", heldout)):
         (directory / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 
 
