@@ -182,6 +182,8 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     """``size`` JSONL lines; prompts are padded on the left, so that all begin to write at the same column."""
     from transformers import GenerationConfig, LogitsProcessorList
 
+    from megatron_qad.data.roomy_cache import roomy_cache
+
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     ends.discard(None)
@@ -204,6 +206,7 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
             attention_mask=attention.to(model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([Sampler(options.temperature, options.top_p)]),
+            past_key_values=roomy_cache(model.config, width + options.max_new_tokens),
         )
     lines = []
     for i, row in enumerate(sequences[:, width:].tolist()):
