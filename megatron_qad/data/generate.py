@@ -206,7 +206,7 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
             attention_mask=attention.to(model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([Sampler(options.temperature, options.top_p)]),
-            past_key_values=roomy_cache(model.config, width + options.max_new_tokens),
+            past_key_values=roomy_cache(model.config),
         )
     lines = []
     for i, row in enumerate(sequences[:, width:].tolist()):
