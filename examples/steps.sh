@@ -13,12 +13,6 @@ step() {
   "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; say "$name failed; all of it: $out/log/$name.txt"; exit 1; }
 }
 
-# Waits for the steps in the background; one that failed ends the example.
-wait_all() {
-  local job
-  for job in $(jobs -p); do wait "$job"; done
-}
-
 # Texts, tokenizer and an untrained model by make_inputs.py, tokens of each text, the model imported as "untrained".
 make_inputs() {
   local text

@@ -47,11 +47,10 @@ step generate bash -c '
   }
   answer train-1 --seed 1234 & other=$!
   answer heldout --seed 7 --num-documents 112 && answer train-2 --seed 4321 && wait $other' "$out"
-prepare() { step "data-$1" python tools/prepare_data.py --input "$out/data/$1.jsonl" --tokenizer "$out/hf" --output "$out/data/$1"; }
-prepare train-1 & other=$!
-prepare train-2
-prepare heldout
-wait "$other"
+for split in train-1 train-2 heldout; do
+  step "data-$split" python tools/prepare_data.py --input "$out/data/$split.jsonl" --tokenizer "$out/hf" --output "$out/data/$split" &
+done
+wait_all
 tail -qn 1 "$out"/log/data-*.txt
 train ptq --qad-teacher "$out/teacher" --qad-ptq
 # The same model, bit for bit, whose inputs and weights round better; it is teacher and start of QAD, whose blocks end at
@@ -63,14 +62,13 @@ export_in() {
   step "export-$1" python tools/export_hf.py --checkpoint "$out/qad" --output "$out/hf-$1" --layout "$1"
   step "validate-$1" python tools/validate_nvfp4.py "$out/hf-$1"
 }
-export_in modelopt & other=$!
-export_in compressed-tensors
-wait "$other"
+for layout in modelopt compressed-tensors; do export_in "$layout" & done
+wait_all
 tail -qn 1 "$out"/log/validate-*.txt
 step report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$out/smoothed" --run PTQ="$out/ptq" \
-  --run QAD="$out/qad" --output "$out/report" & other=$!
+  --run QAD="$out/qad" --output "$out/report" &
 step compare torchrun --standalone --nproc-per-node 1 "$here/compare.py" --config "$here/train.yaml" --qad-teacher "$out/teacher" \
   --load "$out/qad" --hf-model "$out/hf-compressed-tensors" --text "$out/prompts/heldout.txt"
-wait "$other"
+wait_all
 grep -h '^prompt\|^answer\|inputs, Megatron' "$out/log/compare.txt"
 say "done: $out/report/report.md"
