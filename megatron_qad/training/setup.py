@@ -23,7 +23,7 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.runtime import QADError, manifest, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
-from megatron_qad.training import checkpoints
+from megatron_qad.training import checkpoints, event_record
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.expert_load import expert_load
 from megatron_qad.training.guard import Guard, wrap_train_step
@@ -66,6 +66,7 @@ def _prepare_student(args: argparse.Namespace, chunks: list[torch.nn.Module]) ->
         print_rank_0(f"megatron_qad: student starts from {start}")
     formats = resolve_formats(args)
     check_head(Outputs.chosen(args.qad), formats)
+    event_record.put_into_checkpoints(args)
     if args.save is not None:
         whole_saves.on_first_rank(lambda: describe_checkpoint(args, formats, resumes))
     tp_group = mpu.get_tensor_model_parallel_group()
