@@ -53,9 +53,12 @@ class Heartbeat:
         """
         self._rank, self._size, self._hang_seconds = rank, size, hang_seconds
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
             self._file = _file_of(directory, rank)
-            self._file.unlink(missing_ok=True)  # of a job before
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                self._file.unlink(missing_ok=True)  # of a job before
+            except OSError as error:
+                print(f"megatron_qad: ERROR: heartbeats in {directory}: {error}. The job goes on", flush=True)
         self._every = min(_MAX_SECONDS_BETWEEN, hang_seconds / 40)
         self._started = self._time = time.time()
         threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from megatron.training.checkpointing import checkpoint_exists
 
+from megatron_qad.runtime import manifest
+
 
 def load_flags(early: argparse.Namespace) -> list[str]:
     """``--load`` for a job that names none and whose ``--save`` holds a checkpoint; calibration alone never resumes."""
@@ -28,8 +30,15 @@ def continue_wandb_run(early: argparse.Namespace) -> None:
     if not early.wandb_project or early.save is None or not is_last:
         return
     file = Path(early.save) / "wandb_run_id.txt"
-    if not file.is_file():
+    name = ""
+    try:
+        name = file.read_text().strip() if file.is_file() else ""
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(os.environ.get("WANDB_RUN_ID", secrets.token_hex(4)))
-    os.environ.setdefault("WANDB_RUN_ID", file.read_text().strip())
+    except OSError as error:
+        print(f"megatron_qad: ERROR: {file}: {error}. This start is a wandb run of its own", flush=True)
+    else:
+        if not name:  # no file, or one that a full disk left empty
+            name = os.environ.get("WANDB_RUN_ID", secrets.token_hex(4))
+            manifest.write_or_say(file, name)  # else the next start is a wandb run of its own
+    os.environ.setdefault("WANDB_RUN_ID", name or secrets.token_hex(4))
     os.environ.setdefault("WANDB_RESUME", "allow")
