@@ -35,7 +35,7 @@ from megatron_qad.runtime.megatron_wheel import (
     save_checkpoints_in_this_process,
     use_compiled_dataset_helpers,
 )
-from megatron_qad.training import checkpoints, preemption, resume
+from megatron_qad.training import checkpoints, loggers, preemption, resume
 from megatron_qad.training.hidden_states import check_hidden_losses
 from megatron_qad.training.layout import (
     check_layout,
@@ -127,6 +127,7 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
     # Parsing also makes Megatron's signal handler and starts wandb.
     preemption.install(options.qad_job_dir or os.environ.get("QAD_JOB_DIR"))
     resume.continue_wandb_run(early)
+    loggers.install(early)
     use_compiled_dataset_helpers()
     load_reshardable_state_of_torch_adam()
     if capabilities().device == "cpu":
