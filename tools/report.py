@@ -19,6 +19,12 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="checkpoint of the BF16 teacher, made by tools/import_hf.py")
     parser.add_argument("--output", required=True, help="directory for report.md, report.png and results.json")
     parser.add_argument("--title", help="the report's heading")
+    parser.add_argument(
+        "--accept-gaps",
+        action="store_true",
+        help="report what is left of runs whose event files are damaged or missing, and say so; without it that is an "
+        "error",
+    )
     options = parser.parse_args()
     runs = named_runs(options.run)
     prepare()
@@ -27,7 +33,8 @@ def main() -> None:
     from megatron_qad.runtime.distributed import init_process_group
 
     init_process_group()
-    results = write_report(runs, options.teacher, options.output, options.title or DEFAULT_TITLE)
+    title = options.title or DEFAULT_TITLE
+    results = write_report(runs, options.teacher, options.output, title, accept_gaps=options.accept_gaps)
     for note in results.notes:
         print(f"note: {note}")
     print(f"wrote report.md, report.png and results.json to {options.output}")

@@ -37,12 +37,12 @@ class Results:
     """What is missing, or what a reader must know to compare; sentences."""
 
 
-def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str) -> Results:
+def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, accept_gaps: bool = False) -> Results:
     """Read and measure everything, write nothing. Arguments and errors as for ``write_report``."""
     if not runs:
         raise QADError("a report needs at least one run: --run NAME=DIR")
     config = read_config(teacher)
-    read = [Run.read(name, directory) for name, directory in runs.items()]
+    read = [Run.read(name, directory, accept_gaps) for name, directory in runs.items()]
     notes = [note for run in read for note in _notes_of(run)] + _comparison_notes(read)
     formats, checkpoints, rules = {}, {}, {}
     for run in read:
@@ -82,7 +82,7 @@ def _model_facts(config: dict) -> dict:
 
 def _notes_of(run: Run) -> list[str]:
     """What one run lacks, or what in it does not belong together."""
-    notes = []
+    notes = list(run.event_notes)
     evaluated = run.validation.get("iteration")
     if evaluated is None:
         notes.append("no evaluation is recorded (--eval-iters 0, or no validation part in --split).")

@@ -17,7 +17,12 @@ DEFAULT_TITLE = "NVFP4 quantization: report"
 
 
 def write_report(
-    runs: Mapping[str, str | Path], teacher: str | Path, output: str | Path, title: str = DEFAULT_TITLE
+    runs: Mapping[str, str | Path],
+    teacher: str | Path,
+    output: str | Path,
+    title: str = DEFAULT_TITLE,
+    *,
+    accept_gaps: bool = False,
 ) -> Results:
     """Write report.md, report.png and results.json into ``output`` (made if need be; an earlier report is replaced).
 
@@ -26,11 +31,13 @@ def write_report(
     Args:
         runs: name -> directory, in the order of the table's rows; the first is what the others' KL is compared with.
         teacher: checkpoint directory of the BF16 teacher.
+        accept_gaps: damaged and missing event files become notes.
 
     Raises:
-        QADError: a run without events, a damaged checkpoint, a teacher that is no checkpoint.
+        QADError: a run without events, a damaged or missing event file, a damaged checkpoint, a teacher that is no
+            checkpoint.
     """
-    results = collect(runs, teacher, title)
+    results = collect(runs, teacher, title, accept_gaps=accept_gaps)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     write_png(output / "report.png", results.title, results.runs, results.linears)

@@ -27,17 +27,19 @@ class Run:
     checkpoint_iteration: str | None
     """What latest_checkpointed_iteration.txt says; None if no checkpoint was saved."""
     experts: Experts = Experts()
+    event_notes: tuple[str, ...] = ()
+    """What is to be said of its event files; sentences."""
 
     @classmethod
-    def read(cls, name: str, directory: str | Path) -> "Run":
+    def read(cls, name: str, directory: str | Path, accept_gaps: bool = False) -> "Run":
         """Raises QADError as ``read_scalars`` does."""
-        scalars = read_scalars(directory)
+        notes: list[str] = []
+        scalars = read_scalars(directory, accept_gaps=accept_gaps, notes=notes)
         saved = None
         if has_checkpoint(directory):
             saved = (Path(directory) / TRACKER).read_text().strip()
-        return cls(
-            name, str(directory), scalars, validation_of(scalars), read_job(directory), saved, Experts.read(directory)
-        )
+        experts, validation = Experts.read(directory), validation_of(scalars)
+        return cls(name, str(directory), scalars, validation, read_job(directory), saved, experts, tuple(notes))
 
     @property
     def training_loss(self) -> tuple[str, Curve]:

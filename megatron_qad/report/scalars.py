@@ -5,8 +5,7 @@ Left out: text, images and everything else in the files; wandb's own records.
 
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+from megatron_qad.report.events import read_events
 from megatron_qad.runtime.errors import QADError
 
 VALIDATION = "validation/"
@@ -16,7 +15,11 @@ Curve = list[tuple[int, float]]
 """(step, value), steps rising."""
 
 
-def read_scalars(run_dir: str | Path) -> dict[str, Curve]:
+_VS_SAMPLES = " vs samples"
+"""End of the names of Megatron's scalars whose steps are samples, not iterations."""
+
+
+def read_scalars(run_dir: str | Path, *, accept_gaps: bool = False, notes: list[str] | None = None) -> dict[str, Curve]:
     """Every scalar of a run by its TensorBoard name, each step once.
 
     A job that stops and resumes writes one event file more each time. What a later file holds replaces what earlier
@@ -25,22 +28,32 @@ def read_scalars(run_dir: str | Path) -> dict[str, Curve]:
 
     Args:
         run_dir: a job's ``--save`` directory with its events in ``tensorboard/``, or the directory of the events.
+        accept_gaps: read what is left of damaged event files.
+        notes: takes what a reader must know of the files, in sentences.
 
     Raises:
-        QADError: no such directory, no event file in it, or no scalar in its event files.
+        QADError: no such directory, no event file in it, or no scalar in its event files; or an event file that is
+            damaged, or not what the job's checkpoints say.
     """
+    events = read_events(_event_files(Path(run_dir)), Path(run_dir), accept_gaps)
+    if notes is not None:
+        notes += events.notes
     scalars: dict[str, dict[int, float]] = {}
-    for events in _by_time(_event_files(Path(run_dir))):
-        for name in events.Tags()["scalars"]:
-            written = {event.step: event.value for event in events.Scalars(name)}
+    number = None
+    for file in events.files:
+        if file.start is not None and file.start[0] != number:  # also scalars that this start did not get to
+            number, at = file.start
+            for name in [name for name in scalars if not name.endswith(_VS_SAMPLES)]:
+                scalars[name] = {step: value for step, value in scalars[name].items() if step <= at}
+        for name, written in file.scalars.items():
             kept = {step: value for step, value in scalars.get(name, {}).items() if step < min(written)}
             scalars[name] = kept | written
-    if not scalars:
+    if not any(scalars.values()):
         raise QADError(
             f"{run_dir}: its TensorBoard event files hold no scalars; the job stopped before its first iteration or "
             "evaluation. Run it further, or look at its log"
         )
-    return {name: sorted(values.items()) for name, values in scalars.items()}
+    return {name: sorted(values.items()) for name, values in scalars.items() if values}
 
 
 def last_validation(run_dir: str | Path) -> dict[str, float]:
@@ -84,15 +97,3 @@ def _event_files(run_dir: Path) -> list[Path]:
         f"{run_dir}: no TensorBoard events in it or in its tensorboard/; run the job with "
         f"--tensorboard-dir {run_dir}/tensorboard, or name the directory that holds its events"
     )
-
-
-def _by_time(files: list[Path]) -> list[EventAccumulator]:
-    """The files' contents, oldest first, by what is written in them: names order by process within one second."""
-    loaded = []
-    for file in files:
-        # 0: keep every value; the default is a random sample of 10,000. Texts are Megatron's arguments.
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0, "tensors": 1})
-        events.Reload()
-        if events.Tags()["scalars"]:
-            loaded.append(events)
-    return sorted(loaded, key=lambda events: events.FirstEventTimestamp())

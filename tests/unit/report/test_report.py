@@ -199,6 +199,21 @@ def test_command_line(tool, three_runs, teacher, tmp_path, capsys):
     assert (tmp_path / "out" / "report.png").is_file() and (tmp_path / "out" / "results.json").is_file()
 
 
+def test_a_damaged_event_file_is_an_error_until_its_gap_is_accepted(tool, three_runs, teacher, tmp_path, capsys):
+    (file,) = (three_runs["QAT"] / "tensorboard").iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    runs = [word for name, directory in three_runs.items() for word in ("--run", f"{name}={directory}")]
+    arguments = [*runs, "--teacher", teacher, "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit) as stopped:
+        tool(*arguments)
+    assert str(stopped.value).startswith(f"error: {file}: damaged: record ") and not (tmp_path / "out").exists()
+    tool(*arguments, "--accept-gaps")
+    assert f"note: QAT: {file}: damaged" in capsys.readouterr().out
+    assert "was accepted (--accept-gaps)" in (tmp_path / "out" / "report.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [

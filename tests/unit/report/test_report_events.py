@@ -1,0 +1,247 @@
+"""Damaged, cut off, missing and swapped event files: the same report or an error, never another report."""
+
+import hashlib
+import json
+import random
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_qad.report.events import read_events
+from megatron_qad.report.scalars import read_scalars
+from megatron_qad.runtime.errors import QADError
+from megatron_qad.training.event_record import EventRecord
+
+LOSS = [(i, 1.0 / i) for i in range(1, 7)]
+
+
+def record_in(run, target="iter_0000006"):
+    (run / target).mkdir(exist_ok=True)
+    (run / target / "event_files.json").write_text(EventRecord(run / "tensorboard", run).text())
+
+
+def files_of(run):
+    return sorted((run / "tensorboard").glob("events.*"))
+
+
+@pytest.fixture
+def run(tmp_path, write_events):
+    """Two starts of one job, the second from iteration 3 on, with a checkpoint after each."""
+    run = tmp_path / "run"
+    write_events(run / "tensorboard", {"job/start": [(0, 0)], "kl loss": LOSS[:4]})
+    record_in(run, "iter_0000003")
+    write_events(run / "tensorboard", {"job/start": [(3, 1)], "kl loss": LOSS[3:]})
+    record_in(run)
+    return run
+
+
+def flip(byte):
+    def damage(file):
+        content = bytearray(file.read_bytes())
+        content[byte] ^= 4
+        file.write_bytes(content)
+
+    return damage
+
+
+def cut(num_bytes):
+    return lambda file: file.write_bytes(file.read_bytes()[:num_bytes])
+
+
+def zero(begin, end=None):
+    def damage(file):
+        content = bytearray(file.read_bytes())
+        content[begin:end] = bytes(len(content[begin:end]))
+        file.write_bytes(content)
+
+    return damage
+
+
+DAMAGES = {
+    "a length": flip(0),
+    "a length's checksum": flip(9),
+    "an event": flip(30),
+    "an event's checksum": flip(-1),
+    "the middle": flip(150),
+    "zeros in the middle": zero(100, 160),
+    "zeros at the end": zero(-40),
+    "all zeros": zero(0),
+    "cut in a length": cut(-45),
+    "cut in the last record": cut(-7),
+    "cut in the first record": cut(5),
+    "empty": cut(0),
+    "cut by a half": lambda file: cut(file.stat().st_size // 2)(file),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_file_is_named(run, case, which):
+    file = files_of(run)[which]
+    DAMAGES[case](file)
+    with pytest.raises(QADError, match=f"{file}: .*Restore the file from a copy, or accept the gap: --accept-gaps"):
+        read_scalars(run)
+    with pytest.raises(QADError, match=file.name):
+        read_scalars(run / "tensorboard")  # the same, named otherwise
+    notes = []
+    read_scalars(run, accept_gaps=True, notes=notes)
+    assert any(file.name in note and "accepted" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("a length", "damaged: the length of record 1, at byte 0, has another checksum"),
+        ("an event's checksum", "damaged: record 6, at byte .*, has another checksum"),
+        ("all zeros", "damaged: the length of record 1"),
+    ],
+)
+def test_checksums_are_checked_without_a_record(tmp_path, write_events, case, said):
+    write_events(tmp_path, {"kl loss": LOSS[:5]})
+    DAMAGES[case](next(tmp_path.iterdir()))
+    with pytest.raises(QADError, match=said):
+        read_scalars(tmp_path)
+
+
+def test_swapped_files_are_noticed(run):
+    first, second = files_of(run)
+    first.rename(run / "aside")
+    second.rename(first)
+    (run / "aside").rename(second)
+    with pytest.raises(QADError, match="cut off|changed"):
+        read_scalars(run)
+
+
+def test_a_cut_record_after_the_newest_checkpoint_is_a_kill(run, write_events):
+    write_events(run / "tensorboard", {"job/start": [(6, 2)], "kl loss": [(7, 0.5), (8, 0.25)]})
+    cut(-7)(files_of(run)[2])
+    notes = []
+    assert read_scalars(run, notes=notes)["kl loss"][-1] == (7, 0.5)
+    assert len(notes) == 1 and notes[0].startswith(f"{files_of(run)[2].name} ends within a record")
+    # The next checkpoint records it as it is, and the job goes on.
+    write_events(run / "tensorboard", {"job/start": [(6, 3)], "kl loss": [(7, 0.5), (8, 0.25)]})
+    record_in(run, "iter_0000008")
+    assert read_scalars(run)["kl loss"][-1] == (8, 0.25)
+    cut(-1)(files_of(run)[2])
+    with pytest.raises(QADError, match=r"cut off: it has .* \(iter_0000008/event_files.json\)"):
+        read_scalars(run)
+
+
+def test_the_end_of_a_job_is_recorded_beside_its_checkpoints(run, write_events):
+    write_events(run / "tensorboard", {"job/start": [(6, 2)], "validation/kl_to_teacher": [(6, 0.5)]})
+    (run / "event_files.json").write_text(EventRecord(run / "tensorboard", run).text())
+    assert read_scalars(run)["validation/kl_to_teacher"] == [(6, 0.5)]
+    files_of(run)[2].unlink()
+    with pytest.raises(QADError, match=r"missing; it had .* \(event_files.json\)"):
+        read_scalars(run)
+
+
+def test_a_record_that_cannot_be_read_is_named(run):
+    (run / "iter_0000006" / "event_files.json").write_text("{")
+    with pytest.raises(QADError, match="iter_0000006/event_files.json: not readable as a record"):
+        read_scalars(run)
+
+
+def test_a_moved_run_is_checked(run, tmp_path, write_events):
+    moved = run.rename(tmp_path / "moved")
+    assert len(read_scalars(moved)["kl loss"]) == 6
+    (moved / "tensorboard").rename(moved / "kept")
+    write_events(moved / "tensorboard", {"kl loss": LOSS})  # something else under the name of what was recorded
+    with pytest.raises(QADError, match=r"missing; it had .* And 1 more\."):
+        read_scalars(moved)
+
+
+def test_a_record_of_another_directory_is_said(run, write_events):
+    (run / "tensorboard").rename(run / "events")
+    (run / "iter_0000006" / "event_files.json").write_text(EventRecord(run / "events", run).text())
+    write_events(run / "tensorboard", {"kl loss": LOSS})
+    notes = []
+    read_scalars(run, notes=notes)
+    assert len(notes) == 1 and notes[0].startswith("its job wrote its events to events, not to tensorboard")
+    assert len(read_scalars(run / "events")["kl loss"]) == 6
+    files = sorted((run / "events").iterdir())
+    files[0].unlink()
+    with pytest.raises(QADError, match=f"{files[0]}: missing"):
+        read_scalars(run / "events")
+
+
+def test_a_record_hashes_only_what_is_new(run):
+    record, file = EventRecord(run / "tensorboard", run), files_of(run)[0]
+    record.text()
+    old = file.read_bytes()
+    file.write_bytes(bytes(len(old)) + b"more")
+    found = json.loads(record.text())["files"][file.name]
+    assert found == {"bytes": len(old) + 4, "sha256": hashlib.sha256(old + b"more").hexdigest()}
+
+
+def test_any_damage_gives_the_same_scalars_or_an_error(run):
+    expected = read_scalars(run)
+    (run / "event_files.json").write_text(EventRecord(run / "tensorboard", run).text())
+    whole = {file: file.read_bytes() for file in files_of(run)}
+    random_ = random.Random(1)
+    outcomes = {"same": 0, "error": 0}
+    for _ in range(400):
+        for file in random_.sample(list(whole), random_.choice((1, 1, 2))):
+            size = len(whole[file])
+            at, length = random_.randrange(size), random_.randrange(1, 60)
+            kind = random_.choice(("bit", "cut", "zeros", "random", "drop", "twice", "delete", "swap", "append"))
+            content = bytearray(whole[file])
+            if kind == "bit":
+                content[at] ^= 1 << random_.randrange(8)
+            elif kind == "cut":
+                del content[at:]
+            elif kind == "zeros":
+                content[at : at + length] = bytes(len(content[at : at + length]))
+            elif kind == "random":
+                content[at : at + length] = random_.randbytes(len(content[at : at + length]))
+            elif kind == "drop":
+                del content[at : at + length]
+            elif kind == "twice":
+                content[at:at] = content[at : at + length]
+            elif kind == "swap":
+                content = random_.choice(list(whole.values()))
+            elif kind == "append":
+                content += random_.randbytes(length)
+            file.write_bytes(content)
+            if kind == "delete":
+                file.unlink()
+        try:
+            assert read_scalars(run) == expected
+            outcomes["same"] += 1
+        except QADError:
+            outcomes["error"] += 1
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert outcomes["error"] > 300 and outcomes["same"] > 0
+
+
+def write_at(directory, time, scalars, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: time)
+    writer = SummaryWriter(str(directory), filename_suffix=f".{len(list(directory.glob('*')))}")
+    for name, curve in scalars.items():
+        for step, value in curve:
+            writer.add_scalar(name, value, step)
+    writer.close()
+    monkeypatch.undo()
+
+
+def test_a_clock_that_went_back_does_not_bring_back_abandoned_steps(tmp_path, monkeypatch):
+    first = {"job/start": [(0, 0)], "kl loss": [(i, 1.0) for i in range(1, 9)], "experts/changed": [(4, 1.0), (8, 1.0)]}
+    write_at(tmp_path, 2000.0, first, monkeypatch)
+    second = {"job/start": [(4, 1)], "kl loss": [(i, 2.0) for i in range(5, 7)], "kl loss vs samples": [(40, 2.0)]}
+    write_at(tmp_path, 1000.0, second, monkeypatch)
+    found = read_scalars(tmp_path)
+    assert found["kl loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
+    assert found["experts/changed"] == [(4, 1.0)]  # of iteration 8 nothing is left, though no later value is there
+    assert found["kl loss vs samples"] == [(40, 2.0)]  # its steps are no iterations
+    assert "job/start" not in found
+
+
+def test_files_without_a_start_come_first_by_time(tmp_path, monkeypatch):
+    write_at(tmp_path, 3000.0, {"kl loss": [(1, 1.0), (2, 1.0)]}, monkeypatch)
+    write_at(tmp_path, 4000.0, {"kl loss": [(2, 2.0)]}, monkeypatch)
+    write_at(tmp_path, 1000.0, {"job/start": [(2, 2)], "kl loss": [(3, 3.0)]}, monkeypatch)
+    events = read_events(sorted(tmp_path.iterdir()), tmp_path)
+    assert [file.start for file in events.files] == [None, None, (2, 2)]
+    assert read_scalars(tmp_path)["kl loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
