@@ -11,8 +11,14 @@ import training_jobs
 
 
 def train_on_a_full_disk(argv: list[str], record: str, disk: str, at: dict[str, int]) -> None:
-    """``training_jobs.train``; before step ``i`` rank 0 fills ``disk`` but for ``at[i]`` bytes; -1 empties it."""
+    """``training_jobs.train``; before step ``i`` rank 0 fills ``disk`` but for ``at[i]`` bytes; -1 empties it.
+
+    TensorBoard then gets a long text: a file system gives room by pages, of which a few scalars need no new one.
+    """
+    from megatron.training import get_tensorboard_writer
     from megatron.training import training as megatron_loop
+
+    from megatron_qad.training import loggers
 
     train_step, ballast = megatron_loop.train_step, Path(disk) / "ballast"
 
@@ -20,14 +26,33 @@ def train_on_a_full_disk(argv: list[str], record: str, disk: str, at: dict[str, 
         free = at.get(str(iteration + 1))
         if free is not None and os.environ["RANK"] == "0":
             ballast.unlink(missing_ok=True)
-            if free >= 0:
+            while free >= 0:
                 size = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free
-                with open(ballast, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, size)
+                try:
+                    with open(ballast, "wb") as file:
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    break
+                except OSError:  # TensorBoard's thread of another rank has written meanwhile
+                    ballast.unlink()
+        if free is not None:
+            torch.distributed.barrier()
+        if free == 0 and (writer := get_tensorboard_writer()) is not None:
+            writer.add_text("a text of three pages", "x" * 12_288, iteration)
         return train_step(*args, iteration=iteration, **rest)
 
     megatron_loop.train_step = step
     training_jobs.train(argv, record=record)
+    loggers.close()  # as at the exit of the interpreter, to which ranks of the fork server do not come
+
+
+def read_events(directory: str) -> None:
+    """Print the steps of the loss in a run's event files, and what the report would say of the files."""
+    from megatron_qad.report.scalars import read_scalars
+
+    notes: list[str] = []
+    scalars = read_scalars(directory, notes=notes)
+    print("steps", [step for step, _ in scalars["kl loss"]], "validations", len(scalars["validation/kl_to_teacher"]))
+    print("notes", notes)
 
 
 def list_files(directory: str) -> None:

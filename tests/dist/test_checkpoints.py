@@ -247,14 +247,14 @@ def small_disk(tmp_path_factory):
 
 def test_a_full_disk_costs_a_checkpoint(small_disk, through):
     """Full before the save begins (4) and while it writes (6): both are said, the run is the undisturbed one's, 2 stays
-    whole, 8 is saved, as soon as there is room, and nothing of the two is left."""
+    whole, 8 is saved, as soon as there is room, and nothing of the two is left. TensorBoard's scalars wait for room."""
     shop, disk = small_disk
     used = sum(file.stat().st_size for file in (through[1] / "iter_0000002").iterdir())
     for name, flags, nproc in (("sync", [], 1), ("async", ["--async-save"], 1), ("ranks", [], 2)):
         run = disk / name
         at = {"3": 0, "5": (16 << 20) + used // 2, "7": -1}  # 16 MiB are reserved first, and then half is missing
         arguments = {"disk": str(disk), "at": at}
-        argv = shop.argv("--save", str(run), *flags)
+        argv = shop.argv("--save", str(run), "--tensorboard-dir", str(run / "tensorboard"), *flags)
         steps, output = shop.train(argv, nproc, "surviving_jobs:train_on_a_full_disk", **arguments)
         errors = [line for line in output.splitlines() if "megatron_qad: ERROR" in line and "saved" in line]
         assert len(errors) == 2, errors
@@ -268,6 +268,12 @@ def test_a_full_disk_costs_a_checkpoint(small_disk, through):
         assert "tracker 10" in listed
         assert "iter_0000008/integrity.json" in listed and "iter_0000002/integrity.json" in listed
         assert not any(part in listed for part in ("iter_0000004", "iter_0000006", "partial"))
+        said = [line for line in output.splitlines() if "megatron_qad: ERROR: TensorBoard in" in line]
+        assert said and all("No space left on device. The job goes on" in line for line in said)
+        assert "events that waited are written" in output
+        assert "iter_0000008/event_files.json" in listed and "Traceback" not in output
+        events = shop.server.run("surviving_jobs:read_events", 1, {"directory": str(run)})
+        assert f"steps {list(range(1, NUM_STEPS + 1))} validations 5" in events and "notes []" in events
 
 
 def test_keeping_the_best_removes_none_while_too_few_were_validated(shop, tmp_path):
