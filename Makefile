@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo tiny-hybrid test test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
+.PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -20,6 +20,10 @@ tiny-hybrid: env
 
 test: env lint
 	$(RUN) pytest -q tests --ignore tests/te
+
+# Also what make test leaves out for time.
+test-all: env lint
+	$(RUN) pytest -q tests --ignore tests/te -m ''
 
 # Thirty kills at random moments, in steps, saves and exports; the record goes to docs/. Minutes.
 test-kill: env

@@ -40,17 +40,23 @@ fi
 export QAD_JOB_DIR
 trap '[[ -z $own_job_dir ]] || rm -rf "$own_job_dir"' EXIT
 
-# The agent and, until they have a handler of their own, its ranks ignore the signals that ask to stop: the agent would give
-# its ranks 30 seconds and kill them in the middle of a save.
-(trap '' TERM USR1; exec python "$here/agent.py" --nnodes "$nodes" --nproc-per-node "$processes" "${rendezvous[@]}" \
-  --signals-to-handle SIGHUP "$@") &
+# Until the agent and its ranks have handlers of their own, they ignore the signals that ask to stop: torchrun would give its
+# ranks 30 seconds and kill them in the middle of a save.
+export QAD_LAUNCHER_PID=$$
+(trap '' TERM USR1 INT; exec python "$here/agent.py" --nnodes "$nodes" --nproc-per-node "$processes" "${rendezvous[@]}" \
+  python "$here/rank.py" "$@") &
 agent=$!
 trap 'interrupted=1; touch "$QAD_JOB_DIR/stop"' TERM USR1
-trap 'interrupted=1; kill -HUP "$agent" 2>/dev/null || true' INT  # a background process ignores SIGINT itself
+trap 'interrupted=1; kill -INT "$agent" 2>/dev/null || true' INT  # a background process gets no SIGINT from the terminal
 interrupted=1
 while [[ $interrupted ]]; do  # a signal ends wait, not the agent
   interrupted=
   code=0
   wait "$agent" || code=$?
 done
+case $code in
+  129 | 130 | 137)  # SIGHUP, SIGINT or SIGKILL ended the agent, and the kernel its ranks
+    echo "torchrun.sh: ended by signal $((code - 128)). The steps since the last checkpoint are lost; the same command goes on from there" >&2
+    ;;
+esac
 exit "$code"

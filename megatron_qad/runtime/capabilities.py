@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_qad.runtime import adamw, bf16_products, cpu_backend, mamba_packages, safe_checkpoints
+from megatron_qad.runtime import adamw, bf16_products, cpu_backend, mamba_packages, processes, safe_checkpoints
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def prepare(*, to_compute: bool = False) -> Capabilities:
         to_compute: the process will train or evaluate. Where Transformer Engine is installed and no GPU is there, it is
             then hidden: Megatron takes its kernels wherever it can import it, and they refuse CPU tensors.
     """
+    processes.end_with_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
     safe_checkpoints.refuse_code()
     found = capabilities()

@@ -1,0 +1,146 @@
+"""No process of a job outlives it: whatever ends the launcher, the agent or a rank, ten seconds later all are gone, and
+the same command goes on from the last checkpoint."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny_job
+import tokenizers
+from fork_server import ForkServer
+from launch import ROOT, environment
+from transformers import PreTrainedTokenizerFast
+
+FLAGS = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 8 --train-iters 100000 --lr 1e-3 --min-lr 1e-4 --split "
+    "80,20,0 --eval-iters 0 --log-interval 1 --qad-calibration-samples 16 --bf16 --use-distributed-optimizer "
+    "--save-interval 2 --qad-keep-last 2 --tensor-model-parallel-size 2 --sequence-parallel --num-workers 1"
+).split()
+SECONDS = 10
+LOST = "The steps since the last checkpoint are lost; the same command goes on from there"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("processes")
+    tiny_job.write_hf(directory / "hf", tiny_job.LLAMA)
+    tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
+    with ForkServer(directory) as server:
+        models = [(f"{directory}/hf", f"{directory}/teacher", "bfloat16")]
+        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return directory
+
+
+def wait_for(condition, seconds: float, log: Path):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, log.read_text()[-5000:]
+        time.sleep(0.1)
+
+
+def default_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+# Each case goes on with the run of the one before it. Who is signalled, with what, and the line that says what is lost.
+CASES = [
+    ("launcher", signal.SIGINT, f"torchrun.sh: ended by signal 2. {LOST}"),
+    ("launcher", signal.SIGKILL, f"torchrun.sh is gone, and all ranks end with it. {LOST}"),
+    ("agent", signal.SIGTERM, None),
+    ("agent", signal.SIGKILL, f"torchrun.sh: ended by signal 9. {LOST}"),
+    ("rank", signal.SIGKILL, None),
+]
+MORE_CASES = [  # tests/dist/test_preemption.py has SIGTERM to all, and to a rank
+    ("launcher", signal.SIGTERM, None),
+    ("agent", signal.SIGINT, f"torchrun.sh: ended by signal 2. {LOST}"),
+    ("rank", signal.SIGINT, None),
+    ("rank", signal.SIGTERM, None),
+]
+IN_TEST_ALL = [pytest.param(*case, marks=pytest.mark.all) for case in MORE_CASES]
+
+
+@pytest.mark.parametrize(
+    "who, number, said",
+    [*CASES, *IN_TEST_ALL],
+    ids=[f"{number.name} to the {who}" for who, number, _ in [*CASES, *MORE_CASES]],
+)
+def test_no_process_is_left(place, tmp_path, who, number, said):
+    run, log = place / "run", tmp_path / "log"
+    resumes = run.is_dir()
+    command = [f"{ROOT}/launch/torchrun.sh", "pretrain_qad.py", "--qad-teacher", f"{place}/teacher", *FLAGS]
+    command += ["--data-path", f"{place}/data", "--data-cache-path", f"{place}/cache", "--save", str(run)]
+    with open(log, "w") as output:
+        env = environment() | {"NPROC_PER_NODE": "2"}
+        streams = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
+        # As a job of an interactive shell: in a process group of its own, which Ctrl-C signals as a whole. What runs
+        # the tests may ignore SIGINT, and a script could then not trap it.
+        job = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=default_sigint)
+        launcher = psutil.Process(job.pid)
+        try:
+            wait_for(lambda: log.read_text().count("successfully saved checkpoint") >= 2, 120, log)
+            agent = next(p for p in launcher.children() if "agent.py" in " ".join(p.cmdline()))
+            ranks = [p for p in agent.children() if "pretrain_qad.py" in " ".join(p.cmdline())]
+            processes = [launcher, *launcher.children(recursive=True)]
+            assert len(ranks) == 2 and len(processes) >= 5, processes  # the first rank has a data worker
+            target = {"launcher": launcher, "agent": agent, "rank": ranks[1]}[who]
+            if (who, number) == ("launcher", signal.SIGINT):
+                os.killpg(job.pid, number)
+            else:
+                target.send_signal(number)
+            job_ended = time.monotonic() + SECONDS
+            while left := alive(processes):
+                assert time.monotonic() < job_ended, (left, log.read_text()[-3000:])
+                time.sleep(0.05)
+        finally:
+            for process in alive([launcher, *launcher.children(recursive=True)] if launcher.is_running() else []):
+                process.kill()
+    job.wait(5)  # a zombie until now
+    text = log.read_text()
+    if said is not None:
+        assert [line for line in text.splitlines() if LOST in line] == [said], text[-3000:]
+        assert "Traceback" not in text
+    if number == signal.SIGTERM:
+        assert job.returncode == 0 and "asked to stop; saving after this step" in text
+    else:
+        assert job.returncode != 0
+    assert ("successfully loaded checkpoint" in text) == resumes, text[-3000:]
+
+
+def test_workers_that_tokenize_end_with_their_parent(tmp_path):
+    """As do the semaphores that they share; what was begun is removed by the next preparation of the same output."""
+    source, semaphores = tmp_path / "text.txt", set(Path("/dev/shm").iterdir())
+    source.write_text("one two three\n\n" * 300_000)
+    command = [sys.executable, "tools/prepare_data.py", "--input", str(source), "--split-on", "blank"]
+    command += ["--tokenizer", str(write_tokenizer(tmp_path)), "--output", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    with open(log, "w") as output:
+        job = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT, env=environment(), stdout=output, stderr=output)
+    main = psutil.Process(job.pid)
+    wait_for(lambda: job.poll() is not None or list(tmp_path.glob("out.incomplete-*.bin")), 60, log)
+    wait_for(lambda: job.poll() is not None or len(main.children()) >= 3, 60, log)  # and what tracks the semaphores
+    processes = [main, *main.children(recursive=True)]
+    job.kill()
+    job.wait()
+    wait_for(lambda: not alive(processes) and set(Path("/dev/shm").iterdir()) <= semaphores, SECONDS, log)
+    source.write_text("one two three\n\n" * 10)
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.json"}
+
+
+def write_tokenizer(directory: Path) -> Path:
+    """A word-level tokenizer in Hugging Face's layout."""
+    words = {word: i for i, word in enumerate(("<unk>", "<eos>", "one", "two", "three"))}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<eos>")
+    fast.save_pretrained(directory / "tokenizer")
+    return directory / "tokenizer"
