@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.runtime import QADError, locks, prepare, whole_saves
 
 prepare(to_compute=True)
 
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = ["--eval-interval", "1", "--eval-iters", str(own.num_microbatches)]
     args = parse_arguments([*rest, *evaluation], trains=False)
     initialize_megatron()
+    whole_saves.on_first_rank(lambda: locks.hold(own.output, "--output"))
     linears = family_of(args.hf_config).linears(args.hf_config)
     units = units_of(linears, resolve_formats(args))
     if not units:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_qad.data.sampling import Sampler
-from megatron_qad.runtime import bf16_products
+from megatron_qad.runtime import bf16_products, locks
 from megatron_qad.runtime.errors import QADError
 
 
@@ -67,7 +67,13 @@ def generate_documents(
             with other settings.
     """
     _check(options, prompts)
-    output = Path(output)
+    with locks.writing(output):
+        return _generate(hf_model_dir, prompts, Path(output), options, device)
+
+
+def _generate(
+    hf_model_dir: str | Path, prompts: Sequence[str] | None, output: Path, options: GenerateOptions, device: str
+) -> int:
     done = _resume(output, options, hf_model_dir, prompts)
     if done >= options.num_documents:
         return 0

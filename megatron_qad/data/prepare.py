@@ -21,7 +21,9 @@ from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files
 from megatron_qad.data.sources import BLANK_LINES, BadLine, Encoded, Record, encode_record, file_format, read_records
 from megatron_qad.data.tokenizer import DataTokenizer, load_tokenizer
 from megatron_qad.data.writer import DocumentWriter, publish
+from megatron_qad.runtime import locks
 from megatron_qad.runtime.errors import QADError
+from megatron_qad.runtime.processes import end_with_parent
 
 _BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 20  # a batch is what travels to a worker: large enough to hide the trip, small enough to hold many
@@ -69,9 +71,14 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.prepend_bos and tokenizer.bos is None:
         raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Leave the flag out.")
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    with locks.writing(options.output):
+        return _prepare(options, tokenizer)
+
+
+def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
     bad_path = Path(f"{options.output}.bad.txt")
     bad_path.unlink(missing_ok=True)
+    _remove_left_overs(options.output)
     aside = f"{options.output}.incomplete-{os.getpid()}"
     try:
         writer = DocumentWriter(aside, tokenizer)
@@ -91,6 +98,14 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
         for path in output_files(aside):
             path.unlink(missing_ok=True)
     return metadata
+
+
+def _remove_left_overs(prefix: str) -> None:
+    """What preparations of the same output left when they were killed; none is running, as this one has the lock."""
+    ending = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-\d+(_loss_mask)?\.(bin|idx|json)")
+    for path in Path(prefix).parent.iterdir():
+        if ending.fullmatch(path.name):
+            path.unlink()
 
 
 def _check(options: PrepareOptions) -> None:
@@ -185,6 +200,7 @@ _worker: tuple[DataTokenizer, PrepareOptions]
 def _start_worker(options: PrepareOptions) -> None:
     """Runs once in each worker: a tokenizer cannot always be pickled, so each worker reads its own."""
     global _worker
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (load_tokenizer(options.tokenizer), options)
 

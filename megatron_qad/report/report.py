@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_qad.report.collect import Results, collect
 from megatron_qad.report.markdown import markdown
 from megatron_qad.report.plot import write_png
+from megatron_qad.runtime import locks
 
 DEFAULT_TITLE = "NVFP4 quantization: report"
 
@@ -39,10 +40,11 @@ def write_report(
     """
     results = collect(runs, teacher, title, accept_gaps=accept_gaps)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_png(output / "report.png", results.title, results.runs, results.linears)
-    (output / "report.md").write_text(markdown(results))
-    (output / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
+    with locks.writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_png(output / "report.png", results.title, results.runs, results.linears)
+        (output / "report.md").write_text(markdown(results))
+        (output / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
     return results
 
 

@@ -1,0 +1,133 @@
+"""One writer for each output, with real processes: who holds a lock is named, who died does not hold it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_qad.runtime import QADError, locks
+
+HOLD = """
+import sys, time
+from megatron_qad.runtime import locks
+{settings}
+locks.hold(sys.argv[1], "--save")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def holder(directory: Path, settings: str = "") -> subprocess.Popen:
+    """A process that holds ``directory``."""
+    code = HOLD.format(settings=settings)
+    process = subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture
+def on_another_machine(monkeypatch):
+    """This process takes itself to be elsewhere, where a pid of the holder's says nothing."""
+    monkeypatch.setattr(locks, "_machine", lambda: "another boot")
+
+
+def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path):
+    first = holder(tmp_path / "run")
+    with pytest.raises(QADError) as refused:
+        locks.hold(tmp_path / "run", "--save")
+    said = str(refused.value)
+    assert f"--save {tmp_path}/run: is in use by process {first.pid} on " in said
+    assert ", started 20" in said and f"(the lock is {tmp_path}/run/qad.lock)" in said
+    first.kill()
+    first.wait()
+    locks.hold(tmp_path / "run", "--save")
+    locks.hold(tmp_path / "run", "--save")  # its own
+    assert json.loads((tmp_path / "run" / "qad.lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_later_process_of_the_same_pid_does_not_hold_it(tmp_path):
+    with locks.writing(tmp_path / "out"):
+        mine = json.loads((tmp_path / ".out.lock").read_text())
+    (tmp_path / ".out.lock").write_text(json.dumps(mine | {"start_ticks": mine["start_ticks"] - 1}))
+    with locks.writing(tmp_path / "out"):
+        assert json.loads((tmp_path / ".out.lock").read_text()) == mine
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_machine_s_lock_is_held_while_it_is_touched(tmp_path, on_another_machine):
+    first = holder(tmp_path, "locks.SECONDS_BETWEEN_BEATS = 2")
+    try:
+        begun = time.monotonic()
+        with pytest.raises(QADError, match="is in use by"):
+            locks.hold(tmp_path, "--save")
+        assert time.monotonic() - begun < 10
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_another_machine_s_lock_is_stale_when_nobody_touches_it(tmp_path, monkeypatch, on_another_machine, capfd):
+    first = holder(tmp_path)
+    first.kill()
+    first.wait()
+    monkeypatch.setattr(locks, "SECONDS_UNTIL_STALE", 3)
+    locks.hold(tmp_path, "--save")
+    assert "last seen 0 s ago; waiting up to 3 s" in capfd.readouterr().out
+
+
+def test_who_finds_another_in_its_place_ends(tmp_path):
+    """As after a suspension of minutes, in which another machine took the lock for stale."""
+    first = holder(tmp_path, "locks.SECONDS_BETWEEN_BEATS = 0.5")
+    lock = tmp_path / "qad.lock"
+    other = json.loads(lock.read_text()) | {"host": "elsewhere", "pid": 7}
+    os.kill(first.pid, signal.SIGSTOP)
+    (tmp_path / "new").write_text(json.dumps(other))
+    os.replace(tmp_path / "new", lock)
+    os.kill(first.pid, signal.SIGCONT)
+    assert first.wait(10) == 1
+    assert json.loads(lock.read_text()) == other
+
+
+def test_a_lock_that_was_removed_by_hand_comes_back(tmp_path):
+    first = holder(tmp_path, "locks.SECONDS_BETWEEN_BEATS = 0.5")
+    (tmp_path / "qad.lock").unlink()
+    end = time.monotonic() + 10
+    while not (tmp_path / "qad.lock").is_file():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+
+
+def test_of_many_that_find_a_dead_one_s_lock_one_gets_it(tmp_path):
+    first = holder(tmp_path)
+    first.kill()
+    first.wait()
+    code = "import sys; from megatron_qad.runtime import locks; sys.stdin.read(); locks.hold(sys.argv[1], '--save'); "
+    code += "print('held', flush=True); import time; time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    time.sleep(8)  # all have imported what they need
+    for racer in racers:
+        racer.stdin.close()
+    end = time.monotonic() + 60
+    while sum(racer.poll() is None for racer in racers) > 1:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    (winner,) = [racer for racer in racers if racer.poll() is None]
+    assert winner.stdout.readline() == b"held\n"
+    assert all(b"is in use by" in racer.stderr.read() for racer in racers if racer is not winner)
+    winner.kill()
+    winner.wait()
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/1"), reason="needs /proc")
+def test_a_place_that_cannot_be_written_is_one_error():
+    with pytest.raises(QADError, match=r"--output /proc/out: cannot be written"), locks.writing("/proc/out"):
+        pass
