@@ -22,11 +22,11 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megatron_qad.checkpoint import origins  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
-from megatron_qad.checkpoint.release import all_or_none, write_release  # noqa: E402
+from megatron_qad.checkpoint.release import all_or_none, owned, write_release  # noqa: E402
 from megatron_qad.config.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
 from megatron_qad.formats.catalogue import LINEAR_FORMATS  # noqa: E402
-from megatron_qad.models.weights import iteration_dir  # noqa: E402
-from megatron_qad.runtime import manifest  # noqa: E402
+from megatron_qad.models.weights import iteration_to_read  # noqa: E402
+from megatron_qad.runtime import json_records, manifest  # noqa: E402
 from megatron_qad.training.arguments import parse_arguments  # noqa: E402
 from megatron_qad.training.setup import resolve_formats  # noqa: E402
 from megatron_qad.training.smoothing import smooth  # noqa: E402
@@ -51,18 +51,25 @@ def main(argv: list[str] | None = None) -> None:
     if not any(LINEAR_FORMATS[fmt].input == "nvfp4" for fmt in formats.values()):
         raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
     asked = {"exponent": own.exponent, "sequences": args.qad.qad_calibration_samples, "text": calibration_text(args)}
-    record = origins.of_smoothing(iteration_dir(args.qad.qad_teacher), asked, formats)
+    record = origins.of_smoothing(iteration_to_read(args.qad.qad_teacher), asked, formats)
     if own.keep and (own.output / TRACKER).is_file():
         origins.require_same(own.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{own.output} is there already")
     initialize_megatron()
+    with owned(own.output):
+        smooth_and_write(args, own, formats, record)
+
+
+def smooth_and_write(args: argparse.Namespace, own: argparse.Namespace, formats: dict, record: dict) -> None:
     output = all_or_none(lambda: new_directory(own.output))
     done = smooth(args, own.exponent, formats)
 
     def finish(aside: Path) -> None:
-        shutil.copytree(Path(args.qad.qad_teacher) / "hf", aside / "hf")
+        source = Path(args.qad.qad_teacher) / "hf"
+        manifest.require_sealed(source, "config.json")
+        shutil.copytree(source, aside / "hf")
         described = record | {"result": origins.sum_of_iteration(aside / "release")}
-        manifest.write_atomically(aside / SMOOTHING_FILE, origins.text_of(described))
+        json_records.write(aside / SMOOTHING_FILE, described)
 
     write_release(output, done.sharded, finish)
     moved = torch.cat(list(done.factors.values())) if done.factors else torch.ones(1)

@@ -21,8 +21,8 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from modelopt.torch.quantization.nn import register_quant_backend  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from megatron_qad.checkpoint.export_hf import read_job  # noqa: E402
 from megatron_qad.models.builder import build_chunks, freeze  # noqa: E402
+from megatron_qad.models.run_directory import read_job  # noqa: E402
 from megatron_qad.models.weights import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import NVFP4_BACKEND, ActivationQuantizers, nvfp4_inputs  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402

@@ -16,16 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_qad.checkpoint import origins
-from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype, read_json
+from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.config.run_files import EXPORT_FILE, JOB_FILE
+from megatron_qad.config.run_files import JOB_FILE
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.weights import iteration_dir
+from megatron_qad.models.run_directory import read_config, read_job
+from megatron_qad.models.weights import iteration_to_read
+from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
 
@@ -51,11 +53,10 @@ def export_hf(
         QADError: a damaged checkpoint, missing tensors or amaxes (named), no ``qad.json``, or what the writer refuses.
     """
     checkpoint, output = Path(checkpoint), new_directory(output)  # refused before gigabytes are checked and read
-    if not (checkpoint / "hf" / "config.json").is_file():
-        raise QADError(f"{checkpoint}: no hf/config.json; expected what import_hf.py or pretrain_qad.py wrote")
-    config = read_json(checkpoint / "hf" / "config.json")
+    config = read_config(checkpoint)
+    manifest.require_sealed(checkpoint / "hf", "config.json")
     family = family_of(config)
-    job = _job_of(checkpoint, layout)
+    directory, job = _iteration_and_job(checkpoint, layout, iteration)
     formats, kv_cache = job.get("formats", {}), job.get("kv_cache", "bf16") if layout != "bf16" else "bf16"
     refused = sorted({fmt for fmt in formats.values()} - set(EXPORTED_FORMATS))
     if refused and layout != "bf16":
@@ -84,18 +85,22 @@ def export_hf(
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
-        texts={EXPORT_FILE: origins.text_of(origins.of_iteration(reader.directory, layout, job))},
+        record=origins.of_iteration(directory, layout, job),
     )
 
 
 def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
     """The record that ``export_hf`` with the same arguments would write (``origins``); reads no weights."""
-    return origins.of_iteration(iteration_dir(checkpoint, iteration), layout, _job_of(Path(checkpoint), layout))
+    directory, job = _iteration_and_job(Path(checkpoint), layout, iteration)
+    return origins.of_iteration(directory, layout, job)
 
 
-def _job_of(checkpoint: Path, layout: LayoutName) -> dict:
+def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | str | None) -> tuple[Path, dict]:
     """Layout bf16 also takes what import_hf wrote, which has no formats."""
-    return read_job(checkpoint) if layout != "bf16" or (checkpoint / JOB_FILE).is_file() else {}
+    if layout != "bf16" and read_job(checkpoint) is None:
+        raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
+    directory = iteration_to_read(checkpoint, iteration)
+    return directory, read_job(checkpoint, directory) or {}
 
 
 def read_carried(assets: Path) -> dict[str, torch.Tensor]:
@@ -114,14 +119,6 @@ def _linears_among(carried: dict[str, torch.Tensor]) -> list[str]:
     or embedding."""
     names = [name for name, tensor in carried.items() if name.endswith(".weight") and tensor.dim() == 2]
     return [name.removesuffix(".weight") for name in names if ".gate." not in name and "embed" not in name]
-
-
-def read_job(checkpoint: Path) -> dict:
-    """``qad.json``: "formats", every linear's by Megatron weight name; "kv_cache"; "scale_rule" of NVFP4 weights."""
-    file = checkpoint / JOB_FILE
-    if not file.is_file():
-        raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
-    return read_json(file)
 
 
 @dataclass(frozen=True)

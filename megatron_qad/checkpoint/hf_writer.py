@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from megatron_qad.checkpoint.layouts import (
     exclusions,
     stored_tensors,
 )
-from megatron_qad.runtime import manifest
+from megatron_qad.config.run_files import EXPORT_FILE
+from megatron_qad.runtime import json_records, locks, manifest
 from megatron_qad.runtime.errors import QADError
 
 # What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
@@ -76,7 +78,7 @@ def write_hf_checkpoint(
     source: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     kv_cache: str = "bf16",
-    texts: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> Written:
     """Write ``items``, in their order, as the HF checkpoint ``directory``.
 
@@ -91,7 +93,7 @@ def write_hf_checkpoint(
         source: HF directory whose tokenizer, chat template and generation config are copied; None copies nothing.
         max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
         kv_cache: "bf16" or "fp8", whose scales are among the items; the configurations announce it.
-        texts: further small files, name -> content.
+        record: what the checkpoint was made of; written beside it with the sums of all its files.
 
     Raises QADError for a used directory or a mount point, a full disk, a name given twice, and whatever
     ``stored_tensors`` refuses.
@@ -105,31 +107,34 @@ def write_hf_checkpoint(
         raise QADError(
             "config.json already has a quantization_config; expected that of a BF16 model. Remove the entry."
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
     aside = directory.parent / f".{directory.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-    aside.mkdir()
     shards = _Shards(aside, max_shard_bytes)
-    try:
-        formats = {
-            item.module: item.fmt for item in _added(items, shards, layout) if item.fmt != "bf16" and layout != "bf16"
-        }
-        shards.finish()
-        excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
-        _carry(source, aside)
-        _write_configs(aside, config, layout, excluded, formats, kv_cache)
-        for name, text in (texts or {}).items():
-            (aside / name).write_text(text, encoding="utf-8")
-        for path in (*aside.rglob("*"), aside):
-            manifest.sync(path)
-        os.rename(aside, directory)  # atomic; replaces an empty directory
-        manifest.sync(directory.parent)
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise _disk_full(directory, shards) from error
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # gone already if all went well
+    with ExitStack() as stack:
+        stack.enter_context(locks.writing(directory))
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
+        aside.mkdir()
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)  # gone already if all went well
+        try:
+            formats = {
+                item.module: item.fmt
+                for item in _added(items, shards, layout)
+                if item.fmt != "bf16" and layout != "bf16"
+            }
+            shards.finish()
+            excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
+            _carry(source, aside)
+            _write_configs(aside, config, layout, excluded, formats, kv_cache)
+            if record is not None:
+                sums = manifest.sums_of(aside, manifest.files_in(aside))
+                json_records.write(aside / EXPORT_FILE, {**record, "files": sums})
+            for path in (*aside.rglob("*"), aside):
+                manifest.sync(path)
+            os.rename(aside, directory)  # atomic; replaces an empty directory
+            manifest.sync(directory.parent)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise _disk_full(directory, shards) from error
+            raise
     return Written(directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), formats, tuple(excluded))
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.checkpoint.release import all_or_none, write_release
+from megatron_qad.checkpoint.release import all_or_none, owned, write_release
 from megatron_qad.config.run_files import IMPORT_FILE
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.runtime import manifest
+from megatron_qad.runtime import json_records
 from megatron_qad.runtime.distributed import rank_and_size
 from megatron_qad.runtime.errors import QADError
 
@@ -37,9 +37,10 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
             that exists and is not empty or is a mount point, a full disk.
     """
     source, rank, size = Path(source), *rank_and_size()
-    target = all_or_none(lambda: new_directory(target))
-    sharded, carried, count = all_or_none(lambda: _read(source, dtype, rank, size))
-    write_release(target, sharded, lambda aside: _finish(source, aside, carried, dtype))
+    with owned(target):
+        target = all_or_none(lambda: new_directory(target))
+        sharded, carried, count = all_or_none(lambda: _read(source, dtype, rank, size))
+        write_release(target, sharded, lambda aside: _finish(source, aside, carried, dtype))
     return count
 
 
@@ -54,7 +55,7 @@ def _finish(source: Path, aside: Path, carried: dict[str, torch.Tensor], dtype: 
         first = next(iter(carried))
         print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
     record = origins.of_model(source, str(dtype).removeprefix("torch."))
-    manifest.write_atomically(aside / IMPORT_FILE, origins.text_of(record))
+    json_records.write(aside / IMPORT_FILE, record)
 
 
 def _read(

@@ -9,15 +9,17 @@ sum of what came out for comparisons; what counts is the rest.
 import hashlib
 import json
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from megatron_qad.checkpoint.hf_reader import ASSETS, read_json
-from megatron_qad.runtime import manifest
+from megatron_qad.checkpoint.hf_reader import ASSETS
+from megatron_qad.config.run_files import EXPORT_FILE
+from megatron_qad.runtime import json_records, manifest
 from megatron_qad.runtime.errors import QADError
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
-_NOT_ASKED = ("model", "checkpoint", "result")
+_NOT_ASKED = ("model", "checkpoint", "result", "files")
 
 
 def of_model(source: Path, dtype: str) -> dict[str, Any]:
@@ -58,23 +60,40 @@ def sum_of_iteration(directory: Path) -> str:
     return _sum(_of_iteration(directory))
 
 
-def text_of(record: dict[str, Any]) -> str:
-    return json.dumps(record, indent=2) + "\n"
-
-
 def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> None:
-    """Refuse to keep ``output`` unless its record is ``expected``.
+    """Refuse to keep ``output`` unless its record is ``expected`` and all its files are as they were written.
 
     Raises:
-        QADError: says what it was made of and what was asked for.
+        QADError: says what it was made of and what was asked for, or which file is damaged.
     """
     file = output / record_name
-    found = read_json(file) if file.is_file() else {}
+    found = json_records.read(file) if file.is_file() else {}
     if _asked(found) != _asked(expected):
         was = f"was made of {_described(found)}" if found else f"has no {record_name} that says what it was made of"
         raise QADError(
             f"--keep: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another --output."
         )
+    if record_name == EXPORT_FILE:
+        wrong = [f"{name} {what}" for name, what in faults_of_export(output).items()]
+    else:
+        wrong = [*manifest.faults(output / "release"), *manifest.faults(output / "hf", needed=["config.json"])]
+    if wrong:
+        raise QADError(f"--keep: {output} is damaged: {'; '.join(wrong[:3])}. Remove it, and it is made again.")
+
+
+def faults_of_export(output: Path, only: str = "*") -> dict[str, str]:
+    """Files of an export that are not what was written, with a phrase each; none where its record has no sums.
+
+    Args:
+        only: pattern of the files' names that are looked at.
+    """
+    file = output / EXPORT_FILE
+    sums = json_records.read(file).get("files", {}) if file.is_file() else {}
+    sums = {name: (size, digest) for name, (size, digest) in sums.items() if fnmatch(name, only)}
+    missing = [name for name in sums if not (output / name).is_file()]
+    found = manifest.sums_of(output, [name for name in sums if name not in missing])
+    changed = {name: "is not as it was written" for name in found if found[name] != sums[name]}
+    return dict.fromkeys(missing, "is missing") | changed
 
 
 def _asked(record: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +101,10 @@ def _asked(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _described(record: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value[:12] if key in ('sha256', 'result') else value}" for key, value in record.items())
+    short = {
+        key: value[:12] if key in ("sha256", "result") else value for key, value in record.items() if key != "files"
+    }
+    return ", ".join(f"{key} {value}" for key, value in short.items())
 
 
 def _of_iteration(directory: Path) -> list[bytes]:

@@ -1,7 +1,8 @@
 """Writes a checkpoint that no training made: ``release/`` in torch_dist format, whole or not at all."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.config.run_files import TRACKER
-from megatron_qad.runtime import manifest, whole_saves
+from megatron_qad.runtime import locks, manifest, whole_saves
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process
 
@@ -36,6 +37,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 
     def describe() -> None:
         finish(aside)
+        manifest.seal(aside / "hf")
         manifest.write_atomically(aside / TRACKER, "release")
 
     try:
@@ -53,6 +55,14 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
     if is_first:
         aside.rename(target)  # replaces an empty directory
     torch.distributed.barrier()
+
+
+@contextmanager
+def owned(output: str | Path) -> Iterator[None]:
+    """Own ``output`` (``locks.writing``) inside the ``with``; what stops that on the first rank stops all."""
+    with ExitStack() as stack:
+        whole_saves.on_first_rank(lambda: stack.enter_context(locks.writing(output)))
+        yield
 
 
 def all_or_none(work: Callable):

@@ -9,7 +9,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.weights import AMAX, GATED_HALVES, iteration_dir
+from megatron_qad.models.weights import AMAX, GATED_HALVES, iteration_to_read
 from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
@@ -26,7 +26,7 @@ class TorchDistReader:
 
     def __init__(self, checkpoint: str | Path, iteration: int | str | None = None):
         self.checkpoint = Path(checkpoint)
-        self.directory = iteration_dir(checkpoint, iteration)
+        self.directory = iteration_to_read(checkpoint, iteration)
         manifest.require_whole(self.directory)
         self._metadata = dist_checkpointing.load_tensors_metadata(str(self.directory))
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.hf_inventory import Inventory, inventory
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
+from megatron_qad.checkpoint.origins import faults_of_export
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
+from megatron_qad.config.run_files import EXPORT_FILE
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 from megatron_qad.runtime.errors import QADError
 
@@ -97,7 +99,17 @@ def validate_nvfp4(directory: str | Path) -> Report:
     check_config(report.directory, config, layout, model, report.quantized, report.kv_cache, report.add)
     _check_names_and_shapes(config, layout, model, shards, report)
     _check_values(layout, model, shards, report)
+    _check_sums(report)
     return report
+
+
+def _check_sums(report: Report) -> None:
+    """Weights against the sums that the exporter wrote. The small files may be edited: a chat template, a licence."""
+    try:
+        for name, what in faults_of_export(report.directory, only="*.safetensors").items():
+            report.add(name, what)
+    except QADError as error:
+        report.add(EXPORT_FILE, str(error))
 
 
 def _carried_linears(model: Inventory, shards: Shards) -> list[str]:

@@ -1,4 +1,14 @@
-"""The small files beside a run's checkpoints or in an export, each written by one room and read by others."""
+"""The small files beside a run's checkpoints or in an export, each written by one room and read by others.
+
+Those that describe a run are records (``runtime.json_records``): each has a checksum of itself. Every checkpoint holds
+a copy of them as they were when it was saved, by which a record that is missing is noticed, and can be restored.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_qad.runtime import json_records
+from megatron_qad.runtime.errors import QADError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's: the newest checkpoint."""
@@ -20,3 +30,32 @@ EXPORT_FILE = "qad_export.json"
 """In an exported Hugging Face directory: which iteration of which checkpoint it was made of."""
 SMOOTHING_FILE = "qad_smoothing.json"
 """In a checkpoint that tools/smooth.py wrote, and in those of jobs that began with it: how it was smoothed."""
+
+OF_A_RUN = (JOB_FILE, BEST_FILE, CALIBRATION_FILE, LOAD_FILE, SMOOTHING_FILE)
+"""The records beside a run's checkpoints."""
+
+
+def read_record(root: str | Path, name: str) -> Any:
+    """The content of a record in a checkpoint directory; None if the run never wrote it.
+
+    Raises:
+        QADError: it is damaged, or it is missing and a checkpoint has a copy of it.
+    """
+    file = Path(root) / name
+    copies = sorted(Path(root).glob(f"iter_*/{name}"))
+    restore = f"cp {copies[-1]} {file} restores it as it was then" if copies else "Restore it from a copy"
+    if not file.is_file():
+        if copies:
+            raise QADError(f"{file}: is missing, and {copies[-1].parent.name} was saved when it was there. {restore}")
+        return None
+    try:
+        return json_records.read(file)
+    except QADError as error:
+        raise QADError(f"{error}. {restore}") from error
+
+
+def text_of_record(root: str | Path, name: str) -> str | None:
+    """The text of a record that goes into a checkpoint as its copy; None if there is no such record."""
+    file = Path(root) / name
+    # A record that was damaged while the job ran is copied as it is: it is noticed by whoever reads it.
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None

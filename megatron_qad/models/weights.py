@@ -4,7 +4,7 @@ For checkpoints made by ``tools/import_hf.py`` or saved by a QAD job. Only weigh
 quantizers' amaxes of a job that resumes are Megatron's ``load_checkpoint``'s to load.
 """
 
-import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from megatron_qad.config.run_files import BEST_FILE, SMOOTHING_FILE, TRACKER
+from megatron_qad.config.run_files import BEST_FILE, SMOOTHING_FILE, TRACKER, read_record
 from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 
+_ITERATION = re.compile(r"iter_\d{7,}")
 BEST_KEY = "kl_to_teacher"
 
 # Megatron's training loop stores gate and up of a gated MLP as two tensors with these endings (the metadata key
@@ -46,8 +47,8 @@ def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) ->
     tracker = root / TRACKER
     if not tracker.is_file():
         raise QADError(f"{root}: no {TRACKER}; expected a checkpoint directory")
-    latest = tracker.read_text().strip()
-    if latest != "release" and not latest.isdigit():
+    latest = tracker.read_text(errors="replace").strip()
+    if latest != "release" and not is_number(latest):
         raise QADError(f"{tracker} says {latest!r}, expected a number or 'release'; resuming the job mends it")
     found = root / ("release" if latest == "release" else f"iter_{int(latest):07d}")
     if not (found / ".metadata").is_file():
@@ -55,10 +56,40 @@ def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) ->
     return found
 
 
+def iteration_to_read(checkpoint: str | Path, iteration: int | str | None = None) -> Path:
+    """``iteration_dir`` for what reads a run and writes something of it: None is then the newest that is there.
+
+    Raises:
+        QADError: the tracker names an older one. Either it is damaged, or the run was set back on purpose.
+    """
+    found = iteration_dir(checkpoint, iteration)
+    saved = saved_iterations(checkpoint)
+    if iteration is None and found.name != "release" and found != saved[0]:
+        raise QADError(
+            f"{checkpoint}: {TRACKER} says {_number(found)}, and {saved[0].name} is newer. Name the iteration "
+            f"(--iteration {_number(saved[0])}), or let the job go on, which settles it"
+        )
+    return found
+
+
+def saved_iterations(root: str | Path) -> list[Path]:
+    """Directories of a run's saved iterations, the newest first, whole or not."""
+    found = [path for path in Path(root).glob("iter_*") if _ITERATION.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(directory: Path) -> int:
+    return int(directory.name.removeprefix("iter_"))
+
+
+def is_number(text: str) -> bool:
+    """Whether a tracker's text is an iteration."""
+    return text.isascii() and text.isdigit()
+
+
 def validated_kl(root: Path) -> dict[int, float]:
     """Validation KL by iteration, of the run that saves in ``root``; empty if it has not validated."""
-    file = root / BEST_FILE
-    return {entry["iteration"]: entry[BEST_KEY] for entry in json.loads(file.read_text())} if file.is_file() else {}
+    return {entry["iteration"]: entry[BEST_KEY] for entry in read_record(root, BEST_FILE) or []}
 
 
 def best_iteration(root: Path) -> int:
@@ -69,10 +100,9 @@ def best_iteration(root: Path) -> int:
     return there[0]
 
 
-def smoothing_record(checkpoint: str | Path) -> str | None:
+def smoothing_record(checkpoint: str | Path) -> dict | None:
     """How the weights that a checkpoint descends from were smoothed (``tools/smooth.py``); None: not."""
-    file = Path(checkpoint) / SMOOTHING_FILE
-    return file.read_text() if file.is_file() else None
+    return read_record(checkpoint, SMOOTHING_FILE)
 
 
 def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:

@@ -3,16 +3,16 @@
 Runs no model. What a run did not leave becomes a note in words.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.models.families import family_of, text_config
+from megatron_qad.models.run_directory import read_config
 from megatron_qad.models.weights import smoothing_record
 from megatron_qad.report.runs import Run
-from megatron_qad.report.weights import LinearError, linear_errors, linears_of, read_config, same_shape
+from megatron_qad.report.weights import LinearError, linear_errors, linears_of, same_shape
 from megatron_qad.runtime.errors import QADError
 
 # Two means of the teacher's cross entropy closer than this (relative) count as one: on the same tokens they are equal
@@ -48,8 +48,7 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, 
     for run in read:
         if run.job is None:
             continue
-        own = Path(run.directory) / "hf" / "config.json"
-        if own.is_file() and not same_shape(json.loads(own.read_text()), config):
+        if not same_shape(read_config(run.directory), config):
             notes.append(f"{run.name}: its model has other layers than the teacher; its weights are not compared.")
             continue
         if smoothing_record(run.directory) != smoothing_record(teacher):

@@ -4,12 +4,11 @@ Read from ``expert_load.json`` and ``calibration.json``, which a job leaves besi
 without experts.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_qad.config.run_files import CALIBRATION_FILE, LOAD_FILE
+from megatron_qad.config.run_files import CALIBRATION_FILE, LOAD_FILE, read_record
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,9 @@ class Experts:
 
     @classmethod
     def read(cls, directory: str | Path) -> "Experts":
-        load, calibration = (_read(Path(directory) / name) for name in (LOAD_FILE, CALIBRATION_FILE))
+        load, calibration = (read_record(directory, name) or {} for name in (LOAD_FILE, CALIBRATION_FILE))
         layers = {int(index): counts for index, counts in load.get("layers", {}).items()}
         return cls(layers, calibration.get("few_tokens", {}))
-
-
-def _read(file: Path) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def expert_rows(name: str, experts: Experts) -> list[list[str]]:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qad.config.run_files import TRACKER
+from megatron_qad.models.run_directory import read_job
+from megatron_qad.models.weights import iteration_to_read
 from megatron_qad.report.experts import Experts
 from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
-from megatron_qad.report.weights import has_checkpoint, read_job
+from megatron_qad.report.weights import has_checkpoint
 
 TRAINING_LOSSES = tuple(
     f"{name} loss" for name in ("total", "kl", "reverse_kl", "jsd", "confidence_kl", "topk", "mse", "ce")
@@ -37,7 +38,7 @@ class Run:
         scalars = read_scalars(directory, accept_gaps=accept_gaps, notes=notes)
         saved = None
         if has_checkpoint(directory):
-            saved = (Path(directory) / TRACKER).read_text().strip()
+            saved = iteration_to_read(directory).name.removeprefix("iter_").lstrip("0")
         experts, validation = Experts.read(directory), validation_of(scalars)
         return cls(name, str(directory), scalars, validation, read_job(directory), saved, experts, tuple(notes))
 

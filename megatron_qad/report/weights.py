@@ -4,7 +4,6 @@ Needs no model and no GPU, but an initialized torch.distributed. Left out: activ
 calibrated amax is read.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.config.run_files import JOB_FILE, TRACKER
+from megatron_qad.config.run_files import TRACKER
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.models.run_directory import read_config
+from megatron_qad.models.weights import saved_iterations
 
 
 @dataclass
@@ -50,30 +50,9 @@ class LinearError:
         return self.name.split(".")[-2]
 
 
-def read_job(directory: str | Path) -> dict | None:
-    """The run's ``qad.json``: "policy", "rules", "loss", "formats". None where the directory has none."""
-    file = Path(directory) / JOB_FILE
-    if not file.is_file():
-        return None
-    job = json.loads(file.read_text())
-    if not isinstance(job.get("formats"), dict):
-        raise QADError(
-            f"{file}: no map 'formats' in it; expected the file that pretrain_qad.py writes beside checkpoints"
-        )
-    return job
-
-
-def read_config(checkpoint: str | Path) -> dict:
-    """``hf/config.json`` of a checkpoint directory."""
-    file = Path(checkpoint) / "hf" / "config.json"
-    if not file.is_file():
-        raise QADError(f"{checkpoint}: no hf/config.json; expected a checkpoint directory made by tools/import_hf.py")
-    return json.loads(file.read_text())
-
-
 def has_checkpoint(directory: str | Path) -> bool:
     """Whether a job saved anything there; a save that is damaged counts, and reading it raises."""
-    return (Path(directory) / TRACKER).is_file()
+    return (Path(directory) / TRACKER).is_file() or bool(saved_iterations(directory))
 
 
 def linears_of(config: dict) -> list[TensorMap]:

@@ -2,13 +2,14 @@
 
 The manifest is Megatron's own ``integrity.json`` (SHA-256 of every file; its ``--verify-integrity`` reads it too), with
 the sizes beside the sums. Here it is written by all ranks together, each summing up what it wrote, and checked the same
-way. Left out: who writes checkpoints (``whole_saves``) and which one is loaded (``training.checkpoints``).
+way. Directories that one process writes, such as ``hf/``, are sealed with the same file. Left out: who writes
+checkpoints (``whole_saves``) and which one is loaded (``training.checkpoints``).
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +21,8 @@ FILE = "integrity.json"
 _NEEDED = (".metadata", "metadata.json")
 """What every torch_dist checkpoint has; Megatron writes them last."""
 
+_NEXT = "Restore it from a copy, or import the model again"
+
 _found_whole: set[Path] = set()
 Sum = tuple[int, str]
 """Bytes and SHA-256 of a file."""
@@ -29,6 +32,12 @@ def sum_of(file: Path) -> Sum:
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return stream.tell(), digest
+
+
+def sums_of(directory: Path, names: Sequence[str]) -> dict[str, Sum]:
+    """Several files' sums; hashing leaves Python's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: sum_of(directory / name), names), strict=True))
 
 
 def write(directory: Path, sums: Mapping[str, Sum]) -> None:
@@ -50,23 +59,51 @@ def num_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
-def faults(directory: Path, rank: int = 0, size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, a sentence a file; an empty list if it is whole.
+def files_in(directory: Path) -> list[str]:
+    """Names of all files in a directory and below, relative to it, but for its manifest; sorted."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    # .nfs...: what an NFS client keeps of a file that was removed while it was open.
+    return sorted(name for name in found if name != FILE and not Path(name).name.startswith(".nfs"))
 
-    Names and sizes of all files are looked at, contents of every ``size``-th from ``rank`` on: the share of a rank. A
-    checkpoint without a manifest (saved by something else) only has to have what every checkpoint has.
+
+def seal(directory: Path) -> None:
+    """Write the manifest of a directory as it is now."""
+    write(directory, sums_of(directory, files_in(directory)))
+
+
+def read(directory: Path) -> dict[str, tuple[int | None, str]]:
+    """Bytes (None in Megatron's own manifests) and SHA-256 of each file that the manifest of ``directory`` lists.
+
+    Raises:
+        QADError: there is none, or it is damaged.
     """
-    if missing := [name for name in _NEEDED if not (directory / name).is_file()]:
-        return [f"{directory.name} has no {missing[0]}: it was never finished"]
-    if not (directory / FILE).is_file():
-        return []
+    file = directory / FILE
     try:
-        found = json.loads((directory / FILE).read_text())
-        sizes = found.get("bytes", {})  # Megatron's own manifests have none
-        sums = {name: (sizes.get(name), digest) for name, digest in found["files"].items()}
-    except (ValueError, KeyError, AttributeError):
-        return [f"{directory.name}/{FILE} is not readable"]
-    wrong = []
+        found = json.loads(file.read_text())
+        sizes = found.get("bytes", {})
+        return {str(name): (sizes.get(name), str(digest)) for name, digest in found["files"].items()}
+    except FileNotFoundError:
+        raise QADError(f"{directory.name} has no {FILE}, so that damage could not be noticed") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QADError(f"{directory.name}/{FILE} is not readable") from error
+
+
+def faults(directory: Path, rank: int = 0, size: int = 1, needed: Sequence[str] = _NEEDED) -> list[str]:
+    """What is wrong with a checkpoint, a phrase a file; an empty list if it is whole.
+
+    Names and sizes of all files are looked at, contents of every ``size``-th from ``rank`` on: the share of a rank.
+    A file that the manifest does not list is a fault, because Megatron would load some by their names.
+
+    Args:
+        needed: files that must be there.
+    """
+    if missing := [name for name in needed if not (directory / name).is_file()]:
+        return [f"{directory.name} has no {missing[0]}: it was never finished"]
+    try:
+        sums = read(directory)
+    except QADError as error:
+        return [str(error)]
+    wrong = [f"{directory.name}/{name} is not listed in {FILE}" for name in files_in(directory) if name not in sums]
     for name, (expected, _) in sums.items():
         file = directory / name
         if not file.is_file():
@@ -75,12 +112,31 @@ def faults(directory: Path, rank: int = 0, size: int = 1) -> list[str]:
             wrong.append(f"{directory.name}/{name} has {file.stat().st_size} bytes, not {expected}")
     if wrong:
         return wrong
-    mine = sorted(sums)[rank::size]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python's lock
-        for name, (_, digest) in zip(mine, pool.map(lambda name: sum_of(directory / name), mine), strict=True):
-            if digest != sums[name][1]:
-                wrong.append(f"{directory.name}/{name} has another SHA-256 than when it was written")
+    for name, (_, digest) in sums_of(directory, sorted(sums)[rank::size]).items():
+        if digest != sums[name][1]:
+            wrong.append(f"{directory.name}/{name} has another SHA-256 than when it was written")
     return wrong
+
+
+def require_file(file: Path) -> None:
+    """Refuse one file of a sealed directory that is not what the manifest beside it says, without reading the others.
+
+    Raises:
+        QADError: it is missing, not listed or damaged, or there is no manifest.
+    """
+    directory = file.parent
+    try:
+        expected = read(directory).get(file.name)
+        found = sum_of(file) if file.is_file() else None
+    except QADError as error:
+        raise QADError(f"{file}: {error}. {_NEXT}") from error
+    if expected is None or found is None:
+        what = "is missing" if found is None else f"is not listed in {FILE}"
+    elif expected[1] != found[1]:
+        what = "has another SHA-256 than when it was written"
+    else:
+        return
+    raise QADError(f"{file}: {what}. {_NEXT}")
 
 
 def faults_shared(directory: Path) -> list[str]:
@@ -107,9 +163,18 @@ def require_whole(directory: Path) -> None:
     else:
         raise QADError(
             f"{directory} is damaged: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. "
-            f"Use another checkpoint (a job that resumes takes the one before by itself); if you changed the files on "
-            f"purpose, remove {FILE}"
+            "Use another checkpoint (a job that resumes takes the one before by itself)"
         )
+
+
+def require_sealed(directory: Path, *needed: str) -> None:
+    """Refuse a damaged directory that is no checkpoint, such as ``hf/``.
+
+    Raises:
+        QADError: the files that are wrong.
+    """
+    if wrong := faults(directory, needed=needed):
+        raise QADError(f"{directory} is damaged: {'; '.join(wrong[:3])}. {_NEXT}")
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -10,7 +10,9 @@ job (``training.checkpoints`` goes on with it).
 import functools
 import io
 import json
+import multiprocessing
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -21,16 +23,20 @@ import torch
 
 from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
+from megatron_qad.runtime.processes import end_with_parent
 
 PARTIAL, REPLACED = ".partial", ".replaced"
+_OURS = re.compile(rf"(iter_\d{{7,}}|release)(\.[0-9a-f]{{8}}(\.room)?{re.escape(PARTIAL)}|{re.escape(REPLACED)})")
+"""What saves leave, and nothing that a user would name like that."""
 _ROOM_BYTES = 16 << 20
 _SUMS = ".sums."
 free_after_writing = 0
 """Bytes left on the disk when the last save had written its large files, for the message if that failed; rank 0's."""
 
 
-texts_beside: dict[str, Callable[[], str]] = {}
-"""Files of text that go into every checkpoint: name -> its content at the time of the save."""
+texts_beside: dict[str, Callable[[], str | None]] = {}
+"""Files of text that go into every checkpoint: name -> its content at the time of the save, asked on the first rank;
+None leaves it out."""
 
 
 class SaveFailed(QADError):
@@ -66,7 +72,8 @@ def save(
     final = Path(checkpoint_dir)
     aside = final.with_name(f"{final.name}.{_name_of_this_job()}{PARTIAL}")
     on_first_rank(lambda: _start(aside, final))
-    texts = {name: text() for name, text in texts_beside.items()}
+    is_first = torch.distributed.get_rank() == 0
+    texts = {name: content for name, text in texts_beside.items() if is_first and (content := text()) is not None}
     request = upstream(
         sharded_state_dict,
         str(aside),
@@ -117,13 +124,14 @@ def _free_room(aside: Path) -> None:
 
 def clear_away(root: Path, name: str = "") -> None:
     """Remove what saves of ``name`` (the start of one) left in ``root`` when they failed or were killed."""
-    for path in root.glob(f"{name}*{PARTIAL}"):
-        if path.name.startswith("."):
-            continue  # of an export, which may be under way
-        path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-    for path in root.glob(f"{name}*{REPLACED}"):  # its successor was not yet in its place
+    for path in [path for path in root.glob(f"{name}*") if _OURS.fullmatch(path.name)]:
         place = path.with_name(path.name.removesuffix(REPLACED))
-        shutil.rmtree(path, ignore_errors=True) if place.exists() else path.rename(place)
+        if path.name.endswith(REPLACED) and not place.exists():
+            path.rename(place)  # its successor was not yet in its place
+        elif path.is_file():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class _Bytes(io.BytesIO):
@@ -139,6 +147,8 @@ class _Bytes(io.BytesIO):
 
 def _write_and_sum(write: Callable, directory: str, rank: int, *args, **kwargs) -> None:
     """A rank's part of the save, in the process that writes it: what it wrote is summed up there, not in training."""
+    if multiprocessing.parent_process() is not None:  # of an asynchronous save, and nobody would publish what it wrote
+        end_with_parent()
     for _, _, (objects, _) in args[1]:  # (file, key, (pickled objects, tensors)), each a list of (item, data)
         objects[:] = [(item, _Bytes(data.getvalue())) for item, data in objects]
     write(*args, **kwargs)  # hands its own errors over a queue

@@ -8,7 +8,6 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.context_parallel import partitioned_indices
 from megatron_qad.models.families import family_of, text_config
+from megatron_qad.models.run_directory import read_config
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.runtime import Capabilities, QADError, capabilities, whole_saves
 from megatron_qad.runtime.megatron_wheel import (
@@ -98,8 +98,8 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
     student = options.qad_student or options.qad_teacher
     if student is None:
         raise QADError("--qad-student or --qad-teacher must name the student's initial checkpoint")
-    hf_config = read_hf_config(student)
-    teacher_config = read_hf_config(options.qad_teacher) if options.qad_teacher else None
+    hf_config = read_config(student)
+    teacher_config = read_config(options.qad_teacher) if options.qad_teacher else None
     if teacher_config is not None:
         check_same_vocabulary(student, text_config(hf_config), options.qad_teacher, text_config(teacher_config))
     models = {"the student": hf_config} | ({"the teacher": teacher_config} if teacher_config is not None else {})
@@ -107,6 +107,10 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
         who: family_of(config).megatron_args(config) | {"mlp-widths": family_of(config).mlp_widths(config)}
         for who, config in models.items()
     }
+    if early.save is not None:
+        checkpoints.refuse_models_directory(
+            early.save, {"--qad-teacher": options.qad_teacher, "--qad-student": student}
+        )
     if options.qad_ptq:
         checkpoints.refuse_training_run(early.save)
         argv = without(argv, *_IN_SAMPLES)
@@ -124,7 +128,9 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
     shape = shape_in_layout(hf_config, early, num_virtual_stages(early))
     argv = without_virtual_stages(argv) + resume.load_flags(early)
     sys.argv = [sys.argv[0], *to_flags({**machine_options(capabilities(), options.qad_layer_spec), **shape}), *argv]
-    # Parsing also makes Megatron's signal handler and starts wandb.
+    # Parsing also makes Megatron's signal handler and starts wandb and TensorBoard, which write.
+    if early.save is not None and not options.qad_dry_run:
+        checkpoints.own(early.save)
     preemption.install(options.qad_job_dir or os.environ.get("QAD_JOB_DIR"))
     resume.continue_wandb_run(early)
     loggers.install(early)
@@ -316,14 +322,6 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
     if machine.backend == "gloo":
         options["distributed-backend"] = "gloo"
     return options
-
-
-def read_hf_config(checkpoint: str) -> dict:
-    """``config.json`` of the Hugging Face model that a checkpoint directory was imported from."""
-    file = Path(checkpoint) / "hf" / "config.json"
-    if not file.is_file():
-        raise QADError(f"{checkpoint}: no hf/config.json; expected a checkpoint directory made by tools/import_hf.py")
-    return json.loads(file.read_text())
 
 
 def model_config(args: argparse.Namespace, hf_config: dict) -> QADModelConfig:

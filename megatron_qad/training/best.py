@@ -2,7 +2,6 @@
 ``--qad-keep-best`` and the exporter's ``--iteration best`` go by. It survives a resume: what the resumed run has not
 reached again is left out."""
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 
 from megatron_qad.config.run_files import BEST_FILE
 from megatron_qad.models.weights import BEST_KEY, validated_kl
-from megatron_qad.runtime import manifest
+from megatron_qad.runtime import json_records
 
 
 class BestCheckpoints:
@@ -38,7 +37,7 @@ class BestCheckpoints:
         self._kl.setdefault(iteration, kl)  # the one before the save; a last one at the end sees other data
         if torch.distributed.get_rank() == 0:
             entries = [{"iteration": step, BEST_KEY: self._kl[step]} for step in self.ranked(list(self._kl))]
-            manifest.write_or_say(self._root / BEST_FILE, json.dumps(entries, indent=1))  # or the next time
+            json_records.write_or_say(self._root / BEST_FILE, entries)  # or the next time
 
     def ranked(self, iterations: Sequence[int]) -> list[int]:
         """Those of ``iterations`` that were validated, best first; the earlier of equals."""

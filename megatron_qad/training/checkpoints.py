@@ -7,8 +7,11 @@ is Megatron's.
 """
 
 import argparse
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +19,9 @@ from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_qad.config.run_files import TRACKER
-from megatron_qad.runtime import QADError, manifest, whole_saves
+from megatron_qad.config.run_files import OF_A_RUN, TRACKER, text_of_record
+from megatron_qad.models.weights import is_number, saved_iterations
+from megatron_qad.runtime import QADError, locks, manifest, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.runtime.whole_saves import SaveFailed, on_first_rank
 from megatron_qad.training.best import best_checkpoints
@@ -55,10 +59,35 @@ def check_options(args: argparse.Namespace) -> None:
 
 def refuse_training_run(save: str | None) -> None:
     """Calibration alone saves iteration 1: in the directory of a training run that would be the newest."""
-    if save is not None and any(_iteration(path) > 1 for path in _newest_first(Path(save))):
+    if save is not None and any(_iteration(path) > 1 for path in saved_iterations(save)):
         raise QADError(
             f"--save {save}: holds a training run, which --qad-ptq would set back to its start. Name another"
         )
+
+
+def refuse_models_directory(save: str, models: Mapping[str, str | None]) -> None:
+    """A job that saved among the files of an imported model would make them its own: an export would round them.
+
+    Args:
+        models: flag -> checkpoint directory that the job reads.
+    """
+    target = Path(save).resolve()
+    for flag, directory in models.items():
+        if directory is not None and target == Path(directory).resolve():
+            raise QADError(f"--save {save}: is the directory of {flag}, which a job must not change. Name another")
+    if (target / "release").exists():
+        raise QADError(
+            f"--save {save}: holds an imported model (release/), which a job must not change. Name another directory"
+        )
+
+
+def own(save: str) -> None:
+    """Before anything is written to ``--save``: no other job may write there until this one ends.
+
+    The first rank asks, because the ranks do not know each other yet; if it is refused, the launcher ends the others.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        locks.hold(save, "--save")
 
 
 def settle_and_install(args: argparse.Namespace) -> None:
@@ -67,6 +96,8 @@ def settle_and_install(args: argparse.Namespace) -> None:
     if args.save is not None:
         is_same = args.load is not None and Path(args.load).resolve() == Path(args.save).resolve()
         best_checkpoints.start(Path(args.save), iteration if is_same else 0)
+        for name in OF_A_RUN:
+            whole_saves.texts_beside[name] = partial(text_of_record, args.save, name)
     wrap_saving(args)
     hang_seconds = args.qad.qad_hang_seconds
     if hang_seconds is None:
@@ -84,7 +115,7 @@ def settle(args: argparse.Namespace) -> int:
     """Point ``--load`` at its newest whole checkpoint and clear away what a killed job left.
 
     The tracker's checkpoint is taken if it is whole; otherwise the newest whole one before it, and the tracker is moved
-    there. A tracker that was cut off while it was written stands for the newest.
+    there. A tracker that is missing, or was cut off while it was written, stands for the newest.
 
     Returns:
         The iteration to resume at; 0 if there is nothing to resume.
@@ -94,16 +125,16 @@ def settle(args: argparse.Namespace) -> int:
     """
     if args.save is not None:
         on_first_rank(lambda: _clear_away(Path(args.save)))
-    if args.load is None or not (Path(args.load) / TRACKER).is_file():
+    if args.load is None or not holds_checkpoints(args.load):
         return 0
     root = Path(args.load)
-    tracked = (root / TRACKER).read_text().strip()
+    tracked = _tracked(root)
     if args.ckpt_step or tracked == "release":
         manifest.require_whole(root / (f"iter_{args.ckpt_step:07d}" if args.ckpt_step else "release"))
         return args.ckpt_step or 0
     refused = []
-    for directory in _newest_first(root):
-        if tracked.isdigit() and int(tracked) < _iteration(directory):
+    for directory in saved_iterations(root):
+        if is_number(tracked) and int(tracked) < _iteration(directory):
             continue
         wrong = manifest.faults_shared(directory)
         if not wrong:
@@ -113,25 +144,35 @@ def settle(args: argparse.Namespace) -> int:
         print_rank_0(f"megatron_qad: WARNING: {root}: refusing {refused[-1]}")
     raise QADError(
         f"--load {root}: {TRACKER} says {tracked!r} and no checkpoint is whole: "
-        f"{'; '.join(refused) or 'none is there'}. Take another directory, or remove the tracker to start anew"
+        f"{'; '.join(refused) or 'none is there'}. Take another directory, or empty this one to start anew"
     )
+
+
+def holds_checkpoints(root: str | Path) -> bool:
+    """Whether a job would resume from ``root``: a tracker is there, or checkpoints that lost theirs."""
+    return (Path(root) / TRACKER).is_file() or bool(saved_iterations(root))
+
+
+def _tracked(root: Path) -> str:
+    file = root / TRACKER
+    return file.read_text(errors="replace").strip() if file.is_file() else ""
 
 
 def _move_tracker(root: Path, directory: Path, tracked: str, refused: list[str]) -> None:
     if tracked == str(_iteration(directory)):
         return
-    if not refused and tracked.isdigit():
+    if not refused and is_number(tracked):
         print_rank_0(f"megatron_qad: WARNING: {root}: iter_{int(tracked):07d}, which {TRACKER} names, is not there")
+    says = f"says {tracked!r}" if (root / TRACKER).is_file() else "is not there"
     print_rank_0(
-        f"megatron_qad: WARNING: {root}: {TRACKER} says {tracked!r}; resuming from {directory.name}, "
-        "the newest whole one"
+        f"megatron_qad: WARNING: {root}: {TRACKER} {says}; resuming from {directory.name}, the newest whole one"
     )
     on_first_rank(lambda: manifest.write_atomically(root / TRACKER, str(_iteration(directory))))
 
 
 def newest_whole(root: Path, upto: int, but: set[int]) -> int | None:
     """The newest whole checkpoint of an iteration up to ``upto``, left out those of ``but``. Every rank calls this."""
-    for directory in _newest_first(root):
+    for directory in saved_iterations(root):
         iteration = _iteration(directory)
         if iteration <= upto and iteration not in but and not manifest.faults_shared(directory):
             return iteration
@@ -140,22 +181,19 @@ def newest_whole(root: Path, upto: int, but: set[int]) -> int | None:
 
 def _clear_away(root: Path) -> None:
     whole_saves.clear_away(root)
-    for path in root.glob(f"*{_REMOVED}"):
-        shutil.rmtree(path)
+    for path in root.glob(f"iter_*{_REMOVED}"):
+        if re.fullmatch(rf"iter_\d{{7,}}{_REMOVED}", path.name):
+            shutil.rmtree(path)
 
 
 def _iteration(directory: Path) -> int:
     return int(directory.name.removeprefix("iter_"))
 
 
-def _newest_first(root: Path) -> list[Path]:
-    found = [path for path in root.glob("iter_*") if path.name.removeprefix("iter_").isdigit()]
-    return sorted(found, key=_iteration, reverse=True)
-
-
 # Saving -------------------------------------------------------------------------------------------------------------
 
 _REMOVED = ".removed"
+"""Ending of a checkpoint that is being removed."""
 
 
 def wrap_saving(args: argparse.Namespace) -> None:
@@ -192,7 +230,7 @@ def wrap_saving(args: argparse.Namespace) -> None:
 def _check_room(root: Path, iteration: int) -> None:
     """Make the directory that Megatron would make on one rank, and refuse to start what cannot be finished."""
     (root / f"iter_{iteration:07d}").mkdir(parents=True, exist_ok=True)
-    needed = max((manifest.num_bytes(path) for path in _newest_first(root)[:2]), default=0)
+    needed = max((manifest.num_bytes(path) for path in saved_iterations(root)[:2]), default=0)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise SaveFailed(f"{root} has {free / 1e9:.3g} GB free; the checkpoint before took {needed / 1e9:.3g} GB")
@@ -218,7 +256,7 @@ class _Keeper:
         except (SaveFailed, CheckpointException) as error:
             root = Path(get_args().save)
             on_first_rank(lambda: _remove_traces(root, iteration))
-            tracked = (root / TRACKER).read_text().strip() if (root / TRACKER).is_file() else "none"
+            tracked = _tracked(root) or "none"
             what = "the checkpoint" if iteration is None else f"the checkpoint of iteration {iteration}"
             self.failed = said = (
                 f"{what} could not be saved: {_reason(error)}. The last good one is {tracked}, in {root}"
@@ -239,7 +277,7 @@ class _Keeper:
     def _superfluous(self, root: Path) -> Iterator[Path]:
         if not (root / TRACKER).is_file():
             return
-        whole = [path for path in _newest_first(root) if (path / manifest.FILE).is_file()]
+        whole = [path for path in saved_iterations(root) if (path / manifest.FILE).is_file()]
         ranked = best_checkpoints.ranked([_iteration(path) for path in whole])
         if self._best and not self._last and len(ranked) < self._best:
             return  # what was never validated is not worse than what was
@@ -254,8 +292,8 @@ class _Keeper:
 def _remove_traces(root: Path, iteration: int | None) -> None:
     """What a failed save left takes the room that the next one needs. None: whichever asynchronous one it was."""
     whole_saves.clear_away(root, "" if iteration is None else f"iter_{iteration:07d}")
-    for path in root.glob("iter_*"):
-        if path.is_dir() and not any(path.iterdir()):
+    for path in saved_iterations(root):
+        if not any(path.iterdir()):
             path.rmdir()
 
 

@@ -11,8 +11,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 from megatron_qad.config.run_files import EVENTS_FILE
 from megatron_qad.runtime import manifest, whole_saves
 
@@ -63,6 +61,4 @@ def put_into_checkpoints(args: argparse.Namespace) -> None:
     """From now on every checkpoint of the job says what its event files are."""
     if not args.tensorboard_dir or args.save is None:
         return
-    record = EventRecord(Path(args.tensorboard_dir), Path(args.save))
-    is_first = torch.distributed.get_rank() == 0  # whose texts are written
-    whole_saves.texts_beside[EVENTS_FILE] = lambda: record.text() if is_first else ""
+    whole_saves.texts_beside[EVENTS_FILE] = EventRecord(Path(args.tensorboard_dir), Path(args.save)).text

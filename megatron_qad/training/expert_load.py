@@ -6,7 +6,6 @@ experts changed says how far the student has drifted inside. Left out: a teacher
 no counterpart to compare with, and packed rows that the teacher takes in larger microbatches.
 """
 
-import json
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, get_tensorboard_writer, is_last_rank, print_rank_last
 
 from megatron_qad.config.run_files import LOAD_FILE
-from megatron_qad.runtime import manifest
+from megatron_qad.runtime import json_records
 
 
 class ExpertLoad:
@@ -105,7 +104,7 @@ class ExpertLoad:
                 writer.add_scalar(f"experts/{name}", value, iteration)
         if (save := get_args().save) is not None and Path(save).is_dir():
             by_index = {str(layer - 1): counts for layer, counts in layers.items()}
-            manifest.write_or_say(Path(save) / LOAD_FILE, json.dumps({"iteration": iteration, "layers": by_index}))
+            json_records.write_or_say(Path(save) / LOAD_FILE, {"iteration": iteration, "layers": by_index})
 
 
 def busiest(load: Sequence[int]) -> float:

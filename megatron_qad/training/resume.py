@@ -9,14 +9,13 @@ import os
 import secrets
 from pathlib import Path
 
-from megatron.training.checkpointing import checkpoint_exists
-
 from megatron_qad.runtime import manifest
+from megatron_qad.training.checkpoints import holds_checkpoints
 
 
 def load_flags(early: argparse.Namespace) -> list[str]:
     """``--load`` for a job that names none and whose ``--save`` holds a checkpoint; calibration alone never resumes."""
-    if early.load is None and early.save is not None and not early.qad_ptq and checkpoint_exists(early.save):
+    if early.load is None and early.save is not None and not early.qad_ptq and holds_checkpoints(early.save):
         return ["--load", early.save]
     return []
 

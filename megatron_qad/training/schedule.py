@@ -6,7 +6,6 @@ the teacher over them, put the student's weights on the NVFP4 grid, then run the
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -25,7 +24,7 @@ from megatron_qad.config.run_files import CALIBRATION_FILE
 from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime import manifest
+from megatron_qad.runtime import json_records
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import (
     Batch,
@@ -200,7 +199,7 @@ def report_fallbacks(fallbacks: dict[str, tuple[str, int]]) -> None:
     save = get_args().save
     if save is not None and is_rank0():
         entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in found.items()}
-        manifest.write_or_say(Path(save) / CALIBRATION_FILE, json.dumps({"few_tokens": entries}, indent=1))
+        json_records.write_or_say(Path(save) / CALIBRATION_FILE, {"few_tokens": entries})
 
 
 def gather_parameters(model) -> None:

@@ -1,7 +1,6 @@
 """Builds the two models of a QAD job: the student that Megatron trains and the frozen teacher beside it."""
 
 import argparse
-import json
 import os
 import shutil
 from collections import Counter
@@ -12,16 +11,17 @@ from megatron.core import mpu
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
-from megatron_qad.config.run_files import JOB_FILE, SMOOTHING_FILE
+from megatron_qad.config.run_files import JOB_FILE, OF_A_RUN, SMOOTHING_FILE, read_record
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.families import family_of
+from megatron_qad.models.run_directory import read_job
 from megatron_qad.models.weights import has_amaxes, load_weights, smoothing_record
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime import QADError, manifest, whole_saves
+from megatron_qad.runtime import QADError, json_records, manifest, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training import checkpoints, event_record
 from megatron_qad.training.arguments import model_config, with_shape_of
@@ -129,7 +129,7 @@ def _describe_smoothing(start: Path, save: Path, load: Path | None) -> None:
             "began. Give the --qad-teacher or --qad-student of before, or begin in another --save directory"
         )
     if record is not None:
-        manifest.write_atomically(save / SMOOTHING_FILE, record)
+        json_records.write(save / SMOOTHING_FILE, record)
     else:
         (save / SMOOTHING_FILE).unlink(missing_ok=True)
 
@@ -151,9 +151,10 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str], resum
             ``--load`` is of a job that began with weights smoothed otherwise.
     """
     save = Path(args.save)
-    file = save / JOB_FILE
-    if file.is_file():
-        job = json.loads(file.read_text())
+    for name in OF_A_RUN:
+        read_record(save, name)  # damage to what this job does not read would go on into its checkpoints
+    job = read_job(save)
+    if job is not None:
         for what, was, is_now in (
             ("KV cache", job.get("kv_cache", "bf16"), load_policy(args).kv_cache),
             ("--qad-weight-scale-rule", job.get("scale_rule", "max"), args.qad.qad_weight_scale_rule),
@@ -171,7 +172,9 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str], resum
                 f"{formats.get(name)} ({len(differ)} linears differ). Choose another directory or the policy of before"
             )
     start = Path(args.qad.qad_student or args.qad.qad_teacher)
+    manifest.require_sealed(start / "hf", "config.json")
     shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_whole)
+    manifest.require_sealed(save / "hf", "config.json")
     _describe_smoothing(start, save, Path(args.load) if resumes else None)
     job = {
         "policy": args.qad.qad_policy,
@@ -181,4 +184,4 @@ def describe_checkpoint(args: argparse.Namespace, formats: dict[str, str], resum
         "scale_rule": args.qad.qad_weight_scale_rule,
         "formats": formats,
     }
-    manifest.write_atomically(file, json.dumps(job, indent=1))
+    json_records.write(save / JOB_FILE, job)

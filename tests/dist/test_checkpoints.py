@@ -13,6 +13,8 @@ import torch
 from fork_server import ForkServer
 from safetensors.torch import load_file
 
+from megatron_qad.runtime import json_records
+
 VOCAB = tiny_job.LLAMA["vocab_size"]
 TRACKER = "latest_checkpointed_iteration.txt"
 NUM_STEPS = 10
@@ -100,6 +102,9 @@ DAMAGES = {
     "a short file": (cut_off, "iter_0000008/__0_0.distcp has", 6),
     "a missing file": (lambda d: (d / "__0_0.distcp").unlink(), "iter_0000008/__0_0.distcp is missing", 6),
     "never finished": (lambda d: (d / ".metadata").unlink(), "iter_0000008 has no .metadata: it was never finished", 6),
+    "a manifest missing": (lambda d: (d / "integrity.json").unlink(), "iter_0000008 has no integrity.json", 6),
+    "a file of nobody's": (lambda d: (d / "common.pt").touch(), "iter_0000008/common.pt is not listed", 6),
+    "a tracker missing": (lambda d: (d.parent / TRACKER).unlink(), "is not there; resuming from iter_0000008", 8),
     "a manifest cut off": (lambda d: (d / "integrity.json").write_text("{"), "integrity.json is not readable", 6),
     "no directory": (shutil.rmtree, "iter_0000008, which latest_checkpointed_iteration.txt names, is not there", 6),
     "a tracker cut off": (lambda d: (d.parent / TRACKER).write_text(""), "says ''; resuming from iter_0000008", 8),
@@ -115,7 +120,10 @@ def test_the_newest_whole_checkpoint_resumes(shop, through, tmp_path, case):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     damage(run / "iter_0000008")
-    (run / "iter_0000009.partial").mkdir()
+    (run / "iter_0000009.0123abcd.partial").mkdir()
+    of_the_user = ["thesis.removed", "download.partial", "x.replaced", "iter_old.removed", "iter_notes"]
+    for name in of_the_user:
+        (run / name).mkdir()
     found, output = shop.train(shop.argv("--save", str(run), "--load", str(run)))
     same(found, expected[resumes_at:])
     warnings = [line for line in output.splitlines() if "megatron_qad: WARNING" in line and "lost" not in line]
@@ -125,7 +133,9 @@ def test_the_newest_whole_checkpoint_resumes(shop, through, tmp_path, case):
         assert any(said in line for line in warnings), warnings
         assert "resuming from iter_" in warnings[-1]
     assert (run / TRACKER).read_text() == "10"
-    assert {path.name for path in run.glob("iter_*")} == {f"iter_{i:07d}" for i in (2, 4, 6, 8, 10)}
+    assert all((run / name).is_dir() for name in of_the_user)
+    found = {path.name for path in run.glob("iter_*")} - set(of_the_user)
+    assert found == {f"iter_{i:07d}" for i in (2, 4, 6, 8, 10)}
 
 
 def test_where_none_is_whole_the_job_stops(shop, through, tmp_path):
@@ -184,13 +194,13 @@ def test_the_last_and_the_best_are_kept(shop, tmp_path, flags):
     run = tmp_path / "run"
     keep = ["--qad-keep-last", "1", "--qad-keep-best", "2", "--save", str(run), *flags]
     first, _ = shop.train(shop.argv(*keep, "--exit-interval", "6", num_steps=12), nproc=2)
-    listed = json.loads((run / "best_checkpoints.json").read_text())
+    listed = json_records.read(run / "best_checkpoints.json")
     assert sorted(entry["iteration"] for entry in listed) == [2, 4, 6]
     kept = {path.name for path in run.glob("iter_*")}
     assert kept == {f"iter_{i:07d}" for i in {6} | {entry["iteration"] for entry in listed[:2]}}
     second, output = shop.train(shop.argv(*keep, "--load", str(run), num_steps=12), nproc=2)
     assert len(first) == 6 and len(second) == 6
-    listed = json.loads((run / "best_checkpoints.json").read_text())
+    listed = json_records.read(run / "best_checkpoints.json")
     assert [entry["kl_to_teacher"] for entry in listed] == sorted(entry["kl_to_teacher"] for entry in listed)
     # A checkpoint that was removed before is not there to be the second best again.
     available = [e["iteration"] for e in listed if f"iter_{e['iteration']:07d}" in kept or e["iteration"] > 6]
@@ -203,8 +213,22 @@ def test_the_last_and_the_best_are_kept(shop, tmp_path, flags):
     assert not list(run.glob("*.partial"))
     for directory in run.glob("iter_*"):
         assert set(json.loads((directory / "integrity.json").read_text())["files"]) == {
-            *("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json")
+            *("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"),
+            *("qad.json", "calibration.json", "best_checkpoints.json"),
         }
+
+
+def test_a_directory_that_a_model_is_read_from_is_refused(shop, tmp_path):
+    """As it was: nothing of the job is left there."""
+    for models, name in (("teacher", "the directory of --qad-teacher"), ("student", "the directory of --qad-student")):
+        directory = shop.directory / models
+        before = sorted(path.name for path in directory.iterdir())
+        error = shop.fail("training_jobs:train", argv=shop.argv("--save", str(directory)))
+        assert f"--save {directory}: is {name}" in error
+        assert sorted(path.name for path in directory.iterdir()) == before
+    (tmp_path / "link").symlink_to(shop.directory / "teacher")
+    other = ["--qad-teacher", str(shop.directory / "student"), "--save", str(tmp_path / "link")]
+    assert "holds an imported model (release/)" in shop.fail("training_jobs:train", argv=shop.argv(*other))
 
 
 def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
@@ -216,7 +240,7 @@ def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
         ("--qad-spike-factor", "3", "--no-save-optim"): "--no-save-optim leaves it out",
         ("--qad-keep-best", "1", "--qad-loss", "ce"): None,
     }.items():
-        argv = shop.argv("--save", str(tmp_path / "run"), *flags)
+        argv = shop.argv("--save", str(tmp_path / "refused"), *flags)
         if said is None:  # QAT has no teacher to be near to
             argv = [flag for i, flag in enumerate(argv) if "--qad-teacher" not in argv[max(i - 1, 0) : i + 1]]
             said = "--qad-keep-best ranks checkpoints by their KL to the teacher; this job has no --qad-teacher"

@@ -3,7 +3,6 @@
 The jobs are those of ``test_training``, with a model wide enough for INT4's groups of 128.
 """
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
+from megatron_qad.runtime import json_records
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}
 OPTIMIZER = ["--use-distributed-optimizer"]
@@ -190,7 +190,7 @@ def test_the_fp8_cache_alone(shop, tmp_path):
     assert plain[0]["loss"]["kl loss"] == 0 < steps[0]["loss"]["kl loss"]
     attention = "decoder.layers.{}.self_attention.core_attention.{}_bmm_quantizer"
     assert sorted(steps[0]["amaxes"]) == sorted(attention.format(i, x) for i in (0, 2) for x in "kv")
-    qad = json.loads((tmp_path / "run" / "qad.json").read_text())
+    qad = json_records.read(tmp_path / "run" / "qad.json")
     assert qad["kv_cache"] == "fp8"
 
 

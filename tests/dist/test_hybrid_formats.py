@@ -17,6 +17,7 @@ from megatron_qad.formats import nvfp4
 from megatron_qad.quantization import policy as policies
 from megatron_qad.report.policy_report import resolve_report
 from megatron_qad.report.tensor_inventory import exported_tensors
+from megatron_qad.runtime import json_records
 
 PATTERN = "MEMEM*EE"
 CONFIG = tiny_hybrids.NEMOTRON_H | {"hybrid_override_pattern": PATTERN, "num_hidden_layers": len(PATTERN)}
@@ -109,7 +110,7 @@ def test_the_dry_export_lists_what_the_export_writes(trained):
 def measured_load(workshop, run, nproc: int, *flags: str) -> tuple[dict, str]:
     flags = [*flags, "--save", str(run), "--eval-iters", "2", "--qad-ptq"]
     _, output = workshop.train(workshop.argv(*flags, kind="f32"), nproc, whole=False)
-    return json.loads((run / "expert_load.json").read_text())["layers"], output
+    return json_records.read(run / "expert_load.json")["layers"], output
 
 
 def test_the_load_of_experts_against_the_teachers(workshop, tmp_path):
@@ -174,7 +175,7 @@ def test_an_expert_with_few_tokens_is_reported(workshop, tmp_path):
     """Two sequences of 32 tokens, top 3 of 8 experts: some see fewer than 16."""
     flags = [*POLICY, "--qad-ptq", "--qad-calibration-samples", "2", "--save", str(tmp_path / "run")]
     _, output = workshop.train(workshop.argv(*flags, kind="f32"), 2, whole=False)
-    (few,) = json.loads((tmp_path / "run" / "calibration.json").read_text()).values()
+    (few,) = json_records.read(tmp_path / "run" / "calibration.json").values()
     assert few
     for name, entry in few.items():
         assert entry["tokens"] < 16

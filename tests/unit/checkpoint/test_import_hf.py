@@ -27,6 +27,8 @@ from launch import environment  # noqa: E402
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
 from megatron_qad.checkpoint.import_hf import _read, copy_assets, import_hf  # noqa: E402
+from megatron_qad.models.families import family_of  # noqa: E402
+from megatron_qad.runtime import json_records, manifest  # noqa: E402
 from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
 
 WEIGHTS = "model.safetensors"
@@ -184,6 +186,11 @@ def test_an_import_is_kept_only_for_the_same_model(damaged, tmp_path, tool):
         QADError, match="was made of .*dtype bfloat16, .* asked for now is .*dtype float32, .* Remove it"
     ):
         tool("import_hf", *flags, "--dtype", "float32")
+    config = (target / "hf" / "config.json").read_text()
+    (target / "hf" / "config.json").write_text(config.replace("10000", "10001"))
+    with pytest.raises(QADError, match="target is damaged: hf/config.json has another SHA-256"):
+        tool("import_hf", *flags)
+    (target / "hf" / "config.json").write_text(config)
     change_weights(moved, lambda weights: weights[Q_PROJ].view(-1)[:8].neg_())
     with pytest.raises(QADError, match=r"was made of model damaged, .*asked for now is model moved, .* Remove it"):
         tool("import_hf", *flags)
@@ -209,6 +216,11 @@ def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
     assert "wrote" in tool("export_hf", *flags)
     assert tool("export_hf", *flags) == f"{output} is there already\n"
     transformers.AutoModelForCausalLM.from_pretrained(output)  # does not mind the record
+    weights = (output / "model.safetensors").read_bytes()
+    (output / "model.safetensors").write_bytes(weights[:-1] + b"\0")
+    with pytest.raises(QADError, match="damaged: model.safetensors is not as it was written. Remove it, and it is"):
+        tool("export_hf", *flags)
+    (output / "model.safetensors").write_bytes(weights)
     train(4)
     with pytest.raises(QADError, match="was made of .*iter_0000002, .* asked for now is .*iter_0000004, .* Remove it"):
         tool("export_hf", *flags)
@@ -217,9 +229,13 @@ def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
     train(2)  # begun anew: the same number, other weights
     with pytest.raises(QADError, match="was made of .*iter_0000002, .* asked for now is .*iter_0000002, .* Remove it"):
         tool("export_hf", *flags, "--iteration", "2")
-    (run / "qad.json").write_text('{"formats": {}}')
+    config = json.loads((run / "hf" / "config.json").read_text())
+    formats = {linear.megatron: "nvfp4" for linear in family_of(config).linears(config)}
+    json_records.write(run / "qad.json", {"formats": formats})
     with pytest.raises(QADError, match="layout bf16, .* asked for now is .*layout modelopt"):
-        tool("export_hf", *flags, "--layout", "modelopt")
+        tool("export_hf", *flags, "--layout", "modelopt", "--iteration", "2")
+    with pytest.raises(QADError, match="says 2, and iter_0000004 is newer. Name the iteration"):
+        tool("export_hf", *flags)
 
 
 def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeypatch):
@@ -285,9 +301,10 @@ def test_reader_names_a_tensor_that_is_not_there(whole):
 
 
 def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
-    with pytest.raises(QADError, match="no hf/config.json; expected what import_hf.py"):
+    with pytest.raises(QADError, match="no hf/config.json; expected a checkpoint directory that import_hf.py"):
         export_hf(whole, tmp_path / "out", "bf16")
     copy_assets(whole, tmp_path / "checkpoint" / "hf")
+    manifest.seal(tmp_path / "checkpoint" / "hf")
     with pytest.raises(QADError, match="no qad.json; only what pretrain_qad.py saved"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
     with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
@@ -298,6 +315,7 @@ def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
 @pytest.mark.parametrize("tool", ["import_hf", "export_hf"])
 def test_the_tools_print_one_line_and_exit_with_1(whole, tmp_path, tool):
     copy_assets(whole, tmp_path / "checkpoint" / "hf")
+    manifest.seal(tmp_path / "checkpoint" / "hf")
     flags = {
         "import_hf": ["--hf-model", str(tmp_path / "checkpoint" / "hf"), "--output", str(tmp_path / "out")],
         "export_hf": ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "out")],

@@ -391,6 +391,10 @@ def test_layers_of_a_hybrid_that_nobody_knows(changes, named):
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_the_record_of_an_export_is_no_fault(tmp_path, layout):
-    assert faults(export(tmp_path / "out", layout, texts={"qad_export.json": "{}"})) == []
-    assert (tmp_path / "out" / "qad_export.json").is_file()
+def test_the_record_of_an_export_is_no_fault_and_knows_its_weights(tmp_path, layout):
+    assert faults(export(tmp_path / "out", layout, record={"iteration": 1})) == []
+    file = tmp_path / "out" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert faults(tmp_path / "out") == ["model.safetensors: is not as it was written"]

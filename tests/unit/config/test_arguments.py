@@ -12,11 +12,11 @@ prepare()
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from megatron_qad.config.yaml_file import expand  # noqa: E402
+from megatron_qad.models.run_directory import read_config  # noqa: E402
 from megatron_qad.training.arguments import (  # noqa: E402
     add_qad_arguments,
     check_skipped,
     parse_arguments,
-    read_hf_config,
 )
 from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
 from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
@@ -95,7 +95,7 @@ def test_tensor_parallel_sizes_that_can(tp):
 
 def test_a_checkpoint_without_its_config(tmp_path):
     with pytest.raises(QADError, match=r"no hf/config\.json; expected a checkpoint directory"):
-        read_hf_config(str(tmp_path))
+        read_config(tmp_path)
 
 
 @pytest.fixture

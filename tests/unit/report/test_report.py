@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.models.families import family_of
 from megatron_qad.report.report import write_report
+from megatron_qad.runtime import json_records, manifest
 from megatron_qad.runtime.errors import QADError
 
 LOSS = [(i, 1.0 / i) for i in range(1, 5)]
@@ -27,7 +29,7 @@ def make_run(tmp_path, teacher, formats, write_events):
         write_events(directory / "tensorboard", scalars)
         shutil.copytree(teacher / "hf", directory / "hf")
         job = {"policy": "nvfp4-all-linear", "rules": ["head=bf16"], "loss": loss, "formats": of_formats}
-        (directory / "qad.json").write_text(json.dumps(job))
+        json_records.write(directory / "qad.json", job)
         return directory
 
     return make
@@ -43,9 +45,7 @@ def three_runs(make_run, evaluations, teacher, save_checkpoint):
         "QAT": make_run("qat", qat | {"ce loss": LOSS, "learning-rate": RATES}, loss="ce"),
         "QAD": make_run("qad", qad | {"kl loss": LOSS, "learning-rate": RATES}),
     }
-    names = [
-        name for name, fmt in json.loads((runs["QAD"] / "qad.json").read_text())["formats"].items() if fmt == "nvfp4"
-    ]
+    names = [name for name, fmt in json_records.read(runs["QAD"] / "qad.json")["formats"].items() if fmt == "nvfp4"]
     save_checkpoint(runs["QAD"], 4, TorchDistReader(teacher).read(names))  # an untrained student, not yet rounded
     return runs
 
@@ -123,21 +123,23 @@ def test_without_any_job_file_there_are_no_weight_errors(write_events, teacher, 
 
 
 def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, tmp_path):
-    run = make_run("small", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}))
-    config = json.loads((run / "hf" / "config.json").read_text()) | {"num_hidden_layers": 1}
+    config = json.loads((teacher / "hf" / "config.json").read_text()) | {"num_hidden_layers": 1}
+    formats = {linear.megatron: "nvfp4" for linear in family_of(config).linears(config)}
+    run = make_run("small", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}), of_formats=formats)
     (run / "hf" / "config.json").write_text(json.dumps(config))
+    manifest.seal(run / "hf")
     results = write_report({"small": run}, teacher, tmp_path / "out")
     assert results.linears == [] and any("other layers than the teacher" in note for note in results.notes)
 
 
 def test_a_run_that_was_smoothed_otherwise_is_not_compared(three_runs, teacher, tmp_path):
     """Its weights differ from the teacher's by the factors that smoothing moved, not by an error."""
-    record = json.dumps({"exponent": 0.5, "weights_sha256": "0" * 64})
-    (three_runs["QAD"] / "qad_smoothing.json").write_text(record)
+    record = {"exponent": 0.5, "weights_sha256": "0" * 64}
+    json_records.write(three_runs["QAD"] / "qad_smoothing.json", record)
     results = write_report(three_runs, teacher, tmp_path / "out")
     assert any("QAD: its weights and the teacher's are not smoothed alike" in note for note in results.notes)
     assert results.linears and not any("QAD" in linear.runs for linear in results.linears)
-    (teacher / "qad_smoothing.json").write_text(record)
+    json_records.write(teacher / "qad_smoothing.json", record)
     try:
         results = write_report(three_runs, teacher, tmp_path / "again")
     finally:

@@ -1,11 +1,10 @@
 """What the report says of experts, from the two files that a job leaves."""
 
-import json
-
 from megatron_qad.report.collect import Results
 from megatron_qad.report.experts import Experts, expert_rows
 from megatron_qad.report.markdown import markdown
 from megatron_qad.report.runs import Run
+from megatron_qad.runtime import json_records
 
 LAYERS = {
     "3": {"teacher": [30, 10, 20, 20], "student": [32, 8, 20, 20], "compared": 40, "changed": 2},
@@ -21,8 +20,8 @@ def report_of(experts: Experts) -> str:
 
 
 def test_load_and_few_tokens(tmp_path):
-    (tmp_path / "expert_load.json").write_text(json.dumps({"iteration": 7, "layers": LAYERS}))
-    (tmp_path / "calibration.json").write_text(json.dumps({"few_tokens": FEW}))
+    json_records.write(tmp_path / "expert_load.json", {"iteration": 7, "layers": LAYERS})
+    json_records.write(tmp_path / "calibration.json", {"few_tokens": FEW})
     experts = Experts.read(tmp_path)
     assert expert_rows("QAD", experts) == [
         ["QAD", "1", "not compared", "not compared", "not compared", "4.00", "0.00"],

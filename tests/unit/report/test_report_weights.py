@@ -1,7 +1,5 @@
 """Weight errors against Hugging Face's own tensors and modelopt's NVFP4, on a real imported checkpoint."""
 
-import json
-
 import pytest
 import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
@@ -9,7 +7,7 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.formats import nvfp4
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
-from megatron_qad.report.weights import linear_errors, read_job, relative_distance
+from megatron_qad.report.weights import linear_errors, relative_distance
 from megatron_qad.runtime.errors import QADError
 
 # Two float64 sums of the same float32 squares in another order and two roots: far below this.
@@ -158,12 +156,3 @@ def test_relative_distance_of_zeros():
     assert relative_distance(zero, zero) == 0.0
     assert relative_distance(one, zero) == float("inf")
     assert relative_distance(zero, one) == 1.0
-
-
-def test_job_file(tmp_path):
-    assert read_job(tmp_path) is None
-    (tmp_path / "qad.json").write_text(json.dumps({"policy": "x", "formats": {"a": "nvfp4"}}))
-    assert read_job(tmp_path)["formats"] == {"a": "nvfp4"}
-    (tmp_path / "qad.json").write_text("{}")
-    with pytest.raises(QADError, match="qad.json: no map 'formats'"):
-        read_job(tmp_path)

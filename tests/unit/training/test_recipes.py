@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_qad.runtime import manifest
+
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "examples" / "report_models").glob("*.yaml"))
 CONFIGS = ROOT / "tests" / "unit" / "quantization" / "configs"
@@ -34,6 +36,7 @@ def plans(tmp_path_factory):
         checkpoint = directory / recipe.stem
         (checkpoint / "hf").mkdir(parents=True)
         (checkpoint / "hf" / "config.json").write_text(config_of(recipe).read_text())
+        manifest.seal(checkpoint / "hf")
         jobs.append(["--config", str(recipe), "--qad-teacher", str(checkpoint), "--data-path", "d", "--save", "run"])
     found = {}
     for ranks in sorted({ranks for _, _, ranks in REPORT.values()}):
