@@ -33,6 +33,8 @@ WARM_UP = 2  # steps: the first one calibrates
 def main() -> None:
     if sys.argv[1:2] == ["--rank-of"]:  # this process is a rank of one of the jobs
         return run_rank(sys.argv[2], sys.argv[4:], sys.argv[3])
+    if sys.argv[1:2] == ["--write-inputs"]:
+        return write_inputs(Path(sys.argv[2]), argparse.Namespace(**json.loads(sys.argv[3])))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--repeat", type=int, default=2, help="jobs of each side and layout, in turn")
     parser.add_argument("--steps", type=int, default=6)
@@ -57,29 +59,7 @@ def main() -> None:
 
 def prepare_inputs(directory: Path, own) -> list[str]:
     """A teacher and a student of random weights, random data; the flags of a job that uses them."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "dist")]
-    import tiny_job
-    import torch
-
-    config = tiny_job.LLAMA | {
-        "hidden_size": own.hidden,
-        "intermediate_size": 3 * own.hidden,
-        "num_attention_heads": own.hidden // own.head_dim,
-        "num_key_value_heads": max(own.hidden // own.head_dim // 2, 2),
-        "head_dim": own.head_dim,
-        "num_hidden_layers": own.layers,
-        "vocab_size": own.vocab,
-        "max_position_embeddings": own.seq_length,
-    }
-    for who, noise in (("teacher", 0.0), ("student", 0.1)):
-        source = tiny_job.write_hf(directory / f"hf_{who}", config, noise=noise, dtype=torch.bfloat16)
-        command = [sys.executable, "tools/import_hf.py", "--hf-model", str(source), "--output", str(directory / who)]
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    from megatron_qad.runtime import prepare
-
-    prepare()
-    documents = 30 + own.seq_length * own.microbatches * (own.steps + 6) // 40
-    tiny_job.write_data(directory / "data", vocab_size=own.vocab, num_documents=documents)
+    checked("the inputs", [sys.executable, __file__, "--write-inputs", str(directory), json.dumps(vars(own))])
     return [
         *("--qad-teacher", f"{directory}/teacher", "--qad-student", f"{directory}/student"),
         *("--data-path", f"{directory}/data", "--data-cache-path", f"{directory}/cache", "--split", "100,0,0"),
@@ -92,19 +72,53 @@ def prepare_inputs(directory: Path, own) -> list[str]:
     ]
 
 
+def write_inputs(directory: Path, own) -> None:
+    """In a process of its own: what it leaves in memory, the host's and the GPU's, is none of a job's."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "dist")]
+    import tiny_job
+    import torch
+
+    from megatron_qad.runtime import prepare
+
+    prepare()
+    from megatron_qad.checkpoint.import_hf import import_hf
+    from megatron_qad.runtime.distributed import init_process_group
+
+    init_process_group()
+    config = tiny_job.LLAMA | {
+        "hidden_size": own.hidden,
+        "intermediate_size": 3 * own.hidden,
+        "num_attention_heads": own.hidden // own.head_dim,
+        "num_key_value_heads": max(own.hidden // own.head_dim // 2, 2),
+        "head_dim": own.head_dim,
+        "num_hidden_layers": own.layers,
+        "vocab_size": own.vocab,
+        "max_position_embeddings": own.seq_length,
+    }
+    for who, noise in (("teacher", 0.0), ("student", 0.1)):
+        source = tiny_job.write_hf(directory / f"hf_{who}", config, noise=noise, dtype=torch.bfloat16)
+        import_hf(source, directory / who)
+    documents = 30 + own.seq_length * own.microbatches * (own.steps + 6) // 40
+    tiny_job.write_data(directory / "data", vocab_size=own.vocab, num_documents=documents)
+
+
 def run(layout: str, side: str, flags: list[str], directory: Path) -> list[dict]:
     """One job; what each of its ranks measured."""
     nproc, layout_flags = LAYOUTS[layout]
-    result = directory / f"result_{time.monotonic_ns()}"
+    result = directory / f"result_{side}_{time.monotonic_ns()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), __file__]
     command += ["--rank-of", side, str(result), *flags, *layout_flags]
+    checked(f"{side} at {layout}", command)
+    return [json.loads(Path(f"{result}.rank{rank}").read_text()) for rank in range(nproc)]
+
+
+def checked(what: str, command: list[str]) -> None:
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     if done.returncode:
         ours = done.stderr.split("torch/distributed/elastic")[0]  # before the launcher's own traceback
-        sys.exit(f"error: {side} at {layout} failed:\n{done.stdout[-1000:]}\n{ours[-3000:]}")
-    return [json.loads(Path(f"{result}.rank{rank}").read_text()) for rank in range(nproc)]
+        sys.exit(f"error: {what} failed:\n{done.stdout[-1000:]}\n{ours[-3000:]}")
 
 
 def report(found: dict, own) -> None:
@@ -126,17 +140,15 @@ def report(found: dict, own) -> None:
         numbers = {}
         for side in SIDES:
             jobs = found[layout, side]
-            steps = [max(times) for job in jobs for times in zip(*(rank["seconds"] for rank in job), strict=True)]
-            memory = statistics.median(max(rank["memory"] for rank in job) for job in jobs)
+            seconds, memory = medians(jobs)
             sent = sum(rank["sent"] for rank in jobs[0])
-            numbers[side] = statistics.median(steps), memory / 2**20, sent
+            numbers[side] = seconds, memory / 2**20, sent
             losses = next(rank["losses"] for rank in jobs[0] if rank["losses"])
-            seconds, mebibytes, _ = numbers[side]
             row = (
                 layout,
                 side,
                 f"{seconds:.3f}",
-                f"{mebibytes:.0f}",
+                f"{memory / 2**20:.0f}",
                 f"{sent:,}",
                 f"{losses[0]:.4f}, {losses[-1]:.4f}",
             )
@@ -146,11 +158,17 @@ def report(found: dict, own) -> None:
         print(f"| {layout} | ratio | {peer[0] / ours[0]:.2f}x faster | {ours[1] / peer[1]:.2f} | {sent} | |")
 
 
+def medians(jobs: list[list[dict]]) -> tuple[float, float]:
+    """Seconds a step, of the slowest rank, and growth of the peak memory in bytes, of the largest."""
+    steps = [max(times) for job in jobs for times in zip(*(rank["seconds"] for rank in job), strict=True)]
+    return statistics.median(steps), statistics.median(max(rank["memory"] for rank in job) for job in jobs)
+
+
 def run_rank(side: str, argv: list[str], result: str) -> None:
     import pretrain_qad  # noqa: I001  first: it prepares the backend
     from megatron.training import training as megatron_loop
 
-    from megatron_qad.training import setup
+    from megatron_qad.training import plan, setup
 
     measured = {"seconds": [], "memory": 0, "sent": 0, "losses": []}
     sent = count_sends()
@@ -160,6 +178,7 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
     start = setup._prepare_student
 
     def watched(args, chunks):
+        measured["plan"] = list(plan.plan(args, setup.resolve_formats(args)))  # as --qad-dry-run prints it
         reset_peak(measured)
         return start(args, chunks)
 
@@ -184,7 +203,7 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
     sys.argv = ["pretrain_qad.py", *argv]
     pretrain_qad.main()
     measured["seconds"] = measured["seconds"][WARM_UP:]
-    measured["memory"] = peak_memory() - measured["memory"]
+    measured["before"], measured["memory"] = measured["memory"], peak_memory() - measured["memory"]
     Path(f"{result}.rank{os.environ['RANK']}").write_text(json.dumps(measured))
 
 

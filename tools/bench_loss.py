@@ -113,16 +113,9 @@ def error_table(errors: list[dict]) -> str:
 
 def run_rank(args: argparse.Namespace) -> None:
     import torch
-    from megatron.core import parallel_state  # without our CPU backend: inductor would take its "cuda" for a GPU
 
-    torch.set_num_threads(1)
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.set_default_device("cuda" if on_gpu else "cpu")
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    on_gpu = start_rank()
     tp = torch.distributed.get_world_size()
-    parallel_state.initialize_model_parallel(tp)
     losses = variants(tp, compiled=not args.no_compile)
     cases = []
     for size in args.sizes.split(","):
@@ -143,9 +136,38 @@ def run_rank(args: argparse.Namespace) -> None:
         Path(args.result).write_text(json.dumps(result))
 
 
+def start_rank(**group) -> bool:
+    """Device, process group and tensor parallelism over all ranks, of which torchrun or ``group`` tells; whether there
+    is a GPU."""
+    import torch
+    from megatron.core import parallel_state  # without our CPU backend: inductor would take its "cuda" for a GPU
+
+    torch.set_num_threads(1)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", **group)
+    parallel_state.initialize_model_parallel(torch.distributed.get_world_size())
+    return on_gpu
+
+
 def variants(tp: int, *, compiled: bool) -> dict:
     """name -> (student logits [t, 1, V/tp], teacher's) -> loss of each token."""
     import torch
+
+    found = ours_and_modelopts(tp)
+    if tp == 1:
+        found["plain torch"] = plain_kl
+        if trl := _trl():
+            found["TRL"] = trl
+        if compiled:
+            found["torch.compile"] = torch.compile(plain_kl, dynamic=False)
+    return found
+
+
+def ours_and_modelopts(tp: int) -> dict:
+    """The part of ``variants`` that needs nothing but what the project depends on."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
@@ -165,18 +187,15 @@ def variants(tp: int, *, compiled: bool) -> dict:
             return lambda student, teacher: loss(student, teacher)[0]
         return lambda student, teacher: reduce_from_tensor_model_parallel_region(loss(student, teacher)[0])
 
-    def plain(student, teacher):
-        log_s, log_t = torch.log_softmax(student.float(), -1), torch.log_softmax(teacher.float(), -1)
-        return (log_t.exp() * (log_t - log_s)).sum(-1)
-
     found = {"ours": ours, "modelopt, TP>1 path": modelopt(2)}
-    if tp == 1:
-        found |= {"modelopt, TP=1 path": modelopt(1), "plain torch": plain}
-        if trl := _trl():
-            found["TRL"] = trl
-        if compiled:
-            found["torch.compile"] = torch.compile(plain, dynamic=False)
-    return found
+    return found | ({"modelopt, TP=1 path": modelopt(1)} if tp == 1 else {})
+
+
+def plain_kl(student, teacher):
+    import torch
+
+    log_s, log_t = torch.log_softmax(student.float(), -1), torch.log_softmax(teacher.float(), -1)
+    return (log_t.exp() * (log_t - log_s)).sum(-1)
 
 
 def _trl():
@@ -237,7 +256,8 @@ def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
     return found | {"Liger": liger}
 
 
-def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
+def fused_inputs(tokens: int, vocab: int, args) -> list:
+    """Hidden states and output weights of the student, which take gradients, and of the teacher."""
     import torch
 
     generator, dtype = _generator(0), getattr(torch, args.dtype)
@@ -247,6 +267,13 @@ def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
     inputs = [x.to(dtype) for x in (hidden, weight, hidden + move, weight)]
     inputs[0].requires_grad_()
     inputs[1] = inputs[1].clone().requires_grad_()
+    return inputs
+
+
+def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
+    import torch
+
+    inputs = fused_inputs(tokens, vocab, args)
 
     def call(loss):
         return torch.autograd.grad(loss(*inputs), inputs[:2])
@@ -327,15 +354,9 @@ def _medians(times: list[tuple[float, float | None]]) -> dict[str, float | None]
 
 def _seconds(call, args) -> tuple[float, float | None]:
     """Of a call, and on a GPU of its launches alone."""
-    import torch
-    from gpu_timing import gpu_seconds
+    from gpu_timing import call_seconds
 
-    if torch.cuda.is_available():
-        return gpu_seconds(call)
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    start = clock()
-    call()
-    return clock() - start, None
+    return call_seconds(call, time.process_time if args.clock == "cpu" else time.perf_counter)
 
 
 def _trim() -> None:
@@ -406,8 +427,9 @@ def _allocated(call) -> tuple[int, int]:
     return totals[-1], max(totals)
 
 
-def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000) -> dict:
-    """Root mean square error of the loss and relative error of the gradient, float32 logits, mean KL near ``kl``."""
+def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000, dtype: str = "float32") -> dict:
+    """Root mean square error of the loss and relative error of the gradient, mean KL near ``kl`` before the logits are
+    rounded to ``dtype``."""
     import torch
 
     generator = _generator(1)
@@ -423,7 +445,7 @@ def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000) -> 
     scale = (2 * kl) ** 0.5
     for _ in range(3):  # KL is nearly quadratic in the move
         scale *= (kl / exact(teacher + scale * move)[0].mean().item()) ** 0.5
-    student = teacher + scale * move
+    student, teacher = (z.to(getattr(torch, dtype)) for z in (teacher + scale * move, teacher))
     loss_64, grad_64 = exact(student)
     found = {}
     for name, loss in losses.items():

@@ -10,15 +10,17 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from gpu_timing import gpu_seconds
+from gpu_timing import median_seconds
 
 from megatron_qad.formats import fp8, nvfp4, nvfp4_lists
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GPU_SIZES = (4096, 8192, 12288)
 OURS = "ours: fake_quant_ given amax"
 MODELOPT = "modelopt: NVFP4QTensor quantize + dequantize"
 
@@ -146,34 +148,48 @@ def resident(field: str) -> int:
 
 
 def print_gpu_tables(repeats: int) -> None:
-    from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
-
     print(f"{torch.cuda.get_device_name()}, bfloat16, in place given amax, median of {4 * repeats}:\n")
     print("| | copy GB/s | ours GB/s | of copy | modelopt dynamic / ours |\n|---|---|---|---|---|")
-    for size in (4096, 8192, 12288):
+    for size in GPU_SIZES:
         x = made(size, torch.bfloat16).cuda()
-        other, moved = torch.empty_like(x), 2 * x.numel() * x.element_size()
-        amax = nvfp4.tensor_amax(x)
-        scale = nvfp4.global_scale_from_amax(amax)
-        copy = median_seconds(lambda other=other, x=x: other.copy_(x), repeats)
-        ours = median_seconds(lambda x=x, scale=scale: nvfp4.fake_quant_(x, scale, check=False), repeats)
-        theirs = median_seconds(lambda x=x, amax=amax: dynamic_block_quant(x, 16, amax, None, (2, 1), (4, 3)), repeats)
+        moved = 2 * x.numel() * x.element_size()
+        copy, ours = (median_seconds(call, 4 * repeats) for call in (copy_call(x), in_place_call(x)))
+        theirs = median_seconds(modelopt_call(x), 4 * repeats)
         rates = f"{moved / copy / 1e9:.0f} | {moved / ours / 1e9:.0f} | {copy / ours:.0%}"
         print(f"| {size}x{size} | {rates} | {theirs / ours:.2f} |")
     experts = [made(1024, torch.bfloat16).cuda() for _ in range(256)]
-    names = [f"expert {i}" for i in range(len(experts))]
-    scales = nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(experts), names)
-    listed = median_seconds(lambda: nvfp4_lists.fake_quant_list_(experts, scales, names, check=False), repeats)
-    loop = median_seconds(
-        lambda: [nvfp4.fake_quant_(x, s, check=False) for x, s in zip(experts, scales, strict=True)], repeats
-    )
+    listed, loop = (median_seconds(call, 4 * repeats) for call in list_calls(experts))
     print(f"\n256 experts of 1024x1024: one launch {listed * 1e3:.2f} ms, a loop {loop * 1e3:.2f} ms.")
 
 
-def median_seconds(call, repeats: int) -> float:
-    for _ in range(3):
-        call()
-    return statistics.median(gpu_seconds(call)[0] for _ in range(4 * repeats))
+def copy_call(x: torch.Tensor) -> Callable:
+    """A copy of as many bytes as fake quantization in place reads and writes."""
+    other = torch.empty_like(x)
+    return lambda: other.copy_(x)
+
+
+def in_place_call(x: torch.Tensor) -> Callable:
+    """Ours, given amax."""
+    scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
+    return lambda: nvfp4.fake_quant_(x, scale, check=False)
+
+
+def modelopt_call(x: torch.Tensor) -> Callable:
+    """modelopt's kernel for weights and inputs in training, given amax; needs a GPU."""
+    from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
+
+    amax = nvfp4.tensor_amax(x)
+    return lambda: dynamic_block_quant(x, 16, amax, None, (2, 1), (4, 3))
+
+
+def list_calls(tensors: list[torch.Tensor]) -> tuple[Callable, Callable]:
+    """All tensors in place given their amaxes: at once, and in a loop."""
+    names = [f"expert {i}" for i in range(len(tensors))]
+    scales = nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(tensors), names)
+    return (
+        lambda: nvfp4_lists.fake_quant_list_(tensors, scales, names, check=False),
+        lambda: [nvfp4.fake_quant_(x, scale, check=False) for x, scale in zip(tensors, scales, strict=True)],
+    )
 
 
 if __name__ == "__main__":

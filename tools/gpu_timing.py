@@ -1,5 +1,6 @@
-"""How long a GPU takes for a call, without what the CPU takes to launch it."""
+"""How long a GPU takes for a call, without what the CPU takes to launch it; and how long a call takes elsewhere."""
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -21,3 +22,21 @@ def gpu_seconds(call: Callable[[], object]) -> tuple[float, float]:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3, host
+
+
+def call_seconds(
+    call: Callable[[], object], clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, float | None]:
+    """``gpu_seconds`` where torch finds a GPU; elsewhere the seconds of the call by ``clock``, and None."""
+    if torch.cuda.is_available():
+        return gpu_seconds(call)
+    start = clock()
+    call()
+    return clock() - start, None
+
+
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median of ``repeats`` calls, after three that are not timed: they compile and page in."""
+    for _ in range(3):
+        call()
+    return statistics.median(call_seconds(call)[0] for _ in range(repeats))

@@ -1,5 +1,8 @@
 """The Triton kernels on a GPU against the torch reference on the CPU: every bit, every type, every scale rule."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,24 +11,17 @@ from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.nvfp4_lists import amax_list, fake_quant_list_, global_scales_from_amaxes
 from megatron_qad.runtime import QADError, capabilities
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from nvfp4_values import differing_values, hard_values  # noqa: E402
+
 nvfp4_triton = pytest.importorskip("megatron_qad.formats.nvfp4_triton", reason="triton is not installed")
 
 pytestmark = pytest.mark.skipif(capabilities().device != "cuda", reason="needs a GPU: kernels are compared on it")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def made(rows, dim, dtype, seed, exponent=0):
-    """Zero rows, -0.0, ties, subnormal block scales, rows of very different size."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, dim, generator=generator) * torch.exp(4 * torch.randn(rows, 1, generator=generator))
-    x[0], x[1, ::3] = 0.0, -0.0
-    x[2] = torch.randint(-24, 25, (dim,), generator=generator) / 4
-    return (x.clamp(-3e4, 3e4) * 2.0**exponent).to(dtype)
-
-
 def assert_same_bits(ours, reference):
-    integer = torch.int32 if ours.dtype == torch.float32 else torch.int16
-    assert torch.equal(ours.cpu().view(integer), reference.view(integer))
+    assert differing_values(ours, reference) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,7 +29,7 @@ def assert_same_bits(ours, reference):
 @pytest.mark.parametrize("exponent", [-110, -40, -8, 0])
 def test_fake_quant_has_the_bits_of_the_reference(dtype, rule, exponent):
     for seed, (rows, dim) in enumerate([(64, 4096), (3, 16), (77, 208), (1000, 1024)]):
-        x = made(rows, dim, dtype, seed, exponent)
+        x = hard_values(rows, dim, dtype, seed, exponent)
         scale = nvfp4.global_scale_from_amax(tensor_amax(x))
         on_gpu = nvfp4.fake_quant(x.cuda(), scale.cuda(), rule=rule)
         assert_same_bits(on_gpu, nvfp4.fake_quant(x, scale, rule=rule))
@@ -42,7 +38,7 @@ def test_fake_quant_has_the_bits_of_the_reference(dtype, rule, exponent):
 def test_the_torch_path_on_a_gpu_has_the_same_bits(monkeypatch):
     monkeypatch.setattr(nvfp4, "triton_serves", lambda x: False)
     for rule in nvfp4.SCALE_RULES:
-        x = made(300, 512, torch.bfloat16, 1)
+        x = hard_values(300, 512, torch.bfloat16, 1)
         scale = nvfp4.global_scale_from_amax(tensor_amax(x))
         assert_same_bits(nvfp4.fake_quant(x.cuda(), scale.cuda(), rule=rule), nvfp4.fake_quant(x, scale, rule=rule))
         packed, block_scale = nvfp4.quantize(x.cuda(), scale.cuda(), rule=rule)
@@ -53,7 +49,7 @@ def test_the_torch_path_on_a_gpu_has_the_same_bits(monkeypatch):
 
 @pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
 def test_one_launch_a_type_requantizes_a_list_in_place(rule, monkeypatch):
-    weights = [made(8 + 13 * i, 16 * (1 + i % 5), DTYPES[i % 3], i) for i in range(300)]
+    weights = [hard_values(8 + 13 * i, 16 * (1 + i % 5), DTYPES[i % 3], i) for i in range(300)]
     weights += [torch.zeros(0, 64), torch.zeros(4, 64, dtype=torch.bfloat16)]
     on_gpu = [w.cuda() for w in weights]
     base = torch.randn(16 * 64 + 1)

@@ -1,0 +1,22 @@
+"""Values at which NVFP4 kernels could differ from the torch reference, and how many bits do."""
+
+import torch
+from torch import Tensor
+
+
+def hard_values(rows: int, dim: int, dtype: torch.dtype, seed: int, exponent: int = 0) -> Tensor:
+    """[rows, dim], three rows at least: a row of zeros, -0.0, ties, subnormal block scales, rows of very different
+    size; all times 2^exponent."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, dim, generator=generator) * torch.exp(4 * torch.randn(rows, 1, generator=generator))
+    x[0], x[1, ::3] = 0.0, -0.0
+    x[2] = torch.randint(-24, 25, (dim,), generator=generator) / 4
+    return (x.clamp_(-3e4, 3e4).mul_(2.0**exponent)).to(dtype)
+
+
+def differing_values(ours: Tensor, reference: Tensor) -> int:
+    """How many values of two tensors of one shape and float type differ in some bit, on ``reference``'s device. The
+    sign of a zero counts."""
+    assert ours.dtype == reference.dtype and ours.shape == reference.shape, (ours.dtype, ours.shape, reference)
+    integer = torch.int32 if ours.dtype == torch.float32 else torch.int16
+    return (ours.to(reference.device).view(integer) != reference.view(integer)).sum().item()
