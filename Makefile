@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation env
+.PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -75,3 +75,7 @@ bench-loss:
 # Teacher and student on every rank, beside modelopt's distillation: the table of docs/BENCHMARKS.md. Minutes; a quiet machine.
 bench-colocation: env
 	PATH="$(BIN):$$PATH" python tools/bench_colocation.py $(BENCH_COLOCATION_FLAGS)
+
+# What only a GPU can show, as one table within eight minutes; without a GPU the same with tiny sizes. Exit status 1 if a row fails.
+gpu-check: env
+	$(RUN) python tools/gpu_check.py $(GPU_CHECK_FLAGS)
