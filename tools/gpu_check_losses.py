@@ -1,0 +1,140 @@
+"""The checks of the KL's kernels and of the fused output layer, by the functions of tools/bench_loss.py."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+
+from gpu_rows import NEEDS_GPU, Machine, Row, as_fast, mebibytes, ms, pair, verdict
+
+
+def kl_sizes(machine: Machine) -> tuple[int, tuple[int, ...]]:
+    """Tokens, and columns: what a rank has of a vocabulary of 131,072 at TP 4, and all of it."""
+    return (32, (256, 1024)) if machine.is_tiny else (8192, (32768, 131072))
+
+
+def bench_options(machine: Machine, **more) -> Namespace:
+    """What tools/bench_loss.py's functions take of its flags."""
+    return Namespace(repeat=2 if machine.is_tiny else 7, dtype="bfloat16", trim=False, clock="wall", **more)
+
+
+def start_alone() -> None:
+    """The process group of one rank that Megatron's and modelopt's losses ask for."""
+    import bench_loss
+    import torch
+
+    store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)  # port 0: a free one
+    bench_loss.start_rank(store=store, rank=0, world_size=1)
+
+
+def kl(machine: Machine) -> Iterator[Row]:
+    """The KL loss, forward and backward, beside modelopt's; errors against float64."""
+    import bench_loss
+
+    start_alone()
+    options = bench_options(machine)
+    losses = bench_loss.ours_and_modelopts(1)
+    tokens, columns = kl_sizes(machine)
+    for width in columns:
+        yield from kl_errors(losses, width)
+    for width in columns:
+        size = f"{tokens}x{width}, bf16"
+        found = bench_loss.measure(losses, tokens, width, options)
+        copy = bench_loss.copy_ms(tokens * width, options)
+        ours = found.pop("ours")
+        share, reached = copy / ours["ms"], machine.judge(copy / ours["ms"] >= 0.7)
+        what = "KL, forward and backward, share of a copy's rate"
+        yield Row(what, size, f"{share:.0%}, {ms(ours['ms'] / 1e3)}", goal="70 %", verdict=reached)
+        for (name, theirs), goal in zip(found.items(), (12, 8), strict=True):
+            cells = *(ms(side["ms"] / 1e3) for side in (ours, theirs)), as_fast(theirs["ms"], ours["ms"])
+            reached = machine.judge(theirs["ms"] / ours["ms"] >= goal)
+            yield Row(f"KL, forward and backward; {name}", size, *cells, f"{goal} times as fast", reached)
+        cells = (f"{side['peak'] / (tokens * width):.3f} bytes" for side in (ours, theirs))
+        reached = machine.judge(ours["peak"] <= 0.05 * tokens * width)
+        yield Row("KL, extra peak memory an element; modelopt's", size, *cells, goal="0.05 bytes", verdict=reached)
+
+
+def kl_errors(losses: dict, width: int) -> Iterator[Row]:
+    """Against float64 of the same logits, 64 tokens."""
+    from bench_loss import errors_at
+
+    for of_kl, dtype in ((1e-4, "float32"), (0.1, "float32"), (0.1, "bfloat16")):
+        found = errors_at(losses, of_kl, vocab=width, dtype=dtype)
+        move = (2 * of_kl) ** 0.5  # what the logits differ by: the KL is half its variance
+        # The loss sums terms of about a move, up to three with the difference of two maxima: two float32 roundings of
+        # each in each of two sums. A gradient is the difference of two probabilities, about a move of them, of four
+        # roundings each; in bfloat16 it is rounded once more.
+        bounds = 4 * 2.0**-24 * 3 * move, 8 * 2.0**-24 / move + (2.0**-9 if dtype == "bfloat16" else 0)
+        ours, peer, goal = (pair(errors) for errors in (found["ours"], found["modelopt, TP>1 path"], bounds))
+        is_within = all(error <= bound for error, bound in zip(found["ours"], bounds, strict=True))
+        what = f"KL of {of_kl:g}, errors of loss and gradient against float64; modelopt's"
+        yield Row(what, f"64x{width}, {dtype}", ours, peer, goal=f"at most {goal}", verdict=verdict(is_within))
+
+
+def kl_compiled(machine: Machine) -> Iterator[Row]:
+    """torch.compile of plain torch, at the widest logits: compilation takes most of the time."""
+    tokens, columns = kl_sizes(machine)
+    what, size = "KL, forward and backward; torch.compile of plain torch", f"{tokens}x{columns[-1]}, bf16"
+    if machine.device == "cpu":  # there it needs a C++ compiler and half a minute, and says nothing of kernels
+        yield Row(what, size, NEEDS_GPU)
+        return
+    import bench_loss
+    import torch
+
+    start_alone()
+    losses = {"ours": bench_loss.ours_and_modelopts(1)["ours"]}
+    losses["torch.compile"] = torch.compile(bench_loss.plain_kl, dynamic=False)
+    found = bench_loss.measure(losses, tokens, columns[-1], bench_options(machine))
+    ours, theirs = (found[name]["ms"] / 1e3 for name in losses)
+    # No verdict: the goal of 2.5 is out of reach of two passes (docs/BENCHMARKS.md).
+    yield Row(what, size, ms(ours), ms(theirs), as_fast(theirs, ours))
+
+
+def fused_output_layer(machine: Machine) -> Iterator[Row]:
+    """Output layers and loss in one operation, beside its four GEMMs and the separate ones."""
+    import bench_loss
+    import torch
+
+    from megatron_qad.distillation import VocabShard, per_token_loss
+
+    torch.set_default_device(machine.device)
+    options = bench_options(machine, hidden=32 if machine.is_tiny else 4096)
+    names = ("ours", "ours, output layers apart", "the four GEMMs, no loss")
+    tokens, columns = kl_sizes(machine)
+    for width in columns:
+
+        def ours(student, teacher, width=width):
+            return per_token_loss("kl", student, teacher, None, VocabShard(0, width))
+
+        variants = bench_loss.fused_variants(ours, width, options.hidden)
+        variants = {name: variants[name] for name in names}
+        size = f"{tokens}x{width}, H {options.hidden}, bf16"
+        yield fused_errors(variants, bench_loss.fused_inputs(tokens, width, options), size)
+        found = bench_loss.measure_fused(variants, tokens, width, options)
+        fused, apart, gemms = (found[name] for name in names)
+        ratio = fused["ms"] / gemms["ms"]
+        goal, reached = "-", "-"
+        if width == columns[-1]:  # the goal is for whole vocabularies
+            goal, reached = "at most 1.2", machine.judge(ratio <= 1.2)
+        cells = ms(fused["ms"] / 1e3), ms(gemms["ms"] / 1e3), f"{ratio:.2f} of their time"
+        yield Row("output layer and loss, fused; the four GEMMs alone", size, *cells, goal, reached)
+        cells = mebibytes(fused["peak"]), mebibytes(apart["peak"]), f"{fused['peak'] / apart['peak']:.2f} of it"
+        yield Row("output layer and loss, fused, peak memory; separate", size, *cells)
+
+
+def fused_errors(variants: dict, inputs: list, size: str) -> Row:
+    """Of the loss, the hidden states' gradient and the output weight's, relative to the separate form's."""
+    import torch
+
+    found = []
+    for name in ("ours", "ours, output layers apart"):
+        total = variants[name](*inputs)
+        hidden, weight = torch.autograd.grad(total, inputs[:2])
+        weight = inputs[1].main_grad if name == "ours" else weight  # added there, as under Megatron's DDP
+        found.append([tensor.detach().float() for tensor in (total, hidden, weight)])
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True)]
+    # The same products, but a chunk's GEMM has another shape and may sum in another order. Float32 sums of 1024
+    # products in two orders moved two logits in 10,000 over a bfloat16 rounding, and with them the gradients by 2e-4
+    # and the loss by 2e-5. Gradients are rounded to bfloat16, 2^-9, and a GPU's GEMM may join parts of a sum in it.
+    bounds = (1e-3, 1e-2, 1e-2)
+    is_within = all(error <= bound for error, bound in zip(errors, bounds, strict=True))
+    what = "output layer and loss, fused: errors of loss and both gradients against the separate form"
+    return Row(what, size, pair(errors), goal=f"at most {pair(bounds)}", verdict=verdict(is_within))
