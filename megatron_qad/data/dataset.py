@@ -5,6 +5,7 @@ of a sample says which *labels* count, so it is the tokens' mask one place on. W
 ``--dataloader-inter-document-masking`` the documents of a sample are kept apart (``packing``).
 """
 
+import copy
 import hashlib
 import json
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
 from megatron_qad.data.packing import keep_documents_apart
@@ -21,6 +23,10 @@ from megatron_qad.runtime.errors import QADError
 # No token has this id, so what carries it is padding and nothing else. GPTDataset would take the tokenizer's pad token,
 # and then replace that token by 0 wherever a document holds it.
 _PADDING = -1
+
+# With a last, padded sample Megatron's helper counts samples in float32, which is exact up to 2^24 tokens; beyond this
+# many the last sample is left out instead.
+_PADDED_UP_TO = 1 << 23
 
 
 @dataclass
@@ -97,6 +103,10 @@ class QADDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self):
         self._check_not_empty()
+        if self._pads_last() and (self.indices is not None or self.config.defer_npy_index_mmap):
+            if self._get_num_tokens_per_epoch() > _PADDED_UP_TO:
+                self.config = copy.copy(self.config)
+                self.config.drop_last_partial_validation_sequence = True
         # Megatron caches the indices under a name made of paths and settings. Data that was prepared anew under the
         # same prefix would be cut by the old indices; its content's hash in the name prevents that.
         if self._metadata is not None:
@@ -109,13 +119,17 @@ class QADDataset(GPTDataset):
             ).hexdigest()
         return super()._build_document_sample_shuffle_indices()
 
+    def _pads_last(self) -> bool:
+        return self.index_split == Split.valid and not self.config.drop_last_partial_validation_sequence
+
     def _check_not_empty(self) -> None:
         """GPTDataset counts epochs until there are enough tokens: with none it would never end."""
         if self.indices is None:  # --dataloader-fast-cache-load: the indices were built, and checked, before
             return
         tokens = self._get_num_tokens_per_epoch()
-        # A fixed number of samples repeats the data as often as needed; one epoch must hold a sample by itself.
-        needed = 1 if self.num_samples is not None else self.config.sequence_length + 1
+        # A fixed number of samples repeats the data as often as needed; one epoch must hold a sample by itself, if only
+        # a token and its label with padding behind them.
+        needed = 1 if self.num_samples is not None else 2 if self._pads_last() else self.config.sequence_length + 1
         if tokens < needed:
             raise QADError(
                 f"The {self.index_split.name} split of {self.dataset_path} has {len(self.indices)} of "

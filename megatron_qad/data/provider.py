@@ -5,16 +5,20 @@ made with the tokenizer of this run (``run_tokenizer``). Left out: mock data, fi
 ``--sft`` packing, data in object storage.
 """
 
+import argparse
 import json
 import struct
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -22,6 +26,13 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import load_metadata
 from megatron_qad.data.run_tokenizer import RunTokenizer
+from megatron_qad.data.validation_set import (
+    DEFAULT_TOKENS,
+    ValidationSet,
+    one_split,
+    ordered_samples,
+    samples_per_iteration,
+)
 from megatron_qad.runtime.errors import QADError
 
 
@@ -29,7 +40,8 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
     """What ``pretrain`` calls for its data, on every rank.
 
     Args:
-        train_val_test_num_samples: samples wanted of each split; None is one epoch.
+        train_val_test_num_samples: samples wanted of each split; only that of the first is heard, because every
+            evaluation reads the same ones.
         vp_stage: virtual pipeline stage of the caller.
 
     Returns:
@@ -42,20 +54,63 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
     args = get_args()
     config = dataset_config(args)
     check_data(args, config)
-    print_rank_0("megatron_qad: building the train, validation and test datasets")
-    num_train, *others = train_val_test_num_samples
-    if num_train is not None:
-        # Calibration reads ahead, more than a short job trains on; a blend holds no more than it is asked for.
-        num_train = max(num_train, args.qad.qad_calibration_samples + args.micro_batch_size * args.data_parallel_size)
-    train, valid, _ = BlendedMegatronDatasetBuilder(
-        QADDataset, [num_train, *others], partial(_is_built_on_rank, vp_stage), config
+    print_rank_0("megatron_qad: building the training and validation datasets")
+    num_train = train_val_test_num_samples[0]
+    # Calibration reads ahead, more than a short job trains on; a blend holds no more than it is asked for.
+    num_train = max(num_train, args.qad.qad_calibration_samples + args.micro_batch_size * args.data_parallel_size)
+    is_built = partial(_is_built_on_rank, vp_stage)
+    train, _, _ = BlendedMegatronDatasetBuilder(
+        QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
     ).build()
+    valid = _validation_set(args, config, is_built) if args.eval_iters else None
+    if valid is not None and vp_stage in (None, 0):
+        _say_what_is_evaluated(args, valid)
     # Megatron would evaluate a test split after the last validation and report it in the validation's place.
     return train, valid, None
 
 
 # Read by megatron.training: every rank calls the provider, and the builder decides who holds data.
 datasets_provider.is_distributed = True
+
+
+def _validation_set(
+    args: argparse.Namespace, config: QADDatasetConfig, is_built: Callable[[], bool]
+) -> ValidationSet | None:
+    """The held-out samples of every evaluation. Sets ``args.eval_iters`` to what reads them once, on every rank, and
+    Megatron's place in them to their beginning."""
+    per_iteration = samples_per_iteration(args)
+    if args.eval_iters_given:
+        limit = args.eval_iters * per_iteration
+    else:
+        limit = max(1, DEFAULT_TOKENS // args.seq_length)
+    samples = ordered_samples(config, is_built, limit)
+    num_samples = _agreed(0 if samples is None else min(limit, len(samples)))
+    args.consumed_valid_samples = 0
+    if num_samples == 0:  # a virtual stage whose ranks read no data
+        return None
+    covers = -(-num_samples // per_iteration)
+    if args.eval_iters_given and covers < args.eval_iters:
+        print_rank_0(
+            f"megatron_qad: --eval-iters {args.eval_iters} becomes {covers}, which read the whole validation set"
+        )
+    args.eval_iters = covers
+    return None if samples is None else ValidationSet(samples, num_samples, args.eval_iters * per_iteration)
+
+
+def _say_what_is_evaluated(args: argparse.Namespace, valid: ValidationSet) -> None:
+    num_samples, available = valid.num_samples, len(valid.samples)
+    which = f"all {available}" if num_samples == available else f"the first {num_samples} of {available}"
+    print_rank_0(
+        f"megatron_qad: every evaluation reads {which} validation samples of {args.seq_length} tokens, the same ones "
+        f"each time (--eval-iters {args.eval_iters})"
+    )
+
+
+def _agreed(number: int) -> int:
+    """The largest ``number`` of all ranks: those without data learn what the others found."""
+    found = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return int(found)
 
 
 def _has_validation(split: str | None, blend, blend_per_split) -> bool:
@@ -83,13 +138,18 @@ def dataset_config(args) -> QADDatasetConfig:
                 f"--{flag.replace('_', '-')} does not keep the documents of a row apart here. Give "
                 "--dataloader-inter-document-masking instead, which does, for positions and attention."
             )
+    if args.dataloader_type not in (None, "single"):
+        raise QADError(
+            f"--dataloader-type {args.dataloader_type} would read the validation set in another order each time; leave "
+            "it out. The training data is shuffled all the same."
+        )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
     if args.full_validation or args.multiple_validation_sets:
         raise QADError(
-            "--full-validation and --multiple-validation-sets, which needs it, are not supported: validations are of "
-            "one length. Give --eval-iters and one blend"
+            "--full-validation and --multiple-validation-sets, which needs it, are not supported. Leave them out: "
+            "without --eval-iters an evaluation reads the whole validation set, up to 2^20 tokens. Give one blend"
         )
     if args.eval_iters and not _has_validation(args.split, blend, blend_per_split):
         raise QADError(

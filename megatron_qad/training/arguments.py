@@ -69,7 +69,8 @@ def add_qad_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -> argparse.Namespace:
     """Parse and validate; sets Megatron's global args.
 
-    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``).
+    Adds ``args.qad`` (the ``QADOptions``), ``args.hf_config`` and ``args.teacher_hf_config`` (parsed ``config.json``),
+    and ``args.eval_iters_given``: whether ``--eval-iters`` was.
 
     Args:
         trains: False leaves out what concerns training alone, so that a tool may be given a job's flags.
@@ -82,6 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
     argv = expand(argv, parser)
     if not trains:
         argv = [*without(argv, *_OF_TRAINING), "--train-iters", "1"]  # Megatron wants to know for how long
+    parser.set_defaults(eval_iters=None)
     early, _ = parser.parse_known_args(argv)
     options = _qad_options(early)
     check_tokenizer(early)
@@ -147,6 +149,7 @@ def parse_arguments(argv: Sequence[str] | None = None, *, trains: bool = True) -
         save_checkpoints_in_this_process()
     whole_saves.install()
     args.qad = _qad_options(args)
+    args.eval_iters_given = early.eval_iters is not None
     if args.dataloader_inter_document_masking and args.qad.qad_document_multiple is None:
         cp = args.context_parallel_size
         args.qad.qad_document_multiple = 2 * cp if cp > 1 else 1

@@ -17,6 +17,7 @@ from megatron.training.training import build_train_valid_test_data_iterators
 from tqdm import tqdm
 
 from megatron_qad.data.provider import datasets_provider
+from megatron_qad.data.validation_set import samples_per_iteration
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
@@ -82,7 +83,10 @@ class Probe:
     Args:
         args: parsed arguments (``parse_arguments``); ``--qad-teacher`` is the model, the validation split the data.
         quantizable: Megatron weight names of all linears that may be quantized; their inputs are calibrated here.
-        num_microbatches: a data-parallel rank.
+        num_microbatches: a data-parallel rank; fewer where the validation set ends before.
+
+    Raises:
+        QADError: no token of them counts.
     """
 
     def __init__(self, args: argparse.Namespace, quantizable: Sequence[str], num_microbatches: int):
@@ -101,6 +105,9 @@ class Probe:
         self.shape = {"seq_length": args.seq_length, "micro_batch_size": args.micro_batch_size}
         args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
         _, self._valid, _ = build_train_valid_test_data_iterators(datasets_provider)
+        at_once = args.micro_batch_size * args.data_parallel_size
+        available = args.eval_iters * samples_per_iteration(args) // at_once
+        num_microbatches = min(num_microbatches, available)  # what comes then are the first ones again
         self.batches = read_batches(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
         with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
             teacher = Teacher(self.chunks, keeps_hidden=Outputs.chosen(args.qad).teacher_hidden)
@@ -136,6 +143,11 @@ class Probe:
         if mpu.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has a loss
             total = total.all_reduce(mpu.get_pipeline_model_parallel_group())
         means = total.means()
+        if not means["num_tokens"]:
+            raise QADError(
+                f"no token of the {len(self.batches)} microbatches of held-out text counts in the loss, so there is "
+                "nothing to measure; give more (--num-microbatches) or other data"
+            )
         return means["kl_to_teacher"], means["num_tokens"]
 
 

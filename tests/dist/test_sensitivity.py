@@ -38,6 +38,13 @@ def shop(tmp_path_factory):
             ]
             return server.run("training_jobs:tool", nproc, {"name": "sensitivity", "argv": argv}, **more)
 
+        def validation_masks():
+            from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+            masks = IndexedDataset(f"{directory}/data_loss_mask")
+            return [masks[i] for i in range(len(masks) // 2, len(masks))]
+
+        run.validation_masks = validation_masks
         yield run
 
 
@@ -71,10 +78,12 @@ def test_layouts_measure_the_same(shop, tmp_path):
     """Weights only, so that no last bit of an input becomes another code (docs/DECISIONS.md); bf16 sums in another
     order under tensor parallelism, which moves a KL of 0.01 by a few per cent."""
     kls = {}
-    for layout in LAYOUTS:
-        shop(tmp_path / layout, "--formats", "nvfp4-w4a16", layout=layout)
+    for layout in LAYOUTS:  # asked for more text than there is, each measures the whole validation split once
+        shop(tmp_path / layout, "--formats", "nvfp4-w4a16", "--num-microbatches", "1000", layout=layout)
         kls[layout] = json.loads((tmp_path / layout / "sensitivity.json").read_text())
     one = kls["tp1"]["units"]
+    counted = sum(int(mask.sum()) for mask in shop.validation_masks())
+    assert counted - kls["tp1"]["num_tokens"] in (0, 1)  # the first token of all is nobody's label
     assert kls["pp2"]["units"] == one and kls["pp2"]["num_tokens"] == kls["tp1"]["num_tokens"]
     for found, expected in zip(kls["tp2"]["units"], one, strict=True):
         assert found["kl"] == pytest.approx(expected["kl"], rel=0.1), found["name"]

@@ -3,12 +3,15 @@
 import json
 import os
 import pydoc_data.topics
+import sys
 
 import pytest
 import sentencepiece
 import tokenizers
+import torch
 from transformers import PreTrainedTokenizerFast
 
+from megatron_qad.config.options import QADOptions
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.runtime import prepare
@@ -125,3 +128,37 @@ def prepared(tmp_path):
         return prefix, prepare_data(PrepareOptions(inputs=inputs, tokenizer=str(tokenizer), output=prefix, **options))
 
     return run
+
+
+@pytest.fixture
+def args_for(monkeypatch, hf_dir):
+    """``args_for("--data-path", prefix)``: Megatron's arguments as its parser leaves them."""
+    from megatron.training.arguments import parse_args
+
+    def make(*flags):
+        split = [] if "--train-data-path" in flags else ["--split", "80,20,0"]
+        common = ["--seq-length", "16", *split, "--no-create-attention-mask-in-dataloader"]
+        tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_dir)]
+        monkeypatch.setattr(sys, "argv", ["test", *common, *tokenizer, *flags])
+        args = parse_args()
+        # What validate_args derives; it would also demand a whole model here.
+        args.data_parallel_size, args.padded_vocab_size, args.tensor_model_parallel_size = 1, 512, 1
+        args.micro_batch_size, args.qad = 2, QADOptions(qad_calibration_samples=8)
+        args.eval_micro_batch_size, args.eval_global_batch_size, args.consumed_valid_samples = 2, 4, 0
+        args.eval_iters_given = "--eval-iters" in flags
+        return args
+
+    return make
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    from megatron.core import parallel_state
+    from megatron.training.global_vars import destroy_global_vars
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+    destroy_global_vars()

@@ -2,52 +2,20 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.training.arguments import parse_args
-from megatron.training.global_vars import destroy_global_vars, set_args
+from megatron.training.global_vars import set_args
 
-from megatron_qad.config.options import QADOptions
 from megatron_qad.data.provider import check_data, dataset_config, datasets_provider
 from megatron_qad.runtime.errors import QADError
-
-
-@pytest.fixture
-def args_for(monkeypatch, hf_dir):
-    """``args_for("--data-path", prefix)``: Megatron's arguments as its parser leaves them."""
-
-    def make(*flags):
-        split = [] if "--train-data-path" in flags else ["--split", "80,20,0"]
-        common = ["--seq-length", "16", *split, "--no-create-attention-mask-in-dataloader"]
-        tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_dir)]
-        monkeypatch.setattr(sys, "argv", ["test", *common, *tokenizer, *flags])
-        args = parse_args()
-        # What validate_args derives; it would also demand a whole model here.
-        args.data_parallel_size, args.padded_vocab_size, args.tensor_model_parallel_size = 1, 512, 1
-        args.micro_batch_size, args.qad = 2, QADOptions(qad_calibration_samples=8)
-        return args
-
-    return make
 
 
 @pytest.fixture
 def chats(write_jsonl, prepared, hf_dir):
     chat = {"messages": [{"role": "user", "content": "ABC"}, {"role": "assistant", "content": "123"}]}
     return prepared(write_jsonl([chat] * 20), hf_dir)[0]
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-    destroy_global_vars()
 
 
 def test_the_provider_builds_all_splits(args_for, chats, one_process, hf_tokenizer):

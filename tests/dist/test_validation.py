@@ -1,0 +1,135 @@
+"""Validations that compare: each one reads the same tokens."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_job
+from fork_server import ForkServer
+
+VOCAB = tiny_job.LLAMA["vocab_size"]
+# The weights stay what they are, so that all validations measure one model. Unquantized: amaxes come of training data.
+STILL = ["--lr", "0", "--min-lr", "0", "--qad-policy", "bf16"]
+
+
+def write_data(prefix: Path, masks: list) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    counted = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    for mask in masks:
+        tokens.add_document(rng.integers(0, VOCAB, size=len(mask)), [len(mask)])
+        counted.add_document(np.asarray(mask, dtype=np.uint8), [len(mask)])
+    tokens.finalize(f"{prefix}.idx")
+    counted.finalize(f"{prefix}_loss_mask.idx")
+
+
+class Shop:
+    def __init__(self, directory: Path, server: ForkServer):
+        self.directory, self._server = directory, server
+
+    def run(self, *flags: str, nproc: int = 1, num_steps: int = 4, data: str = "data", **more) -> str:
+        """The output of a job that validates every second step."""
+        d = self.directory
+        argv = [
+            *("--qad-teacher", f"{d}/teacher", "--qad-student", f"{d}/student", "--data-path", f"{d}/{data}"),
+            *("--data-cache-path", f"{d}/cache", "--split", "80,20,0", "--seq-length", "32"),
+            *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(num_steps)),
+            *("--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "constant", "--log-interval", "1"),
+            *("--eval-interval", "2", "--save-interval", "2", "--qad-calibration-samples", "8"),
+            *(*tiny_job.READ_HERE, *flags),
+        ]
+        return self._server.run("training_jobs:train", nproc, {"argv": argv}, **more)
+
+
+@pytest.fixture(scope="module")
+def masks() -> list[list[int]]:
+    """Of 60 documents. The first token never counts: of the first document it is nobody's label, and which one that is
+    depends on the order; between documents that are kept apart it is none either."""
+    rng = np.random.default_rng(3)
+    return [[0, *(rng.random(int(rng.integers(20, 60))) < 0.5).astype(int)] for _ in range(60)]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory, masks):
+    directory = tmp_path_factory.mktemp("validation")
+    for who, noise in (("teacher", 0.0), ("student", 0.3)):
+        tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
+    write_data(directory / "data", masks)
+    with ForkServer(directory) as server:
+        models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "float32") for who in ("teacher", "student")]
+        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+        yield Shop(directory, server)
+
+
+def validations(output: str) -> list[str]:
+    """What each validation says, behind its iteration."""
+    return re.findall(r"megatron_qad validation at iteration \d+ \| (.*)", output)
+
+
+def num_tokens(line: str) -> int:
+    return int(line.rsplit("num_tokens: ", 1)[1])
+
+
+@pytest.fixture(scope="module")
+def expected(shop, masks) -> str:
+    """What every validation of the unchanged student says; its run is in ``run``."""
+    lines = validations(shop.run(*STILL, "--save", f"{shop.directory}/run"))
+    assert len(lines) == 3 and len(set(lines)) == 1, lines
+    assert num_tokens(lines[0]) == sum(map(sum, masks[48:]))
+    return lines[0]
+
+
+def test_every_validation_reads_the_same_tokens(shop, expected):
+    """At other seeds, batch sizes and numbers of ranks, by workers that read ahead, resumed, and without training."""
+    run = ["--load", f"{shop.directory}/run"]
+    for flags, more in (
+        (["--seed", "7", "--global-batch-size", "4", "--eval-interval", "3", "--num-workers", "2"], {}),
+        (["--eval-global-batch-size", "12"], {"nproc": 2}),
+        ([*run, "--global-batch-size", "12", "--override-opt-param-scheduler"], {"num_steps": 6}),
+        ([*run, "--skip-train"], {}),
+    ):
+        lines = validations(shop.run(*STILL, *flags, **more))
+        assert lines and set(lines) == {expected}, flags
+
+
+def test_other_layouts_count_the_same_tokens(shop, expected):
+    """Their sums are added in another order, so that the last digits of the means may differ."""
+
+    def numbers(line: str) -> list[float]:
+        return [float(part.split(": ")[1]) for part in line.split(" | ")]
+
+    for flags, nproc in (
+        (["--tensor-model-parallel-size", "2", "--context-parallel-size", "2"], 4),
+        (["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"], 2),
+    ):
+        lines = validations(shop.run(*STILL, *flags, nproc=nproc, num_steps=2))
+        assert len(lines) == 2 and len(set(lines)) == 1
+        assert num_tokens(lines[0]) == num_tokens(expected)
+        assert numbers(lines[0]) == pytest.approx(numbers(expected), rel=1e-5)
+
+
+def test_an_evaluation_that_calibrates_counts_the_same_tokens(shop, expected):
+    """A quantized student that no step calibrated: calibration reads ahead in the evaluation, also more than all of it,
+    and gives back what it read. In packed rows."""
+    flags = ["--skip-train", "--dataloader-inter-document-masking", "--qad-policy", "nvfp4-all-linear"]
+    for samples in ("8", "40"):
+        (line,) = validations(shop.run(*flags, "--qad-calibration-samples", samples))
+        assert num_tokens(line) == num_tokens(expected)
+    trained = validations(shop.run("--qad-ptq", *flags[1:]))
+    assert len(set(trained)) == 1 and num_tokens(trained[0]) == num_tokens(expected)
+
+
+def test_fewer_iterations_read_a_prefix(shop, expected, masks, tmp_path):
+    output = shop.run(*STILL, "--eval-iters", "1", "--save", str(tmp_path))
+    assert "the first 8 of " in output
+    lines = validations(output)
+    assert len(set(lines)) == 1 and 0 < num_tokens(lines[0]) < num_tokens(expected)
+    flags = ["--eval-iters", "50", "--save", str(tmp_path), "--override-opt-param-scheduler"]
+    output = shop.run(*STILL, *flags, num_steps=6)
+    num_samples = -(-(sum(map(len, masks[48:])) - 1) // 32)
+    assert set(validations(output)) == {expected}
+    assert f"--eval-iters 50 becomes {-(-num_samples // 8)}" in output
+    assert f"every evaluation reads all {num_samples} validation samples" in output

@@ -1,0 +1,140 @@
+"""Validation sets of the provider, in one process: one order, every sample once, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.training.global_vars import destroy_global_vars, set_args
+
+from megatron_qad.data import provider
+from megatron_qad.data.provider import datasets_provider
+from megatron_qad.data.validation_set import ValidationSet
+from megatron_qad.runtime.errors import QADError
+
+SEQUENCE = 16
+
+
+@pytest.fixture
+def write(tmp_path):
+    """``write(name, masks)``: documents of random tokens with these masks, as Megatron's files; the prefix."""
+
+    def make(name, masks, seed=0):
+        prefix, rng = f"{tmp_path}/{name}", np.random.default_rng(seed)
+        tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        counted = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
+        for mask in masks:
+            tokens.add_document(rng.integers(0, 500, size=len(mask)), [len(mask)])
+            counted.add_document(np.asarray(mask, dtype=np.uint8), [len(mask)])
+        tokens.finalize(f"{prefix}.idx")
+        counted.finalize(f"{prefix}_loss_mask.idx")
+        return prefix
+
+    return make
+
+
+@pytest.fixture
+def some(write):
+    """40 documents whose first token, which is the label of no other, never counts."""
+    rng = np.random.default_rng(3)
+    return write("some", [[0, *(rng.random(int(rng.integers(5, 40))) < 0.5)] for _ in range(40)])
+
+
+@pytest.fixture
+def provided(args_for, one_process):
+    """``provided(*flags, eval_global_batch_size=4)``: (training dataset, validation set, the job's arguments)."""
+
+    def run(*flags, **changes):
+        destroy_global_vars()
+        args = args_for(*flags)
+        vars(args).update(changes)
+        set_args(args)
+        train, valid, _ = datasets_provider([1, 1, 1])
+        return train, valid, args
+
+    return run
+
+
+def read(valid, number) -> list[tuple]:
+    """What ``number`` samples hold, as tuples that compare."""
+    samples = [valid[i] for i in range(number)]
+    return [tuple(tuple(s[k].tolist()) for k in ("tokens", "labels", "loss_mask")) for s in samples]
+
+
+def counted(prefix: str, share: float = 0.8) -> int:
+    """Counted tokens of the documents of the validation split, from the files."""
+    masks = IndexedDataset(f"{prefix}_loss_mask")
+    return sum(int(masks[i].sum()) for i in range(round(share * len(masks)), len(masks)))
+
+
+def test_an_evaluation_counts_every_token_of_the_set_once(provided, some):
+    """In an order that neither the seed nor the batch size moves; a resumed job begins with the first, too."""
+    _, valid, args = provided("--data-path", some)
+    first, total = read(valid, valid.num_samples), valid.samples_per_evaluation
+    assert len(first) == len(set(first)) == len(valid.samples)
+    assert (args.eval_iters, total) == (-(-len(first) // 4), 4 * args.eval_iters)
+    assert sum(sum(mask) for _, _, mask in first) == counted(some)
+    for seed, batch, consumed in (("7", 4, 0), ("1234", 8, 24), ("1", 2, 1000)):
+        _, other, args = provided(
+            "--data-path", some, "--seed", seed, eval_global_batch_size=batch, consumed_valid_samples=consumed
+        )
+        assert read(other, other.num_samples) == first and args.consumed_valid_samples == 0
+        assert other.samples_per_evaluation % batch == 0 and other.samples_per_evaluation - len(first) < batch
+
+
+def test_the_rest_of_a_batch_counts_nothing_and_the_next_evaluation_begins_anew():
+    samples = [{"tokens": torch.full((4,), i), "loss_mask": torch.ones(4)} for i in range(5)]
+    valid = ValidationSet(samples, 3, 8)
+    found = [(int(valid[i]["tokens"][0]), int(valid[i]["loss_mask"].sum())) for i in range(8 * 100 + 8)]
+    assert found[:8] == [(0, 4), (1, 4), (2, 4), (0, 0), (1, 0), (2, 0), (0, 0), (1, 0)]
+    assert found[8:16] == found[800:] == found[:8]
+    assert all(sample["loss_mask"].all() for sample in samples)  # fillers are copies
+
+
+def test_fewer_iterations_read_a_prefix_and_more_are_not_run(provided, some, capsys):
+    _, whole, args = provided("--data-path", some)
+    needed = args.eval_iters
+    assert f"every evaluation reads all {whole.num_samples} validation samples" in capsys.readouterr().out
+    _, part, args = provided("--data-path", some, "--eval-iters", "2")
+    assert (args.eval_iters, part.num_samples, part.samples_per_evaluation) == (2, 8, 8)
+    assert read(part, 8) == read(whole, 8)
+    assert f"the first 8 of {whole.num_samples} validation samples" in capsys.readouterr().out
+    _, all_of_it, args = provided("--data-path", some, "--eval-iters", "1000")
+    assert args.eval_iters == needed and all_of_it.num_samples == whole.num_samples
+    assert f"--eval-iters 1000 becomes {needed}" in capsys.readouterr().out
+
+
+def test_of_a_large_set_a_prefix_of_so_many_tokens_is_read(provided, some, monkeypatch):
+    monkeypatch.setattr(provider, "DEFAULT_TOKENS", 6 * SEQUENCE + 1)
+    for batch in (4, 8):
+        _, valid, args = provided("--data-path", some, eval_global_batch_size=batch)
+        assert valid.num_samples == 6 and args.eval_iters == -(-6 // batch)
+
+
+def test_a_set_shorter_than_a_row_is_one_padded_sample(provided, write):
+    prefix = write("short", [[0, 1, 1, 1, 1]] * 10)
+    _, valid, _ = provided("--data-path", prefix, "--split", "90,10,0")
+    assert valid.num_samples == 1 and valid[0]["loss_mask"].sum() == 4
+
+
+def test_a_blend_is_taken_whole_or_in_its_proportions(provided, some, write):
+    other = write("other", [[0] + [1] * 20] * 40, seed=5)
+    _, whole, _ = provided("--data-path", some, other)
+    samples = read(whole, whole.num_samples)
+    assert len(set(samples)) == len(samples) == sum(len(part) for part in whole.samples.datasets)
+    assert sum(sum(mask) for *_, mask in samples) == counted(some) + counted(other)
+    given = ["--train-data-path", some, "--valid-data-path", "0.25", some, "0.75", other]
+    found = []
+    for seed, batch in (("1", 4), ("2", 8)):
+        _, valid, _ = provided(*given, "--seed", seed, eval_global_batch_size=batch)
+        samples = read(valid, valid.num_samples)
+        sizes = [len(part) for part in valid.samples.datasets]
+        assert len(set(samples)) == len(samples)
+        of_other = int(valid.samples._which[: len(samples)].sum())
+        assert of_other == sizes[1] and abs(of_other / len(samples) - 0.75) < 0.02  # until that one ends
+        found.append(samples)
+    assert found[0] == found[1]
+
+
+def test_another_order_each_time_is_refused(provided, some):
+    with pytest.raises(QADError, match="--dataloader-type cyclic would read the validation set in another order"):
+        provided("--data-path", some, "--dataloader-type", "cyclic")
