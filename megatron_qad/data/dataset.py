@@ -86,6 +86,13 @@ class QADDataset(GPTDataset):
             return keep_documents_apart(sample, lengths, self.config.document_multiple)
         return sample
 
+    def has_counted_tokens(self) -> bool:
+        """Whether any token of this split counts in the loss. Reads the mask up to the first that does; without an
+        index at the start (``fast_cache_load``) it is not read."""
+        if self._mask is None or self.indices is None:
+            return True
+        return any(self._mask.get(int(document)).any() for document in self.indices)
+
     def _parts(self, idx: int) -> list[tuple[int, int, int]]:
         """(document, offset, length) of the pieces that sample ``idx`` is made of, in order."""
         shuffled = self.shuffle_index[idx]

@@ -64,8 +64,9 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
         The metadata that was written.
 
     Raises:
-        QADError: missing input, existing output, unreadable tokenizer, no document at all, more bad records than
-            allowed (they are in PREFIX.bad.txt then, and nothing else is), or a failed write.
+        QADError: missing input, existing output, unreadable tokenizer, no document at all, no token that counts in
+            the loss, more bad records than allowed (they are in PREFIX.bad.txt then, and nothing else is), or a failed
+            write.
     """
     _check(options)
     tokenizer = load_tokenizer(options.tokenizer)
@@ -221,3 +222,8 @@ def _judge(writer: DocumentWriter, options: PrepareOptions, bad_path: Path) -> N
         )
     if not writer.documents:
         raise QADError(f"--input {' '.join(options.inputs)} holds no document ({writer.blank_lines} blank lines).")
+    if not writer.supervised:
+        raise QADError(
+            f"--input {' '.join(options.inputs)}: none of the {writer.num_tokens} tokens of its {writer.documents} "
+            "documents would count in the loss. In chats only what the assistant says counts: give chats with answers."
+        )

@@ -1,8 +1,8 @@
 """The train, validation and test data of ``pretrain()``: ``--data-path`` and its kin, through ``QADDataset``.
 
-Checks what Megatron leaves to chance: that each prefix exists, that its ids fit the model's vocabulary, and that it was
-made with the tokenizer of this run (``run_tokenizer``). Left out: mock data, fill-in-the-middle, Megatron's own
-``--sft`` packing, data in object storage.
+Checks what Megatron leaves to chance: that each prefix exists, that its ids fit the model's vocabulary, that it was
+made with the tokenizer of this run (``run_tokenizer``), and that some token of each split counts in the loss. Left out:
+mock data, fill-in-the-middle, Megatron's own ``--sft`` packing, data in object storage.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
         evaluated.
 
     Raises:
-        QADError: no data given, a prefix that does not exist, or data of another tokenizer or vocabulary.
+        QADError: no data given, a prefix that does not exist, data of another tokenizer or vocabulary, or a split in
+            which no token counts.
     """
     args = get_args()
     config = dataset_config(args)
@@ -62,6 +63,7 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
     train, _, _ = BlendedMegatronDatasetBuilder(
         QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
     ).build()
+    _check_that_something_counts(train, Split.train, config)
     valid = _validation_set(args, config, is_built) if args.eval_iters else None
     if valid is not None and vp_stage in (None, 0):
         _say_what_is_evaluated(args, valid)
@@ -84,6 +86,7 @@ def _validation_set(
     else:
         limit = max(1, DEFAULT_TOKENS // args.seq_length)
     samples = ordered_samples(config, is_built, limit)
+    _check_that_something_counts(samples, Split.valid, config)
     num_samples = _agreed(0 if samples is None else min(limit, len(samples)))
     args.consumed_valid_samples = 0
     if num_samples == 0:  # a virtual stage whose ranks read no data
@@ -103,6 +106,25 @@ def _say_what_is_evaluated(args: argparse.Namespace, valid: ValidationSet) -> No
     print_rank_0(
         f"megatron_qad: every evaluation reads {which} validation samples of {args.seq_length} tokens, the same ones "
         f"each time (--eval-iters {args.eval_iters})"
+    )
+
+
+def _check_that_something_counts(dataset, split: Split, config: QADDatasetConfig) -> None:
+    """Every rank calls this, with what it holds of a split."""
+    parts = [] if dataset is None else getattr(dataset, "datasets", [dataset])
+    # 0: this rank knows of none; 1: nothing counts; 2: something does.
+    state = _agreed(0 if not parts else 1 + any(part.has_counted_tokens() for part in parts))
+    if state != 1:
+        return
+    prefixes, _ = config.blend if config.blend is not None else config.blend_per_split[split.value]
+    where, advice = ", ".join(prefixes), "Give other data"
+    if config.blend is not None:
+        advice = f"Change --split (now {config.split!r}) or give other data"
+    if split == Split.valid:
+        advice += ", or --eval-iters 0 for no validation"
+    raise QADError(
+        f"The {split.name} split of {where}: no token of it counts in the loss, because its loss mask is zero "
+        f"everywhere. {advice}."
     )
 
 
@@ -214,6 +236,12 @@ def check_data(args, config: GPTDatasetConfig) -> None:
                     "id ends a document. Prepare the data with that, or give --null-tokenizer-eod-id."
                 )
             continue
+        if metadata.supervised_tokens == 0:
+            raise QADError(
+                f"--data-path {prefix}: none of its {metadata.tokens} tokens counts in the loss ({prefix}.json, "
+                "supervised_tokens). Leave it out, or prepare data in which something is to be learnt, such as chats "
+                "with answers."
+            )
         if args.padded_vocab_size is not None and metadata.vocab_size > args.padded_vocab_size:
             raise QADError(
                 f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name} of {metadata.vocab_size} "

@@ -222,3 +222,12 @@ def test_the_command_line(tmp_path, write_jsonl, sp_model, monkeypatch, capsys):
     assert "input.jsonl:2" in capsys.readouterr().err
     assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}]), *common) == 0
     assert "1 documents (0 chats)" in capsys.readouterr().out
+
+
+def test_data_in_which_nothing_counts_is_refused(prepared, write_jsonl, hf_dir, tmp_path):
+    """Answers that were cut off before their first word."""
+    messages = [{"role": "user", "content": "Who answers?"}, {"role": "assistant", "content": "<|im_end|>"}]
+    questions = write_jsonl([{"messages": messages, "finish": "length"}] * 3)
+    with pytest.raises(QADError, match=r"none of the \d+ tokens of its 3 documents would count in the loss"):
+        prepared(questions, hf_dir)
+    assert not list(tmp_path.glob("out*"))

@@ -65,6 +65,13 @@ def test_a_validation_that_cannot_be_is_refused(args_for, chats):
             check(args_for("--data-path", chats, flag))
 
 
+def test_data_whose_metadata_says_that_nothing_counts_is_refused(args_for, chats):
+    metadata = Path(f"{chats}.json")
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"supervised_tokens": 0}))
+    with pytest.raises(QADError, match=r"out: none of its \d+ tokens counts in the loss .*out.json, supervised_tokens"):
+        check(args_for("--data-path", chats))
+
+
 def test_a_vocabulary_that_exceeds_the_model_is_refused(args_for, chats):
     args = args_for("--data-path", chats)
     check(args)

@@ -135,6 +135,18 @@ def test_a_blend_is_taken_whole_or_in_its_proportions(provided, some, write):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_in_which_nothing_counts_is_refused(provided, write, split):
+    masks = [[1 if (i < 32) == (split == "valid") else 0] * 20 for i in range(40)]
+    prefix = write("half", masks)
+    with pytest.raises(QADError, match=f"The {split} split of .*half: no token of it counts in the loss"):
+        provided("--data-path", prefix)
+    masks[32 if split == "valid" else 31][-1] = 1
+    provided("--data-path", write("enough", masks))
+    if split == "valid":
+        provided("--data-path", prefix, "--eval-iters", "0")
+
+
 def test_another_order_each_time_is_refused(provided, some):
     with pytest.raises(QADError, match="--dataloader-type cyclic would read the validation set in another order"):
         provided("--data-path", some, "--dataloader-type", "cyclic")
