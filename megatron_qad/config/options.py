@@ -87,8 +87,8 @@ class QADOptions:
     (--save-interval a multiple of --eval-interval)."""
 
     qad_on_nan: Literal["stop", "skip"] = "stop"
-    """What happens when a loss or a gradient is NaN or Inf: 'stop', or 'skip' the update of that step; either way the
-    log names step, rank and layer."""
+    """What happens when a loss or a gradient is NaN or Inf, or when no token of a step counts in the loss: 'stop', or
+    'skip' the update of that step; either way the log names the step, and of NaN rank and layer."""
 
     qad_spike_factor: float | None = None
     """A loss above this many times the median of the last 64 goes back to the last good checkpoint in --save, leaving

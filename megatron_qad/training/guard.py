@@ -1,9 +1,10 @@
 """Stands between a step's gradients and the optimizer: updates only from finite numbers, and looks out for spikes.
 
 Megatron's ``train_step`` is wrapped, here and nowhere else. Before ``optimizer.step`` one all-reduce of three numbers
-tells every rank whether any loss or gradient is not finite, and the loss; all then do the same: update, leave the
-update out (``skip``), stop with the step, rank and layer named (``stop``), or go back to the last good checkpoint after
-a spike. Megatron counts an update that was left out as a skipped iteration: its data is used up, its learning rate not.
+tells every rank whether any loss or gradient is not finite, the loss, and whether a token counts in it; all then do the
+same: update, leave the update out (``skip``), stop with the step, rank and layer named (``stop``), or go back to the
+last good checkpoint after a spike. Megatron counts an update that was left out as a skipped iteration: its data is used
+up, its learning rate not.
 """
 
 import argparse
@@ -64,11 +65,17 @@ class Guard:
         """``optimizer.step`` if the numbers allow it; (False, None, None), as Megatron's own for FP16, if not.
 
         Raises:
-            QADError: on every rank, what is not finite, and where.
+            QADError: on every rank, what is not finite, and where; or that no token of the step counts.
         """
-        loss, is_finite = self._agree(model)
+        loss, num_tokens, is_finite = self._agree(model)
         if not is_finite:
             self._not_finite(model)
+            return self._leave_out()
+        if not num_tokens:
+            self._stop_or_skip(
+                f"step {_step()}: no token of its batch counts in the loss, so there is nothing to learn from it",
+                "Look at the loss masks of the data (tools/prepare_data.py), give longer or more sequences a step",
+            )
             return self._leave_out()
         if self._is_spike(loss):
             self.spiked = True
@@ -79,8 +86,9 @@ class Guard:
         heartbeat.beat("update")
         return update()
 
-    def _agree(self, model) -> tuple[float, bool]:
-        """The mean loss of a token and whether all numbers of all ranks are finite."""
+    def _agree(self, model) -> tuple[float, float, bool]:
+        """The mean loss of a token, the tokens that count (as often as ranks compute their loss), and whether all
+        numbers of all ranks are finite."""
         numbers = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
         report = [one.get("total loss", next(iter(one.values()))).double() for one in self._step.losses or () if one]
         is_finite = gradients_are_finite(model)
@@ -92,7 +100,7 @@ class Guard:
         torch.distributed.all_reduce(numbers)
         total, count, num_bad = numbers.tolist()
         self.times.leave()
-        return total / max(count, 1), num_bad == 0
+        return total / max(count, 1), count, num_bad == 0
 
     def _is_spike(self, loss: float) -> bool:
         if self._spike_factor is None or len(self._losses) < _MIN_HISTORY:
@@ -118,13 +126,15 @@ class Guard:
         where = "; ".join(found[:_MAX_NAMED]) + (f"; and {len(found) - _MAX_NAMED} ranks" if found[_MAX_NAMED:] else "")
         if not found:
             where = "only the loss was: the same passes are finite now, so a device may have computed wrongly"
-        said = f"step {_step()}: a loss or a gradient is NaN or Inf, and no weight was changed by it. Found: {where}"
+        self._stop_or_skip(
+            f"step {_step()}: a loss or a gradient is NaN or Inf, and no weight was changed by it. Found: {where}",
+            "Look at that layer and at the batch, train in another precision",
+        )
+
+    def _stop_or_skip(self, said: str, advice: str) -> None:
         self._skips_in_a_row += 1
         if self._on_nan == "stop":
-            raise QADError(
-                f"{said}. Look at that layer and at the batch, train in another precision, or go on without such "
-                "batches by --qad-on-nan skip"
-            )
+            raise QADError(f"{said}. {advice}, or go on without such batches by --qad-on-nan skip")
         if self._skips_in_a_row == _MAX_SKIPS:
             raise QADError(f"{said}. The {_MAX_SKIPS} steps before were like this one: skipping does not help")
         print_rank_0(f"megatron_qad: WARNING: {said}. The step is skipped (--qad-on-nan skip)")
