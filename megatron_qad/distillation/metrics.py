@@ -42,8 +42,9 @@ class Metrics:
         return Metrics(packed[:-1], packed[-1])
 
     def means(self, *, has_teacher: bool = True) -> dict[str, float]:
-        """Means per token, and ``num_tokens``. Without a teacher only the student's cross entropy means anything."""
-        values = dict(zip(NAMES, (self.sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
+        """Means per token, and ``num_tokens``; NaN where no token counts. Without a teacher only the student's cross
+        entropy means anything."""
+        values = dict(zip(NAMES, (self.sums / self.num_tokens).tolist(), strict=True))
         if not has_teacher:
             values = {"cross_entropy": values["cross_entropy"]}
         return {**values, "num_tokens": int(self.num_tokens.item())}

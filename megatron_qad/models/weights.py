@@ -87,9 +87,15 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
+def validations(root: Path) -> list[dict]:
+    """The ranked validations of the run that saves in ``root``, best first: "iteration", KL and, but in files of older
+    versions, "num_tokens"; empty if it has not validated."""
+    return read_record(root, BEST_FILE) or []
+
+
 def validated_kl(root: Path) -> dict[int, float]:
-    """Validation KL by iteration, of the run that saves in ``root``; empty if it has not validated."""
-    return {entry["iteration"]: entry[BEST_KEY] for entry in read_record(root, BEST_FILE) or []}
+    """Validation KL by iteration, best first."""
+    return {entry["iteration"]: entry[BEST_KEY] for entry in validations(root)}
 
 
 def best_iteration(root: Path) -> int:

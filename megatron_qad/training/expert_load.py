@@ -3,7 +3,8 @@
 Measured in evaluations, from what the routers of both models decide for the same microbatches; training is left alone.
 A frozen router decides otherwise than the teacher's only because its input moved, so that the share of tokens whose
 experts changed says how far the student has drifted inside. Left out: a teacher with other layers or experts, which has
-no counterpart to compare with, and packed rows that the teacher takes in larger microbatches.
+no counterpart to compare with, and packed rows that the teacher takes in larger microbatches. Masked tokens are counted
+like others, also those that fill an evaluation's last batch.
 """
 
 from collections import defaultdict, deque

@@ -1,7 +1,8 @@
 """What an evaluation reports: KL to the teacher, cross entropies, top-1 agreement, each weighted by tokens.
 
-Called by Megatron at the end of every evaluation (``non_loss_data_func``). It writes the log line, TensorBoard and
-wandb itself: Megatron would print the exponential of each number as a perplexity.
+Every evaluation reads the same tokens (``data.validation_set``) and says how many of them count. Called by Megatron at
+the end of every evaluation (``non_loss_data_func``). It writes the log line, TensorBoard and wandb itself: Megatron
+would print the exponential of each number as a perplexity.
 """
 
 from megatron.core import mpu
@@ -21,10 +22,11 @@ def report_validation(model) -> dict[str, float]:
     # Megatron counts an iteration after its evaluation. Where nothing is trained curr_iteration stays 0, and under
     # --skip-train it is not there.
     iteration = max(args.iteration, getattr(args, "curr_iteration", -1) + 1 if args.consumed_train_samples else 0)
-    best_checkpoints.add(iteration, means.get(BEST_KEY) if is_last_rank() else None)
-    print_rank_last(
-        f" megatron_qad validation at iteration {iteration} | " + " | ".join(f"{k}: {v:.6g}" for k, v in means.items())
-    )
+    best_checkpoints.add(iteration, means.get(BEST_KEY) if is_last_rank() else None, means["num_tokens"])
+    said = [f"{name}: {value if isinstance(value, int) else format(value, '.6g')}" for name, value in means.items()]
+    if not means["num_tokens"]:
+        said.insert(0, "no token counted")
+    print_rank_last(f" megatron_qad validation at iteration {iteration} | " + " | ".join(said))
     if is_last_rank():
         if writer := get_tensorboard_writer():
             for name, value in means.items():

@@ -1,5 +1,6 @@
-"""Validations that compare: each one reads the same tokens."""
+"""Validations that compare: each one reads the same tokens. Steps and validations without a counted token are said."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,6 +43,10 @@ class Shop:
             *(*tiny_job.READ_HERE, *flags),
         ]
         return self._server.run("training_jobs:train", nproc, {"argv": argv}, **more)
+
+    def export_best(self, checkpoint: Path, output: Path, **more) -> str:
+        arguments = {"checkpoint": str(checkpoint), "outputs": {"bf16": str(output)}, "iteration": "best"}
+        return self._server.run("training_jobs:export_checkpoint", 1, arguments, **more)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +128,7 @@ def test_an_evaluation_that_calibrates_counts_the_same_tokens(shop, expected):
 
 
 def test_fewer_iterations_read_a_prefix(shop, expected, masks, tmp_path):
+    """With which the whole set's validations are not ranked."""
     output = shop.run(*STILL, "--eval-iters", "1", "--save", str(tmp_path))
     assert "the first 8 of " in output
     lines = validations(output)
@@ -133,3 +139,40 @@ def test_fewer_iterations_read_a_prefix(shop, expected, masks, tmp_path):
     assert set(validations(output)) == {expected}
     assert f"--eval-iters 50 becomes {-(-num_samples // 8)}" in output
     assert f"every evaluation reads all {num_samples} validation samples" in output
+    assert f"iteration 6 was validated on {num_tokens(expected)} tokens, 2, 4 on {num_tokens(lines[0])}" in output
+    listed = json.loads((tmp_path / "best_checkpoints.json").read_text())
+    assert [(entry["iteration"], entry["num_tokens"]) for entry in listed] == [(6, num_tokens(expected))]
+
+
+@pytest.fixture(scope="module")
+def mostly_masked(shop) -> str:
+    """Data in which tokens of one training document and of one validation document count."""
+    write_data(shop.directory / "masked", [[int(i in (30, 50))] * 40 for i in range(60)])
+    return "masked"
+
+
+def test_a_step_in_which_no_token_counts_is_named(shop, mostly_masked):
+    flags = ["--global-batch-size", "2", "--eval-iters", "0"]
+    output = shop.run(*flags, data=mostly_masked, fails=True)
+    (error,) = {line for line in output.splitlines() if line.startswith("error: ")}
+    assert re.match(r"error: step \d+: no token of its batch counts in the loss", error) and "Traceback" not in output
+    output = shop.run(*flags, "--qad-on-nan", "skip", data=mostly_masked, num_steps=3)
+    skipped = re.findall(r"WARNING: step \d+: no token of its batch counts in the loss.*The step is skipped", output)
+    assert len(skipped) == 2 and "number of skipped iterations:   2" in output
+
+
+def test_a_validation_in_which_no_token_counts_is_never_the_best(shop, mostly_masked, tmp_path):
+    flags = ["--global-batch-size", "2", "--eval-iters", "1", "--qad-on-nan", "skip", "--save", str(tmp_path / "run")]
+    lines = validations(shop.run(*flags, data=mostly_masked, num_steps=2))
+    assert set(lines) == {
+        "no token counted | kl_to_teacher: nan | cross_entropy: nan | teacher_cross_entropy: nan | "
+        "top1_agreement: nan | num_tokens: 0"
+    }
+    assert not (tmp_path / "run" / "best_checkpoints.json").exists()
+    assert "no checkpoint with a validation" in shop.export_best(tmp_path / "run", tmp_path / "best", fails=True)
+
+
+def test_a_split_in_which_nothing_counts_is_refused_on_every_rank(shop):
+    write_data(shop.directory / "nothing", [[int(i < 48)] * 40 for i in range(60)])
+    output = shop.run("--tensor-model-parallel-size", "2", data="nothing", nproc=2, fails=True)
+    assert output.count("error: The valid split of ") == 2 and "Traceback" not in output
