@@ -90,7 +90,9 @@ def _notes_of(run: Run) -> list[str]:
             notes.append("evaluated without a teacher, so KL and agreement are not measured.")
         if evaluated < run.num_iterations:
             notes.append(f"its last evaluation is of iteration {evaluated}, training went on to {run.num_iterations}.")
-    if bad := [name for name, value in run.validation.items() if not math.isfinite(value)]:
+    if run.counts_nothing:
+        notes.append("no token counted in its last evaluation, so nothing was measured (null in results.json).")
+    elif bad := [name for name, value in run.validation.items() if not math.isfinite(value)]:
         notes.append(f"not finite in the last evaluation: {', '.join(bad)} (null in results.json).")
     if run.job is None:
         notes.append("no qad.json, so its policy and its NVFP4 linears are not known.")
@@ -103,15 +105,18 @@ def _notes_of(run: Run) -> list[str]:
 
 def _comparison_notes(runs: list[Run]) -> list[str]:
     """Whether the rows of the table were measured on the same held-out tokens."""
-    tokens = {run.validation["num_tokens"] for run in runs if "num_tokens" in run.validation}
+    tokens = {run.validation["num_tokens"] for run in runs if run.validation.get("num_tokens")}
     entropies = [run.validation["teacher_cross_entropy"] for run in runs if "teacher_cross_entropy" in run.validation]
     entropies = [entropy for entropy in entropies if math.isfinite(entropy)]
     if len(tokens) > 1:
-        return ["The runs were evaluated on different numbers of held-out tokens: compare them with care."]
+        return [
+            "The runs were evaluated on different numbers of held-out tokens (other data, --split, --seq-length or "
+            "--eval-iters): compare them with care."
+        ]
     if entropies and max(entropies) - min(entropies) > _SAME_TOKENS * abs(max(entropies)):
         return [
             "The teacher's cross entropy differs between the runs, so that they were evaluated on different held-out "
-            "tokens (each of Megatron's evaluations goes on where the last one stopped) or beside different teachers. "
-            "Compare them with care."
+            "tokens (other data, --split or --seq-length; with the same ones every evaluation reads the same tokens) "
+            "or beside different teachers. Compare them with care."
         ]
     return []

@@ -51,13 +51,17 @@ def _validation_table(runs: Sequence[Run]) -> str:
     for run in runs:
         get = run.validation.get
         kl = get("kl_to_teacher")
-        row = [run.name, _number(kl, ".4g")]
+
+        def cell(value: float | None, spec: str, run: Run = run) -> str:
+            return "no token counted" if run.counts_nothing and value is not None else _number(value, spec)
+
+        row = [run.name, cell(kl, ".4g")]
         if against:
-            row.append(_number(None if kl is None else kl / base, ".3f"))
+            row.append(cell(None if kl is None else kl / base, ".3f"))
         row += [
-            _number(get("cross_entropy"), ".4f"),
-            _number(get("teacher_cross_entropy"), ".4f"),
-            _number(get("top1_agreement"), ".2%"),
+            cell(get("cross_entropy"), ".4f"),
+            cell(get("teacher_cross_entropy"), ".4f"),
+            cell(get("top1_agreement"), ".2%"),
             _number(get("num_tokens"), ",.0f"),
             f"{run.num_iterations:,}" if run.is_trained else "none",
         ]

@@ -54,6 +54,11 @@ class Run:
         return bool(self.training_loss[1]) and (rates is None or any(rate > 0 for _, rate in rates))
 
     @property
+    def counts_nothing(self) -> bool:
+        """Whether no token counted in the last evaluation, so that its means say nothing."""
+        return self.validation.get("num_tokens") == 0
+
+    @property
     def num_iterations(self) -> int:
         """Iterations that changed weights: the last one that reported a loss."""
         return self.training_loss[1][-1][0] if self.is_trained else 0

@@ -114,6 +114,20 @@ def test_what_is_missing_is_said(make_run, write_events, evaluations, teacher, t
     assert results["runs"]["nan"]["validation"]["kl_to_teacher"] is None
 
 
+def test_an_evaluation_in_which_no_token_counted_is_shown_as_such(make_run, evaluations, teacher, tmp_path):
+    nothing = make_run("nothing", evaluations({4: (math.nan, math.nan, math.nan, math.nan, 0)}))
+    some = make_run("some", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}))
+    write_report({"some": some, "nothing": nothing}, teacher, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert row_of(text, "nothing") == ["nothing", *["no token counted"] * 5, "0", "none"]
+    assert "nothing: no token counted in its last evaluation" in text and "not finite" not in text
+    assert "different numbers of held-out tokens" not in text
+    assert (
+        json.loads((tmp_path / "out" / "results.json").read_text())["runs"]["nothing"]["validation"]["kl_to_teacher"]
+        is None
+    )
+
+
 def test_without_any_job_file_there_are_no_weight_errors(write_events, teacher, tmp_path):
     write_events(tmp_path / "bare", {"ce loss": LOSS})
     results = write_report({"bare": tmp_path / "bare"}, teacher, tmp_path / "out")
