@@ -63,10 +63,14 @@ def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: in
     train, _, _ = BlendedMegatronDatasetBuilder(
         QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
     ).build()
-    _check_that_something_counts(train, Split.train, config)
+    if not args.skip_train:
+        _check_that_something_counts(train, Split.train, config)
     valid = _validation_set(args, config, is_built) if args.eval_iters else None
     if valid is not None and vp_stage in (None, 0):
-        _say_what_is_evaluated(args, valid)
+        print_rank_0(
+            f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, the same ones each "
+            f"time (--eval-iters {args.eval_iters})"
+        )
     # Megatron would evaluate a test split after the last validation and report it in the validation's place.
     return train, valid, None
 
@@ -98,15 +102,6 @@ def _validation_set(
         )
     args.eval_iters = covers
     return None if samples is None else ValidationSet(samples, num_samples, args.eval_iters * per_iteration)
-
-
-def _say_what_is_evaluated(args: argparse.Namespace, valid: ValidationSet) -> None:
-    num_samples, available = valid.num_samples, len(valid.samples)
-    which = f"all {available}" if num_samples == available else f"the first {num_samples} of {available}"
-    print_rank_0(
-        f"megatron_qad: every evaluation reads {which} validation samples of {args.seq_length} tokens, the same ones "
-        f"each time (--eval-iters {args.eval_iters})"
-    )
 
 
 def _check_that_something_counts(dataset, split: Split, config: QADDatasetConfig) -> None:

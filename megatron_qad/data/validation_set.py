@@ -45,6 +45,14 @@ class ValidationSet(Dataset):
         self.samples, self.num_samples = samples, num_samples
         self.samples_per_evaluation = samples_per_evaluation
 
+    def describe(self) -> str:
+        """How many samples an evaluation counts, of how many; "all 17 validation samples"."""
+        if isinstance(self.samples, _WeightedBlend) and not self.samples.is_whole:
+            return f"the first {self.num_samples} validation samples"
+        available = len(self.samples)
+        which = "all" if self.num_samples == available else f"the first {self.num_samples} of"
+        return f"{which} {available} validation samples"
+
     def __len__(self) -> int:
         return self.samples_per_evaluation * _ENDLESS
 
@@ -70,7 +78,9 @@ class _WeightedBlend(Dataset):
         shares = [weight / sum(weights) for weight in weights]
         helpers.build_blending_indices(self._which, self._sample, shares, len(datasets), size, False)
         repeated = np.flatnonzero(self._sample >= lengths[self._which])
-        self._size = int(repeated[0]) if len(repeated) else size
+        self.is_whole = len(repeated) > 0
+        """Whether it goes as far as it can; otherwise ``limit`` ended it."""
+        self._size = int(repeated[0]) if self.is_whole else size
 
     def __len__(self) -> int:
         return self._size

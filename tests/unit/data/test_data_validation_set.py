@@ -132,7 +132,9 @@ def test_a_blend_is_taken_whole_or_in_its_proportions(provided, some, write):
         of_other = int(valid.samples._which[: len(samples)].sum())
         assert of_other == sizes[1] and abs(of_other / len(samples) - 0.75) < 0.02  # until that one ends
         found.append(samples)
-    assert found[0] == found[1]
+    assert found[0] == found[1] and valid.describe() == f"all {len(found[0])} validation samples"
+    _, valid, _ = provided(*given, "--eval-iters", "1")
+    assert read(valid, 4) == found[0][:4] and valid.describe() == "the first 4 validation samples"
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
