@@ -170,7 +170,7 @@ def _ordered_map(
         return
     # spawn: the parent has threads (tokenizers, torch), and a fork of a process with threads may deadlock.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.workers, context, initializer=_start_worker, initargs=(options,))
+    pool = ProcessPoolExecutor(options.workers, context, initializer=_start_worker, initargs=(options, os.getpid()))
     with pool:
         waiting = collections.deque()
         try:
@@ -198,10 +198,10 @@ def _encode_batch(batch: list[Record], tokenizer: DataTokenizer, options: Prepar
 _worker: tuple[DataTokenizer, PrepareOptions]
 
 
-def _start_worker(options: PrepareOptions) -> None:
+def _start_worker(options: PrepareOptions, parent: int) -> None:
     """Runs once in each worker: a tokenizer cannot always be pickled, so each worker reads its own."""
     global _worker
-    end_with_parent()
+    end_with_parent(parent)  # which may have died while this process imported
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (load_tokenizer(options.tokenizer), options)
 

@@ -10,20 +10,20 @@ import signal
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent(parent: int | None = None, by: signal.Signals = signal.SIGKILL) -> None:
-    """Have the kernel send this process the signal ``by`` when its parent dies, however the parent dies.
+def end_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent dies, however the parent dies.
 
     It survives ``exec`` and is not inherited by children. The parent is the thread that started this process, so it
     must have been started by a thread that lives as long as it should.
 
     Args:
         parent: pid that the parent must have; None: of whichever is the parent now. If the parent is gone already,
-            the signal is sent at once.
+            this process ends at once.
     """
     parent = os.getppid() if parent is None else parent
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(by), 0, 0, 0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     if os.getppid() != parent:  # it died before the call
-        os.kill(os.getpid(), by)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def end_with_launcher() -> None:
