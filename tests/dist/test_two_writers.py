@@ -1,0 +1,98 @@
+"""Two of a kind with one output: the second is refused by name, the first is not disturbed."""
+
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import tiny_job
+from fork_server import ForkServer
+from launch import ROOT, environment
+
+
+def error_of(output: str) -> str:
+    assert "Traceback" not in output, output[-3000:]
+    return next(line for line in output.splitlines() if line.startswith("error: "))
+
+
+@pytest.fixture
+def waiting():
+    """``waiting(code)``: a process that runs the code, in which ``locks`` is there, and then waits for the end."""
+    started = []
+
+    def start(call: str) -> psutil.Process:
+        code = (
+            f"import time\nfrom megatron_qad.runtime import locks\n{call}\nprint('held', flush=True)\ntime.sleep(300)"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
+        )
+        assert process.stdout.readline() == "held\n"
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_two_jobs(tmp_path):
+    """Both real; the second starts while the first trains."""
+    tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA)
+    tiny_job.write_data(tmp_path / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = (
+        "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 100000 --lr 1e-3 --eval-iters 0 "
+        "--bf16 --split 80,20,0 --log-interval 1 --save-interval 2 --qad-keep-last 1 --qad-calibration-samples 4"
+    ).split()
+    argv = ["--qad-teacher", f"{tmp_path}/teacher", "--data-path", f"{tmp_path}/data", "--save", str(run), *flags]
+    argv += tiny_job.READ_HERE
+    with ForkServer(tmp_path) as server:
+        models = [(f"{tmp_path}/hf", f"{tmp_path}/teacher", "bfloat16")]
+        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "pretrain_qad.py", *argv]
+        with open(log, "w") as output:
+            first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
+        try:
+            end = time.monotonic() + 120
+            while "successfully saved" not in log.read_text():
+                assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(0.1)
+            for nproc in (1, 2):
+                arguments = {"argv": [*argv, "--tensorboard-dir", str(run / "tensorboard")]}
+                said = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
+                assert f"--save {run}: is in use by process " in said and "pretrain_qad.py" in said
+            assert not (run / "tensorboard").exists()
+            saved = log.read_text().count("successfully saved")
+            while log.read_text().count("successfully saved") < saved + 2:
+                assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(0.1)
+        finally:
+            for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+                process.kill()
+            first.wait()
+
+
+@pytest.mark.parametrize(
+    "tool, output, flags",
+    [
+        ("import_hf", "out", ["--hf-model", "{d}/hf"]),
+        ("prepare_data", "out", ["--input", "{d}/text.txt", "--tokenizer", "{d}/tokenizer"]),
+    ],
+)
+def test_two_tools(tmp_path, waiting, tool, output, flags):
+    """The first is a process that holds the lock, at the moment that counts."""
+    from test_processes import write_tokenizer
+
+    tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA)
+    (tmp_path / "text.txt").write_text("one two three")
+    write_tokenizer(tmp_path)
+    first = waiting(f"lock = locks.writing({str(tmp_path / output)!r})\nlock.__enter__()")
+    command = [sys.executable, f"tools/{tool}.py", *(flag.format(d=tmp_path) for flag in flags)]
+    command += ["--output", str(tmp_path / output)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"--output {tmp_path / output}: is in use by process {first.pid} on " in error_of(done.stderr)
+    assert not list(tmp_path.glob(f"{output}*"))
