@@ -6,6 +6,7 @@ way. Directories that one process writes, such as ``hf/``, are sealed with the s
 checkpoints (``whole_saves``) and which one is loaded (``training.checkpoints``).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -193,7 +194,8 @@ def write_or_say(file: Path, text: str) -> None:
     try:
         write_atomically(file, text)
     except OSError as error:
-        file.with_name(file.name + ".new").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that became read-only
+            file.with_name(file.name + ".new").unlink(missing_ok=True)
         print(f"megatron_qad: ERROR: {file} could not be written: {error}", flush=True)
 
 
