@@ -21,7 +21,8 @@ def record_in(run, target="iter_0000006"):
 
 
 def files_of(run):
-    return sorted((run / "tensorboard").glob("events.*"))
+    """In the order in which ``write_events`` wrote them, whose number ends their names."""
+    return sorted((run / "tensorboard").glob("events.*"), key=lambda file: int(file.name.rsplit(".", 1)[1]))
 
 
 @pytest.fixture

@@ -18,8 +18,9 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 from megatron_qad.report.events import read_events  # noqa: E402
 from megatron_qad.report.scalars import read_scalars  # noqa: E402
 from megatron_qad.runtime.heartbeat import Heartbeat  # noqa: E402
-from megatron_qad.training import loggers, preemption  # noqa: E402
-from megatron_qad.training.loggers import Faults, Guarded, JobWriter  # noqa: E402
+from megatron_qad.training import event_writer, loggers, preemption  # noqa: E402
+from megatron_qad.training.event_writer import Faults, JobWriter  # noqa: E402
+from megatron_qad.training.loggers import Guarded  # noqa: E402
 from megatron_qad.training.resume import continue_wandb_run  # noqa: E402
 
 
@@ -91,7 +92,7 @@ def test_no_directory_can_be_made(tmp_path, capfd):
 
 
 def test_what_cannot_be_written_is_bounded(tmp_path, disk, monkeypatch):
-    monkeypatch.setattr(loggers, "_MAX_WAITING_BYTES", 1000)
+    monkeypatch.setattr(event_writer, "_MAX_WAITING_BYTES", 1000)
     disk["errno"] = errno.ENOSPC
     log = writer(tmp_path)
     for step in range(1, 101):
