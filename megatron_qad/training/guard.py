@@ -71,7 +71,7 @@ class Guard:
         if not is_finite:
             self._not_finite(model)
             return self._leave_out()
-        if not num_tokens:
+        if not num_tokens and not get_args().qad.qad_ptq:  # which learns from no batch
             self._stop_or_skip(
                 f"step {_step()}: no token of its batch counts in the loss, so there is nothing to learn from it",
                 "Look at the loss masks of the data (tools/prepare_data.py), give longer or more sequences a step",
