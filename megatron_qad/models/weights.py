@@ -100,7 +100,8 @@ def validated_kl(root: Path) -> dict[int, float]:
 
 def best_iteration(root: Path) -> int:
     """The validated iteration with the lowest KL whose checkpoint is there."""
-    there = [step for step in validated_kl(root) if (root / f"iter_{step:07d}" / ".metadata").is_file()]
+    # Removed ones are left out; a damaged one is not, so that it is named instead of passed over.
+    there = [step for step in validated_kl(root) if (root / f"iter_{step:07d}").is_dir()]
     if not there:
         raise QADError(f"{root}: no checkpoint with a validation ({BEST_FILE}); name its iteration instead of 'best'")
     return there[0]

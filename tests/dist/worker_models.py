@@ -86,7 +86,7 @@ def _save(args) -> None:
 
     chunks = build_teacher(args).chunks
     if args.rank == 0:
-        Path(args.save).mkdir(parents=True)
+        Path(args.save).mkdir(parents=True, exist_ok=True)  # the lock is in it
         describe_checkpoint(args, resolve_formats(args))
     save_checkpoint(3, chunks, None, None, 0)
 
