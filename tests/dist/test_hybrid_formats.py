@@ -353,7 +353,7 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
     (tmp_path / "run" / "hf" / "carried.safetensors").unlink()
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "blind")}}
     output = workshop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
-    assert "no hf/carried.safetensors" in output
+    assert "hf/carried.safetensors is missing" in output
     qkv = "vision_model.radio_model.model.blocks.0.attn.qkv"
     for name in ("config.json", "hf_quant_config.json"):
         file = tmp_path / "out" / name

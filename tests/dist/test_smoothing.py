@@ -12,6 +12,8 @@ import torch
 from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
 
+from megatron_qad.runtime import json_records
+
 OUTLIER = 64.0
 LLAMA = tiny_job.LLAMA | {"torch_dtype": "bfloat16"}
 MODELS = {
@@ -151,7 +153,7 @@ def test_quantization_costs_less(shop, smoothed, tmp_path):
 
 
 def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_path):
-    record = json.loads((shop.directory / "llama bf16" / "qad_smoothing.json").read_text())
+    record = json_records.read(shop.directory / "llama bf16" / "qad_smoothing.json")
     assert record["checkpoint"] == "llama bfloat16" and record["exponent"] == 0.5 and record["sequences"] == 8
     assert record["text"][-1] == "bfloat16"
     where = shop.directory
@@ -162,7 +164,7 @@ def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_p
         *("--qad-ptq", "--save", str(tmp_path), "--eval-iters", "1"),
     ]
     shop.server.run("training_jobs:train", 1, {"argv": argv})
-    assert json.loads((tmp_path / "qad_smoothing.json").read_text()) == record
+    assert json_records.read(tmp_path / "qad_smoothing.json") == record
     argv[1] = f"{where}/llama bfloat16"  # what is made anew begins with the weights that it is given
     shop.server.run("training_jobs:train", 1, {"argv": argv})
     assert not (tmp_path / "qad_smoothing.json").exists()
