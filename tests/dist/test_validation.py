@@ -1,6 +1,5 @@
 """Validations that compare: each one reads the same tokens. Steps and validations without a counted token are said."""
 
-import json
 import re
 from pathlib import Path
 
@@ -8,6 +7,8 @@ import numpy as np
 import pytest
 import tiny_job
 from fork_server import ForkServer
+
+from megatron_qad.runtime import json_records
 
 VOCAB = tiny_job.LLAMA["vocab_size"]
 # The weights stay what they are, so that all validations measure one model. Unquantized: amaxes come of training data.
@@ -140,7 +141,7 @@ def test_fewer_iterations_read_a_prefix(shop, expected, masks, tmp_path):
     assert f"--eval-iters 50 becomes {-(-num_samples // 8)}" in output
     assert f"every evaluation reads all {num_samples} validation samples" in output
     assert f"iteration 6 was validated on {num_tokens(expected)} tokens, 2, 4 on {num_tokens(lines[0])}" in output
-    listed = json.loads((tmp_path / "best_checkpoints.json").read_text())
+    listed = json_records.read(tmp_path / "best_checkpoints.json")
     assert [(entry["iteration"], entry["num_tokens"]) for entry in listed] == [(6, num_tokens(expected))]
 
 
