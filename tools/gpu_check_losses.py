@@ -7,17 +7,17 @@ from gpu_rows import NEEDS_GPU, Machine, Row, as_fast, mebibytes, ms, pair, verd
 
 
 def kl_sizes(machine: Machine) -> tuple[int, tuple[int, ...]]:
-    """Tokens, and columns: what a rank has of a vocabulary of 131,072 at TP 4, and all of it."""
+    """(tokens, columns) to measure: a vocabulary of 131,072 cut by TP 4, and whole."""
     return (32, (256, 1024)) if machine.is_tiny else (8192, (32768, 131072))
 
 
 def bench_options(machine: Machine, **more) -> Namespace:
-    """What tools/bench_loss.py's functions take of its flags."""
+    """The options that the functions of tools/bench_loss.py read."""
     return Namespace(repeat=2 if machine.is_tiny else 7, dtype="bfloat16", trim=False, clock="wall", **more)
 
 
 def start_alone() -> None:
-    """The process group of one rank that Megatron's and modelopt's losses ask for."""
+    """Initialize a process group of one rank, which Megatron's and modelopt's losses need."""
     import bench_loss
     import torch
 
@@ -53,7 +53,7 @@ def kl(machine: Machine) -> Iterator[Row]:
 
 
 def kl_errors(losses: dict, width: int) -> Iterator[Row]:
-    """Against float64 of the same logits, 64 tokens."""
+    """Errors of the loss and its gradient against float64, on 64 tokens."""
     from bench_loss import errors_at
 
     for of_kl, dtype in ((1e-4, "float32"), (0.1, "float32"), (0.1, "bfloat16")):
@@ -89,7 +89,7 @@ def kl_compiled(machine: Machine) -> Iterator[Row]:
 
 
 def fused_output_layer(machine: Machine) -> Iterator[Row]:
-    """Output layers and loss in one operation, beside its four GEMMs and the separate ones."""
+    """The fused output layer and loss, compared with its four GEMMs and with the separate layers."""
     import bench_loss
     import torch
 
@@ -121,7 +121,7 @@ def fused_output_layer(machine: Machine) -> Iterator[Row]:
 
 
 def fused_errors(variants: dict, inputs: list, size: str) -> Row:
-    """Of the loss, the hidden states' gradient and the output weight's, relative to the separate form's."""
+    """Relative errors of the fused loss, hidden-state gradient and weight gradient against the separate layers."""
     import torch
 
     found = []

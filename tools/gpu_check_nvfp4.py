@@ -56,7 +56,7 @@ def nvfp4_bits(machine: Machine) -> Iterator[Row]:
 
 
 def nvfp4_speed(machine: Machine) -> Iterator[Row]:
-    """In place, given amax, in bfloat16: beside a copy of as many bytes and modelopt's kernel."""
+    """Speed of in-place BF16 fake quantization with a given amax, compared with a copy and with modelopt's kernel."""
     import bench_nvfp4
     import torch
     from gpu_timing import median_seconds

@@ -54,6 +54,6 @@ def training_step(machine: Machine) -> Iterator[Row]:
 
 
 def bytes_of_plan(lines: list[str]) -> dict[str, int]:
-    """The table of bytes that --qad-dry-run prints, indented names and numbers."""
+    """Bytes by name, parsed from the table that --qad-dry-run prints."""
     matches = filter(None, (re.fullmatch(r"  (\S.*?) +([\d,]+)", line) for line in lines))
     return {match[1]: int(match[2].replace(",", "")) for match in matches}

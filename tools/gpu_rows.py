@@ -11,7 +11,7 @@ class Machine:
     device: str
     """"cuda" or "cpu"."""
     is_tiny: bool
-    """Whether sizes are tiny, at which no speed and no memory is judged."""
+    """Use tiny sizes, for which no speed or memory goal is judged."""
 
     def judge(self, is_reached: bool) -> str:
         """The verdict on a goal of speed or memory."""
@@ -35,7 +35,7 @@ class Row:
 class Check:
     name: str
     seconds: int
-    """How long it may take, its imports and compilation included."""
+    """Time limit in seconds, including imports and compilation."""
     rows: Callable[[Machine], Iterator[Row]]
 
 

@@ -36,7 +36,7 @@ def call_seconds(
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median of ``repeats`` calls, after three that are not timed: they compile and page in."""
+    """Median time of ``repeats`` calls after three untimed ones, which compile and fault memory in."""
     for _ in range(3):
         call()
     return statistics.median(call_seconds(call)[0] for _ in range(repeats))

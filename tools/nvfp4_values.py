@@ -1,4 +1,4 @@
-"""Values at which NVFP4 kernels could differ from the torch reference, and how many bits do."""
+"""Hard test values for NVFP4 kernels, and a count of the values whose bits differ from the reference."""
 
 import torch
 from torch import Tensor

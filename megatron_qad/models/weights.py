@@ -66,8 +66,8 @@ def iteration_to_read(checkpoint: str | Path, iteration: int | str | None = None
     saved = saved_iterations(checkpoint)
     if iteration is None and found.name != "release" and found != saved[0]:
         raise QADError(
-            f"{checkpoint}: {TRACKER} says {_number(found)}, and {saved[0].name} is newer. Name the iteration "
-            f"(--iteration {_number(saved[0])}), or let the job go on, which settles it"
+            f"{checkpoint}: {TRACKER} says {iteration_of(found)}, and {saved[0].name} is newer. Name the iteration "
+            f"(--iteration {iteration_of(saved[0])}), or let the job go on, which settles it"
         )
     return found
 
@@ -75,10 +75,11 @@ def iteration_to_read(checkpoint: str | Path, iteration: int | str | None = None
 def saved_iterations(root: str | Path) -> list[Path]:
     """Directories of a run's saved iterations, the newest first, whole or not."""
     found = [path for path in Path(root).glob("iter_*") if _ITERATION.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_number, reverse=True)
+    return sorted(found, key=iteration_of, reverse=True)
 
 
-def _number(directory: Path) -> int:
+def iteration_of(directory: Path) -> int:
+    """The iteration that a checkpoint's directory is named by."""
     return int(directory.name.removeprefix("iter_"))
 
 

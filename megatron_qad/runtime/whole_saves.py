@@ -25,9 +25,10 @@ from megatron_qad.runtime import manifest
 from megatron_qad.runtime.errors import QADError
 from megatron_qad.runtime.processes import end_with_parent
 
-PARTIAL, REPLACED = ".partial", ".replaced"
-_OURS = re.compile(rf"(iter_\d{{7,}}|release)(\.[0-9a-f]{{8}}(\.room)?{re.escape(PARTIAL)}|{re.escape(REPLACED)})")
-"""What saves leave, and nothing that a user would name like that."""
+PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
+"""Endings of a checkpoint that is being written, that has a successor, or that is being removed."""
+_OURS = re.compile(r"(iter_\d{7,}|release)(\.[0-9a-f]{8}(\.room)?\.partial|\.replaced|\.removed)")
+"""Names that saves and removals leave behind, and that no user would choose."""
 _ROOM_BYTES = 16 << 20
 _SUMS = ".sums."
 free_after_writing = 0

@@ -8,7 +8,6 @@ is Megatron's.
 
 import argparse
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,7 +19,7 @@ from megatron.training import training as megatron_loop
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.config.run_files import OF_A_RUN, TRACKER, text_of_record
-from megatron_qad.models.weights import is_number, saved_iterations
+from megatron_qad.models.weights import is_number, iteration_of, saved_iterations
 from megatron_qad.runtime import QADError, locks, manifest, whole_saves
 from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.runtime.whole_saves import SaveFailed, on_first_rank
@@ -59,7 +58,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 def refuse_training_run(save: str | None) -> None:
     """Calibration alone saves iteration 1: in the directory of a training run that would be the newest."""
-    if save is not None and any(_iteration(path) > 1 for path in saved_iterations(save)):
+    if save is not None and any(iteration_of(path) > 1 for path in saved_iterations(save)):
         raise QADError(
             f"--save {save}: holds a training run, which --qad-ptq would set back to its start. Name another"
         )
@@ -124,7 +123,7 @@ def settle(args: argparse.Namespace) -> int:
         QADError: there are checkpoints and none is whole, or the one that ``--ckpt-step`` names is not.
     """
     if args.save is not None:
-        on_first_rank(lambda: _clear_away(Path(args.save)))
+        on_first_rank(lambda: whole_saves.clear_away(Path(args.save)))
     if args.load is None or not holds_checkpoints(args.load):
         return 0
     root = Path(args.load)
@@ -134,12 +133,12 @@ def settle(args: argparse.Namespace) -> int:
         return args.ckpt_step or 0
     refused = []
     for directory in saved_iterations(root):
-        if is_number(tracked) and int(tracked) < _iteration(directory):
+        if is_number(tracked) and int(tracked) < iteration_of(directory):
             continue
         wrong = manifest.faults_shared(directory)
         if not wrong:
             _move_tracker(root, directory, tracked, refused)
-            return _iteration(directory)
+            return iteration_of(directory)
         refused.append(f"{directory.name} ({'; '.join(wrong[:3])})")
         print_rank_0(f"megatron_qad: WARNING: {root}: refusing {refused[-1]}")
     raise QADError(
@@ -159,7 +158,7 @@ def _tracked(root: Path) -> str:
 
 
 def _move_tracker(root: Path, directory: Path, tracked: str, refused: list[str]) -> None:
-    if tracked == str(_iteration(directory)):
+    if tracked == str(iteration_of(directory)):
         return
     if not refused and is_number(tracked):
         print_rank_0(f"megatron_qad: WARNING: {root}: iter_{int(tracked):07d}, which {TRACKER} names, is not there")
@@ -167,33 +166,19 @@ def _move_tracker(root: Path, directory: Path, tracked: str, refused: list[str])
     print_rank_0(
         f"megatron_qad: WARNING: {root}: {TRACKER} {says}; resuming from {directory.name}, the newest whole one"
     )
-    on_first_rank(lambda: manifest.write_atomically(root / TRACKER, str(_iteration(directory))))
+    on_first_rank(lambda: manifest.write_atomically(root / TRACKER, str(iteration_of(directory))))
 
 
 def newest_whole(root: Path, upto: int, but: set[int]) -> int | None:
     """The newest whole checkpoint of an iteration up to ``upto``, left out those of ``but``. Every rank calls this."""
     for directory in saved_iterations(root):
-        iteration = _iteration(directory)
+        iteration = iteration_of(directory)
         if iteration <= upto and iteration not in but and not manifest.faults_shared(directory):
             return iteration
     return None
 
 
-def _clear_away(root: Path) -> None:
-    whole_saves.clear_away(root)
-    for path in root.glob(f"iter_*{_REMOVED}"):
-        if re.fullmatch(rf"iter_\d{{7,}}{_REMOVED}", path.name):
-            shutil.rmtree(path)
-
-
-def _iteration(directory: Path) -> int:
-    return int(directory.name.removeprefix("iter_"))
-
-
 # Saving -------------------------------------------------------------------------------------------------------------
-
-_REMOVED = ".removed"
-"""Ending of a checkpoint that is being removed."""
 
 
 def wrap_saving(args: argparse.Namespace) -> None:
@@ -270,7 +255,7 @@ class _Keeper:
         if torch.distributed.get_rank() == 0 and (self._last or self._best):
             for directory in self._superfluous(Path(get_args().save)):
                 print_rank_0(f"megatron_qad: removing {directory.name}, neither among the last nor the best")
-                gone = directory.with_name(directory.name + _REMOVED)
+                gone = directory.with_name(directory.name + whole_saves.REMOVED)
                 directory.rename(gone)  # at once; what follows may take a while
                 shutil.rmtree(gone)
 
@@ -278,14 +263,14 @@ class _Keeper:
         if not (root / TRACKER).is_file():
             return
         whole = [path for path in saved_iterations(root) if (path / manifest.FILE).is_file()]
-        ranked = best_checkpoints.ranked([_iteration(path) for path in whole])
+        ranked = best_checkpoints.ranked([iteration_of(path) for path in whole])
         if self._best and not self._last and len(ranked) < self._best:
             return  # what was never validated is not worse than what was
-        keep = {int((root / TRACKER).read_text())} | {_iteration(path) for path in whole[: self._last or 0]}
+        keep = {int((root / TRACKER).read_text())} | {iteration_of(path) for path in whole[: self._last or 0]}
         keep |= set(ranked[: self._best or 0])
         for path in whole:
             # Newer than the tracker: of a run that was set back.
-            if _iteration(path) not in keep and _iteration(path) < max(keep):
+            if iteration_of(path) not in keep and iteration_of(path) < max(keep):
                 yield path
 
 
