@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 pretrain_qad.py --qad-teacher CHECKPOINT --data-path
 
 import sys
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare(to_compute=True)  # the CPU backend, if there is no GPU; before megatron is imported
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 prepare()
 

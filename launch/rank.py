@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 # The file alone: its package imports torch, and for those seconds a signal would end the rank.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron_qad" / "runtime"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron_qad" / "engine"))
 from processes import end_with_parent  # noqa: E402
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -78,11 +78,11 @@ def write_inputs(directory: Path, own) -> None:
     import tiny_job
     import torch
 
-    from megatron_qad.runtime import prepare
+    from megatron_qad.engine import prepare
 
     prepare()
     from megatron_qad.checkpoint.import_hf import import_hf
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     config = tiny_job.LLAMA | {
@@ -208,7 +208,7 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
 
 
 def on_gpu() -> bool:
-    from megatron_qad.runtime import capabilities
+    from megatron_qad.engine import capabilities
 
     return capabilities().device == "cuda"
 

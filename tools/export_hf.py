@@ -5,8 +5,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_qad.config.run_files import EXPORT_FILE
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
 KEEP = "if --output is complete already and of this iteration and layout, leave it and succeed; of another, fail"
 
@@ -33,7 +33,7 @@ def main() -> None:
 
     from megatron_qad.checkpoint import origins
     from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     if options.keep and (Path(options.output) / "config.json").is_file():
         asked = would_be_made_of(options.checkpoint, options.layout, options.iteration)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts  # noqa: E402
-from megatron_qad.runtime import QADError  # noqa: E402
+from megatron_qad.engine import QADError  # noqa: E402
 
 
 def main() -> int:

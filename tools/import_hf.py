@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.config.run_files import IMPORT_FILE, TRACKER
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine.run_directory.run_files import IMPORT_FILE, TRACKER
 
 DTYPES = ("bfloat16", "float32")
 KEEP = "if --output is complete already and of this model, leave it and succeed; of another, fail"
@@ -23,7 +23,7 @@ def main() -> None:
 
     from megatron_qad.checkpoint import origins
     from megatron_qad.checkpoint.import_hf import import_hf
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     if options.keep and (Path(options.output) / TRACKER).is_file():
         asked = origins.of_model(Path(options.hf_model), options.dtype)

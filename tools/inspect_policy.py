@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     runs = named_runs(options.run)
     prepare()
 
+    from megatron_qad.engine.distributed import init_process_group
     from megatron_qad.report.report import DEFAULT_TITLE, write_report
-    from megatron_qad.runtime.distributed import init_process_group
 
     init_process_group()
     title = options.title or DEFAULT_TITLE

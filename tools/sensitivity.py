@@ -10,7 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.runtime import QADError, locks, prepare, whole_saves
+from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine.run_directory import locks, whole_saves
 
 prepare(to_compute=True)
 

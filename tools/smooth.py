@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare(to_compute=True)
 
@@ -23,10 +23,10 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron_qad.checkpoint import origins  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release  # noqa: E402
-from megatron_qad.config.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
+from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
+from megatron_qad.engine.run_directory.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
 from megatron_qad.formats.catalogue import LINEAR_FORMATS  # noqa: E402
 from megatron_qad.models.weights import iteration_to_read  # noqa: E402
-from megatron_qad.runtime import json_records, manifest  # noqa: E402
 from megatron_qad.training.arguments import parse_arguments  # noqa: E402
 from megatron_qad.training.setup import resolve_formats  # noqa: E402
 from megatron_qad.training.smoothing import smooth  # noqa: E402

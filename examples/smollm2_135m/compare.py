@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 prepare(to_compute=True)
 

@@ -20,15 +20,15 @@ from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.config.run_files import JOB_FILE
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.models.run_directory import read_config, read_job
 from megatron_qad.models.weights import iteration_to_read
-from megatron_qad.runtime import manifest
-from megatron_qad.runtime.errors import QADError
 
 
 def export_hf(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 @dataclass

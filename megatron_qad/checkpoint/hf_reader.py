@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_qad.checkpoint.hf_writer import CARRIED_FILES
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 CARRIED_TENSORS = "carried.safetensors"
 """Tensors that are no part of the Megatron model, beside the config in a checkpoint's ``hf/``."""

@@ -27,9 +27,9 @@ from megatron_qad.checkpoint.layouts import (
     exclusions,
     stored_tensors,
 )
-from megatron_qad.config.run_files import EXPORT_FILE
-from megatron_qad.runtime import json_records, locks, manifest
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records, locks, manifest
+from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
 # What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
 CARRIED_FILES = (

@@ -18,12 +18,12 @@ from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release
-from megatron_qad.config.run_files import IMPORT_FILE
+from megatron_qad.engine.distributed import rank_and_size
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records
+from megatron_qad.engine.run_directory.run_files import IMPORT_FILE
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.runtime import json_records
-from megatron_qad.runtime.distributed import rank_and_size
-from megatron_qad.runtime.errors import QADError
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:

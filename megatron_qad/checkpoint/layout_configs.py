@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron_qad.checkpoint.layouts import LayoutName, check_layout
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
-from megatron_qad.runtime.errors import QADError
 
 QUANT_ALGOS = {"nvfp4": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4", "fp8": "FP8"}
 """modelopt's name of each format."""

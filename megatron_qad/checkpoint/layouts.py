@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import fp8
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.nvfp4 import quantize
 from megatron_qad.formats.nvfp4_pack import pack_on_grid
-from megatron_qad.runtime.errors import QADError
 
 LayoutName = Literal["bf16", "modelopt", "compressed-tensors"]
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("bf16", "modelopt", "compressed-tensors")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qad.checkpoint.hf_reader import ASSETS
-from megatron_qad.config.run_files import EXPORT_FILE
-from megatron_qad.runtime import json_records, manifest
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
 _NOT_ASKED = ("model", "checkpoint", "result", "files")

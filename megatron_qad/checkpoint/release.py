@@ -9,10 +9,10 @@ import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_qad.config.run_files import TRACKER
-from megatron_qad.runtime import locks, manifest, whole_saves
-from megatron_qad.runtime.errors import QADError
-from megatron_qad.runtime.megatron_wheel import save_checkpoints_in_this_process
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.megatron_wheel import save_checkpoints_in_this_process
+from megatron_qad.engine.run_directory import locks, manifest, whole_saves
+from megatron_qad.engine.run_directory.run_files import TRACKER
 
 
 def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -> None:

@@ -20,9 +20,9 @@ from megatron_qad.checkpoint.hf_inventory import Inventory, inventory
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
 from megatron_qad.checkpoint.origins import faults_of_export
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
-from megatron_qad.config.run_files import EXPORT_FILE
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
-from megatron_qad.runtime.errors import QADError
 
 _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 def expand(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:

@@ -18,7 +18,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
 from megatron_qad.data.packing import keep_documents_apart
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 # No token has this id, so what carries it is padding and nothing else. GPTDataset would take the tokenizer's pad token,
 # and then replace that token by 0 wherever a document holds it.

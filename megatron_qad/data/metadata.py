@@ -8,7 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 FORMAT_VERSION = 1
 

@@ -21,9 +21,9 @@ from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files
 from megatron_qad.data.sources import BLANK_LINES, BadLine, Encoded, Record, encode_record, file_format, read_records
 from megatron_qad.data.tokenizer import DataTokenizer, load_tokenizer
 from megatron_qad.data.writer import DocumentWriter, publish
-from megatron_qad.runtime import locks
-from megatron_qad.runtime.errors import QADError
-from megatron_qad.runtime.processes import end_with_parent
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.processes import end_with_parent
+from megatron_qad.engine.run_directory import locks
 
 _BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 20  # a batch is what travels to a worker: large enough to hide the trip, small enough to hold many

@@ -33,7 +33,7 @@ from megatron_qad.data.validation_set import (
     ordered_samples,
     samples_per_iteration,
 )
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: int | None = None):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_qad.data.metadata import DataMetadata
 from megatron_qad.data.tokenizer import VOCABULARY_FILES, files_sha256, load_tokenizer
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 @dataclass

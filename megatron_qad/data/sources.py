@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_qad.data.chat import BadDocument
 from megatron_qad.data.tokenizer import DataTokenizer
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 BLANK_LINES = r"\n(?:[ \t\r]*\n)+"
 """What ``--split-on blank`` means: groups of lines apart by at least one blank line."""

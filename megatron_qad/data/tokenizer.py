@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_qad.data.chat import encode_chat
-from megatron_qad.runtime import manifest
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import manifest
 
 # The files that decide how text becomes ids; the first group is Hugging Face's, by the names it gives them.
 _HF_FILES = (

@@ -9,7 +9,7 @@ import numpy as np
 from megatron_qad.data.metadata import DataMetadata, loss_mask_prefix, metadata_path, output_files
 from megatron_qad.data.sources import BadLine, Encoded
 from megatron_qad.data.tokenizer import DataTokenizer
-from megatron_qad.runtime import manifest
+from megatron_qad.engine.run_directory import manifest
 
 
 class DocumentWriter:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_qad.distillation.tiles import LOWEST, Tile
 from megatron_qad.distillation.vocab_parallel import LogitLoss
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 class CrossEntropy(LogitLoss):

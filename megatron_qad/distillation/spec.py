@@ -26,7 +26,7 @@ from megatron_qad.distillation.hidden_states import HIDDEN_LOSSES, HiddenLoss
 from megatron_qad.distillation.losses import LOSSES
 from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.distillation.vocab_parallel import LogitLoss
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 Part = LogitLoss | HiddenLoss | ScaleGrowth
 PARTS: dict[str, type[Part]] = {**LOSSES, **HIDDEN_LOSSES, "scale_growth": ScaleGrowth}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 E4M3_MAX = 448.0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import (
     E4M3_MAX,
     FLOATS,
@@ -23,7 +24,6 @@ from megatron_qad.formats.common import (
     tensor_amax,
     tile_slices,
 )
-from megatron_qad.runtime.errors import QADError
 
 SCALE_MIN = 2.0**-126  # smallest normal float32: the reciprocal stays finite
 # Above this, 448 * scale can overflow float32; amax is within an ulp of float32's maximum only in a broken tensor.

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import block_scales
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.common import (
@@ -39,7 +40,6 @@ from megatron_qad.formats.e2m1 import (
     round_to_e2m1_,
     unpack_codes,
 )
-from megatron_qad.runtime.errors import QADError
 
 __all__ = [
     "BLOCK_SIZE",

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
 from megatron_qad.formats.common import FLOATS, refuse_bad_blocks, tensor_amax, triton_serves
-from megatron_qad.runtime.errors import QADError
 
 
 def amax_list(tensors: Sequence[Tensor]) -> Tensor:

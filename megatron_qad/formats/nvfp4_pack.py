@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import E4M3_MAX, E4M3_MIN, MAX_ULPS, OffGridError, neighbours, tensor_amax, tile_slices
 from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE, dequantize, global_scale_from_amax, quantize
-from megatron_qad.runtime.errors import QADError
 
 __all__ = ["OffGridError", "is_on_grid", "pack_on_grid", "recover_global_scale"]
 

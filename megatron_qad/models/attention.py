@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.context_parallel import document_lengths, gather_in_order, spans
-from megatron_qad.runtime.errors import QADError
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 # Not cuDNN's, which plans anew for each length: documents have lengths of their own.

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from megatron_qad.config.run_files import JOB_FILE, read_record
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory.run_files import JOB_FILE, read_record
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.models.families import family_of
-from megatron_qad.runtime import json_records, manifest
-from megatron_qad.runtime.errors import QADError
 
 _OF_THE_WEIGHTS = ("formats", "kv_cache", "scale_rule")
 """What of a job's description the saved weights depend on."""

@@ -46,7 +46,7 @@ def hybrid_stack_spec(
     """The stack of one model.
 
     Args:
-        layer_spec: "te" or "local" (``runtime.capabilities().layer_spec`` says which fits this machine).
+        layer_spec: "te" or "local" (``engine.capabilities().layer_spec`` says which fits this machine).
         qk_layernorm: whether attention normalizes each head's query and key (Qwen3).
         trains_router: whether the routers of expert layers learn.
         mlp_widths: inner width of the MLP of every layer of the whole model; None: the config's.

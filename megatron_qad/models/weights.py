@@ -15,9 +15,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.utils import unwrap_model
 
-from megatron_qad.config.run_files import BEST_FILE, SMOOTHING_FILE, TRACKER, read_record
-from megatron_qad.runtime import manifest
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.run_directory.run_files import BEST_FILE, SMOOTHING_FILE, TRACKER, read_record
 
 _ITERATION = re.compile(r"iter_\d{7,}")
 BEST_KEY = "kl_to_teacher"

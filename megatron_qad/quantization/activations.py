@@ -14,12 +14,12 @@ import torch
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer, register_quant_backend
 from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
 from megatron_qad.quantization.names import alike_experts, named_modules_globally
-from megatron_qad.runtime.errors import QADError
 
 NVFP4_BACKEND = "megatron_qad_nvfp4"
 FP8_BACKEND = "megatron_qad_fp8"

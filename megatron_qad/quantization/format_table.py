@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.quantization.rules import Linear, module_of
-from megatron_qad.runtime.errors import QADError
 
 BF16_BYTES = 2
 _BLOCKS = {"nvfp4": 16, "int4": 128}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import KV_CACHE_FORMATS, LINEAR_FORMATS
 from megatron_qad.quantization.rules import KINDS, Linear, Rule, known, module_of, nearest, parse_override, parse_rule
-from megatron_qad.runtime.errors import QADError
 
 SHIPPED = Path(__file__).parent / "policies"
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.runtime.errors import QADError
 
 NEVER_QUANTIZED = ("router", "embedding")
 KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_QUANTIZED)

@@ -16,11 +16,11 @@ from megatron.core.activations import squared_relu
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS
 from megatron_qad.quantization.names import named_modules_globally
-from megatron_qad.runtime.errors import QADError
 
 _SMALLEST = 2.0**-16
 """Of a block's largest mean square: channels below count as this. One that calibration never saw alive may wake."""

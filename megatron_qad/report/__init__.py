@@ -1,5 +1,5 @@
 """Floor 4: what runs left behind, as a Markdown report with a picture and machine-readable results.
 
 ``scalars`` reads TensorBoard, ``weights`` checkpoints; ``report.write_report`` writes. Import that one after
-``runtime.prepare()``: reading checkpoints needs Megatron.
+``engine.prepare()``: reading checkpoints needs Megatron.
 """

@@ -17,8 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.util.tensor_util import make_ndarray
 
-from megatron_qad.config.run_files import EVENTS_FILE, START_TAG
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, START_TAG
 
 _NEXT = "Restore the file from a copy, or accept the gap: --accept-gaps"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_qad.config.run_files import CALIBRATION_FILE, LOAD_FILE, read_record
+from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE, LOAD_FILE, read_record
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, exclusions
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
 from megatron_qad.quantization.format_table import BF16_BYTES, Row, format_rows, render, totals
-from megatron_qad.runtime.errors import QADError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_qad.engine.run_directory import locks
 from megatron_qad.report.collect import Results, collect
 from megatron_qad.report.markdown import markdown
 from megatron_qad.report.plot import write_png
-from megatron_qad.runtime import locks
 
 DEFAULT_TITLE = "NVFP4 quantization: report"
 
@@ -27,7 +27,7 @@ def write_report(
 ) -> Results:
     """Write report.md, report.png and results.json into ``output`` (made if need be; an earlier report is replaced).
 
-    torch.distributed must be initialized (``runtime.distributed.init_process_group``).
+    torch.distributed must be initialized (``engine.distributed.init_process_group``).
 
     Args:
         runs: name -> directory, in the order of the table's rows; the first is what the others' KL is compared with.

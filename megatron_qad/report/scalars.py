@@ -5,8 +5,8 @@ Left out: text, images and everything else in the files; wandb's own records.
 
 from pathlib import Path
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.report.events import read_events
-from megatron_qad.runtime.errors import QADError
 
 VALIDATION = "validation/"
 """Prefix of what ``training.validation`` records at each evaluation."""

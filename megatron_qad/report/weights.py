@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
-from megatron_qad.config.run_files import TRACKER
+from megatron_qad.engine.run_directory.run_files import TRACKER
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS

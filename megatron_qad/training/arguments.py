@@ -21,20 +21,21 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 from megatron_qad.config.options import QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
 from megatron_qad.distillation import LogitLoss, parse_loss
-from megatron_qad.formats.block_scales import SCALE_RULES
-from megatron_qad.models.builder import QADModelConfig
-from megatron_qad.models.context_parallel import partitioned_indices
-from megatron_qad.models.families import family_of, text_config
-from megatron_qad.models.run_directory import read_config
-from megatron_qad.models.specs import hybrid_stack_spec
-from megatron_qad.runtime import Capabilities, QADError, capabilities, whole_saves
-from megatron_qad.runtime.megatron_wheel import (
+from megatron_qad.engine import Capabilities, QADError, capabilities
+from megatron_qad.engine.megatron_wheel import (
     dispatch_tokens_on_cpu,
     load_reshardable_state_of_torch_adam,
     pack_mamba_rows_without_te,
     save_checkpoints_in_this_process,
     use_compiled_dataset_helpers,
 )
+from megatron_qad.engine.run_directory import whole_saves
+from megatron_qad.formats.block_scales import SCALE_RULES
+from megatron_qad.models.builder import QADModelConfig
+from megatron_qad.models.context_parallel import partitioned_indices
+from megatron_qad.models.families import family_of, text_config
+from megatron_qad.models.run_directory import read_config
+from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.training import checkpoints, loggers, preemption, resume
 from megatron_qad.training.hidden_states import check_hidden_losses
 from megatron_qad.training.layout import (

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from megatron.training import print_rank_0
 
-from megatron_qad.config.run_files import BEST_FILE
+from megatron_qad.engine.run_directory import json_records
+from megatron_qad.engine.run_directory.run_files import BEST_FILE
 from megatron_qad.models.weights import BEST_KEY, validations
-from megatron_qad.runtime import json_records
 
 
 class BestCheckpoints:

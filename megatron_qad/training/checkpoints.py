@@ -1,8 +1,8 @@
 """Which checkpoint a job resumes from, which ones it keeps, and how it goes on when one could not be saved.
 
 The two functions of Megatron's loop in which every save of a job ends, ``save_checkpoint`` and, for asynchronous ones,
-``maybe_finalize_async_save``, are wrapped: below them ``runtime.whole_saves`` makes a checkpoint complete or invisible;
-here a save that failed is said and survived, and old checkpoints are removed. Left out: what is in a checkpoint, which
+``maybe_finalize_async_save``, are wrapped: below them ``whole_saves`` makes a checkpoint complete or invisible; here a
+save that failed is said and survived, and old checkpoints are removed. Left out: what is in a checkpoint, which
 is Megatron's.
 """
 
@@ -18,11 +18,12 @@ from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_qad.config.run_files import OF_A_RUN, TRACKER, text_of_record
+from megatron_qad.engine import QADError
+from megatron_qad.engine.heartbeat import heartbeat
+from megatron_qad.engine.run_directory import locks, manifest, whole_saves
+from megatron_qad.engine.run_directory.run_files import OF_A_RUN, TRACKER, text_of_record
+from megatron_qad.engine.run_directory.whole_saves import SaveFailed, on_first_rank
 from megatron_qad.models.weights import is_number, iteration_of, saved_iterations
-from megatron_qad.runtime import QADError, locks, manifest, whole_saves
-from megatron_qad.runtime.heartbeat import heartbeat
-from megatron_qad.runtime.whole_saves import SaveFailed, on_first_rank
 from megatron_qad.training.best import best_checkpoints
 
 

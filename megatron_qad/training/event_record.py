@@ -11,8 +11,8 @@ import json
 import os
 from pathlib import Path
 
-from megatron_qad.config.run_files import EVENTS_FILE
-from megatron_qad.runtime import manifest, whole_saves
+from megatron_qad.engine.run_directory import manifest, whole_saves
+from megatron_qad.engine.run_directory.run_files import EVENTS_FILE
 
 
 def event_files(directory: Path) -> list[Path]:

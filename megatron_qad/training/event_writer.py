@@ -17,7 +17,7 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.event_file_writer import EventFileWriter, _AsyncWriter
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
-from megatron_qad.config.run_files import START_TAG
+from megatron_qad.engine.run_directory.run_files import START_TAG
 from megatron_qad.training.event_record import event_files
 
 _MAX_WAITING_BYTES = 16 << 20

@@ -16,8 +16,8 @@ from megatron.core import mpu
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args, get_tensorboard_writer, is_last_rank, print_rank_last
 
-from megatron_qad.config.run_files import LOAD_FILE
-from megatron_qad.runtime import json_records
+from megatron_qad.engine.run_directory import json_records
+from megatron_qad.engine.run_directory.run_files import LOAD_FILE
 
 
 class ExpertLoad:

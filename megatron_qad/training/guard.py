@@ -17,10 +17,11 @@ import torch
 from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 
-from megatron_qad.config.run_files import TRACKER
+from megatron_qad.engine import QADError
+from megatron_qad.engine.heartbeat import heartbeat
+from megatron_qad.engine.run_directory import whole_saves
+from megatron_qad.engine.run_directory.run_files import TRACKER
 from megatron_qad.models.weights import iteration_dir
-from megatron_qad.runtime import QADError, whole_saves
-from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.not_finite import Trace, gradients_are_finite
 from megatron_qad.training.roll_back import roll_back
 from megatron_qad.training.schedule import QADStep

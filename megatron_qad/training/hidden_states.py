@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_qad.distillation import Term, WeightedLosses
 from megatron_qad.distillation.hidden_states import HiddenLoss, attach_loss
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 from megatron_qad.training.batch import Batch, running_batch
 from megatron_qad.training.layout import num_virtual_stages, ranks_of_layers, teacher_virtual_stages, with_stages
 

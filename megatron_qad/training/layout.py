@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
 _MAX_NAMED = 12  # layouts in an error

@@ -2,7 +2,7 @@
 
 What a logger raises is said once per kind of fault, on one line, and the job goes on. ``install`` puts all of it in
 Megatron's place; ``event_writer`` is TensorBoard's part. Left out: the small files of the job itself, which
-``runtime.manifest.write_or_say`` and ``preemption`` survive.
+``engine.run_directory.manifest.write_or_say`` and ``preemption`` survive.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from pathlib import Path
 from megatron.training import checkpointing, get_args, global_vars, wandb_utils
 from megatron.training import training as megatron_loop
 
-from megatron_qad.config.run_files import EVENTS_FILE
-from megatron_qad.runtime import QADError, manifest
+from megatron_qad.engine import QADError
+from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.run_directory.run_files import EVENTS_FILE
 from megatron_qad.training.event_record import EventRecord
 from megatron_qad.training.event_writer import Faults, JobWriter
 

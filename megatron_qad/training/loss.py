@@ -9,9 +9,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args
 
 from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, parse_loss
+from megatron_qad.engine.heartbeat import heartbeat
 from megatron_qad.models.families import text_config
 from megatron_qad.models.output_layer import Output
-from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import Batch, output_of
 from megatron_qad.training.outputs import Outputs, losses_of, metrics_of
 

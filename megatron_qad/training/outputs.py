@@ -14,9 +14,9 @@ from megatron_qad.distillation.fused_linear import (
     makes_gradient_in_forward,
     tokens_of_chunk,
 )
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.models.output_layer import Output
-from megatron_qad.runtime.errors import QADError
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
 # two models has a gigabyte to spare; less would not fill a chunk.

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron.training import global_vars, print_rank_0
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 
 def install(job_dir: str | None) -> None:

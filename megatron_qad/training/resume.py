@@ -9,7 +9,7 @@ import os
 import secrets
 from pathlib import Path
 
-from megatron_qad.runtime import manifest
+from megatron_qad.engine.run_directory import manifest
 from megatron_qad.training.checkpoints import holds_checkpoints
 
 

@@ -12,7 +12,7 @@ from megatron.training import get_args, print_rank_0
 from megatron.training import training as megatron_loop
 from megatron.training.checkpointing import load_checkpoint
 
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 from megatron_qad.training.checkpoints import newest_whole
 from megatron_qad.training.schedule import gather_parameters
 

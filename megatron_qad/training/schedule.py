@@ -20,12 +20,12 @@ from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
 
-from megatron_qad.config.run_files import CALIBRATION_FILE
+from megatron_qad.engine.heartbeat import heartbeat
+from megatron_qad.engine.run_directory import json_records
+from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE
 from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime import json_records
-from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training.batch import (
     Batch,
     iterators,

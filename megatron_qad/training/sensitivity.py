@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from megatron_qad.data.provider import datasets_provider
 from megatron_qad.data.validation_set import samples_per_iteration
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.format_table import ShapedLinear, format_rows
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
 from megatron_qad.training.batch import iterators, read_batches, schedule_shape
 from megatron_qad.training.loss import forward_step, validation_metrics

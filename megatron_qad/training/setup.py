@@ -11,9 +11,12 @@ from megatron.core import mpu
 from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.utils import print_rank_0
 
-from megatron_qad.config.run_files import JOB_FILE, OF_A_RUN, SMOOTHING_FILE, read_record
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
+from megatron_qad.engine import QADError
+from megatron_qad.engine.heartbeat import heartbeat
+from megatron_qad.engine.run_directory import json_records, manifest, whole_saves
+from megatron_qad.engine.run_directory.run_files import JOB_FILE, OF_A_RUN, SMOOTHING_FILE, read_record
 from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.families import family_of
 from megatron_qad.models.run_directory import read_job
@@ -21,8 +24,6 @@ from megatron_qad.models.weights import has_amaxes, load_weights, smoothing_reco
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.runtime import QADError, json_records, manifest, whole_saves
-from megatron_qad.runtime.heartbeat import heartbeat
 from megatron_qad.training import checkpoints, event_record
 from megatron_qad.training.arguments import model_config, with_shape_of
 from megatron_qad.training.expert_load import expert_load

@@ -14,10 +14,10 @@ from megatron.training.training import build_train_valid_test_data_iterators
 from torch import Tensor
 
 from megatron_qad.data.provider import datasets_provider
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights, weights_to_save
 from megatron_qad.quantization.smoothing import Groups, Smoothing
-from megatron_qad.runtime.errors import QADError
 from megatron_qad.training.arguments import model_config
 from megatron_qad.training.batch import Batch, num_calibration_batches, read_batches, schedule_shape, whole_rounds
 from megatron_qad.training.teacher import Teacher

@@ -12,7 +12,7 @@ import time
 import torch
 from megatron.training.utils import print_rank_last
 
-from megatron_qad.runtime import capabilities
+from megatron_qad.engine import capabilities
 
 
 class StepTimes:

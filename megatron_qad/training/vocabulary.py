@@ -4,7 +4,7 @@ nothing."""
 from pathlib import Path
 
 from megatron_qad.data.tokenizer import VOCABULARY_FILES, load_tokenizer
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 
 def check_same_vocabulary(student: str, student_config: dict, teacher: str, teacher_config: dict) -> None:

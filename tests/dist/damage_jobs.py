@@ -9,7 +9,7 @@ def read_all(directory: str, cases: list[list[str]]) -> None:
     """Damage ``directory``/run in each way, read it in three, and print what was neither refused nor right."""
     import test_damage
 
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     shop = test_damage.Shop(Path(directory), None)
@@ -32,7 +32,8 @@ def read_all(directory: str, cases: list[list[str]]) -> None:
 
 def _reader(read):
     def result(shop) -> tuple[str, object]:
-        from megatron_qad.runtime import QADError, manifest
+        from megatron_qad.engine import QADError
+        from megatron_qad.engine.run_directory import manifest
 
         manifest._found_whole.clear()  # the directory has changed under this process
         output = shop.directory / "output"

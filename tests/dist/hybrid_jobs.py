@@ -36,7 +36,7 @@ def save(cases: list[dict], flags: list[str]) -> None:
 def export(exports: list[list[str]]) -> None:
     """[checkpoint, output, layout] each."""
     from megatron_qad.checkpoint.export_hf import export_hf
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     for checkpoint, output, layout in exports:

@@ -120,7 +120,7 @@ class Harness:
     def _complete(self, root: Path) -> int:
         """The checkpoint that the tracker names, which must be whole; where the tracker was cut off, the newest that
         is. 0 if there is no tracker yet."""
-        from megatron_qad.runtime import manifest
+        from megatron_qad.engine.run_directory import manifest
 
         if not (root / TRACKER).is_file():
             return 0

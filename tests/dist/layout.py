@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 prepare()
 

@@ -9,7 +9,7 @@ import sys
 
 import torch
 from torch.func import functional_call
-from torch.optim.adamw import AdamW  # torch's own: torch.optim's is replaced by runtime.adamw
+from torch.optim.adamw import AdamW  # torch's own: torch.optim's is replaced by engine.adamw
 
 
 class _FakeQuant(torch.autograd.Function):
@@ -55,7 +55,7 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
             {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},
         ],
         lr=lr,
-        fused=True,  # as runtime.adamw on a CPU
+        fused=True,  # as engine.adamw on a CPU
     )
     results = []
     for step in steps:

@@ -70,7 +70,7 @@ def digest(directory: str) -> None:
 
     from megatron.core import dist_checkpointing
 
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     found = hashlib.sha256()

@@ -13,7 +13,7 @@ import torch
 from fork_server import ForkServer
 from safetensors.torch import load_file
 
-from megatron_qad.runtime import json_records
+from megatron_qad.engine.run_directory import json_records
 
 VOCAB = tiny_job.LLAMA["vocab_size"]
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -169,8 +169,8 @@ def test_tools_refuse_a_damaged_checkpoint(shop, through, tmp_path):
 def test_an_export_in_bf16_is_on_the_grid(shop, through, tmp_path):
     """Also from a checkpoint saved after an optimizer step with no evaluation between: what the packed export decodes
     to, bit for bit."""
+    from megatron_qad.engine.run_directory import manifest
     from megatron_qad.formats import nvfp4
-    from megatron_qad.runtime import manifest
 
     argv = shop.argv("--save", str(tmp_path / "run"), "--eval-interval", "1000", num_steps=2)
     steps, _ = shop.train(argv)

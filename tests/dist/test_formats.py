@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.engine.run_directory import json_records
 from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.models.families import family_of
-from megatron_qad.runtime import json_records
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}
 OPTIMIZER = ["--use-distributed-optimizer"]

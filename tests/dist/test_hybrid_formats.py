@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_training import Workshop
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.engine.run_directory import json_records
 from megatron_qad.formats import nvfp4
 from megatron_qad.quantization import policy as policies
 from megatron_qad.report.policy_report import resolve_report
 from megatron_qad.report.tensor_inventory import exported_tensors
-from megatron_qad.runtime import json_records
 
 PATTERN = "MEMEM*EE"
 CONFIG = tiny_hybrids.NEMOTRON_H | {"hybrid_override_pattern": PATTERN, "num_hidden_layers": len(PATTERN)}

@@ -26,7 +26,7 @@ LAYOUTS = {
     "tp2ep2": (4, TP2 + EP2),
 }
 # float32 sums in another order, as in test_model_parity; the exponentials of a scan's running sums over 160 tokens lose
-# a digit more (4e-5 here; tests/unit/runtime/test_ssd.py has the scan in float64). A wrong decay, group, gate or expert
+# a digit more (4e-5 here; tests/unit/engine/test_ssd.py has the scan in float64). A wrong decay, group, gate or expert
 # changes logits by 1e-2.
 LOGITS = 1e-4
 TOLERANCE = 2e-5

@@ -12,7 +12,7 @@ import torch
 from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
 
-from megatron_qad.runtime import json_records
+from megatron_qad.engine.run_directory import json_records
 
 OUTLIER = 64.0
 LLAMA = tiny_job.LLAMA | {"torch_dtype": "bfloat16"}

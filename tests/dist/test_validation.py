@@ -8,7 +8,7 @@ import pytest
 import tiny_job
 from fork_server import ForkServer
 
-from megatron_qad.runtime import json_records
+from megatron_qad.engine.run_directory import json_records
 
 VOCAB = tiny_job.LLAMA["vocab_size"]
 # The weights stay what they are, so that all validations measure one model. Unquantized: amaxes come of training data.

@@ -14,7 +14,7 @@ import torch
 def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
     """tools/import_hf.py for several models: source, target and dtype of each."""
     from megatron_qad.checkpoint.import_hf import import_hf
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     for source, target, dtype in models:
@@ -24,8 +24,8 @@ def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
 def export_checkpoint(checkpoint: str, outputs: dict[str, str], iteration: int | str | None = None) -> None:
     """tools/export_hf.py for several layouts: layout and directory of each."""
     from megatron_qad.checkpoint.export_hf import export_hf
-    from megatron_qad.runtime import QADError
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine import QADError
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     try:
@@ -44,7 +44,7 @@ def train(argv: list[str], record: str | None = None, follow: str | None = None,
         weights_only: input quantizers are switched off after the first step, which calibrates them.
     """
     import pretrain_qad
-    from megatron_qad.runtime import QADError
+    from megatron_qad.engine import QADError
 
     sys.argv = ["pretrain_qad.py", *argv]
     watch = _Watch(follow, weights_only) if record else None
@@ -189,7 +189,7 @@ def _master(parameter):
 def tool(name: str, argv: list[str]) -> None:
     """tools/``name``.py, with its errors printed as the script prints them."""
     sys.path.insert(0, "tools")
-    from megatron_qad.runtime import QADError
+    from megatron_qad.engine import QADError
 
     sys.argv = [f"{name}.py"]
     try:

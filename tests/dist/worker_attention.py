@@ -20,7 +20,7 @@ CASES = [
 
 
 def cases(arguments: dict) -> list:
-    from megatron_qad.runtime import prepare
+    from megatron_qad.engine import prepare
 
     prepare()
     import torch

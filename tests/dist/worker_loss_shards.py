@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from launch import report
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()
 

@@ -18,7 +18,7 @@ def cases(arguments: dict) -> list:
 
     from megatron_qad.checkpoint.export_hf import export_hf
     from megatron_qad.checkpoint.import_hf import import_hf
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     results: list = [import_hf(*paths, getattr(torch, dtype)) for *paths, dtype in arguments.get("imports", ())]

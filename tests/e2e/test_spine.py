@@ -93,12 +93,12 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
 SAVED = """
 import sys
 from safetensors.torch import save_file
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 prepare()
 from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.models.families import family_of
-from megatron_qad.runtime.distributed import init_process_group
+from megatron_qad.engine.distributed import init_process_group
 from pathlib import Path
 run, target = map(Path, sys.argv[1:])
 init_process_group()

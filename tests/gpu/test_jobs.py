@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qad.runtime import capabilities
+from megatron_qad.engine import capabilities
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(capabilities().device != "cuda", reason="needs a GPU: jobs run on it")
@@ -47,7 +47,7 @@ def run(*command, **environment) -> str:
 INPUTS = """
 import sys
 from pathlib import Path
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 prepare()
 import tiny_job
 d = Path(sys.argv[1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses
-from megatron_qad.runtime import capabilities
+from megatron_qad.engine import capabilities
 
 pytestmark = pytest.mark.skipif(capabilities().device != "cuda", reason="needs a GPU: kernels are compared on it")
 

@@ -67,12 +67,12 @@ class Place:
 @contextlib.contextmanager
 def megatron():
     """This process as a group of one rank, which reading and writing checkpoints needs."""
-    from megatron_qad.runtime import prepare
+    from megatron_qad.engine import prepare
 
     prepare()
     import torch
 
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     yield

@@ -17,7 +17,7 @@ def cases(arguments: dict) -> list[dict]:
     import torch  # isort: skip
 
     from megatron_qad.checkpoint.import_hf import import_hf
-    from megatron_qad.runtime.distributed import init_process_group
+    from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     for *paths, dtype in arguments["imports"]:

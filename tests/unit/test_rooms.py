@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_qad"
 FLOORS = {
-    "runtime": 0,
+    "engine": 0,
     "formats": 1,
     "config": 1,
     "models": 2,

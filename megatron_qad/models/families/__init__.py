@@ -1,8 +1,8 @@
 """One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides."""
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import decilm, dense, nemotron_h, nemotron_vl, qwen3_moe
 from megatron_qad.models.families.base import Family
-from megatron_qad.runtime.errors import QADError
 
 _FAMILIES = {
     family.architecture: family

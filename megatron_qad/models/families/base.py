@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 @dataclass(frozen=True)

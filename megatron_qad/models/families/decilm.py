@@ -7,9 +7,9 @@ inspected: HybridModel has no layer for them. Llama Nemotron Super V1 49B has no
 
 import math
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import dense
 from megatron_qad.models.families.base import Family, TensorMap, required
-from megatron_qad.runtime.errors import QADError
 
 _FFN_MULTIPLE = 256
 _KNOWN = {"no_op", "replace_with_linear", "n_heads_in_group", "ffn_mult", "intermediate_size"}

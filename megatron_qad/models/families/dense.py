@@ -5,8 +5,8 @@ Each Hugging Face block becomes two layers of the pattern, attention ``*`` and M
 
 from functools import partial
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families.base import Family, GroupedQKV, RowStack, TensorMap, required
-from megatron_qad.runtime.errors import QADError
 
 
 def _head_dim(config: dict) -> int:

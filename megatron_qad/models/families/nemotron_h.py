@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families.base import Family, GroupedQKV, TensorMap, required
 from megatron_qad.models.families.router import router_args
-from megatron_qad.runtime.errors import QADError
 
 _SYMBOLS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",

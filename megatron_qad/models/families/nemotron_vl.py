@@ -11,9 +11,9 @@ can be overridden by keys of that name.
 
 from collections.abc import Iterator
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import nemotron_h
 from megatron_qad.models.families.base import Family, TensorMap, required
-from megatron_qad.runtime.errors import QADError
 
 _PREFIX = "language_model."
 _VISION = "vision_model.radio_model.model"

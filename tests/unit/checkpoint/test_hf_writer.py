@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, stored_tensors
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exported import CONFIG, items, linears  # noqa: E402  (a helper beside the tests)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()  # before megatron
 
@@ -27,9 +27,9 @@ from launch import environment  # noqa: E402
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
 from megatron_qad.checkpoint.import_hf import _read, copy_assets, import_hf  # noqa: E402
+from megatron_qad.engine.distributed import init_process_group  # noqa: E402
+from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
 from megatron_qad.models.families import family_of  # noqa: E402
-from megatron_qad.runtime import json_records, manifest  # noqa: E402
-from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
 
 WEIGHTS = "model.safetensors"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -7,9 +7,9 @@ import torch
 
 from megatron_qad.checkpoint.layout_configs import hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import HFTensor, exclusions, kv_scales, stored_tensors
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import fp8
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, tensor_amax
-from megatron_qad.runtime.errors import QADError
 
 NAME = "model.layers.0.mlp.down_proj"
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tiny_configs import TINY_HYBRID
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exported import (  # noqa: E402  (a helper beside the tests)

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_qad.config.options import QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_qad.config.options import QADOptions
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.tokenizer import load_tokenizer
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 prepare()  # the test modules import megatron, and are imported after this file

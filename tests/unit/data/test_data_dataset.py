@@ -12,7 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import loss_mask_prefix
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 SEQUENCE = 16
 

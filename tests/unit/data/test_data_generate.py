@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 OPTIONS = GenerateOptions(num_documents=6, max_new_tokens=12, batch_size=2, seed=5, dtype="float32")
 

@@ -16,7 +16,7 @@ from megatron_qad.data.metadata import load_metadata, loss_mask_prefix, output_f
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.sources import BLANK_LINES, BadLine, Record, encode_record, read_records
 from megatron_qad.data.tokenizer import load_tokenizer
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "prepare_data.py"
 

@@ -9,7 +9,7 @@ import torch
 from megatron.training.global_vars import set_args
 
 from megatron_qad.data.provider import check_data, dataset_config, datasets_provider
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 @pytest.fixture

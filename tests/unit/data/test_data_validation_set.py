@@ -9,7 +9,7 @@ from megatron.training.global_vars import destroy_global_vars, set_args
 from megatron_qad.data import provider
 from megatron_qad.data.provider import datasets_provider
 from megatron_qad.data.validation_set import ValidationSet
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 SEQUENCE = 16
 

@@ -5,7 +5,7 @@ import torch
 from reference_losses import expected
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses, per_token_loss, tiles
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 BATCH, SEQUENCE, WIDTH = 3, 5, 48
 DTYPES = (torch.float32, torch.bfloat16)

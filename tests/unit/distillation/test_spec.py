@@ -5,7 +5,7 @@ import pytest
 from megatron_qad.distillation import LOSSES, LogitLoss, parse_loss
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
-from megatron_qad.runtime import QADError
+from megatron_qad.engine import QADError
 
 
 def names(found):

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import block_scales, nvfp4
 from megatron_qad.formats.block_scales import MSE_OFFSETS, SCALE_RULES, squared_error
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
 from megatron_qad.formats.nvfp4_pack import pack_on_grid, recover_global_scale
-from megatron_qad.runtime.errors import QADError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE = torch.tensor(1.0)

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import common, fp8
 from megatron_qad.formats.common import OffGridError, tensor_amax
-from megatron_qad.runtime.errors import QADError
 
 ONE = torch.tensor(1.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

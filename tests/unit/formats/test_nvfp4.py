@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import common, nvfp4
 from megatron_qad.formats.nvfp4 import (
     dequantize,
@@ -14,7 +15,6 @@ from megatron_qad.formats.nvfp4 import (
     quantize,
     tensor_amax,
 )
-from megatron_qad.runtime.errors import QADError
 
 ONE = torch.tensor(1.0)
 

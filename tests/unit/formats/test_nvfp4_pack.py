@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.e2m1 import E2M1_VALUES, pack_codes, round_to_e2m1_, unpack_codes
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
 from megatron_qad.formats.nvfp4_pack import OffGridError, is_on_grid, pack_on_grid, recover_global_scale
-from megatron_qad.runtime.errors import QADError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,9 +6,9 @@ import sys
 
 import torch
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4, nvfp4_lists, nvfp4_triton
 from megatron_qad.formats.common import tensor_amax
-from megatron_qad.runtime.errors import QADError
 
 
 def truncated(x):

@@ -12,9 +12,9 @@ from tiny_configs import TINY_HYBRID
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from megatron_qad.checkpoint.hf_inventory import inventory
+from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.decilm import ffn_size
-from megatron_qad.runtime import QADError
 from megatron_qad.training.layout import possible_tensor_parallel
 
 CONFIGS = Path(__file__).parents[1] / "quantization" / "configs"

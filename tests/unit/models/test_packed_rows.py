@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 prepare()
 from megatron_qad.models.context_parallel import partitioned_indices, take_chunks  # noqa: E402

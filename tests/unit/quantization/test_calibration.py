@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_qad.engine import QADError
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS as ENOUGH
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
 from megatron_qad.quantization.names import alike_experts
-from megatron_qad.runtime import QADError
 
 
 def collected(*batches) -> torch.Tensor:

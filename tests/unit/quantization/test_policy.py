@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+from megatron_qad.engine import QADError
 from megatron_qad.quantization.policy import load, resolve
-from megatron_qad.runtime import QADError
 
 
 @dataclass

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
+from megatron_qad.engine import QADError
 from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.quantization.policy import layer_kinds_of, load, resolve
 from megatron_qad.quantization.rules import parse_override, parse_rule
-from megatron_qad.runtime import QADError
 
 PATTERN = "M-ME*-M*"
 KINDS = {"M": "mamba", "-": "mlp", "E": "expert", "*": "attention"}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
 from megatron_qad.quantization.smoothing import Exchange, block_factors
-from megatron_qad.runtime.errors import QADError
 
 
 def squares_of(*exponents: float) -> torch.Tensor:

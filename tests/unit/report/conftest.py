@@ -7,7 +7,7 @@ import pytest
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from megatron_qad.runtime import prepare  # noqa: E402
+from megatron_qad.engine import prepare  # noqa: E402
 
 prepare()  # before megatron is imported
 
@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 from megatron_qad.checkpoint.import_hf import import_hf  # noqa: E402
+from megatron_qad.engine.distributed import init_process_group  # noqa: E402
 from megatron_qad.models.families import family_of  # noqa: E402
-from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
 
 METRICS = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement", "num_tokens")
 

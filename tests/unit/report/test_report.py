@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.models.families import family_of
 from megatron_qad.report.report import write_report
-from megatron_qad.runtime import json_records, manifest
-from megatron_qad.runtime.errors import QADError
 
 LOSS = [(i, 1.0 / i) for i in range(1, 5)]
 RATES = [(i, 1e-4) for i in range(1, 5)]

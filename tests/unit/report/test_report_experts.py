@@ -1,10 +1,10 @@
 """What the report says of experts, from the two files that a job leaves."""
 
+from megatron_qad.engine.run_directory import json_records
 from megatron_qad.report.collect import Results
 from megatron_qad.report.experts import Experts, expert_rows
 from megatron_qad.report.markdown import markdown
 from megatron_qad.report.runs import Run
-from megatron_qad.runtime import json_records
 
 LAYERS = {
     "3": {"teacher": [30, 10, 20, 20], "student": [32, 8, 20, 20], "compared": 40, "changed": 2},

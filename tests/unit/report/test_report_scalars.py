@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.report.scalars import last_validation, read_scalars
-from megatron_qad.runtime.errors import QADError
 
 
 def float32(curve):

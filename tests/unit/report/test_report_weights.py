@@ -5,10 +5,10 @@ import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
 from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
 from megatron_qad.report.weights import linear_errors, relative_distance
-from megatron_qad.runtime.errors import QADError
 
 # Two float64 sums of the same float32 squares in another order and two roots: far below this.
 SAME = {"rel": 1e-9}

@@ -4,14 +4,14 @@ import math
 
 import pytest
 
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 prepare()
 
-from megatron_qad.config.run_files import BEST_FILE  # noqa: E402
+from megatron_qad.engine.distributed import init_process_group  # noqa: E402
+from megatron_qad.engine.run_directory import json_records  # noqa: E402
+from megatron_qad.engine.run_directory.run_files import BEST_FILE  # noqa: E402
 from megatron_qad.models.weights import validated_kl  # noqa: E402
-from megatron_qad.runtime import json_records  # noqa: E402
-from megatron_qad.runtime.distributed import init_process_group  # noqa: E402
 from megatron_qad.training.best import BestCheckpoints  # noqa: E402
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 PROGRAM = """
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 prepare()
 from torch.utils.data import DataLoader
 from megatron_qad.training import preemption

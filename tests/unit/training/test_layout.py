@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()
 from megatron_qad.training.layout import (  # noqa: E402

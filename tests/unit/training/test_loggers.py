@@ -8,16 +8,16 @@ import types
 
 import pytest
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()
 
 from megatron.core.timers import Timers  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
+from megatron_qad.engine.heartbeat import Heartbeat  # noqa: E402
 from megatron_qad.report.events import read_events  # noqa: E402
 from megatron_qad.report.scalars import read_scalars  # noqa: E402
-from megatron_qad.runtime.heartbeat import Heartbeat  # noqa: E402
 from megatron_qad.training import event_writer, loggers, preemption  # noqa: E402
 from megatron_qad.training.event_writer import Faults, JobWriter  # noqa: E402
 from megatron_qad.training.loggers import Guarded  # noqa: E402

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_qad.config.options import QADOptions
 from megatron_qad.distillation import parse_loss
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 from megatron_qad.training.outputs import Outputs, check_head, choose_outputs, fused_bytes, output_bytes
 
 

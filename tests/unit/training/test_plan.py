@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 
 prepare()
 from megatron_qad.models.families import family_of  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_qad.runtime import manifest
+from megatron_qad.engine.run_directory import manifest
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "examples" / "report_models").glob("*.yaml"))

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from megatron_qad.runtime import QADError, manifest
+from megatron_qad.engine import QADError
+from megatron_qad.engine.run_directory import manifest
 
 FILES = {"__0_0.distcp": b"weights" * 1000, "__1_0.distcp": b"", ".metadata": b"names", "metadata.json": b"{}"}
 

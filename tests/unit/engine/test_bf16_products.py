@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from megatron_qad.runtime import bf16_products, capabilities, prepare
+from megatron_qad.engine import capabilities, prepare
+from megatron_qad.engine.cpu.accelerators import bf16_products
 
 F = torch.nn.functional
 BATCHES, ROWS, INNER, COLUMNS = 3, 17, 33, 21

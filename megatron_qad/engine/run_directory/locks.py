@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 NAME = "qad.lock"
 """Of the lock inside a directory that one job owns."""

@@ -10,7 +10,8 @@ from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from megatron_qad.runtime import prepare, whole_saves
+from megatron_qad.engine import prepare
+from megatron_qad.engine.run_directory import whole_saves
 
 prepare()
 

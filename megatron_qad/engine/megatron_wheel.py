@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 
 def use_compiled_dataset_helpers() -> None:

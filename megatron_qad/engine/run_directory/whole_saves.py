@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.runtime import manifest
-from megatron_qad.runtime.errors import QADError
-from megatron_qad.runtime.processes import end_with_parent
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.processes import end_with_parent
+from megatron_qad.engine.run_directory import manifest
 
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 """Endings of a checkpoint that is being written, that has a successor, or that is being removed."""

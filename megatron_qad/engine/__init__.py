@@ -4,7 +4,7 @@
 needed and installs it. Importing this package does nothing.
 """
 
-from megatron_qad.runtime.capabilities import Capabilities, capabilities, prepare
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.capabilities import Capabilities, capabilities, prepare
+from megatron_qad.engine.errors import QADError
 
 __all__ = ["Capabilities", "QADError", "capabilities", "prepare"]

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_qad.runtime import manifest
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import manifest
 
 
 def text_of(name: str, content: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 FILE = "integrity.json"
 _NEEDED = (".metadata", "metadata.json")

@@ -11,7 +11,7 @@ import types
 
 import torch
 
-from megatron_qad.runtime import ssd
+from megatron_qad.engine.cpu import ssd
 
 
 def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, activation=None, **unsupported):

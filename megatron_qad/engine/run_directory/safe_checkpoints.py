@@ -14,7 +14,7 @@ from typing import IO
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim.adamw import AdamW as TorchAdamW
 
-from megatron_qad.runtime.adamw import AdamW
+from megatron_qad.engine.adamw import AdamW
 
 OPTIONS = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
 

@@ -6,7 +6,7 @@ import time
 
 CODE = """
 import sys, time
-from megatron_qad.runtime.heartbeat import heartbeat
+from megatron_qad.engine.heartbeat import heartbeat
 
 heartbeat.start(None, 0, 1, 0.4)
 exec(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The chunked scan, the convolution and the gated norm of ``runtime.ssd`` against their definitions, in float64."""
+"""The chunked scan, the convolution and the gated norm of ``engine.cpu.ssd`` against their definitions, in float64."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from megatron_qad.runtime import ssd
+from megatron_qad.engine.cpu import ssd
 
 ROWS, HEADS, SIZE, GROUPS, STATE = 2, 4, 3, 2, 5
 # float64 has 53 bits; sums of some hundred terms of order one.
@@ -126,11 +126,11 @@ def test_the_gated_norm(before):
 
 def test_megatron_finds_no_mock():
     code = """
-from megatron_qad.runtime import prepare
+from megatron_qad.engine import prepare
 print(prepare().report())
 from megatron.core.ssm import mamba_mixer
 import importlib.util
-from megatron_qad.runtime import ssd
+from megatron_qad.engine.cpu import ssd
 assert mamba_mixer.HAVE_MAMBA_SSM and issubclass(mamba_mixer.ExtendedRMSNorm, ssd.GatedRMSNorm)
 assert mamba_mixer.mamba_split_conv1d_scan_combined is ssd.split_conv1d_scan_combined
 assert mamba_mixer._check_mamba_sequence_packing_support(for_inference_not_training=False) == (True, None)

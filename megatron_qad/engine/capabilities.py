@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_qad.runtime import adamw, bf16_products, cpu_backend, mamba_packages, processes, safe_checkpoints
+from megatron_qad.engine import adamw, processes
+from megatron_qad.engine.cpu import device as cpu_backend
+from megatron_qad.engine.cpu import mamba_packages
+from megatron_qad.engine.cpu.accelerators import bf16_products
+from megatron_qad.engine.run_directory import safe_checkpoints
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 ``install()`` answers the calls that Megatron makes of ``torch.cuda`` and maps the device "cuda" to "cpu", so that the
 same training loop, schedules, optimizer and checkpoints run where there is no GPU. It is installed before ``megatron``
-is imported and only when no GPU is there (``runtime.prepare`` decides). It is slow where a GPU is fast and changes no
+is imported and only when no GPU is there (``engine.prepare`` decides). It is slow where a GPU is fast and changes no
 arithmetic. Left out: CUDA graphs, streams that overlap, memory pools, profilers.
 """
 
@@ -15,7 +15,7 @@ import types
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_qad.runtime import gloo
+from megatron_qad.engine.cpu import collectives as gloo
 
 _CPU = torch.device("cpu")
 

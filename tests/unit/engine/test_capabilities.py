@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_qad.runtime import QADError, capabilities, prepare
+from megatron_qad.engine import QADError, capabilities, prepare
 
 
 def in_a_fresh_process(code: str) -> dict:
@@ -22,15 +22,15 @@ import json, sys, torch
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_name = lambda index=0: "a GPU"
 before = dict(vars(torch.cuda)), torch.distributed.init_process_group
-import megatron_qad.runtime as runtime
+import megatron_qad.engine as engine
 from torch.overrides import _get_current_function_mode
-found = runtime.prepare()
+found = engine.prepare()
 print(json.dumps({
     "device": found.device, "backend": found.backend, "kernels": found.kernels, "report": found.report(),
     "same": all(vars(torch.cuda)[name] is value for name, value in before[0].items()),
     "same_init": torch.distributed.init_process_group is before[1],
     "mode": str(_get_current_function_mode()),
-    "installed": hasattr(sys.modules["megatron_qad.runtime.cpu_backend"].install, "done"),
+    "installed": hasattr(sys.modules["megatron_qad.engine.cpu.device"].install, "done"),
 }))
 """
 
@@ -45,7 +45,7 @@ def test_with_a_gpu_nothing_is_installed():
 IMPORT_ONLY = """
 import json, torch
 init, cuda = torch.distributed.init_process_group, torch.cuda.is_available
-import megatron_qad.runtime
+import megatron_qad.engine
 from torch.overrides import _get_current_function_mode
 print(json.dumps([torch.distributed.init_process_group is init, torch.cuda.is_available is cuda,
                   str(_get_current_function_mode())]))
@@ -177,8 +177,8 @@ def test_the_error_for_users_is_a_runtime_error():
 
 BACKWARD = """
 import json, torch
-import megatron_qad.runtime as runtime
-runtime.prepare()
+import megatron_qad.engine as engine
+engine.prepare()
 
 class OnDevice(torch.autograd.Function):
     @staticmethod

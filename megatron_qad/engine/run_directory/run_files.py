@@ -1,14 +1,14 @@
 """The small files beside a run's checkpoints or in an export, each written by one room and read by others.
 
-Those that describe a run are records (``runtime.json_records``): each has a checksum of itself. Every checkpoint holds
-a copy of them as they were when it was saved, by which a record that is missing is noticed, and can be restored.
+Those that describe a run are records (``json_records``): each has a checksum of itself. Every checkpoint holds a copy of
+them as they were when it was saved, by which a record that is missing is noticed, and can be restored.
 """
 
 from pathlib import Path
 from typing import Any
 
-from megatron_qad.runtime import json_records
-from megatron_qad.runtime.errors import QADError
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron's: the newest checkpoint."""

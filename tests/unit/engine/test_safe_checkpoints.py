@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_qad.runtime import QADError, prepare
+from megatron_qad.engine import QADError, prepare
 
 prepare()
 

@@ -1,0 +1,1 @@
+"""The CPU backend: Megatron on machines without a GPU."""
