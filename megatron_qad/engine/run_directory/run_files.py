@@ -1,7 +1,7 @@
 """The small files beside a run's checkpoints or in an export, each written by one room and read by others.
 
-Those that describe a run are records (``json_records``): each has a checksum of itself. Every checkpoint holds a copy of
-them as they were when it was saved, by which a record that is missing is noticed, and can be restored.
+Those that describe a run are records (``json_records``): each has a checksum of itself. Every checkpoint holds a copy
+of them as they were when it was saved, by which a record that is missing is noticed, and can be restored.
 """
 
 from pathlib import Path
