@@ -8,6 +8,8 @@ few 1e-8 of E_t|x|, where the difference of two log-sum-exps has 1e-7 of the log
 float64.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -65,6 +67,7 @@ def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return kl, log_z_p, log_z_p + mean_shift + between
 
 
+@dataclass(frozen=True, kw_only=True)
 class KL(LogitLoss):
     """KL(teacher || student); the gradient is (p_s - p_t) / temperature."""
 
@@ -98,6 +101,7 @@ class KL(LogitLoss):
         return torch.addcmul(e_t, e_s, ratio[:, None], value=-1, out=e_s).mul_(-(r_t * factor)[:, None])
 
 
+@dataclass(frozen=True, kw_only=True)
 class ConfidenceKL(KL):
     """KL(teacher || student), each token scaled by the teacher's highest probability to the ``power``.
 
@@ -105,9 +109,7 @@ class ConfidenceKL(KL):
     token-scaled logit distillation does (Kim et al. 2023, arXiv 2308.06744, there by the teacher's cross entropy).
     """
 
-    def __init__(self, power: float = 1.0, **temperatures):
-        super().__init__(**temperatures)
-        self.power = power
+    power: float = 1.0
 
     def merge(self, stats, local, rank):
         kl, saved = super().merge(stats, local, rank)
@@ -121,6 +123,7 @@ class ConfidenceKL(KL):
         return super().gradient(tile, saved, self.kernel_factor(saved, factor))
 
 
+@dataclass(frozen=True, kw_only=True)
 class ReverseKL(LogitLoss):
     """KL(student || teacher); the gradient is p_s (log(p_s / p_t) - KL) / temperature."""
 
@@ -137,18 +140,22 @@ class ReverseKL(LogitLoss):
         return tile.z_s.sub_(log_s[:, None]).exp_().mul_(centred).mul_(factor[:, None])
 
 
+@dataclass(frozen=True, kw_only=True)
 class JSD(LogitLoss):
     """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student (generalized
     Jensen-Shannon divergence as in GKD, Agarwal et al. 2023, arXiv 2306.13649). Two collectives: m needs the whole
     vocabulary's normalizers first."""
 
+    beta: float = 0.5
+
     rounds = 2
 
-    def __init__(self, beta: float = 0.5, **temperatures):
-        super().__init__(**temperatures)
-        if not 0 < beta < 1:
-            raise ValueError(f"jsd(beta={beta}): expected a number between 0 and 1; its limits are kl and reverse_kl")
-        self.beta = beta
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"jsd(beta={self.beta}): expected a number between 0 and 1; its limits are kl and reverse_kl"
+            )
 
     def shard_stats(self, tile: Tile):
         return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()

@@ -5,12 +5,14 @@ gradient joins there in the ordinary backward pass.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 
+@dataclass(frozen=True, kw_only=True)
 class HiddenLoss:
     """A loss of layer outputs, averaged over the chosen layers.
 
@@ -19,15 +21,20 @@ class HiddenLoss:
         teacher_layers: the teacher's layer beside each of them; default: the same positions.
     """
 
+    layers: Sequence[int] | None = None
+    teacher_layers: Sequence[int] | None = None
+
     needs_teacher = True
 
-    def __init__(self, layers: Sequence[int] | None = None, teacher_layers: Sequence[int] | None = None):
+    def __post_init__(self):
+        layers, teacher_layers = self.layers, self.teacher_layers
         for name, given in (("layers", layers), ("teacher_layers", teacher_layers)):
             if given is not None and not (isinstance(given, (list, tuple)) and given and all(map(_is_int, given))):
                 raise ValueError(f"{name}={given!r}: expected a list of layer positions such as [0, -1]")
         if teacher_layers is not None and len(teacher_layers) != len(layers or ()):
             raise ValueError(f"teacher_layers={teacher_layers!r}: expected one for each of layers={layers!r}")
-        self.layers, self.teacher_layers = layers, teacher_layers
+        for name, given in (("layers", layers), ("teacher_layers", teacher_layers)):
+            object.__setattr__(self, name, None if given is None else tuple(given))
 
     def pairs(self, num_layers: int, num_teacher_layers: int) -> list[tuple[int, int]]:
         """(student's layer, teacher's layer), counted from 0.
@@ -49,6 +56,7 @@ class HiddenLoss:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, kw_only=True)
 class HiddenMSE(HiddenLoss):
     """|h_s - h_t|^2 / |h_t|^2 of each token: the squared error as a share of what should be there. Without the
     division the few tokens with massive activations would be all of it."""
@@ -60,6 +68,7 @@ class HiddenMSE(HiddenLoss):
         return error / torch.where(size > 0, size, 1.0)
 
 
+@dataclass(frozen=True, kw_only=True)
 class HiddenCosine(HiddenLoss):
     """1 - cosine of the angle between h_s and h_t of each token."""
 

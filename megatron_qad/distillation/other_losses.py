@@ -1,5 +1,7 @@
 """Losses of logits that are no divergence of whole distributions: cross entropy, mean squared error, top-k KL."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
@@ -8,14 +10,15 @@ from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.engine.errors import QADError
 
 
+@dataclass(frozen=True, kw_only=True)
 class CrossEntropy(LogitLoss):
     """Cross entropy against the labels at temperature 1, which is QAT; needs no teacher."""
 
+    temperature: float = field(default=1.0, init=False)
+    teacher_temperature: float = field(default=1.0, init=False)
+
     needs_teacher = False
     needs_labels = True
-
-    def __init__(self):
-        super().__init__()
 
     def shard_stats(self, tile: Tile):
         z, num_columns = tile.z_s, tile.z_s.shape[1]
@@ -43,6 +46,7 @@ class CrossEntropy(LogitLoss):
         return p.mul_(factor[:, None])
 
 
+@dataclass(frozen=True, kw_only=True)
 class MSE(LogitLoss):
     """Mean over the real vocabulary of (z_s - z_t)^2, of the logits themselves: no temperature.
 
@@ -51,9 +55,9 @@ class MSE(LogitLoss):
             offset of one model then costs nothing.
     """
 
-    def __init__(self, centred: bool = True):
-        super().__init__()
-        self.centred = bool(centred)
+    centred: bool = True
+    temperature: float = field(default=1.0, init=False)
+    teacher_temperature: float = field(default=1.0, init=False)
 
     def shard_stats(self, tile: Tile):
         difference = tile.z_s.sub_(tile.z_t)
@@ -76,6 +80,7 @@ class MSE(LogitLoss):
         return tile.z_s.sub_(tile.z_t).sub_(mean[:, None]).mul_((two_over_number * factor)[:, None])
 
 
+@dataclass(frozen=True, kw_only=True)
 class TopKL(LogitLoss):
     """KL(teacher || student) over k + 1 outcomes: the teacher's k most likely tokens of the whole vocabulary, and all
     others as one. Each rank gathers the logits of its own k most likely tokens, 2 k + 4 numbers a token.
@@ -84,11 +89,12 @@ class TopKL(LogitLoss):
         k: at most V/tp, because one rank may hold all of them.
     """
 
-    def __init__(self, k: int = 64, **temperatures):
-        super().__init__(**temperatures)
-        if not (isinstance(k, int) and k > 0):
-            raise ValueError(f"topk(k={k}): expected a positive integer")
-        self.k = k
+    k: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (isinstance(self.k, int) and self.k > 0):
+            raise ValueError(f"topk(k={self.k}): expected a positive integer")
 
     def check(self, width: int) -> None:
         if self.k > width:

@@ -6,12 +6,15 @@ the weights on the grid. Like weight decay it is a sum, so that its pull on a we
 size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 
+@dataclass(frozen=True)
 class ScaleGrowth:
     """The term ``scale_growth`` of ``--qad-loss``. Of NVFP4 weights only; blocks that were zero stay out."""
 

@@ -15,6 +15,7 @@ weight zero have loss zero and gradient zero, whatever their logits hold; tiles 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,22 +23,29 @@ from torch import Tensor
 from megatron_qad.distillation.tiles import Tile, Tiles, VocabShard
 
 
+@dataclass(frozen=True, kw_only=True)
 class LogitLoss:
     """One loss: how a shard is reduced, how shards merge, and the gradient of a tile.
+
+    A subclass is a frozen dataclass too; its fields are the settings that ``--qad-loss`` takes.
 
     Args:
         temperature, teacher_temperature: the distributions are softmax(logits / temperature) of each model. Losses are
             not rescaled by their squares.
     """
 
+    temperature: float = 1.0
+    teacher_temperature: float | None = None
+    """None: ``temperature``."""
+
     needs_teacher = True
     needs_labels = False
     rounds = 1
     """Collectives of the forward pass over more than one rank."""
 
-    def __init__(self, temperature: float = 1.0, teacher_temperature: float | None = None):
-        self.temperature = temperature
-        self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    def __post_init__(self):
+        if self.teacher_temperature is None:
+            object.__setattr__(self, "teacher_temperature", self.temperature)
         for value in (self.temperature, self.teacher_temperature):
             if not 0 < value < float("inf"):
                 raise ValueError(f"temperature {value}: expected a number above 0")
