@@ -1,11 +1,12 @@
 """Floor 2: the losses between teacher and student, over logits whose vocabulary is sharded across tensor-parallel
 ranks."""
 
-from megatron_qad.distillation.losses import LOSSES, per_token_loss
+from megatron_qad.distillation.loss_parser import parse_loss
 from megatron_qad.distillation.metrics import Metrics, compare
-from megatron_qad.distillation.spec import Term, WeightedLosses, parse_loss
+from megatron_qad.distillation.registry import LOSSES, per_token_loss
 from megatron_qad.distillation.tiles import VocabShard
 from megatron_qad.distillation.vocab_parallel import LogitLoss, logit_losses
+from megatron_qad.distillation.weighted_losses import Term, WeightedLosses
 
 __all__ = [
     "LOSSES",

@@ -76,9 +76,6 @@ class HiddenCosine(HiddenLoss):
         return 1 - cosine_similarity(student.float(), teacher.detach().float(), dim=-1)
 
 
-HIDDEN_LOSSES: dict[str, type[HiddenLoss]] = {"hidden_mse": HiddenMSE, "hidden_cosine": HiddenCosine}
-
-
 def attach_loss(hidden: Tensor, loss: Tensor) -> Tensor:
     """``hidden`` unchanged, whose backward pass also runs that of the scalar ``loss``, with a gradient of 1."""
     return _AttachLoss.apply(hidden, loss)

@@ -3,16 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_qad.distillation.registry import training_losses
 from megatron_qad.models.run_directory import read_job
 from megatron_qad.models.weights import iteration_to_read
 from megatron_qad.report.experts import Experts
 from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
 from megatron_qad.report.weights import has_checkpoint
-
-TRAINING_LOSSES = tuple(
-    f"{name} loss" for name in ("total", "kl", "reverse_kl", "jsd", "confidence_kl", "topk", "mse", "ce")
-)
-"""What ``training.loss`` reports, by Megatron's TensorBoard name."""
 
 
 @dataclass
@@ -44,8 +40,8 @@ class Run:
 
     @property
     def training_loss(self) -> tuple[str, Curve]:
-        """(TensorBoard name, curve) of the loss that was trained; ("", []) if none was."""
-        return next(((name, self.scalars[name]) for name in TRAINING_LOSSES if name in self.scalars), ("", []))
+        """(TensorBoard name, curve) of the loss that was trained, the total of a sum; ("", []) if none was."""
+        return next(((name, self.scalars[name]) for name in training_losses(self.scalars)), ("", []))
 
     @property
     def is_trained(self) -> bool:

@@ -93,8 +93,7 @@ def _student(args):
 
 
 def _loss(student, teacher, masters, formats, batch, vocab_size) -> torch.Tensor:
-    from megatron_qad.distillation import per_token_loss
-    from megatron_qad.distillation.losses import VocabShard
+    from megatron_qad.distillation import VocabShard, per_token_loss
 
     weights = {}
     for name, master in masters.items():

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from megatron_qad.distillation.hidden_states import HIDDEN_LOSSES, HiddenCosine, HiddenMSE, attach_loss
+from megatron_qad.distillation.hidden_states import HiddenCosine, HiddenLoss, HiddenMSE, attach_loss
+from megatron_qad.distillation.registry import losses_of_kind
+
+HIDDEN_LOSSES = losses_of_kind(HiddenLoss)
 
 
 def states(dtype=torch.float64):

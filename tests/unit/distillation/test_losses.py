@@ -27,6 +27,10 @@ CASES = {
 WITH_TEMPERATURE = [case for case in CASES if case.split()[0] not in ("mse", "ce")]
 
 
+def test_every_loss_of_logits_has_a_case():
+    assert {case.split()[0] for case in CASES} == set(LOSSES)
+
+
 def logits(seed: int, dtype=torch.float32, *, scale: float = 3.0, width: int = WIDTH) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(BATCH, SEQUENCE, width, generator=generator) * scale).to(dtype)

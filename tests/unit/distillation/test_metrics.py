@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from megatron_qad.distillation import Metrics, compare
-from megatron_qad.distillation.losses import VocabShard
+from megatron_qad.distillation import Metrics, VocabShard, compare
 
 COLUMNS, WIDTH, TOKENS = 40, 48, 200
 

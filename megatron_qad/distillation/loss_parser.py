@@ -1,4 +1,4 @@
-"""``--qad-loss``: a short string or a YAML file -> losses with weights that may follow a schedule over steps.
+"""``--qad-loss``: a short string or a YAML file -> ``WeightedLosses``.
 
     kl      kl + 0.5*ce      jsd(beta=0.5)      topk(k=64, temperature=2)      kl + cosine(1, 0, 100, 500)*ce
     kl + 0.1*hidden_mse(layers=[3, -1])         kl + 1e-4*scale_growth
@@ -13,79 +13,16 @@ step END on. The same in YAML, a list:
 """
 
 import ast
-import difflib
-import inspect
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
 
-from megatron_qad.distillation.hidden_states import HIDDEN_LOSSES, HiddenLoss
-from megatron_qad.distillation.losses import LOSSES
-from megatron_qad.distillation.scale_growth import ScaleGrowth
+from megatron_qad.distillation.registry import REGISTRY, Loss, losses_of_kind
 from megatron_qad.distillation.vocab_parallel import LogitLoss
+from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, nearest
 from megatron_qad.engine.errors import QADError
-
-Part = LogitLoss | HiddenLoss | ScaleGrowth
-PARTS: dict[str, type[Part]] = {**LOSSES, **HIDDEN_LOSSES, "scale_growth": ScaleGrowth}
-"""What a sum may consist of: losses of the logits, losses of hidden states, a penalty on the weights."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight over steps, ``start_weight`` until step ``start``, ``end_weight`` from step ``end`` on."""
-
-    start_weight: float = 1.0
-    end_weight: float = 1.0
-    start: int = 0
-    end: int = 0
-    schedule: str = "constant"
-    """constant, linear or cosine: the way between."""
-
-    def __post_init__(self):
-        numbers = (self.start_weight, self.end_weight, self.start, self.end)
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-            raise QADError(f"a weight's schedule {self.schedule}{numbers}: expected four numbers")
-        if self.schedule not in ("constant", "linear", "cosine"):
-            raise QADError(f"unknown schedule {self.schedule!r}{_nearest(self.schedule, ('linear', 'cosine'))}")
-        if self.schedule != "constant" and not self.start < self.end:
-            raise QADError(f"schedule {self.schedule}: its last step {self.end} must come after its first {self.start}")
-
-    def at(self, step: int) -> float:
-        """The weight in ``step``, counted from 1."""
-        if self.schedule == "constant":
-            return self.start_weight
-        share = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
-        if self.schedule == "cosine":
-            share = (1 - math.cos(math.pi * share)) / 2
-        return self.start_weight + share * (self.end_weight - self.start_weight)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One part of a weighted sum."""
-
-    name: str
-    """By which it is logged; the second "kl" is "kl 2"."""
-    loss: Part
-    weight: Weight
-
-
-@dataclass(frozen=True)
-class WeightedLosses:
-    """A weighted sum of losses."""
-
-    terms: tuple[Term, ...]
-
-    def of_kind(self, kind: type) -> tuple[Term, ...]:
-        """The terms whose loss is a ``LogitLoss``, a ``HiddenLoss`` or ``ScaleGrowth``."""
-        return tuple(term for term in self.terms if isinstance(term.loss, kind))
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any(term.loss.needs_teacher for term in self.terms)
 
 
 def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
@@ -109,32 +46,26 @@ def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
         found.append(Term(f"{name} {number + 1}" if number else name, loss, weight))
     losses = WeightedLosses(tuple(found))
     if not losses.of_kind(LogitLoss):
-        raise QADError(f"--qad-loss {text!r}: expected a loss of the logits ({', '.join(LOSSES)}) among its parts")
+        of_logits = ", ".join(losses_of_kind(LogitLoss))
+        raise QADError(f"--qad-loss {text!r}: expected a loss of the logits ({of_logits}) among its parts")
     return losses
 
 
 _ReadTerm = tuple[str, dict, Weight]
 
 
-def _build(name: str, settings: dict, temperature: float) -> Part:
-    if name not in PARTS:
-        raise QADError(f"unknown loss {name!r}{_nearest(name, PARTS)}; expected one of {', '.join(PARTS)}")
-    kind = PARTS[name]
-    valid = set(inspect.signature(kind).parameters)
-    if "temperatures" in valid:
-        valid = valid - {"temperatures"} | {"temperature", "teacher_temperature"}
+def _build(name: str, settings: dict, temperature: float) -> Loss:
+    if name not in REGISTRY:
+        raise QADError(f"unknown loss {name!r}{nearest(name, REGISTRY)}; expected one of {', '.join(REGISTRY)}")
+    loss = REGISTRY[name].loss
+    valid = {field.name for field in fields(loss) if field.init}
     for key in settings:
         if key not in valid:
             raise QADError(
-                f"{name} has no setting {key!r}{_nearest(key, valid)}; it has {', '.join(sorted(valid)) or 'none'}"
+                f"{name} has no setting {key!r}{nearest(key, valid)}; it has {', '.join(sorted(valid)) or 'none'}"
             )
     default = {"temperature": temperature} if "temperature" in valid else {}
-    return kind(**(default | settings))
-
-
-def _nearest(name: str, valid) -> str:
-    near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.4)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return loss(**(default | settings))
 
 
 def _read_string(text: str) -> list[_ReadTerm]:
@@ -199,7 +130,7 @@ def _read_yaml(file: Path) -> list[_ReadTerm]:
         if isinstance(weight, Mapping):
             valid = [name for name in Weight.__dataclass_fields__]
             if unknown := [key for key in weight if key not in valid]:
-                raise QADError(f"weight has no key {unknown[0]!r}{_nearest(unknown[0], valid)}")
+                raise QADError(f"weight has no key {unknown[0]!r}{nearest(unknown[0], valid)}")
             weight = Weight(**({"schedule": "linear"} | weight))
         else:
             weight = _constant(weight)
