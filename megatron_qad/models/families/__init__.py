@@ -1,21 +1,23 @@
-"""One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides."""
+"""One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides, what is never
+quantized. ``dense_decoder`` and ``router_options`` hold what several families share. Needs no Megatron."""
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.models.families import decilm, dense, nemotron_h, nemotron_vl, qwen3_moe
+from megatron_qad.models.families import decilm, llama, nemotron_h, nemotron_vl, qwen2, qwen3, qwen3_moe
 from megatron_qad.models.families.base import Family
 
-_FAMILIES = {
+FAMILIES: dict[str, Family] = {
     family.architecture: family
     for family in (
-        dense.LLAMA,
-        dense.QWEN2,
-        dense.QWEN3,
-        qwen3_moe.QWEN3_MOE,
-        nemotron_h.NEMOTRON_H,
-        nemotron_vl.NEMOTRON_VL,
-        decilm.DECILM,
+        llama.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        qwen3_moe.FAMILY,
+        nemotron_h.FAMILY,
+        nemotron_vl.FAMILY,
+        decilm.FAMILY,
     )
 }
+"""By the entry ``architectures`` of config.json."""
 
 
 def family_of(hf_config: dict) -> Family:
@@ -26,11 +28,11 @@ def family_of(hf_config: dict) -> Family:
     """
     found = hf_config.get("architectures") or ["(no architectures entry)"]
     for architecture in found:
-        if architecture in _FAMILIES:
-            return _FAMILIES[architecture]
+        if architecture in FAMILIES:
+            return FAMILIES[architecture]
     raise QADError(
         f"config.json names the architecture {found[0]!r}, which is not supported. Supported: "
-        f"{', '.join(sorted(_FAMILIES))}"
+        f"{', '.join(sorted(FAMILIES))}"
     )
 
 

@@ -8,7 +8,7 @@ inspected: HybridModel has no layer for them. Llama Nemotron Super V1 49B has no
 import math
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.models.families import dense
+from megatron_qad.models.families import dense_decoder
 from megatron_qad.models.families.base import Family, TensorMap, required
 
 _FFN_MULTIPLE = 256
@@ -62,23 +62,25 @@ def megatron_args(config: dict) -> dict:
         # on it at the start: near the mean, and a width that tensor parallelism divides as it does the others.
         "intermediate_size": unit * round(sum(widths) / len(widths) / unit),
     }
-    shape = dense.megatron_args(config | alike, qkv_bias=False, qk_norm=False)
+    shape = dense_decoder.megatron_args(config | alike, qkv_bias=False, qk_norm=False)
     return shape | {"hybrid-layer-pattern": layer_pattern(config)}
 
 
 def tensors(config: dict) -> list[TensorMap]:
     num_heads = required(config, "num_attention_heads")
     head_dim = config.get("head_dim") or required(config, "hidden_size") // num_heads
-    found = [dense.embedding(config)]
+    found = [dense_decoder.embedding(config)]
     for layer, (block, symbol, part) in enumerate(_layers(config)):
         hf = f"model.layers.{block}"
         if part.get("replace_with_linear"):
             found += _replaced(config, layer, hf, symbol)
         elif symbol == "*":
-            found += dense.attention(config, layer, hf, num_heads, num_heads // part["n_heads_in_group"], head_dim)
+            found += dense_decoder.attention(
+                config, layer, hf, num_heads, num_heads // part["n_heads_in_group"], head_dim
+            )
         else:
-            found += dense.gated_mlp(config, layer, hf, ffn_size(config, part))
-    return found + dense.final(config)
+            found += dense_decoder.gated_mlp(config, layer, hf, ffn_size(config, part))
+    return found + dense_decoder.final(config)
 
 
 def _layers(config: dict) -> list[tuple[int, str, dict]]:
@@ -113,11 +115,11 @@ def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[TensorMap]
     ]
 
 
-DECILM = Family(
+FAMILY = Family(
     architecture="DeciLMForCausalLM",
     layer_pattern=layer_pattern,
     megatron_args=megatron_args,
     tensors=tensors,
-    rope_scaling=dense.rope_scaling,
+    rope_scaling=dense_decoder.rope_scaling,
     mlp_widths=mlp_widths,
 )

@@ -13,7 +13,7 @@ from functools import partial
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families.base import Family, GroupedQKV, TensorMap, required
-from megatron_qad.models.families.router import router_args
+from megatron_qad.models.families.router_options import router_args
 
 _SYMBOLS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
@@ -244,7 +244,7 @@ def _up_down(module: str, hf: str, kind: str, layer: int, hidden: int, width: in
     yield TensorMap(f"{module}.linear_fc2.weight", down, kind, (hidden, width), layer, is_linear=True)
 
 
-NEMOTRON_H = Family(
+FAMILY = Family(
     architecture="NemotronHForCausalLM",
     layer_pattern=layer_pattern,
     megatron_args=megatron_args,

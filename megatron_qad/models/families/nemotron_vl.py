@@ -90,12 +90,12 @@ def _kept(name: str, shape: tuple[int, ...], **kwargs) -> TensorMap:
     return TensorMap(name, (name,), "vision", shape, **kwargs)
 
 
-NEMOTRON_VL = Family(
+FAMILY = Family(
     architecture="NemotronH_Nano_VL_V2",
     layer_pattern=layer_pattern,
     megatron_args=megatron_args,
     tensors=tensors,
-    rope_scaling=nemotron_h.NEMOTRON_H.rope_scaling,
+    rope_scaling=nemotron_h.FAMILY.rope_scaling,
     text_config=language_config,
     carried=("vision_model.", "mlp1.", f"{_PREFIX}mtp."),
     beside=beside,

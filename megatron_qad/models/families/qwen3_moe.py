@@ -1,14 +1,14 @@
 """Qwen3-MoE (``Qwen3MoeForCausalLM``): Qwen3's attention, and blocks of gated experts behind a softmax router.
 
 As in the dense families block i is layers 2i and 2i + 1 of the pattern; the second is ``E``, or ``-`` where the config
-leaves a block dense. Hugging Face names are the hub's, with experts apart. No shared experts.
+leaves a block dense_decoder. Hugging Face names are the hub's, with experts apart. No shared experts.
 """
 
 from collections.abc import Iterator
 
-from megatron_qad.models.families import dense
+from megatron_qad.models.families import dense_decoder
 from megatron_qad.models.families.base import ExpertGateUp, Family, TensorMap, required
-from megatron_qad.models.families.router import router_args
+from megatron_qad.models.families.router_options import router_args
 
 
 def layer_pattern(config: dict) -> str:
@@ -26,7 +26,7 @@ def _has_experts(config: dict, block: int) -> bool:
 
 
 def megatron_args(config: dict) -> dict:
-    shape = dense.megatron_args(config, qkv_bias=False, qk_norm=True)
+    shape = dense_decoder.megatron_args(config, qkv_bias=False, qk_norm=True)
     shape["hybrid-layer-pattern"] = layer_pattern(config)
     return shape | router_args(
         num_experts=_num_experts(config),
@@ -38,15 +38,15 @@ def megatron_args(config: dict) -> dict:
 
 
 def tensors(config: dict) -> list[TensorMap]:
-    found = [dense.embedding(config)]
+    found = [dense_decoder.embedding(config)]
     for block in range(required(config, "num_hidden_layers")):
         hf = f"model.layers.{block}"
-        found += dense.attention(config, 2 * block, hf, *dense.heads(config), qk_norm=True)
+        found += dense_decoder.attention(config, 2 * block, hf, *dense_decoder.heads(config), qk_norm=True)
         if _has_experts(config, block):
             found += _experts(config, 2 * block + 1, hf)
         else:
-            found += dense.gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
-    return found + dense.final(config)
+            found += dense_decoder.gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
+    return found + dense_decoder.final(config)
 
 
 def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
@@ -72,10 +72,10 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
         yield TensorMap(f"{expert}.linear_fc2.weight", down, "expert", (hidden, width), layer, is_linear=True)
 
 
-QWEN3_MOE = Family(
+FAMILY = Family(
     architecture="Qwen3MoeForCausalLM",
     layer_pattern=layer_pattern,
     megatron_args=megatron_args,
     tensors=tensors,
-    rope_scaling=dense.rope_scaling,
+    rope_scaling=dense_decoder.rope_scaling,
 )

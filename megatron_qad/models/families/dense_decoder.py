@@ -1,4 +1,4 @@
-"""Dense decoder families that share one shape: Llama, Qwen2 / Qwen2.5 (QKV bias), Qwen3 (QK norm).
+"""What families of dense decoders share: Llama's attention and gated MLP, its rope, embedding and head.
 
 Each Hugging Face block becomes two layers of the pattern, attention ``*`` and MLP ``-``: block i holds layers 2i, 2i+1.
 """
@@ -154,7 +154,8 @@ def final(config: dict) -> list[TensorMap]:
     return found
 
 
-def _family(architecture: str, *, qkv_bias: bool = False, qk_norm: bool = False) -> Family:
+def family(architecture: str, *, qkv_bias: bool = False, qk_norm: bool = False) -> Family:
+    """A family of this shape, with biases of q, k and v, or norms of queries and keys."""
     return Family(
         architecture=architecture,
         layer_pattern=layer_pattern,
@@ -162,8 +163,3 @@ def _family(architecture: str, *, qkv_bias: bool = False, qk_norm: bool = False)
         tensors=partial(tensors, qkv_bias=qkv_bias, qk_norm=qk_norm),
         rope_scaling=rope_scaling,
     )
-
-
-LLAMA = _family("LlamaForCausalLM")
-QWEN2 = _family("Qwen2ForCausalLM", qkv_bias=True)
-QWEN3 = _family("Qwen3ForCausalLM", qk_norm=True)

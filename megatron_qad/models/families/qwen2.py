@@ -1,0 +1,5 @@
+"""Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``): Llama with biases of q, k and v."""
+
+from megatron_qad.models.families import dense_decoder
+
+FAMILY = dense_decoder.family("Qwen2ForCausalLM", qkv_bias=True)
