@@ -21,3 +21,38 @@ TINY_HYBRID = {
     "moe_shared_expert_intermediate_size": 80,
 }
 """A Nemotron-H of every kind of layer."""
+
+TINY_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 96,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1]}
+_NO_MLP = {"attention": {"n_heads_in_group": 2}, "ffn": {"no_op": True}}
+_BLOCKS = [{"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 2.625}}, _NO_MLP]
+_RADIO = {"num_hidden_layers": 2, "intermediate_size": 48, "max_resolution": 64}
+TINY_OF_FAMILY = {
+    "llama": TINY_LLAMA,
+    "qwen2": TINY_LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": TINY_LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "qwen3_moe": TINY_LLAMA | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | _EXPERTS,
+    "nemotron_h": TINY_HYBRID | {"model_type": "nemotron_h"},
+    "decilm": TINY_LLAMA
+    | {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}
+    | {"num_hidden_layers": 2, "block_configs": _BLOCKS},
+    "nemotron_vl": {
+        "architectures": ["NemotronH_Nano_VL_V2"],
+        "model_type": "NemotronH_Nano_VL_V2",
+        "llm_config": TINY_HYBRID | {"model_type": "nemotron_h"},
+        "vit_hidden_size": 32,
+        "projector_hidden_size": 64,
+        "vision_config": _RADIO,
+    },
+}
+"""One config of each family, by the name of the family's file."""

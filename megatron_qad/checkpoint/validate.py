@@ -1,6 +1,6 @@
 """Checks an exported NVFP4 directory on its own, as the strictest of its consumers would, and names every fault.
 
-Needs no model and no GPU: config.json says what must be there (``hf_inventory``), the shard headers say what is
+Needs no model and no GPU: config.json says what must be there (``expected_tensors``), the shard headers say what is
 (``hf_directory``), ``validate_config`` compares the configurations, and the scales are read. It covers what servers
 accept and compute garbage from: a missing scale, block scales stored as U8, scales that differ within a fused group,
 exclusions that do not match. Left out: whether the weights are good ones.
@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_qad.checkpoint.expected_tensors import Inventory, inventory
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
-from megatron_qad.checkpoint.hf_inventory import Inventory, inventory
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
 from megatron_qad.checkpoint.origins import faults_of_export
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats

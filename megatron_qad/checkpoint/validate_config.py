@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_qad.checkpoint.expected_tensors import Inventory
 from megatron_qad.checkpoint.hf_directory import AddFault, read_json
-from megatron_qad.checkpoint.hf_inventory import Inventory
 from megatron_qad.checkpoint.layout_configs import MIXED, QUANT_ALGOS, hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import PackedLayout
 

@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_qad.checkpoint.hf_inventory import inventory
+from megatron_qad.checkpoint.expected_tensors import inventory
 from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, kv_scales
 from megatron_qad.checkpoint.validate import validate_nvfp4

@@ -53,7 +53,7 @@ def test_good_directories_are_valid(tmp_path, layout, family):
 def test_inventory_is_what_transformers_builds(family):
     """Names and shapes of the independent inventory against the model classes themselves."""
     transformers = pytest.importorskip("transformers")
-    from megatron_qad.checkpoint.hf_inventory import inventory
+    from megatron_qad.checkpoint.expected_tensors import inventory
 
     config = FAMILIES[family]
     with torch.device("meta"):
@@ -364,7 +364,7 @@ def test_command_line_prints_faults_and_exits_1(tmp_path):
 )
 def test_a_hybrid_whose_layers_have_names_is_what_the_pattern_says(blocks):
     """transformers 5 writes ``layers_block_type`` and no ``hybrid_override_pattern``; import and export take both."""
-    from megatron_qad.checkpoint.hf_inventory import inventory
+    from megatron_qad.checkpoint.expected_tensors import inventory
 
     pattern = NEMOTRON_H | {"hybrid_override_pattern": "ME*-"}
     named = {k: v for k, v in NEMOTRON_H.items() if k != "head_dim"}
@@ -384,7 +384,7 @@ def test_a_hybrid_whose_layers_have_names_is_what_the_pattern_says(blocks):
     ],
 )
 def test_layers_of_a_hybrid_that_nobody_knows(changes, named):
-    from megatron_qad.checkpoint.hf_inventory import inventory
+    from megatron_qad.checkpoint.expected_tensors import inventory
 
     with pytest.raises(QADError, match=named):
         inventory(NEMOTRON_H | changes)

@@ -11,7 +11,7 @@ import torch
 from tiny_configs import TINY_HYBRID
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
-from megatron_qad.checkpoint.hf_inventory import inventory
+from megatron_qad.checkpoint.expected_tensors import inventory
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.decilm import ffn_size

@@ -1,0 +1,13 @@
+"""Llama: plain, or with biases of attention or MLP."""
+
+from typing import Any
+
+from megatron_qad.checkpoint.expected_tensors.dense_decoder import dense_decoder
+from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory
+
+
+def expected_tensors(config: dict[str, Any]) -> Inventory:
+    bias = bool(config.get("attention_bias", False))
+    return dense_decoder(
+        config, qkv_bias=bias, o_bias=bias, mlp_bias=bool(config.get("mlp_bias", False)), qk_norm=False
+    )

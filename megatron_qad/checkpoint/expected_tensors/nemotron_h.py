@@ -1,0 +1,88 @@
+"""Nemotron-H: one mixer a layer, by the pattern: Mamba-2, attention, MLP or experts."""
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, positive_integer
+from megatron_qad.engine.errors import QADError
+
+
+def expected_tensors(config: dict[str, Any], prefix: str = "") -> Inventory:
+    """The hub's names, after ``prefix``."""
+    hidden, vocab = positive_integer(config, "hidden_size"), positive_integer(config, "vocab_size")
+    model = Inventory(
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        embedding=f"{prefix}backbone.embeddings.weight",
+        head=f"{prefix}lm_head",
+        carried=(f"{prefix}mtp.",) if config.get("num_nextn_predict_layers") else (),
+    )
+    model.tensors |= {model.embedding: (vocab, hidden), f"{prefix}backbone.norm_f.weight": (hidden,)}
+    model.linears[model.head] = (vocab, hidden)
+    for index, add_mixer in enumerate(_mixers(config)):
+        layer = f"{prefix}backbone.layers.{index}"
+        model.tensors[f"{layer}.norm.weight"] = (hidden,)
+        add_mixer(model, config, f"{layer}.mixer", hidden)
+    return model
+
+
+def _mixers(config: dict) -> list[Callable]:
+    """What each layer is: a letter of ``hybrid_override_pattern``, a name in ``layers_block_type`` of newer files."""
+    key, add = "hybrid_override_pattern", {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
+    if config.get(key) is None and config.get("layers_block_type") is not None:
+        key, add = "layers_block_type", {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _experts}
+        add |= {"linear_attention": _mamba, "full_attention": _attention}
+    layers, known = config.get(key), tuple(add)  # a tuple, because a damaged file may hold an unhashable value
+    if not isinstance(layers, str if "M" in known else list) or any(layer not in known for layer in layers):
+        raise QADError(f"config.json: {key} is {layers!r}, expected one of {', '.join(add)} for each layer.")
+    return [add[layer] for layer in layers]
+
+
+def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
+    heads, state = (
+        positive_integer(config, "mamba_num_heads"),
+        positive_integer(config, "n_groups") * positive_integer(config, "ssm_state_size"),
+    )
+    inner = heads * positive_integer(config, "mamba_head_dim")
+    model.linears[f"{mixer}.in_proj"] = (2 * inner + 2 * state + heads, hidden)
+    model.linears[f"{mixer}.out_proj"] = (hidden, inner)
+    model.always_excluded.append(f"{mixer}.conv1d")
+    channels = inner + 2 * state
+    model.tensors |= {f"{mixer}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
+    model.tensors |= {f"{mixer}.norm.weight": (inner,), f"{mixer}.conv1d.bias": (channels,)}
+    model.tensors[f"{mixer}.conv1d.weight"] = (channels, 1, positive_integer(config, "conv_kernel", 4))
+
+
+def _attention(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
+    heads = positive_integer(config, "num_attention_heads")
+    kv_heads = positive_integer(config, "num_key_value_heads", heads)
+    head_dim = positive_integer(config, "head_dim", positive_integer(config, "attention_head_dim", hidden // heads))
+    qkv = tuple(f"{mixer}.{x}_proj" for x in "qkv")
+    model.linears |= {name: (n * head_dim, hidden) for name, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True)}
+    model.linears[f"{mixer}.o_proj"] = (hidden, heads * head_dim)
+    model.fused.append(qkv)
+    model.attentions.append(qkv[1:])
+
+
+def _mlp(model: Inventory, config: dict, mixer: str, hidden: int, width: int | None = None) -> None:
+    width = width or positive_integer(config, "intermediate_size")
+    model.linears |= {f"{mixer}.up_proj": (width, hidden), f"{mixer}.down_proj": (hidden, width)}
+
+
+def _experts(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
+    number, width = positive_integer(config, "n_routed_experts"), positive_integer(config, "moe_intermediate_size")
+    latent = config.get("moe_latent_size")
+    bias = f"{mixer}.gate.e_score_correction_bias"
+    model.tensors |= {f"{mixer}.gate.weight": (number, hidden), bias: (number,)}
+    model.float32.add(bias)
+    if latent:
+        model.linears |= {f"{mixer}.fc1_latent_proj": (latent, hidden), f"{mixer}.fc2_latent_proj": (hidden, latent)}
+    for index in range(number):
+        _mlp(model, config, f"{mixer}.experts.{index}", latent or hidden, width)
+    if config.get("n_shared_experts", 1):
+        _mlp(
+            model,
+            config,
+            f"{mixer}.shared_experts",
+            hidden,
+            positive_integer(config, "moe_shared_expert_intermediate_size"),
+        )

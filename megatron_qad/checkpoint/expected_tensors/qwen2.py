@@ -1,0 +1,10 @@
+"""Qwen2 and Qwen2.5: Llama with biases of q, k and v."""
+
+from typing import Any
+
+from megatron_qad.checkpoint.expected_tensors.dense_decoder import dense_decoder
+from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory
+
+
+def expected_tensors(config: dict[str, Any]) -> Inventory:
+    return dense_decoder(config, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False)
