@@ -1,19 +1,37 @@
-"""docs/losses.md as data."""
+"""What docs and help say of the losses, as data."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-LOSSES_PAGE = Path(__file__).parents[3] / "docs" / "losses.md"
+import megatron_qad
+
+ROOT = Path(megatron_qad.__file__).parents[1]
 
 
 @pytest.fixture
-def documented_losses() -> dict[str, tuple[tuple[str, ...], str]]:
-    """The table of docs/losses.md: name -> (settings, what it is), in the page's order."""
-    rows = {}
-    for line in LOSSES_PAGE.read_text().splitlines():
-        if line.startswith("| `"):
-            name, settings, description = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
-            rows[name.strip("`")] = (tuple(filter(None, settings.split(", "))), description.replace("\\|", "|"))
-    return rows
+def losses_of_table():
+    """losses_of_table(text): the rows of a table as in docs/losses.md, name -> (settings, what it is), in order."""
+
+    def parse(text: str) -> dict[str, tuple[tuple[str, ...], str]]:
+        rows = {}
+        for line in text.splitlines():
+            if line.startswith("| `"):
+                name, settings, description = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+                rows[name.strip("`")] = (tuple(filter(None, settings.split(", "))), description.replace("\\|", "|"))
+        return rows
+
+    return parse
+
+
+@pytest.fixture
+def documented_losses(losses_of_table):
+    """The table of docs/losses.md."""
+    return losses_of_table((ROOT / "docs" / "losses.md").read_text())
+
+
+@pytest.fixture
+def help_texts() -> str:
+    """The files of megatron_qad/config, whose docstrings are the help of the flags."""
+    return "".join(file.read_text() for file in (ROOT / "megatron_qad" / "config").rglob("*.py"))
