@@ -12,8 +12,9 @@ from megatron_qad.training.layout import check_tensor_parallel, with_stages
 
 
 def config(case: str = "llama", **changes) -> dict:
-    family = next(name for name in ("Llama", "Qwen2", "Qwen3") if case.startswith(name.lower()))
-    return {**tiny_models.config_of(case).to_dict(), "architectures": [f"{family}ForCausalLM"], **changes}
+    found = tiny_models.config_of(case)
+    family = type(found).__name__.removesuffix("Config")
+    return {**found.to_dict(), "architectures": [f"{family}ForCausalLM"], **changes}
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)

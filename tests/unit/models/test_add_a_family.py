@@ -1,0 +1,95 @@
+"""docs/howto/add_a_family.md, followed step by step with the code that stands there."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import tiny_configs
+from guides import code_of, run
+
+from megatron_qad.checkpoint.expected_tensors import EXPECTED_TENSORS, inventory
+from megatron_qad.engine import QADError
+from megatron_qad.models.families import FAMILIES, dense_decoder, family_of
+from megatron_qad.quantization.policy import load, resolve
+
+CODE = code_of("add_a_family.md")
+CONFIG = eval(CODE["tests/tiny_configs.py"], vars(tiny_configs).copy())
+"""Step 5."""
+
+
+class Module:
+    """A module made of a block of the page."""
+
+    def __init__(self, file: str):
+        vars(self).update(run(CODE[file], file))
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Steps 1 and 2."""
+    acme = Module("megatron_qad/models/families/acme.py")
+    family = eval(CODE["megatron_qad/models/families/__init__.py"], {"acme": acme})
+    monkeypatch.setitem(FAMILIES, family.architecture, family)
+    return family
+
+
+@pytest.fixture
+def expected(monkeypatch):
+    """Steps 3 and 4."""
+    acme = Module("megatron_qad/checkpoint/expected_tensors/acme.py")
+    for model_type, function in eval(
+        CODE["megatron_qad/checkpoint/expected_tensors/__init__.py"], {"acme": acme}
+    ).items():
+        monkeypatch.setitem(EXPECTED_TENSORS, model_type, function)
+
+
+def test_nothing_knows_the_family_before_step_2():
+    with pytest.raises(QADError, match="'AcmeForCausalLM', which is not supported"):
+        family_of(CONFIG)
+
+
+def test_its_config_gives_megatron_options(registered):
+    options = family_of(CONFIG).megatron_args(CONFIG)
+    llama = tiny_configs.TINY_LLAMA
+    of_llama = family_of(llama).megatron_args(llama)
+    assert options == of_llama | {"add-qkv-bias": True, "qk-layernorm": True} != of_llama
+    assert (options["hybrid-layer-pattern"], options["hidden-size"], options["kv-channels"]) == ("*-*-*-", 64, 32)
+    with pytest.raises(QADError, match="logit_softcap 30.0, which is not supported"):
+        registered.megatron_args(CONFIG | {"logit_softcap": 30.0})
+    with pytest.raises(QADError, match="no 'hidden_size', which is required"):
+        registered.megatron_args(CONFIG | {"hidden_size": None})
+
+
+def test_its_name_map_inverts(registered, assert_round_trip):
+    assert_round_trip(CONFIG)
+    names = {name for tensor in registered.tensors(CONFIG) for name in tensor.hf}
+    assert {"model.layers.2.self_attn.k_proj.bias", "model.layers.0.self_attn.q_norm.weight"} < names
+    assert len({tensor.megatron for tensor in registered.tensors(CONFIG)}) == len(registered.tensors(CONFIG))
+
+
+def test_the_validator_does_not_know_it_before_step_4(registered):
+    with pytest.raises(QADError, match="model_type is 'acme'.*docs/howto/add_a_family.md"):
+        inventory(CONFIG)
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["own head", "tied head"])
+def test_its_expected_tensors_are_its_name_maps(registered, expected, assert_same_tensors, changes):
+    assert_same_tensors(CONFIG | changes)
+
+
+@pytest.mark.parametrize(("forgotten", "qk_norm"), [("bias", True), ("norm", False)])
+def test_a_mistake_in_the_name_map_is_found(registered, expected, assert_same_tensors, monkeypatch, forgotten, qk_norm):
+    """What comparing lists that are written apart is for."""
+    wrong = partial(dense_decoder.tensors, qkv_bias=forgotten != "bias", qk_norm=qk_norm)
+    monkeypatch.setitem(FAMILIES, registered.architecture, replace(registered, tensors=wrong))
+    with pytest.raises(AssertionError, match=forgotten):
+        assert_same_tensors(CONFIG)
+
+
+def test_policies_resolve(registered):
+    """Each linear gets a format: all of the decoder, not the head, not what is no linear."""
+    linears = registered.linears(CONFIG)
+    formats = resolve(load("nvfp4-all-linear", ["attention=fp8"]), linears, registered.layer_kinds(CONFIG))
+    assert set(formats) == {linear.megatron for linear in linears} and len(linears) == 4 * 3 + 1
+    by_kind = {linear.kind: formats[linear.megatron] for linear in linears}
+    assert by_kind == {"attention": "fp8", "mlp": "nvfp4", "head": "bf16"}
