@@ -16,7 +16,14 @@ from torch import Tensor
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import E4M3_MAX, E4M3_MIN, MAX_ULPS, OffGridError, neighbours, tensor_amax, tile_slices
 from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
-from megatron_qad.formats.nvfp4 import BLOCK_SIZE, dequantize, global_scale_from_amax, quantize
+from megatron_qad.formats.nvfp4 import (
+    BLOCK_SIZE,
+    dequantize,
+    global_scale_from_amax,
+    quantize,
+    require_blocks,
+    require_scale,
+)
 
 __all__ = ["OffGridError", "is_on_grid", "pack_on_grid", "recover_global_scale"]
 
@@ -34,22 +41,32 @@ def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") 
     Returns:
         packed uint8 [..., K/2] and block_scale float8_e4m3fn [..., K/16]. Both zeros of ``weight`` become code 0.
 
-    Raises QADError, with the count, if a block of ``weight`` is no NVFP4 block under this global scale.
+    Raises OffGridError, a QADError, with the count, if a block of ``weight`` is no NVFP4 block under this global scale,
+    at the first tile that has one: of a weight that was never quantized no more than a tile is packed.
     """
-    dim = weight.shape[-1] if weight.dim() else 0
-    packed, block_scale = quantize(weight, global_scale, name=name)
+    require_blocks(weight, name, "max")
+    require_scale(global_scale.float(), name)
+    dim = weight.shape[-1]
     rows = weight.detach().reshape(-1, dim)
-    packed_rows, scale_rows = packed.view(-1, dim // 2), block_scale.view(-1, dim // BLOCK_SIZE)
+    packed = torch.empty(len(rows), dim // 2, dtype=torch.uint8, device=weight.device)
+    block_scale = torch.empty(len(rows), dim // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
     for part in tile_slices(rows):
-        wrong = _wrong_blocks(rows[part], packed_rows[part], scale_rows[part], global_scale)
+        packed[part], block_scale[part] = quantize(rows[part], global_scale, name=name)
+        wrong = _wrong_blocks(rows[part], packed[part], block_scale[part], global_scale)
         if not bool(wrong.any()):
             continue
         blocks = rows[part].reshape(-1, BLOCK_SIZE)[wrong]
-        codes, scales = _search(blocks, global_scale, name, blocks_seen=part.stop * (dim // BLOCK_SIZE))
-        packed_rows[part].view(-1, BLOCK_SIZE // 2)[wrong] = pack_codes(codes)
+        try:
+            codes, scales = _search(blocks, global_scale, name, blocks_seen=part.stop * (dim // BLOCK_SIZE))
+        except OffGridError:
+            rest = rows[part.stop :]
+            if not bool(torch.isfinite(tensor_amax(rest))):
+                quantize(rest, global_scale, name=name)  # raises: NaN and Inf are the worse fault
+            raise
+        packed[part].view(-1, BLOCK_SIZE // 2)[wrong] = pack_codes(codes)
         # Through uint8 because torch has no indexed assignment of float8 on the CPU.
-        scale_rows[part].view(torch.uint8).view(-1)[wrong] = scales.view(torch.uint8)
-    return packed, block_scale
+        block_scale[part].view(torch.uint8).view(-1)[wrong] = scales.view(torch.uint8)
+    return packed.view(*weight.shape[:-1], dim // 2), block_scale.view(*weight.shape[:-1], dim // BLOCK_SIZE)
 
 
 def is_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> bool:
