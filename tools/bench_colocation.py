@@ -259,8 +259,9 @@ def prepare_peer(args, chunks):
     from megatron.training import training as megatron_loop
     from modelopt.torch.distill.plugins import megatron as plugin
 
+    from megatron_qad.formats.nvfp4_format import NVFP4
     from megatron_qad.models.weights import load_weights
-    from megatron_qad.quantization.activations import NVFP4_INPUT, ActivationQuantizers
+    from megatron_qad.quantization.activations import ActivationQuantizers, input_attributes
     from megatron_qad.quantization.names import named_modules_globally
     from megatron_qad.quantization.weights import InPlaceWeights
     from megatron_qad.training.schedule import QADStep
@@ -275,7 +276,7 @@ def prepare_peer(args, chunks):
     quantizers = []
     for name, module in named_modules_globally(chunks[0]):
         if f"{name}.weight" in amaxes:
-            module.weight_quantizer.set_from_attribute_config(NVFP4_INPUT)
+            module.weight_quantizer.set_from_attribute_config(input_attributes(NVFP4))
             if on_gpu():
                 for quantizer in (module.weight_quantizer, module.input_quantizer):
                     quantizer.backend = None  # modelopt's own

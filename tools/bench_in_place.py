@@ -91,7 +91,8 @@ def in_every_forward(in_place: type) -> type:
     from modelopt.torch.quantization.nn import register_quant_backend
 
     from megatron_qad.formats import nvfp4
-    from megatron_qad.quantization.activations import NVFP4_INPUT, FakeQuantSTE
+    from megatron_qad.formats.nvfp4_format import NVFP4
+    from megatron_qad.quantization.activations import FakeQuantSTE, input_attributes
     from megatron_qad.quantization.names import named_modules_globally
 
     class InEveryForward(in_place):
@@ -104,7 +105,7 @@ def in_every_forward(in_place: type) -> type:
                 for name, module in named_modules_globally(chunk):
                     if f"{name}.weight" in self.weights:
                         module.weight_quantizer.set_from_attribute_config(
-                            {**NVFP4_INPUT, "backend": "bench_nvfp4_weights"}
+                            {**input_attributes(NVFP4), "backend": "bench_nvfp4_weights"}
                         )
 
         def _quantize(self, weight, quantizer):

@@ -25,8 +25,8 @@ from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release  # noqa: E402
 from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
 from megatron_qad.engine.run_directory.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
-from megatron_qad.formats.catalogue import LINEAR_FORMATS  # noqa: E402
 from megatron_qad.models.weights import iteration_to_read  # noqa: E402
+from megatron_qad.quantization.smoothing import has_smoothed_input  # noqa: E402
 from megatron_qad.training.arguments import parse_arguments  # noqa: E402
 from megatron_qad.training.setup import resolve_formats  # noqa: E402
 from megatron_qad.training.smoothing import smooth  # noqa: E402
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.qad.qad_teacher is None or args.qad.qad_student is not None:
         raise QADError("--qad-teacher, and no --qad-student: the model that is to be smoothed")
     formats = resolve_formats(args)
-    if not any(LINEAR_FORMATS[fmt].input == "nvfp4" for fmt in formats.values()):
+    if not any(map(has_smoothed_input, formats.values())):
         raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
     asked = {"exponent": own.exponent, "sequences": args.qad.qad_calibration_samples, "text": calibration_text(args)}
     record = origins.of_smoothing(iteration_to_read(args.qad.qad_teacher), asked, formats)

@@ -10,6 +10,7 @@ Run by run.sh with pretrain_qad.py's arguments, ``--hf-model DIR`` (the compress
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from megatron_qad.engine import prepare
@@ -21,10 +22,11 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 from modelopt.torch.quantization.nn import register_quant_backend  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+from megatron_qad.formats.nvfp4_format import NVFP4  # noqa: E402
 from megatron_qad.models.builder import build_chunks, freeze  # noqa: E402
 from megatron_qad.models.run_directory import read_job  # noqa: E402
 from megatron_qad.models.weights import load_weights  # noqa: E402
-from megatron_qad.quantization.activations import NVFP4_BACKEND, ActivationQuantizers, nvfp4_inputs  # noqa: E402
+from megatron_qad.quantization.activations import ActivationQuantizers, backend_of, quantize_input  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
 from megatron_qad.training.arguments import model_config, parse_arguments  # noqa: E402
 from megatron_qad.training.batch import Batch, output_of  # noqa: E402
@@ -33,6 +35,9 @@ PROMPT = "Explain in two sentences why ships need lighthouses."
 NUM_TOKENS = 256
 MAX_ERROR = 0.05
 """Relative, of logits: 0.013 to 0.016 were measured, 0.127 with weights rounded by another scale rule than exported."""
+
+
+nvfp4_inputs = partial(quantize_input, NVFP4)
 
 
 def main() -> None:
@@ -69,7 +74,7 @@ def main() -> None:
 
 def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inputs=nvfp4_inputs) -> torch.Tensor:
     """[b, s, V] of the student of ``--load``, with quantized weights and inputs as ``quantize_inputs`` makes them."""
-    register_quant_backend(NVFP4_BACKEND, quantize_inputs)
+    register_quant_backend(backend_of(NVFP4), quantize_inputs)
     chunks = build_chunks(model_config(args, args.hf_config))
     job = read_job(Path(args.load))
     formats = job["formats"]

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from megatron_qad.checkpoint import origins
 from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
-from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, HFTensor, LayoutName, kv_scales
+from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.run_files import JOB_FILE
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
+from megatron_qad.formats.format import KVCacheFormat
+from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.models.run_directory import read_config, read_job
@@ -57,13 +57,10 @@ def export_hf(
     manifest.require_sealed(checkpoint / "hf", "config.json")
     family = family_of(config)
     directory, job = _iteration_and_job(checkpoint, layout, iteration)
-    formats, kv_cache = job.get("formats", {}), job.get("kv_cache", "bf16") if layout != "bf16" else "bf16"
-    refused = sorted({fmt for fmt in formats.values()} - set(EXPORTED_FORMATS))
-    if refused and layout != "bf16":
-        raise QADError(
-            f"{checkpoint}: its policy gives linears the format {refused[0]}, which no layout holds; exported are "
-            f"{', '.join(EXPORTED_FORMATS)}. With layout 'bf16' its weights can be written unpacked"
-        )
+    formats = job.get("formats", {})
+    kv_cache = job.get("kv_cache", UNQUANTIZED.name) if layout != "bf16" else UNQUANTIZED.name
+    if layout != "bf16":
+        _refuse_formats_without_layout(checkpoint, set(formats.values()), layout)
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     if layout != "bf16" and declared_dtype(config) is None:
         config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
@@ -87,6 +84,16 @@ def export_hf(
         kv_cache=kv_cache,
         record=origins.of_iteration(directory, layout, job),
     )
+
+
+def _refuse_formats_without_layout(checkpoint: Path, formats: set[str], layout: LayoutName) -> None:
+    held = exported_formats(layout)
+    for fmt in sorted(formats - set(held)):
+        which = f"layout {layout!r} does not hold" if FORMATS[fmt].stored else "no layout holds"
+        raise QADError(
+            f"{checkpoint}: its policy gives linears the format {fmt}, which {which}; exported are "
+            f"{', '.join(held)}. With layout 'bf16' its weights can be written unpacked"
+        )
 
 
 def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
@@ -137,48 +144,48 @@ class Export:
 
     def items(self, maps: list[TensorMap]) -> Iterator[HFTensor]:
         """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
+        kv_format = KV_CACHE_FORMATS[self.kv_cache]
         for tensor_map, tensor in self.reader.layers(maps):
-            fmt = self.formats.get(tensor_map.megatron, "bf16")
-            if self.layout == "bf16" or fmt == "bf16":
-                arithmetic = WEIGHT_FORMATS.get(LINEAR_FORMATS[fmt].weight)  # None: not quantized in place
-                if arithmetic is not None:
+            fmt = self.formats.get(tensor_map.megatron, UNQUANTIZED.name)
+            if self.layout == "bf16" or not FORMATS[fmt].quantizes:
+                if (number_format := FORMATS[fmt].weight_in_place) is not None:
                     name = tensor_map.megatron
-                    tensor = arithmetic.as_exported(tensor, name=name, rule=self.scale_rule)
+                    tensor = number_format.as_exported(tensor, name=name, rule=self.scale_rule)
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
                     dtype = part.dtype if tensor_map.is_float32 else self.dtype or part.dtype
                     yield HFTensor(name, part.to(dtype).contiguous())
             else:
                 yield from self._quantized(tensor_map, tensor, fmt)
-            if self.kv_cache == "fp8" and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
-                yield from self._kv_scales(tensor_map)
+            if kv_format is not None and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
+                yield from self._kv_scales(tensor_map, kv_format)
 
     def _quantized(self, tensor_map: TensorMap, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
         """One Megatron weight is what a server fuses (q, k, v; gate, up): its parts share their scales."""
         name = tensor_map.megatron
-        linear_format = LINEAR_FORMATS[fmt]
-        arithmetic = WEIGHT_FORMATS[linear_format.weight]
-        input_scale = None
+        linear_format, input_scale = FORMATS[fmt], None
         if linear_format.input is not None:
             amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
-            input_scale = WEIGHT_FORMATS[linear_format.input].scale_from_amax(amax, name=name)
-        scale, on_grid = arithmetic.scale_of(tensor, name=name)
-        for hf_name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
+            input_scale = linear_format.input.scale_from_amax(amax, name=name)
+        parts = [part.contiguous() for part in tensor_map.to_hf(tensor)]
+        scale, codes = linear_format.weight.pack(parts, name=name)
+        for i, (hf_name, part) in enumerate(zip(tensor_map.hf, parts, strict=True)):
             yield HFTensor(
                 name=hf_name,
-                tensor=part.contiguous(),
+                tensor=part,
                 module=hf_name.removesuffix(".weight"),
                 fmt=fmt,
                 weight_scale=scale,
                 input_scale=input_scale,
-                on_grid=on_grid,
+                on_grid=codes is not None,
                 scale_rule=self.scale_rule,
+                codes=None if codes is None else codes[i],
             )
 
-    def _kv_scales(self, tensor_map: TensorMap) -> Iterator[HFTensor]:
+    def _kv_scales(self, tensor_map: TensorMap, kv_format: KVCacheFormat) -> Iterator[HFTensor]:
         attention = tensor_map.megatron_module.rsplit(".", 1)[0]
         amaxes = [self._amax(f"{attention}.core_attention.{x}_bmm_quantizer._amax") for x in "kv"]
         _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor_map.hf)
-        yield from kv_scales(k_proj, v_proj, *amaxes, self.layout)
+        yield from kv_scales(k_proj, v_proj, *amaxes, self.layout, kv_format)
 
     def _amax(self, name: str) -> torch.Tensor:
         if name not in self.amaxes:

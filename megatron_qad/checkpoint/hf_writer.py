@@ -30,6 +30,7 @@ from megatron_qad.checkpoint.layouts import (
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
+from megatron_qad.formats.registry import UNQUANTIZED
 
 # What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
 CARRIED_FILES = (
@@ -92,7 +93,7 @@ def write_hf_checkpoint(
             exclusions.
         source: HF directory whose tokenizer, chat template and generation config are copied; None copies nothing.
         max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
-        kv_cache: "bf16" or "fp8", whose scales are among the items; the configurations announce it.
+        kv_cache: one of ``KV_CACHE_FORMATS``, whose scales are among the items; the configurations announce it.
         record: what the checkpoint was made of; written beside it with the sums of all its files.
 
     Raises QADError for a used directory or a mount point, a full disk, a name given twice, and whatever
@@ -118,7 +119,7 @@ def write_hf_checkpoint(
             formats = {
                 item.module: item.fmt
                 for item in _added(items, shards, layout)
-                if item.fmt != "bf16" and layout != "bf16"
+                if item.fmt != UNQUANTIZED.name and layout != "bf16"
             }
             shards.finish()
             excluded = exclusions(linear_modules, formats) if layout != "bf16" else []

@@ -8,18 +8,15 @@ Sources: modelopt 0.47 ``convert_hf_quant_config_format`` and ``process_layer_qu
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from megatron_qad.checkpoint.layouts import LayoutName, check_layout
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS
 
-QUANT_ALGOS = {"nvfp4": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4", "fp8": "FP8"}
-"""modelopt's name of each format."""
 MIXED = "MIXED_PRECISION"
-CT_FORMATS = {"nvfp4": "nvfp4-pack-quantized", "nvfp4-w4a16": "nvfp4-pack-quantized", "fp8": "float-quantized"}
 CT_MIXED = "mixed-precision"
 
 
@@ -31,39 +28,36 @@ def quantization_config(
     Args:
         exclude: linears that are not quantized, by exact name.
         formats: format of each quantized linear, by module name.
-        kv_cache: "bf16" or "fp8".
+        kv_cache: one of ``KV_CACHE_FORMATS``.
     """
     check_layout(layout)
+    kv_format = KV_CACHE_FORMATS[kv_cache]
+    stored_kv = None if kv_format is None or layout == "bf16" else kv_format.stored[layout]
+    kv_scheme = None if stored_kv is None else dict(stored_kv.scheme)
     if layout == "modelopt":
         algo = _one_algo(formats)
         config: dict[str, Any] = {
-            "config_groups": {
-                f"group_{i}": {**_modelopt_group(fmt), "targets": targets}
-                for i, (fmt, targets) in enumerate(_targets(formats).items())
-            },
+            "config_groups": _config_groups(layout, formats),
             "ignore": exclude,
             "quant_algo": algo,
-            "kv_cache_quant_algo": "FP8" if kv_cache == "fp8" else None,  # vLLM reads the scheme, others this
+            "kv_cache_quant_algo": _kv_cache_algo(kv_cache),  # vLLM reads the scheme, others this
             "group_size": _group_size(formats),
             "producer": _producer(),
             "quant_method": "modelopt",
         }
         if algo == MIXED:
             config["quantized_layers"] = _quantized_layers(formats)
-        if kv_cache == "fp8":
-            config["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        if kv_scheme is not None:
+            config["kv_cache_scheme"] = kv_scheme
         return config
     if layout == "compressed-tensors":
-        kinds = {CT_FORMATS[fmt] for fmt in formats.values()}
+        kinds = _algos(layout, formats)
         return {
-            "config_groups": {
-                f"group_{i}": {**_compressed_tensors_group(fmt), "targets": targets}
-                for i, (fmt, targets) in enumerate(_targets(formats).items())
-            },
+            "config_groups": _config_groups(layout, formats),
             "format": kinds.pop() if len(kinds) == 1 else CT_MIXED,
             "global_compression_ratio": None,
             "ignore": exclude,
-            "kv_cache_scheme": _CT_KV_SCHEME if kv_cache == "fp8" else None,
+            "kv_cache_scheme": kv_scheme,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
         }
@@ -75,7 +69,7 @@ def hf_quant_config(exclude: list[str], formats: Mapping[str, str], kv_cache: st
     algo = _one_algo(formats)
     quantization: dict[str, Any] = {
         "quant_algo": algo,
-        "kv_cache_quant_algo": "FP8" if kv_cache == "fp8" else None,
+        "kv_cache_quant_algo": _kv_cache_algo(kv_cache),
         "group_size": _group_size(formats),
         "exclude_modules": exclude,
     }
@@ -85,12 +79,29 @@ def hf_quant_config(exclude: list[str], formats: Mapping[str, str], kv_cache: st
 
 
 def _one_algo(formats: Mapping[str, str]) -> str:
-    found = {QUANT_ALGOS[fmt] for fmt in formats.values()}
+    found = _algos("modelopt", formats)
     return found.pop() if len(found) == 1 else MIXED
 
 
+def _algos(layout: LayoutName, formats: Mapping[str, str]) -> set[str]:
+    return {FORMATS[fmt].stored[layout].algo for fmt in formats.values()}
+
+
+def _kv_cache_algo(kv_cache: str) -> str | None:
+    kv_format = KV_CACHE_FORMATS[kv_cache]
+    return None if kv_format is None else kv_format.stored["modelopt"].algo
+
+
 def _group_size(formats: Mapping[str, str]) -> int | None:
-    return BLOCK_SIZE if any(LINEAR_FORMATS[fmt].weight == "nvfp4" for fmt in formats.values()) else None
+    """Of the formats that have blocks; the smallest where they differ, since the key holds one number."""
+    return min((size for fmt in formats.values() if (size := FORMATS[fmt].block_size) > 1), default=None)
+
+
+def _config_groups(layout: LayoutName, formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {
+        f"group_{i}": {**deepcopy(FORMATS[fmt].stored[layout].group), "targets": targets}
+        for i, (fmt, targets) in enumerate(_targets(formats).items())
+    }
 
 
 def _targets(formats: Mapping[str, str]) -> dict[str, list[str]]:
@@ -105,44 +116,10 @@ def _targets(formats: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _quantized_layers(formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return {
-        module: {"quant_algo": QUANT_ALGOS[fmt]}
-        | ({"group_size": BLOCK_SIZE} if LINEAR_FORMATS[fmt].weight == "nvfp4" else {})
+        module: {"quant_algo": FORMATS[fmt].stored["modelopt"].algo}
+        | ({"group_size": size} if (size := FORMATS[fmt].block_size) > 1 else {})
         for module, fmt in sorted(formats.items())
     }
-
-
-def _modelopt_group(fmt: str) -> dict[str, Any]:
-    one = {
-        "nvfp4": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE},
-        "fp8": {"dynamic": False, "num_bits": 8, "type": "float"},
-    }
-    linear_format = LINEAR_FORMATS[fmt]
-    group = {"weights": dict(one[linear_format.weight])}
-    if linear_format.input:
-        group["input_activations"] = dict(one[linear_format.input])
-    return group
-
-
-_CT_NVFP4 = {
-    "num_bits": 4,
-    "type": "float",
-    "strategy": "tensor_group",
-    "group_size": BLOCK_SIZE,
-    "symmetric": True,
-    # Without it the loader keeps activation block scales in full precision: other logits, and no word about it.
-    "scale_dtype": "torch.float8_e4m3fn",
-}
-_CT_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
-_CT_KV_SCHEME = dict(_CT_FP8)
-
-
-def _compressed_tensors_group(fmt: str) -> dict[str, Any]:
-    if fmt == "fp8":
-        weights, inputs = dict(_CT_FP8), dict(_CT_FP8)
-    else:
-        weights = {**_CT_NVFP4, "dynamic": False}
-        inputs = {**_CT_NVFP4, "dynamic": "local", "observer": "static_minmax"} if fmt == "nvfp4" else None
-    return {"format": CT_FORMATS[fmt], "input_activations": inputs, "output_activations": None, "weights": weights}
 
 
 def _producer() -> dict[str, str]:

@@ -22,7 +22,7 @@ from megatron_qad.checkpoint.origins import faults_of_export
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
-from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 
 _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -48,7 +48,7 @@ class Report:
     num_bytes: int = 0
     quantized: dict[str, str] = field(default_factory=dict)
     """Format of each quantized linear."""
-    kv_cache: str = "bf16"
+    kv_cache: str = UNQUANTIZED.name
     num_linears: int = 0
     faults: list[Fault] = field(default_factory=list)
 
@@ -94,8 +94,7 @@ def validate_nvfp4(directory: str | Path) -> Report:
     declared = declared_formats(config["quantization_config"], layout, model)
     stored = {module: _stored_format(module, layout, declared.get(module), shards) for module in model.linears}
     report.quantized = {module: fmt for module, fmt in stored.items() if fmt is not None}
-    kv_names = [name for pair in model.attentions for name in layout.kv_scale_names(*pair)]
-    report.kv_cache = "fp8" if any(name in shards.tensors for name in kv_names) else "bf16"
+    report.kv_cache = _stored_kv_cache(layout, model, shards)
     check_config(report.directory, config, layout, model, report.quantized, report.kv_cache, report.add)
     _check_names_and_shapes(config, layout, model, shards, report)
     _check_values(layout, model, shards, report)
@@ -138,20 +137,32 @@ def _find_layout(config: dict[str, Any], report: Report) -> PackedLayout | None:
 def _stored_format(module: str, layout: PackedLayout, declared: str | None, shards: Shards) -> str | None:
     """The format of a linear by what is stored of it, also where a part is missing; None: it is not quantized.
 
-    Whether an NVFP4 linear quantizes its inputs cannot be seen from a missing input scale: there the configuration's
-    word counts.
+    The dtype of the weight decides where one format alone has it; the parts beside it where many have it (U8). Where
+    these leave a doubt, such as whether an input scale is missing or was never there, the configuration's word counts.
     """
-    stored = shards.tensors.get(f"{module}.weight")
-    if stored is not None and stored.dtype == "F8_E4M3":
-        return "fp8"
-    companions = {name for name, _ in layout.parts("nvfp4").values()} - {"weight"}
-    if (stored is None or stored.dtype != "U8") and not any(f"{module}.{c}" in shards.tensors for c in companions):
+    weight = shards.tensors.get(f"{module}.weight")
+    dtype = None if weight is None else weight.dtype
+    held = layout.formats
+    of_dtype = [name for name, stored in held.items() if stored.parts["weight"][1] == dtype]
+    if known := [name for name in of_dtype if held[name].is_known_by_dtype]:
+        return declared if declared in known else known[0]
+    by_parts = [name for name, stored in held.items() if not stored.is_known_by_dtype]
+    parts = {part for name in by_parts for part, _ in held[name].parts.values()} - {"weight"}
+    found = {part for part in parts if f"{module}.{part}" in shards.tensors}
+    if not of_dtype and not found:
         return None
-    if declared == "fp8" and not any(f"{module}.{c}" in shards.tensors for c in layout.nvfp4_only):
-        return "fp8"  # its weight is missing or of another type
-    if declared == "nvfp4-w4a16" and f"{module}.{layout.input_scale}" not in shards.tensors:
-        return declared
-    return "nvfp4"
+    if declared in held and found <= {part for part, _ in held[declared].parts.values()}:
+        return declared  # parts of it may be missing or of another type
+    return by_parts[0]
+
+
+def _stored_kv_cache(layout: PackedLayout, model: Inventory, shards: Shards) -> str:
+    """The KV cache's format by the scales that are stored."""
+    for name, kv_format in KV_CACHE_FORMATS.items():
+        pairs = model.attentions if kv_format is not None else ()
+        if any(scale in shards.tensors for pair in pairs for scale in kv_format.scale_names(layout.name, *pair)):
+            return name
+    return UNQUANTIZED.name
 
 
 def _expected(
@@ -169,17 +180,13 @@ def _expected(
         if fmt is None:
             tensors[f"{module}.weight"] = (plain, (rows, columns))
             continue
-        if fmt != "fp8" and columns % BLOCK_SIZE:
-            report.add(module, f"is quantized with {columns} input columns, which is no multiple of {BLOCK_SIZE}")
-        shapes = {
-            "weight": (rows, columns if fmt == "fp8" else columns // 2),
-            "block_scale": (rows, columns // BLOCK_SIZE),
-        }
-        for role, (part, dtype) in layout.parts(fmt).items():
-            tensors[f"{module}.{part}"] = (dtype, shapes.get(role, layout.scalar_shape))
-    if report.kv_cache == "fp8":
-        for k_proj, v_proj in model.attentions:
-            tensors |= dict.fromkeys(layout.kv_scale_names(k_proj, v_proj), ("F32", layout.scalar_shape))
+        if columns % (block_size := FORMATS[fmt].block_size):
+            report.add(module, f"is quantized with {columns} input columns, which is no multiple of {block_size}")
+        for part, dtype_and_shape in layout.expected(fmt, rows, columns).items():
+            tensors[f"{module}.{part}"] = dtype_and_shape
+    if (kv_format := KV_CACHE_FORMATS[report.kv_cache]) is not None:
+        for pair in model.attentions:
+            tensors |= dict.fromkeys(kv_format.scale_names(layout.name, *pair), ("F32", layout.scalar_shape))
     return tensors
 
 
@@ -201,10 +208,11 @@ def _check_names_and_shapes(
             report.add(name, f"is {stored.dtype}, expected {dtype}")
         elif stored.shape != shape:
             report.add(name, f"has shape {list(stored.shape)}, expected {list(shape)}")
+    quantized_dtypes = {stored.parts["weight"][1] for stored in layout.formats.values()}
     for name in sorted(set(shards.tensors) - set(expected)):
         if not model.carries(name):
             report.add(name, "is unknown; expected no such tensor in this model")
-        elif (dtype := shards.tensors[name].dtype) in ("U8", "F8_E4M3"):
+        elif (dtype := shards.tensors[name].dtype) in quantized_dtypes:
             report.add(name, f"is {dtype}; what is no part of the language model is not quantized")
     for prefix in model.required:
         if not any(name.startswith(prefix) for name in shards.tensors):
@@ -232,8 +240,8 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report
         parts = {role: f"{module}.{part}" for role, (part, _) in layout.parts(fmt).items()}
         per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
         block_scales |= {name for role, name in parts.items() if role == "block_scale"}
-    if report.kv_cache == "fp8":
-        per_tensor |= {name for pair in model.attentions for name in layout.kv_scale_names(*pair)}
+    if (kv_format := KV_CACHE_FORMATS[report.kv_cache]) is not None:
+        per_tensor |= {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
     tied = {}
     for path, names in names_by_file.items():
         try:

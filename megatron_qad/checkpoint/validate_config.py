@@ -10,8 +10,10 @@ from typing import Any
 
 from megatron_qad.checkpoint.expected_tensors import Inventory
 from megatron_qad.checkpoint.hf_directory import AddFault, read_json
-from megatron_qad.checkpoint.layout_configs import MIXED, QUANT_ALGOS, hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layout_configs import MIXED, hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import PackedLayout
+from megatron_qad.formats.format import StoredLinear
+from megatron_qad.formats.registry import DEFAULT_FORMAT, KV_CACHE_FORMATS
 
 
 def declared_formats(found: dict[str, Any], layout: PackedLayout, model: Inventory) -> dict[str, str]:
@@ -22,7 +24,7 @@ def declared_formats(found: dict[str, Any], layout: PackedLayout, model: Invento
     ignored = found.get("ignore") if isinstance(found.get("ignore"), list) else []
     rest = [module for module in model.linears if module not in ignored]
     if layout.name == "modelopt":
-        by_algo = {algo: fmt for fmt, algo in QUANT_ALGOS.items()}
+        by_algo = {stored.algo: name for name, stored in layout.formats.items()}
         layers = found.get("quantized_layers")
         if found.get("quant_algo") == MIXED and isinstance(layers, dict):
             algos = {module: entry.get("quant_algo") for module, entry in layers.items() if isinstance(entry, dict)}
@@ -34,13 +36,23 @@ def declared_formats(found: dict[str, Any], layout: PackedLayout, model: Invento
     for group in groups.values() if isinstance(groups, dict) else ():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             continue
-        fmt = {8: "fp8", 4: "nvfp4" if group.get("input_activations") else "nvfp4-w4a16"}.get(
-            group["weights"].get("num_bits")
-        )
+        fmt = _declared_format(group, layout.formats)
         targets = group.get("targets")
         if fmt is not None and isinstance(targets, list):
             declared |= dict.fromkeys(rest if targets == ["Linear"] else map(str, targets), fmt)
     return declared
+
+
+def _declared_format(group: dict[str, Any], held: Mapping[str, StoredLinear]) -> str | None:
+    """The format of a group of compressed-tensors: weights of as many bits, then the one that resembles it most."""
+    weights, has_input = group["weights"], bool(group.get("input_activations"))
+
+    def likeness(name: str) -> tuple[bool, bool]:
+        wanted = held[name].group
+        return weights.get("type") == wanted["weights"]["type"], has_input == bool(wanted["input_activations"])
+
+    alike = [name for name in held if held[name].group["weights"]["num_bits"] == weights.get("num_bits")]
+    return max(alike, key=likeness, default=None)
 
 
 def check_config(
@@ -57,13 +69,13 @@ def check_config(
     Args:
         config: has a quantization_config of ``layout``.
         quantized: format of each quantized linear.
-        kv_cache: "fp8" where scales of a KV cache are stored, or "bf16".
+        kv_cache: one of ``KV_CACHE_FORMATS``, by the scales that are stored.
         fault: takes what is wrong.
     """
     found = config["quantization_config"]
     unquantized = sorted(model.excluded(quantized))
     # A checkpoint without a quantized linear is a fault below; compare it with what it would be.
-    wanted = quantization_config(layout.name, unquantized, quantized or {"": "nvfp4"}, kv_cache)
+    wanted = quantization_config(layout.name, unquantized, quantized or {"": DEFAULT_FORMAT}, kv_cache)
     _check_exclusions("config.json ignore", found.get("ignore"), model, quantized, fault)
     # What a consumer acts on; other keys (producer, observer) may differ between exporters.
     keys = {"modelopt": ("quant_algo", "quantized_layers"), "compressed-tensors": ("format", "quantization_status")}
@@ -72,7 +84,7 @@ def check_config(
             fault("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted.get(key)!r}")
     _check_groups(found.get("config_groups"), wanted["config_groups"], layout, fault)
     if (scheme := found.get("kv_cache_scheme")) != (expected := wanted.get("kv_cache_scheme")):
-        why = "KV cache scales are stored" if kv_cache == "fp8" else "no k_scale and v_scale are stored"
+        why = "KV cache scales are stored" if KV_CACHE_FORMATS[kv_cache] else "no k_scale and v_scale are stored"
         fault("config.json", f"kv_cache_scheme is {scheme!r}, expected {expected!r}: {why}")
     if not config.get("architectures") or not isinstance(config["architectures"], list):
         fault("config.json", f"architectures is {config.get('architectures')!r}; servers choose the model by it")
@@ -127,7 +139,7 @@ def _check_hf_quant_config(
     if not isinstance(producer, dict) or producer.get("name") != "modelopt":
         fault(name, f"producer is {producer!r}, expected one named 'modelopt', by which servers know the layout")
     other = other["quantization"]
-    wanted = hf_quant_config([], quantized or {"": "nvfp4"}, kv_cache)["quantization"]
+    wanted = hf_quant_config([], quantized or {"": DEFAULT_FORMAT}, kv_cache)["quantization"]
     for key in wanted:
         if key not in other:
             fault(name, f"lacks quantization.{key}; TensorRT-LLM wants the key, null is fine")

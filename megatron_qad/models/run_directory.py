@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, read_record
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.models.families import family_of
 
 _OF_THE_WEIGHTS = ("formats", "kv_cache", "scale_rule")
@@ -53,8 +53,8 @@ def read_job(checkpoint: str | Path, iteration: Path | None = None) -> dict | No
     if differ := sorted(formats.keys() ^ linears):
         what = "is no linear of hf/config.json's model" if differ[0] in formats else "has no format"
         raise QADError(f"{file}: {differ[0]!r} {what} ({len(differ)} names differ). It is of another model")
-    if unknown := sorted(set(formats.values()) - set(LINEAR_FORMATS)):
-        raise QADError(f"{file}: unknown format {unknown[0]!r}; expected one of {', '.join(LINEAR_FORMATS)}")
+    if unknown := sorted(set(formats.values()) - set(FORMATS)):
+        raise QADError(f"{file}: unknown format {unknown[0]!r}; expected one of {', '.join(FORMATS)}")
     if iteration is not None and (iteration / JOB_FILE).is_file():
         saved = json_records.read(iteration / JOB_FILE)
         if differ := [key for key in _OF_THE_WEIGHTS if saved.get(key) != job.get(key)]:

@@ -8,33 +8,24 @@ INT4 weights are modelopt's own, in every forward pass: a format to train and ev
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer, register_quant_backend
 from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats import fp8, nvfp4
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.format import LinearFormat, NumberFormat
+from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
 from megatron_qad.quantization.names import alike_experts, named_modules_globally
 
-NVFP4_BACKEND = "megatron_qad_nvfp4"
-FP8_BACKEND = "megatron_qad_fp8"
-FP8 = {"num_bits": (4, 3), "axis": None, "backend": FP8_BACKEND, "enable": True}
-NVFP4_INPUT = {
-    "num_bits": (2, 1),
-    "block_sizes": {-1: nvfp4.BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
-    "backend": NVFP4_BACKEND,
-    "enable": True,
-}
-_INPUTS = {"nvfp4": NVFP4_INPUT, "fp8": FP8}
-_INT4_GROUP = 128
 MIN_EXPERT_TOKENS = 16
 """An expert that saw fewer in calibration does not know how large its inputs become."""
-_INT4_WEIGHT = {"num_bits": 4, "block_sizes": {-1: _INT4_GROUP}, "type": "dynamic", "enable": True}
 
 
 class FakeQuantSTE(torch.autograd.Function):
@@ -51,18 +42,23 @@ class FakeQuantSTE(torch.autograd.Function):
         return grad, None, None
 
 
-def nvfp4_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """The backend: NVFP4 of ``x`` [..., K] under the quantizer's amax, with a straight-through gradient."""
-    return FakeQuantSTE.apply(x, nvfp4.global_scale_from_amax(quantizer.amax, check=False), nvfp4.fake_quant)
+def quantize_input(number_format: NumberFormat, x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    """``x`` [..., K] in the format under the quantizer's amax, with a straight-through gradient."""
+    scale = number_format.scale_from_amax(quantizer.amax, check=False)
+    return FakeQuantSTE.apply(x, scale, number_format.fake_quant)
 
 
-def fp8_inputs(x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """The backend: FP8 E4M3 of ``x``, any shape, under the quantizer's amax, with a straight-through gradient."""
-    return FakeQuantSTE.apply(x, fp8.scale_from_amax(quantizer.amax, check=False), fp8.fake_quant)
+def backend_of(number_format: NumberFormat) -> str:
+    """The name of the modelopt backend that runs ``quantize_input`` for a format; registered here if it is not yet."""
+    name = f"megatron_qad_{number_format.name}"
+    if not is_registered_quant_backend(name):
+        register_quant_backend(name, partial(quantize_input, number_format))
+    return name
 
 
-register_quant_backend(NVFP4_BACKEND, nvfp4_inputs)
-register_quant_backend(FP8_BACKEND, fp8_inputs)
+def input_attributes(number_format: NumberFormat) -> dict[str, Any]:
+    """modelopt's attributes for a quantizer of inputs, keys or values in a format."""
+    return {**number_format.input_attributes, "backend": backend_of(number_format), "enable": True}
 
 
 class ActivationQuantizers:
@@ -73,11 +69,12 @@ class ActivationQuantizers:
         formats: format of every linear, by global Megatron weight name.
         groups: process groups over which an activation is the same tensor or a part of it (tensor and data parallel, in
             this order); its amax is the maximum over all of them. Experts that a rank does not hold are others'.
-        kv_cache: "bf16" or "fp8".
+        kv_cache: one of ``KV_CACHE_FORMATS``.
         percentile: share, in %, of the input magnitudes that an amax covers; None: all of them, the maximum.
 
     Raises:
-        QADError: an INT4 weight whose input dimension on this rank is no multiple of 128; named.
+        QADError: a weight that is quantized in the forward pass (INT4) and whose input dimension on this rank is no
+            multiple of its format's blocks; named.
     """
 
     def __init__(
@@ -108,14 +105,14 @@ class ActivationQuantizers:
                 if isinstance(module, TensorQuantizer):
                     module.disable()
             for name, module in named_modules_globally(chunk):
-                linear_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")]
-                if linear_format.input:
-                    module.input_quantizer.set_from_attribute_config(_INPUTS[linear_format.input])
+                linear_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)]
+                if linear_format.input is not None:
+                    module.input_quantizer.set_from_attribute_config(input_attributes(linear_format.input))
                     self.quantizers[name] = module.input_quantizer
-                if linear_format.weight == "int4":
-                    _quantize_int4_weight(name, module)
-            if kv_cache == "fp8":
-                self.quantizers |= quantize_kv_cache(chunk, FP8)
+                if linear_format.weight_in_forward is not None:
+                    _quantize_weight_in_forward(name, module, linear_format)
+            if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
+                self.quantizers |= quantize_kv_cache(chunk, input_attributes(kv_format.number))
 
     @property
     def calibrated(self) -> bool:
@@ -143,11 +140,11 @@ class ActivationQuantizers:
             formats: by Megatron weight name; all of them among those that were calibrated.
         """
         for name, quantizer in self.quantizers.items():
-            input_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")].input
+            input_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].input
             if input_format is None:
                 quantizer.disable()
             else:
-                quantizer.set_from_attribute_config(_INPUTS[input_format])
+                quantizer.set_from_attribute_config(input_attributes(input_format))
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
@@ -249,10 +246,10 @@ def _register(chunk: torch.nn.Module, ending: str, quantized: type) -> None:
             QuantModuleRegistry.register({type(module): f"megatron_{type(module).__name__}"})(quantized)
 
 
-def _quantize_int4_weight(name: str, module: torch.nn.Module) -> None:
-    if module.weight.shape[-1] % _INT4_GROUP:
+def _quantize_weight_in_forward(name: str, module: torch.nn.Module, linear_format: LinearFormat) -> None:
+    if module.weight.shape[-1] % linear_format.block_size:
         raise QADError(
-            f"{name}: its weight on this rank has {module.weight.shape[-1]} input columns; int4-w4a16 needs a multiple "
-            f"of {_INT4_GROUP}. Choose a smaller tensor-parallel size or another format for it"
+            f"{name}: its weight on this rank has {module.weight.shape[-1]} input columns; {linear_format.name} needs "
+            f"a multiple of {linear_format.block_size}. Choose a smaller tensor-parallel size or another format for it"
         )
-    module.weight_quantizer.set_from_attribute_config(_INT4_WEIGHT)
+    module.weight_quantizer.set_from_attribute_config(dict(linear_format.weight.forward_attributes))

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.quantization.rules import Linear, module_of
 
 BF16_BYTES = 2
-_BLOCKS = {"nvfp4": 16, "int4": 128}
-"""Columns that share a scale; the inner dimension must be a multiple."""
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
@@ -55,15 +53,12 @@ def format_rows(linears: Sequence[ShapedLinear], formats: dict[str, str]) -> lis
 
 
 def _row(linear: ShapedLinear, name: str) -> Row:
-    fmt, (rows, columns) = LINEAR_FORMATS[name], linear.shape
-    block = _BLOCKS.get(fmt.weight, 1)
-    if columns % block:
+    fmt, (rows, columns) = FORMATS[name], linear.shape
+    if columns % (block := fmt.block_size):
         raise QADError(
             f"{linear.megatron} has {columns} columns, and {name} needs a multiple of {block}; give it another format"
         )
-    before, after = BF16_BYTES * rows * columns, int(rows * columns * fmt.weight_bits / 8)
-    scales = (fmt.weight in ("nvfp4", "fp8")) + (fmt.input is not None)
-    after += 4 * scales * len(linear.hf)
+    before, after = BF16_BYTES * rows * columns, fmt.num_bytes(rows, columns, num_linears=len(linear.hf))
     if linear.is_tied:
         before = after = 0
     modules = tuple(tensor.removesuffix(".weight") for tensor in linear.hf)
@@ -114,7 +109,7 @@ class Total:
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Total]:
-    """By format, in the catalogue's order. A tied head counts as a linear without weights."""
+    """By format, in the registry's order. A tied head counts as a linear without weights."""
     found: dict[str, Total] = {}
     for row in rows:
         total = found.get(row.format, Total())
@@ -124,7 +119,7 @@ def totals(rows: Sequence[Row]) -> dict[str, Total]:
             total.bytes_before + row.bytes_before,
             total.bytes_after + row.bytes_after,
         )
-    return {name: found[name] for name in LINEAR_FORMATS if name in found}
+    return {name: found[name] for name in FORMATS if name in found}
 
 
 def render(rows: Sequence[Row]) -> Iterator[str]:

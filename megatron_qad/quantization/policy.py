@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import KV_CACHE_FORMATS, LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.quantization.rules import KINDS, Linear, Rule, known, module_of, nearest, parse_override, parse_rule
 
 SHIPPED = Path(__file__).parent / "policies"
@@ -98,7 +98,7 @@ def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str
             raise QADError(
                 f"no policy rule reaches {linear.megatron} ({linear.kind}); add one, if only to keep it in bf16"
             )
-        if linear.is_tied and LINEAR_FORMATS[deciding[linear.megatron].format].quantizes:
+        if linear.is_tied and FORMATS[deciding[linear.megatron].format].quantizes:
             raise QADError(
                 "the policy quantizes the head, but this model's head is its embedding table "
                 f"({linear.megatron} is tied): quantizing it would quantize the embedding. Keep head=bf16"

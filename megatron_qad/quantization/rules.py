@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS
 
 NEVER_QUANTIZED = ("router", "embedding")
 KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_QUANTIZED)
@@ -135,14 +135,14 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
         raise QADError(f"{where}: a rule has 'format' and at least one of {', '.join(SELECTORS)}; found {entry!r}")
     for key in entry:
         known("key", key, ("format", *SELECTORS), where)
-    known("format", entry["format"], LINEAR_FORMATS, where)
+    known("format", entry["format"], FORMATS, where)
     kinds = _texts(entry, "kind", where)
     for kind in kinds:
         if kind in _NO_GEMM:
             raise QADError(f"{where}: {kind!r} is no kind that a rule can select: {_NEVER}, and need no rule")
         known("kind", kind, KINDS, where)
     projections = _texts(entry, "projection", where)
-    if LINEAR_FORMATS[entry["format"]].quantizes:
+    if FORMATS[entry["format"]].quantizes:
         never = [found for found in (*kinds, *projections) if found in (*NEVER_QUANTIZED, *_NO_GEMM)]
         if never:
             raise QADError(

@@ -17,8 +17,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS
 from megatron_qad.quantization.names import named_modules_globally
 
@@ -119,6 +119,12 @@ def block_factors(squares: Tensor, exponent: float, power: int = 1) -> Tensor:
     return torch.exp2((relative * (exponent / power)).round()).flatten().float()
 
 
+def has_smoothed_input(fmt: str) -> bool:
+    """Whether 16 values of the input share a scale in the linear format of this name, so that smoothing helps."""
+    number_format = FORMATS[fmt].input
+    return number_format is not None and number_format.block_size == BLOCK_SIZE
+
+
 class Smoothing:
     """The exchanges of one model, over all its chunks on this rank.
 
@@ -146,7 +152,7 @@ class Smoothing:
 
 def _exchanges(chunk: torch.nn.Module, formats: Mapping[str, str], groups: Groups) -> Iterator[Exchange]:
     names = {id(module): name for name, module in named_modules_globally(chunk)}
-    rounds = {name.removesuffix(".weight") for name, fmt in formats.items() if LINEAR_FORMATS[fmt].input == "nvfp4"}
+    rounds = {name.removesuffix(".weight") for name, fmt in formats.items() if has_smoothed_input(fmt)}
     for layer in unwrap_model(chunk).decoder.layers:
         for exchange in _of_layer(layer, names, groups):
             # By name and not by what this rank holds: experts of other ranks read the same norm.

@@ -17,9 +17,9 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.nvfp4_lists import amax_list
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS, WeightFormat
+from megatron_qad.formats.registry import FORMATS, UNQUANTIZED
 from megatron_qad.quantization.names import is_expert, named_modules_globally
 
 
@@ -44,14 +44,15 @@ class InPlaceWeights:
     ):
         self.scale_rule = scale_rule
         found: dict[str, torch.nn.Parameter] = {}
-        self.formats: dict[str, str] = {}
-        """The weights' own formats, "nvfp4" or "fp8"."""
+        self._number_formats: dict[str, NumberFormat] = {}
         for chunk in chunks:
             for name, module in named_modules_globally(chunk):
-                weight_format = LINEAR_FORMATS[formats.get(f"{name}.weight", "bf16")].weight
-                if weight_format in WEIGHT_FORMATS:
+                number_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].weight_in_place
+                if number_format is not None:
                     found[f"{name}.weight"] = module.weight
-                    self.formats[f"{name}.weight"] = weight_format
+                    self._number_formats[f"{name}.weight"] = number_format
+        self.formats = {name: number_format.name for name, number_format in self._number_formats.items()}
+        """Name of each weight's number format."""
         self.weights = {name: found[name] for name in sorted(found, key=is_expert)}
         """By global Megatron name, the experts' last: one run of them a tensor-parallel group."""
         experts_from = sum(not is_expert(name) for name in self.weights)
@@ -107,9 +108,9 @@ class InPlaceWeights:
             return
         began = time.perf_counter()
         amaxes = dict(zip(self.weights, self.amaxes(), strict=True))
-        for fmt in sorted(set(self.formats.values())):
-            names = [name for name in self.weights if self.formats[name] == fmt]
-            self._quantize_format(WEIGHT_FORMATS[fmt], names, torch.stack([amaxes[name] for name in names]))
+        for number_format in sorted(set(self._number_formats.values()), key=lambda fmt: fmt.name):
+            names = [name for name in self.weights if self._number_formats[name] is number_format]
+            self._quantize_format(number_format, names, torch.stack([amaxes[name] for name in names]))
         self._may_be_on_grid = False
         self.num_quantizations += 1
         self.seconds += time.perf_counter() - began
@@ -120,22 +121,22 @@ class InPlaceWeights:
         at the first."""
         amaxes = self.amaxes()
         for i, (name, weight) in enumerate(self.weights.items()):
-            arithmetic, copy = WEIGHT_FORMATS[self.formats[name]], weight.detach().clone()
-            scale = arithmetic.scales_from_amaxes(amaxes[i : i + 1], [name])
-            arithmetic.fake_quant_list_([copy], scale, [name], self.scale_rule)
+            number_format, copy = self._number_formats[name], weight.detach().clone()
+            scale = number_format.scales_from_amaxes(amaxes[i : i + 1], [name])
+            number_format.fake_quant_list_([copy], scale, [name], self.scale_rule)
             yield name, copy
 
-    def _quantize_format(self, arithmetic: WeightFormat, names: list[str], amaxes: torch.Tensor) -> None:
-        scales = arithmetic.scales_from_amaxes(amaxes, names)
+    def _quantize_format(self, number_format: NumberFormat, names: list[str], amaxes: torch.Tensor) -> None:
+        scales = number_format.scales_from_amaxes(amaxes, names)
         tensors = [self.weights[name].data for name in names]
         if self._may_be_on_grid:
             off = [
                 i
                 for i, (w, name) in enumerate(zip(tensors, names, strict=True))
-                if not arithmetic.is_on_grid(w, scales[i], name=name)
+                if not number_format.is_on_grid(w, scales[i], name=name)
             ]
             tensors, names, scales = [tensors[i] for i in off], [names[i] for i in off], scales[off]
-        arithmetic.fake_quant_list_(tensors, scales, names, self.scale_rule)
+        number_format.fake_quant_list_(tensors, scales, names, self.scale_rule)
 
     def amaxes(self) -> torch.Tensor:
         """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.checkpoint.hf_reader import read_json
-from megatron_qad.checkpoint.layouts import EXPORTED_FORMATS, exclusions
+from megatron_qad.checkpoint.layouts import exclusions
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS, exported_formats
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
 from megatron_qad.quantization.format_table import BF16_BYTES, Row, format_rows, render, totals
@@ -64,7 +64,7 @@ class PolicyReport:
 
     @property
     def not_exported(self) -> list[str]:
-        return sorted({row.format for row in self.rows} - set(EXPORTED_FORMATS))
+        return sorted({row.format for row in self.rows} - set(exported_formats()))
 
     def as_json(self) -> dict:
         """All of it, every expert on its own, as plain data."""
@@ -107,7 +107,7 @@ def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
     linears = family.linears(hf_config)
     formats = policies.resolve(policy, linears, family.layer_kinds(hf_config))
     rows = format_rows(linears, formats)
-    quantized = [name for row in rows if LINEAR_FORMATS[row.format].quantizes for name in row.hf]
+    quantized = [name for row in rows if FORMATS[row.format].quantizes for name in row.hf]
     return PolicyReport(
         architecture=family.architecture,
         layer_pattern=family.layer_pattern(hf_config),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from megatron_qad.checkpoint.hf_directory import ITEM_BYTES
 from megatron_qad.checkpoint.hf_reader import declared_dtype
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+from megatron_qad.formats.format import KVCacheFormat
+from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.report.policy_report import PolicyReport
@@ -38,34 +38,30 @@ def exported_tensors(report: PolicyReport, layout: str) -> list[ExportedTensor]:
         layout: "modelopt" or "compressed-tensors".
     """
     config, packed = report.hf_config, PACKED_LAYOUTS[layout]
+    kv_format = KV_CACHE_FORMATS[report.policy.kv_cache]
     formats = {f"{row.module}.weight": row.format for row in report.rows if not row.is_tied}
     plain = _DTYPES.get(str(declared_dtype(config)), "BF16")
     found = []
     for tensor in family_of(config).all_tensors(config):
-        fmt = formats.get(tensor.megatron, "bf16")
+        fmt = formats.get(tensor.megatron, UNQUANTIZED.name)
         for name, shape in zip(tensor.hf, tensor.hf_shapes(), strict=True):
-            if LINEAR_FORMATS[fmt].quantizes:
+            if FORMATS[fmt].quantizes:
                 found += _quantized(name.removesuffix(".weight"), shape, fmt, packed)
             else:
                 found.append(_tensor(name, "F32" if tensor.is_float32 else plain, shape))
-        if report.policy.kv_cache == "fp8" and tensor.megatron.endswith("self_attention.linear_qkv.weight"):
-            found += _kv_scales(tensor, packed)
+        if kv_format is not None and tensor.megatron.endswith("self_attention.linear_qkv.weight"):
+            found += _kv_scales(tensor, packed, kv_format)
     return found
 
 
 def _quantized(module: str, shape: tuple[int, ...], fmt: str, layout: PackedLayout) -> Iterator[ExportedTensor]:
-    rows, columns = shape
-    shapes = {
-        "weight": (rows, columns if fmt == "fp8" else columns // 2),
-        "block_scale": (rows, columns // BLOCK_SIZE),
-    }
-    for role, (part, dtype) in layout.parts(fmt).items():
-        yield _tensor(f"{module}.{part}", dtype, shapes.get(role, layout.scalar_shape))
+    for part, (dtype, stored_shape) in layout.expected(fmt, *shape).items():
+        yield _tensor(f"{module}.{part}", dtype, stored_shape)
 
 
-def _kv_scales(tensor: TensorMap, layout: PackedLayout) -> Iterator[ExportedTensor]:
+def _kv_scales(tensor: TensorMap, layout: PackedLayout, kv_format: KVCacheFormat) -> Iterator[ExportedTensor]:
     _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor.hf)
-    for name in layout.kv_scale_names(k_proj, v_proj):
+    for name in kv_format.scale_names(layout.name, k_proj, v_proj):
         yield _tensor(name, "F32", layout.scalar_shape)
 
 

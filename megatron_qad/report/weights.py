@@ -12,9 +12,8 @@ from torch import Tensor
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.run_directory.run_files import TRACKER
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
 from megatron_qad.formats.common import tensor_amax
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.models.run_directory import read_config
@@ -85,8 +84,7 @@ def linear_errors(
     rules = rules or {}
     linears = linears_of(read_config(teacher))
     weight_formats = {
-        run: {name: WEIGHT_FORMATS.get(LINEAR_FORMATS[fmt].weight) for name, fmt in of_run.items()}
-        for run, of_run in formats.items()
+        run: {name: FORMATS[fmt].weight_in_place for name, fmt in of_run.items()} for run, of_run in formats.items()
     }
     quantizes = {m.megatron: [run for run in formats if weight_formats[run].get(m.megatron)] for m in linears}
     wanted = [m for m in linears if quantizes[m.megatron]]
@@ -94,9 +92,9 @@ def linear_errors(
     for linear, weight in TorchDistReader(teacher).layers(wanted):
         name = linear.megatron
         run = quantizes[name][0]
-        arithmetic = weight_formats[run][name]
-        scale = arithmetic.scale_from_amax(tensor_amax(weight), name=name)
-        rounded = arithmetic.rounded(weight, scale, name=name, rule=rules.get(run, "max"))
+        number_format = weight_formats[run][name]
+        scale = number_format.scale_from_amax(tensor_amax(weight), name=name)
+        rounded = number_format.rounded(weight, scale, name=name, rule=rules.get(run, "max"))
         found.append(LinearError(name, linear.layer, linear.shape, relative_distance(rounded, weight)))
     for run, checkpoint in checkpoints.items():
         own = [m for m in wanted if run in quantizes[m.megatron]]
@@ -105,8 +103,8 @@ def linear_errors(
         amaxes = reader.read_amaxes()
         pairs = zip(TorchDistReader(teacher).layers(own), reader.layers(own), strict=True)
         for (linear, of_teacher), (_, of_run) in pairs:
-            arithmetic = weight_formats[run][linear.megatron]
-            exported = arithmetic.as_exported(of_run, name=linear.megatron, rule=rules.get(run, "max"))
+            number_format = weight_formats[run][linear.megatron]
+            exported = number_format.as_exported(of_run, name=linear.megatron, rule=rules.get(run, "max"))
             distance = relative_distance(exported, of_teacher)
             by_name[linear.megatron].runs[run] = RunWeight(distance, _input_amax(amaxes, linear))
     return found

@@ -15,7 +15,7 @@ from megatron_qad.distillation.fused_linear import (
     tokens_of_chunk,
 )
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.models.output_layer import Output
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
@@ -110,8 +110,8 @@ def check_head(outputs: Outputs, formats: Mapping[str, str]) -> None:
     Args:
         formats: of the student's linears, by Megatron weight name.
     """
-    head = LINEAR_FORMATS[formats.get("output_layer.weight", "bf16")]
-    if outputs.fused and head.weight == "int4":
+    head = FORMATS[formats.get("output_layer.weight", "bf16")]
+    if outputs.fused and head.weight_in_forward is not None:
         raise QADError(
             "an INT4 head is quantized in its forward pass, which an output layer that is fused with the loss does not "
             "run: give --qad-output-layer separate"

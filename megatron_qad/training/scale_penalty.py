@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_qad.distillation import Term
 from megatron_qad.distillation.scale_growth import block_amaxes, scale_growth
+from megatron_qad.formats.nvfp4_format import NVFP4
 from megatron_qad.quantization.weights import InPlaceWeights
 from megatron_qad.training.batch import Batch
 from megatron_qad.training.hidden_states import add_to_reports
@@ -31,7 +32,7 @@ class ScalePenalty:
         self.terms = terms
         self._weights = weights.weights
         self._initial = {
-            name: block_amaxes(copy) for name, copy in weights.quantized_copies() if weights.formats[name] == "nvfp4"
+            name: block_amaxes(copy) for name, copy in weights.quantized_copies() if weights.formats[name] == NVFP4.name
         }
         self._value = torch.zeros((), device=torch.cuda.current_device())
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from megatron_qad.data.provider import datasets_provider
 from megatron_qad.data.validation_set import samples_per_iteration
 from megatron_qad.engine.errors import QADError
+from megatron_qad.formats.registry import DEFAULT_FORMAT
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
@@ -97,7 +98,7 @@ class Probe:
         self.data_group = mpu.get_data_parallel_group(with_context_parallel=True)
         self.activations = ActivationQuantizers(
             chunks,
-            dict.fromkeys(quantizable, "nvfp4"),
+            dict.fromkeys(quantizable, DEFAULT_FORMAT),
             groups=(self.tp_group, self.data_group),
             percentile=args.qad.qad_calibration_percentile,
         )

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.formats import fp8, nvfp4
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.models.families import family_of
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}
@@ -125,8 +124,7 @@ def _check_weights(params: dict, stored: dict, by_part: dict, rule: str) -> None
     for tensor_map in family_of(CONFIG).linears(CONFIG):
         fmt = by_part.get({"attention": "attn", "mlp": "mlp"}.get(tensor_map.kind), "bf16")
         weight = params[tensor_map.megatron].clone()
-        if weight_format := LINEAR_FORMATS[fmt].weight:
-            arithmetic = WEIGHT_FORMATS[weight_format]
+        if arithmetic := FORMATS[fmt].weight:
             scale = arithmetic.scale_from_amax(weight.abs().max().float())
             arithmetic.fake_quant_list_([weight], scale.view(1), [tensor_map.megatron], rule)
         for name, part in zip(tensor_map.hf, tensor_map.to_hf(weight), strict=True):

@@ -10,6 +10,7 @@ from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, kv_scales
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.formats import fp8
+from megatron_qad.formats.fp8_format import FP8_KV_CACHE
 from megatron_qad.formats.nvfp4 import fake_quant, global_scale_from_amax, tensor_amax
 
 LAYER = "model.layers.1"
@@ -65,7 +66,8 @@ def items(config=CONFIG, unquantized=("lm_head",), seed=0, format_of=lambda modu
         yield HFTensor(f"{module}.weight", quantized(weight, scale), module, fmt, scale, input_scale)
     if kv_layout is not None:
         for i, (k_proj, v_proj) in enumerate(model.attentions):
-            yield from kv_scales(k_proj, v_proj, torch.tensor([1.0 + i]), torch.tensor([500.0]), kv_layout)
+            amaxes = torch.tensor([1.0 + i]), torch.tensor([500.0])
+            yield from kv_scales(k_proj, v_proj, *amaxes, kv_layout, FP8_KV_CACHE)
 
 
 def linears(config=CONFIG):

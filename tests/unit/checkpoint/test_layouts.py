@@ -9,6 +9,7 @@ from megatron_qad.checkpoint.layout_configs import hf_quant_config, quantization
 from megatron_qad.checkpoint.layouts import HFTensor, exclusions, kv_scales, stored_tensors
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import fp8
+from megatron_qad.formats.fp8_format import FP8_KV_CACHE
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, tensor_amax
 
 NAME = "model.layers.0.mlp.down_proj"
@@ -175,7 +176,7 @@ def test_fp8_names_dtypes_shapes_and_values(layout, shape):
     [("modelopt", ["x.k_proj.k_scale", "x.v_proj.v_scale"]), ("compressed-tensors", ["x.k_scale", "x.v_scale"])],
 )
 def test_kv_scales_are_amax_over_448_without_a_clamp(layout, names):
-    items = kv_scales("x.k_proj", "x.v_proj", torch.tensor([44.8]), torch.tensor([8960.0]), layout)
+    items = kv_scales("x.k_proj", "x.v_proj", torch.tensor([44.8]), torch.tensor([8960.0]), layout, FP8_KV_CACHE)
     assert [item.name for item in items] == names
     assert [item.tensor.item() for item in items] == pytest.approx([0.1, 20.0], rel=1e-6)  # a rounding of float32
-    assert kv_scales("x.k_proj", "x.v_proj", torch.tensor([1.0]), torch.tensor([1.0]), "bf16") == []
+    assert kv_scales("x.k_proj", "x.v_proj", torch.tensor([1.0]), torch.tensor([1.0]), "bf16", FP8_KV_CACHE) == []

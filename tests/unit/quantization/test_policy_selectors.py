@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_qad.engine import QADError
-from megatron_qad.formats.catalogue import LINEAR_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.quantization.policy import layer_kinds_of, load, resolve
 from megatron_qad.quantization.rules import parse_override, parse_rule
 
@@ -97,8 +97,8 @@ def test_selectors_of_one_rule_must_all_hold(tmp_path):
     assert names == ["3.mlp.experts.experts.0.linear_fc1", "3.mlp.experts.experts.1.linear_fc1"]
 
 
-def test_every_format_of_the_catalogue_can_be_given(tmp_path):
-    for fmt in LINEAR_FORMATS:
+def test_every_format_of_the_registry_can_be_given(tmp_path):
+    for fmt in FORMATS:
         assert set(resolve(policy_of(tmp_path, {"kind": ALL, "format": fmt}), LINEARS).values()) == {fmt}
 
 

@@ -7,7 +7,7 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
-from megatron_qad.formats.weight_formats import WEIGHT_FORMATS
+from megatron_qad.formats.registry import FORMATS
 from megatron_qad.report.weights import linear_errors, relative_distance
 
 # Two float64 sums of the same float32 squares in another order and two roots: far below this.
@@ -133,7 +133,7 @@ def test_a_weight_with_nan_is_named(teacher, formats, save_checkpoint, tmp_path)
 @pytest.mark.parametrize("fmt", ["nvfp4", "fp8"])
 def test_a_float32_weight_on_the_grid_stays_itself(fmt):
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(3))
-    arithmetic = WEIGHT_FORMATS[fmt]
+    arithmetic = FORMATS[fmt].weight
     rounded = arithmetic.rounded(weight, arithmetic.scale_from_amax(weight.abs().max()), name="w")
     assert not torch.equal(rounded, weight)
     assert torch.equal(arithmetic.as_exported(rounded, name="w"), rounded)

@@ -1,0 +1,87 @@
+"""FP8 E4M3 with one scale a tensor, for weights, inputs and the KV cache. The arithmetic is in ``fp8``.
+
+Sources of names and entries: modelopt 0.47's exporters; compressed-tensors 0.20, format float-quantized.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_qad.formats import fp8
+from megatron_qad.formats.format import KVCacheFormat, LinearFormat, NumberFormat, StoredKVCache, StoredLinear
+
+
+class FP8Numbers(NumberFormat):
+    name = "fp8"
+    bits = 8
+    input_attributes = {"num_bits": (4, 3), "axis": None}
+
+    scale_from_amax = staticmethod(fp8.scale_from_amax)
+    fake_quant = staticmethod(fp8.fake_quant)
+
+    def fake_quant_list_(
+        self, tensors: Sequence[Tensor], scales: Tensor, names: Sequence[str], rule: str = "max"
+    ) -> None:
+        for tensor, scale, name in zip(tensors, scales, names, strict=True):
+            fp8.fake_quant_(tensor, scale, name=name)
+
+    def quantize(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> dict[str, Tensor]:
+        return {"weight": fp8.quantize(weight, scale, name=name)}
+
+    def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return fp8.dequantize(codes["weight"], scale, dtype)
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (rows, columns)}
+
+    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str) -> dict[str, Tensor]:
+        return {"weight": fp8.pack_on_grid(weight, scale, name=name)}
+
+
+FP8 = FP8Numbers()
+
+_PARTS = {
+    "weight": ("weight", "F8_E4M3"),
+    "weight_scale": ("weight_scale", "F32"),
+    "input_scale": ("input_scale", "F32"),
+}
+_MODELOPT = {"dynamic": False, "num_bits": 8, "type": "float"}
+_COMPRESSED_TENSORS = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+FP8_W8A8 = LinearFormat(
+    "fp8",
+    "weights and inputs in FP8 E4M3, one scale a tensor (W8A8)",
+    weight=FP8,
+    input=FP8,
+    stored={
+        "modelopt": StoredLinear(
+            parts=_PARTS, algo="FP8", group={"weights": _MODELOPT, "input_activations": _MODELOPT}
+        ),
+        "compressed-tensors": StoredLinear(
+            parts=_PARTS,
+            algo="float-quantized",
+            group={
+                "format": "float-quantized",
+                "input_activations": _COMPRESSED_TENSORS,
+                "output_activations": None,
+                "weights": _COMPRESSED_TENSORS,
+            },
+        ),
+    },
+)
+
+FP8_KV_CACHE = KVCacheFormat(
+    "fp8",
+    FP8,
+    stored={
+        "modelopt": StoredKVCache(
+            scale_names=("{k_proj}.k_scale", "{v_proj}.v_scale"),
+            scheme=_MODELOPT,  # vLLM reads it, others the algorithm
+            algo="FP8",
+        ),
+        "compressed-tensors": StoredKVCache(
+            scale_names=("{attention}.k_scale", "{attention}.v_scale"), scheme=_COMPRESSED_TENSORS
+        ),
+    },
+)

@@ -1,0 +1,109 @@
+"""NVFP4: four-bit floats in blocks of 16, with or without quantized inputs. The arithmetic is in ``nvfp4``.
+
+Sources of names and entries: modelopt 0.47's exporters; compressed-tensors 0.20, format nvfp4-pack-quantized.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_qad.formats import nvfp4, nvfp4_lists, nvfp4_pack
+from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE
+
+
+class NVFP4Numbers(NumberFormat):
+    name = "nvfp4"
+    bits = 4.5
+    block_size = BLOCK_SIZE
+    input_attributes = {
+        "num_bits": (2, 1),
+        "block_sizes": {-1: BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
+    }
+
+    scale_from_amax = staticmethod(nvfp4.global_scale_from_amax)
+    scales_from_amaxes = staticmethod(nvfp4_lists.global_scales_from_amaxes)
+    fake_quant = staticmethod(nvfp4.fake_quant)
+    fake_quant_list_ = staticmethod(nvfp4_lists.fake_quant_list_)
+
+    def quantize(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> dict[str, Tensor]:
+        packed, block_scale = nvfp4.quantize(weight, scale, name=name, rule=rule)
+        return {"weight": packed, "block_scale": block_scale}
+
+    def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return nvfp4.dequantize(codes["weight"], codes["block_scale"], scale, dtype)
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (rows, columns // 2), "block_scale": (rows, columns // BLOCK_SIZE)}
+
+    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str) -> dict[str, Tensor]:
+        packed, block_scale = nvfp4_pack.pack_on_grid(weight, scale, name=name)
+        return {"weight": packed, "block_scale": block_scale}
+
+
+NVFP4 = NVFP4Numbers()
+
+_WEIGHT = {
+    "modelopt": {
+        "weight": ("weight", "U8"),
+        "block_scale": ("weight_scale", "F8_E4M3"),
+        "weight_scale": ("weight_scale_2", "F32"),
+    },
+    "compressed-tensors": {
+        "weight": ("weight_packed", "U8"),
+        "block_scale": ("weight_scale", "F8_E4M3"),
+        "weight_scale": ("weight_global_scale", "F32"),
+    },
+}
+_INPUT = {
+    "modelopt": {"input_scale": ("input_scale", "F32")},
+    "compressed-tensors": {"input_scale": ("input_global_scale", "F32")},
+}
+_MODELOPT = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK_SIZE}
+_COMPRESSED_TENSORS = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "tensor_group",
+    "group_size": BLOCK_SIZE,
+    "symmetric": True,
+    # Without it the loader keeps activation block scales in full precision: other logits, and no word about it.
+    "scale_dtype": "torch.float8_e4m3fn",
+}
+
+
+def _stored(algo: str, with_input: bool) -> dict[str, StoredLinear]:
+    inputs = {**_COMPRESSED_TENSORS, "dynamic": "local", "observer": "static_minmax"} if with_input else None
+    parts = {layout: _WEIGHT[layout] | (_INPUT[layout] if with_input else {}) for layout in _WEIGHT}
+    name = "nvfp4-pack-quantized"
+    return {
+        "modelopt": StoredLinear(
+            parts=parts["modelopt"],
+            algo=algo,
+            group={"weights": _MODELOPT} | ({"input_activations": _MODELOPT} if with_input else {}),
+            is_known_by_dtype=False,  # U8 holds anything
+        ),
+        "compressed-tensors": StoredLinear(
+            parts=parts["compressed-tensors"],
+            algo=name,
+            group={
+                "format": name,
+                "input_activations": inputs,
+                "output_activations": None,
+                "weights": {**_COMPRESSED_TENSORS, "dynamic": False},
+            },
+            is_reciprocal=True,
+            is_known_by_dtype=False,
+        ),
+    }
+
+
+NVFP4_W4A4 = LinearFormat(
+    "nvfp4", "weights and inputs in NVFP4 (W4A4)", weight=NVFP4, input=NVFP4, stored=_stored("NVFP4", True)
+)
+NVFP4_W4A16 = LinearFormat(
+    "nvfp4-w4a16",
+    "weights in NVFP4, inputs unquantized (W4A16)",
+    weight=NVFP4,
+    stored=_stored("W4A16_NVFP4", False),
+)
