@@ -20,11 +20,11 @@ SCALE_BYTES = 4
 
 
 class NumberFormat:
-    """The arithmetic of one format. A subclass sets the fields and implements the first five methods; the methods after
-    them are made of these five, and a subclass overrides one only to make it faster.
+    """The arithmetic of one format. A subclass sets the fields and implements the first four methods; the methods after
+    them are made of these four, and a subclass overrides one only to make it faster.
 
-    ``scale`` is float32 [], one a tensor. ``codes`` are what a weight [N, K] becomes on disk: tensors by role,
-    "weight" and, if blocks have scales of their own, "block_scale".
+    ``scale`` is float32 [], one a tensor. ``codes`` are what a tensor [..., K] becomes in memory and a weight [N, K] on
+    disk: tensors by role, "weight" and, if blocks have scales of their own, "block_scale".
     """
 
     name: str
@@ -53,22 +53,17 @@ class NumberFormat:
         """
         raise NotImplementedError
 
-    def fake_quant(self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
-        """``dequantize(quantize(x))`` in ``x``'s dtype and shape, without a gradient. ``x`` is [..., K].
+    def quantize(
+        self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
+    ) -> dict[str, Tensor]:
+        """The codes of ``x`` [..., K]. ``rule`` chooses block scales (``block_scales``), if the format has any.
 
         Raises QADError, with ``name``, for NaN and Inf. ``check=False`` leaves that out.
         """
         raise NotImplementedError
 
-    def quantize(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> dict[str, Tensor]:
-        """The codes of a weight [N, K]. ``rule`` chooses block scales (``block_scales``), if the format has any.
-
-        Raises QADError, with ``name``, for NaN and Inf.
-        """
-        raise NotImplementedError
-
     def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] that codes stand for."""
+        """The tensor [..., K] that codes stand for."""
         raise NotImplementedError
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -76,6 +71,10 @@ class NumberFormat:
         raise NotImplementedError
 
     # What follows from it.
+
+    def fake_quant(self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
+        """``dequantize(quantize(x))`` in ``x``'s dtype and shape, without a gradient."""
+        return self.dequantize(self.quantize(x.detach(), scale, name=name, check=check), scale, x.dtype)
 
     def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str]) -> Tensor:
         """``scale_from_amax`` of n tensors at once: float32 [n] -> float32 [n]."""
@@ -91,23 +90,23 @@ class NumberFormat:
             codes = self.quantize(tensor, scale, name=name, rule=rule)
             tensor.copy_(self.dequantize(codes, scale, tensor.dtype))
 
-    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str) -> dict[str, Tensor]:
-        """The codes that decode to exactly ``weight``, which is fake-quantized under this scale.
+    def exact_codes(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor] | None:
+        """The codes that decode to exactly ``weight``, which is then "on the grid"; None if there are none.
 
-        Raises OffGridError if there are none.
+        Raises QADError, with ``name``, for NaN and Inf.
         """
         codes = self.quantize(weight, scale, name=name)
-        if wrong := int((self.dequantize(codes, scale, weight.dtype) != weight).sum()):
-            raise OffGridError(f"{name}: {wrong} of {weight.numel()} values are no {self.name} values under its scale.")
+        return codes if torch.equal(self.dequantize(codes, scale, weight.dtype), weight) else None
+
+    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
+        """``exact_codes`` of a weight that must have them. Raises OffGridError if there are none."""
+        codes = self.exact_codes(weight, scale, name=name)
+        if codes is None:
+            raise OffGridError(f"{name}: some of its values are no {self.name} values under its scale.")
         return codes
 
     def is_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
-        """Whether ``pack_on_grid`` succeeds."""
-        try:
-            self.pack_on_grid(weight, scale, name=name)
-        except OffGridError:
-            return False
-        return True
+        return self.exact_codes(weight, scale, name=name) is not None
 
     def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         """Find the scale that saved weights share, and pack each of them once.
@@ -128,10 +127,14 @@ class NumberFormat:
         # Fake quantization keeps the amax of short types, and with it the scale. It can move a float32 amax by an ulp.
         is_sure = all(weight.dtype != torch.float32 for weight in weights)
         for candidate in [scale] if is_sure else neighbours(scale):
-            try:
-                return candidate, [self.pack_on_grid(weight, candidate, name=name) for weight in weights]
-            except OffGridError:
-                continue
+            packed = []
+            for weight in weights:
+                codes = self.exact_codes(weight, candidate, name=name)
+                if codes is None:
+                    break
+                packed.append(codes)
+            else:
+                return candidate, packed
         return scale, None
 
     def rounded(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> Tensor:

@@ -140,9 +140,9 @@ def pack_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tens
 
     Raises OffGridError, a QADError, with the count, if a value is no E4M3 number times the scale.
     """
-    codes = quantize(weight, scale, name=name)
-    wrong = int((dequantize(codes, scale, weight.dtype) != weight).sum())
-    if wrong:
+    codes = exact_codes(weight, scale, name=name)
+    if codes is None:
+        wrong = int((fake_quant(weight, scale, name=name) != weight).sum())
         raise OffGridError(
             f"{name}: {wrong} of {weight.numel()} values are no FP8 values under its scale. Expected a tensor that was "
             "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"
@@ -150,13 +150,25 @@ def pack_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tens
     return codes
 
 
+def exact_codes(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tensor | None:
+    """What ``pack_on_grid`` returns; None where it would raise OffGridError, found at the first tile that is off the
+    grid. NaN and Inf still raise QADError."""
+    rows, scales = _prepare(weight, scale, name, check=True)
+    codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    for part in tile_slices(rows):
+        tile_scale = _of_rows(scales, part)
+        codes[part] = quantize(rows[part], tile_scale, name=name)
+        if bool((dequantize(codes[part], tile_scale, weight.dtype) != rows[part]).any()):
+            rest = slice(part.stop, None)
+            if not bool(torch.isfinite(tensor_amax(rows[rest]))):
+                quantize(rows[rest], _of_rows(scales, rest), name=name)  # raises: NaN and Inf are the worse fault
+            return None
+    return codes.view(weight.shape)
+
+
 def is_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
     """Whether ``pack_on_grid`` would succeed. NaN and Inf still raise QADError."""
-    try:
-        pack_on_grid(weight, scale, name=name)
-    except OffGridError:
-        return False
-    return True
+    return exact_codes(weight, scale, name=name) is not None
 
 
 def recover_scale(weights: Tensor | Sequence[Tensor], *, name: str = "tensor", per_row: bool = False) -> Tensor:

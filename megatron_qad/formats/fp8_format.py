@@ -26,8 +26,10 @@ class FP8Numbers(NumberFormat):
         for tensor, scale, name in zip(tensors, scales, names, strict=True):
             fp8.fake_quant_(tensor, scale, name=name)
 
-    def quantize(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> dict[str, Tensor]:
-        return {"weight": fp8.quantize(weight, scale, name=name)}
+    def quantize(
+        self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
+    ) -> dict[str, Tensor]:
+        return {"weight": fp8.quantize(x, scale, name=name, check=check)}
 
     def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
         return fp8.dequantize(codes["weight"], scale, dtype)
@@ -35,7 +37,11 @@ class FP8Numbers(NumberFormat):
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (rows, columns)}
 
-    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str) -> dict[str, Tensor]:
+    def exact_codes(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor] | None:
+        codes = fp8.exact_codes(weight, scale, name=name)
+        return None if codes is None else {"weight": codes}
+
+    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
         return {"weight": fp8.pack_on_grid(weight, scale, name=name)}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import nvfp4, nvfp4_lists, nvfp4_pack
+from megatron_qad.formats.common import OffGridError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
@@ -27,8 +28,10 @@ class NVFP4Numbers(NumberFormat):
     fake_quant = staticmethod(nvfp4.fake_quant)
     fake_quant_list_ = staticmethod(nvfp4_lists.fake_quant_list_)
 
-    def quantize(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> dict[str, Tensor]:
-        packed, block_scale = nvfp4.quantize(weight, scale, name=name, rule=rule)
+    def quantize(
+        self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
+    ) -> dict[str, Tensor]:
+        packed, block_scale = nvfp4.quantize(x, scale, name=name, check=check, rule=rule)
         return {"weight": packed, "block_scale": block_scale}
 
     def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,7 +40,13 @@ class NVFP4Numbers(NumberFormat):
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (rows, columns // 2), "block_scale": (rows, columns // BLOCK_SIZE)}
 
-    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str) -> dict[str, Tensor]:
+    def exact_codes(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor] | None:
+        try:
+            return self.pack_on_grid(weight, scale, name=name)
+        except OffGridError:
+            return None
+
+    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
         packed, block_scale = nvfp4_pack.pack_on_grid(weight, scale, name=name)
         return {"weight": packed, "block_scale": block_scale}
 
