@@ -9,7 +9,7 @@ depends neither on the number of ranks nor on the order of samples.
 import torch
 from modelopt.torch.quantization.calib import MaxCalibrator
 
-from megatron_qad.formats import nvfp4
+from megatron_qad.formats.common import tensor_amax
 
 _NUM_BINS = 0x7F80  # bfloat16 bit patterns of 0 up to, not including, infinity
 _CHUNK = 1 << 20  # elements counted at a time: bincount needs an int64 copy
@@ -26,7 +26,7 @@ class RunningAmax(MaxCalibrator):
         if x.numel() == 0:  # an expert to which no token went
             return
         self.num_tokens += x.numel() // x.shape[-1]
-        amax = nvfp4.tensor_amax(x)
+        amax = tensor_amax(x)
         self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
 
 
