@@ -1,0 +1,251 @@
+"""The steps of docs/howto/add_a_format.md, followed with the code on that page: policy, table, inputs, in-place
+weights, export and validator work with the new format, and they do not where a step is missing."""
+
+import json
+import re
+import textwrap
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import unregister_quant_backend
+from safetensors.torch import load_file
+
+from megatron_qad.checkpoint.export_hf import Export
+from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
+from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.engine import QADError
+from megatron_qad.formats.common import tensor_amax
+from megatron_qad.formats.format import LinearFormat, NumberFormat
+from megatron_qad.formats.registry import FORMATS
+from megatron_qad.models.families import family_of
+from megatron_qad.quantization import policy as policies
+from megatron_qad.quantization.activations import ActivationQuantizers
+from megatron_qad.quantization.format_table import BF16_BYTES, format_rows
+from megatron_qad.quantization.weights import InPlaceWeights
+
+PAGE = Path(__file__).parents[3] / "docs" / "howto" / "add_a_format.md"
+NAME = "int8"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 2,
+    "vocab_size": 40,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+FAMILY = family_of(CONFIG)
+LINEARS = FAMILY.linears(CONFIG)
+QUANTIZED = [linear for linear in LINEARS if linear.kind != "head"]
+
+
+@pytest.fixture
+def new_format() -> Iterator[LinearFormat]:
+    """The format of the page's code block (steps 1 to 3), built anew."""
+    (block,) = re.findall(r"^ *```python\n(.*?)^ *```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    module = types.ModuleType("int8_format")
+    exec(compile(textwrap.dedent(block), str(PAGE), "exec"), module.__dict__)
+    (found,) = (value for value in vars(module).values() if isinstance(value, LinearFormat))
+    yield found
+    unregister_quant_backend(f"megatron_qad_{NAME}")
+
+
+@dataclass
+class Saved:
+    """What ``TorchDistReader`` is to the export, from memory."""
+
+    tensors: dict[str, torch.Tensor]
+    directory: str = "memory"
+
+    def layers(self, maps):
+        return ((tensor_map, self.tensors[tensor_map.megatron]) for tensor_map in maps)
+
+
+def make_chunk() -> torch.nn.Module:
+    """The linears of the model, under Megatron's names."""
+    generator = torch.Generator().manual_seed(0)
+    chunk = torch.nn.Module()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList()
+    for linear in LINEARS:
+        at, parts = chunk, linear.megatron.removesuffix(".weight").split(".")
+        if linear.layer is not None:
+            while len(chunk.decoder.layers) <= linear.layer:
+                chunk.decoder.layers.append(torch.nn.Module())
+                chunk.decoder.layers[-1].layer_number = len(chunk.decoder.layers)
+            at, parts = chunk.decoder.layers[linear.layer], parts[3:]
+        for part in parts[:-1]:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        at.add_module(parts[-1], torch.nn.Linear(linear.shape[1], linear.shape[0], bias=False, dtype=torch.bfloat16))
+        getattr(at, parts[-1]).weight.data = torch.randn(linear.shape, generator=generator).bfloat16()
+    return chunk
+
+
+def resolve(directory: Path) -> dict[str, str]:
+    (directory / "mine.yaml").write_text(
+        f"rules:\n  - {{kind: [attention, mlp], format: {NAME}}}\n  - {{kind: head, format: bf16}}\n"
+    )
+    policy = policies.load(str(directory / "mine.yaml"))
+    return policies.resolve(policy, LINEARS, FAMILY.layer_kinds(CONFIG))
+
+
+def follow(directory: Path, *, saved_on_grid: bool = True) -> None:
+    """From a policy to a checkpoint that the validator accepts.
+
+    Args:
+        saved_on_grid: export the weights as the last schedule had them; else as an optimizer step left them, which is
+            what ``make_chunk`` makes.
+    """
+    formats = resolve(directory)
+    assert {formats[linear.megatron] for linear in QUANTIZED} == {NAME}
+    check_table(formats)
+    check_inputs(formats)
+    before, on_grid = quantize_in_place(formats)
+    check_export(formats, on_grid if saved_on_grid else before, on_grid, directory / "out")
+
+
+def check_table(formats: dict[str, str]) -> None:
+    for row in format_rows(QUANTIZED, formats):
+        rows, columns = row.shape
+        assert row.bytes_before == BF16_BYTES * rows * columns
+        assert row.bytes_after == rows * columns + 2 * 4 * len(row.hf)  # a byte an element, two scales a linear
+
+
+def check_inputs(formats: dict[str, str]) -> None:
+    chunk = make_chunk()
+    inputs = ActivationQuantizers([chunk], formats)
+    assert {f"{name}.weight" for name in inputs.quantizers} == {linear.megatron for linear in QUANTIZED}
+    generator = torch.Generator().manual_seed(1)
+    batches = {}
+    with inputs.calibrating():
+        for name in inputs.quantizers:
+            linear = chunk.get_submodule(name)
+            batches[name] = torch.randn(3, linear.in_features, generator=generator).bfloat16()
+            linear(batches[name])
+    for name, x in batches.items():
+        scale = tensor_amax(x) / 127
+        rounded = ((x.float() / scale).round() * scale).bfloat16()
+        assert torch.equal(inputs.quantizers[name](x), rounded) and not torch.equal(rounded, x)
+
+
+def quantize_in_place(formats: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights before and after, by name."""
+    weights = InPlaceWeights([make_chunk()], formats)
+    before = {name: weight.detach().clone() for name, weight in weights.weights.items()}
+    assert set(before) == {linear.megatron for linear in QUANTIZED}
+    weights.quantize_()
+    for name, weight in weights.weights.items():
+        scale = tensor_amax(before[name]) / 127
+        assert torch.equal(weight, ((before[name].float() / scale).round() * scale).bfloat16())
+        assert not torch.equal(weight, before[name])
+    return before, {name: weight.detach() for name, weight in weights.weights.items()}
+
+
+def check_export(formats: dict[str, str], saved: dict, on_grid: dict, output: Path) -> None:
+    maps, generator = FAMILY.tensors(CONFIG), torch.Generator().manual_seed(2)
+    tensors = {m.megatron: torch.randn(m.shape, generator=generator).bfloat16() for m in maps} | saved
+    amaxes = {f"{linear.megatron_module}.input_quantizer._amax": torch.tensor([2.54]) for linear in QUANTIZED}
+    export = Export(Saved(tensors), "modelopt", formats, "bf16", "max", torch.bfloat16, amaxes)
+    linear_modules = FAMILY.linear_modules(CONFIG)
+    write_hf_checkpoint(export.items(maps), output, config=CONFIG, layout="modelopt", linear_modules=linear_modules)
+
+    stored = load_file(output / "model.safetensors")
+    for linear in QUANTIZED:
+        for name, part in zip(linear.hf, linear.to_hf(on_grid[linear.megatron]), strict=True):
+            assert stored[name].dtype == torch.int8
+            assert torch.equal((stored[name].float() * stored[f"{name}_scale"]).bfloat16(), part)
+            assert stored[f"{name.removesuffix('.weight')}.input_scale"] == torch.tensor(2.54) / 127
+    quantization = json.loads((output / "hf_quant_config.json").read_text())["quantization"]
+    assert quantization["quant_algo"] == "INT8" and quantization["group_size"] is None
+
+    report = validate_nvfp4(output)
+    assert not report.faults, "\n".join(map(str, report.faults))
+    assert report.quantized == dict.fromkeys((hf.removesuffix(".weight") for x in QUANTIZED for hf in x.hf), NAME)
+
+
+def without(fmt: LinearFormat, role: str) -> LinearFormat:
+    stored = fmt.stored["modelopt"]
+    parts = {other: part for other, part in stored.parts.items() if other != role}
+    return replace(fmt, stored={"modelopt": replace(stored, parts=parts)})
+
+
+@pytest.mark.parametrize("saved_on_grid", [True, False], ids=["saved on the grid", "saved after an optimizer step"])
+def test_a_format_that_follows_the_page_works_everywhere(tmp_path, monkeypatch, new_format, saved_on_grid):
+    monkeypatch.setitem(FORMATS, NAME, new_format)
+    follow(tmp_path, saved_on_grid=saved_on_grid)
+
+
+def test_the_export_packs_each_weight_once(tmp_path, monkeypatch, new_format):
+    monkeypatch.setitem(FORMATS, NAME, new_format)
+    formats, quantize, shapes = resolve(tmp_path), new_format.weight.quantize, []
+    _, on_grid = quantize_in_place(formats)
+
+    def counted(x, *args, **kwargs):
+        shapes.append(tuple(x.shape))
+        return quantize(x, *args, **kwargs)
+
+    monkeypatch.setattr(new_format.weight, "quantize", counted)
+    check_export(formats, on_grid, on_grid, tmp_path / "out")
+    assert shapes == [shape for linear in QUANTIZED for shape in linear.hf_shapes()]
+
+
+def test_the_registry_line_is_needed(tmp_path, new_format):
+    with pytest.raises(QADError, match="unknown format 'int8'"):
+        follow(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["scale_from_amax", "quantize", "dequantize", "shapes"])
+def test_each_of_the_four_methods_is_needed(tmp_path, monkeypatch, new_format, method):
+    monkeypatch.setitem(FORMATS, NAME, new_format)
+    monkeypatch.delattr(type(new_format.weight), method)
+    with pytest.raises(NotImplementedError):
+        follow(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["name", "bits", "input_attributes"])
+def test_each_field_is_needed(tmp_path, monkeypatch, new_format, field):
+    monkeypatch.setitem(FORMATS, NAME, new_format)
+    monkeypatch.delattr(type(new_format.weight), field)
+    with pytest.raises((AttributeError, TypeError)):
+        follow(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        (lambda fmt: replace(fmt, stored={}), QADError),
+        (lambda fmt: replace(fmt, weight=None), AssertionError),
+        (lambda fmt: replace(fmt, input=None), AssertionError),
+        (lambda fmt: without(fmt, "weight"), KeyError),
+        (lambda fmt: without(fmt, "weight_scale"), KeyError),
+        (lambda fmt: without(fmt, "input_scale"), KeyError),
+    ],
+    ids=["stored", "weight", "input", "stored weight", "stored weight_scale", "stored input_scale"],
+)
+def test_each_part_of_the_linear_format_is_needed(tmp_path, monkeypatch, new_format, change, error):
+    monkeypatch.setitem(FORMATS, NAME, change(new_format))
+    with pytest.raises(error):
+        follow(tmp_path)
+
+
+def test_the_page_names_what_there_is():
+    text = PAGE.read_text()
+    for attribute in ("block_size", "input_attributes", "forward_attributes"):
+        assert attribute in text and hasattr(NumberFormat, attribute)
+    for method in ("scale_from_amax", "quantize", "dequantize", "shapes", "fake_quant_list_", "exact_codes"):
+        assert method in text and hasattr(NumberFormat, method)
+    root = PAGE.parents[2]
+    for file in re.findall(r"`((?:megatron_qad|tests)/[\w/]+\.py)`", text):
+        assert (root / file).is_file(), file
