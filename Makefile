@@ -6,7 +6,7 @@ SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check env
+.PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -41,6 +41,10 @@ lint: env
 format: env
 	$(RUN) ruff format .
 	$(RUN) ruff check --fix .
+
+# docs/patches.md from the table of what is replaced in other packages.
+patches-page: env
+	$(RUN) python -c "from megatron_qad.engine.patches import page; print(page(), end='')" > docs/patches.md
 
 # Names, sharded state, conversion and quantizers of Transformer Engine's layers against the local ones, without a GPU.
 # Needs transformer_engine: installed already, or TE_WHEEL=FILE naming a built wheel of its torch extension.

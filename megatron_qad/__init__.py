@@ -2,11 +2,12 @@
 
 Importing this package starts nothing and touches no device. The rooms, from the lowest floor up:
 
-0. ``engine``        Megatron and torch made to fit, run directories, errors
-1. ``formats``       NVFP4 arithmetic;  ``config``  the options
+0. ``engine``        what touches Megatron's and torch's internals, run directories, errors
+1. ``formats``       one object per number format
 2. ``models``, ``quantization``, ``distillation``, ``data``
-3. ``training``, ``checkpoint``
-4. ``report``
+3. ``config``        one frozen object per job;  ``checkpoint``
+4. ``training``      the job and its callbacks
+5. ``report``
 """
 
 __version__ = "0.1.0"

@@ -166,42 +166,35 @@ def medians(jobs: list[list[dict]]) -> tuple[float, float]:
 
 def run_rank(side: str, argv: list[str], result: str) -> None:
     import pretrain_qad  # noqa: I001  first: it prepares the backend
-    from megatron.training import training as megatron_loop
+    import torch
 
-    from megatron_qad.training import plan, setup
+    from megatron_qad.engine.events import Callback
+    from megatron_qad.training.plan import plan
 
     measured = {"seconds": [], "memory": 0, "sent": 0, "losses": []}
     sent = count_sends()
+
+    class Measures(Callback):
+        def job_begins(self, job, resumes_at):
+            measured["plan"] = list(plan(job.config, job.args))  # as --qad-dry-run prints it
+            reset_peak(measured)
+
+        def step_begins(self, step, model):
+            torch.distributed.barrier()
+            torch.cuda.synchronize()
+            self.before, self.began = sent[0], time.perf_counter()
+
+        def step_ended(self, step):
+            torch.cuda.synchronize()
+            measured["seconds"].append(time.perf_counter() - self.began)
+            measured["sent"] = sent[0] - self.before
+            for value in step.losses.values():
+                measured["losses"].append(float(torch.as_tensor(value).reshape(-1)[0]))
+
     if side == "modelopt":
-        setup._prepare_student = prepare_peer
-        pretrain_qad.forward_step = peer_forward_step
-    start = setup._prepare_student
-
-    def watched(args, chunks):
-        measured["plan"] = list(plan.plan(args, setup.resolve_formats(args)))  # as --qad-dry-run prints it
-        reset_peak(measured)
-        return start(args, chunks)
-
-    setup._prepare_student = watched
-    train_step = megatron_loop.train_step
-
-    def timed(*args, **kwargs):
-        import torch
-
-        torch.distributed.barrier()
-        torch.cuda.synchronize()
-        before, began = sent[0], time.perf_counter()
-        found = train_step(*args, **kwargs)
-        torch.cuda.synchronize()
-        measured["seconds"].append(time.perf_counter() - began)
-        measured["sent"] = sent[0] - before
-        for value in found[0].values():
-            measured["losses"].append(float(torch.as_tensor(value).reshape(-1)[0]))
-        return found
-
-    megatron_loop.train_step = timed
-    sys.argv = ["pretrain_qad.py", *argv]
-    pretrain_qad.main()
+        train_peer(argv, [Measures()])
+    else:
+        pretrain_qad.main(argv, [Measures()])
     measured["seconds"] = measured["seconds"][WARM_UP:]
     measured["before"], measured["memory"] = measured["memory"], peak_memory() - measured["memory"]
     Path(f"{result}.rank{os.environ['RANK']}").write_text(json.dumps(measured))
@@ -251,27 +244,47 @@ def count_sends() -> list[int]:
     return total
 
 
-def prepare_peer(args, chunks):
+def train_peer(argv: list[str], callbacks: list) -> None:
+    """A job of Megatron's with modelopt's distillation: our command line, data and loop, their student and teacher."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+    from megatron_qad.training.models import model_config
+    from megatron_qad.training.start import read_command_line, start_job
+
+    job = start_job(read_command_line(argv), callbacks)
+    student = model_config(job.config, job.args, job.config.student)
+    student.pre_wrap_hooks.append(partial(prepare_peer, job))
+    with job.loop.running():
+        pretrain(
+            pretrain_cfg_container_from_args(job.args, student),
+            job.datasets_provider,
+            ModelType.encoder_or_decoder,
+            peer_forward_step,
+        )
+
+
+def prepare_peer(job, chunks):
     """modelopt's way: quantizers of weights and inputs in the student, the teacher inside it, concatenated shapes."""
     import modelopt.torch.distill as mtd
-    from megatron.core import mpu
     from megatron.core.utils import unwrap_model
-    from megatron.training import training as megatron_loop
     from modelopt.torch.distill.plugins import megatron as plugin
 
+    from megatron_qad.engine.events import TrainedStep
+    from megatron_qad.engine.patches import replace
     from megatron_qad.formats.nvfp4_format import NVFP4
     from megatron_qad.models.weights import load_weights
-    from megatron_qad.quantization.activations import ActivationQuantizers, input_attributes
+    from megatron_qad.quantization.activations import input_attributes
     from megatron_qad.quantization.names import named_modules_globally
-    from megatron_qad.quantization.weights import InPlaceWeights
-    from megatron_qad.training.schedule import QADStep
-    from megatron_qad.training.setup import build_teacher, resolve_formats
+    from megatron_qad.training.batch import iterators
+    from megatron_qad.training.calibration_pass import CalibrationPass
+    from megatron_qad.training.models import build_teacher
 
-    load_weights(chunks, args.qad.qad_student)
-    formats, tp_group = resolve_formats(args), mpu.get_tensor_model_parallel_group()
-    groups = (tp_group, mpu.get_data_parallel_group(with_context_parallel=True))
-    inputs = ActivationQuantizers(chunks, formats, groups=groups)
-    weights = InPlaceWeights(chunks, formats, tp_group)
+    job.events.job_begins(job, 0)
+    load_weights(chunks, job.config.student.checkpoint)
+    job.activations = job.quantize_activations(chunks)
+    weights = job.quantize_weights(chunks)
     amaxes = dict(zip(weights.weights, weights.amaxes(), strict=True))
     quantizers = []
     for name, module in named_modules_globally(chunks[0]):
@@ -283,42 +296,53 @@ def prepare_peer(args, chunks):
             module.weight_quantizer.amax = amaxes[f"{name}.weight"].view(1)
             quantizers.append(module.weight_quantizer)
     assert quantizers, "no weight quantizer on this rank"
-    (student,), (teacher,) = chunks, build_teacher(args).chunks
+    (student,), (teacher,) = chunks, build_teacher(job.config, job.args, job.forward).chunks
     teacher = unwrap_model(teacher)
     config = plugin.setup_distillation_config(None, student.config, teacher.config)
     kd = {"teacher_model": teacher, "criterion": config.criterion, "loss_balancer": config.loss_balancer}
     student = mtd.convert(student, mode=[("kd_loss", kd)])
     plugin.adjust_distillation_model_for_mcore(student, config)
-    # Both sides calibrate inputs of unquantized weights.
-    step_calibrate = QADStep._calibrate
+    # What remains of our step: calibrate the inputs once, of unquantized weights, and read the microbatches.
+    calibration = CalibrationPass(job)
+    is_calibrated = False
 
-    def calibrate(*call):
-        for quantizer in quantizers:
+    def run_step(schedule, *, data_iterator, num_microbatches, **call):
+        nonlocal is_calibrated
+        shape = {k: call.pop(k) for k in ("seq_length", "micro_batch_size", "decoder_seq_length")}
+        adjust = plugin.get_tensor_shapes_adjust_fn_for_distillation(call["model"], **shape)
+        if adjust is not None:
+            call["adjust_tensor_shapes_fn"] = adjust
+        for quantizer in quantizers if not is_calibrated else ():
             quantizer.disable()
-        step_calibrate(step, *call)
-        for quantizer in quantizers:
+        batches = calibration.next_batches(
+            partial(schedule, adjust_tensor_shapes_fn=adjust) if adjust is not None else schedule,
+            data_iterator,
+            num_microbatches,
+            shape,
+            call["model"],
+            is_training=not call.get("forward_only"),
+        )
+        for quantizer in quantizers if not is_calibrated else ():
             quantizer.enable()
+        is_calibrated = True
+        batches = iterators(batches, data_iterator)
+        return schedule(data_iterator=batches, num_microbatches=num_microbatches, **call, **shape)
 
-    # What remains of our step: calibrate the inputs once, read the microbatches. No teacher pass, no weights in place.
-    step = QADStep(None, InPlaceWeights([student], {}, tp_group), inputs, args.qad.qad_calibration_samples)
-    step._calibrate = calibrate
-    upstream = megatron_loop.get_forward_backward_func
+    # No guard of ours in their step: only the schedule is another, and the step is timed.
+    def timed(upstream):
+        def train_step(forward, data_iterator, model, optimizer, scheduler, *rest, **named):
+            job.events.step_begins(job.loop.step, model)
+            found = upstream(forward, data_iterator, model, optimizer, scheduler, *rest, **named)
+            job.events.step_ended(TrainedStep(job.loop.step, found[0], found[5], model, optimizer, scheduler))
+            return found
 
-    def get_schedule(*_args, **_kwargs):
-        schedule = upstream()
+        return train_step
 
-        def run_step(**call):
-            shape = {k: call[k] for k in ("seq_length", "micro_batch_size", "decoder_seq_length")}
-            adjust = plugin.get_tensor_shapes_adjust_fn_for_distillation(call["model"], **shape)
-            if adjust is None:
-                return step.run(schedule, **call)
-            return step.run(
-                partial(schedule, adjust_tensor_shapes_fn=adjust), **call | {"adjust_tensor_shapes_fn": adjust}
-            )
+    def schedules(upstream):
+        return lambda *given, **named: partial(run_step, upstream(*given, **named))
 
-        return run_step
-
-    megatron_loop.get_forward_backward_func = get_schedule
+    replace("megatron.training.training:get_forward_backward_func", schedules)
+    replace("megatron.training.training:train_step", timed)
     return [student]
 
 

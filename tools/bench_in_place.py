@@ -63,21 +63,22 @@ def run_job(variant: str, argv: list[str]) -> None:
     import pretrain_qad  # noqa: I001  first: it prepares the backend
     from megatron.training import print_rank_0
 
-    from megatron_qad.training import schedule, setup
+    from megatron_qad.engine.events import Callback
 
-    jobs = []
-    made = schedule.QADStep.__init__
+    class Chooses(Callback):
+        """Puts the other weights in the job's, and keeps them."""
 
-    def remember(step, *args, **kwargs):
-        made(step, *args, **kwargs)
-        jobs.append(step.weights)
+        def job_begins(self, job, resumes_at):
+            self.job = job
 
-    schedule.QADStep.__init__ = remember
-    if variant == "every-forward":
-        setup.InPlaceWeights = in_every_forward(setup.InPlaceWeights)
-    sys.argv = ["pretrain_qad.py", *argv]
-    pretrain_qad.main()
-    (weights,) = jobs
+        def student_ready(self, student):
+            if variant == "every-forward":
+                in_place = self.job.weights
+                self.job.weights = in_every_forward(type(in_place))(student, self.job.config.formats)
+
+    chooses = Chooses()
+    pretrain_qad.main(argv, [chooses])
+    weights = chooses.job.weights
     if variant == "in-place":
         print_rank_0(f"quantized in place in {weights.seconds / weights.num_quantizations:.4f} s a step")
     else:

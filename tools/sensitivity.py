@@ -20,11 +20,9 @@ from megatron.training import print_rank_0  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron.training.utils import is_rank0  # noqa: E402
 
-from megatron_qad.models.families import family_of  # noqa: E402
 from megatron_qad.report.sensitivity import write_sensitivity  # noqa: E402
-from megatron_qad.training.arguments import parse_arguments  # noqa: E402
 from megatron_qad.training.sensitivity import Probe, measure, policy_document, propose, units_of  # noqa: E402
-from megatron_qad.training.setup import resolve_formats  # noqa: E402
+from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
 FORMATS = ("nvfp4", "nvfp4-w4a16", "fp8")
 
@@ -37,14 +35,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-microbatches", type=int, default=4, help="of held-out text, a data-parallel rank")
     own, rest = parser.parse_known_args(argv)
     evaluation = ["--eval-interval", "1", "--eval-iters", str(own.num_microbatches)]
-    args = parse_arguments([*rest, *evaluation], trains=False)
+    config = read_command_line([*rest, *evaluation], trains=False)
+    job = start_job(config)
     initialize_megatron()
     whole_saves.on_first_rank(lambda: locks.hold(own.output, "--output"))
-    linears = family_of(args.hf_config).linears(args.hf_config)
-    units = units_of(linears, resolve_formats(args))
+    linears = config.student.family.linears(config.student.hf)
+    units = units_of(linears, config.formats)
     if not units:
-        raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes nothing, so there is nothing to measure")
-    probe = Probe(args, [x.megatron for unit in units for x in unit.linears], own.num_microbatches)
+        raise QADError(f"--qad-policy {config.options.qad_policy} quantizes nothing, so there is nothing to measure")
+    probe = Probe(job, [x.megatron for unit in units for x in unit.linears], own.num_microbatches)
     found = measure(probe, units, own.formats, show_progress=is_rank0())
     chosen = proposal_kl = budget = None
     if own.budget_mb is not None:
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = propose(found, own.formats, budget)
         proposal_kl, _ = probe.kl({x.megatron: chosen[u.name] for u in units for x in u.linears})
     if is_rank0():
-        title = f"Sensitivity of {args.hf_config['architectures'][0]}, {len(units)} layers"
+        title = f"Sensitivity of {config.student.family.architecture}, {len(units)} layers"
         numbers = {"chosen": chosen, "proposal_kl": proposal_kl, "budget_bytes": budget}
         write_sensitivity(found, own.formats, own.output, title=title, **numbers)
         if chosen is not None:

@@ -24,12 +24,12 @@ from megatron_qad.checkpoint import origins  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release  # noqa: E402
 from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
+from megatron_qad.engine.run_directory.iterations import iteration_to_read  # noqa: E402
 from megatron_qad.engine.run_directory.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
-from megatron_qad.models.weights import iteration_to_read  # noqa: E402
 from megatron_qad.quantization.smoothing import has_smoothed_input  # noqa: E402
-from megatron_qad.training.arguments import parse_arguments  # noqa: E402
-from megatron_qad.training.setup import resolve_formats  # noqa: E402
+from megatron_qad.training.job import QADJob  # noqa: E402
 from megatron_qad.training.smoothing import smooth  # noqa: E402
+from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
 KEEP = "if --output is complete already and would be made again, leave it and succeed; if of something else, fail"
 EXPONENT = "share of a channel's range, as an exponent, that goes into the weights: 0 none, 1 all (default: 0.5)"
@@ -44,28 +44,30 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < own.exponent <= 1:
         raise QADError(f"--exponent {own.exponent}: expected a number above 0, up to 1")
     # The norms must be modules of their own.
-    args = parse_arguments([*rest, "--eval-iters", "0", "--qad-layer-spec", "local"], trains=False)
-    if args.qad.qad_teacher is None or args.qad.qad_student is not None:
+    config = read_command_line([*rest, "--eval-iters", "0", "--qad-layer-spec", "local"], trains=False)
+    options, formats = config.options, config.formats
+    if options.qad_teacher is None or options.qad_student is not None:
         raise QADError("--qad-teacher, and no --qad-student: the model that is to be smoothed")
-    formats = resolve_formats(args)
     if not any(map(has_smoothed_input, formats.values())):
-        raise QADError(f"--qad-policy {args.qad.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
-    asked = {"exponent": own.exponent, "sequences": args.qad.qad_calibration_samples, "text": calibration_text(args)}
-    record = origins.of_smoothing(iteration_to_read(args.qad.qad_teacher), asked, formats)
+        raise QADError(f"--qad-policy {options.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
+    job = start_job(config)
+    asked = {"exponent": own.exponent, "sequences": options.qad_calibration_samples}
+    asked |= {"text": calibration_text(job.args)}
+    record = origins.of_smoothing(iteration_to_read(options.qad_teacher), asked, formats)
     if own.keep and (own.output / TRACKER).is_file():
         origins.require_same(own.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{own.output} is there already")
     initialize_megatron()
     with owned(own.output):
-        smooth_and_write(args, own, formats, record)
+        smooth_and_write(job, own, record)
 
 
-def smooth_and_write(args: argparse.Namespace, own: argparse.Namespace, formats: dict, record: dict) -> None:
+def smooth_and_write(job: QADJob, own: argparse.Namespace, record: dict) -> None:
     output = all_or_none(lambda: new_directory(own.output))
-    done = smooth(args, own.exponent, formats)
+    done = smooth(job, own.exponent)
 
     def finish(aside: Path) -> None:
-        source = Path(args.qad.qad_teacher) / "hf"
+        source = Path(job.config.options.qad_teacher) / "hf"
         manifest.require_sealed(source, "config.json")
         shutil.copytree(source, aside / "hf")
         described = record | {"result": origins.sum_of_iteration(aside / "release")}

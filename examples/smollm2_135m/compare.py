@@ -28,8 +28,10 @@ from megatron_qad.models.run_directory import read_job  # noqa: E402
 from megatron_qad.models.weights import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import ActivationQuantizers, backend_of, quantize_input  # noqa: E402
 from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
-from megatron_qad.training.arguments import model_config, parse_arguments  # noqa: E402
-from megatron_qad.training.batch import Batch, output_of  # noqa: E402
+from megatron_qad.training.batch import Batch  # noqa: E402
+from megatron_qad.training.job import QADJob  # noqa: E402
+from megatron_qad.training.models import model_config  # noqa: E402
+from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
 PROMPT = "Explain in two sentences why ships need lighthouses."
 NUM_TOKENS = 256
@@ -45,7 +47,7 @@ def main() -> None:
     parser.add_argument("--hf-model", required=True)
     parser.add_argument("--text", required=True)
     own, rest = parser.parse_known_args()
-    args = parse_arguments(rest)
+    job = start_job(read_command_line(rest))
     initialize_megatron()
     tokenizer = AutoTokenizer.from_pretrained(own.hf_model)
     exported = AutoModelForCausalLM.from_pretrained(own.hf_model, dtype=torch.bfloat16).eval()
@@ -57,11 +59,11 @@ def main() -> None:
     print("answer:  ", tokenizer.decode(answer[0, chat["input_ids"].shape[1] :], skip_special_tokens=True))
     tokens = tokenizer(Path(own.text).read_text(), return_tensors="pt")["input_ids"][:, :NUM_TOKENS]
     with torch.no_grad():
-        ours = megatron_logits(args, tokens)
+        ours = megatron_logits(job, tokens)
         print_agreement("NVFP4 inputs, Megatron against transformers", ours, exported(tokens).logits)
-        nudged = megatron_logits(args, tokens, lambda x, q: nvfp4_inputs(x * (1 + torch.randn_like(x) * 2**-9), q))
+        nudged = megatron_logits(job, tokens, lambda x, q: nvfp4_inputs(x * (1 + torch.randn_like(x) * 2**-9), q))
         print_agreement("NVFP4 inputs, Megatron against itself nudged", ours, nudged)
-        plain = megatron_logits(args, tokens, lambda x, quantizer: x)
+        plain = megatron_logits(job, tokens, lambda x, quantizer: x)
         for module in exported.modules():  # compressed-tensors: leave out the quantization of inputs
             if getattr(module, "quantization_scheme", None) is not None:
                 module.quantization_scheme.input_activations = None
@@ -72,22 +74,23 @@ def main() -> None:
         )
 
 
-def megatron_logits(args: argparse.Namespace, tokens: torch.Tensor, quantize_inputs=nvfp4_inputs) -> torch.Tensor:
+def megatron_logits(job: QADJob, tokens: torch.Tensor, quantize_inputs=nvfp4_inputs) -> torch.Tensor:
     """[b, s, V] of the student of ``--load``, with quantized weights and inputs as ``quantize_inputs`` makes them."""
     register_quant_backend(backend_of(NVFP4), quantize_inputs)
-    chunks = build_chunks(model_config(args, args.hf_config))
-    job = read_job(Path(args.load))
-    formats = job["formats"]
+    load, student = job.args.load, job.config.student
+    chunks = build_chunks(model_config(job.config, job.args, student))
+    described = read_job(Path(load))
+    formats = described["formats"]
     inputs = ActivationQuantizers([chunk.module for chunk in chunks], formats)
     inputs.expect_amax(device=torch.cuda.current_device())
-    load_weights(chunks, args.load, with_amaxes=True)
-    assert inputs.calibrated, f"{args.load} was saved before calibration"
+    load_weights(chunks, load, with_amaxes=True)
+    assert inputs.calibrated, f"{load} was saved before calibration"
     model = freeze(chunks[0])
     tokens = tokens.cuda()  # stays on the CPU where there is no GPU
     position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    with InPlaceWeights(chunks, formats, scale_rule=job["scale_rule"]).on_grid(then_updated=False):
-        logits = output_of(model, Batch(tokens=tokens, position_ids=position_ids))
-    return logits[..., : args.hf_config["vocab_size"]].cpu()
+    with InPlaceWeights(chunks, formats, scale_rule=described["scale_rule"]).on_grid(then_updated=False):
+        logits = job.forward(model, Batch(tokens=tokens, position_ids=position_ids))
+    return logits[..., : student.vocab_size].cpu()
 
 
 def print_agreement(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:

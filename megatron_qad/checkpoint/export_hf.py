@@ -22,13 +22,13 @@ from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.formats.format import KVCacheFormat
 from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.models.run_directory import read_config, read_job
-from megatron_qad.models.weights import iteration_to_read
 
 
 def export_hf(

@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.megatron_wheel import save_checkpoints_in_this_process
+from megatron_qad.engine.megatron_fixes import save_checkpoints_in_this_process
 from megatron_qad.engine.run_directory import locks, manifest, whole_saves
 from megatron_qad.engine.run_directory.run_files import TRACKER
 
@@ -33,7 +33,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
         shutil.rmtree(aside, ignore_errors=True)
     torch.distributed.barrier()
     save_checkpoints_in_this_process()
-    whole_saves.install()
+    whole_saves.WholeSaves().install()
 
     def describe() -> None:
         finish(aside)

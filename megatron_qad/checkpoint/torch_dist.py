@@ -10,8 +10,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.weights import AMAX, GATED_HALVES, iteration_to_read
+from megatron_qad.models.weights import AMAX, GATED_HALVES
 
 
 class TorchDistReader:

@@ -1,1 +1,1 @@
-"""Floor 1: QAD's options as a dataclass, its flags, and YAML files that hold any Megatron or QAD option."""
+"""Floor 3: flags, YAML files and the models' configs as one frozen object, and every refusal of them."""

@@ -1,11 +1,13 @@
 """What QAD adds to Megatron's arguments. Every field is a flag (``--qad-...``), a YAML key, and its docstring the
 help."""
 
+import argparse
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 
-@dataclass
+@dataclass(frozen=True)
 class QADOptions:
     """Quantization-aware distillation"""
 
@@ -108,3 +110,8 @@ class QADOptions:
 
     qad_dry_run: bool = False
     """Print the plan (model, formats, layout, tokens, bytes per rank) and exit without building weights."""
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> "QADOptions":
+        """Of what a parser that knows these flags found."""
+        return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})

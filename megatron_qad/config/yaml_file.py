@@ -73,3 +73,15 @@ def to_flags(options: dict) -> list[str]:
             continue
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return flags
+
+
+def without(argv: Sequence[str], *flags: str) -> list[str]:
+    """``argv`` without these flags and the one value of each."""
+    kept = iter(argv)
+    found = []
+    for word in kept:
+        if word in flags:
+            next(kept, None)
+        elif word.split("=")[0] not in flags:
+            found.append(word)
+    return found

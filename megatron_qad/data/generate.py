@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_qad.data.sampling import Sampler
-from megatron_qad.engine.cpu.accelerators import bf16_products
+from megatron_qad.engine.cpu.speedups import bf16_products
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import locks
 
@@ -161,7 +161,7 @@ def _load(model_dir: str | Path, dtype: str, device: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
-    from megatron_qad.engine.cpu.accelerators.grouped_attention import register
+    from megatron_qad.engine.cpu.speedups.grouped_attention import register
 
     if not Path(model_dir).is_dir():
         raise QADError(f"--model {model_dir} is not a directory. Expected a Hugging Face model; none is downloaded.")
@@ -189,7 +189,7 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     """``size`` JSONL lines; prompts are padded on the left, so that all begin to write at the same column."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from megatron_qad.engine.cpu.accelerators.roomy_cache import roomy_cache
+    from megatron_qad.engine.cpu.speedups.roomy_cache import roomy_cache
 
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}

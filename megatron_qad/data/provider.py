@@ -20,11 +20,12 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training import get_args, print_rank_0
+from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import load_metadata
+from megatron_qad.data.options import DataOptions
 from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.data.validation_set import (
     DEFAULT_TOKENS,
@@ -36,57 +37,66 @@ from megatron_qad.data.validation_set import (
 from megatron_qad.engine.errors import QADError
 
 
-def datasets_provider(train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
+class DatasetsProvider:
     """What ``pretrain`` calls for its data, on every rank.
 
     Args:
-        train_val_test_num_samples: samples wanted of each split; only that of the first is heard, because every
-            evaluation reads the same ones.
-        vp_stage: virtual pipeline stage of the caller.
-
-    Returns:
-        (train, valid, None): datasets, or None where a split has no data or this rank needs none; a test split is not
-        evaluated.
-
-    Raises:
-        QADError: no data given, a prefix that does not exist, data of another tokenizer or vocabulary, or a split in
-            which no token counts.
+        args: Megatron's global arguments. ``eval_iters`` and ``consumed_valid_samples`` are set in them.
     """
-    args = get_args()
-    config = dataset_config(args)
-    check_data(args, config)
-    print_rank_0("megatron_qad: building the training and validation datasets")
-    num_train = train_val_test_num_samples[0]
-    # Calibration reads ahead, more than a short job trains on; a blend holds no more than it is asked for.
-    num_train = max(num_train, args.qad.qad_calibration_samples + args.micro_batch_size * args.data_parallel_size)
-    is_built = partial(_is_built_on_rank, vp_stage)
-    train, _, _ = BlendedMegatronDatasetBuilder(
-        QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
-    ).build()
-    if not args.skip_train:
-        _check_that_something_counts(train, Split.train, config)
-    valid = _validation_set(args, config, is_built) if args.eval_iters else None
-    if valid is not None and vp_stage in (None, 0):
-        print_rank_0(
-            f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, the same ones each "
-            f"time (--eval-iters {args.eval_iters})"
-        )
-    # Megatron would evaluate a test split after the last validation and report it in the validation's place.
-    return train, valid, None
 
+    is_distributed = True
+    """Read by megatron.training: every rank calls the provider, and the builder decides who holds data."""
 
-# Read by megatron.training: every rank calls the provider, and the builder decides who holds data.
-datasets_provider.is_distributed = True
+    def __init__(self, args: argparse.Namespace, options: DataOptions):
+        self.args, self._options = args, options
+
+    def __call__(self, train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
+        """Build the datasets.
+
+        Args:
+            train_val_test_num_samples: samples wanted of each split; only that of the first is heard, because every
+                evaluation reads the same ones.
+            vp_stage: virtual pipeline stage of the caller.
+
+        Returns:
+            (train, valid, None): datasets, or None where a split has no data or this rank needs none; a test split is
+            not evaluated.
+
+        Raises:
+            QADError: no data given, a prefix that does not exist, data of another tokenizer or vocabulary, or a split
+                in which no token counts.
+        """
+        args, options = self.args, self._options
+        config = dataset_config(args, options)
+        check_data(args, config, options)
+        print_rank_0("megatron_qad: building the training and validation datasets")
+        num_train = train_val_test_num_samples[0]
+        # Calibration reads ahead, more than a short job trains on; a blend holds no more than it is asked for.
+        num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
+        is_built = partial(_is_built_on_rank, vp_stage)
+        train, _, _ = BlendedMegatronDatasetBuilder(
+            QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
+        ).build()
+        if not args.skip_train:
+            _check_that_something_counts(train, Split.train, config)
+        valid = _validation_set(args, options.eval_iters, config, is_built) if args.eval_iters else None
+        if valid is not None and vp_stage in (None, 0):
+            print_rank_0(
+                f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, the same ones "
+                f"each time (--eval-iters {args.eval_iters})"
+            )
+        # Megatron would evaluate a test split after the last validation and report it in the validation's place.
+        return train, valid, None
 
 
 def _validation_set(
-    args: argparse.Namespace, config: QADDatasetConfig, is_built: Callable[[], bool]
+    args: argparse.Namespace, eval_iters: int | None, config: QADDatasetConfig, is_built: Callable[[], bool]
 ) -> ValidationSet | None:
     """The held-out samples of every evaluation. Sets ``args.eval_iters`` to what reads them once, on every rank, and
     Megatron's place in them to their beginning."""
     per_iteration = samples_per_iteration(args)
-    if args.eval_iters_given:
-        limit = args.eval_iters * per_iteration
+    if eval_iters is not None:
+        limit = eval_iters * per_iteration
     else:
         limit = max(1, DEFAULT_TOKENS // args.seq_length)
     samples = ordered_samples(config, is_built, limit)
@@ -96,7 +106,7 @@ def _validation_set(
     if num_samples == 0:  # a virtual stage whose ranks read no data
         return None
     covers = -(-num_samples // per_iteration)
-    if args.eval_iters_given and covers < args.eval_iters:
+    if eval_iters is not None and covers < args.eval_iters:
         print_rank_0(
             f"megatron_qad: --eval-iters {args.eval_iters} becomes {covers}, which read the whole validation set"
         )
@@ -136,7 +146,7 @@ def _has_validation(split: str | None, blend, blend_per_split) -> bool:
     return split is not None and parse_and_normalize_split(split)[1] > 0
 
 
-def dataset_config(args) -> QADDatasetConfig:
+def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
     """The dataset configuration that Megatron's flags ask for.
 
     Raises:
@@ -197,15 +207,15 @@ def dataset_config(args) -> QADDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
-        document_multiple=args.qad.qad_document_multiple or 1,
+        document_multiple=options.document_multiple,
     )
 
 
-def check_data(args, config: GPTDatasetConfig) -> None:
+def check_data(args, config: GPTDatasetConfig, options: DataOptions) -> None:
     """Compare every prefix of the blends with the file system, the model's vocabulary and the run's tokenizer.
 
     Args:
-        args: needs ``padded_vocab_size``, ``tokenizer_model``, ``tokenizer_type`` and ``qad``.
+        args: needs ``padded_vocab_size``, ``tokenizer_model`` and ``tokenizer_type``.
         config: its blends name the prefixes.
 
     Raises:
@@ -213,7 +223,7 @@ def check_data(args, config: GPTDatasetConfig) -> None:
     """
     blends = [config.blend] if config.blend is not None else config.blend_per_split
     prefixes = list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
-    tokenizer = RunTokenizer.of(args)
+    tokenizer = RunTokenizer.of(args, options.checkpoints)
     for prefix in prefixes:
         missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
         if missing:

@@ -4,6 +4,7 @@ That is the one of ``--tokenizer-model`` or else the one that the student's or t
 ``hf/``. Hashes of files are compared first; a tokenizer is loaded only where they differ.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,16 +25,17 @@ class RunTokenizer:
     """Hashes of what had to be loaded, once for all prefixes of a blend."""
 
     @classmethod
-    def of(cls, args) -> "RunTokenizer | None":
+    def of(cls, args, checkpoints: Iterable[str | None]) -> "RunTokenizer | None":
         """None where neither the flags nor the checkpoints hold a tokenizer.
 
         Args:
-            args: Megatron's, with ``tokenizer_type``, ``tokenizer_model`` and ``qad``.
+            args: Megatron's, with ``tokenizer_type`` and ``tokenizer_model``.
+            checkpoints: directories of the models, the first with a tokenizer wins.
         """
         model = args.tokenizer_model
         if args.tokenizer_type != "NullTokenizer" and model is not None and Path(model).exists():
             return cls(Path(model), f"--tokenizer-model {model}")
-        for checkpoint in (args.qad.qad_student, args.qad.qad_teacher):
+        for checkpoint in checkpoints:
             hf = Path(checkpoint or "") / "hf"
             if checkpoint and any((hf / name).is_file() for name in VOCABULARY_FILES):
                 return cls(hf, f"the model's tokenizer in {hf}")

@@ -1,4 +1,7 @@
-"""Floor 0: what this process runs on, asked once; logging; the error that users read.
+"""Floor 0: what touches the insides of Megatron and torch, run directories, and the error that users read.
+
+``loop`` reports the events of Megatron's training loop (``events``), ``patches`` lists all that is replaced, ``cpu``
+runs Megatron without a GPU, ``run_directory`` makes checkpoints whole, ``capabilities`` says what this process runs on.
 
 ``prepare()`` comes before the first import of ``megatron`` in every entry point: it decides whether the CPU backend is
 needed and installs it. Importing this package does nothing.

@@ -8,6 +8,8 @@ loading.
 
 import torch
 
+from megatron_qad.engine.patches import replace
+
 
 class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` whose state is there from the start and whose step counter follows a restored group's.
@@ -46,4 +48,4 @@ class AdamW(torch.optim.AdamW):
 
 def install() -> None:
     """Let Megatron, which looks the class up in ``torch.optim``, find this one."""
-    torch.optim.AdamW = AdamW
+    replace("torch.optim:AdamW", lambda _: AdamW)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_qad.engine import adamw, processes
-from megatron_qad.engine.cpu import device as cpu_backend
-from megatron_qad.engine.cpu import mamba_packages
-from megatron_qad.engine.cpu.accelerators import bf16_products
+from megatron_qad.engine.cpu import device, mamba_packages
+from megatron_qad.engine.cpu.speedups import bf16_products
 from megatron_qad.engine.run_directory import safe_checkpoints
 
 
@@ -92,7 +91,7 @@ def prepare(*, to_compute: bool = False) -> Capabilities:
     safe_checkpoints.refuse_code()
     found = capabilities()
     if found.device == "cpu":
-        cpu_backend.install()
+        device.install()
         bf16_products.install()
         if to_compute:
             sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed

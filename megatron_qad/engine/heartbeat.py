@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 _MAX_SECONDS_BETWEEN = 5
@@ -22,10 +23,16 @@ _MAX_NAMED = 8
 
 
 class Heartbeat:
-    """This process's place in its job. Nothing is written or watched before ``start``."""
+    """This process's place in its job. Nothing is written or watched before ``start``.
 
-    def __init__(self):
+    Args:
+        passes: counts what moves within a phase: the microbatches of it.
+    """
+
+    def __init__(self, passes: Callable[[], int] = lambda: 0):
         self.step, self.phase = 0, "start"
+        self._passes = passes
+        self._has_ended = threading.Event()
         self._num_phases, self._time, self._patience = 0, time.time(), _LONG
         self._file: Path | None = None
 
@@ -39,10 +46,6 @@ class Heartbeat:
         self._num_phases += 1
         self._time = time.time()
         self._patience = _LONG if is_long else 1  # after the time: never is a long phase's time held to the short limit
-
-    def still(self) -> None:
-        """The phase is moving: a microbatch of it begins."""
-        self._time = time.time()
 
     def start(self, directory: Path | None, rank: int, size: int, hang_seconds: float) -> None:
         """Write to ``directory`` (None: nowhere; the report then knows this rank only) and watch from now on.
@@ -63,9 +66,15 @@ class Heartbeat:
         self._started = self._time = time.time()
         threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
 
+    def stop(self) -> None:
+        """Nothing is written or watched any more."""
+        self._has_ended.set()
+
     def _watch(self) -> None:
-        written = None
-        while True:
+        written, seen = None, self._passes()
+        while not self._has_ended.is_set():
+            if (passes := self._passes()) != seen:
+                seen, self._time = passes, time.time()
             place = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "step": self.step}
             place |= {"phase": self.phase, "num_phases": self._num_phases, "time": self._time}
             if self._file is not None and place != written:
@@ -79,7 +88,7 @@ class Heartbeat:
             limit = self._hang_seconds * self._patience  # before the time, as it is set after it
             if (waited := time.time() - self._time) > limit:
                 self._report(place, waited, limit)
-            time.sleep(self._every)
+            self._has_ended.wait(self._every)
 
     def _report(self, mine: dict, waited: float, limit: float) -> None:
         places = self._places() | {mine["rank"]: mine}
@@ -115,6 +124,3 @@ class Heartbeat:
 
 def _file_of(directory: Path, rank: int) -> Path:
     return directory / f"rank_{rank:05d}.json"
-
-
-heartbeat = Heartbeat()

@@ -1,4 +1,4 @@
-"""Floor 4: what runs left behind, as a Markdown report with a picture and machine-readable results.
+"""Floor 5: what runs left behind, as a Markdown report with a picture and machine-readable results.
 
 ``scalars`` reads TensorBoard, ``weights`` checkpoints; ``report.write_report`` writes. Import that one after
 ``engine.prepare()``: reading checkpoints needs Megatron.

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.iterations import smoothing_record
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.run_directory import read_config
-from megatron_qad.models.weights import smoothing_record
 from megatron_qad.report.runs import Run
 from megatron_qad.report.weights import LinearError, linear_errors, linears_of, same_shape
 

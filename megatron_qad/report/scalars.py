@@ -9,7 +9,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.report.events import read_events
 
 VALIDATION = "validation/"
-"""Prefix of what ``training.validation`` records at each evaluation."""
+"""Prefix of what ``training.callbacks.validation`` records at each evaluation."""
 
 Curve = list[tuple[int, float]]
 """(step, value), steps rising."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.engine.run_directory.iterations import saved_iterations
 from megatron_qad.engine.run_directory.run_files import TRACKER
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.registry import FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.models.run_directory import read_config
-from megatron_qad.models.weights import saved_iterations
 
 
 @dataclass

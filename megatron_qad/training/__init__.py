@@ -1,1 +1,1 @@
-"""Floor 3: what happens in a step: the teacher's pass, the wrapped schedule, the loss, validation."""
+"""Floor 4: a job: its models, its loss, what surrounds the student's schedule in a step, and its callbacks."""

@@ -1,4 +1,4 @@
-"""A microbatch, read once and given to teacher and student alike.
+"""A microbatch: read once, given to teacher and student alike, and run through a model.
 
 Only the first tensor-parallel rank of the first and last pipeline stage has a data iterator. One broadcast a schedule
 carries all its microbatches to the other ranks of the tensor-parallel group; stages in between need none, only where
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 from megatron.core import mpu
-from megatron.training import get_args
 from torch import Tensor
 
 from megatron_qad.models.context_parallel import Documents, take_chunks
@@ -37,17 +36,6 @@ class Batch:
     """Outputs of the teacher's layers on this rank, [s, b, H], that hidden-state losses are going to compare."""
 
 
-def is_packed() -> bool:
-    return get_args().dataloader_inter_document_masking
-
-
-def schedule_shape(*, seq_length: int, micro_batch_size: int, **rest) -> dict:
-    """The schedule's arguments, with the rows of a packed microbatch as the one row that they become."""
-    if is_packed():
-        seq_length, micro_batch_size = seq_length * micro_batch_size, 1
-    return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **rest}
-
-
 def whole_rounds(number: int) -> int:
     """``number`` of microbatches, rounded up to whole rounds of the pipeline where virtual stages want them."""
     if mpu.get_virtual_pipeline_model_parallel_world_size() is None:
@@ -62,41 +50,57 @@ def num_calibration_batches(samples: int, micro_batch_size: int) -> int:
     return whole_rounds(-(-samples // (micro_batch_size * mpu.get_data_parallel_world_size())))
 
 
-def read_batches(
-    data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int, *, on_every_stage: bool = False
-) -> list[Batch]:
-    """The next microbatches of this rank, in order.
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads the microbatches of one job.
 
     Args:
-        data_iterator: Megatron's: an iterator, a list of them (one a virtual stage), or None where there is no data.
-        micro_batch_size, seq_length: rows of a microbatch and their global length, packed or not.
+        is_packed: rows hold several documents.
         on_every_stage: pipeline stages in between get the data, too: some losses need the mask there.
     """
-    shape = (num_microbatches, 5 if is_packed() else 4, micro_batch_size, seq_length)
-    has_data = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
-    data = _read(data_iterator, shape) if has_data else None
-    if on_every_stage and mpu.get_pipeline_model_parallel_world_size() > 2:
-        data, has_data = _from_first_stage(data if has_data else _empty(shape)), True
-    if not is_packed():
-        return [_unpack(part, None) for part in data] if has_data else [Batch() for _ in range(num_microbatches)]
-    ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
-    if mpu.get_pipeline_model_parallel_world_size() > 2:  # stages in between have no data, but attention
-        ends = _from_first_stage(ends)
-    documents = [Documents.of(_lengths(rows), ends.device) for rows in ends.tolist()]
-    if not has_data:
-        return [Batch(documents=found) for found in documents]
-    return [_unpack(part[:-1], found) for part, found in zip(data, documents, strict=True)]
+
+    is_packed: bool
+    on_every_stage: bool = False
+
+    def schedule_shape(self, *, seq_length: int, micro_batch_size: int, **rest) -> dict:
+        """The schedule's arguments, with the rows of a packed microbatch as the one row that they become."""
+        if self.is_packed:
+            seq_length, micro_batch_size = seq_length * micro_batch_size, 1
+        return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **rest}
+
+    def read(self, data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int) -> list[Batch]:
+        """The next microbatches of this rank, in order.
+
+        Args:
+            data_iterator: Megatron's: an iterator, a list of them (one a virtual stage), or None where there is no
+                data.
+            micro_batch_size, seq_length: rows of a microbatch and their global length, packed or not.
+        """
+        shape = (num_microbatches, 5 if self.is_packed else 4, micro_batch_size, seq_length)
+        has_data = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
+        data = _read(data_iterator, shape, self.is_packed) if has_data else None
+        if self.on_every_stage and mpu.get_pipeline_model_parallel_world_size() > 2:
+            data, has_data = _from_first_stage(data if has_data else _empty(shape)), True
+        if not self.is_packed:
+            return [_unpack(part, None) for part in data] if has_data else [Batch() for _ in range(num_microbatches)]
+        ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
+        if mpu.get_pipeline_model_parallel_world_size() > 2:  # stages in between have no data, but attention
+            ends = _from_first_stage(ends)
+        documents = [Documents.of(_lengths(rows), ends.device) for rows in ends.tolist()]
+        if not has_data:
+            return [Batch(documents=found) for found in documents]
+        return [_unpack(part[:-1], found) for part, found in zip(data, documents, strict=True)]
 
 
 _INTEGERS = ("tokens", "position_ids", "labels")
 
 
-def _read(data_iterator, shape: tuple[int, ...]) -> Tensor:
+def _read(data_iterator, shape: tuple[int, ...], is_packed: bool) -> Tensor:
     """int64 ``shape`` [m, kinds, b, s] on all tensor-parallel ranks, from the data of the first."""
     group = mpu.get_tensor_model_parallel_group()
     if group.rank() == 0:
         iterator = _first_with_data(data_iterator)
-        packed = torch.stack([_pack(next(iterator)) for _ in range(shape[0])])
+        packed = torch.stack([_pack(next(iterator), is_packed) for _ in range(shape[0])])
         assert packed.shape == shape, f"microbatches are {list(packed.shape)}, expected {list(shape)}"
         packed = packed.cuda(non_blocking=True)
     else:
@@ -125,33 +129,37 @@ def _lengths(rows: list[list[int]]) -> list[int]:
     return found
 
 
-def output_of(model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Tensor:
-    """A forward pass: on the last stage logits [b, s, V/tp], or with ``hidden`` its final hidden states (see
-    ``models.output_layer``), hidden states on the others.
+class ForwardPass:
+    """Forward passes of a job's models, and which microbatch is in one.
 
-    In the model's precision: Megatron's mixed-precision wrapper would make a float32 copy of all logits.
+    Args:
+        keeps_precision: outputs are in the model's precision: Megatron's mixed-precision wrapper, which there is for
+            16-bit models, would make a float32 copy of all logits.
     """
-    keep_precision = {"fp32_output": False} if get_args().bf16 else {}
-    with running(batch), stopped_before_output_layer(model) if hidden else nullcontext():
-        return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **keep_precision)
 
+    def __init__(self, keeps_precision: bool):
+        self._options = {"fp32_output": False} if keeps_precision else {}
+        self._running: list[Batch] = []
 
-_running: list[Batch] = []
+    def __call__(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Tensor:
+        """On the last stage logits [b, s, V/tp], or with ``hidden`` its final hidden states (see
+        ``models.output_layer``), hidden states on the others."""
+        with self.running(batch), stopped_before_output_layer(model) if hidden else nullcontext():
+            return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **self._options)
 
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        """Inside, ``batch`` is what a forward pass of layers is about."""
+        self._running.append(batch)
+        try:
+            yield
+        finally:
+            self._running.pop()
 
-@contextmanager
-def running(batch: Batch) -> Iterator[None]:
-    """Inside, ``batch`` is what a forward pass of layers is about."""
-    _running.append(batch)
-    try:
-        yield
-    finally:
-        _running.pop()
-
-
-def running_batch() -> Batch:
-    """For hooks on layers, which are not told."""
-    return _running[-1]
+    @property
+    def batch(self) -> Batch:
+        """The one that is running, for hooks on layers, which are not told."""
+        return self._running[-1]
 
 
 def join(batches: Sequence[Batch]) -> Batch:
@@ -183,11 +191,11 @@ def _first_with_data(data_iterator) -> Iterator:
     return data_iterator
 
 
-def _pack(sample: dict) -> Tensor:
+def _pack(sample: dict, is_packed: bool) -> Tensor:
     """One int64 tensor [4 or 5, b, s]: the mask's float32 bits travel as integers."""
     mask = sample["loss_mask"].float().contiguous().view(torch.int32).long()
     parts = [*(sample[name].long() for name in _INTEGERS), mask]
-    if is_packed():
+    if is_packed:
         parts.append(sample["cu_seqlens"][:, 1:].long())
     return torch.stack(parts)
 
@@ -198,6 +206,6 @@ def _unpack(data: Tensor, documents: Documents | None) -> Batch:
     lengths = [data.shape[-1]]
     if documents is not None:
         data, lengths = data.flatten(1).unsqueeze(1), documents.document_lengths
-    parts = (take_chunks(part, lengths, group.rank(), group.size()) for part in data)
+    parts = data if group.size() == 1 else (take_chunks(p, lengths, group.rank(), group.size()) for p in data)
     tokens, position_ids, labels, mask = (part.contiguous() for part in parts)
     return Batch(tokens, position_ids, labels, mask.int().view(torch.float32), documents)

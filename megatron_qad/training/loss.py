@@ -1,89 +1,114 @@
-"""forward_step and its loss function: what Megatron's schedule calls for every microbatch of the student."""
+"""The loss of a microbatch on the last stage, and in evaluation its metrics."""
 
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from collections.abc import Sequence
 
 import torch
 from megatron.core import mpu
 from megatron.core.utils import unwrap_model
-from megatron.training import get_args
+from torch import Tensor
 
-from megatron_qad.distillation import LogitLoss, Metrics, VocabShard, WeightedLosses, parse_loss
-from megatron_qad.engine.heartbeat import heartbeat
-from megatron_qad.models.families import text_config
+from megatron_qad.distillation import LogitLoss, Metrics, Term, VocabShard, WeightedLosses, compare, logit_losses
+from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
 from megatron_qad.models.output_layer import Output
-from megatron_qad.training.batch import Batch, output_of
-from megatron_qad.training.outputs import Outputs, losses_of, metrics_of
+from megatron_qad.training.batch import Batch
 
 
-def forward_step(batches: Iterator[Batch], model: torch.nn.Module):
-    """One microbatch through the student. Returns its output and the function that turns that into a loss."""
-    heartbeat.still()
-    batch = next(batches)
-    fused = Outputs.chosen(get_args().qad).fused
-    return output_of(model, batch, hidden=fused), partial(loss_function, batch, unwrap_model(model) if fused else None)
-
-
-def loss_function(batch: Batch, head: torch.nn.Module | None, output: torch.Tensor):
-    """The loss of one microbatch, on the last stage.
+class Loss:
+    """The loss of the logits of one job, and the metrics of the evaluation that is running.
 
     Args:
-        batch: with ``teacher_output`` filled, where there is a teacher.
-        head: the student's last stage, if its output layer is still to be applied.
-        output: the student's, logits [b, s, V/tp] or the final hidden states; the backward pass consumes logits.
-
-    Returns:
-        sum of the loss over counted tokens, their number, and the report: sum and count of each part of the loss,
-        unweighted, by its name, and of the "total loss" where there are several. In evaluation the metrics go to
-        ``validation_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
+        losses: of the job; those of other kinds are added to its reports later, by callbacks.
+        vocab_size: without padding.
+        is_fused: the student returns final hidden states, to which the output layer is still to be applied.
     """
-    args = get_args()
-    student = Output(output, head)
-    shard = VocabShard.of_rank(
-        student.width, text_config(args.hf_config)["vocab_size"], mpu.get_tensor_model_parallel_group()
-    )
-    teacher, batch.teacher_output = batch.teacher_output, None  # freed as soon as this microbatch is done
-    num_tokens = batch.loss_mask.count_nonzero().int()
-    if not torch.is_grad_enabled():
-        validation_metrics.add(metrics_of(student, teacher, batch.labels, batch.loss_mask, shard))
-        return output.new_zeros(()), num_tokens, {}
-    step = args.curr_iteration + 1  # Megatron counts a step when it is done
-    parts = job_losses()
-    terms = parts.of_kind(LogitLoss)
-    losses = losses_of([term.loss for term in terms], student, teacher, batch.labels, shard, batch.loss_mask)
-    sums = {term.name: loss.sum() for term, loss in zip(terms, losses, strict=True)}
-    total = sum(term.weight.at(step) * sums[term.name] for term in terms)
-    reported = sums | ({"total": total} if len(parts.terms) > 1 else {})  # parts of other kinds are added to it later
-    report = {f"{name} loss": torch.stack((v.detach(), num_tokens.float())) for name, v in reported.items()}
-    return total, num_tokens, report
 
+    def __init__(self, losses: WeightedLosses, vocab_size: int, is_fused: bool):
+        self._terms = losses.of_kind(LogitLoss)
+        self._has_several = len(losses.terms) > 1
+        self._vocab_size, self._is_fused = vocab_size, is_fused
+        self._metrics: Metrics | None = None
 
-def job_losses() -> WeightedLosses:
-    """``--qad-loss`` of the running job."""
-    options = get_args().qad
-    return _parsed(options.qad_loss, options.qad_temperature)
+    def begin_step(self, step: int) -> None:
+        """The weights of the terms are those of ``step``, counted from 1."""
+        self._weights = [term.weight.at(step) for term in self._terms]
 
+    def __call__(self, batch: Batch, model: torch.nn.Module, output: Tensor) -> tuple[Tensor, Tensor, dict]:
+        """The loss of one microbatch.
 
-@lru_cache(maxsize=1)
-def _parsed(text: str, temperature: float) -> WeightedLosses:
-    return parse_loss(text, temperature=temperature)
+        Args:
+            batch: with ``teacher_output`` filled, where there is a teacher.
+            model: the student's last stage.
+            output: the student's, logits [b, s, V/tp] or the final hidden states; the backward pass consumes logits.
 
+        Returns:
+            sum of the loss over counted tokens, their number, and the report: sum and count of each part of the loss,
+            unweighted, by its name, and of the "total loss" where there are several. In evaluation the metrics are
+            kept for ``take_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
+        """
+        student = Output(output, unwrap_model(model) if self._is_fused else None)
+        shard = VocabShard.of_rank(student.width, self._vocab_size, mpu.get_tensor_model_parallel_group())
+        teacher, batch.teacher_output = batch.teacher_output, None  # freed as soon as this microbatch is done
+        num_tokens = batch.loss_mask.count_nonzero().int()
+        if not torch.is_grad_enabled():
+            self._add(metrics_of(student, teacher, batch.labels, batch.loss_mask, shard))
+            return output.new_zeros(()), num_tokens, {}
+        losses = [term.loss for term in self._terms]
+        values = losses_of(losses, student, teacher, batch.labels, shard, batch.loss_mask)
+        sums = {term.name: value.sum() for term, value in zip(self._terms, values, strict=True)}
+        total = sum(weight * value for weight, value in zip(self._weights, sums.values(), strict=True))
+        reported = sums | ({"total": total} if self._has_several else {})
+        report = {f"{name} loss": torch.stack((v.detach(), num_tokens.float())) for name, v in reported.items()}
+        return total, num_tokens, report
 
-class _ValidationMetrics:
-    """Metrics of the evaluation that is running, on this rank."""
+    def _add(self, metrics: Metrics) -> None:
+        if self._metrics is None:
+            self._metrics = Metrics.zero(metrics.sums.device)
+        self._metrics += metrics
 
-    def __init__(self):
-        self._total: Metrics | None = None
-
-    def add(self, metrics: Metrics) -> None:
-        if self._total is None:
-            self._total = Metrics.zero(metrics.sums.device)
-        self._total += metrics
-
-    def take(self) -> Metrics:
-        """The sums since the last call; zeros on ranks that compute no loss."""
-        total, self._total = self._total, None
+    def take_metrics(self) -> Metrics:
+        """The sums of this rank's evaluation since the last call; zeros on ranks that compute no loss."""
+        total, self._metrics = self._metrics, None
         return total or Metrics.zero(torch.cuda.current_device())
 
 
-validation_metrics = _ValidationMetrics()
+def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, values: Sequence[Tensor]) -> None:
+    """One more part of the loss in each microbatch's report, (sum, tokens); and in its "total loss"."""
+    for report, value in zip(reports, values, strict=False):  # no reports but on the last stage
+        report[f"{term.name} loss"] = torch.stack((value, report["total loss"][1]))
+        report["total loss"][0] += term.weight.at(step) * value
+
+
+def losses_of(
+    losses, student: Output, teacher: Output | None, labels: Tensor, shard: VocabShard, weight: Tensor
+) -> tuple[Tensor, ...]:
+    """``logit_losses`` of two outputs, fused with the output layers if the student's are hidden states."""
+    if student.model is None:
+        of_teacher = None if teacher is None else teacher.logits()
+        return logit_losses(losses, student.tensor, of_teacher, labels, shard, weight=weight)
+    return fused_linear_losses(
+        losses,
+        student.hidden(),
+        student.weight,
+        *((None, None) if teacher is None else (teacher.hidden(), teacher.weight)),
+        labels,
+        shard,
+        token_weight=weight,
+        reduce_hidden_grad=not student.sums_hidden_grad,
+    )
+
+
+@torch.no_grad()
+def metrics_of(student: Output, teacher: Output | None, labels: Tensor, weight: Tensor, shard: VocabShard) -> Metrics:
+    """``compare`` of two outputs; in chunks of tokens if the student's are hidden states."""
+    if student.model is None:
+        return compare(student.tensor, None if teacher is None else teacher.logits(), labels, weight, shard)
+    total = Metrics.zero(weight.device)
+    hidden = student.hidden().flatten(0, 1)
+    of_teacher = None if teacher is None else teacher.hidden().flatten(0, 1)
+    labels, weight = labels.flatten(), weight.flatten()
+    step = tokens_of_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
+    for start in range(0, len(labels), step):
+        rows = slice(start, start + step)
+        logits = None if of_teacher is None else of_teacher[rows] @ teacher.weight.t()
+        total += compare(hidden[rows] @ student.weight.t(), logits, labels[rows], weight[rows], shard)
+    return total

@@ -1,31 +1,20 @@
-"""Numbers that are not finite: noticed in one pass over the gradients, traced to a layer only when they are there.
+"""Traces NaN and Inf to the layer where they first appear.
 
-Noticing reads the gradient buffers once and takes one small all-reduce a step. Tracing runs the step's forward passes
-again with a hook on every module, on every rank, and then looks at each parameter's gradient: the first module whose
-output is not finite, the teacher before the student, or else the parameter that the backward pass reached first. Left
-out: what is done about it (``guard``).
+The step's forward passes run again with a hook on every module, on every rank; then each parameter's gradient is looked
+at. Found is the first module whose output is not finite, the teacher before the student, or else the parameter that the
+backward pass reached first. Left out: what is done about it (``callbacks.nan_guard``).
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from megatron.core import mpu
 
+from megatron_qad.models.output_layer import Output
 from megatron_qad.quantization.names import named_modules_globally
-
-
-def gradients_are_finite(chunks: Sequence[torch.nn.Module]) -> torch.Tensor:
-    """bool [], on the device, of the whole gradient buffers of this rank."""
-    # NaN and Inf never leave a sum again; 50 million float32 take 6 ms on a core, isfinite().all() 270 ms.
-    sums = [grad.sum() for grad in _gradient_buffers(chunks)]
-    return torch.stack(sums).isfinite().all() if sums else torch.tensor(True, device=torch.cuda.current_device())
-
-
-def _gradient_buffers(chunks: Sequence[torch.nn.Module]) -> Iterator[torch.Tensor]:
-    for chunk in chunks:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            yield buffer.grad_data
+from megatron_qad.training.calibration_pass import forward_without_loss
 
 
 class Trace:
@@ -78,3 +67,25 @@ class Trace:
         torch.distributed.all_gather_object(found, self.found)
         ranks = [(one[0], one[1], rank, one[2]) for rank, one in enumerate(found) if one is not None]
         return [(rank, said) for _, _, rank, said in sorted(ranks)]
+
+
+@torch.no_grad()
+def trace_last_step(job, model: Sequence[torch.nn.Module], trace: Trace) -> None:
+    """The forward passes of the training step that ran last, up to the logits, once more, with ``trace`` watching both
+    models.
+
+    Args:
+        job: its ``last_step`` is what runs.
+        model: the student's wrapped chunks.
+    """
+    step = job.last_step
+    if job.teacher is not None and job.config.losses.needs_teacher:
+        with trace.watching(job.teacher.chunks, "the teacher", order=0):
+            job.teacher.annotate(step.batches, **step.shape)
+            for batch in step.batches:
+                if batch.teacher_output is not None:
+                    batch.teacher_output.logits()
+                    batch.teacher_output = None
+    with trace.watching(model, "the student", order=1):
+        no_loss = partial(forward_without_loss, job, Output.logits, lambda: None)
+        step.run_student(forward_step_func=no_loss, forward_only=True)

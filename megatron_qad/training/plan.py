@@ -8,33 +8,34 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_qad.distillation import LogitLoss, parse_loss
-from megatron_qad.models.families import family_of, text_config
+from megatron_qad.config.job_config import JobConfig
+from megatron_qad.config.parallelism import ranks_of_layers, with_stages
+from megatron_qad.distillation import LogitLoss
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.quantization.format_table import format_rows, render
-from megatron_qad.training.layout import ranks_of_layers, teacher_virtual_stages, with_stages
-from megatron_qad.training.outputs import Outputs, fused_bytes, output_bytes
 
 
-def print_plan(args: argparse.Namespace, formats: dict[str, str]) -> None:
-    """Print the plan of the job that ``args`` describe. ``formats``: every linear's, by Megatron weight name."""
-    print("\n".join(plan(args, formats)))
+def print_plan(config: JobConfig, args: argparse.Namespace) -> None:
+    """Print the plan of a job. ``args``: Megatron's, validated."""
+    print("\n".join(plan(config, args)))
 
 
-def plan(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[str]:
-    family, config = family_of(args.hf_config), args.hf_config
-    tensors = family.tensors(config)
-    yield f"model       {family.architecture}, {_count(tensors):,} parameters, layers {args.hybrid_layer_pattern}"
-    if args.teacher_hf_config is not None:
-        teacher = family_of(args.teacher_hf_config)
-        number = _count(teacher.tensors(args.teacher_hf_config))
-        yield f"teacher     {teacher.architecture}, {number:,} parameters, frozen"
-    yield f"loss        {args.qad.qad_loss}, temperature {args.qad.qad_temperature:g}; policy {args.qad.qad_policy}"
-    yield f"outputs     {Outputs.chosen(args.qad).describe()}"
+def plan(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
+    """The lines of the plan."""
+    student, options = config.student, config.options
+    tensors = student.family.tensors(student.hf)
+    number = _count(tensors)
+    yield f"model       {student.family.architecture}, {number:,} parameters, layers {args.hybrid_layer_pattern}"
+    if config.teacher is not None:
+        family = config.teacher.family
+        number = _count(family.tensors(config.teacher.hf))
+        yield f"teacher     {family.architecture}, {number:,} parameters, frozen"
+    yield f"loss        {options.qad_loss}, temperature {options.qad_temperature:g}; policy {options.qad_policy}"
+    yield f"outputs     {config.outputs.describe()}"
     yield ""
-    yield from render(format_rows(family.linears(config), formats))
+    yield from render(format_rows(student.family.linears(student.hf), config.formats))
     yield from _layout(args)
-    yield from _bytes_per_rank(args, tensors)
+    yield from _bytes_per_rank(config, args, tensors)
 
 
 def _layout(args: argparse.Namespace) -> Iterator[str]:
@@ -53,18 +54,17 @@ def _layout(args: argparse.Namespace) -> Iterator[str]:
         yield f"training    {args.train_iters} iterations = {args.train_iters * tokens:,} tokens"
 
 
-def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Iterator[str]:
+def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[TensorMap]) -> Iterator[str]:
     width = 2 if args.bf16 else 4
     dense, experts = _largest_stage(args, tensors, args.hybrid_layer_pattern)
     student = dense + experts
     rows = {"student weights": student * width}
-    if args.teacher_hf_config is not None:
-        family = family_of(args.teacher_hf_config)
-        layers = family.layer_pattern(args.teacher_hf_config)
-        virtual = teacher_virtual_stages(len(layers), args)
-        pattern = with_stages(layers, args.pipeline_model_parallel_size * virtual)
-        of_teacher = family.tensors(args.teacher_hf_config)
-        if args.qad.qad_teacher_on_host:
+    teacher = config.teacher
+    if teacher is not None:
+        layers = teacher.family.layer_pattern(teacher.hf)
+        pattern = with_stages(layers, args.pipeline_model_parallel_size * config.teacher_virtual_stages)
+        of_teacher = teacher.family.tensors(teacher.hf)
+        if config.options.qad_teacher_on_host:
             rows["teacher weights, streamed"] = _streamed(args, of_teacher) * width
         else:
             rows["teacher weights"] = sum(_largest_stage(args, of_teacher, pattern)) * width
@@ -74,24 +74,23 @@ def _bytes_per_rank(args: argparse.Namespace, tensors: list[TensorMap]) -> Itera
     shards = (args.data_parallel_size, _expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
     rows["optimizer state"] = dense * each // shards[0] + experts * each // shards[1]
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    teacher_hidden = None if args.teacher_hf_config is None else text_config(args.teacher_hf_config)["hidden_size"]
-    of_output = output_bytes(args, teacher_hidden)
-    if Outputs.chosen(args.qad).fused:
-        num_losses = len(parse_loss(args.qad.qad_loss).of_kind(LogitLoss))
-        of_fused = fused_bytes(args, num_losses, text_config(args.hf_config)["hidden_size"])
+    sizes, outputs = config.output_sizes, config.outputs
+    if outputs.fused:
+        of_fused = sizes.fused(len(config.losses.of_kind(LogitLoss)), config.student.hidden_size)
         rows["logits of both models, one chunk"] = of_fused["chunk"]
         rows["output weight's gradient, float32"] = of_fused["gradient"]
     else:
-        rows["student logits, one microbatch"] = of_output["logits"]
-    if args.teacher_hf_config is not None:
-        kept, other = ("hidden", "logits") if Outputs.chosen(args.qad).teacher_hidden else ("logits", "hidden")
+        rows["student logits, one microbatch"] = sizes.logits()
+    if teacher is not None:
+        of_output = {"logits": sizes.logits(), "hidden": sizes.hidden(teacher.hidden_size)}
+        kept, other = ("hidden", "logits") if outputs.teacher_hidden else ("logits", "hidden")
         rows[f"teacher {kept}, {in_flight} microbatch(es)"] = of_output[kept] * in_flight
     yield ""
     yield "bytes on a rank (largest stage; the logits on the last stage only)"
     for name, size in rows.items():
         yield f"  {name:<34} {size:>18,}"
     yield f"  {'sum':<34} {sum(rows.values()):>18,}"
-    if args.teacher_hf_config is not None:
+    if teacher is not None:
         yield f"  not kept: teacher {other}, which would take {of_output[other] * in_flight:,} bytes"
 
 

@@ -6,9 +6,9 @@ inputs by the same quantizers as in training. ``propose`` then spends a byte bud
 taking the units' KLs as additive, which they nearly are while they are small; the proposal is measured as a whole, too.
 """
 
-import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from megatron.core import mpu
@@ -16,7 +16,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.training import build_train_valid_test_data_iterators
 from tqdm import tqdm
 
-from megatron_qad.data.provider import datasets_provider
 from megatron_qad.data.validation_set import samples_per_iteration
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.registry import DEFAULT_FORMAT
@@ -25,10 +24,9 @@ from megatron_qad.models.weights import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.format_table import ShapedLinear, format_rows
 from megatron_qad.quantization.weights import InPlaceWeights
-from megatron_qad.training.arguments import model_config
-from megatron_qad.training.batch import iterators, read_batches, schedule_shape
-from megatron_qad.training.loss import forward_step, validation_metrics
-from megatron_qad.training.outputs import Outputs
+from megatron_qad.training.batch import Batch, iterators
+from megatron_qad.training.job import QADJob
+from megatron_qad.training.models import model_config
 from megatron_qad.training.teacher import Teacher
 
 
@@ -82,7 +80,7 @@ class Probe:
     """A frozen model, held-out microbatches, and the model's own unquantized logits on them (kept on the last stage).
 
     Args:
-        args: parsed arguments (``parse_arguments``); ``--qad-teacher`` is the model, the validation split the data.
+        job: its ``--qad-teacher`` is the model, its validation split the data.
         quantizable: Megatron weight names of all linears that may be quantized; their inputs are calibrated here.
         num_microbatches: a data-parallel rank; fewer where the validation set ends before.
 
@@ -90,29 +88,29 @@ class Probe:
         QADError: no token of them counts.
     """
 
-    def __init__(self, args: argparse.Namespace, quantizable: Sequence[str], num_microbatches: int):
-        self.args = args
-        chunks = build_chunks(model_config(args, args.hf_config))
-        load_weights(chunks, args.qad.qad_teacher)
+    def __init__(self, job: QADJob, quantizable: Sequence[str], num_microbatches: int):
+        self.job, args = job, job.args
+        chunks = build_chunks(model_config(job.config, args, job.config.student))
+        load_weights(chunks, job.config.options.qad_teacher)
         self.tp_group = mpu.get_tensor_model_parallel_group()
         self.data_group = mpu.get_data_parallel_group(with_context_parallel=True)
         self.activations = ActivationQuantizers(
             chunks,
             dict.fromkeys(quantizable, DEFAULT_FORMAT),
             groups=(self.tp_group, self.data_group),
-            percentile=args.qad.qad_calibration_percentile,
+            percentile=job.config.options.qad_calibration_percentile,
         )
         self.chunks = [freeze(chunk) for chunk in chunks]
         self.shape = {"seq_length": args.seq_length, "micro_batch_size": args.micro_batch_size}
         args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
-        _, self._valid, _ = build_train_valid_test_data_iterators(datasets_provider)
+        _, self._valid, _ = build_train_valid_test_data_iterators(job.datasets_provider)
         at_once = args.micro_batch_size * args.data_parallel_size
         available = args.eval_iters * samples_per_iteration(args) // at_once
         num_microbatches = min(num_microbatches, available)  # what comes then are the first ones again
-        self.batches = read_batches(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
+        self.batches = job.reader.read(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
         with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
-            teacher = Teacher(self.chunks, keeps_hidden=Outputs.chosen(args.qad).teacher_hidden)
-            teacher.annotate(self.batches, **schedule_shape(**self.shape), decoder_seq_length=None)
+            teacher = Teacher(self.chunks, job.forward, keeps_hidden=job.config.outputs.teacher_hidden)
+            teacher.annotate(self.batches, **job.reader.schedule_shape(**self.shape), decoder_seq_length=None)
         self._reference = [batch.teacher_output for batch in self.batches]
 
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
@@ -122,7 +120,7 @@ class Probe:
             self.chunks,
             dict(formats),
             self.tp_group,
-            self.args.qad.qad_weight_scale_rule,
+            self.job.config.options.qad_weight_scale_rule,
             mpu.get_expert_tensor_parallel_group(),
         )
         saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}
@@ -131,16 +129,16 @@ class Probe:
             batch.teacher_output = output  # the loss lets go of them
         with torch.no_grad():
             get_forward_backward_func()(
-                forward_step_func=forward_step,
+                forward_step_func=self._forward_step,
                 data_iterator=iterators(self.batches, self._valid),
                 model=self.chunks,
                 num_microbatches=len(self.batches),
                 forward_only=True,
-                **schedule_shape(**self.shape),
+                **self.job.reader.schedule_shape(**self.shape),
             )
             for name, weight in saved.items():
                 weights.weights[name].data.copy_(weight)
-        total = validation_metrics.take().all_reduce(self.data_group)
+        total = self.job.loss.take_metrics().all_reduce(self.data_group)
         if mpu.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has a loss
             total = total.all_reduce(mpu.get_pipeline_model_parallel_group())
         means = total.means()
@@ -150,6 +148,10 @@ class Probe:
                 "nothing to measure; give more (--num-microbatches) or other data"
             )
         return means["kl_to_teacher"], means["num_tokens"]
+
+    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
+        batch = next(batches)
+        return self.job.student_pass(model, batch), partial(self.job.loss, batch, model)
 
 
 def measure(probe: Probe, units: Sequence[Unit], formats: Sequence[str], *, show_progress: bool) -> Sensitivities:

@@ -4,8 +4,6 @@ Nothing is trained. What comes out is a checkpoint of the same model, to be the 
 a job whose NVFP4 then costs less: the scales that ``quantization.smoothing`` moved are in its weights.
 """
 
-import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +11,13 @@ from megatron.core import mpu
 from megatron.training.training import build_train_valid_test_data_iterators
 from torch import Tensor
 
-from megatron_qad.data.provider import datasets_provider
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weights import load_weights, weights_to_save
 from megatron_qad.quantization.smoothing import Groups, Smoothing
-from megatron_qad.training.arguments import model_config
-from megatron_qad.training.batch import Batch, num_calibration_batches, read_batches, schedule_shape, whole_rounds
+from megatron_qad.training.batch import Batch, num_calibration_batches, whole_rounds
+from megatron_qad.training.job import QADJob
+from megatron_qad.training.models import model_config
 from megatron_qad.training.teacher import Teacher
 
 
@@ -42,57 +40,58 @@ class Smoothed:
 _LARGEST_CHANGE = 0.05
 
 
-def smooth(args: argparse.Namespace, exponent: float, formats: Mapping[str, str]) -> Smoothed:
+def smooth(job: QADJob, exponent: float) -> Smoothed:
     """Smooth ``--qad-teacher`` by ``--qad-calibration-samples`` sequences of the training split. Collective.
 
     Args:
         exponent: see ``quantization.smoothing.block_factors``.
-        formats: of every linear, by global Megatron weight name.
 
     Raises:
         QADError: the model is not what it was; NaN or Inf in the text's passes.
     """
-    chunks = build_chunks(model_config(args, args.hf_config))
-    load_weights(chunks, args.qad.qad_teacher)
+    chunks = build_chunks(model_config(job.config, job.args, job.config.student))
+    load_weights(chunks, job.config.options.qad_teacher)
     chunks = [freeze(chunk) for chunk in chunks]
     groups = Groups(
         mpu.get_tensor_and_data_parallel_group(with_context_parallel=True),
         mpu.get_data_parallel_group(with_context_parallel=True),
         mpu.get_expert_data_parallel_group(),
     )
-    smoothing = Smoothing(chunks, formats, groups)
-    batches, first = _batches(args), whole_rounds(1)
+    smoothing = Smoothing(chunks, job.config.formats, groups)
+    batches, first = _batches(job), whole_rounds(1)
     at_a_time = 4 * mpu.get_pipeline_model_parallel_world_size()
     with smoothing.watching():
-        before = _hidden_states(args, chunks, batches[:first])
+        before = _hidden_states(job, chunks, batches[:first])
         for i in range(first, len(batches), at_a_time):  # all at once, their hidden states would take gigabytes
-            _hidden_states(args, chunks, batches[i : i + at_a_time])
+            _hidden_states(job, chunks, batches[i : i + at_a_time])
     factors = smoothing.apply_(exponent)
-    after = _hidden_states(args, chunks, batches[:first])
+    after = _hidden_states(job, chunks, batches[:first])
     change = _change(before, after)
     if change > _LARGEST_CHANGE:
         raise QADError(
             f"smoothing changed the model: a final hidden state by {change:.3g} of their root mean square. Nothing was "
             "written; this is a fault of megatron_qad"
         )
-    num_sequences = len(batches) * args.micro_batch_size * mpu.get_data_parallel_world_size()
+    num_sequences = len(batches) * job.args.micro_batch_size * mpu.get_data_parallel_world_size()
     return Smoothed(weights_to_save(chunks), factors, num_sequences, change)
 
 
-def _batches(args: argparse.Namespace) -> list[Batch]:
-    number = num_calibration_batches(args.qad.qad_calibration_samples, args.micro_batch_size)
+def _batches(job: QADJob) -> list[Batch]:
+    args = job.args
+    number = num_calibration_batches(job.config.options.qad_calibration_samples, args.micro_batch_size)
     samples = number * args.micro_batch_size * mpu.get_data_parallel_world_size()
     args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
     args.train_iters = -(-samples // args.global_batch_size)
-    iterator, _, _ = build_train_valid_test_data_iterators(datasets_provider)
-    return read_batches(iterator, number, args.micro_batch_size, args.seq_length)
+    iterator, _, _ = build_train_valid_test_data_iterators(job.datasets_provider)
+    return job.reader.read(iterator, number, args.micro_batch_size, args.seq_length)
 
 
-def _hidden_states(args: argparse.Namespace, chunks: list[torch.nn.Module], batches: list[Batch]) -> list[Tensor]:
+def _hidden_states(job: QADJob, chunks: list[torch.nn.Module], batches: list[Batch]) -> list[Tensor]:
     """Final hidden states of each microbatch, on the last stage."""
-    shape = schedule_shape(seq_length=args.seq_length, micro_batch_size=args.micro_batch_size)
+    args = job.args
+    shape = job.reader.schedule_shape(seq_length=args.seq_length, micro_batch_size=args.micro_batch_size)
     with torch.no_grad():
-        return Teacher(chunks, keeps_hidden=True).forward(batches, **shape, decoder_seq_length=None)
+        return Teacher(chunks, job.forward, keeps_hidden=True).forward(batches, **shape, decoder_seq_length=None)
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:

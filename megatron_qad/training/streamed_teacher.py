@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.schedules import get_tensor_shapes
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from megatron_qad.training.batch import Batch, output_of, running
+from megatron_qad.training.batch import Batch, ForwardPass
 from megatron_qad.training.teacher import Teacher
 
 
@@ -81,8 +81,10 @@ class HostWeights:
 class StreamedTeacher(Teacher):
     """A ``Teacher`` of one chunk with its layers in host memory. Same outputs, bit for bit."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], joined: int = 1, keeps_hidden: bool = False):
-        super().__init__(chunks, joined, keeps_hidden)
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], forward: ForwardPass, joined: int = 1, keeps_hidden: bool = False
+    ):
+        super().__init__(chunks, forward, joined, keeps_hidden)
         (self._chunk,) = self.chunks
         self._stack = unwrap_model(self._chunk).decoder
         self.host = HostWeights(self._stack.layers)
@@ -98,7 +100,7 @@ class StreamedTeacher(Teacher):
         for i in self.host.visits():
             with _only([layers[i]], self._stack, finishes=False):
                 for batch, call in zip(batches, calls, strict=True):
-                    with running(batch):
+                    with self._forward.running(batch):
                         call["hidden_states"] = self._stack(**call)
         if not pipe.is_pp_last_stage:
             for call in calls:
@@ -118,7 +120,7 @@ class StreamedTeacher(Teacher):
 
         handle = self._stack.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            output_of(self._chunk, batch)
+            self._forward(self._chunk, batch)
         except _StackCalled as called:
             received = {} if self._stack.pre_process else {"hidden_states": self._stack.input_tensor}
             return called.kwargs | received
@@ -134,7 +136,7 @@ class StreamedTeacher(Teacher):
 
         handle = self._stack.register_forward_pre_hook(begin, with_kwargs=True)
         try:
-            return output_of(self._chunk, batch, hidden=self.keeps_hidden)
+            return self._forward(self._chunk, batch, hidden=self.keeps_hidden)
         finally:
             handle.remove()
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.utils import get_model_config, unwrap_model
 
 from megatron_qad.models.output_layer import Output
-from megatron_qad.training.batch import Batch, join, output_of
+from megatron_qad.training.batch import Batch, ForwardPass, join
 
 
 class Teacher:
@@ -26,12 +26,16 @@ class Teacher:
 
     Args:
         chunks: frozen model chunks, one a virtual stage; as many as the teacher's pattern has, not the student's.
+        forward: runs a microbatch through a model.
         joined: how many of the student's microbatches the teacher takes at a time.
         keeps_hidden: leave final hidden states in the batches instead of logits.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], joined: int = 1, keeps_hidden: bool = False):
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], forward: ForwardPass, joined: int = 1, keeps_hidden: bool = False
+    ):
         self.chunks, self.joined, self.keeps_hidden = list(chunks), joined, keeps_hidden
+        self._forward = forward
         if any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
             raise ValueError("the teacher must be frozen")
 
@@ -84,7 +88,7 @@ class Teacher:
 
     def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
         # No loss function: the schedule then hands back the outputs themselves.
-        return output_of(model, next(batches), hidden=self.keeps_hidden), None
+        return self._forward(model, next(batches), hidden=self.keeps_hidden), None
 
     def _split(self, output: torch.Tensor, joined: int, is_packed: bool, is_hidden: bool) -> list[torch.Tensor]:
         """The outputs of each of the microbatches that were joined. Copies, so that each can be freed by itself."""

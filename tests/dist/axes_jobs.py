@@ -1,6 +1,5 @@
 """What the ranks of test_axes run beside training_jobs."""
 
-import sys
 import weakref
 
 import torch
@@ -12,12 +11,12 @@ def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
 
     from megatron_qad.models.context_parallel import Documents
     from megatron_qad.training.batch import Batch
-    from megatron_qad.training.setup import build_teacher
+    from megatron_qad.training.models import build_teacher
 
     size = sum(lengths)
     flags = ["--seq-length", str(size), "--micro-batch-size", "1", "--global-batch-size", "1"]
-    with job(checkpoint, 1, 1, *flags) as args:
-        teacher = build_teacher(args)
+    with job(checkpoint, 1, 1, *flags) as found:
+        teacher = build_teacher(found.config, found.args, found.forward)
         tokens = torch.randint(0, 100, (1, size), generator=torch.Generator().manual_seed(5))
         row = Batch(tokens, torch.arange(size)[None], documents=Documents.of(lengths))
         teacher.annotate([row], seq_length=size, micro_batch_size=1)
@@ -33,53 +32,45 @@ def watch_teacher(argv: list[str], result: str) -> None:
     """Train, and record where parameters of the teacher are found, and how many teacher logits live at each forward."""
     import os
 
-    from megatron.training import training as megatron_loop
-
     import pretrain_qad
-    from megatron_qad.training.schedule import QADStep
-    from megatron_qad.training.teacher import Teacher
+    from megatron_qad.engine.events import Callback
 
     seen: dict = {"alive": []}
-    steps, logits = [], []
-    run, annotate, train_step = QADStep.run, Teacher.annotate, megatron_loop.train_step
+    logits: list = []
+    jobs: list = []
     forward_step = pretrain_qad.forward_step
 
-    def watched_run(step, *args, **kwargs):
-        steps[:] = [step]
-        return run(step, *args, **kwargs)
-
-    def watched_annotate(teacher, batches, **kwargs):
-        annotate(teacher, batches, **kwargs)
-        logits[:] = [weakref.ref(batch.teacher_output.tensor) for batch in batches if batch.teacher_output is not None]
-
-    def watched_forward(batches, model):
+    def watched_forward(job, batches, model):
+        jobs[:] = [job]
         seen["alive"].append(sum(ref() is not None for ref in logits))
-        return forward_step(batches, model)
+        return forward_step(job, batches, model)
 
-    def watched_step(forward, data, model, optimizer, *args, **kwargs):
-        found = train_step(forward, data, model, optimizer, *args, **kwargs)
-        teacher = [p for chunk in steps[0].teacher.chunks for p in chunk.parameters()]
-        storages = {p.untyped_storage().data_ptr() for p in teacher if p.numel()}
+    class Watch(Callback):
+        def student_begins(self, batches, is_training):
+            outputs = [batch.teacher_output for batch in batches if batch.teacher_output is not None]
+            logits[:] = [weakref.ref(output.tensor) for output in outputs]
 
-        def number(parameters):
-            return sum(p.untyped_storage().data_ptr() in storages for p in parameters)
+        def step_ended(self, step):
+            (job,), model, optimizer = jobs, step.model, step.optimizer
+            teacher = [p for chunk in job.teacher.chunks for p in chunk.parameters()]
+            storages = {p.untyped_storage().data_ptr() for p in teacher if p.numel()}
 
-        buffers = [b for chunk in model for b in chunk.buffers + chunk.expert_parallel_buffers]
-        seen["num_parameters"] = len(teacher)
-        if hasattr(steps[0].teacher, "host"):
-            seen["fetched"] = steps[0].teacher.host.num_fetched
-        seen["found"] = {
-            "trained": sum(p.requires_grad or p.grad is not None or hasattr(p, "main_grad") for p in teacher),
-            "wrapped": number(p for chunk in model for p in chunk.parameters()),
-            "optimizer": number(p for group in optimizer.param_groups for p in group["params"]),
-            "buffers": number(p for b in buffers for p in b.params),
-        }
-        return found
+            def number(parameters):
+                return sum(p.untyped_storage().data_ptr() in storages for p in parameters)
 
-    QADStep.run, Teacher.annotate, megatron_loop.train_step = watched_run, watched_annotate, watched_step
+            buffers = [b for chunk in model for b in chunk.buffers + chunk.expert_parallel_buffers]
+            seen["num_parameters"] = len(teacher)
+            if hasattr(job.teacher, "host"):
+                seen["fetched"] = job.teacher.host.num_fetched
+            seen["found"] = {
+                "trained": sum(p.requires_grad or p.grad is not None or hasattr(p, "main_grad") for p in teacher),
+                "wrapped": number(p for chunk in model for p in chunk.parameters()),
+                "optimizer": number(p for group in optimizer.param_groups for p in group["params"]),
+                "buffers": number(p for b in buffers for p in b.params),
+            }
+
     pretrain_qad.forward_step = watched_forward
-    sys.argv = ["pretrain_qad.py", *argv]
-    pretrain_qad.main()
+    pretrain_qad.main(argv, [Watch()])
     torch.save(seen, f"{result}.rank{os.environ['RANK']}")
 
 
@@ -91,7 +82,6 @@ def measure_schedule(argv: list[str], result: str) -> None:
     from megatron.core.pipeline_parallel import schedules
 
     import pretrain_qad
-    from megatron_qad.training.schedule import QADStep
 
     steps: list[list] = []
 
@@ -104,16 +94,18 @@ def measure_schedule(argv: list[str], result: str) -> None:
 
         return run
 
-    run_step = QADStep.run
+    from megatron_qad.engine.events import Callback
 
-    def watched(step, *args, **kwargs):
-        torch.distributed.barrier()
-        steps.append([])
-        return run_step(step, *args, **kwargs)
+    class Watch(Callback):
+        def step_begins(self, step, model):
+            torch.distributed.barrier()
+            steps.append([])
 
-    QADStep.run = watched
+        def forward_begins(self, batches, is_training):
+            if not is_training:
+                self.step_begins(0, None)
+
     schedules.forward_step = timed(lambda: "F" if torch.is_grad_enabled() else "T", schedules.forward_step)
     schedules.backward_step = timed(lambda: "B", schedules.backward_step)
-    sys.argv = ["pretrain_qad.py", *argv]
-    pretrain_qad.main()
+    pretrain_qad.main(argv, [Watch()])
     torch.save(steps, f"{result}.rank{os.environ['RANK']}")

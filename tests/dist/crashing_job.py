@@ -1,19 +1,18 @@
 """pretrain_qad.py with a bug that shows itself in the third step."""
 
-import pretrain_qad  # noqa: I001  before megatron: it installs the backend
-from megatron.training import training as megatron_loop
-
-train_step, num_steps = megatron_loop.train_step, 0
+import pretrain_qad
+from megatron_qad.engine.events import Callback
 
 
-def crash(*args, **kwargs):
-    global num_steps
-    num_steps += 1
-    if num_steps == 3:
-        raise RuntimeError("the third step")
-    return train_step(*args, **kwargs)
+class Crash(Callback):
+    def __init__(self):
+        self._num_steps = 0
+
+    def step_begins(self, step, model):
+        self._num_steps += 1
+        if self._num_steps == 3:
+            raise RuntimeError("the third step")
 
 
-megatron_loop.train_step = crash
 if __name__ == "__main__":
-    pretrain_qad.main()
+    pretrain_qad.main(callbacks=[Crash()])

@@ -14,8 +14,8 @@ def logits(cases: list[dict], flags: list[str], result: str) -> None:
     for case in cases:
         expected = load_file(case["expected"])
         sizes = worker_models._sizes(expected["tokens"].shape)
-        with job(case["checkpoint"], *_sizes_of(flags), *sizes, *flags) as args:
-            of_model = worker_models._logits(args, expected["tokens"])
+        with job(case["checkpoint"], *_sizes_of(flags), *sizes, *flags) as started:
+            of_model = worker_models._logits(started, expected["tokens"])
             found[case["checkpoint"]] = worker_models._compare(of_model, expected["logits"])
     if torch.distributed.get_rank() == 0:
         torch.save(found, result)
@@ -29,8 +29,8 @@ def save(cases: list[dict], flags: list[str]) -> None:
     for case in cases:
         sizes = ["--seq-length", "8", "--micro-batch-size", "1", "--global-batch-size", "8"]
         saving = ["--bf16", "--save", case["target"], "--save-interval", "1", "--qad-policy", "bf16"]
-        with job(case["checkpoint"], *_sizes_of(flags), *sizes, *saving, *flags) as args:
-            worker_models._save(args)
+        with job(case["checkpoint"], *_sizes_of(flags), *sizes, *saving, *flags) as started:
+            worker_models._save(started)
 
 
 def export(exports: list[list[str]]) -> None:
@@ -58,18 +58,13 @@ def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: boo
     from layout import job
 
     from megatron_qad.quantization.weights import InPlaceWeights
-    from megatron_qad.training import setup
 
     wanted = load_file(expected)
-    build = setup.build_teacher
+    with job(checkpoint, 1, 1, *worker_models._sizes(wanted["tokens"].shape), *flags) as started:
 
-    def on_grid(args):
-        teacher = build(args)
-        if quantizes:
-            InPlaceWeights(teacher.chunks, setup.resolve_formats(args)).quantize_()
-        return teacher
+        def on_grid(teacher):
+            if quantizes:
+                InPlaceWeights(teacher.chunks, started.config.formats).quantize_()
 
-    setup.build_teacher = on_grid
-    with job(checkpoint, 1, 1, *worker_models._sizes(wanted["tokens"].shape), *flags) as args:
-        found = worker_models._logits(args, wanted["tokens"])
+        found = worker_models._logits(started, wanted["tokens"], on_grid)
         torch.save(worker_models._compare(found, wanted["logits"]), result)

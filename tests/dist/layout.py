@@ -18,24 +18,25 @@ from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noq
 from megatron.training import initialize_megatron  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
-from megatron_qad.training.arguments import parse_arguments  # noqa: E402
+from megatron_qad.training.job import QADJob  # noqa: E402
+from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
 docstrings.read_once()
 
 
 @contextmanager
-def job(checkpoint: str, tp: int = 1, pp: int = 1, *flags: str) -> Iterator:
-    """Megatron as ``pretrain_qad.py`` sets it up for ``checkpoint`` as the teacher; yields its arguments.
+def job(checkpoint: str, tp: int = 1, pp: int = 1, *flags: str) -> Iterator[QADJob]:
+    """A job as ``pretrain_qad.py`` starts it for ``checkpoint`` as the teacher, before it builds its models.
 
     Model-parallel groups, global arguments and random state are made anew; torch.distributed stays.
     """
     argv = ["--qad-teacher", checkpoint, "--tensor-model-parallel-size", str(tp)]
     argv += ["--pipeline-model-parallel-size", str(pp), "--mock-data", "--train-iters", "1", "--lr", "1e-3"]
     sys.argv = ["worker"]
-    args = parse_arguments([*argv, *flags])
+    found = start_job(read_command_line([*argv, *flags]))
     initialize_megatron()
     try:
-        yield args
+        yield found
     finally:
         mpu.destroy_model_parallel()
         destroy_rerun_state_machine()

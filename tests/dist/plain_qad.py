@@ -35,14 +35,14 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
     from megatron.training import initialize_megatron
 
     from megatron_qad.quantization.activations import ActivationQuantizers
-    from megatron_qad.training.arguments import parse_arguments
-    from megatron_qad.training.setup import build_teacher, resolve_formats
+    from megatron_qad.training.models import build_teacher
+    from megatron_qad.training.start import read_command_line, start_job
 
     sys.argv = ["plain_qad"]
-    args = parse_arguments(argv)
+    job = start_job(read_command_line(argv))
     initialize_megatron()
-    student, teacher = _student(args), build_teacher(args).chunks[0]
-    formats = resolve_formats(args)
+    student, teacher = _student(job), build_teacher(job.config, job.args, job.forward).chunks[0]
+    formats = job.config.formats
     steps = torch.load(f"{record}.rank0")
     inputs = ActivationQuantizers([student], formats)
     for name, quantizer in inputs.quantizers.items():
@@ -62,7 +62,7 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
         optimizer.zero_grad()
         total, count = torch.zeros(()), 0
         for batch in step["batches"]:
-            loss = _loss(student, teacher, masters, formats, batch, args.hf_config["vocab_size"])
+            loss = _loss(student, teacher, masters, formats, batch, job.config.student.vocab_size)
             loss.backward()
             total, count = total + loss.detach(), count + int(batch["loss_mask"].count_nonzero())
         for master in masters.values():
@@ -79,16 +79,16 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
     torch.save(results, result)
 
 
-def _student(args):
+def _student(job):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_qad.models.weights import load_weights
-    from megatron_qad.training.arguments import model_config
+    from megatron_qad.training.models import model_config
 
-    config = model_config(args, args.hf_config)
+    config = model_config(job.config, job.args, job.config.student)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     chunks = config.get_builder_cls()(config).build_distributed_models(pg_collection=groups, wrap_with_ddp=False)
-    load_weights(chunks, args.qad.qad_student)
+    load_weights(chunks, job.config.options.qad_student)
     return chunks[0]
 
 

@@ -4,23 +4,26 @@ import os
 import signal
 from pathlib import Path
 
+from megatron_qad.engine.events import Callback
+
+
+class _AsksToStop(Callback):
+    """SIGTERM to this rank, or a file, while a step runs; ``step`` counts this process's steps."""
+
+    def __init__(self, step: int, file: str | None):
+        self._step, self._file, self._steps = step, file, 0
+
+    def step_begins(self, step, model):
+        self._steps += 1
+        if self._steps == self._step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            if self._file is None:
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                Path(self._file).touch()
+
 
 def train(argv: list[str], record: str, step: int, file: str | None = None) -> None:
     """``training_jobs.train``, with SIGTERM (or ``file``, made) while step number ``step`` runs on the last rank."""
     import training_jobs
-    from megatron.training import training as megatron_loop
 
-    train_step, steps = megatron_loop.train_step, 0
-
-    def asked_meanwhile(*args, **kwargs):
-        nonlocal steps
-        steps += 1
-        if steps == step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-            if file is None:
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
-                Path(file).touch()
-        return train_step(*args, **kwargs)
-
-    megatron_loop.train_step = asked_meanwhile
-    training_jobs.train(argv, record)
+    training_jobs.train(argv, record, callbacks=[_AsksToStop(step, file)])

@@ -16,33 +16,35 @@ def train_on_a_full_disk(argv: list[str], record: str, disk: str, at: dict[str, 
     TensorBoard then gets a long text: a file system gives room by pages, of which a few scalars need no new one.
     """
     from megatron.training import get_tensorboard_writer
-    from megatron.training import training as megatron_loop
 
-    from megatron_qad.training import loggers
+    from megatron_qad.engine.events import Callback
 
-    train_step, ballast = megatron_loop.train_step, Path(disk) / "ballast"
+    ballast = Path(disk) / "ballast"
 
-    def step(*args, iteration=None, **rest):
-        free = at.get(str(iteration + 1))
-        if free is not None and os.environ["RANK"] == "0":
-            ballast.unlink(missing_ok=True)
-            while free >= 0:
-                size = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free
-                try:
-                    with open(ballast, "wb") as file:
-                        os.posix_fallocate(file.fileno(), 0, size)
-                    break
-                except OSError:  # TensorBoard's thread of another rank has written meanwhile
-                    ballast.unlink()
-        if free is not None:
-            torch.distributed.barrier()
-        if free == 0 and (writer := get_tensorboard_writer()) is not None:
-            writer.add_text("a text of three pages", "x" * 12_288, iteration)
-        return train_step(*args, iteration=iteration, **rest)
+    class FillsDisk(Callback):
+        def job_begins(self, job, resumes_at):
+            self.loggers = job.loggers
 
-    megatron_loop.train_step = step
-    training_jobs.train(argv, record=record)
-    loggers.close()  # as at the exit of the interpreter, to which ranks of the fork server do not come
+        def step_begins(self, step, model):
+            free = at.get(str(step))
+            if free is not None and os.environ["RANK"] == "0":
+                ballast.unlink(missing_ok=True)
+                while free >= 0:
+                    size = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - free
+                    try:
+                        with open(ballast, "wb") as file:
+                            os.posix_fallocate(file.fileno(), 0, size)
+                        break
+                    except OSError:  # TensorBoard's thread of another rank has written meanwhile
+                        ballast.unlink()
+            if free is not None:
+                torch.distributed.barrier()
+            if free == 0 and (writer := get_tensorboard_writer()) is not None:
+                writer.add_text("a text of three pages", "x" * 12_288, step - 1)
+
+    fills = FillsDisk()
+    training_jobs.train(argv, record=record, callbacks=[fills])
+    fills.loggers.close()  # as at the exit of the interpreter, to which ranks of the fork server do not come
 
 
 def read_events(directory: str) -> None:
@@ -92,41 +94,37 @@ def train_with_fault(argv: list[str], fault: dict, record: str | None = None) ->
     "slow": the rank takes 0.3 s more
     "stopped": the rank's process is stopped, as one that hangs, a second later: its heartbeat has written where it is
     """
-    from megatron.training import training as megatron_loop
+    from megatron_qad.engine.events import Callback
 
-    train_step = megatron_loop.train_step
+    class Faulty(Callback):
+        undo = None
 
-    def step(forward_step, data_iterator, model, *args, iteration=None, **rest):
-        number = iteration + 1
-        now = number == fault["step"] or fault.get("from") and number > fault["step"]
-        now = now and os.environ["RANK"] == str(fault["rank"])
-        undo = _FAULTS[fault["kind"]](fault, model) if now else None
-        try:
-            return train_step(forward_step, data_iterator, model, *args, iteration=iteration, **rest)
-        finally:
-            if undo is not None:
-                undo.remove()
+        def step_begins(self, step, model):
+            now = step == fault["step"] or fault.get("from") and step > fault["step"]
+            if now and os.environ["RANK"] == str(fault["rank"]):
+                self.undo = _FAULTS[fault["kind"]](fault, model)
 
-    megatron_loop.train_step = step
-    training_jobs.train(argv, record=record)
+        def step_ended(self, step):
+            if self.undo is not None:
+                self.undo.remove()
+                self.undo = None
+
+    training_jobs.train(argv, record=record, callbacks=[Faulty()])
 
 
 def train_with_slow_disk(argv: list[str], seconds: float) -> None:
     """``training_jobs.train``; each model that is loaded and each checkpoint that is saved takes ``seconds`` more."""
-    from megatron.training import training as megatron_loop
+    from megatron_qad.engine.events import Callback
 
-    from megatron_qad.training import setup
+    class SlowDisk(Callback):
+        def phase(self, name, is_long):
+            if name.startswith("loading"):
+                time.sleep(seconds)
 
-    def slow(function):
-        def call(*args, **named):
+        def save_begins(self, save):
             time.sleep(seconds)
-            return function(*args, **named)
 
-        return call
-
-    setup.load_weights = slow(setup.load_weights)
-    megatron_loop.save_checkpoint = slow(megatron_loop.save_checkpoint)
-    training_jobs.train(argv)
+    training_jobs.train(argv, callbacks=[SlowDisk()])
 
 
 def _parts(model) -> dict:

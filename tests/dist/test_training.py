@@ -329,6 +329,36 @@ def test_a_trained_checkpoint_is_evaluated_without_training(workshop, tmp_path):
     assert "holds checkpoints of --qad-weight-scale-rule max; this job has mse" in error
 
 
+def test_a_microbatch_passes_through_ten_files(workshop, tmp_path):
+    """From the dataset to the gradient, without what runs inside a model's layers."""
+    few = ("--qad-calibration-samples", "2")  # it reads ahead: here one microbatch of the second step
+    given = {"argv": workshop.argv(*few, num_steps=2), "result": str(tmp_path / "files"), "num_microbatches": 4}
+    workshop.server.run("training_jobs:files_of_a_microbatch", 1, given)
+    assert torch.load(tmp_path / "files") == [
+        "megatron_qad/data/dataset.py",
+        "megatron_qad/distillation/divergences.py",
+        "megatron_qad/distillation/tiles.py",
+        "megatron_qad/distillation/vocab_parallel.py",
+        "megatron_qad/models/output_layer.py",
+        "megatron_qad/training/batch.py",
+        "megatron_qad/training/job.py",
+        "megatron_qad/training/loss.py",
+        "megatron_qad/training/teacher.py",
+        "pretrain_qad.py",
+    ]
+
+
+def test_few_functions_of_megatrons_loop_are_replaced(workshop, tmp_path):
+    """Three of them without asynchronous saves, whose process needs a GPU; the table has four (unit/engine). And one
+    helper that the loop's module imports for its progress log."""
+    saving = ("--save", str(tmp_path / "run"), "--save-interval", "1")
+    argv = workshop.argv(*saving, num_steps=1)
+    workshop.server.run("training_jobs:compare_loop", 1, {"argv": argv, "result": str(tmp_path / "changed")})
+    functions = ["get_forward_backward_func", "save_checkpoint", "train_step"]
+    assert torch.load(tmp_path / "changed.meanwhile") == ["append_to_progress_log", *functions]
+    assert torch.load(tmp_path / "changed.afterwards") == ["append_to_progress_log"]
+
+
 def test_qat_trains_without_the_teachers_pass(workshop, tmp_path):
     """A loss without a teacher costs no pass of it; the evaluation, which compares both models, has it."""
     argv = workshop.argv("--qad-loss", "ce", "--eval-interval", "1", "--eval-iters", "1", num_steps=1)

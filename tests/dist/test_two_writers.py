@@ -22,7 +22,8 @@ def waiting():
     started = []
 
     def start(call: str) -> psutil.Process:
-        code = f"import time\nfrom megatron_qad.engine.run_directory import locks\n{call}\nprint('held', flush=True)\ntime.sleep(300)"
+        code = f"import time\nfrom megatron_qad.engine.run_directory import locks\n{call}\n"
+        code += "print('held', flush=True)\ntime.sleep(300)"
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
         )

@@ -1,14 +1,18 @@
 """What the ranks of test_training run: pretrain_qad.py's ``main``, watched from outside.
 
-Watching takes nothing away: Megatron's ``train_step`` is called as it is, and before and after the optimizer's step the
-gradients, parameters and masters of this rank are copied, whole tensors' names and shard axes beside them.
+Watching takes nothing away: a callback copies gradients, parameters and masters of this rank before and after each
+update, whole tensors' names and shard axes beside them.
 """
 
 import importlib
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
+
+from megatron_qad.engine.events import Callback
 
 
 def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
@@ -35,21 +39,27 @@ def export_checkpoint(checkpoint: str, outputs: dict[str, str], iteration: int |
         sys.exit(f"error: {error}")
 
 
-def train(argv: list[str], record: str | None = None, follow: str | None = None, weights_only: bool = False) -> None:
+def train(
+    argv: list[str],
+    record: str | None = None,
+    follow: str | None = None,
+    weights_only: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """``pretrain_qad.py *argv``, with its errors printed as the script prints them.
 
     Args:
         record: each rank writes what it saw to ``{record}.rank{r}``: a list of steps, see ``_Watch``.
         follow: record of a one-rank float32 job; each step starts from the parameters that that job had there.
         weights_only: input quantizers are switched off after the first step, which calibrates them.
+        callbacks: of the caller, told of the job's events after ``_Watch``.
     """
     import pretrain_qad
     from megatron_qad.engine import QADError
 
-    sys.argv = ["pretrain_qad.py", *argv]
     watch = _Watch(follow, weights_only) if record else None
     try:
-        pretrain_qad.main()
+        pretrain_qad.main(argv, [*([watch] if watch else []), *callbacks])
     except QADError as error:
         sys.exit(f"error: {error}")
     finally:  # --exit-interval leaves by SystemExit
@@ -57,7 +67,55 @@ def train(argv: list[str], record: str | None = None, follow: str | None = None,
             torch.save(watch.steps, f"{record}.rank{os.environ['RANK']}")
 
 
-class _Watch:
+def compare_loop(argv: list[str], result: str) -> None:
+    """Train; write the names in the module of Megatron's loop that are other functions than before, meanwhile and
+    afterwards."""
+    from megatron.training import training as megatron_loop
+
+    before = dict(vars(megatron_loop))
+
+    def changed() -> list[str]:
+        after = vars(megatron_loop)
+        names = sorted(n for n in before.keys() | after.keys() if after.get(n) is not before.get(n))
+        return [name for name in names if callable(after.get(name))]  # the rest is its own state
+
+    class Compares(Callback):
+        def step_begins(self, step, model):
+            torch.save(changed(), f"{result}.meanwhile")
+
+    train(argv, callbacks=[Compares()])
+    torch.save(changed(), f"{result}.afterwards")
+
+
+_INSIDE = ("megatron_qad/engine/cpu/", "megatron_qad/formats/", "megatron_qad/quantization/", "megatron_qad/models/")
+"""What runs inside a model's layers, or instead of a GPU; the output layer is beside them."""
+
+
+def files_of_a_microbatch(argv: list[str], result: str, num_microbatches: int) -> None:
+    """Train; write the files of ours with a function that runs once a microbatch, or a multiple of that, from the
+    beginning of the second step to its gradients."""
+    calls: Counter = Counter()
+    root = f"{os.getcwd()}/"
+
+    def count(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(root):
+            calls[frame.f_code.co_filename.removeprefix(root), frame.f_code.co_qualname] += 1
+
+    class Profile(Callback):
+        def step_begins(self, step, model):
+            if step == 2:
+                sys.setprofile(count)
+
+        def gradients_begin(self):
+            sys.setprofile(None)
+
+    train(argv, callbacks=[Profile()])
+    files = {file for (file, _), number in calls.items() if number % num_microbatches == 0}
+    files = {f for f in files if f == "megatron_qad/models/output_layer.py" or not f.startswith((*_INSIDE, "tests/"))}
+    torch.save(sorted(f for f in files if not f.startswith(".venv")), result)
+
+
+class _Watch(Callback):
     """Records of every step: loss (sum, count) on the last stage, grad_norm, and shards by global parameter name.
 
     A shard is (tensor, axis along which tensor parallelism cut it or None, what this rank has of each of the stacked
@@ -66,34 +124,14 @@ class _Watch:
     """
 
     def __init__(self, follow: str | None, weights_only: bool):
-        from megatron.training import training as megatron_loop
-
-        import pretrain_qad
-        from megatron_qad.training import schedule
-
         self.steps: list[dict] = []
         self._followed = torch.load(f"{follow}.rank0") if follow else None
         self._weights_only = weights_only
-        self._train_step, self._forward_step = megatron_loop.train_step, pretrain_qad.forward_step
-        megatron_loop.train_step, pretrain_qad.forward_step = self._step, self._forward
-        self._qad_step = None
-        run = schedule.QADStep.run
 
-        def watched_run(step, *args, **kwargs):
-            self._qad_step = step
-            return run(step, *args, **kwargs)
+    def job_begins(self, job, resumes_at):
+        self._job = job
 
-        schedule.QADStep.run = watched_run
-
-    def _forward(self, batches, model):
-        batch = next(batches)
-        if torch.is_grad_enabled():
-            if not self.steps[-1]["batches"]:
-                self.steps[-1]["on_grid"] = self._shards([model], lambda p: p.data)
-            self.steps[-1]["batches"].append(vars(batch) | {"teacher_output": None, "documents": None})
-        return self._forward_step(iter([batch]), model)
-
-    def _step(self, forward_step, data_iterator, model, optimizer, *args, **kwargs):
+    def step_begins(self, step, model):
         if self.steps and self._followed:
             _take_parameters(model, self._followed[len(self.steps) - 1]["params"], self._shards)
         if self.steps and self._weights_only:
@@ -101,22 +139,27 @@ class _Watch:
                 if hasattr(module, "input_quantizer"):
                     module.input_quantizer.disable()
         self.steps.append({"batches": []})
-        step, now = optimizer.step, self.steps[-1]
+        self._model = model
 
-        def watched():
-            now["grads"] = self._shards(model, lambda p: getattr(p, "main_grad", None))  # None: frozen
-            return step()
+    def student_begins(self, batches, is_training):
+        if is_training:
+            self.steps[-1]["on_grid"] = self._shards(self._model, lambda p: p.data)
+            self.steps[-1]["batches"] += [
+                vars(batch) | {"teacher_output": None, "documents": None} for batch in batches
+            ]
 
-        optimizer.step = watched
-        found = self._train_step(forward_step, data_iterator, model, optimizer, *args, **kwargs)
-        del optimizer.step
-        now["loss"] = {name: torch.as_tensor(value).tolist() for name, value in found[0].items()}
-        now["grad_norm"] = None if found[5] is None else float(found[5])  # None: the update was left out
-        now["params"] = self._shards(model, lambda p: p.data)
-        now["masters"] = self._shards(model, _master)
-        now["amaxes"] = _amaxes(model)
-        now["num_quantizations"] = self._qad_step.weights.num_quantizations
-        return found
+    def before_update(self, update):
+        # None: frozen
+        self.steps[-1]["grads"] = self._shards(update.model, lambda p: getattr(p, "main_grad", None))
+
+    def step_ended(self, step):
+        now = self.steps[-1]
+        now["loss"] = {name: torch.as_tensor(value).tolist() for name, value in step.losses.items()}
+        now["grad_norm"] = None if step.grad_norm is None else float(step.grad_norm)  # None: the update was left out
+        now["params"] = self._shards(step.model, lambda p: p.data)
+        now["masters"] = self._shards(step.model, _master)
+        now["amaxes"] = _amaxes(step.model)
+        now["num_quantizations"] = self._job.weights.num_quantizations
 
     @staticmethod
     def _shards(model, value_of, copy: bool = True) -> dict:

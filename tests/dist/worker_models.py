@@ -24,15 +24,16 @@ def cases(arguments: dict) -> list:
     results: list = [import_hf(*paths, getattr(torch, dtype)) for *paths, dtype in arguments.get("imports", ())]
     for case in arguments.get("logits", ()):
         expected = load_file(case["expected"])
-        with job(case["checkpoint"], *case["parallel"], *_sizes(expected["tokens"].shape), *case["flags"]) as args:
-            found = _logits(args, expected["tokens"])
-            results.append({**case, "sequence_parallel": args.sequence_parallel, **_compare(found, expected["logits"])})
+        with job(case["checkpoint"], *case["parallel"], *_sizes(expected["tokens"].shape), *case["flags"]) as job_of:
+            found = _logits(job_of, expected["tokens"])
+            in_shards = job_of.args.sequence_parallel
+            results.append({**case, "sequence_parallel": in_shards, **_compare(found, expected["logits"])})
     for case in arguments.get("saves", ()):
         # Unquantized: the export would put the weights of a quantizing policy on their grid.
         policy = ["--qad-policy", "bf16"]
         flags = ["--bf16", "--save", case["target"], "--save-interval", "1", *_sizes((2, 8)), *policy, *case["flags"]]
-        with job(case["checkpoint"], *case["parallel"], *flags) as args:
-            _save(args)
+        with job(case["checkpoint"], *case["parallel"], *flags) as started:
+            _save(started)
         results.append(case["target"])
     return results + [export_hf(*export).num_tensors for export in arguments.get("exports", ())]
 
@@ -44,17 +45,21 @@ def _sizes(shape) -> list[str]:
     return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
 
 
-def _logits(args, tokens):
+def _logits(job, tokens, prepare=None):
     """[rows, s, V] on the last stage, gathered over the tensor-parallel ranks; None elsewhere. Two microbatches."""
     import torch
     from megatron.core import mpu
 
     from megatron_qad.training.batch import Batch
-    from megatron_qad.training.setup import build_teacher
+    from megatron_qad.training.models import build_teacher
 
+    args = job.args
+    teacher = build_teacher(job.config, args, job.forward)
+    if prepare is not None:
+        prepare(teacher)
     positions = torch.arange(args.seq_length).expand(args.micro_batch_size, -1)
     batches = [Batch(part, positions) for part in tokens.split(args.micro_batch_size)]
-    build_teacher(args).annotate(
+    teacher.annotate(
         batches, seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=None
     )
     if not mpu.is_pipeline_last_stage():
@@ -78,16 +83,19 @@ def _compare(found, expected) -> dict:
     return {"error": numbers[0].item(), "padded_vocab": int(numbers[1]), "std": expected.std().item()}
 
 
-def _save(args) -> None:
+def _save(job) -> None:
     """Load the checkpoint and save it as the training loop does, with what export needs beside it."""
     from megatron.training.checkpointing import save_checkpoint
 
-    from megatron_qad.training.setup import build_teacher, describe_checkpoint, resolve_formats
+    from megatron_qad.training.models import build_teacher
+    from megatron_qad.training.run_description import describe_run
 
-    chunks = build_teacher(args).chunks
-    if args.rank == 0:
-        Path(args.save).mkdir(parents=True, exist_ok=True)  # the lock is in it
-        describe_checkpoint(args, resolve_formats(args))
+    save = Path(job.args.save)
+    chunks = build_teacher(job.config, job.args, job.forward).chunks
+    if job.args.rank == 0:
+        save.mkdir(parents=True, exist_ok=True)  # the lock is in it
+        describe_run(job.config, save)
+    job.saves.install()
     save_checkpoint(3, chunks, None, None, 0)
 
 

@@ -1,4 +1,4 @@
-"""A program that behaves as pretrain_qad.py does when it is asked to stop (megatron_qad/training/preemption.py), and
+"""A program that behaves as pretrain_qad.py does when it is asked to stop (training/callbacks/preemption.py), and
 starts in no time: for what the batch script does, not the ranks."""
 
 import os

@@ -3,6 +3,7 @@
 Rank 0 reports what all ranks found: ``faults`` is a list of sentences, empty where the two specs agree.
 """
 
+import dataclasses
 from pathlib import Path
 
 from launch import report
@@ -27,12 +28,12 @@ def cases(arguments: dict) -> list[dict]:
         seen: dict[str, dict] = {}
         for spec in SPECS:
             saved = str(Path(model["saved"]) / spec)
-            with job(model["checkpoint"], arguments["tp"], 1, *_flags(spec, saved)) as args:
-                seen[spec] = _build_load_save(args)
+            with job(model["checkpoint"], arguments["tp"], 1, *_flags(spec, saved)) as started:
+                seen[spec] = _build_load_save(started)
         for spec, other in (SPECS, SPECS[::-1]):
             saved = str(Path(model["saved"]) / spec)
-            with job(model["checkpoint"], arguments["tp"], 1, *_flags(other, saved)) as args:
-                seen[f"{spec} in {other}"] = _load_job(args, saved)
+            with job(model["checkpoint"], arguments["tp"], 1, *_flags(other, saved)) as started:
+                seen[f"{spec} in {other}"] = _load_job(started, saved)
         results.append({"case": model["case"], "faults": _all_ranks(_compare(seen)), **_counts(seen["te"])})
     return results
 
@@ -44,24 +45,25 @@ def _flags(spec: str, save: str) -> list[str]:
     return [*flags, "--bf16", "--seq-length", "8", "--micro-batch-size", "1", "--qad-rule", "kv_cache=fp8"]
 
 
-def _build_load_save(args) -> dict:
+def _build_load_save(job) -> dict:
     """Build, load the import, put the quantizers in, give each an amax of its own, save as the training loop does."""
     import torch
     from megatron.training.checkpointing import save_checkpoint
 
     from megatron_qad.quantization.activations import ActivationQuantizers
-    from megatron_qad.training.setup import build_teacher, describe_checkpoint, resolve_formats
+    from megatron_qad.training.models import build_teacher
+    from megatron_qad.training.run_description import describe_run
 
-    chunks = build_teacher(args).chunks
+    chunks = build_teacher(job.config, job.args, job.forward).chunks
     plain = _checkpoint_view(chunks)
-    formats = resolve_formats(args)
-    inputs = ActivationQuantizers(chunks, formats, kv_cache="fp8")
+    inputs = ActivationQuantizers(chunks, job.config.formats, kv_cache="fp8")
     inputs.expect_amax(device=torch.cuda.current_device())
     for number, name in enumerate(sorted(inputs.quantizers), start=1):
         inputs.quantizers[name]._amax.fill_(number / 4)
-    if args.rank == 0:
-        Path(args.save).mkdir(parents=True)
-        describe_checkpoint(args, formats)
+    if job.args.rank == 0:
+        Path(job.args.save).mkdir(parents=True, exist_ok=True)
+        describe_run(job.config, Path(job.args.save))
+    job.saves.install()
     save_checkpoint(3, chunks, None, None, 0)
     return {
         "plain": plain,
@@ -82,19 +84,19 @@ def _te_linears(chunks) -> list[str]:
     return sorted(name for name, m in modules if is_te(m) and getattr(getattr(m, "weight", None), "ndim", 0) == 2)
 
 
-def _load_job(args, saved: str) -> dict:
+def _load_job(job, saved: str) -> dict:
     """What the other spec reads from ``saved``: weights as a teacher would, amaxes as a resumed job would."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
-    from megatron_qad.models.weights import iteration_dir
+    from megatron_qad.engine.run_directory.iterations import iteration_dir
     from megatron_qad.quantization.activations import ActivationQuantizers
-    from megatron_qad.training.setup import build_teacher, resolve_formats
+    from megatron_qad.training.models import build_teacher
 
-    args.qad.qad_teacher = saved
-    chunks = build_teacher(args).chunks
-    inputs = ActivationQuantizers(chunks, resolve_formats(args), kv_cache="fp8")
+    config = dataclasses.replace(job.config, teacher=dataclasses.replace(job.config.teacher, checkpoint=saved))
+    chunks = build_teacher(config, job.args, job.forward).chunks
+    inputs = ActivationQuantizers(chunks, config.formats, kv_cache="fp8")
     inputs.expect_amax(device=torch.cuda.current_device())
     (model,) = unwrap_model(chunks)
     amaxes = {k: v for k, v in model.sharded_state_dict().items() if k.endswith("_quantizer._amax")}

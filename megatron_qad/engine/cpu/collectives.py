@@ -8,19 +8,23 @@ import functools
 import torch
 from torch.nn.functional import pad
 
+from megatron_qad.engine.patches import replace
+
 
 def install() -> None:
-    """Replace what Megatron calls in ``torch.distributed``. Once a process."""
-    init_process_group = torch.distributed.init_process_group
+    """Replace what Megatron calls in ``torch.distributed``."""
+    replace("torch.distributed:init_process_group", _over_gloo)
+    replace("torch.distributed:all_gather", lambda upstream: _any_shares(upstream, _gather_unequal, sizes_in=0))
+    replace("torch.distributed:reduce_scatter", lambda upstream: _any_shares(upstream, _scatter_unequal, sizes_in=1))
 
+
+def _over_gloo(init_process_group):
     @functools.wraps(init_process_group)
     def over_gloo(backend=None, *args, **kwargs):
         kwargs.pop("device_id", None)  # binds a rank to a GPU
         return init_process_group("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
 
-    torch.distributed.init_process_group = over_gloo
-    torch.distributed.all_gather = _any_shares(torch.distributed.all_gather, _gather_unequal, sizes_in=0)
-    torch.distributed.reduce_scatter = _any_shares(torch.distributed.reduce_scatter, _scatter_unequal, sizes_in=1)
+    return over_gloo
 
 
 def _any_shares(equal, unequal, sizes_in: int):

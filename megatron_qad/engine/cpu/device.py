@@ -15,7 +15,8 @@ import types
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_qad.engine.cpu import collectives as gloo
+from megatron_qad.engine.cpu import collectives
+from megatron_qad.engine.patches import replace
 
 _CPU = torch.device("cpu")
 
@@ -28,7 +29,7 @@ def install() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles its fusions; inductor on CPU costs minutes
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron refuses sequence parallelism without it
     _answer_cuda_calls()
-    gloo.install()
+    collectives.install()
     _CudaMeansCpu().__enter__()
     _reach_backward_passes()
 
@@ -67,14 +68,16 @@ class _CudaMeansCpu(TorchFunctionMode):
 def _reach_backward_passes() -> None:
     """torch suspends a mode while one of the functions that it was shown runs, and backward is one: without this, the
     backward passes of Megatron's collectives, and what is recomputed there, would ask for CUDA."""
-    run = torch.autograd._engine_run_backward
 
-    @functools.wraps(run)
-    def with_mode(*args, **kwargs):
-        with _CudaMeansCpu():
-            return run(*args, **kwargs)
+    def wrap(run):
+        @functools.wraps(run)
+        def with_mode(*args, **kwargs):
+            with _CudaMeansCpu():
+                return run(*args, **kwargs)
 
-    torch.autograd._engine_run_backward = with_mode
+        return with_mode
+
+    replace("torch.autograd:_engine_run_backward", wrap)
 
 
 class _Stream:
@@ -191,12 +194,16 @@ def _answer_cuda_calls() -> None:
         "is_bf16_supported": returns(True),
     }
     for name, answer in answers.items():
-        setattr(torch.cuda, name, answer)
-    torch.accelerator.is_available = returns(False)  # the data loader then pins no memory
-    torch.cuda.random.get_rng_state = answers["get_rng_state"]
-    torch.cuda.random.set_rng_state = answers["set_rng_state"]
+        _answer(f"torch.cuda:{name}", answer)
+    _answer("torch.accelerator:is_available", returns(False))  # the data loader then pins no memory
+    for name in ("get_rng_state", "set_rng_state"):
+        _answer(f"torch.cuda.random:{name}", answers[name])
     for name in ("range_push", "range_pop", "mark"):
-        setattr(torch.cuda.nvtx, name, nothing())
+        _answer(f"torch.cuda.nvtx:{name}", nothing())
+
+
+def _answer(target: str, answer) -> None:
+    replace(target, lambda _: answer)
 
 
 def _physical_memory_bytes() -> int:

@@ -12,9 +12,9 @@ import types
 from typing import IO
 
 import torch
-from torch.distributed.checkpoint import filesystem
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.patches import replace
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _CLASSES = {
@@ -35,8 +35,9 @@ def refuse_code() -> None:
     """Make this process, until it ends, read checkpoints as data. Idempotent."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    filesystem.pickle = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
-    # Megatron stores its arguments, ours among them: plain values, for which any namespace will do.
+    reads_data = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
+    replace("torch.distributed.checkpoint.filesystem:pickle", lambda _: reads_data)
+    # In checkpoints of earlier versions Megatron's arguments hold ours: plain values, for which any namespace will do.
     torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.options.QADOptions")])
 
 

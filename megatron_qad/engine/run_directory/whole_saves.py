@@ -1,13 +1,12 @@
 """Checkpoints that are complete or invisible.
 
-``install`` puts ``save`` in the place of Megatron's ``dist_checkpointing.save``, the one function through which every
-torch_dist checkpoint is written, synchronous or not. It writes to ``NAME.JOB.partial``, sums up every file where it was
+``WholeSaves.install`` replaces Megatron's ``dist_checkpointing.save``, the one function through which every torch_dist
+checkpoint is written, synchronous or not. Ours writes to ``NAME.JOB.partial``, sums up every file where it was
 written, and renames the directory when all of it is there; only then does Megatron move
 ``latest_checkpointed_iteration.txt``. What fails on one rank fails on all, so that a full disk ends a save and not a
-job (``training.checkpoints`` goes on with it).
+job (``training.callbacks.checkpoint_keeper`` goes on with it).
 """
 
-import functools
 import io
 import json
 import multiprocessing
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.patches import replace
 from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import manifest
 
@@ -31,75 +31,82 @@ _OURS = re.compile(r"(iter_\d{7,}|release)(\.[0-9a-f]{8}(\.room)?\.partial|\.rep
 """Names that saves and removals leave behind, and that no user would choose."""
 _ROOM_BYTES = 16 << 20
 _SUMS = ".sums."
-free_after_writing = 0
-"""Bytes left on the disk when the last save had written its large files, for the message if that failed; rank 0's."""
-
-
-texts_beside: dict[str, Callable[[], str | None]] = {}
-"""Files of text that go into every checkpoint: name -> its content at the time of the save, asked on the first rank;
-None leaves it out."""
 
 
 class SaveFailed(QADError):
     """A checkpoint could not be written or was not whole; raised on every rank."""
 
 
-def install() -> None:
-    """Have Megatron save through ``save``. Once a process."""
-    from megatron.core import dist_checkpointing
+class WholeSaves:
+    """The saves of one job."""
 
-    upstream = dist_checkpointing.save
-    if not isinstance(upstream, partial):
-        dist_checkpointing.save = partial(save, upstream)
+    def __init__(self):
+        self.texts_beside: dict[str, Callable[[], str | None]] = {}
+        """Files of text that go into every checkpoint: name -> its content at the time of the save, asked on the first
+        rank; None leaves it out."""
+        self.free_after_writing = 0
+        """Bytes left on the disk when the last save had written its large files, for the message if that failed; rank
+        0's."""
+        self._job_name: str | None = None
 
+    def install(self) -> None:
+        """Have Megatron save through this object."""
+        replace("megatron.core.dist_checkpointing:save", lambda upstream: partial(self.save, upstream))
 
-def save(
-    upstream: Callable,
-    sharded_state_dict,
-    checkpoint_dir,
-    *args,
-    async_sharded_save: bool = False,
-    async_strategy: str = "mcore",
-    verify_integrity: bool = False,
-    **rest,
-):
-    """Megatron's ``save`` with the same arguments and the same answer (a request, if asynchronous).
-
-    ``verify_integrity`` asks for what is done anyway.
-
-    Raises:
-        SaveFailed: on every rank.
-    """
-    final = Path(checkpoint_dir)
-    aside = final.with_name(f"{final.name}.{_name_of_this_job()}{PARTIAL}")
-    on_first_rank(lambda: _start(aside, final))
-    is_first = torch.distributed.get_rank() == 0
-    texts = {name: content for name, text in texts_beside.items() if is_first and (content := text()) is not None}
-    request = upstream(
+    def save(
+        self,
+        upstream: Callable,
         sharded_state_dict,
-        str(aside),
+        checkpoint_dir,
         *args,
-        async_sharded_save=True,  # also where it is not: the steps are then ours to run
-        async_strategy=async_strategy if async_sharded_save else "mcore",
+        async_sharded_save: bool = False,
+        async_strategy: str = "mcore",
+        verify_integrity: bool = False,
         **rest,
-    )
-    if request.async_fn is not None:
-        write = partial(_write_and_sum, request.async_fn, str(aside), torch.distributed.get_rank())
-        request = request._replace(async_fn=write)
-    request.finalize_fns.insert(0, partial(_free_room, aside))
-    request.finalize_fns.append(partial(_publish, aside, final, texts))
-    if async_sharded_save:
-        return request
-    request.execute_sync()
-    return None
+    ):
+        """Megatron's ``save`` with the same arguments and the same answer (a request, if asynchronous).
 
+        ``verify_integrity`` asks for what is done anyway.
 
-@functools.cache
-def _name_of_this_job() -> str:
-    """The writer of an asynchronous save may outlive a job that is killed: no other job shall write where it does."""
-    name = [secrets.token_hex(4)]
-    torch.distributed.broadcast_object_list(name, src=0)
-    return name[0]
+        Raises:
+            SaveFailed: on every rank.
+        """
+        final = Path(checkpoint_dir)
+        aside = final.with_name(f"{final.name}.{self._name_of_this_job()}{PARTIAL}")
+        on_first_rank(lambda: _start(aside, final))
+        is_first = torch.distributed.get_rank() == 0
+        texts = {n: content for n, text in self.texts_beside.items() if is_first and (content := text()) is not None}
+        request = upstream(
+            sharded_state_dict,
+            str(aside),
+            *args,
+            async_sharded_save=True,  # also where it is not: the steps are then ours to run
+            async_strategy=async_strategy if async_sharded_save else "mcore",
+            **rest,
+        )
+        if request.async_fn is not None:
+            write = partial(_write_and_sum, request.async_fn, str(aside), torch.distributed.get_rank())
+            request = request._replace(async_fn=write)
+        request.finalize_fns.insert(0, partial(self._free_room, aside))
+        request.finalize_fns.append(partial(_publish, aside, final, texts))
+        if async_sharded_save:
+            return request
+        request.execute_sync()
+        return None
+
+    def _name_of_this_job(self) -> str:
+        """The writer of an asynchronous save may outlive a job that is killed: no other job shall write where it
+        does."""
+        if self._job_name is None:
+            name = [secrets.token_hex(4)]
+            torch.distributed.broadcast_object_list(name, src=0)
+            self._job_name = name[0]
+        return self._job_name
+
+    def _free_room(self, aside: Path) -> None:
+        if torch.distributed.get_rank() == 0:
+            self.free_after_writing = shutil.disk_usage(aside).free
+            _room(aside).unlink(missing_ok=True)
 
 
 def _start(aside: Path, final: Path) -> None:
@@ -114,13 +121,6 @@ def _start(aside: Path, final: Path) -> None:
 
 def _room(aside: Path) -> Path:
     return aside.with_name(f"{aside.name.removesuffix(PARTIAL)}.room{PARTIAL}")
-
-
-def _free_room(aside: Path) -> None:
-    global free_after_writing
-    if torch.distributed.get_rank() == 0:
-        free_after_writing = shutil.disk_usage(aside).free
-        _room(aside).unlink(missing_ok=True)
 
 
 def clear_away(root: Path, name: str = "") -> None:

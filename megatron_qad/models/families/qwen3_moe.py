@@ -1,7 +1,7 @@
 """Qwen3-MoE (``Qwen3MoeForCausalLM``): Qwen3's attention, and blocks of gated experts behind a softmax router.
 
 As in the dense families block i is layers 2i and 2i + 1 of the pattern; the second is ``E``, or ``-`` where the config
-leaves a block dense_decoder. Hugging Face names are the hub's, with experts apart. No shared experts.
+leaves a block dense. Hugging Face names are the hub's, with experts apart. No shared experts.
 """
 
 from collections.abc import Iterator

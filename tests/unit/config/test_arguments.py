@@ -1,4 +1,4 @@
-"""What arguments check before Megatron sees them: stages, tensor-parallel sizes, the vocabularies of the two models."""
+"""What a command line is checked for: stages, tensor-parallel sizes, the vocabularies of the two models."""
 
 import argparse
 import json
@@ -9,22 +9,18 @@ from megatron_qad.engine import QADError, prepare
 
 prepare()
 
-from megatron.training.arguments import add_megatron_arguments  # noqa: E402
-
+from megatron_qad.config.options import QADOptions  # noqa: E402
+from megatron_qad.config.parallelism import check_tensor_parallel, with_stages  # noqa: E402
+from megatron_qad.config.vocabulary import check_same_vocabulary  # noqa: E402
 from megatron_qad.config.yaml_file import expand  # noqa: E402
+from megatron_qad.engine.megatron_args import add_options, make_parser  # noqa: E402
 from megatron_qad.models.run_directory import read_config  # noqa: E402
-from megatron_qad.training.arguments import (  # noqa: E402
-    add_qad_arguments,
-    check_skipped,
-    parse_arguments,
-)
-from megatron_qad.training.layout import check_tensor_parallel, with_stages  # noqa: E402
-from megatron_qad.training.vocabulary import check_same_vocabulary  # noqa: E402
+from megatron_qad.training.start import read_command_line  # noqa: E402
 
 
 def test_help(capsys):
     """All of Megatron's flags and ours: one of Megatron's has a bare % in its help, which argparse stops at."""
-    parser = add_qad_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    parser = make_parser(QADOptions)
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(["--help"])
     assert ended.value.code == 0
@@ -156,64 +152,27 @@ def test_tokenizers_with_the_same_pieces(checkpoint):
 )
 def test_tokenizers_that_bring_code_or_are_downloaded(flags, message):
     with pytest.raises(QADError) as error:
-        parse_arguments(["--tokenizer-type", "HuggingFaceTokenizer", *flags])
+        read_command_line(["--tokenizer-type", "HuggingFaceTokenizer", *flags])
     assert message in str(error.value)
 
 
 def test_no_remote_code_by_a_file_of_options(tmp_path):
     (tmp_path / "job.yaml").write_text("trust_remote_code: true\n")
     with pytest.raises(QADError, match="--trust-remote-code would run code"):
-        parse_arguments(["--config", str(tmp_path / "job.yaml")])
+        read_command_line(["--config", str(tmp_path / "job.yaml")])
 
 
 def test_a_local_tokenizer_passes(checkpoint, tmp_path):
     """The next check is what stops: no checkpoint was named."""
     local = checkpoint("teacher", {"a": 0, "b": 1})
     with pytest.raises(QADError, match="needs --qad-teacher"):
-        parse_arguments(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{local}/hf"])
+        read_command_line(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{local}/hf"])
 
 
 def test_rules_of_file_and_flags_add_up(tmp_path):
     (tmp_path / "job.yaml").write_text("qad-rule: [head=nvfp4, attention=fp8]\n")
     flags = ["--qad-rule", "mlp=fp8", "--config", f"{tmp_path}/job.yaml", "--qad-rule", "head=bf16"]
-    parser = add_qad_arguments(argparse.ArgumentParser())
+    parser = add_options(QADOptions, argparse.ArgumentParser())
     rules = parser.parse_args(expand(flags, parser)).qad_rule
     assert rules == ["head=nvfp4", "attention=fp8", "mlp=fp8", "head=bf16"]
     assert parser.parse_args([]).qad_rule == []
-
-
-ONE_RANK = {
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "tensor_model_parallel_size": 1,
-    "dataloader_inter_document_masking": False,
-}
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        {"pipeline_model_parallel_size": 4},
-        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        {"tensor_model_parallel_size": 2, "dataloader_inter_document_masking": True},
-    ],
-)
-def test_steps_that_megatron_cannot_skip_are_not_skipped(layout):
-    args = argparse.Namespace(iterations_to_skip=[9], load="a checkpoint", **ONE_RANK | layout)
-    with pytest.raises(QADError, match="--iterations-to-skip: Megatron does not read"):
-        check_skipped(args)
-    args.iterations_to_skip, args.load, args.global_batch_size = [], None, 8
-    args.qad = argparse.Namespace(qad_calibration_samples=8)
-    check_skipped(args)
-
-
-@pytest.mark.parametrize("skipped, refused", [([], None), ([1], None), ([7], None), ([3], 3), ([1, 7], 7), ([5, 9], 5)])
-def test_steps_whose_data_calibration_reads_are_not_skipped(skipped, refused):
-    args = argparse.Namespace(iterations_to_skip=skipped, load=None, global_batch_size=8, **ONE_RANK)
-    args.qad = argparse.Namespace(qad_calibration_samples=36)  # five steps' data, with the next one's to be sure
-    if refused is None:
-        return check_skipped(args)
-    with pytest.raises(QADError, match=rf"--iterations-to-skip {refused}: "):
-        check_skipped(args)
-    args.load = "a checkpoint with calibrated quantizers"
-    check_skipped(args)

@@ -11,13 +11,15 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_qad.config.options import QADOptions
+from megatron_qad.data.options import DataOptions
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine import prepare
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 prepare()  # the test modules import megatron, and are imported after this file
+
+from megatron_qad.data.provider import DatasetsProvider  # noqa: E402
 
 CORPUS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:30]
 
@@ -143,10 +145,22 @@ def args_for(monkeypatch, hf_dir):
         args = parse_args()
         # What validate_args derives; it would also demand a whole model here.
         args.data_parallel_size, args.padded_vocab_size, args.tensor_model_parallel_size = 1, 512, 1
-        args.micro_batch_size, args.qad = 2, QADOptions(qad_calibration_samples=8)
+        args.micro_batch_size = 2
         args.eval_micro_batch_size, args.eval_global_batch_size, args.consumed_valid_samples = 2, 4, 0
-        args.eval_iters_given = "--eval-iters" in flags
         return args
+
+    return make
+
+
+@pytest.fixture
+def provider_for(args_for):
+    """``provider_for(*flags, ...)``: the provider of a job of these flags, whose ``--eval-iters`` it was told."""
+
+    def make(*flags, **changes):
+        args = args_for(*flags)
+        vars(args).update(changes)
+        given = args.eval_iters if "--eval-iters" in flags else None
+        return DatasetsProvider(args, DataOptions(calibration_samples=8, eval_iters=given))
 
     return make
 
@@ -156,6 +170,8 @@ def one_process(tmp_path):
     from megatron.core import parallel_state
     from megatron.training.global_vars import destroy_global_vars
 
+    if torch.distributed.is_initialized():  # by a test of another folder
+        torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     yield

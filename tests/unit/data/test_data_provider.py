@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.training.global_vars import set_args
 
-from megatron_qad.data.provider import check_data, dataset_config, datasets_provider
+from megatron_qad.data.options import DataOptions
+from megatron_qad.data.provider import DatasetsProvider, check_data, dataset_config
 from megatron_qad.engine.errors import QADError
 
 
@@ -18,25 +18,26 @@ def chats(write_jsonl, prepared, hf_dir):
     return prepared(write_jsonl([chat] * 20), hf_dir)[0]
 
 
-def test_the_provider_builds_all_splits(args_for, chats, one_process, hf_tokenizer):
-    set_args(args_for("--data-path", chats))
-    assert datasets_provider.is_distributed
-    train, valid, test = datasets_provider([12, 4, 0])
+def test_the_provider_builds_all_splits(provider_for, chats, one_process, hf_tokenizer):
+    provider = provider_for("--data-path", chats)
+    assert provider.is_distributed
+    train, valid, test = provider([12, 4, 0])
     assert len(train) >= 12 and len(valid) >= 4 and test is None
     counted = "".join(hf_tokenizer.hf.decode(s["labels"][s["loss_mask"] == 1]) for s in (train[i] for i in range(12)))
     assert set(counted.replace("<|im_end|>", "")) == set("123")
 
 
-def test_a_blend_holds_what_calibration_reads_ahead(args_for, chats, one_process, hf_tokenizer):
+def test_a_blend_holds_what_calibration_reads_ahead(provider_for, chats, one_process, hf_tokenizer):
     """A job of one step (PTQ) asks for few samples, and a blend has no more than it was asked for."""
-    set_args(args_for("--train-data-path", "0.6", chats, "0.4", chats, "--valid-data-path", chats))
-    train, _, _ = datasets_provider([1, 1, 0])
+    provider = provider_for("--train-data-path", "0.6", chats, "0.4", chats, "--valid-data-path", chats)
+    train, _, _ = provider([1, 1, 0])
     assert len(train) >= 8
     train[7]
 
 
-def check(args):
-    check_data(args, dataset_config(args))
+def check(args, *checkpoints):
+    options = DataOptions(calibration_samples=8, checkpoints=checkpoints)
+    check_data(args, dataset_config(args, options), options)
 
 
 def test_a_missing_prefix_is_named(args_for, chats):
@@ -105,8 +106,7 @@ def by_null_tokenizer(args_for):
     def make(tokenizer, *flags):
         args = args_for("--tokenizer-type", "NullTokenizer", "--vocab-size", "512", *flags)
         args.tokenizer_model, args.rank = None, 0
-        args.qad.qad_teacher = str(tokenizer)
-        return args
+        return args, str(tokenizer)
 
     return make
 
@@ -137,28 +137,28 @@ def test_data_of_another_tokenizer_than_the_checkpoints_is_refused(by_null_token
     """Without --tokenizer-model, the tokenizer that the teacher's checkpoint carries is what data must come from."""
     of_pieces, of_hf = by_both
     checkpoint = checkpoint_with(hf_dir)
-    check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+    check(*by_null_tokenizer(checkpoint, "--data-path", of_hf))
     with pytest.raises(QADError, match=r"tokenizer tiny.model .* the model's tokenizer in .*ckpt/hf maps other pieces"):
-        check(by_null_tokenizer(checkpoint, "--data-path", "0.5", of_hf, "0.5", of_pieces))
+        check(*by_null_tokenizer(checkpoint, "--data-path", "0.5", of_hf, "0.5", of_pieces))
     # Another file with the same vocabulary passes, but has to be loaded for that.
     file = checkpoint / "hf" / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text())))
-    check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+    check(*by_null_tokenizer(checkpoint, "--data-path", of_hf))
     file.write_text("{")
     with pytest.raises(
         QADError, match=r"tokenizer chatml, whose files are not those of .*ckpt/hf, and that one cannot"
     ):
-        check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+        check(*by_null_tokenizer(checkpoint, "--data-path", of_hf))
     file.unlink()  # a checkpoint without a tokenizer has nothing to say
-    check(by_null_tokenizer(checkpoint, "--data-path", of_hf, of_pieces))
+    check(*by_null_tokenizer(checkpoint, "--data-path", of_hf, of_pieces))
 
 
 def test_the_same_piece_model_under_another_name(by_null_tokenizer, checkpoint_with, by_both, sp_model):
     of_pieces, of_hf = by_both
     checkpoint = checkpoint_with(sp_model)
-    check(by_null_tokenizer(checkpoint, "--data-path", of_pieces))
+    check(*by_null_tokenizer(checkpoint, "--data-path", of_pieces))
     with pytest.raises(QADError, match=r"tokenizer chatml.*ckpt/hf"):
-        check(by_null_tokenizer(checkpoint, "--data-path", of_hf))
+        check(*by_null_tokenizer(checkpoint, "--data-path", of_hf))
 
 
 def test_eod_mask_loss_takes_the_eod_of_the_data(
@@ -166,8 +166,9 @@ def test_eod_mask_loss_takes_the_eod_of_the_data(
 ):
     """The job's NullTokenizer would take its last id for the EOD."""
     texts, _ = prepared(write_jsonl([{"text": "plain text"}] * 40), hf_dir)
-    set_args(by_null_tokenizer(checkpoint_with(hf_dir), "--data-path", texts, "--eod-mask-loss"))
-    train, _, _ = datasets_provider([12, 4, 0])
+    args, checkpoint = by_null_tokenizer(checkpoint_with(hf_dir), "--data-path", texts, "--eod-mask-loss")
+    provider = DatasetsProvider(args, DataOptions(calibration_samples=8, checkpoints=(checkpoint,)))
+    train, _, _ = provider([12, 4, 0])
     assert train.config.tokenizer.eod != hf_tokenizer.eod
     after_eod = [s["loss_mask"][s["tokens"] == hf_tokenizer.eod] for s in (train[i] for i in range(12))]
     assert sum(map(len, after_eod)) > 0 and not torch.cat(after_eod).any()
@@ -178,8 +179,8 @@ def test_an_eod_that_nobody_knows_is_refused(by_null_tokenizer, checkpoint_with,
     flags = ("--data-path", chats, "--eod-mask-loss")
     checkpoint = checkpoint_with(hf_dir)
     with pytest.raises(QADError, match=r"--eod-mask-loss: without .*out.json, .* nothing says which id"):
-        check(by_null_tokenizer(checkpoint, *flags))
-    check(by_null_tokenizer(checkpoint, *flags, "--null-tokenizer-eod-id", "2"))
+        check(*by_null_tokenizer(checkpoint, *flags))
+    check(*by_null_tokenizer(checkpoint, *flags, "--null-tokenizer-eod-id", "2"))
 
 
 @pytest.mark.parametrize("flag", ["--reset-position-ids", "--reset-attention-mask"])

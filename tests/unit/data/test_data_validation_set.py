@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from megatron.training.global_vars import destroy_global_vars, set_args
 
 from megatron_qad.data import provider
-from megatron_qad.data.provider import datasets_provider
 from megatron_qad.data.validation_set import ValidationSet
 from megatron_qad.engine.errors import QADError
 
@@ -40,16 +38,13 @@ def some(write):
 
 
 @pytest.fixture
-def provided(args_for, one_process):
+def provided(provider_for, one_process):
     """``provided(*flags, eval_global_batch_size=4)``: (training dataset, validation set, the job's arguments)."""
 
     def run(*flags, **changes):
-        destroy_global_vars()
-        args = args_for(*flags)
-        vars(args).update(changes)
-        set_args(args)
-        train, valid, _ = datasets_provider([1, 1, 1])
-        return train, valid, args
+        provider = provider_for(*flags, **changes)
+        train, valid, _ = provider([1, 1, 1])
+        return train, valid, provider.args
 
     return run
 

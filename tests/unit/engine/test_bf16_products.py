@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_qad.engine import capabilities, prepare
-from megatron_qad.engine.cpu.accelerators import bf16_products
+from megatron_qad.engine.cpu.speedups import bf16_products
 
 F = torch.nn.functional
 BATCHES, ROWS, INNER, COLUMNS = 3, 17, 33, 21

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from megatron_qad.engine.cpu.accelerators.grouped_attention import NAME, register
+from megatron_qad.engine.cpu.speedups.grouped_attention import NAME, register
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 2}

@@ -6,8 +6,10 @@ import time
 
 CODE = """
 import sys, time
-from megatron_qad.engine.heartbeat import heartbeat
+from megatron_qad.engine.heartbeat import Heartbeat
 
+num_passes = 0
+heartbeat = Heartbeat(passes=lambda: num_passes)
 heartbeat.start(None, 0, 1, 0.4)
 exec(sys.argv[1])
 time.sleep(1.5)
@@ -30,7 +32,19 @@ def test_what_follows_a_long_phase_may_not():
     assert code == 1 and "error: no progress for" in text and "in step 3, update" in text
 
 
+def test_a_job_that_is_over_is_not_watched():
+    assert after("heartbeat.beat('teacher', 1); heartbeat.stop()") == (0, "alive\n")
+
+
 def test_a_long_phase_has_an_end():
     before = time.monotonic()
     code, text = after("heartbeat.beat('save', is_long=True); time.sleep(20)")
     assert code == 1 and "in step 0, save" in text and time.monotonic() - before > 4
+
+
+def test_microbatches_are_progress():
+    moving = "for num_passes in range(1, 16): time.sleep(0.1)"
+    still = "time.sleep(1.5)"
+    for meanwhile, code in ((moving, 0), (still, 1)):
+        found, _ = after(f"heartbeat.beat('teacher', 1)\n{meanwhile}\nheartbeat.beat('save', is_long=True)")
+        assert found == code

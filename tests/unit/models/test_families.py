@@ -5,10 +5,10 @@ import tiny_models
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_qad.config.parallelism import check_tensor_parallel, with_stages
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of
 from megatron_qad.models.rope import llama3_inv_freq
-from megatron_qad.training.layout import check_tensor_parallel, with_stages
 
 
 def config(case: str = "llama", **changes) -> dict:

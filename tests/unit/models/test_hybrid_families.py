@@ -12,10 +12,10 @@ from tiny_configs import TINY_HYBRID
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from megatron_qad.checkpoint.expected_tensors import inventory
+from megatron_qad.config.parallelism import possible_tensor_parallel
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.decilm import ffn_size
-from megatron_qad.training.layout import possible_tensor_parallel
 
 CONFIGS = Path(__file__).parents[1] / "quantization" / "configs"
 BLOCK = {

@@ -45,7 +45,7 @@ def write_events():
 
 @pytest.fixture
 def evaluations():
-    """evaluations({step: (kl, ce, teacher_ce, top1, tokens)}): the scalars that training.validation writes."""
+    """evaluations({step: (kl, ce, teacher_ce, top1, tokens)}): the scalars that callbacks.validation writes."""
 
     def scalars(by_step):
         return {

@@ -8,9 +8,9 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.event_record import EventRecord
 from megatron_qad.report.events import read_events
 from megatron_qad.report.scalars import read_scalars
-from megatron_qad.training.event_record import EventRecord
 
 LOSS = [(i, 1.0 / i) for i in range(1, 7)]
 

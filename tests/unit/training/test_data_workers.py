@@ -7,8 +7,9 @@ PROGRAM = """
 from megatron_qad.engine import prepare
 prepare()
 from torch.utils.data import DataLoader
-from megatron_qad.training import preemption
-preemption.install(None)
+import atexit
+from megatron_qad.training import start
+atexit.register(start._end_data_workers)
 batches = iter(DataLoader(list(range(1000)), num_workers=1))
 next(batches)
 """

@@ -1,0 +1,92 @@
+"""The flags of Megatron that QAD itself reads, in one frozen object.
+
+Megatron has some 800 more, which go to it unread. Defaults are those of its parser (a test compares them), so that a
+configuration can be made, and refused, where Megatron is not installed.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MegatronFlags:
+    """Before Megatron derives one from another: what the user gave, and for the rest what the machine asks for."""
+
+    # Parallelism.
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """None: the tensor-parallel size."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    sequence_parallel: bool = False
+    tensor_parallel_num_weight_shards: int | None = None
+    expert_tensor_parallel_num_weight_shards: int | None = None
+    hybrid_context_parallel: bool = False
+
+    # Batch.
+    seq_length: int | None = None
+    micro_batch_size: int | None = None
+    global_batch_size: int | None = None
+    rampup_batch_size: list | None = None
+    dataloader_inter_document_masking: bool = False
+
+    # How long, how often.
+    eval_iters: int | None = None
+    """Megatron's own default is 100; here None says that the user gave none."""
+    eval_interval: int | None = None
+    save_interval: int | None = None
+    iterations_to_skip: list = dataclasses.field(default_factory=list)
+
+    # Precision and optimizer.
+    bf16: bool = False
+    fp16: bool = False
+    fp8: str | None = None
+    fp4: str | None = None
+    fp8_param_gather: bool = False
+    fp4_param_gather: bool = False
+    use_precision_aware_optimizer: bool = False
+    use_megatron_fsdp: bool = False
+    use_torch_fsdp2: bool = False
+    cuda_graph_impl: str = "none"
+    overlap_moe_expert_parallel_comm: bool = False
+    moe_aux_loss_coeff: float | list = 0.0
+    moe_z_loss_coeff: float | None = None
+
+    # Directories and loggers.
+    save: str | None = None
+    load: str | None = None
+    ckpt_format: str = "torch_dist"
+    enable_msc: bool = False
+    no_save_optim: bool | None = None
+    save_retain_interval: int | None = None
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_exp_name: str | None = None
+    wandb_save_dir: str | None = None
+
+    # Tokenizer.
+    make_vocab_size_divisible_by: int = 128
+    tokenizer_type: str | None = None
+    tokenizer_model: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, parsed: argparse.Namespace) -> "MegatronFlags":
+        """Of what a parser found; flags that it does not know keep their defaults."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        found = cls(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
+        older_name = getattr(parsed, "encoder_seq_length", None)
+        return found if found.seq_length is not None else dataclasses.replace(found, seq_length=older_name)
+
+    @property
+    def num_virtual_stages(self) -> int:
+        """Virtual pipeline stages of a rank."""
+        return self.num_virtual_stages_per_pipeline_rank or 1
+
+    @property
+    def model_parallel_ranks(self) -> int:
+        """Ranks that hold one model between them, without its experts."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

@@ -1,0 +1,392 @@
+"""Everything of Megatron, torch and their kin that megatron_qad replaces, in one table.
+
+``replace`` refuses what has no row, and nothing in the package replaces an attribute without it. A test compares every
+row with the installed packages, so that a new version which changes what a patch builds on is noticed;
+``docs/patches.md`` shows the table. Hooks that a package offers (Megatron's ``finalize_model_grads_func``, modelopt's
+quantization backends and module registry, transformers' attention interface) are no patches and have no rows.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One row: something that is replaced in every process or job that needs it."""
+
+    owner: str
+    """Module, or ``module:Class``, whose attributes are replaced."""
+    names: tuple[str, ...]
+    """The attributes."""
+    package: str
+    """Distribution that it belongs to, as PyPI names it."""
+    version: str
+    """Of the package, for which the row was checked."""
+    why: str
+    where: str
+    """The file that replaces it."""
+    until: str
+    """When the row can go."""
+    sources: tuple[str, ...]
+    """Of each attribute the first 12 digits of its source's SHA-256, or what it is where it has no Python source."""
+    issue: str = ""
+    """Upstream's issue, where one is known."""
+
+
+_MEGATRON, _TORCH, _TENSORBOARD = ("megatron-core", "0.19.2"), ("torch", "2.11.0"), ("tensorboard", "2.21")
+_CUDA_CALLS = (
+    *("is_available", "is_initialized", "_is_compiled", "_lazy_init", "init", "device_count", "current_device"),
+    *("set_device", "device", "get_device_properties", "get_device_capability", "get_device_name", "synchronize"),
+    *("empty_cache", "ipc_collect", "Stream", "Event", "current_stream", "default_stream", "set_stream", "stream"),
+    *("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state", "default_generators"),
+    *("is_current_stream_capturing", "memory_allocated", "memory_reserved", "max_memory_allocated"),
+    *("max_memory_reserved", "reset_peak_memory_stats", "memory_stats", "mem_get_info", "is_bf16_supported"),
+)
+_CUDA_SOURCES = (
+    *("b91a896857c1", "0f623fc044a8", "36f8251a1fd5", "f6316f9c5c9b", "85035f109983", "c7fd457e1134", "6e9804168a5c"),
+    *("86c6d0bf4222", "892054019b06", "cb006011f5d1", "6809539b0a67", "6f35f689a571", "7055e6143ffe", "bce971e6854f"),
+    *("555aacca1155", "f5b9547b4660", "f5fe051e2c60", "ca5387f64ee1", "b0a2135268c6", "6f7a1ab4ffc3", "a701c622b6f5"),
+    *("a71497712eba", "e9489253dd7c", "1190f97901d7", "2aaed350f20b", "tuple", "46ad9fe4332b", "0442d2549a61"),
+    *("de803da5e53c", "7d74e1261dc1", "60af9cdf5dca", "766ce5a529a5", "9f51df170746", "f9ea28f9e6d1", "dd9ffd146f5f"),
+)
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.training.training",
+        ("get_forward_backward_func", "train_step", "save_checkpoint", "maybe_finalize_async_save"),
+        *_MEGATRON,
+        why="Megatron's loop has no callbacks: these four report a job's events (the last one with --async-save only)",
+        where="engine/loop.py",
+        until="Megatron's loop takes callbacks",
+        sources=("9d8e0a75be40", "68989d425b23", "b652984ca8c8", "403a01e56d5a"),
+    ),
+    Patch(
+        "megatron.training.global_vars",
+        ("_set_tensorboard_writer", "_set_wandb_writer"),
+        *_MEGATRON,
+        why="a logger whose disk is full or whose server is away ends the job",
+        where="engine/loggers.py",
+        until="Megatron takes writers from its caller",
+        sources=("9eec040faaed", "45900feb85c3"),
+    ),
+    Patch(
+        "megatron.training.wandb_utils",
+        ("on_save_checkpoint_success",),
+        *_MEGATRON,
+        why="the same: it logs each checkpoint to wandb and writes a file beside it",
+        where="engine/loggers.py",
+        until="Megatron takes writers from its caller",
+        sources=("83e5396da7ae",),
+    ),
+    Patch(
+        "megatron.training.training",
+        ("append_to_progress_log",),
+        *_MEGATRON,
+        why="a progress log on a full disk ends the job",
+        where="engine/loggers.py",
+        until="Megatron survives what it cannot log",
+        sources=("de6d4e4f3874",),
+    ),
+    Patch(
+        "megatron.training.checkpointing",
+        ("append_to_progress_log",),
+        *_MEGATRON,
+        why="the same function under the name by which the other module imported it",
+        where="engine/loggers.py",
+        until="Megatron survives what it cannot log",
+        sources=("de6d4e4f3874",),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing",
+        ("save",),
+        *_MEGATRON,
+        why="a checkpoint becomes visible before it is complete, and nothing checks it",
+        where="engine/run_directory/whole_saves.py",
+        until="Megatron writes checkpoints aside, sums them up and renames them",
+        sources=("e9626ecdf679",),
+    ),
+    Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        ("_results_queue",),
+        *_MEGATRON,
+        why="a synchronous save starts a manager process, half a gigabyte that outlives a killed job",
+        where="engine/megatron_fixes.py",
+        until="synchronous saves start no process",
+        sources=("NoneType",),
+    ),
+    Patch(
+        "megatron.core.datasets.utils",
+        ("compile_helpers",),
+        *_MEGATRON,
+        why="the wheel has the helpers compiled, and not the Makefile by which every start would compile them",
+        where="engine/megatron_fixes.py",
+        until="the wheel's compile_helpers does nothing where the module is there",
+        sources=("84029a50ae8c",),
+    ),
+    Patch(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
+        ("_set_main_param_and_optimizer_states",),
+        *_MEGATRON,
+        why="--dist-ckpt-optim-fully-reshardable cannot load what it saved with torch's AdamW",
+        where="engine/megatron_fixes.py",
+        until="loading takes the step counter from where saving puts it",
+        sources=("40cab7846597",),
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils",
+        ("maybe_move_tensor_to_cpu",),
+        *_MEGATRON,
+        why="expert parallelism's all-to-all gets a tensor for a list of sizes where tensors live on the CPU",
+        where="engine/megatron_fixes.py",
+        until="the function converts CPU tensors, too",
+        sources=("8fc5847a887d",),
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        ("maybe_move_tensor_to_cpu",),
+        *_MEGATRON,
+        why="the same function under the name by which the other module imported it",
+        where="engine/megatron_fixes.py",
+        until="the function converts CPU tensors, too",
+        sources=("8fc5847a887d",),
+    ),
+    Patch(
+        "megatron.core.ssm.mamba_context_parallel",
+        ("tex", "is_te_min_version"),
+        *_MEGATRON,
+        why="packed rows under context parallelism ask Transformer Engine which tokens are whose",
+        where="engine/megatron_fixes.py",
+        until="Megatron has the function without Transformer Engine",
+        sources=("NoneType", "95220642e70b"),
+    ),
+    Patch(
+        "torch.optim",
+        ("AdamW",),
+        *_TORCH,
+        why="its state is made at the first step and its step counters are tensors, so that it cannot be resumed under "
+        "Megatron's distributed optimizer (only where Transformer Engine is not installed)",
+        where="engine/adamw.py",
+        until="Megatron's distributed optimizer resumes torch's AdamW",
+        sources=("2ae5744ac85c",),
+    ),
+    Patch(
+        "torch.distributed.checkpoint.filesystem",
+        ("pickle",),
+        *_TORCH,
+        why="reading a checkpoint's metadata runs the code that a stranger's file names",
+        where="engine/run_directory/safe_checkpoints.py",
+        until="torch reads the metadata without pickle",
+        sources=("module",),
+    ),
+    Patch(
+        "torch.distributed.elastic.multiprocessing.api:PContext",
+        ("close",),
+        *_TORCH,
+        why="torchrun waits 30 seconds for the other ranks when one has failed; here 5",
+        where="launch/agent.py",
+        until="torchrun has a flag for it",
+        sources=("b77c260c4568",),
+    ),
+    Patch(
+        "torch.distributed",
+        ("TCPStore",),
+        *_TORCH,
+        why="torchrun's stores listen on every network interface (only with QAD_INTERFACE)",
+        where="launch/agent.py",
+        until="torchrun has a flag for the address that it listens on",
+        sources=("pybind11_type",),
+    ),
+    Patch(
+        "tensorboard.summary.writer.event_file_writer",
+        ("EventFileWriter", "_AsyncWriter"),
+        *_TENSORBOARD,
+        why="not replaced, but built without its constructor around a file whose errors end no job",
+        where="engine/event_writer.py",
+        until="TensorBoard's writer survives a full disk",
+        sources=("394bcc0d831a", "f5c4e96b398f"),
+    ),
+    Patch(
+        "transformers.cache_utils",
+        ("DYNAMIC_LAYER_TYPE_MAPPING",),
+        "transformers",
+        "5.14",
+        why="an entry is added: transformers knows no cache for the MLP layers of a Nemotron-H, which keep nothing",
+        where="data/generate.py",
+        until="transformers has the entry",
+        sources=("dict",),
+    ),
+    # The CPU backend.
+    Patch(
+        "torch.cuda",
+        _CUDA_CALLS,
+        *_TORCH,
+        why="Megatron asks for CUDA at every turn: answered for a machine without a GPU",
+        where="engine/cpu/device.py",
+        until="Megatron runs on torch.accelerator",
+        sources=_CUDA_SOURCES,
+    ),
+    Patch(
+        "torch.cuda.random",
+        ("get_rng_state", "set_rng_state"),
+        *_TORCH,
+        why="the same",
+        where="engine/cpu/device.py",
+        until="Megatron runs on torch.accelerator",
+        sources=("1190f97901d7", "2aaed350f20b"),
+    ),
+    Patch(
+        "torch.cuda.nvtx",
+        ("range_push", "range_pop", "mark"),
+        *_TORCH,
+        why="the same",
+        where="engine/cpu/device.py",
+        until="Megatron runs on torch.accelerator",
+        sources=("8d3e0eb4b342", "1843ba3dbe36", "8fee73085056"),
+    ),
+    Patch(
+        "torch.accelerator",
+        ("is_available",),
+        *_TORCH,
+        why="the data loader would pin memory",
+        where="engine/cpu/device.py",
+        until="Megatron runs on torch.accelerator",
+        sources=("354edcaa77d5",),
+    ),
+    Patch(
+        "torch.autograd",
+        ("_engine_run_backward",),
+        *_TORCH,
+        why='backward passes, too, are to read "cuda" as "cpu": torch suspends a function mode there',
+        where="engine/cpu/device.py",
+        until="Megatron runs on torch.accelerator",
+        sources=("0615005d3166",),
+    ),
+    Patch(
+        "torch.distributed",
+        ("init_process_group", "all_gather", "reduce_scatter"),
+        *_TORCH,
+        why="gloo stands in for nccl, and does not gather and scatter unequal shares, which experts need",
+        where="engine/cpu/collectives.py",
+        until="gloo takes shares of unequal sizes",
+        sources=("b26b016e14cc", "42f0fb24f8e8", "cd04be9db066"),
+    ),
+    Patch(
+        "torch.ops:aten",
+        ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+        *_TORCH,
+        why="kernels registered through torch.library: on CPUs without AVX-512 torch multiplies BF16 in a plain loop",
+        where="engine/cpu/speedups/bf16_products.py",
+        until="oneDNN has BF16 products for AVX2",
+        sources=("OpOverloadPacket",) * 5,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A module of ours that an import finds under another package's name."""
+
+    module: str
+    why: str
+    where: str
+    until: str
+
+
+STAND_INS: tuple[StandIn, ...] = (
+    StandIn(
+        "mamba_ssm",
+        "Megatron's Mamba mixer derives a class from what it imports; without a GPU or the package, torch's operations",
+        "engine/cpu/mamba_packages.py",
+        "Megatron's mixer runs on torch's operations",
+    ),
+    StandIn(
+        "causal_conv1d",
+        "the same",
+        "engine/cpu/mamba_packages.py",
+        "Megatron's mixer runs on torch's operations",
+    ),
+    StandIn(
+        "transformer_engine",
+        "hidden where there is no GPU: Megatron takes its kernels where it can import it, and they refuse CPU tensors",
+        "engine/capabilities.py",
+        "Transformer Engine computes on a CPU, or Megatron asks for it by a flag alone",
+    ),
+)
+
+
+def replace(target: str, make: Callable[[Any], Any]) -> None:
+    """Put ``make(upstream)`` in the place of an attribute that has a row in the table.
+
+    A second replacement starts from upstream's own again, so that each job of a process installs its own.
+
+    Args:
+        target: ``module:name`` or ``module:Class.name``.
+    """
+    owner, _, name = target.replace(":", ".").rpartition(".")
+    if not any(owner == patch.owner.replace(":", ".") and name in patch.names for patch in PATCHES):
+        raise LookupError(f"{target} has no row in engine/patches.py")
+    holder = owner_of(target.rpartition("." if "." in target.partition(":")[2] else ":")[0])
+    upstream = upstream_of(getattr(holder, name))
+    new = make(upstream)
+    with contextlib.suppress(AttributeError, TypeError):  # None, tuples
+        setattr(new, _MARK, (new, upstream))
+    setattr(holder, name, new)
+
+
+def restore(target: str) -> None:
+    """Give an attribute back what it was before ``replace``."""
+    replace(target, lambda upstream: upstream)
+
+
+def upstream_of(value: Any) -> Any:
+    """What ``replace`` put ``value`` in the place of; itself if it is upstream's own."""
+    new, upstream = getattr(value, _MARK, (None, None))
+    return upstream if new is value else value  # a wrapper of ours, by whom ever, has our mark and is another
+
+
+_MARK = "_megatron_qad_replaces"
+
+
+def owner_of(name: str) -> Any:
+    """The module or class that a row's ``owner`` names."""
+    module, _, attribute = name.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def source_of(owner: Any, name: str) -> str:
+    """What ``Patch.sources`` has for an attribute: 12 digits of its source's SHA-256, or its type without one."""
+    if not hasattr(owner, name):
+        return "absent"
+    value = inspect.unwrap(upstream_of(getattr(owner, name)))
+    try:
+        source = inspect.getsource(value) if inspect.isfunction(value) or inspect.isclass(value) else None
+    except OSError:  # compiled
+        source = None
+    return type(value).__name__ if source is None else hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def page() -> str:
+    """``docs/patches.md``: the table as Markdown, a section a package."""
+    lines = [
+        "# Patches",
+        "",
+        "What megatron_qad replaces in other packages. `make patches-page` makes this page of the table in",
+        "`megatron_qad/engine/patches.py`; a test compares each row with the installed packages.",
+    ]
+    for package in dict.fromkeys(f"{patch.package} {patch.version}" for patch in PATCHES):
+        lines += ["", f"## {package}", "", "| replaced | why | in | can go when |", "|---|---|---|---|"]
+        for patch in PATCHES:
+            if f"{patch.package} {patch.version}" == package:
+                names = ", ".join(f"`{name}`" for name in patch.names)
+                why = f"{patch.why} ({patch.issue})" if patch.issue else patch.why
+                lines.append(f"| `{patch.owner}`: {names} | {why} | `{patch.where}` | {patch.until} |")
+    lines += ["", "## Modules that stand in for others", "", "| module | why | in | can go when |", "|---|---|---|---|"]
+    for stand_in in STAND_INS:
+        lines.append(f"| `{stand_in.module}` | {stand_in.why} | `{stand_in.where}` | {stand_in.until} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,35 @@
+"""What a job does beside training, one file each: classes that subscribe to its events (``engine.events``)."""
+
+from megatron_qad.distillation.hidden_states import HiddenLoss
+from megatron_qad.distillation.scale_growth import ScaleGrowth
+from megatron_qad.engine.events import Callback
+from megatron_qad.training.callbacks.best_checkpoints import BestCheckpoints
+from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper
+from megatron_qad.training.callbacks.expert_load import ExpertLoad
+from megatron_qad.training.callbacks.hang_watchdog import HangWatchdog
+from megatron_qad.training.callbacks.hidden_state_losses import HiddenStateLosses
+from megatron_qad.training.callbacks.loss_spike import LossSpike
+from megatron_qad.training.callbacks.nan_guard import NaNGuard
+from megatron_qad.training.callbacks.preemption import Preemption
+from megatron_qad.training.callbacks.scale_penalty import ScalePenalty
+from megatron_qad.training.callbacks.step_times import StepTimes
+from megatron_qad.training.callbacks.validation import Validation
+
+
+def callbacks_of(job) -> list[Callback]:
+    """A job's own callbacks, in the order in which they hear of an event. A new one is a line here."""
+    losses = job.config.losses
+    best = BestCheckpoints(job)
+    return [
+        StepTimes(job),
+        NaNGuard(job),
+        LossSpike(job),
+        *([HiddenStateLosses(job)] if losses.of_kind(HiddenLoss) else []),
+        *([ScalePenalty(job)] if losses.of_kind(ScaleGrowth) else []),
+        ExpertLoad(job),
+        best,
+        Validation(),
+        CheckpointKeeper(job, best),
+        Preemption(job),
+        HangWatchdog(job),  # after those that may leave an update out
+    ]

@@ -1,0 +1,65 @@
+"""Goes back to the last good checkpoint when the loss jumps (``--qad-spike-factor``)."""
+
+import json
+import statistics
+from collections import deque
+from pathlib import Path
+
+from megatron.training import print_rank_0
+
+from megatron_qad.engine.events import Callback, TrainedStep, Update
+from megatron_qad.engine.rollback import roll_back
+from megatron_qad.engine.run_directory.iterations import iteration_dir
+from megatron_qad.engine.run_directory.run_files import TRACKER
+
+_HISTORY_FILE = "loss_history.json"
+_WINDOW = 64
+_MIN_HISTORY = 8
+
+
+class LossSpike(Callback):
+    """A loss above the factor times the median of the last 64 is a spike: its update is left out, and between this step
+    and the next the job goes back."""
+
+    def __init__(self, job):
+        self._job = job
+        self._factor = job.config.options.qad_spike_factor
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._has_spiked = False
+        self._distrusted: set[int] = set()
+        """Checkpoints gone back to since the last good step: the next spike goes back further."""
+
+    def job_begins(self, job, resumes_at: int) -> None:
+        """Take the losses that the job saw before the checkpoint it resumes from, and have them saved with the next."""
+        if self._factor is None:
+            return
+        args = self._job.args
+        self._job.saves.texts_beside[_HISTORY_FILE] = lambda: json.dumps(list(self._losses))
+        if args.load is not None and (Path(args.load) / TRACKER).is_file():
+            file = iteration_dir(args.load, args.ckpt_step or None) / _HISTORY_FILE
+            if file.is_file():
+                self._losses.extend(json.loads(file.read_text()))
+
+    def before_update(self, update: Update) -> None:
+        if update.is_left_out or self._factor is None or len(self._losses) < _MIN_HISTORY:
+            return
+        median = statistics.median(self._losses)
+        if update.loss <= self._factor * median:
+            return
+        print_rank_0(
+            f"megatron_qad: WARNING: the loss of step {update.step} is {update.loss:.4g}, more than {self._factor:g} "
+            f"times {median:.4g}, the median of the last {len(self._losses)}"
+        )
+        self._has_spiked = update.is_left_out = True
+
+    def after_update(self, update: Update) -> None:
+        if not update.is_left_out:
+            self._losses.append(update.loss)
+            self._distrusted.clear()
+
+    def step_ended(self, step: TrainedStep) -> None:
+        if self._has_spiked:
+            self._has_spiked = False
+            self._job.events.phase("rolling back", is_long=True)
+            self._distrusted |= roll_back(self._job.args, step.model, step.optimizer, step.scheduler, self._distrusted)
+            self._job.weights.were_loaded()

@@ -1,0 +1,78 @@
+"""The penalty on scale growth in training: its gradient is added to the weights' own, once a step.
+
+When a step's schedule begins, Megatron has just zeroed the gradient buffers. What is in them by then is summed over the
+data-parallel ranks and divided by the step's tokens like everything else: so each rank adds its share, times the
+tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core import mpu
+from torch import Tensor
+
+from megatron_qad.distillation.scale_growth import ScaleGrowth, block_amaxes, scale_growth
+from megatron_qad.engine.events import Callback
+from megatron_qad.formats.nvfp4_format import NVFP4
+from megatron_qad.training.batch import Batch
+from megatron_qad.training.loss import add_to_reports
+
+
+class ScalePenalty(Callback):
+    """The ``scale_growth`` terms of one student."""
+
+    needs_initial_weights = True
+    """Growth is measured from what training started from; also where a job resumes."""
+
+    def __init__(self, job):
+        self._job = job
+        self.terms = job.config.losses.of_kind(ScaleGrowth)
+
+    def student_ready(self, student: Sequence[torch.nn.Module]) -> None:
+        weights = self._job.weights
+        self._weights = weights.weights
+        self._initial = {
+            name: block_amaxes(copy) for name, copy in weights.quantized_copies() if weights.formats[name] == NVFP4.name
+        }
+        self._value = torch.zeros((), device=torch.cuda.current_device())
+
+    def student_begins(self, batches: Sequence[Batch], is_training: bool) -> None:
+        if is_training:
+            self.add_gradient(batches)
+
+    def forward_ended(self, reports: list[dict[str, Tensor]], is_training: bool) -> None:
+        if is_training:
+            self.report(reports)
+
+    @torch.no_grad()
+    def add_gradient(self, batches: Sequence[Batch]) -> None:
+        """To ``main_grad`` of each weight. The weights must be on the grid. Collective."""
+        step = self._job.loop.step
+        factor = sum(term.weight.at(step) for term in self.terms)
+        num_tokens = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
+        torch.distributed.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
+        self._value.zero_()
+        for name, initial in self._initial.items():
+            weight = self._weights[name]
+            is_expert = not getattr(weight, "allreduce", True)
+            group = (
+                mpu.get_expert_data_parallel_group()
+                if is_expert
+                else mpu.get_data_parallel_group(with_context_parallel=True)
+            )
+            value, gradient = scale_growth(weight, initial)
+            weight.main_grad.add_(gradient.mul_(factor * num_tokens / group.size()))
+            if is_expert:
+                # The log sums over tensor-parallel ranks and averages over data-parallel ones, between which experts
+                # are shared out in another way: each shard counts once.
+                value = value * mpu.get_data_parallel_world_size(with_context_parallel=True) / group.size()
+            elif not getattr(weight, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_rank() > 0:
+                value = torch.zeros_like(value)  # the same weight on every rank
+            self._value += value
+
+    def report(self, losses_reduced: list[dict[str, Tensor]]) -> None:
+        """Add the penalty, which is no mean over tokens, to the reports of the step's microbatches. Collective."""
+        torch.distributed.all_reduce(self._value, group=mpu.get_model_parallel_group())
+        step = self._job.loop.step
+        for term in self.terms:
+            add_to_reports(losses_reduced, term, step, [self._value * r["total loss"][1] for r in losses_reduced])

@@ -1,0 +1,256 @@
+"""A job: its two models, its loss, its callbacks, and what surrounds the student's schedule in every step.
+
+Built once, from a configuration, and passed to whatever needs a part of it. ``pretrain_qad.py`` says in which order the
+parts of a step run.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.training import print_rank_0
+from megatron.training.checkpointing import checkpoint_exists
+
+from megatron_qad.config.job_config import JobConfig
+from megatron_qad.data.provider import DatasetsProvider
+from megatron_qad.engine.events import Callback, Events, Update
+from megatron_qad.engine.loggers import Loggers
+from megatron_qad.engine.loop import Loop, gather_parameters
+from megatron_qad.engine.run_directory.resume_point import settle
+from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, OF_A_RUN, text_of_record
+from megatron_qad.engine.run_directory.whole_saves import WholeSaves, on_first_rank
+from megatron_qad.models.builder import QADModelConfig
+from megatron_qad.models.weights import has_amaxes, load_weights
+from megatron_qad.quantization.activations import ActivationQuantizers
+from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.training.batch import Batch, BatchReader, ForwardPass, iterators
+from megatron_qad.training.calibration_pass import CalibrationPass
+from megatron_qad.training.callbacks import callbacks_of
+from megatron_qad.training.loss import Loss
+from megatron_qad.training.models import build_teacher, check_apart, model_config
+from megatron_qad.training.run_description import describe_run
+from megatron_qad.training.teacher import Teacher
+
+
+@dataclass
+class Step:
+    """The passes of one training step, or of one iteration of an evaluation."""
+
+    batches: list[Batch]
+    is_training: bool
+    shape: dict
+    """Sequence length and microbatch size, as a schedule takes them."""
+    schedule: Callable
+    """Megatron's, for the student: all microbatches forwards and, in training, backwards."""
+    call: dict[str, Any]
+    """The other arguments that Megatron gave the schedule."""
+    stages: list[None] | None
+    """A list as long as the rank's virtual stages, if it has some. Not the data's iterators: their worker processes
+    must end with Megatron's last reference to them."""
+
+    def run_student(self, **changes) -> list[dict]:
+        """The reports of the microbatches, on the last stage."""
+        call = {**self.call, **self.shape, "num_microbatches": len(self.batches), **changes}
+        return self.schedule(data_iterator=iterators(self.batches, self.stages), **call)
+
+
+class QADJob:
+    """Everything that one job owns.
+
+    Args:
+        config: what it is asked to do.
+        args: Megatron's global arguments (``start_job`` makes them).
+        loggers: for the record of event files in checkpoints.
+        callbacks: told of the job's events after its own.
+    """
+
+    def __init__(self, config: JobConfig, args: argparse.Namespace, loggers: Loggers, callbacks: Sequence[Callback]):
+        self.config, self.args, self.loggers = config, args, loggers
+        self.saves = WholeSaves()
+        self.forward = ForwardPass(keeps_precision=args.bf16)
+        self.reader = BatchReader(config.is_packed, config.data_on_every_stage)
+        self.loss = Loss(config.losses, config.student.vocab_size, config.outputs.fused)
+        self.datasets_provider = DatasetsProvider(args, config.data_options)
+        self.student: Sequence[torch.nn.Module] = ()
+        """The student's chunks of this rank, without wrappers."""
+        self.teacher: Teacher | None = None
+        """None for a job that has none."""
+        self.weights: InPlaceWeights | None = None
+        self.activations: ActivationQuantizers | None = None
+        self.calibration: CalibrationPass | None = None
+        self.last_step: Step | None = None
+        """The training step that ran last, to trace NaN in."""
+        self.num_passes = 0
+        """Forward passes of the student's microbatches so far."""
+        self.events = Events([_KeepsWeights(self), *callbacks_of(self), *callbacks])
+        self.loop = Loop(args, self.events)
+
+    # The parts of a step, in the order in which pretrain_qad.py runs them ------------------------------------------
+
+    def teacher_pass(self, step: Step) -> None:
+        """Leave the teacher's output in each microbatch, on the last stage.
+
+        A loss without a teacher (QAT) is trained without its pass; evaluations report the KL to it all the same.
+        """
+        self.events.forward_begins(step.batches, step.is_training)
+        if self.teacher is not None and (not step.is_training or self.config.losses.needs_teacher):
+            self.teacher.annotate(step.batches, **step.shape)
+
+    @contextmanager
+    def quantized_weights(self, step: Step) -> Iterator[None]:
+        """Inside, the student's weights are on the grids of their formats."""
+        if self.weights.is_stale:
+            gather_parameters(step.call["model"])
+        with self.weights.on_grid(then_updated=step.is_training):
+            self.events.student_begins(step.batches, step.is_training)
+            yield
+
+    def student_pass(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The student's output for one microbatch: logits [b, s, V/tp], or what the fused output layer takes."""
+        self.num_passes += 1
+        return self.forward(model, batch, hidden=self.config.outputs.fused)
+
+    # What Megatron calls ------------------------------------------------------------------------------------------
+
+    def model_config(self, qad_step: Callable[["QADJob", Step], list[dict]]) -> QADModelConfig:
+        """The config that ``pretrain`` builds the student from. Its hook makes the job whole.
+
+        Args:
+            qad_step: runs the parts of a step.
+        """
+        found = model_config(self.config, self.args, self.config.student)
+        found.pre_wrap_hooks.append(partial(self._prepare, qad_step))
+        return found
+
+    def evaluated(self, model) -> dict[str, float]:
+        """Called at the end of every evaluation: reduce its metrics over the data-parallel ranks, and report them."""
+        total = self.loss.take_metrics().all_reduce(mpu.get_data_parallel_group(with_context_parallel=True))
+        means = total.means(has_teacher=self.config.teacher is not None)
+        self.events.evaluation_ended(self.loop.iteration, means)
+        return means
+
+    def _prepare(
+        self, qad_step: Callable[["QADJob", Step], list[dict]], chunks: list[torch.nn.Module]
+    ) -> list[torch.nn.Module]:
+        """Before the student is wrapped: its weights and quantizers, the teacher, and the seam to Megatron's loop."""
+        config, args, events = self.config, self.args, self.events
+        self.student = chunks
+        resumes_at = settle(args.load, args.save, args.ckpt_step)
+        resumes = args.load is not None and checkpoint_exists(args.load)
+        events.job_begins(self, resumes_at)
+        if not resumes or self.needs_initial_weights:
+            events.phase("loading the student", is_long=True)
+            load_weights(chunks, config.student.checkpoint)
+        if not resumes:
+            print_rank_0(f"megatron_qad: student starts from {config.student.checkpoint}")
+        self._describe(resumes)
+        self.activations = self.quantize_activations(chunks)
+        if resumes and has_amaxes(args.load):
+            self.activations.expect_amax(device=torch.cuda.current_device())
+        events.phase("loading the teacher", is_long=True)
+        if config.teacher is not None:
+            self.teacher = build_teacher(config, args, self.forward)
+            check_apart(self.teacher.chunks, chunks)
+        self.weights = self.quantize_weights(chunks)
+        print_rank_0(f"megatron_qad: {config.outputs.describe()}")
+        counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(self.weights.formats.values()).items()) or "none"
+        print_rank_0(
+            f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {config.options.qad_policy})"
+        )
+        self.calibration = CalibrationPass(self)
+        events.student_ready(chunks)
+        self._say_if_masters_are_lost()
+        self.saves.install()
+        self.loop.install(chunks, partial(self._run_step, qad_step))
+        events.phase("Megatron's start: optimizer, checkpoint, index of the data", is_long=True)
+        return chunks
+
+    def _run_step(self, qad_step: Callable[["QADJob", Step], list[dict]], schedule: Callable, **call) -> list[dict]:
+        """In place of ``schedule``: read the microbatches, calibrate before the first of them, run ``qad_step``."""
+        # The rank's place in Megatron's loop, because ranks without data have no iterator to tell by.
+        is_training = not call.get("forward_only")
+        shape = {name: call.pop(name, None) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
+        data_iterator, number = call.pop("data_iterator"), call.pop("num_microbatches")
+        stages = [None] * len(data_iterator) if isinstance(data_iterator, list) else None
+        batches = self.calibration.next_batches(schedule, data_iterator, number, shape, call["model"], is_training)
+        step = Step(batches, is_training, self.reader.schedule_shape(**shape), schedule, call, stages)
+        if is_training:
+            self.loss.begin_step(self.loop.step)
+            self.last_step = step
+        reports = qad_step(self, step)
+        self.events.forward_ended(reports, is_training)
+        return reports
+
+    # Its models ---------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_initial_weights(self) -> bool:
+        """Whether a job that resumes, too, must know the weights that training started from."""
+        return any(callback.needs_initial_weights for callback in self.events.callbacks)
+
+    def quantize_activations(self, chunks: Sequence[torch.nn.Module]) -> ActivationQuantizers:
+        """Put the policy's quantizers of inputs, keys and values into a model."""
+        return ActivationQuantizers(
+            chunks,
+            self.config.formats,
+            groups=(
+                mpu.get_tensor_model_parallel_group(),
+                mpu.get_data_parallel_group(with_context_parallel=True),
+            ),
+            kv_cache=self.config.policy.kv_cache,
+            percentile=self.config.options.qad_calibration_percentile,
+        )
+
+    def quantize_weights(self, chunks: Sequence[torch.nn.Module]) -> InPlaceWeights:
+        """The policy's weights of a model, which are going to be quantized in place."""
+        return InPlaceWeights(
+            chunks,
+            self.config.formats,
+            mpu.get_tensor_model_parallel_group(),
+            self.config.options.qad_weight_scale_rule,
+            mpu.get_expert_tensor_parallel_group(),
+        )
+
+    def _describe(self, resumes: bool) -> None:
+        """What goes beside the checkpoints, and into each of them."""
+        save = self.args.save
+        if save is None:
+            return
+        for name in OF_A_RUN:
+            self.saves.texts_beside[name] = partial(text_of_record, save, name)
+        if (of_events := self.loggers.event_record()) is not None:
+            self.saves.texts_beside[EVENTS_FILE] = of_events
+        on_first_rank(lambda: describe_run(self.config, Path(save), Path(self.args.load) if resumes else None))
+
+    def _say_if_masters_are_lost(self) -> None:
+        """Warn where a job resumes without the float32 masters that its optimizer saved."""
+        args = self.args
+        if args.skip_train or args.load is None or not checkpoint_exists(args.load):
+            return
+        if not (args.no_load_optim or args.finetune):
+            return
+        flag = "--no-load-optim" if args.no_load_optim else "--finetune"
+        if args.bf16:
+            print_rank_0(
+                f"megatron_qad: WARNING: {flag}: resuming from {args.load} without its optimizer state. The "
+                "high-precision masters are lost: new ones are made of the checkpoint's 16-bit weights, which a "
+                f"validation may have left on the NVFP4 grid. Leave out {flag} to continue exactly"
+            )
+
+
+class _KeepsWeights(Callback):
+    """Weights whose update was left out stay on the grid."""
+
+    def __init__(self, job: QADJob):
+        self._job = job
+
+    def after_update(self, update: Update) -> None:
+        if update.is_left_out:
+            self._job.weights.were_not_updated()

@@ -1,0 +1,171 @@
+"""A command line becomes one frozen configuration: no Megatron, no side effect."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from tiny_configs import TINY_LLAMA
+
+from megatron_qad.config.job_config import read_job_config
+from megatron_qad.config.megatron_flags import MegatronFlags
+from megatron_qad.config.options import QADOptions
+from megatron_qad.engine import Capabilities, QADError
+from megatron_qad.engine.run_directory import manifest
+
+ROOT = Path(__file__).parents[3]
+CPU = Capabilities("cpu", "gloo", "local", "torch", "torch", False, ())
+
+
+def flags_of(*kinds: type) -> argparse.ArgumentParser:
+    """A parser of the fields of these dataclasses, as Megatron's own makes them: enough for ``read_job_config``."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            hint, name = str(hints[field.name]), f"--{field.name.replace('_', '-')}"
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            if hints[field.name] is bool or "bool" in hint:
+                parser.add_argument(name, action="store_true", default=default)
+            elif "list" in hint and "float" not in hint:
+                number = str if "str" in hint else int
+                parser.add_argument(name, nargs="+", type=number, default=default)
+            else:
+                number = int if "int" in hint else float if "float" in hint else str
+                parser.add_argument(name, type=number, default=default)
+    return parser
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> str:
+    """What ``read_job_config`` reads of an imported model."""
+    hf = tmp_path / "model" / "hf"
+    hf.mkdir(parents=True)
+    (hf / "config.json").write_text(json.dumps(TINY_LLAMA))
+    manifest.seal(hf)
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def read(checkpoint):
+    """read(*flags, world=1): the configuration of a job of the tiny model."""
+
+    def make(*flags, world: int = 1, teacher: str = checkpoint, **environ):
+        sizes = ["--seq-length", "32", "--micro-batch-size", "2"]
+        argv = ["--qad-teacher", teacher, *sizes, *flags]
+        parser = flags_of(MegatronFlags, QADOptions)
+        return read_job_config(argv, parser, CPU, {"WORLD_SIZE": str(world), **environ})
+
+    return make
+
+
+def test_defaults_are_settled(read, checkpoint):
+    config = read("--bf16", "--dataloader-inter-document-masking", "--context-parallel-size", "2", world=4)
+    assert (config.world_size, config.flags.global_batch_size) == (4, 4)  # two data-parallel ranks
+    assert config.options.qad_document_multiple == 4 and config.layer_spec == "local"
+    assert config.student.checkpoint == config.teacher.checkpoint == checkpoint
+    assert set(config.formats.values()) == {"nvfp4", "bf16"} and config.policy.name == "nvfp4-all-linear"
+    assert [term.name for term in config.losses.terms] == ["kl"]
+    assert "--transformer-impl" in config.megatron_argv and "--hybrid-layer-pattern" in config.megatron_argv
+
+
+def test_the_users_flags_come_last_and_win(read):
+    argv = read("--save-interval", "7").megatron_argv
+    values = [argv[i + 1] for i, word in enumerate(argv) if word == "--save-interval"]
+    assert values == ["1000", "7"]
+
+
+def test_virtual_stages_are_in_the_pattern(read):
+    flags = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
+    config = read(*flags, "--global-batch-size", "8", world=2)
+    pattern = config.megatron_argv[config.megatron_argv.index("--hybrid-layer-pattern") + 1]
+    assert pattern.count("|") == 3 and "--num-virtual-stages-per-pipeline-rank" not in config.megatron_argv
+
+
+def test_a_job_that_has_saved_goes_on(read, tmp_path):
+    save = tmp_path / "run"
+    assert read("--save", str(save)).flags.load is None
+    (save / "iter_0000003").mkdir(parents=True)
+    config = read("--save", str(save))
+    assert config.flags.load == str(save) and config.megatron_argv[-2:] == ("--load", str(save))
+    (save / "iter_0000003").rename(save / "iter_0000001")
+    assert read("--save", str(save), "--qad-ptq").flags.load is None  # calibration alone never resumes
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--micro-batch-size", "3", "--global-batch-size", "4"], "--global-batch-size 4 is not a multiple of 3"),
+        (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
+        (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
+        (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
+        (["--qad-rule", "no_such_module=fp8"], "policy rule no_such_module=fp8 reaches no linear"),
+        (["--qad-loss", "topk(k=4096)"], "k is larger than the"),
+        (["--qad-output-layer", "fused", "--qad-loss", "jsd"], "jsd reads all logits twice"),
+        (["--qad-job-dir", "/nowhere"], "--qad-job-dir /nowhere: no such directory"),
+        (["--qad-keep-best", "2", "--save", "run", "--eval-iters", "0"], "--eval-iters 0 asks for none"),
+        (["--qad-spike-factor", "5"], "--qad-spike-factor 5: expected more than 1, and --save"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: expected a number of 1 or more"),
+        (["--qad-teacher-micro-batch-size", "0"], "--qad-teacher-micro-batch-size 0: expected a number of 1"),
+        (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0: expected a number of 1"),
+        (["--fp16"], "--fp16 leaves out steps whose gradients overflow"),
+        (["--ckpt-format", "torch"], "--ckpt-format torch is not supported"),
+    ],
+)
+def test_what_cannot_be_is_refused(read, flags, says):
+    with pytest.raises(QADError) as error:
+        read(*flags)
+    assert says in str(error.value)
+
+
+def test_a_job_without_the_shape_of_a_microbatch_is_refused(checkpoint):
+    with pytest.raises(QADError, match="--seq-length is not given"):
+        read_job_config(["--qad-teacher", checkpoint], flags_of(MegatronFlags, QADOptions), CPU, {})
+
+
+def test_it_is_frozen(read):
+    config = read()
+    for part in (config, config.options, config.flags, config.student, config.losses, config.policy, config.outputs):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, dataclasses.fields(part)[0].name, None)
+
+
+def test_defaults_are_megatrons():
+    from megatron_qad.engine import prepare
+
+    prepare()
+    from megatron_qad.engine.megatron_args import make_parser
+
+    megatrons = MegatronFlags.of(make_parser(QADOptions).parse_args([]))
+    assert dataclasses.replace(megatrons, eval_iters=None) == MegatronFlags()
+    assert megatrons.eval_iters == 100  # for which ours has None: the user gave none
+
+
+PURE = """
+import json, os, sys
+for package in ("megatron", "modelopt", "transformer_engine"):
+    sys.modules[package] = None  # an import of it fails
+sys.path[:0] = [{tests!r}, {here!r}]
+from test_job_config import CPU, MegatronFlags, QADOptions, flags_of, read_job_config
+before = dict(os.environ), list(sys.argv), sorted(os.listdir("."))
+argv = ["--qad-teacher", {checkpoint!r}, "--seq-length", "32", "--micro-batch-size", "2", "--save", "run", "--bf16",
+        "--wandb-project", "p", "--tensorboard-dir", "events"]
+config = read_job_config(argv, flags_of(MegatronFlags, QADOptions), CPU, {{"WORLD_SIZE": "2"}})
+assert (dict(os.environ), list(sys.argv), sorted(os.listdir("."))) == before
+print(json.dumps(sorted(set(config.formats.values()))))
+"""
+
+
+def test_reading_changes_nothing_and_needs_no_megatron(checkpoint, tmp_path):
+    """In a process that cannot import Megatron, in an empty directory that stays empty."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code = PURE.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent), checkpoint=checkpoint)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=empty, timeout=120)
+    assert not done.returncode, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == ["bf16", "nvfp4"]

@@ -1,0 +1,74 @@
+"""The rule that chooses logits or hidden states, in numbers."""
+
+import pytest
+
+from megatron_qad.config.megatron_flags import MegatronFlags
+from megatron_qad.config.options import QADOptions
+from megatron_qad.config.outputs import Outputs, OutputSizes, check_head, choose_outputs
+from megatron_qad.distillation import parse_loss
+from megatron_qad.engine.errors import QADError
+
+
+def job(*, tokens=4096, tp=1, vocabulary=131072, sequence_parallel=False, **qad) -> tuple[QADOptions, OutputSizes]:
+    flags = MegatronFlags(
+        bf16=True,
+        micro_batch_size=1,
+        seq_length=tokens,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=sequence_parallel,
+    )
+    return QADOptions(**qad), OutputSizes.of(flags, vocabulary)
+
+
+def sizes(**changes) -> OutputSizes:
+    return job(**changes)[1]
+
+
+# Job, loss, teacher's hidden size, outputs. 4096 tokens x 131072 x 2 bytes are 1 GiB of one model.
+CASES = {
+    "large": (job(), "kl", 4096, Outputs(fused=True, teacher_hidden=True)),
+    "large, but jsd": (job(), "kl+jsd", 4096, Outputs(fused=False, teacher_hidden=True)),
+    "large, but logits": (job(qad_teacher_output="logits"), "kl", 4096, Outputs(False, False)),
+    "exactly 1 GiB": (job(tokens=2048), "kl", 4096, Outputs(False, True)),
+    "a token more": (job(tokens=2049), "kl", 4096, Outputs(True, True)),
+    "1 GiB of one model": (job(), "ce", None, Outputs(False, False)),
+    "few columns a rank": (job(tp=64), "kl", 4096, Outputs(False, False)),
+    "few columns, hidden states shared out": (job(tp=64, sequence_parallel=True), "kl", 4096, Outputs(False, True)),
+    "asked for": (job(tokens=8, qad_output_layer="fused"), "kl", 1 << 20, Outputs(True, True)),
+    "not asked for": (job(qad_output_layer="separate"), "kl", 4096, Outputs(False, True)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rule(case):
+    asked, loss, hidden_size, expected = CASES[case]
+    assert choose_outputs(*asked, parse_loss(loss), hidden_size) == expected
+
+
+def test_bytes():
+    """1000 columns are padded to 1024, a multiple of 128 for each of the four ranks."""
+    found = sizes(tokens=100, tp=4, vocabulary=1000, sequence_parallel=True)
+    assert (found.logits(), found.hidden(64)) == (100 * 256 * 2, 100 * 64 // 4 * 2)
+
+
+def test_a_fused_output_layer_makes_its_gradient_in_the_forward_pass_where_that_is_small():
+    """That of one loss of 4096 tokens is no larger than both models' logits up to a hidden size of 4096."""
+    assert sizes().fused(1, 4096)["gradient"] == 4 * 131072 * 4096
+    assert sizes().fused(1, 4097)["gradient"] == sizes().fused(2, 4096)["gradient"] == 0
+
+
+def test_an_int4_head_is_not_fused():
+    """It would be trained, and measured, unquantized."""
+    formats = {"output_layer.weight": "int4-w4a16"}
+    check_head(Outputs(False, True), formats)
+    check_head(Outputs(True, True), {"output_layer.weight": "nvfp4"})
+    check_head(Outputs(True, True), {})
+    with pytest.raises(QADError, match="INT4 head .* --qad-output-layer separate"):
+        check_head(Outputs(True, True), formats)
+
+
+def test_contradictions():
+    with pytest.raises(QADError, match="jsd reads all logits twice"):
+        choose_outputs(*job(qad_output_layer="fused"), parse_loss("jsd"), 64)
+    with pytest.raises(QADError, match="needs the teacher's hidden states"):
+        choose_outputs(*job(qad_output_layer="fused", qad_teacher_output="logits"), parse_loss("kl"), 64)

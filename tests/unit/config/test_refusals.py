@@ -1,0 +1,106 @@
+"""Flags that a job refuses; their names are those that Megatron's parser knows."""
+
+import pytest
+
+from megatron_qad.engine import QADError, prepare
+
+prepare()
+
+from megatron_qad.config.megatron_flags import MegatronFlags  # noqa: E402
+from megatron_qad.config.options import QADOptions  # noqa: E402
+from megatron_qad.config.refusals import (  # noqa: E402
+    check_masters,
+    check_skipped,
+    check_step,
+    check_wandb,
+    refuse_training_run,
+)
+from megatron_qad.engine.megatron_args import make_parser  # noqa: E402
+
+FLAGS = [
+    "--fp16",
+    "--use-precision-aware-optimizer",
+    "--use-megatron-fsdp",
+    "--use-torch-fsdp2",
+    "--fp8-param-gather",
+    "--fp4-param-gather",
+]
+
+
+@pytest.fixture(scope="module")
+def parser():
+    megatrons = make_parser(QADOptions)
+    return lambda argv: MegatronFlags.of(megatrons.parse_args(argv))
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_an_optimizer_without_masters_is_refused(parser, flag):
+    with pytest.raises(QADError, match=f"{flag} .*--use-distributed-optimizer"):
+        check_masters(parser([flag]))
+
+
+def test_the_others_pass(parser):
+    check_masters(parser([]))
+    check_masters(parser(["--use-distributed-optimizer", "--overlap-param-gather", "--bf16"]))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--ckpt-format", "torch"],
+        ["--cuda-graph-impl", "local"],
+        ["--overlap-moe-expert-parallel-comm"],
+        ["--tensor-parallel-num-weight-shards", "4"],
+        ["--hybrid-context-parallel"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_step_of_another_kind_is_refused(parser, flags):
+    check_step(parser([]))
+    with pytest.raises(QADError, match=f"{flags[0]}.* is not supported"):
+        check_step(parser(flags))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline_model_parallel_size": 4},
+        {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+        {"tensor_model_parallel_size": 2, "dataloader_inter_document_masking": True},
+    ],
+)
+def test_steps_that_megatron_cannot_skip_are_not_skipped(layout):
+    options = QADOptions(qad_calibration_samples=8)
+    with pytest.raises(QADError, match="--iterations-to-skip: Megatron does not read"):
+        check_skipped(MegatronFlags(iterations_to_skip=[9], load="a checkpoint", **layout), options)
+    check_skipped(MegatronFlags(global_batch_size=8, **layout), options)
+
+
+@pytest.mark.parametrize("skipped, refused", [([], None), ([1], None), ([7], None), ([3], 3), ([1, 7], 7), ([5, 9], 5)])
+def test_steps_whose_data_calibration_reads_are_not_skipped(skipped, refused):
+    options = QADOptions(qad_calibration_samples=36)  # five steps' data, with the next one's to be sure
+    flags = {"iterations_to_skip": skipped, "global_batch_size": 8}
+    if refused is None:
+        return check_skipped(MegatronFlags(**flags), options)
+    with pytest.raises(QADError, match=rf"--iterations-to-skip {refused}: "):
+        check_skipped(MegatronFlags(**flags), options)
+    check_skipped(MegatronFlags(**flags, load="a checkpoint with calibrated quantizers"), options)
+
+
+def test_flags_that_wandb_cannot_start_with():
+    with pytest.raises(QADError, match="--wandb-exp-name ''"):
+        check_wandb(MegatronFlags(wandb_project="p", wandb_exp_name=""))
+    with pytest.raises(QADError, match="--wandb-project needs a directory"):
+        check_wandb(MegatronFlags(wandb_project="p"))
+
+
+def test_calibration_alone_does_not_set_a_training_run_back(tmp_path):
+    refuse_training_run(None)
+    refuse_training_run(str(tmp_path / "new"))
+    (tmp_path / "iter_0000001").mkdir()  # an earlier calibration, done again
+    refuse_training_run(str(tmp_path))
+    (tmp_path / "iter_0000001.0f3a.partial").mkdir()  # and one that was killed
+    refuse_training_run(str(tmp_path))
+    (tmp_path / "iter_0000200").mkdir()
+    with pytest.raises(QADError, match="holds a training run"):
+        refuse_training_run(str(tmp_path))

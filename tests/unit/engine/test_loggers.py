@@ -1,0 +1,262 @@
+"""Loggers that fail: said once per kind of fault, and nothing is raised."""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+import types
+
+import pytest
+
+from megatron_qad.engine import prepare
+
+prepare()
+
+from megatron.core.timers import Timers  # noqa: E402
+from megatron.training import checkpointing, global_vars, wandb_utils  # noqa: E402
+from megatron.training import training as megatron_loop  # noqa: E402
+from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+
+from megatron_qad.engine import event_writer  # noqa: E402
+from megatron_qad.engine.event_writer import Faults, JobWriter  # noqa: E402
+from megatron_qad.engine.heartbeat import Heartbeat  # noqa: E402
+from megatron_qad.engine.loggers import Guarded, Loggers, _Console, continue_wandb_run  # noqa: E402
+from megatron_qad.report.events import read_events  # noqa: E402
+from megatron_qad.report.scalars import read_scalars  # noqa: E402
+from megatron_qad.training.callbacks.preemption import Preemption  # noqa: E402
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """disk["errno"]: every write to an event file gets half of its bytes there and then raises that error."""
+    fault, pwrite = {"errno": None}, os.pwrite
+
+    def write(descriptor, data, offset):
+        if fault["errno"] is None:
+            return pwrite(descriptor, data, offset)
+        pwrite(descriptor, data[: len(data) // 2], offset)
+        raise OSError(fault["errno"], os.strerror(fault["errno"]))
+
+    monkeypatch.setattr(os, "pwrite", write)
+    return fault
+
+
+def writer(directory, started_at=0):
+    return JobWriter(str(directory), 1000, lambda: started_at)
+
+
+def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, disk, capfd):
+    log = writer(tmp_path)
+    for step in range(1, 41):
+        disk["errno"] = errno.ENOSPC if 10 <= step < 20 or step > 30 else None
+        log.add_scalar("kl loss", 1.0 / step, step)
+        if step % 2 == 0:
+            log.flush()
+    out, err = capfd.readouterr()
+    said = [line for line in out.splitlines() if line]
+    assert len(said) == 3, said
+    full = f"megatron_qad: ERROR: TensorBoard in {tmp_path}: [Errno 28] No space left on device. The job goes on"
+    assert said[0].startswith(full) and said[2].startswith(full)
+    assert "events that waited are written" in said[1] and err == ""  # TensorBoard's thread would print a traceback
+    disk["errno"] = None
+    log.close()
+    (file,) = tmp_path.iterdir()
+    assert [step for step, _ in read_scalars(tmp_path)["kl loss"]] == list(range(1, 41))
+    assert read_events([file], tmp_path).notes == []
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path, disk, capfd):
+    disk["errno"] = errno.EDQUOT
+    log = writer(tmp_path / "tensorboard", started_at=7)
+    log.add_text("seed", "1", global_step=0)
+    log.add_scalar("kl loss", 0.5, 8)
+    log.flush()
+    disk["errno"] = errno.EIO
+    log.flush()
+    disk["errno"] = None
+    log.add_scalar("kl loss", 0.25, 9)
+    log.flush()
+    assert capfd.readouterr().out.count("ERROR") == 2  # two kinds
+    assert read_scalars(tmp_path / "tensorboard") == {"kl loss": [(8, 0.5), (9, 0.25)]}
+    (events,) = read_events(list((tmp_path / "tensorboard").iterdir()), tmp_path).files
+    assert events.start == (0, 7)
+
+
+def test_no_directory_can_be_made(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    log = writer(tmp_path / "file" / "tensorboard")
+    log.add_scalar("kl loss", 0.5, 1)
+    log.flush()
+    log.add_scalar("kl loss", object(), 2)  # what the writer itself does not take
+    log.close()
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 2 and all(line.startswith("megatron_qad: ERROR: TensorBoard in ") for line in said)
+
+
+def test_what_cannot_be_written_is_bounded(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(event_writer, "_MAX_WAITING_BYTES", 1000)
+    disk["errno"] = errno.ENOSPC
+    log = writer(tmp_path)
+    for step in range(1, 101):
+        log.add_scalar("kl loss", 1.0, step)
+    log.flush()
+    disk["errno"] = None
+    log.close()
+    steps = [step for step, _ in read_scalars(tmp_path)["kl loss"]]
+    assert steps[-1] == 100 and 5 < len(steps) < 30
+
+
+def test_a_file_that_is_removed_is_begun_anew(tmp_path, capfd):
+    log = writer(tmp_path, started_at=3)
+    log.add_scalar("kl loss", 1.0, 4)
+    log.flush()
+    next(tmp_path.iterdir()).unlink()
+    log.add_scalar("kl loss", 2.0, 5)
+    log.flush()
+    log.flush()
+    log.close()
+    assert "No such file" in capfd.readouterr().out
+    (events,) = read_events(list(tmp_path.iterdir()), tmp_path).files
+    assert events.start == (0, 3) and events.scalars == {"kl loss": {5: 2.0}}
+
+
+def test_each_start_has_its_number(tmp_path):
+    for start in range(3):
+        log = writer(tmp_path, started_at=10 * start)
+        log.add_text("seed", "1")
+        log.add_scalar("kl loss", 1.0, 10 * start + 1)
+        log.close()
+    files = read_events(list(tmp_path.iterdir()), tmp_path).files
+    assert [events.start for events in files] == [(0, 0), (1, 10), (2, 20)]
+
+
+def test_a_job_that_logs_nothing_leaves_no_file(tmp_path):
+    writer(tmp_path / "tensorboard").close()
+    assert not (tmp_path / "tensorboard").exists()
+
+
+class Wandb(types.ModuleType):
+    """A wandb whose service has died."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.config = types.SimpleNamespace(update=self.log)
+        self.run = types.SimpleNamespace(entity="us", log_artifact=self.log)
+        self.Artifact = self.log
+
+    def log(self, *args, **named):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    def finish(self):
+        raise RuntimeError("no\nservice")
+
+
+def test_wandb_ends_no_job(capfd, monkeypatch):
+    module = Wandb()
+    guarded = Guarded(module, Faults("wandb in here"))
+    for _ in range(3):
+        guarded.log({"kl loss": 1.0}, 1)
+        guarded.config.update({"a": 1})
+        guarded.run.log_artifact(guarded.Artifact("x", type="model"), aliases=[])
+    guarded.finish()
+    assert guarded.run.entity == "us" and guarded.nothing is None and bool(guarded)
+    said = capfd.readouterr().out.splitlines()
+    assert said[:2] == [
+        "megatron_qad: ERROR: wandb in here: [Errno 32] Broken pipe. The job goes on",
+        "megatron_qad: ERROR: wandb in here: no service. The job goes on",
+    ]
+    assert len(said) == 3 and "nothing" in said[2]
+    # Megatron's timers ask what kind of writer they were given.
+    monkeypatch.setattr("megatron.core.timers.wandb", module)
+    logged = []
+    module.log = lambda values, step: logged.append((values, step))
+    timers = Timers(0, "max")
+    monkeypatch.setattr(timers, "_get_global_min_max_time", lambda *rest: {"forward": (0.5, 1.0)})
+    timers.write(["forward"], guarded, 5)
+    assert (
+        logged == [({"forward-time": 1.0}, 5)] and isinstance(JobWriter, type) and issubclass(JobWriter, SummaryWriter)
+    )
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """installed(save): loggers of a job that saves there, installed; what they replace is put back at the end."""
+    for module, name in (
+        (global_vars, "_set_tensorboard_writer"),
+        (global_vars, "_set_wandb_writer"),
+        (global_vars, "_GLOBAL_WANDB_WRITER"),
+        (global_vars, "_GLOBAL_TENSORBOARD_WRITER"),
+        (wandb_utils, "on_save_checkpoint_success"),
+        (megatron_loop, "append_to_progress_log"),
+        (checkpointing, "append_to_progress_log"),
+        (sys, "stdout"),
+        (sys, "stderr"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+
+    def install(save: str):
+        Loggers(save, None, f"{save}/wandb").install()
+        wandb = {"wandb_project": "p", "wandb_exp_name": None, "wandb_save_dir": None, "wandb_entity": None}
+        return argparse.Namespace(save=save, **wandb, rank=0, world_size=1)
+
+    return install
+
+
+def test_wandb_that_does_not_start_is_said(tmp_path, installed, monkeypatch, capfd):
+    def init(**named):
+        raise RuntimeError("api_key not configured (no-tty)")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    args = installed(str(tmp_path))
+    global_vars._set_wandb_writer(args)
+    assert global_vars.get_wandb_writer() is None
+    assert f"ERROR: wandb in {tmp_path}/wandb: api_key not configured" in capfd.readouterr().out
+
+
+def test_the_progress_log_and_the_console_end_no_job(tmp_path, installed, capfd):
+    (tmp_path / "save").write_text("no directory")
+    installed(f"{tmp_path}/save")
+    for _ in range(2):
+        megatron_loop.append_to_progress_log(f"{tmp_path}/save", "Starting job", barrier=False)
+    assert capfd.readouterr().out.count("ERROR: the progress log in") == 1
+    full = _Console(open("/dev/full", "w"))  # noqa: SIM115
+    for _ in range(3):
+        print("x" * 10_000, file=full, flush=True)
+    assert full.fileno() > 2
+
+
+def test_a_job_directory_that_is_full_or_gone(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    config = types.SimpleNamespace(job_dir=tmp_path / "file")
+    args = types.SimpleNamespace(exit_signal_handler=True, exit_signal=signal.SIGTERM)
+    preemption = Preemption(types.SimpleNamespace(config=config, args=args))
+    for _ in range(2):
+        preemption.step_ended(None)
+    (said,) = [line for line in capfd.readouterr().out.splitlines() if "ERROR" in line]
+    assert "Not a directory" in said and "crash for one before the first step" in said
+    # The batch script must see that the job is not done: by the file, or else by the status.
+    assert Preemption.say_stopped(tmp_path / "file") == 75
+    assert "has saved and is not done: status 75" in capfd.readouterr().out
+    (tmp_path / "file").unlink()
+    (tmp_path / "file").mkdir()
+    assert Preemption.say_stopped(tmp_path / "file") is None
+    assert (tmp_path / "file" / "stopped").exists()
+
+
+def test_a_wandb_run_that_cannot_be_remembered(tmp_path, monkeypatch, capfd):
+    for name in ("RANK", "WORLD_SIZE", "WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_RESUME", "allow")
+    (tmp_path / "save").write_text("no directory")
+    continue_wandb_run("p", f"{tmp_path}/save", os.environ)
+    assert len(os.environ.pop("WANDB_RUN_ID")) == 8 and "a wandb run of its own" in capfd.readouterr().out
+    (tmp_path / "wandb_run_id.txt").write_text("")  # as a full disk left it
+    continue_wandb_run("p", str(tmp_path), os.environ)
+    assert os.environ.pop("WANDB_RUN_ID") == (tmp_path / "wandb_run_id.txt").read_text() != ""
+
+
+def test_heartbeats_that_cannot_be_written(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    Heartbeat().start(tmp_path / "file" / "heartbeats", 0, 1, 1e9)
+    assert "ERROR: heartbeats in" in capfd.readouterr().out

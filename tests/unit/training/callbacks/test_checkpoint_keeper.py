@@ -1,0 +1,48 @@
+"""Saves that fail, in one process. In jobs: tests/dist/test_checkpoints.py."""
+
+import types
+
+import pytest
+
+from megatron_qad.engine import QADError, prepare
+
+prepare()
+
+from megatron_qad.config.options import QADOptions  # noqa: E402
+from megatron_qad.engine.distributed import init_process_group  # noqa: E402
+from megatron_qad.engine.events import Save  # noqa: E402
+from megatron_qad.engine.run_directory.whole_saves import SaveFailed, WholeSaves  # noqa: E402
+from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper  # noqa: E402
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    init_process_group()
+    config = types.SimpleNamespace(options=QADOptions())
+    job = types.SimpleNamespace(config=config, args=types.SimpleNamespace(save=str(tmp_path)), saves=WholeSaves())
+    return CheckpointKeeper(job, best=None)
+
+
+def failed(iteration: int, is_last: bool = False) -> Save:
+    return Save(iteration, is_last, error=SaveFailed("the disk is full"))
+
+
+def test_a_save_that_fails_is_survived_and_said_when_the_job_leaves(keeper, capsys):
+    """With asynchronous saves Megatron waits for the end of one before it leaves, also where none has begun."""
+    save = failed(4)
+    keeper.save_ended(save)
+    assert save.is_survived and "the checkpoint of iteration 4 could not be saved" in capsys.readouterr().out
+    keeper.save_ended(Save(None, is_last=True))
+    with pytest.raises(QADError, match="The job ends here and its last steps are not saved"):
+        keeper.job_ends(is_done=False)
+
+
+def test_the_next_save_makes_up_for_it(keeper):
+    keeper.save_ended(failed(4))
+    keeper.save_ended(Save(8, is_last=False))
+    keeper.job_ends(is_done=False)
+
+
+def test_where_no_other_save_follows_the_job_ends(keeper):
+    with pytest.raises(QADError, match="Training has ended and its last steps are not saved"):
+        keeper.save_ended(failed(8, is_last=True))
