@@ -119,7 +119,7 @@ def test_the_run_report_finds_it(registered):
 
 
 def test_docs_and_help_miss_it_until_step_3(registered, documented_losses, losses_of_table, help_texts):
-    """What test_registry compares differs by the new loss alone, and no longer with the page's row."""
+    """What test_loss_registry compares differs by the new loss alone, and no longer with the page's row."""
     assert list(REGISTRY) == [*documented_losses, NAME]
     assert f"'{NAME}'" not in help_texts
     ((name, (settings, description)),) = losses_of_table(CODE["markdown"]).items()
