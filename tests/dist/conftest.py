@@ -5,5 +5,5 @@ from made_models import Made, make_models
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory) -> Made:
-    return make_models(tmp_path_factory.mktemp("models"))
+def made(tmp_path_factory, server) -> Made:
+    return make_models(tmp_path_factory.mktemp("models"), server)

@@ -1,16 +1,17 @@
 """Runs many small jobs of several ranks from one process that has imported everything once.
 
 A rank of a QAD job takes ten seconds to import torch, Megatron and modelopt, and two to train a tiny model. This server
-imports once and forks its ranks, so that one test file runs twenty jobs in the time of two. In the test:
+imports once and forks its ranks, so that twenty jobs run in the time of two. The fixture ``server`` is one for all
+files of a process of tests. In the test:
 
-    with ForkServer(log_directory) as server:
-        output = server.run("training_jobs:train", nproc=2, arguments={...})
+    output = server.run("training_jobs:train", nproc=2, arguments={...})
 
 Each rank calls ``module:function(**arguments)`` with torchrun's environment variables set. Left out: what torchrun
 itself does; ``launch.run_workers`` is for that.
 """
 
 import faulthandler
+import gc
 import glob
 import importlib
 import json
@@ -94,6 +95,13 @@ class ForkServer:
             raise JobFailed(f"{function} on {nproc} ranks: exit statuses {codes}\n{output[-12000:]}")
         return output
 
+    def results(self, worker: str, nproc: int, arguments: dict | None = None, timeout: float = 300) -> list:
+        """``cases(arguments)`` of the module ``worker`` on each rank; rank 0's list, as of ``launch.run_workers``."""
+        result = self.directory / f"results{self._jobs + 1}.json"
+        given = {"worker": worker, "given": arguments or {}, "result": str(result)}
+        self.run("launch:report_of", nproc, given, timeout=timeout)
+        return json.loads(result.read_text())
+
 
 def _log_of(log: str | Path, rank: int) -> Path:
     return Path(f"{log}.rank{rank}.log")
@@ -107,6 +115,9 @@ def _serve() -> None:
     import torch
 
     docstrings.read_once()
+    # A collection in a rank would write to every object that was imported, and so copy the pages that ranks share.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         # The ranks' store is served here, as torchrun's agent does: its port is held before any rank knows it.

@@ -1,6 +1,7 @@
 """Starts torchrun for a worker script and brings its results back.
 
-A start costs ten seconds or more of imports, so a worker handles many cases in one launch. In the test:
+A start costs ten seconds or more of imports, so a worker handles many cases in one launch; where torchrun itself does
+not matter, ``fork_server.ForkServer.results`` runs the same worker in a second. In the test:
 
     results = run_workers(Path(__file__).with_name("worker_x.py"), 2, {"model": str(tmp_path)})
 
@@ -12,6 +13,7 @@ In the worker, which runs on every rank (``tests/dist`` is on its path):
         report(cases)
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -60,7 +62,15 @@ def environment() -> dict[str, str]:
 def report(cases: Callable[[dict], list]) -> None:
     """The worker's main: call ``cases`` with the test's arguments on every rank; rank 0 hands its list back."""
     given, result = sys.argv[1:3]
-    results = cases(json.loads(Path(given).read_text()))
+    _write(cases(json.loads(Path(given).read_text())), result)
+
+
+def report_of(worker: str, given: dict, result: str) -> None:
+    """The same for the module ``worker`` in a rank of the fork server."""
+    _write(importlib.import_module(worker).cases(given), result)
+
+
+def _write(results: list, result: str) -> None:
     if os.environ["RANK"] == "0":
         aside = Path(result + ".part")
         aside.write_text(json.dumps(results))

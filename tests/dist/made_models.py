@@ -5,10 +5,9 @@ from pathlib import Path
 
 import tiny_models
 import torch
-from launch import run_workers
+from fork_server import ForkServer
 from safetensors.torch import save_file
 
-WORKER = Path(__file__).with_name("worker_models.py")
 # name -> (tensor-parallel size, pipeline-parallel size), flags
 LAYOUTS = {
     "tp1": ((1, 1), ()),
@@ -33,7 +32,7 @@ class Made:
     logits: list[dict]
 
 
-def make_models(root: Path) -> Made:
+def make_models(root: Path, server: ForkServer) -> Made:
     """Save, import, run, save and export every case under ``root``."""
     imports = [_model_with_logits(root, case) for case in tiny_models.CASES]
     for case in CONVERTED:
@@ -50,10 +49,10 @@ def make_models(root: Path) -> Made:
             "logits": [_logits(root, case, name) for name in names for case in tiny_models.CASES],
             "saves": [_save(root, case, name) for name in names if name in SAVED for case in CONVERTED],
         }
-        logits += [r for r in run_workers(WORKER, nproc, arguments) if isinstance(r, dict)]
+        logits += [r for r in server.results("worker_models", nproc, arguments) if isinstance(r, dict)]
     sources = [f"{name}/{case}" for name in ("ranks1", "ranks2", *SAVED) for case in CONVERTED]
     exports = [[str(root / source), str(root / "out" / source), "bf16", SHARD_BYTES] for source in sources]
-    run_workers(WORKER, 1, {"exports": exports})
+    server.results("worker_models", 1, {"exports": exports})
     return Made(root, logits)
 
 

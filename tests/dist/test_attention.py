@@ -1,18 +1,15 @@
 """The local spec's core attention equals Megatron's, values and gradients: grouped queries, a scale of its own,
 documents kept apart, context parallelism of 1, 2 and 4, and keeps no scores."""
 
-from pathlib import Path
-
 import pytest
-from launch import run_workers
 
 # float64: sums in another order, and Megatron's softmax, which goes through float32 only where asked to.
 TOLERANCE = 1e-12
 
 
 @pytest.fixture(scope="module")
-def results():
-    return run_workers(Path(__file__).with_name("worker_attention.py"), 4)
+def results(server):
+    return server.results("worker_attention", 4)
 
 
 def test_equals_megatrons(results):

@@ -12,7 +12,6 @@ import records
 import tiny_hybrids
 import tiny_job
 import torch
-from fork_server import ForkServer
 from launch import ROOT
 from test_training import OVERLAP, RECOMPUTE, TOLERANCE, VOCAB, Workshop
 
@@ -103,7 +102,7 @@ WIDE = tiny_job.LLAMA | {"num_key_value_heads": 4, "intermediate_size": 128}
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("axes")
     models = []
     for name, config in TEACHERS.items():
@@ -114,9 +113,8 @@ def workshop(tmp_path_factory):
             source = tiny_job.write_hf(directory / f"hf_{name}_{who}", config, noise=noise)
             models.append((str(source), f"{directory}/{name}_{who}", "float32"))
     tiny_job.write_data(directory / "data", vocab_size=VOCAB)
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield Workshop(directory, server)
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return Workshop(directory, server)
 
 
 @pytest.mark.parametrize("data", ["rows", "packed"])

@@ -58,11 +58,10 @@ def make_inputs(directory: Path, server: ForkServer) -> None:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("checkpoints")
-    with ForkServer(directory) as server:
-        make_inputs(directory, server)
-        yield Shop(directory, server)
+    make_inputs(directory, server)
+    return Shop(directory, server)
 
 
 @pytest.fixture(scope="module")

@@ -62,20 +62,19 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("damage")
     for who, noise in (("teacher", 0.0), ("student", 0.3)):
         tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
     tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
     models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "bfloat16") for who in ("teacher", "student")]
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        (directory / "pristine").mkdir()
-        shop = Shop(directory, server)
-        server.run("training_jobs:train", 1, {"argv": [*shop.argv(), "--exit-interval", "6"]})
-        (shop.run / "qad.lock").unlink()  # ranks of the fork server end without Python's exit
-        shop.run.rename(shop.pristine)
-        yield Shop(directory, server)
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    (directory / "pristine").mkdir()
+    shop = Shop(directory, server)
+    server.run("training_jobs:train", 1, {"argv": [*shop.argv(), "--exit-interval", "6"]})
+    (shop.run / "qad.lock").unlink()  # ranks of the fork server end without Python's exit
+    shop.run.rename(shop.pristine)
+    return Shop(directory, server)
 
 
 def test_the_list_of_files_is_whole(shop):

@@ -58,14 +58,13 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("formats")
     tiny_job.write_hf(directory / "hf", CONFIG)
     tiny_job.write_data(directory / "data", vocab_size=CONFIG["vocab_size"])
     models = [(str(directory / "hf"), str(directory / "teacher"), "bfloat16")]
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield Shop(directory, server)
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return Shop(directory, server)
 
 
 def reported_kl(output: str) -> float:

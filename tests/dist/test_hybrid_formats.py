@@ -7,7 +7,6 @@ import pytest
 import tiny_hybrids
 import tiny_job
 import torch
-from fork_server import ForkServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_training import Workshop
@@ -30,7 +29,7 @@ KEPT = (4, 5)
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("hybrid_formats")
     models = []
     for kind, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
@@ -40,9 +39,8 @@ def workshop(tmp_path_factory):
             source = tiny_job.write_hf(directory / f"hf_{kind}_{who}", config, noise=noise, dtype=dtype)
             models.append((str(source), f"{directory}/{kind}_{who}", name))
     tiny_job.write_data(directory / "data", vocab_size=120)
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield Workshop(directory, server)
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return Workshop(directory, server)
 
 
 def export(workshop, run, output) -> dict[str, torch.Tensor]:

@@ -8,7 +8,6 @@ import records
 import tiny_hybrids
 import tiny_job
 import torch
-from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
 from test_training import Workshop
 
@@ -50,7 +49,7 @@ def cases_of(layout: str, cases=tiny_hybrids.CASES) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("hybrids")
     models = []
     for case, config in tiny_hybrids.CASES.items():
@@ -65,9 +64,8 @@ def workshop(tmp_path_factory):
         source = tiny_job.write_hf(directory / f"hf_{case} bf16", config, dtype=torch.bfloat16)
         models.append((str(source), f"{directory}/{case} bf16", "bfloat16"))
     tiny_job.write_data(directory / "data", vocab_size=120)
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield Workshop(directory, server)
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return Workshop(directory, server)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

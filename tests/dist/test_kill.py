@@ -1,14 +1,12 @@
 """Five kills at moments that a fixed seed draws; ``make test-kill`` makes thirty and writes docs/kill_test.md."""
 
-from fork_server import ForkServer
 from kill_harness import Harness
 
 
-def test_killed_jobs_end_like_undisturbed_ones(tmp_path):
-    with ForkServer(tmp_path) as server:
-        harness = Harness(tmp_path, server, seed=7)
-        harness.exports(1)
-        harness.one_run("killed", 4)
-        for kill in harness.kills:
-            print(kill)
-        assert len(harness.kills) >= 4
+def test_killed_jobs_end_like_undisturbed_ones(tmp_path, server):
+    harness = Harness(tmp_path, server, seed=7)
+    harness.exports(1)
+    harness.one_run("killed", 4)
+    for kill in harness.kills:
+        print(kill)
+    assert len(harness.kills) >= 4

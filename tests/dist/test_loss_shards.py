@@ -1,16 +1,13 @@
 """Every loss over vocabulary cut across 1, 2 and 4 ranks equals float64 autograd over the whole. One launch for all."""
 
-from pathlib import Path
-
 import pytest
-from launch import run_workers
 
 TWO_ROUNDS = ("jsd", "two of two rounds")
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict]:
-    return run_workers(Path(__file__).with_name("worker_loss_shards.py"), 4)
+def results(server) -> list[dict]:
+    return server.results("worker_loss_shards", 4)
 
 
 def of(results, what, **wanted):

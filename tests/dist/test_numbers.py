@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fork_server import ForkServer
 from test_checkpoints import Shop, make_inputs
 
 FAULTY = "surviving_jobs:train_with_fault"
@@ -13,11 +12,10 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("numbers")
-    with ForkServer(directory) as server:
-        make_inputs(directory, server)
-        yield Shop(directory, server)
+    make_inputs(directory, server)
+    return Shop(directory, server)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import records
 import tiny_job
 import torch
-from fork_server import ForkServer
 from launch import ROOT, environment
 
 FLAGS = (
@@ -21,15 +20,14 @@ FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("preemption")
     for who, noise in (("teacher", 0.0), ("student", 0.3)):
         tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA, noise=noise)
     tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
     models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "bfloat16") for who in ("teacher", "student")]
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield directory, server
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return directory, server
 
 
 def steps_of(record: Path) -> list[dict]:

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import tiny_job
 import tokenizers
-from fork_server import ForkServer
 from launch import ROOT, environment
 from transformers import PreTrainedTokenizerFast
 
@@ -29,13 +28,12 @@ LOST = "The steps since the last checkpoint are lost; the same command goes on f
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("processes")
     tiny_job.write_hf(directory / "hf", tiny_job.LLAMA)
     tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
-    with ForkServer(directory) as server:
-        models = [(f"{directory}/hf", f"{directory}/teacher", "bfloat16")]
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    models = [(f"{directory}/hf", f"{directory}/teacher", "bfloat16")]
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return directory
 
 

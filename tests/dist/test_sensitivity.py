@@ -5,7 +5,6 @@ import json
 import pytest
 import tiny_job
 import yaml
-from fork_server import ForkServer
 
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy
@@ -20,33 +19,32 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("sensitivity")
     tiny_job.write_hf(directory / "hf", CONFIG)
     tiny_job.write_data(directory / "data", vocab_size=CONFIG["vocab_size"])
     models = [(str(directory / "hf"), str(directory / "teacher"), "bfloat16")]
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
 
-        def run(output, *flags, layout="tp1", **more):
-            nproc, layout_flags = LAYOUTS[layout]
-            argv = [
-                *("--output", str(output), "--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data"),
-                *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
-                *("--micro-batch-size", "2", "--global-batch-size", "8"),
-                *(*tiny_job.READ_HERE, *layout_flags, *flags),
-            ]
-            return server.run("training_jobs:tool", nproc, {"name": "sensitivity", "argv": argv}, **more)
+    def run(output, *flags, layout="tp1", **more):
+        nproc, layout_flags = LAYOUTS[layout]
+        argv = [
+            *("--output", str(output), "--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data"),
+            *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
+            *("--micro-batch-size", "2", "--global-batch-size", "8"),
+            *(*tiny_job.READ_HERE, *layout_flags, *flags),
+        ]
+        return server.run("training_jobs:tool", nproc, {"name": "sensitivity", "argv": argv}, **more)
 
-        def counted() -> int:
-            """Tokens of the validation split that count. Arrays of the data are views of a file that closes with it."""
-            from megatron.core.datasets.indexed_dataset import IndexedDataset
+    def counted() -> int:
+        """Tokens of the validation split that count. Arrays of the data are views of a file that closes with it."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-            masks = IndexedDataset(f"{directory}/data_loss_mask")
-            return sum(int(masks[i].sum()) for i in range(len(masks) // 2, len(masks)))
+        masks = IndexedDataset(f"{directory}/data_loss_mask")
+        return sum(int(masks[i].sum()) for i in range(len(masks) // 2, len(masks)))
 
-        run.counted = counted
-        yield run
+    run.counted = counted
+    return run
 
 
 def bytes_of(formats) -> int:

@@ -1,16 +1,13 @@
 """What is cut across ranks equals what is whole: metrics, scales. One launch of 4 ranks for all."""
 
-from pathlib import Path
-
 import pytest
-from launch import run_workers
 
 SIZES = (1, 2, 4)
 
 
 @pytest.fixture(scope="module")
-def results() -> list[dict]:
-    return run_workers(Path(__file__).with_name("worker_sharded.py"), 4)
+def results(server) -> list[dict]:
+    return server.results("worker_sharded", 4)
 
 
 def of(results, what, **wanted):

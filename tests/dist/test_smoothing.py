@@ -9,7 +9,6 @@ import pytest
 import tiny_hybrids
 import tiny_job
 import torch
-from fork_server import ForkServer
 from safetensors.torch import load_file, save_file
 
 from megatron_qad.engine.run_directory import json_records
@@ -61,7 +60,7 @@ def plant_outliers(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory):
+def shop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("smoothing")
     imports = []
     for name, config in MODELS.items():
@@ -69,21 +68,20 @@ def shop(tmp_path_factory):
         plant_outliers(tiny_job.write_hf(directory / f"hf {name}", config, dtype=torch.bfloat16))
         imports += [(f"{directory}/hf {name}", f"{directory}/{name} {dtype}", dtype) for dtype in DTYPES]
     tiny_job.write_data(directory / "data", vocab_size=120)
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": imports})
+    server.run("training_jobs:import_checkpoints", 1, {"models": imports})
 
-        def run(tool: str, output: Path, model: str, *flags, layout="bf16", **more):
-            nproc, layout_flags, _ = LAYOUTS[layout]
-            argv = [
-                *("--output", str(output), "--qad-teacher", f"{directory}/{model}", "--data-path", f"{directory}/data"),
-                *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--seq-length", "32"),
-                *("--micro-batch-size", "2", "--global-batch-size", "8"),
-                *(*tiny_job.READ_HERE, *layout_flags, *flags),
-            ]
-            return server.run("training_jobs:tool", nproc, {"name": tool, "argv": argv}, **more)
+    def run(tool: str, output: Path, model: str, *flags, layout="bf16", **more):
+        nproc, layout_flags, _ = LAYOUTS[layout]
+        argv = [
+            *("--output", str(output), "--qad-teacher", f"{directory}/{model}", "--data-path", f"{directory}/data"),
+            *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--seq-length", "32"),
+            *("--micro-batch-size", "2", "--global-batch-size", "8"),
+            *(*tiny_job.READ_HERE, *layout_flags, *flags),
+        ]
+        return server.run("training_jobs:tool", nproc, {"name": tool, "argv": argv}, **more)
 
-        run.directory, run.server = directory, server
-        yield run
+    run.directory, run.server = directory, server
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory):
+def workshop(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("training")
     tied = tiny_job.LLAMA | {"tie_word_embeddings": True}
     for name, config in (("untied", tiny_job.LLAMA), ("tied", tied)):
@@ -88,9 +88,8 @@ def workshop(tmp_path_factory):
         models.append((f"seed30_{who}", f"seed30_{who}", "float32"))
         models.append((f"tied_{who}", f"tied_{who}", "float32"))
     models = [(f"{directory}/hf_{source}", f"{directory}/{target}", dtype) for source, target, dtype in models]
-    with ForkServer(directory) as server:
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield Workshop(directory, server)
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return Workshop(directory, server)
 
 
 CASES = {

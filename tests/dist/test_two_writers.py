@@ -7,7 +7,6 @@ import time
 import psutil
 import pytest
 import tiny_job
-from fork_server import ForkServer
 from launch import ROOT, environment
 
 
@@ -37,7 +36,7 @@ def waiting():
         process.wait()
 
 
-def test_two_jobs(tmp_path):
+def test_two_jobs(tmp_path, server):
     """Both real; the second starts while the first trains."""
     tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA)
     tiny_job.write_data(tmp_path / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
@@ -48,30 +47,29 @@ def test_two_jobs(tmp_path):
     ).split()
     argv = ["--qad-teacher", f"{tmp_path}/teacher", "--data-path", f"{tmp_path}/data", "--save", str(run), *flags]
     argv += tiny_job.READ_HERE
-    with ForkServer(tmp_path) as server:
-        models = [(f"{tmp_path}/hf", f"{tmp_path}/teacher", "bfloat16")]
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "pretrain_qad.py", *argv]
-        with open(log, "w") as output:
-            first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
-        try:
-            end = time.monotonic() + 120
-            while "successfully saved" not in log.read_text():
-                assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-                time.sleep(0.1)
-            for nproc in (1, 2):
-                arguments = {"argv": [*argv, "--tensorboard-dir", str(run / "tensorboard")]}
-                said = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
-                assert f"--save {run}: is in use by process " in said and "pretrain_qad.py" in said
-            assert not (run / "tensorboard").exists()
-            saved = log.read_text().count("successfully saved")
-            while log.read_text().count("successfully saved") < saved + 2:
-                assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
-                time.sleep(0.1)
-        finally:
-            for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
-                process.kill()
-            first.wait()
+    models = [(f"{tmp_path}/hf", f"{tmp_path}/teacher", "bfloat16")]
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "pretrain_qad.py", *argv]
+    with open(log, "w") as output:
+        first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
+    try:
+        end = time.monotonic() + 120
+        while "successfully saved" not in log.read_text():
+            assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.1)
+        for nproc in (1, 2):
+            arguments = {"argv": [*argv, "--tensorboard-dir", str(run / "tensorboard")]}
+            said = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
+            assert f"--save {run}: is in use by process " in said and "pretrain_qad.py" in said
+        assert not (run / "tensorboard").exists()
+        saved = log.read_text().count("successfully saved")
+        while log.read_text().count("successfully saved") < saved + 2:
+            assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+            time.sleep(0.1)
+    finally:
+        for process in [*psutil.Process(first.pid).children(recursive=True), psutil.Process(first.pid)]:
+            process.kill()
+        first.wait()
 
 
 @pytest.mark.parametrize(

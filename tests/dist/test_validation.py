@@ -59,15 +59,14 @@ def masks() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory, masks):
+def shop(tmp_path_factory, server, masks):
     directory = tmp_path_factory.mktemp("validation")
     for who, noise in (("teacher", 0.0), ("student", 0.3)):
         tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
     write_data(directory / "data", masks)
-    with ForkServer(directory) as server:
-        models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "float32") for who in ("teacher", "student")]
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        yield Shop(directory, server)
+    models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "float32") for who in ("teacher", "student")]
+    server.run("training_jobs:import_checkpoints", 1, {"models": models})
+    return Shop(directory, server)
 
 
 def validations(output: str) -> list[str]:

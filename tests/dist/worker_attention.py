@@ -6,8 +6,6 @@ backward pass as a multiple of the query's size.
 
 from types import SimpleNamespace
 
-from launch import report
-
 HEADS, DIM = 4, 16
 CASES = [
     # groups of the keys, rows, softmax scale, document lengths (None: not packed, the row's length)
@@ -103,7 +101,3 @@ def _build(kind, case: dict, *, size: int, group):
     )
     groups = SimpleNamespace(tp=mpu.get_tensor_model_parallel_group(), cp=group)
     return kind(config, 1, AttnMaskType.causal, "self", softmax_scale=case["scale"], pg_collection=groups)
-
-
-if __name__ == "__main__":
-    report(cases)

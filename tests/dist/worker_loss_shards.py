@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import torch
-from launch import report
 
 from megatron_qad.engine import QADError, prepare
 
@@ -170,7 +169,3 @@ def cases(arguments: dict) -> list:
     everyone = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, results)
     return [result | {"rank": r} for r, found in enumerate(everyone) for result in found]
-
-
-if __name__ == "__main__":
-    report(cases)

@@ -1,7 +1,6 @@
 """Worker: losses, metrics and quantizers over vocabulary and weights cut across 1, 2 and 4 ranks."""
 
 import torch
-from launch import report
 
 from megatron_qad.engine import prepare
 
@@ -125,7 +124,3 @@ def cases(arguments: dict) -> list:
             results.append({"what": "inputs", "size": size, "value": value} | _inputs(group, value))
     torch.distributed.barrier()
     return results
-
-
-if __name__ == "__main__":
-    report(cases)
