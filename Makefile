@@ -1,10 +1,15 @@
 # make demo   the whole method on an embedded tiny model: minutes on two CPU cores
-# make test   lint and all tests
+# make test   lint and all tests, by two processes
 # Each sets up what it needs; a second run reuses the environment.
 VENV ?= .venv
 SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Two processes of tests (tests/conftest.py says which runs what), then by themselves those that measure times.
+RUN_TESTS = export PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false; status=0; set -x; \
+	pytest -q tests --ignore tests/te -n 2 --dist loadfile -m '$(1) not alone' || status=1; \
+	pytest -q tests/dist -m '$(1) alone' || status=1; \
+	exit $$status
 
 .PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env
 
@@ -19,11 +24,11 @@ tiny-hybrid: env
 	$(RUN) examples/tiny_hybrid/run.sh $(HYBRID_DIR)
 
 test: env lint
-	$(RUN) pytest -q tests --ignore tests/te
+	@$(call RUN_TESTS,not all and)
 
 # Also what make test leaves out for time.
 test-all: env lint
-	$(RUN) pytest -q tests --ignore tests/te -m ''
+	@$(call RUN_TESTS,)
 
 # Thirty kills at random moments, in steps, saves and exports; the record goes to docs/. Minutes.
 test-kill: env

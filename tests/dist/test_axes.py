@@ -5,14 +5,11 @@ are in test_training). The jobs have a teacher that differs from the student, fo
 that count different shares of their tokens.
 """
 
-import statistics
-
 import pytest
 import records
 import tiny_hybrids
 import tiny_job
 import torch
-from launch import ROOT
 from test_training import OVERLAP, RECOMPUTE, TOLERANCE, VOCAB, Workshop
 
 MODELS = {
@@ -252,36 +249,6 @@ def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, case):
         assert bool(step["amaxes"]) == (case == "nvfp4")
         assert all(torch.equal(amax, amaxes.get(n, amax)) for n, amax in step["amaxes"].items())
         amaxes |= step["amaxes"]
-
-
-def test_the_simulator_predicts_a_measured_step(workshop, tmp_path, monkeypatch):
-    """tools/simulate_schedule.py, given each rank's median costs, against the steps that they were measured in. What
-    else runs on the machine delays one rank or the other: of three jobs one must be undisturbed."""
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))  # by its own name: in a whole run "tools" is tests/unit/tools
-    # Not in the costs: sends, and what runs between passes. Without any overlap a step would take 1.6 times as long.
-    ratios = (_measured_by_predicted(workshop, tmp_path / str(i)) for i in range(3))
-    assert any(abs(ratio - 1) <= 0.3 for ratio in ratios)
-
-
-def _measured_by_predicted(workshop, result) -> float:
-    from simulate_schedule import Costs, simulate
-
-    argv = workshop.argv("--qad-policy", "bf16", *PP2, kind="llama", num_steps=8)
-    argv += ["--qad-teacher", f"{workshop.directory}/large"]
-    workshop.server.run("axes_jobs:measure_schedule", 2, {"argv": argv, "result": str(result)})
-    ranks = [torch.load(f"{result}.rank{rank}")[2:] for rank in range(2)]
-    costs = []
-    for steps in ranks:
-        kinds = {kind: [end - start for step in steps for k, start, end in step if k == kind] for kind in "FBT"}
-        assert {kind: len(times) for kind, times in kinds.items()} == dict.fromkeys("FBT", 4 * len(steps))
-        costs.append(Costs(*(statistics.median(kinds[kind]) for kind in "FBT")))
-    measured = statistics.median(
-        max(step[-1][2] for step in both) - min(step[0][1] for step in both) for both in zip(*ranks, strict=True)
-    )
-    predicted = simulate("first", 2, 1, 4, costs).time
-    alone = sum(4 * (c.forward + c.backward + c.teacher) for c in costs)
-    print(f"measured {measured * 1e3:.1f} ms, predicted {predicted * 1e3:.1f} ms, without overlap {alone * 1e3:.1f} ms")
-    return measured / predicted
 
 
 STREAMED = {

@@ -120,7 +120,7 @@ def test_no_process_is_left(place, tmp_path, who, number, said):
 
 def test_workers_that_tokenize_end_with_their_parent(tmp_path):
     """As do the semaphores that they share; what was begun is removed by the next preparation of the same output."""
-    source, semaphores = tmp_path / "text.txt", set(Path("/dev/shm").iterdir())
+    source = tmp_path / "text.txt"
     source.write_text("one two three\n\n" * 300_000)
     command = [sys.executable, "tools/prepare_data.py", "--input", str(source), "--split-on", "blank"]
     command += ["--tokenizer", str(write_tokenizer(tmp_path)), "--output", str(tmp_path / "out")]
@@ -131,9 +131,11 @@ def test_workers_that_tokenize_end_with_their_parent(tmp_path):
     wait_for(lambda: job.poll() is not None or list(tmp_path.glob("out.incomplete-*.bin")), 60, log)
     wait_for(lambda: job.poll() is not None or len(main.children()) >= 3, 60, log)  # and what tracks the semaphores
     processes = [main, *main.children(recursive=True)]
+    semaphores = [Path(part.path) for part in main.memory_maps() if part.path.startswith("/dev/shm/")]
+    assert semaphores and all(path.exists() for path in semaphores), semaphores
     job.kill()
     job.wait()
-    wait_for(lambda: not alive(processes) and set(Path("/dev/shm").iterdir()) <= semaphores, SECONDS, log)
+    wait_for(lambda: not alive(processes) and not any(path.exists() for path in semaphores), SECONDS, log)
     source.write_text("one two three\n\n" * 10)
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.json"}
