@@ -3,7 +3,6 @@
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,6 @@ sys.path.append(str(ROOT / "tests" / "dist"))  # launch, tiny_models
 import tiny_hybrids  # noqa: E402
 import tiny_job  # noqa: E402
 import tiny_models  # noqa: E402
-from launch import environment  # noqa: E402
 
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
@@ -262,15 +260,14 @@ def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeyp
     [(40, "File too large"), (17 << 10, "a rank could not write its files")],
     ids=["start", "weights"],
 )
-def test_a_full_disk_is_said_and_leaves_nothing(limit, said, tmp_path):
+def test_a_full_disk_is_said_and_leaves_nothing(limit, said, tmp_path, server):
     """The disk's place is taken by a limit on the size of a file, in KiB; a save begins with a file of 16 MiB."""
     tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA | {"vocab_size": 160_000})
-    command = (
-        f"ulimit -f {limit}; exec {sys.executable} tools/import_hf.py --hf-model {tmp_path}/hf --output {tmp_path}/o"
-    )
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    error = done.stderr.splitlines()[-1]
+    argv = ["--hf-model", f"{tmp_path}/hf", "--output", f"{tmp_path}/o"]
+    arguments = {"path": "tools/import_hf.py", "argv": argv, "file_kib": limit}
+    output = server.run("script_jobs:script", 1, arguments, fails=True)
+    assert "Traceback" not in output, output
+    error = output.splitlines()[-1]
     assert error.startswith(f"error: {tmp_path}/o: not written: ") and said in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
@@ -313,7 +310,7 @@ def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["import_hf", "export_hf"])
-def test_the_tools_print_one_line_and_exit_with_1(whole, tmp_path, tool):
+def test_the_tools_print_one_line_and_fail(whole, tmp_path, tool, server):
     copy_assets(whole, tmp_path / "checkpoint" / "hf")
     manifest.seal(tmp_path / "checkpoint" / "hf")
     flags = {
@@ -321,9 +318,8 @@ def test_the_tools_print_one_line_and_exit_with_1(whole, tmp_path, tool):
         "export_hf": ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "out")],
     }
     expected = {"import_hf": "no .safetensors file", "export_hf": "no qad.json"}
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *flags[tool]]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line.lower() or "Traceback" in line]
+    arguments = {"path": f"tools/{tool}.py", "argv": flags[tool], "directory": str(tmp_path)}
+    output = server.run("script_jobs:script", 1, arguments, fails=True)
+    (line,) = [line for line in output.splitlines() if "error" in line.lower() or "Traceback" in line]
     assert line.startswith("error: ") and expected[tool] in line
     assert not (tmp_path / "out").exists()

@@ -1,9 +1,6 @@
 """The settings for the models of the report: each is a job that this program takes, as large as its comment says."""
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,30 +26,17 @@ def config_of(recipe: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory):
+def plans(tmp_path_factory, server):
     """What the dry run of each recipe prints, its model's config.json alone at hand."""
-    directory, jobs = tmp_path_factory.mktemp("recipes"), []
+    directory, found = tmp_path_factory.mktemp("recipes"), {}
     for recipe in RECIPES:
         checkpoint = directory / recipe.stem
         (checkpoint / "hf").mkdir(parents=True)
         (checkpoint / "hf" / "config.json").write_text(config_of(recipe).read_text())
         manifest.seal(checkpoint / "hf")
-        jobs.append(["--config", str(recipe), "--qad-teacher", str(checkpoint), "--data-path", "d", "--save", "run"])
-    found = {}
-    for ranks in sorted({ranks for _, _, ranks in REPORT.values()}):
-        mine = [i for i, recipe in enumerate(RECIPES) if REPORT[recipe.stem][2] == ranks]
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).with_name("dry_runs.py"))],
-            input=json.dumps([jobs[i] for i in mine]),
-            capture_output=True,
-            text=True,
-            cwd=directory,
-            env={"PATH": "/usr/bin", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"},
-        )
-        assert not done.returncode, done.stderr[-3000:]
-        for i, (status, printed) in zip(mine, json.loads(done.stdout.splitlines()[-1]), strict=True):
-            assert not status, printed[-3000:]
-            found[RECIPES[i].stem] = printed
+        argv = ["--config", str(recipe), "--qad-teacher", str(checkpoint), "--data-path", "d", "--save", "run"]
+        arguments = {"path": "pretrain_qad.py", "argv": [*argv, "--qad-dry-run"], "directory": str(directory)}
+        found[recipe.stem] = server.run("script_jobs:script", 1, arguments | {"ranks": REPORT[recipe.stem][2]})
     return found
 
 
