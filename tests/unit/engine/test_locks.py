@@ -109,13 +109,13 @@ def test_of_many_that_find_a_dead_one_s_lock_one_gets_it(tmp_path):
     first = holder(tmp_path)
     first.kill()
     first.wait()
-    code = "import sys; from megatron_qad.engine.run_directory import locks; sys.stdin.read(); "
-    code += "locks.hold(sys.argv[1], '--save'); "
+    code = "import sys; from megatron_qad.engine.run_directory import locks; print('ready', flush=True); "
+    code += "sys.stdin.read(); locks.hold(sys.argv[1], '--save'); "
     code += "print('held', flush=True); import time; time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
-    time.sleep(8)  # all have imported what they need
+    assert all(racer.stdout.readline() == b"ready\n" for racer in racers)  # all have imported what they need
     for racer in racers:
         racer.stdin.close()
     end = time.monotonic() + 60
