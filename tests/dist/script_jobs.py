@@ -30,6 +30,7 @@ def script(
     runpy.run_path(path, run_name="__main__")
 
 
-def code(text: str) -> None:
-    """``python -c text`` after ``prepare`` and the imports of a job."""
+def code(text: str, argv: list[str] | None = None) -> None:
+    """``python -c text *argv`` after ``prepare`` and the imports of a job."""
+    sys.argv = ["-c", *(argv or [])]
     exec(text, {"__name__": "__main__"})

@@ -79,7 +79,7 @@ def test_two_jobs(tmp_path, server):
         ("prepare_data", "out", ["--input", "{d}/text.txt", "--tokenizer", "{d}/tokenizer"]),
     ],
 )
-def test_two_tools(tmp_path, waiting, tool, output, flags):
+def test_two_tools(tmp_path, waiting, server, tool, output, flags):
     """The first is a process that holds the lock, at the moment that counts."""
     from test_processes import write_tokenizer
 
@@ -87,9 +87,7 @@ def test_two_tools(tmp_path, waiting, tool, output, flags):
     (tmp_path / "text.txt").write_text("one two three")
     write_tokenizer(tmp_path)
     first = waiting(f"lock = locks.writing({str(tmp_path / output)!r})\nlock.__enter__()")
-    command = [sys.executable, f"tools/{tool}.py", *(flag.format(d=tmp_path) for flag in flags)]
-    command += ["--output", str(tmp_path / output)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"--output {tmp_path / output}: is in use by process {first.pid} on " in error_of(done.stderr)
+    argv = [*(flag.format(d=tmp_path) for flag in flags), "--output", str(tmp_path / output)]
+    said = server.run("script_jobs:script", 1, {"path": f"tools/{tool}.py", "argv": argv}, fails=True)
+    assert f"--output {tmp_path / output}: is in use by process {first.pid} on " in error_of(said)
     assert not list(tmp_path.glob(f"{output}*"))
