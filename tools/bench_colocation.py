@@ -245,7 +245,7 @@ def count_sends() -> list[int]:
 
 
 def train_peer(argv: list[str], callbacks: list) -> None:
-    """A job of Megatron's with modelopt's distillation: our command line, data and loop, their student and teacher."""
+    """Train with modelopt's distillation, on the same command line, data and loop as ours."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args

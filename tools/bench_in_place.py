@@ -66,7 +66,7 @@ def run_job(variant: str, argv: list[str]) -> None:
     from megatron_qad.engine.events import Callback
 
     class Chooses(Callback):
-        """Puts the other weights in the job's, and keeps them."""
+        """Replaces the job's weights in the variant that quantizes in every forward pass."""
 
         def job_begins(self, job, resumes_at):
             self.job = job

@@ -40,6 +40,7 @@ class Loop:
     def __init__(self, args: argparse.Namespace, events: Events):
         self.args, self.events = args, events
         self._reports: list[dict[str, torch.Tensor]] = []
+        self._replaced: list[str] = []
         self.exit_status: int | None = None
         """What a job that leaves early ends with; None: as Megatron says."""
 
@@ -67,11 +68,11 @@ class Loop:
         config = get_model_config(student[0])
         assert config.finalize_model_grads_func is None, "another builder has installed its finalize_model_grads_func"
         config.finalize_model_grads_func = self._finalize_gradients
-        replace(f"{_LOOP}:get_forward_backward_func", lambda upstream: self._schedules(upstream, run_schedule))
-        replace(f"{_LOOP}:train_step", self._train_step)
-        replace(f"{_LOOP}:save_checkpoint", self._save_checkpoint)
+        self._replace("get_forward_backward_func", lambda upstream: self._schedules(upstream, run_schedule))
+        self._replace("train_step", self._train_step)
+        self._replace("save_checkpoint", self._save_checkpoint)
         if self.args.async_save:
-            replace(f"{_LOOP}:maybe_finalize_async_save", self._finalize_async_save)
+            self._replace("maybe_finalize_async_save", self._finalize_async_save)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -84,8 +85,12 @@ class Loop:
             raise SystemExit(left.code if self.exit_status is None else self.exit_status) from left
         finally:
             self.events.closes()
-            for name in ("get_forward_backward_func", "train_step", "save_checkpoint", "maybe_finalize_async_save"):
-                restore(f"{_LOOP}:{name}")
+            while self._replaced:
+                restore(self._replaced.pop())
+
+    def _replace(self, name: str, make: Callable[[Callable], Callable]) -> None:
+        replace(f"{_LOOP}:{name}", make)
+        self._replaced.append(f"{_LOOP}:{name}")
 
     def _schedules(self, upstream: Callable, run_schedule: Callable) -> Callable:
         def get_forward_backward_func(*args, **kwargs):

@@ -95,7 +95,7 @@ def test_importing_the_package_loads_neither_torch_nor_megatron():
 
 
 def test_nobody_asks_megatron_for_its_global_arguments():
-    """Whoever needs them is given them."""
+    """Code outside of Megatron receives ``args`` as an argument."""
     assert not [str(file) for file in FILES if "get_args(" in file.read_text()]
 
 
@@ -104,11 +104,11 @@ STATE_OF_A_PROCESS = {
     "engine/run_directory/manifest.py": {"_found_whole"},  # checkpoints that it has read and found whole
     "data/prepare.py": {"_worker"},  # what a tokenizing process works with
 }
-"""All other state belongs to a job."""
+"""State that belongs to a process. All other state is an attribute of a job's objects."""
 
 
 def module_state(source: str) -> set[str]:
-    """Module-level names that a function rebinds (``global``), and those that start as an empty container."""
+    """Names of mutable module-level state: rebound with ``global``, or initialized with an empty container."""
     tree = ast.parse(source)
     found = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for node in tree.body:

@@ -4,6 +4,7 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_configs import NARROW_LLAMA as CONFIG
 
 from megatron_qad.checkpoint.expected_tensors import inventory
 from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
@@ -18,21 +19,6 @@ DOWN, Q, K, V, UP = (
     f"{LAYER}.{part}"
     for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
 )
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
 FAMILIES = {
     "llama": CONFIG,
     "qwen2": {**CONFIG, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},

@@ -157,7 +157,7 @@ def test_senseless_arguments_are_refused(tmp_path):
 
 FULL_DISK = """
     import resource, sys
-    sys.path[:0] = [{helpers!r}, {root!r}]
+    sys.path[:0] = [{helpers!r}, {tests!r}, {root!r}]
     from test_hf_writer import write
     # No file may grow beyond this size: a write that really fails.
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
@@ -170,7 +170,7 @@ def test_a_full_disk_says_how_much_was_needed_and_leaves_nothing(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     here = Path(__file__).parent
     script = textwrap.dedent(FULL_DISK).format(
-        helpers=str(here), root=str(here.parents[2]), target=str(tmp_path / "out")
+        helpers=str(here), tests=str(here.parents[1]), root=str(here.parents[2]), target=str(tmp_path / "out")
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1

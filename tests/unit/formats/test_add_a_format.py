@@ -13,6 +13,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import unregister_quant_backend
 from safetensors.torch import load_file
+from tiny_configs import NARROW_LLAMA as CONFIG
 
 from megatron_qad.checkpoint.export_hf import Export
 from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
@@ -29,21 +30,6 @@ from megatron_qad.quantization.weights import InPlaceWeights
 
 PAGE = Path(__file__).parents[3] / "docs" / "howto" / "add_a_format.md"
 NAME = "int8"
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": 40,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
 FAMILY = family_of(CONFIG)
 LINEARS = FAMILY.linears(CONFIG)
 QUANTIZED = [linear for linear in LINEARS if linear.kind != "head"]

@@ -87,7 +87,7 @@ def test_a_mistake_in_the_name_map_is_found(registered, expected, assert_same_te
 
 
 def test_policies_resolve(registered):
-    """Each linear gets a format: all of the decoder, not the head, not what is no linear."""
+    """The policy quantizes every linear of the decoder, and neither the head nor the norms."""
     linears = registered.linears(CONFIG)
     formats = resolve(load("nvfp4-all-linear", ["attention=fp8"]), linears, registered.layer_kinds(CONFIG))
     assert set(formats) == {linear.megatron for linear in linears} and len(linears) == 4 * 3 + 1

@@ -1,4 +1,4 @@
-"""Both registries of families: complete, under the same names, and independent of each other and of Megatron."""
+"""The two registries of families list the same families and import neither each other nor Megatron."""
 
 import subprocess
 import sys
@@ -59,6 +59,6 @@ def test_what_is_not_imported(module, missing):
 
 
 def test_the_inventory_names_models_nowhere():
-    """Not in a function either, which an import of the package does not run."""
+    """Imports inside functions count, too: importing the package would not run them."""
     for file in Path(expected_tensors.__file__).parent.glob("*.py"):
         assert "megatron_qad.models" not in file.read_text(), file

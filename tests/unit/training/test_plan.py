@@ -16,7 +16,7 @@ CONFIG = json.loads((Path(__file__).parents[1] / "quantization/configs/nemotron-
 
 
 PARAMETERS = 31_577_940_288
-"""Of the published checkpoint."""
+"""Number of parameters of the published checkpoint."""
 EXPERTS = 23 * 128 * 2 * 2688 * 1856
 """23 layers of 128 experts of two linears."""
 

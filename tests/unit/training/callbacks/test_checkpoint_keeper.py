@@ -1,4 +1,4 @@
-"""Saves that fail, in one process. In jobs: tests/dist/test_checkpoints.py."""
+"""Failed saves, without a job. tests/dist/test_checkpoints.py has the same in jobs."""
 
 import types
 
@@ -28,7 +28,7 @@ def failed(iteration: int, is_last: bool = False) -> Save:
 
 
 def test_a_save_that_fails_is_survived_and_said_when_the_job_leaves(keeper, capsys):
-    """With asynchronous saves Megatron waits for the end of one before it leaves, also where none has begun."""
+    """With --async-save Megatron waits for a pending save before it exits, even if none is pending."""
     save = failed(4)
     keeper.save_ended(save)
     assert save.is_survived and "the checkpoint of iteration 4 could not be saved" in capsys.readouterr().out
