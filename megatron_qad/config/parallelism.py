@@ -70,12 +70,6 @@ def _tensor_parallel_faults(shape: Mapping, tp: int, who: str) -> Iterator[str]:
             )
 
 
-def check_tensor_parallel(shape: Mapping, tp: int) -> None:
-    """Refuse a tensor-parallel size that this model cannot have, saying which it can."""
-    for fault in _tensor_parallel_faults(shape, tp, "this model"):
-        raise QADError(fault)
-
-
 def check_layout(flags: MegatronFlags, options: QADOptions, shapes: Mapping[str, Mapping], world: int) -> None:
     """Refuse a layout that one of the models, the sequence or the batch cannot have.
 

@@ -1,4 +1,4 @@
-"""What a command line is checked for: stages, tensor-parallel sizes, the vocabularies of the two models."""
+"""What a command line is checked for: pipeline stages, the vocabularies of the two models."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from megatron_qad.engine import QADError, prepare
 prepare()
 
 from megatron_qad.config.options import QADOptions  # noqa: E402
-from megatron_qad.config.parallelism import check_tensor_parallel, with_stages  # noqa: E402
+from megatron_qad.config.parallelism import with_stages  # noqa: E402
 from megatron_qad.config.vocabulary import check_same_vocabulary  # noqa: E402
 from megatron_qad.config.yaml_file import expand  # noqa: E402
 from megatron_qad.engine.megatron_args import add_options, make_parser  # noqa: E402
@@ -49,44 +49,6 @@ def test_stages(pattern, stages, expected):
 def test_more_stages_than_layers():
     with pytest.raises(QADError, match=r"5 pipeline stages for 4 layers \(\*-\*-\): at most one stage a layer"):
         with_stages("*-*-", 5)
-
-
-SHAPE = {
-    "hybrid-layer-pattern": "*-",
-    "num-attention-heads": 12,
-    "num-query-groups": 4,
-    "kv-channels": 16,
-    "ffn-hidden-size": 256,
-}
-
-
-@pytest.mark.parametrize(
-    "change, tp, message",
-    [
-        ({}, 5, "does not divide the attention heads (12); possible for this model: 1, 2, 4"),
-        ({}, 3, "does not divide the key-value heads (4); possible for this model: 1, 2, 4"),
-        ({"kv-channels": 4}, 2, "does not divide the 16-element blocks of the attention output (3)"),
-        (
-            {"ffn-hidden-size": 224},
-            4,
-            "does not divide the 16-element blocks of the MLP (14); possible for this model: 1, 2",
-        ),
-        (
-            {"num-attention-heads": 9, "num-query-groups": 3, "ffn-hidden-size": 1536},
-            2,
-            "possible for this model: 1, 3",
-        ),
-    ],
-)
-def test_tensor_parallel_sizes_that_cannot_be(change, tp, message):
-    with pytest.raises(QADError) as error:
-        check_tensor_parallel(SHAPE | change, tp)
-    assert f"--tensor-model-parallel-size {tp} " in str(error.value) and message in str(error.value)
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_tensor_parallel_sizes_that_can(tp):
-    check_tensor_parallel(SHAPE, tp)
 
 
 def test_a_checkpoint_without_its_config(tmp_path):

@@ -127,3 +127,36 @@ def test_expert_parallelism_without_experts():
 def test_a_hybrid_layout_that_works():
     sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}
     check_layout(*job(**sizes), {"the student": HYBRID}, 4)
+
+
+TWELVE_HEADS = {
+    "hybrid-layer-pattern": "*-",
+    "num-attention-heads": 12,
+    "num-query-groups": 4,
+    "kv-channels": 16,
+    "ffn-hidden-size": 128,
+}
+
+
+@pytest.mark.parametrize(
+    "change, tp, message",
+    [
+        ({}, 5, "does not divide the attention heads (12); possible for the student: 1, 2, 4."),
+        ({}, 3, "does not divide the key-value heads (4); possible for the student: 1, 2, 4."),
+        ({"kv-channels": 4}, 2, "does not divide the 16-element blocks of the attention output (3)"),
+        ({"ffn-hidden-size": 224}, 4, "the 16-element blocks of the MLP (14); possible for the student: 1, 2."),
+        (
+            {"num-attention-heads": 9, "num-query-groups": 3, "ffn-hidden-size": 1536},
+            2,
+            "possible for the student: 1, 3.",
+        ),
+    ],
+)
+def test_tensor_parallel_sizes_that_do_not_divide_the_model(change, tp, message):
+    text = refusal(tp, {"the student": TWELVE_HEADS | change}, tensor_model_parallel_size=tp)
+    assert text.startswith(f"--tensor-model-parallel-size {tp} ") and message in text
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_tensor_parallel_sizes_that_divide_the_model(tp):
+    check_layout(*job(tensor_model_parallel_size=tp), {"the student": TWELVE_HEADS}, tp)

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_qad.config.parallelism import check_tensor_parallel, with_stages
+from megatron_qad.config.parallelism import possible_tensor_parallel, with_stages
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of
 from megatron_qad.models.rope import llama3_inv_freq
@@ -106,17 +106,11 @@ def test_what_would_build_another_model_is_refused(changes, named):
         family_of(found).megatron_args(found)
 
 
-def test_tensor_parallel_size_that_does_not_fit_is_told_what_does():
-    found = config(num_attention_heads=12, num_key_value_heads=4, head_dim=16, intermediate_size=128)
-    shape = family_of(found).megatron_args(found)
-    for tp in (1, 2, 4):
-        check_tensor_parallel(shape, tp)
-    for tp, part in ((3, r"key-value heads \(4\)"), (5, r"attention heads \(12\)"), (8, r"attention heads \(12\)")):
-        with pytest.raises(QADError, match=rf"size {tp} does not divide the {part}; possible for this model: 1, 2, 4$"):
-            check_tensor_parallel(shape, tp)
+def test_tensor_parallel_sizes_that_divide_the_model():
+    wide = config(num_attention_heads=12, num_key_value_heads=4, head_dim=16, intermediate_size=128)
+    assert possible_tensor_parallel(family_of(wide).megatron_args(wide))[1] == [1, 2, 4]
     narrow = config(num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=96)
-    with pytest.raises(QADError, match=r"16-element blocks of the MLP \(6\); possible for this model: 1, 2$"):
-        check_tensor_parallel(family_of(narrow).megatron_args(narrow), 4)
+    assert possible_tensor_parallel(family_of(narrow).megatron_args(narrow))[1] == [1, 2]
 
 
 def test_pipeline_stages_cut_the_pattern_evenly():
