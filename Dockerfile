@@ -25,7 +25,7 @@ COPY pyproject.toml README.md pretrain_qad.py ./
 COPY megatron_qad megatron_qad
 COPY tools tools
 COPY launch launch
-COPY examples/report_models examples/report_models
+COPY examples/paper_models examples/paper_models
 # In place (not copied once more), without looking at dependencies, whose torch pin NVIDIA's version string does not meet.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable . \
   && python -c "import megatron.core, modelopt, mamba_ssm, causal_conv1d, transformer_engine; import megatron_qad" \

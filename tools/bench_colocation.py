@@ -274,7 +274,7 @@ def prepare_peer(job, chunks):
     from megatron_qad.engine.events import TrainedStep
     from megatron_qad.engine.patches import replace
     from megatron_qad.formats.nvfp4_format import NVFP4
-    from megatron_qad.models.weights import load_weights
+    from megatron_qad.models.weight_loading import load_weights
     from megatron_qad.quantization.activations import input_attributes
     from megatron_qad.quantization.names import named_modules_globally
     from megatron_qad.training.batch import iterators

@@ -17,7 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from gpu_timing import median_seconds
 
-from megatron_qad.formats import fp8, nvfp4, nvfp4_lists
+from megatron_qad.formats import fp8, nvfp4, nvfp4_multi_tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GPU_SIZES = (4096, 8192, 12288)
@@ -185,9 +185,9 @@ def modelopt_call(x: torch.Tensor) -> Callable:
 def list_calls(tensors: list[torch.Tensor]) -> tuple[Callable, Callable]:
     """All tensors in place given their amaxes: at once, and in a loop."""
     names = [f"expert {i}" for i in range(len(tensors))]
-    scales = nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(tensors), names)
+    scales = nvfp4_multi_tensor.global_scales_from_amaxes(nvfp4_multi_tensor.amax_list(tensors), names)
     return (
-        lambda: nvfp4_lists.fake_quant_list_(tensors, scales, names, check=False),
+        lambda: nvfp4_multi_tensor.fake_quant_list_(tensors, scales, names, check=False),
         lambda: [nvfp4.fake_quant_(x, scale, check=False) for x, scale in zip(tensors, scales, strict=True)],
     )
 

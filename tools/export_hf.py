@@ -31,13 +31,13 @@ def main() -> None:
         parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
     prepare()
 
-    from megatron_qad.checkpoint import origins
+    from megatron_qad.checkpoint import provenance
     from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of
     from megatron_qad.engine.distributed import init_process_group
 
     if options.keep and (Path(options.output) / "config.json").is_file():
         asked = would_be_made_of(options.checkpoint, options.layout, options.iteration)
-        origins.require_same(Path(options.output), EXPORT_FILE, asked)
+        provenance.require_same(Path(options.output), EXPORT_FILE, asked)
         return print(f"{options.output} is there already")
     init_process_group()
     shard_bytes = int(options.max_shard_gb * 1e9)

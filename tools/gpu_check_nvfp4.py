@@ -16,7 +16,7 @@ def nvfp4_bits(machine: Machine) -> Iterator[Row]:
     from bench_nvfp4 import GPU_SIZES
     from nvfp4_values import differing_values, hard_values
 
-    from megatron_qad.formats import nvfp4, nvfp4_lists
+    from megatron_qad.formats import nvfp4, nvfp4_multi_tensor
 
     def differing(x, rule="max"):
         scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
@@ -46,8 +46,8 @@ def nvfp4_bits(machine: Machine) -> Iterator[Row]:
     experts = [hard_values(size, size, torch.bfloat16, seed) for seed in range(count)]
     listed = [x.to(machine.device, copy=True) for x in experts]
     names = [f"expert {i}" for i in range(count)]
-    scales = nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(listed), names)
-    nvfp4_lists.fake_quant_list_(listed, scales, names)
+    scales = nvfp4_multi_tensor.global_scales_from_amaxes(nvfp4_multi_tensor.amax_list(listed), names)
+    nvfp4_multi_tensor.fake_quant_list_(listed, scales, names)
     number = 0
     for ours, x in zip(listed, experts, strict=True):
         scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))

@@ -21,13 +21,13 @@ def main() -> None:
     prepare()
     import torch
 
-    from megatron_qad.checkpoint import origins
+    from megatron_qad.checkpoint import provenance
     from megatron_qad.checkpoint.import_hf import import_hf
     from megatron_qad.engine.distributed import init_process_group
 
     if options.keep and (Path(options.output) / TRACKER).is_file():
-        asked = origins.of_model(Path(options.hf_model), options.dtype)
-        origins.require_same(Path(options.output), IMPORT_FILE, asked)
+        asked = provenance.of_model(Path(options.hf_model), options.dtype)
+        provenance.require_same(Path(options.output), IMPORT_FILE, asked)
         return print(f"{options.output} is there already")
     init_process_group()
     tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_qad.engine import QADError, prepare
-from megatron_qad.engine.run_directory import locks, whole_saves
+from megatron_qad.engine.run_directory import atomic_checkpoint, locks
 
 prepare(to_compute=True)
 
@@ -20,7 +20,7 @@ from megatron.training import print_rank_0  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 from megatron.training.utils import is_rank0  # noqa: E402
 
-from megatron_qad.report.sensitivity import write_sensitivity  # noqa: E402
+from megatron_qad.report.sensitivity_report import write_sensitivity  # noqa: E402
 from megatron_qad.training.sensitivity import Probe, measure, policy_document, propose, units_of  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     config = read_command_line([*rest, *evaluation], trains=False)
     job = start_job(config)
     initialize_megatron()
-    whole_saves.on_first_rank(lambda: locks.hold(own.output, "--output"))
+    atomic_checkpoint.on_first_rank(lambda: locks.hold(own.output, "--output"))
     linears = config.student.family.linears(config.student.hf)
     units = units_of(linears, config.formats)
     if not units:

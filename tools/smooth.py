@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from megatron.training import print_rank_0  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
 
-from megatron_qad.checkpoint import origins  # noqa: E402
+from megatron_qad.checkpoint import provenance  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release  # noqa: E402
 from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
@@ -28,7 +28,7 @@ from megatron_qad.engine.run_directory.iterations import iteration_to_read  # no
 from megatron_qad.engine.run_directory.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
 from megatron_qad.quantization.smoothing import has_smoothed_input  # noqa: E402
 from megatron_qad.training.job import QADJob  # noqa: E402
-from megatron_qad.training.smoothing import smooth  # noqa: E402
+from megatron_qad.training.smoothing_pass import smooth  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
 KEEP = "if --output is complete already and would be made again, leave it and succeed; if of something else, fail"
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None) -> None:
     job = start_job(config)
     asked = {"exponent": own.exponent, "sequences": options.qad_calibration_samples}
     asked |= {"text": calibration_text(job.args)}
-    record = origins.of_smoothing(iteration_to_read(options.qad_teacher), asked, formats)
+    record = provenance.of_smoothing(iteration_to_read(options.qad_teacher), asked, formats)
     if own.keep and (own.output / TRACKER).is_file():
-        origins.require_same(own.output, SMOOTHING_FILE, record)
+        provenance.require_same(own.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{own.output} is there already")
     initialize_megatron()
     with owned(own.output):
@@ -70,7 +70,7 @@ def smooth_and_write(job: QADJob, own: argparse.Namespace, record: dict) -> None
         source = Path(job.config.options.qad_teacher) / "hf"
         manifest.require_sealed(source, "config.json")
         shutil.copytree(source, aside / "hf")
-        described = record | {"result": origins.sum_of_iteration(aside / "release")}
+        described = record | {"result": provenance.sum_of_iteration(aside / "release")}
         json_records.write(aside / SMOOTHING_FILE, described)
 
     write_release(output, done.sharded, finish)

@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from megatron_qad.formats.nvfp4_format import NVFP4  # noqa: E402
 from megatron_qad.models.builder import build_chunks, freeze  # noqa: E402
-from megatron_qad.models.run_directory import read_job  # noqa: E402
-from megatron_qad.models.weights import load_weights  # noqa: E402
+from megatron_qad.models.checkpoint_config import read_job  # noqa: E402
+from megatron_qad.models.weight_loading import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import ActivationQuantizers, backend_of, quantize_input  # noqa: E402
-from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
+from megatron_qad.quantization.in_place_weights import InPlaceWeights  # noqa: E402
 from megatron_qad.training.batch import Batch  # noqa: E402
 from megatron_qad.training.job import QADJob  # noqa: E402
 from megatron_qad.training.models import model_config  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_qad.checkpoint import origins
+from megatron_qad.checkpoint import provenance
 from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, kv_scales
@@ -25,10 +25,10 @@ from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.formats.format import KVCacheFormat
-from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
+from megatron_qad.models.checkpoint_config import read_config, read_job
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.run_directory import read_config, read_job
 
 
 def export_hf(
@@ -82,7 +82,7 @@ def export_hf(
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
-        record=origins.of_iteration(directory, layout, job),
+        record=provenance.of_iteration(directory, layout, job),
     )
 
 
@@ -97,9 +97,9 @@ def _refuse_formats_without_layout(checkpoint: Path, formats: set[str], layout: 
 
 
 def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
-    """The record that ``export_hf`` with the same arguments would write (``origins``); reads no weights."""
+    """The record that ``export_hf`` with the same arguments would write (``provenance``); reads no weights."""
     directory, job = _iteration_and_job(Path(checkpoint), layout, iteration)
-    return origins.of_iteration(directory, layout, job)
+    return provenance.of_iteration(directory, layout, job)
 
 
 def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | str | None) -> tuple[Path, dict]:

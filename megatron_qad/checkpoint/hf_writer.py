@@ -30,7 +30,7 @@ from megatron_qad.checkpoint.layouts import (
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
-from megatron_qad.formats.registry import UNQUANTIZED
+from megatron_qad.formats.format_registry import UNQUANTIZED
 
 # What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
 CARRIED_FILES = (

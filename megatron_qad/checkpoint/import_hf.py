@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megatron_qad.checkpoint import origins
+from megatron_qad.checkpoint import provenance
 from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release
@@ -54,7 +54,7 @@ def _finish(source: Path, aside: Path, carried: dict[str, torch.Tensor], dtype: 
             raise QADError(str(error)) from error
         first = next(iter(carried))
         print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
-    record = origins.of_model(source, str(dtype).removeprefix("torch."))
+    record = provenance.of_model(source, str(dtype).removeprefix("torch."))
     json_records.write(aside / IMPORT_FILE, record)
 
 

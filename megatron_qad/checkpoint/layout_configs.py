@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_qad.checkpoint.layouts import LayoutName, check_layout
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 
 MIXED = "MIXED_PRECISION"
 CT_MIXED = "mixed-precision"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import KVCacheFormat, StoredLinear
-from megatron_qad.formats.registry import FORMATS, UNQUANTIZED, exported_formats
+from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED, exported_formats
 
 LayoutName = Literal["bf16", "modelopt", "compressed-tensors"]
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("bf16", "modelopt", "compressed-tensors")

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.megatron_fixes import save_checkpoints_in_this_process
-from megatron_qad.engine.run_directory import locks, manifest, whole_saves
+from megatron_qad.engine.run_directory import atomic_checkpoint, locks, manifest
 from megatron_qad.engine.run_directory.run_files import TRACKER
 
 
@@ -33,7 +33,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
         shutil.rmtree(aside, ignore_errors=True)
     torch.distributed.barrier()
     save_checkpoints_in_this_process()
-    whole_saves.WholeSaves().install()
+    atomic_checkpoint.WholeSaves().install()
 
     def describe() -> None:
         finish(aside)
@@ -42,8 +42,8 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 
     try:
         dist_checkpointing.save(sharded, str(aside / "release"))
-        whole_saves.on_first_rank(describe)
-    except (whole_saves.SaveFailed, CheckpointException) as error:
+        atomic_checkpoint.on_first_rank(describe)
+    except (atomic_checkpoint.SaveFailed, CheckpointException) as error:
         free = shutil.disk_usage(target.parent).free
         torch.distributed.barrier()
         if is_first:
@@ -61,7 +61,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 def owned(output: str | Path) -> Iterator[None]:
     """Own ``output`` (``locks.writing``) inside the ``with``; what stops that on the first rank stops all."""
     with ExitStack() as stack:
-        whole_saves.on_first_rank(lambda: stack.enter_context(locks.writing(output)))
+        atomic_checkpoint.on_first_rank(lambda: stack.enter_context(locks.writing(output)))
         yield
 
 

@@ -12,7 +12,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.weights import AMAX, GATED_HALVES
+from megatron_qad.models.weight_loading import AMAX, GATED_HALVES
 
 
 class TorchDistReader:

@@ -18,11 +18,11 @@ from torch import Tensor
 from megatron_qad.checkpoint.expected_tensors import Inventory, inventory
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
-from megatron_qad.checkpoint.origins import faults_of_export
+from megatron_qad.checkpoint.provenance import faults_of_export
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
-from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 
 _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 

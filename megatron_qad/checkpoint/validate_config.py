@@ -13,7 +13,7 @@ from megatron_qad.checkpoint.hf_directory import AddFault, read_json
 from megatron_qad.checkpoint.layout_configs import MIXED, hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import PackedLayout
 from megatron_qad.formats.format import StoredLinear
-from megatron_qad.formats.registry import DEFAULT_FORMAT, KV_CACHE_FORMATS
+from megatron_qad.formats.format_registry import DEFAULT_FORMAT, KV_CACHE_FORMATS
 
 
 def declared_formats(found: dict[str, Any], layout: PackedLayout, model: Inventory) -> dict[str, str]:

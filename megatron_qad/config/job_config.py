@@ -14,18 +14,18 @@ from pathlib import Path
 from megatron_qad.config import refusals
 from megatron_qad.config.machine_options import machine_options
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
-from megatron_qad.config.outputs import Outputs, OutputSizes, check_head, choose_outputs
+from megatron_qad.config.output_mode import Outputs, OutputSizes, check_head, choose_outputs
 from megatron_qad.config.parallelism import check_layout, teacher_virtual_stages, with_stages
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.vocabulary import check_same_vocabulary
 from megatron_qad.config.yaml_file import expand, to_flags, without
-from megatron_qad.data.options import DataOptions
+from megatron_qad.data.data_options import DataOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses, parse_loss
 from megatron_qad.engine import Capabilities, QADError
 from megatron_qad.engine.run_directory.iterations import holds_checkpoints
+from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.models.families.base import Family
-from megatron_qad.models.run_directory import read_config
 from megatron_qad.quantization import policy
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"

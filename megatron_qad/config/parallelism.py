@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine.errors import QADError
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"

@@ -1,6 +1,6 @@
 """Refuses flags that QAD cannot honour. Everything here looks at a configuration and changes nothing.
 
-Parallel layouts are refused in ``parallelism``, outputs that contradict each other in ``outputs``.
+Parallel layouts are refused in ``parallelism``, outputs that contradict each other in ``output_mode``.
 """
 
 import math
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
 from megatron_qad.config.parallelism import ranks_of_layers, teacher_virtual_stages, with_stages
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import WeightedLosses
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.engine.errors import QADError

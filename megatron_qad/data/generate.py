@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_qad.data.sampling import Sampler
-from megatron_qad.engine.cpu.speedups import bf16_products
+from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import locks
 
@@ -79,7 +79,7 @@ def _generate(
     if done >= options.num_documents:
         return 0
     if torch.device(device).type == "cpu":
-        bf16_products.install()
+        bf16_matmul_fallback.install()
     model, tokenizer = _load(hf_model_dir, options.dtype, device)
     written = 0
     with (
@@ -189,7 +189,7 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     """``size`` JSONL lines; prompts are padded on the left, so that all begin to write at the same column."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from megatron_qad.engine.cpu.speedups.roomy_cache import roomy_cache
+    from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import roomy_cache
 
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}

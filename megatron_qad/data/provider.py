@@ -23,9 +23,9 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import load_metadata
-from megatron_qad.data.options import DataOptions
 from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.data.validation_set import (
     DEFAULT_TOKENS,

@@ -2,8 +2,8 @@
 ranks."""
 
 from megatron_qad.distillation.loss_parser import parse_loss
+from megatron_qad.distillation.loss_registry import LOSSES, per_token_loss
 from megatron_qad.distillation.metrics import Metrics, compare
-from megatron_qad.distillation.registry import LOSSES, per_token_loss
 from megatron_qad.distillation.tiles import VocabShard
 from megatron_qad.distillation.vocab_parallel import LogitLoss, logit_losses
 from megatron_qad.distillation.weighted_losses import Term, WeightedLosses

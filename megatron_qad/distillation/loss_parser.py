@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_qad.distillation.registry import REGISTRY, Loss, losses_of_kind
+from megatron_qad.distillation.loss_registry import REGISTRY, Loss, losses_of_kind
 from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, nearest
 from megatron_qad.engine.errors import QADError

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_qad.distillation.registry import Loss
+from megatron_qad.distillation.loss_registry import Loss
 from megatron_qad.engine.errors import QADError
 
 

@@ -11,8 +11,8 @@ import torch
 
 from megatron_qad.engine import adamw, processes
 from megatron_qad.engine.cpu import device, mamba_packages
-from megatron_qad.engine.cpu.speedups import bf16_products
-from megatron_qad.engine.run_directory import safe_checkpoints
+from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
+from megatron_qad.engine.run_directory import restricted_unpickling
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def capabilities() -> Capabilities:
     triton = gpu and importlib.util.find_spec("triton") is not None
     reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
     if not gpu:
-        emulated = bf16_products.are_needed()
+        emulated = bf16_matmul_fallback.are_needed()
         why = "float32 kernels: oneDNN has none for this CPU" if emulated else "oneDNN: this CPU has what it needs"
         reasons.append(f"BF16 products by {why}")
     packages = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))
@@ -88,11 +88,11 @@ def prepare(*, to_compute: bool = False) -> Capabilities:
     """
     processes.end_with_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
-    safe_checkpoints.refuse_code()
+    restricted_unpickling.refuse_code()
     found = capabilities()
     if found.device == "cpu":
         device.install()
-        bf16_products.install()
+        bf16_matmul_fallback.install()
         if to_compute:
             sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed
     if found.mamba == "torch":

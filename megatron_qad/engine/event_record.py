@@ -2,7 +2,7 @@
 
 Event files only grow, so that a later reader knows a file that was removed, cut or changed from one whose job was
 killed while it wrote. The record is a text in every checkpoint (``event_files.json``) and, when a job ends in order,
-beside them; ``report.events`` checks it.
+beside them; ``report.event_files`` checks it.
 """
 
 import hashlib

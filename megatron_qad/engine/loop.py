@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_qad.engine.events import Events, Save, TrainedStep, Update
 from megatron_qad.engine.finite import gradients_are_finite
 from megatron_qad.engine.patches import replace, restore
-from megatron_qad.engine.run_directory.whole_saves import SaveFailed
+from megatron_qad.engine.run_directory.atomic_checkpoint import SaveFailed
 
 _LOOP = "megatron.training.training"
 

@@ -1,8 +1,8 @@
 """What a format is: a ``NumberFormat`` for the arithmetic, a ``LinearFormat`` for what a policy gives a linear.
 
 A number format rounds and packs tensors. A linear format names the number formats of a linear's weight and of its
-input, and says how the linear is stored in each export layout. ``registry`` lists the linear formats; all other code
-asks their objects and compares no names.
+input, and says how the linear is stored in each export layout. ``format_registry`` lists the linear formats; all other
+code asks their objects and compares no names.
 """
 
 from collections.abc import Mapping, Sequence

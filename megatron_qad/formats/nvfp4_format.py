@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_qad.formats import nvfp4, nvfp4_lists, nvfp4_pack
+from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_pack
 from megatron_qad.formats.common import OffGridError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
@@ -24,9 +24,9 @@ class NVFP4Numbers(NumberFormat):
     }
 
     scale_from_amax = staticmethod(nvfp4.global_scale_from_amax)
-    scales_from_amaxes = staticmethod(nvfp4_lists.global_scales_from_amaxes)
+    scales_from_amaxes = staticmethod(nvfp4_multi_tensor.global_scales_from_amaxes)
     fake_quant = staticmethod(nvfp4.fake_quant)
-    fake_quant_list_ = staticmethod(nvfp4_lists.fake_quant_list_)
+    fake_quant_list_ = staticmethod(nvfp4_multi_tensor.fake_quant_list_)
 
     def quantize(
         self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"

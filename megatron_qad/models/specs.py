@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_qad.models.attention import CoreAttention
 from megatron_qad.models.experts import LocalMoELayer, moe_mlp
 from megatron_qad.models.local_layers import LocalHybridStack, RMSNorm
-from megatron_qad.models.sized_mlp import SizedMLPLayer
+from megatron_qad.models.variable_width_mlp import SizedMLPLayer
 
 LAYER_SPECS = ("te", "local")
 

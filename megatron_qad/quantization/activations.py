@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import LinearFormat, NumberFormat
-from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
 from megatron_qad.quantization.names import alike_experts, named_modules_globally

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.quantization.rules import Linear, module_of
 
 BF16_BYTES = 2

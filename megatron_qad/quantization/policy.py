@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.quantization.rules import KINDS, Linear, Rule, known, module_of, nearest, parse_override, parse_rule
 
 SHIPPED = Path(__file__).parent / "policies"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 
 NEVER_QUANTIZED = ("router", "embedding")
 KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_QUANTIZED)

@@ -17,8 +17,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
-from megatron_qad.formats.registry import FORMATS
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS
 from megatron_qad.quantization.names import named_modules_globally
 

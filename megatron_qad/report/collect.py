@@ -10,10 +10,10 @@ from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.iterations import smoothing_record
+from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
-from megatron_qad.models.run_directory import read_config
 from megatron_qad.report.runs import Run
-from megatron_qad.report.weights import LinearError, linear_errors, linears_of, same_shape
+from megatron_qad.report.weight_errors import LinearError, linear_errors, linears_of, same_shape
 
 # Two means of the teacher's cross entropy closer than this (relative) count as one: on the same tokens they are equal
 # bits in the same parallel layout, and in another a BF16 logit moves by some 1e-2 at random, which over 20,000 tokens

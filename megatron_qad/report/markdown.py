@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from megatron_qad.report.collect import Results
-from megatron_qad.report.experts import expert_rows
+from megatron_qad.report.expert_table import expert_rows
 from megatron_qad.report.runs import Run
-from megatron_qad.report.weights import LinearError
+from megatron_qad.report.weight_errors import LinearError
 
 NUM_WORST = 10
 

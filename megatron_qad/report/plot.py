@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_qad.report.runs import Run
 from megatron_qad.report.scalars import Curve
-from megatron_qad.report.weights import LinearError
+from megatron_qad.report.weight_errors import LinearError
 
 _PROJECTION_COLORS = ("C4", "C5", "C6", "C7", "C8", "C9")
 """None of the first runs' colors, C0 to C3."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.layouts import exclusions
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import FORMATS, exported_formats
+from megatron_qad.formats.format_registry import FORMATS, exported_formats
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
 from megatron_qad.quantization.format_table import BF16_BYTES, Row, format_rows, render, totals

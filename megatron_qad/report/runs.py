@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qad.distillation.registry import training_losses
+from megatron_qad.distillation.loss_registry import training_losses
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
-from megatron_qad.models.run_directory import read_job
-from megatron_qad.report.experts import Experts
+from megatron_qad.models.checkpoint_config import read_job
+from megatron_qad.report.expert_table import Experts
 from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
-from megatron_qad.report.weights import has_checkpoint
+from megatron_qad.report.weight_errors import has_checkpoint
 
 
 @dataclass

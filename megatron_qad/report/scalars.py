@@ -6,7 +6,7 @@ Left out: text, images and everything else in the files; wandb's own records.
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.report.events import read_events
+from megatron_qad.report.event_files import read_events
 
 VALIDATION = "validation/"
 """Prefix of what ``training.callbacks.validation`` records at each evaluation."""

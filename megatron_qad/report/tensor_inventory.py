@@ -12,7 +12,7 @@ from megatron_qad.checkpoint.hf_directory import ITEM_BYTES
 from megatron_qad.checkpoint.hf_reader import declared_dtype
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
 from megatron_qad.formats.format import KVCacheFormat
-from megatron_qad.formats.registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
 from megatron_qad.report.policy_report import PolicyReport

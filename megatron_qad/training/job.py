@@ -23,13 +23,13 @@ from megatron_qad.data.provider import DatasetsProvider
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
+from megatron_qad.engine.run_directory.atomic_checkpoint import WholeSaves, on_first_rank
 from megatron_qad.engine.run_directory.resume_point import settle
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, OF_A_RUN, text_of_record
-from megatron_qad.engine.run_directory.whole_saves import WholeSaves, on_first_rank
 from megatron_qad.models.builder import QADModelConfig
-from megatron_qad.models.weights import has_amaxes, load_weights
+from megatron_qad.models.weight_loading import has_amaxes, load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
-from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.quantization.in_place_weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, BatchReader, ForwardPass, iterators
 from megatron_qad.training.calibration_pass import CalibrationPass
 from megatron_qad.training.callbacks import callbacks_of
@@ -76,7 +76,7 @@ class QADJob:
         self.saves = WholeSaves()
         self.forward = ForwardPass(keeps_precision=args.bf16)
         self.reader = BatchReader(config.is_packed, config.data_on_every_stage)
-        self.loss = Loss(config.losses, config.student.vocab_size, config.outputs.fused)
+        self.loss = Loss(config.losses, config.student.vocab_size, config.output_mode.fused)
         self.datasets_provider = DatasetsProvider(args, config.data_options)
         self.student: Sequence[torch.nn.Module] = ()
         """The student's chunks of this rank, without wrappers."""
@@ -159,7 +159,7 @@ class QADJob:
             self.teacher = build_teacher(config, args, self.forward)
             check_apart(self.teacher.chunks, chunks)
         self.weights = self.quantize_weights(chunks)
-        print_rank_0(f"megatron_qad: {config.outputs.describe()}")
+        print_rank_0(f"megatron_qad: {config.output_mode.describe()}")
         counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(self.weights.formats.values()).items()) or "none"
         print_rank_0(
             f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {config.options.qad_policy})"

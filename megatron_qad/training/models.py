@@ -8,14 +8,14 @@ from megatron.training import print_rank_0
 from megatron.training.argument_utils import hybrid_config_from_args
 
 from megatron_qad.config.job_config import JobConfig, ModelConfig
-from megatron_qad.config.options import QADOptions
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.yaml_file import to_flags
 from megatron_qad.engine.megatron_args import make_parser
 from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.specs import hybrid_stack_spec
-from megatron_qad.models.weights import load_weights
+from megatron_qad.models.weight_loading import load_weights
 from megatron_qad.training.batch import ForwardPass
-from megatron_qad.training.streamed_teacher import StreamedTeacher
+from megatron_qad.training.offloaded_teacher import StreamedTeacher
 from megatron_qad.training.teacher import Teacher
 
 
@@ -60,7 +60,7 @@ def build_teacher(config: JobConfig, args: argparse.Namespace, forward: ForwardP
     load_weights(chunks, config.teacher.checkpoint)
     print_rank_0(f"megatron_qad: teacher from {config.teacher.checkpoint}, frozen")
     kind = StreamedTeacher if config.options.qad_teacher_on_host else Teacher
-    return kind([freeze(chunk) for chunk in chunks], forward, config.teacher_joins, config.outputs.teacher_hidden)
+    return kind([freeze(chunk) for chunk in chunks], forward, config.teacher_joins, config.output_mode.teacher_hidden)
 
 
 def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:

@@ -31,7 +31,7 @@ def plan(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
         number = _count(family.tensors(config.teacher.hf))
         yield f"teacher     {family.architecture}, {number:,} parameters, frozen"
     yield f"loss        {options.qad_loss}, temperature {options.qad_temperature:g}; policy {options.qad_policy}"
-    yield f"outputs     {config.outputs.describe()}"
+    yield f"outputs     {config.output_mode.describe()}"
     yield ""
     yield from render(format_rows(student.family.linears(student.hf), config.formats))
     yield from _layout(args)

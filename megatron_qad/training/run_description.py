@@ -9,7 +9,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.iterations import smoothing_record
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, OF_A_RUN, SMOOTHING_FILE, read_record
-from megatron_qad.models.run_directory import read_job
+from megatron_qad.models.checkpoint_config import read_job
 
 
 def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> None:

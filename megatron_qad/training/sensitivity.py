@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from megatron_qad.data.validation_set import samples_per_iteration
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import DEFAULT_FORMAT
+from megatron_qad.formats.format_registry import DEFAULT_FORMAT
 from megatron_qad.models.builder import build_chunks, freeze
-from megatron_qad.models.weights import load_weights
+from megatron_qad.models.weight_loading import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.format_table import ShapedLinear, format_rows
-from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.quantization.in_place_weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, iterators
 from megatron_qad.training.job import QADJob
 from megatron_qad.training.models import model_config

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megatron_qad.config import refusals
 from megatron_qad.config.job_config import JobConfig, read_job_config
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine import capabilities, megatron_fixes
 from megatron_qad.engine.events import Callback
 from megatron_qad.engine.loggers import Loggers, continue_wandb_run

@@ -57,7 +57,7 @@ def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: boo
     import worker_models
     from layout import job
 
-    from megatron_qad.quantization.weights import InPlaceWeights
+    from megatron_qad.quantization.in_place_weights import InPlaceWeights
 
     wanted = load_file(expected)
     with job(checkpoint, 1, 1, *worker_models._sizes(wanted["tokens"].shape), *flags) as started:

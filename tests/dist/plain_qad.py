@@ -1,7 +1,7 @@
 """QAD as a plain loop: float32 masters, weights fake-quantized in every forward pass, torch's AdamW on the masters.
 
 The reference for weights that are quantized in place: no Megatron loop, schedule, DDP or optimizer, and none of
-``quantization.weights``. It has in common with a job the modules of the model, the input quantizers, the loss per
+``quantization.in_place_weights``. It shares with a job the modules of the model, the input quantizers, the loss per
 token, and the NVFP4 arithmetic, each of which other tests compare with something else.
 """
 
@@ -82,7 +82,7 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
 def _student(job):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from megatron_qad.models.weights import load_weights
+    from megatron_qad.models.weight_loading import load_weights
     from megatron_qad.training.models import model_config
 
     config = model_config(job.config, job.args, job.config.student)

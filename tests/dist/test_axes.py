@@ -213,7 +213,7 @@ def test_the_teacher_is_apart_and_its_logits_are_freed(workshop, tmp_path, layou
         assert rank["found"] == {"trained": 0, "wrapped": 0, "optimizer": 0, "buffers": 0}
     if nproc == 1:
         assert ranks[0]["alive"][-4:] == [4, 3, 2, 1]
-    from megatron_qad.models.weights import stored_shapes
+    from megatron_qad.models.weight_loading import stored_shapes
 
     widths = {size for shape in stored_shapes(tmp_path / "run").values() for size in shape}
     assert 64 in widths and 96 not in {shape[-1] for n, shape in stored_shapes(tmp_path / "run").items() if "norm" in n}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.formats import fp8, nvfp4
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}

@@ -10,7 +10,7 @@ from megatron_qad.distillation import VocabShard, compare  # noqa: E402
 from megatron_qad.engine import QADError  # noqa: E402
 from megatron_qad.formats import nvfp4  # noqa: E402
 from megatron_qad.quantization.activations import ActivationQuantizers  # noqa: E402
-from megatron_qad.quantization.weights import InPlaceWeights  # noqa: E402
+from megatron_qad.quantization.in_place_weights import InPlaceWeights  # noqa: E402
 
 COLLECTIVES = (
     "all_gather_into_tensor",

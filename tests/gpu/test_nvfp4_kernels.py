@@ -9,7 +9,7 @@ import torch
 from megatron_qad.engine import QADError, capabilities
 from megatron_qad.formats import nvfp4
 from megatron_qad.formats.common import tensor_amax
-from megatron_qad.formats.nvfp4_lists import amax_list, fake_quant_list_, global_scales_from_amaxes
+from megatron_qad.formats.nvfp4_multi_tensor import amax_list, fake_quant_list_, global_scales_from_amaxes
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from nvfp4_values import differing_values, hard_values  # noqa: E402

@@ -3,7 +3,7 @@
 The manifest is Megatron's own ``integrity.json`` (SHA-256 of every file; its ``--verify-integrity`` reads it too), with
 the sizes beside the sums. Here it is written by all ranks together, each summing up what it wrote, and checked the same
 way. Directories that one process writes, such as ``hf/``, are sealed with the same file. Left out: who writes
-checkpoints (``whole_saves``) and which one is loaded (``resume_point``).
+checkpoints (``atomic_checkpoint``) and which one is loaded (``resume_point``).
 """
 
 import contextlib

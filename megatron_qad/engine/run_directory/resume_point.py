@@ -5,7 +5,8 @@ from pathlib import Path
 from megatron.training import print_rank_0
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import manifest, whole_saves
+from megatron_qad.engine.run_directory import atomic_checkpoint, manifest
+from megatron_qad.engine.run_directory.atomic_checkpoint import on_first_rank
 from megatron_qad.engine.run_directory.iterations import (
     holds_checkpoints,
     is_number,
@@ -13,7 +14,6 @@ from megatron_qad.engine.run_directory.iterations import (
     saved_iterations,
 )
 from megatron_qad.engine.run_directory.run_files import TRACKER
-from megatron_qad.engine.run_directory.whole_saves import on_first_rank
 
 
 def settle(load: str | None, save: str | None, step: int | None) -> int:
@@ -33,7 +33,7 @@ def settle(load: str | None, save: str | None, step: int | None) -> int:
         QADError: there are checkpoints and none is whole, or the one that ``--ckpt-step`` names is not.
     """
     if save is not None:
-        on_first_rank(lambda: whole_saves.clear_away(Path(save)))
+        on_first_rank(lambda: atomic_checkpoint.clear_away(Path(save)))
     if load is None or not holds_checkpoints(load):
         return 0
     root = Path(load)

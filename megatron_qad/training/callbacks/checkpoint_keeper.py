@@ -1,6 +1,6 @@
 """Keeps a run's checkpoints: goes on when one could not be saved, and removes those that are neither new nor good.
 
-Below it ``engine.run_directory.whole_saves`` makes a checkpoint complete or invisible. Left out: what is in a
+Below it ``engine.run_directory.atomic_checkpoint`` makes a checkpoint complete or invisible. Left out: what is in a
 checkpoint, which is Megatron's.
 """
 
@@ -14,11 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Save
-from megatron_qad.engine.run_directory import manifest, whole_saves
+from megatron_qad.engine.run_directory import atomic_checkpoint, manifest
+from megatron_qad.engine.run_directory.atomic_checkpoint import SaveFailed, WholeSaves, on_first_rank
 from megatron_qad.engine.run_directory.iterations import iteration_of, saved_iterations
 from megatron_qad.engine.run_directory.resume_point import read_tracker
 from megatron_qad.engine.run_directory.run_files import TRACKER
-from megatron_qad.engine.run_directory.whole_saves import SaveFailed, WholeSaves, on_first_rank
 from megatron_qad.training.callbacks.best_checkpoints import BestCheckpoints
 
 
@@ -57,7 +57,7 @@ class CheckpointKeeper(Callback):
         if torch.distributed.get_rank() == 0 and (self._last or self._best):
             for directory in self._superfluous(self._root):
                 print_rank_0(f"megatron_qad: removing {directory.name}, neither among the last nor the best")
-                gone = directory.with_name(directory.name + whole_saves.REMOVED)
+                gone = directory.with_name(directory.name + atomic_checkpoint.REMOVED)
                 directory.rename(gone)  # at once; what follows may take a while
                 shutil.rmtree(gone)
 
@@ -109,7 +109,7 @@ def _check_room(root: Path, iteration: int) -> None:
 
 def _remove_traces(root: Path, iteration: int | None) -> None:
     """What a failed save left takes the room that the next one needs. None: whichever asynchronous one it was."""
-    whole_saves.clear_away(root, "" if iteration is None else f"iter_{iteration:07d}")
+    atomic_checkpoint.clear_away(root, "" if iteration is None else f"iter_{iteration:07d}")
     for path in saved_iterations(root):
         if not any(path.iterdir()):
             path.rmdir()

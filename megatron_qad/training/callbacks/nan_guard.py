@@ -8,7 +8,7 @@ from megatron.training import print_rank_0
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Update
-from megatron_qad.training.not_finite import Trace, trace_last_step
+from megatron_qad.training.nan_trace import Trace, trace_last_step
 
 _MAX_SKIPS = 10
 _MAX_NAMED = 4

@@ -9,12 +9,12 @@ from megatron_qad.engine import QADError, prepare
 
 prepare()
 
-from megatron_qad.config.options import QADOptions  # noqa: E402
 from megatron_qad.config.parallelism import with_stages  # noqa: E402
+from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.config.vocabulary import check_same_vocabulary  # noqa: E402
 from megatron_qad.config.yaml_file import expand  # noqa: E402
 from megatron_qad.engine.megatron_args import add_options, make_parser  # noqa: E402
-from megatron_qad.models.run_directory import read_config  # noqa: E402
+from megatron_qad.models.checkpoint_config import read_config  # noqa: E402
 from megatron_qad.training.start import read_command_line  # noqa: E402
 
 

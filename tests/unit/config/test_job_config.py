@@ -13,7 +13,7 @@ from tiny_configs import TINY_LLAMA
 
 from megatron_qad.config.job_config import read_job_config
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine import Capabilities, QADError
 from megatron_qad.engine.run_directory import manifest
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
 from megatron_qad.config.parallelism import check_layout, teacher_virtual_stages
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.yaml_file import without
 from megatron_qad.engine import QADError
 

@@ -7,7 +7,7 @@ from megatron_qad.engine import QADError, prepare
 prepare()
 
 from megatron_qad.config.megatron_flags import MegatronFlags  # noqa: E402
-from megatron_qad.config.options import QADOptions  # noqa: E402
+from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.config.refusals import (  # noqa: E402
     check_masters,
     check_skipped,

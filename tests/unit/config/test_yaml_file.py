@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from megatron_qad.config.options import QADOptions
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.yaml_file import expand, to_flags
 from megatron_qad.engine import QADError
 

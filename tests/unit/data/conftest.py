@@ -11,7 +11,7 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from megatron_qad.data.options import DataOptions
+from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine import prepare

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_qad.data.options import DataOptions
+from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.provider import DatasetsProvider, check_data, dataset_config
 from megatron_qad.engine.errors import QADError
 

@@ -9,7 +9,7 @@ from guides import code_of, run
 
 from megatron_qad.distillation import VocabShard, logit_losses, parse_loss
 from megatron_qad.distillation.fused_linear import fused_linear_losses
-from megatron_qad.distillation.registry import REGISTRY, Entry, training_losses
+from megatron_qad.distillation.loss_registry import REGISTRY, Entry, training_losses
 from megatron_qad.distillation.tiles import Tile
 from megatron_qad.engine import QADError
 from megatron_qad.report.runs import Run
@@ -30,7 +30,7 @@ def loss_class():
 def registered(loss_class, monkeypatch):
     """Steps 1 and 2."""
     names = {"Entry": Entry, "AlphaDivergence": loss_class}
-    entry = eval(CODE["megatron_qad/distillation/registry.py"], names)
+    entry = eval(CODE["megatron_qad/distillation/loss_registry.py"], names)
     monkeypatch.setitem(REGISTRY, entry.name, entry)
     return entry
 

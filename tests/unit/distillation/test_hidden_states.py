@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_qad.distillation.hidden_states import HiddenCosine, HiddenLoss, HiddenMSE, attach_loss
-from megatron_qad.distillation.registry import losses_of_kind
+from megatron_qad.distillation.loss_registry import losses_of_kind
 
 HIDDEN_LOSSES = losses_of_kind(HiddenLoss)
 

@@ -10,7 +10,7 @@ import pytest
 import megatron_qad
 from megatron_qad.distillation import LOSSES, LogitLoss, parse_loss
 from megatron_qad.distillation.hidden_states import HiddenLoss
-from megatron_qad.distillation.registry import REGISTRY, training_losses
+from megatron_qad.distillation.loss_registry import REGISTRY, training_losses
 from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.report.runs import Run
 

@@ -22,7 +22,7 @@ from megatron_qad.engine import event_writer  # noqa: E402
 from megatron_qad.engine.event_writer import Faults, JobWriter  # noqa: E402
 from megatron_qad.engine.heartbeat import Heartbeat  # noqa: E402
 from megatron_qad.engine.loggers import Guarded, Loggers, _Console, continue_wandb_run  # noqa: E402
-from megatron_qad.report.events import read_events  # noqa: E402
+from megatron_qad.report.event_files import read_events  # noqa: E402
 from megatron_qad.report.scalars import read_scalars  # noqa: E402
 from megatron_qad.training.callbacks.preemption import Preemption  # noqa: E402
 

@@ -21,12 +21,12 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine import QADError
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.format import LinearFormat, NumberFormat
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.format_table import BF16_BYTES, format_rows
-from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.quantization.in_place_weights import InPlaceWeights
 
 PAGE = Path(__file__).parents[3] / "docs" / "howto" / "add_a_format.md"
 NAME = "int8"

@@ -11,7 +11,13 @@ from safetensors.torch import save
 from megatron_qad.checkpoint.hf_directory import ITEM_BYTES
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS
 from megatron_qad.formats.common import OffGridError, tensor_amax
-from megatron_qad.formats.registry import DEFAULT_FORMAT, FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
+from megatron_qad.formats.format_registry import (
+    DEFAULT_FORMAT,
+    FORMATS,
+    KV_CACHE_FORMATS,
+    UNQUANTIZED,
+    exported_formats,
+)
 
 PACKAGE = Path(__file__).parents[3] / "megatron_qad"
 NUMBER_FORMATS = {

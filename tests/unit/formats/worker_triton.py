@@ -7,7 +7,7 @@ import sys
 import torch
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats import nvfp4, nvfp4_lists, nvfp4_triton
+from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_triton
 from megatron_qad.formats.common import tensor_amax
 
 
@@ -121,7 +121,7 @@ def interpret():
 
 def dispatch():
     """What callers use, told that kernels serve CPU tensors."""
-    nvfp4.triton_serves = nvfp4_lists.triton_serves = lambda x: True
+    nvfp4.triton_serves = nvfp4_multi_tensor.triton_serves = lambda x: True
     launched = []
     kernel = nvfp4_triton.fake_quant_
     nvfp4_triton.fake_quant_ = lambda *args: launched.append(1) or kernel(*args)
@@ -135,11 +135,19 @@ def dispatch():
     names = ["a.w", "b.w", "c.w"]
     weights = [torch.randn(4, 32) for _ in names]
     weights[1][2, 3] = torch.nan
-    refused(lambda: nvfp4_lists.global_scales_from_amaxes(nvfp4_lists.amax_list(weights), names), r"^b\.w: amax is nan")
-    refused(lambda: nvfp4_lists.fake_quant_list_(weights, torch.ones(3), names), r"^b\.w: 1 blocks hold NaN or Inf")
+    refused(
+        lambda: nvfp4_multi_tensor.global_scales_from_amaxes(nvfp4_multi_tensor.amax_list(weights), names),
+        r"^b\.w: amax is nan",
+    )
+    refused(
+        lambda: nvfp4_multi_tensor.fake_quant_list_(weights, torch.ones(3), names), r"^b\.w: 1 blocks hold NaN or Inf"
+    )
     refused(lambda: nvfp4.fake_quant(weights[1], torch.ones(()), name="b.w"), r"^b\.w: 1 blocks hold NaN or Inf")
-    refused(lambda: nvfp4_lists.fake_quant_list_(weights, torch.tensor([1.0, 1.0, 0.0]), names), r"^c\.w: global scale")
-    refused(lambda: nvfp4_lists.fake_quant_list_([torch.ones(2, 8)], torch.ones(1), ["d.w"]), r"^d\.w: shape")
+    refused(
+        lambda: nvfp4_multi_tensor.fake_quant_list_(weights, torch.tensor([1.0, 1.0, 0.0]), names),
+        r"^c\.w: global scale",
+    )
+    refused(lambda: nvfp4_multi_tensor.fake_quant_list_([torch.ones(2, 8)], torch.ones(1), ["d.w"]), r"^d\.w: shape")
 
 
 def refused(call, pattern):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from megatron_qad.engine import QADError
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.quantization.policy import layer_kinds_of, load, resolve
 from megatron_qad.quantization.rules import parse_override, parse_rule
 

@@ -9,7 +9,7 @@ import yaml
 from megatron_qad.engine.run_directory import manifest
 
 ROOT = Path(__file__).parents[3]
-RECIPES = sorted((ROOT / "examples" / "report_models").glob("*.yaml"))
+RECIPES = sorted((ROOT / "examples" / "paper_models").glob("*.yaml"))
 CONFIGS = ROOT / "tests" / "unit" / "quantization" / "configs"
 # Tokens in billions and learning rate, from the report's table; ranks that its comment is for.
 REPORT = {
@@ -48,7 +48,7 @@ def test_every_model_of_the_report_has_one():
 @pytest.mark.parametrize("name", REPORT)
 def test_a_recipe_is_the_reports(plans, name):
     tokens, lr, ranks = REPORT[name]
-    settings, plan = yaml.safe_load((ROOT / "examples" / "report_models" / f"{name}.yaml").read_text()), plans[name]
+    settings, plan = yaml.safe_load((ROOT / "examples" / "paper_models" / f"{name}.yaml").read_text()), plans[name]
     assert float(settings["lr"]) == lr and settings["qad-policy"] == name.replace("_", "-")
     trained = int(re.search(r"iterations = ([\d,]+) tokens", plan)[1].replace(",", ""))
     assert trained == pytest.approx(tokens * 1e9, rel=0.01)

@@ -8,10 +8,10 @@ from megatron_qad.engine import QADError, prepare
 
 prepare()
 
-from megatron_qad.config.options import QADOptions  # noqa: E402
+from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.engine.distributed import init_process_group  # noqa: E402
 from megatron_qad.engine.events import Save  # noqa: E402
-from megatron_qad.engine.run_directory.whole_saves import SaveFailed, WholeSaves  # noqa: E402
+from megatron_qad.engine.run_directory.atomic_checkpoint import SaveFailed, WholeSaves  # noqa: E402
 from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper  # noqa: E402
 
 

@@ -12,8 +12,8 @@ from transformers import (
     NemotronHForCausalLM,
 )
 
-from megatron_qad.engine.cpu.speedups import roomy_cache as module
-from megatron_qad.engine.cpu.speedups.roomy_cache import RoomyLayer, roomy_cache
+from megatron_qad.engine.cpu.speedups import preallocated_kv_cache as module
+from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import RoomyLayer, roomy_cache
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 2}

@@ -9,7 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.event_record import EventRecord
-from megatron_qad.report.events import read_events
+from megatron_qad.report.event_files import read_events
 from megatron_qad.report.scalars import read_scalars
 
 LOSS = [(i, 1.0 / i) for i in range(1, 7)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_qad.engine import capabilities, prepare
-from megatron_qad.engine.cpu.speedups import bf16_products
+from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 
 F = torch.nn.functional
 BATCHES, ROWS, INNER, COLUMNS = 3, 17, 33, 21
@@ -17,18 +17,18 @@ BATCHES, ROWS, INNER, COLUMNS = 3, 17, 33, 21
 @contextlib.contextmanager
 def only_torch():
     """torch's own kernels, whatever this process has installed."""
-    if (library := bf16_products.install()) is not None:
+    if (library := bf16_matmul_fallback.install()) is not None:
         library._destroy()
-    bf16_products.install.cache_clear()
+    bf16_matmul_fallback.install.cache_clear()
     try:
         yield
     finally:
-        bf16_products.install()
+        bf16_matmul_fallback.install()
 
 
 @contextlib.contextmanager
 def ours():
-    library = bf16_products.register()
+    library = bf16_matmul_fallback.register()
     try:
         yield
     finally:

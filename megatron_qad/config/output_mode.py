@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses
 from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_of_chunk
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
 # two models has a gigabyte to spare; less would not fill a chunk.

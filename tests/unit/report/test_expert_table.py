@@ -2,7 +2,7 @@
 
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.report.collect import Results
-from megatron_qad.report.experts import Experts, expert_rows
+from megatron_qad.report.expert_table import Experts, expert_rows
 from megatron_qad.report.markdown import markdown
 from megatron_qad.report.runs import Run
 

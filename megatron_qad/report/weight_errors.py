@@ -14,10 +14,10 @@ from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.run_directory.iterations import saved_iterations
 from megatron_qad.engine.run_directory.run_files import TRACKER
 from megatron_qad.formats.common import tensor_amax
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
+from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import TensorMap
-from megatron_qad.models.run_directory import read_config
 
 
 @dataclass

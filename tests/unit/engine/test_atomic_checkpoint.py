@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from megatron_qad.engine import prepare
-from megatron_qad.engine.run_directory import whole_saves
+from megatron_qad.engine.run_directory import atomic_checkpoint
 
 prepare()
 
@@ -24,7 +24,7 @@ def write_an_object_to_a_full_disk(directory: str) -> None:
     item = WriteItem(index=MetadataIndex("object"), type=WriteItemType.BYTE_IO)
     buckets = [("/dev/full", "key", ([(item, io.BytesIO(bytes(1 << 20)))], []))]
     results = queue.Queue()
-    whole_saves._write_and_sum(write, directory, 0, 0, buckets, results)
+    atomic_checkpoint._write_and_sum(write, directory, 0, 0, buckets, results)
     assert "OSError" in str(results.get())
     del buckets
     gc.collect()

@@ -7,8 +7,8 @@ from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
-from megatron_qad.formats.registry import FORMATS
-from megatron_qad.report.weights import linear_errors, relative_distance
+from megatron_qad.formats.format_registry import FORMATS
+from megatron_qad.report.weight_errors import linear_errors, relative_distance
 
 # Two float64 sums of the same float32 squares in another order and two roots: far below this.
 SAME = {"rel": 1e-9}

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.options import QADOptions
-from megatron_qad.config.outputs import Outputs, OutputSizes, check_head, choose_outputs
+from megatron_qad.config.output_mode import Outputs, OutputSizes, check_head, choose_outputs
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import parse_loss
 from megatron_qad.engine.errors import QADError
 

@@ -38,7 +38,7 @@ def refuse_code() -> None:
     reads_data = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
     replace("torch.distributed.checkpoint.filesystem:pickle", lambda _: reads_data)
     # In checkpoints of earlier versions Megatron's arguments hold ours: plain values, for which any namespace will do.
-    torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.options.QADOptions")])
+    torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.qad_options.QADOptions")])
 
 
 class _Unpickler(pickle.Unpickler):

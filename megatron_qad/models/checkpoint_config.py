@@ -6,7 +6,7 @@ from pathlib import Path
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, read_record
-from megatron_qad.formats.registry import FORMATS
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 
 _OF_THE_WEIGHTS = ("formats", "kv_cache", "scale_rule")

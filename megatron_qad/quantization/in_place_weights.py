@@ -18,8 +18,8 @@ from contextlib import contextmanager
 import torch
 
 from megatron_qad.formats.format import NumberFormat
-from megatron_qad.formats.nvfp4_lists import amax_list
-from megatron_qad.formats.registry import FORMATS, UNQUANTIZED
+from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
+from megatron_qad.formats.nvfp4_multi_tensor import amax_list
 from megatron_qad.quantization.names import is_expert, named_modules_globally
 
 

@@ -5,7 +5,7 @@ import torch
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
-from megatron_qad.formats.nvfp4_lists import amax_list, fake_quant_list_, global_scales_from_amaxes
+from megatron_qad.formats.nvfp4_multi_tensor import amax_list, fake_quant_list_, global_scales_from_amaxes
 
 NAMES = ["a.weight", "b.weight", "c.weight"]
 

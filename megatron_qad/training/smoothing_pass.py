@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import build_chunks, freeze
-from megatron_qad.models.weights import load_weights, weights_to_save
+from megatron_qad.models.weight_loading import load_weights, weights_to_save
 from megatron_qad.quantization.smoothing import Groups, Smoothing
 from megatron_qad.training.batch import Batch, num_calibration_batches, whole_rounds
 from megatron_qad.training.job import QADJob

@@ -5,7 +5,7 @@ import torch
 
 from megatron_qad.engine import QADError
 from megatron_qad.formats import fp8, nvfp4, nvfp4_pack
-from megatron_qad.quantization.weights import InPlaceWeights
+from megatron_qad.quantization.in_place_weights import InPlaceWeights
 
 FORMATS = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "bf16"}
 
