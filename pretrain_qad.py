@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare(to_compute=True)  # the CPU backend, if there is no GPU; before megatron is imported
+init_runtime(for_compute=True)  # the CPU backend, if there is no GPU; before megatron is imported
 
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
@@ -41,7 +41,7 @@ def forward_step(job: QADJob, batches: Iterator[Batch], model: torch.nn.Module):
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
     config = read_command_line(sys.argv[1:] if argv is None else argv)  # Megatron's flags, ours (--qad-*), YAML files
     job = start_job(config, callbacks)
-    print_rank_0(prepare().report())
+    print_rank_0(init_runtime().report())
     if config.options.qad_dry_run:
         return print_plan(config, job.args)
     with job.loop.running():

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402

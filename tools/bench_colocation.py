@@ -78,9 +78,9 @@ def write_inputs(directory: Path, own) -> None:
     import tiny_job
     import torch
 
-    from megatron_qad.engine import prepare
+    from megatron_qad.engine import init_runtime
 
-    prepare()
+    init_runtime()
     from megatron_qad.checkpoint.import_hf import import_hf
     from megatron_qad.engine.distributed import init_process_group
 

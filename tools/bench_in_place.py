@@ -100,7 +100,7 @@ def in_every_forward(in_place: type) -> type:
         def __init__(self, chunks, formats, *args, **kwargs):
             super().__init__(chunks, formats, *args, **kwargs)
             self.num_in_forward = self.num_schedules = 0
-            self._is_counting = False  # calibration runs its forward passes outside of on_grid
+            self._is_counting = False  # calibration runs its forward passes outside of quantized_weights
             register_quant_backend("bench_nvfp4_weights", self._quantize)
             for chunk in chunks:
                 for name, module in named_modules_globally(chunk):
@@ -115,7 +115,7 @@ def in_every_forward(in_place: type) -> type:
             return FakeQuantSTE.apply(weight, scale, nvfp4.fake_quant)
 
         @contextmanager
-        def on_grid(self, *, then_updated: bool):
+        def quantized_weights(self, *, then_updated: bool):
             self.is_stale = True
             self.num_schedules += 1
             self._is_counting = True

@@ -5,7 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
 KEEP = "if --output is complete already and of this iteration and layout, leave it and succeed; of another, fail"
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.iteration not in (None, "best") and not options.iteration.isdigit():
         parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
-    prepare()
+    init_runtime()
 
     from megatron_qad.checkpoint import provenance
     from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE, TRACKER
 
 DTYPES = ("bfloat16", "float32")
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
     parser.add_argument("--keep", action="store_true", help=KEEP)
     options = parser.parse_args()
-    prepare()
+    init_runtime()
     import torch
 
     from megatron_qad.checkpoint import provenance
@@ -26,7 +26,7 @@ def main() -> None:
     from megatron_qad.engine.distributed import init_process_group
 
     if options.keep and (Path(options.output) / TRACKER).is_file():
-        asked = provenance.of_model(Path(options.hf_model), options.dtype)
+        asked = provenance.model_provenance(Path(options.hf_model), options.dtype)
         provenance.require_same(Path(options.output), IMPORT_FILE, asked)
         return print(f"{options.output} is there already")
     init_process_group()

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_qad.data.prepare import PrepareOptions, prepare_data  # noqa: E402
 from megatron_qad.data.sources import JSON_KEYS  # noqa: E402
-from megatron_qad.engine import QADError, prepare  # noqa: E402
+from megatron_qad.engine import QADError, init_runtime  # noqa: E402
 
 EPILOG = """
 A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, with "tools" if any), rendered through
@@ -61,7 +61,7 @@ def arguments() -> PrepareOptions:
 def main() -> int:
     options = arguments()
     try:
-        prepare()  # Megatron, whose index writer is used, is imported after this
+        init_runtime()  # Megatron, whose index writer is used, is imported after this
         done = prepare_data(options)
     except QADError as error:
         print(f"error: {error}", file=sys.stderr)

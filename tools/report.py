@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     runs = named_runs(options.run)
-    prepare()
+    init_runtime()
 
     from megatron_qad.engine.distributed import init_process_group
     from megatron_qad.report.report import DEFAULT_TITLE, write_report

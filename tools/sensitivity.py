@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory import atomic_checkpoint, locks
 
-prepare(to_compute=True)
+init_runtime(for_compute=True)
 
 import yaml  # noqa: E402
 from megatron.training import print_rank_0  # noqa: E402

@@ -1,6 +1,6 @@
 """Moves scales between inputs and weights, so that both round better to NVFP4; the model stays what it is, bit for bit.
 
-    torchrun --nproc-per-node N tools/smooth.py --output SMOOTHED [--exponent 0.5] \
+    torchrun --nproc-per-node N tools/smooth.py --output SMOOTHED [--alpha 0.5] \
       --qad-teacher CKPT --data-path DATA ...        (Megatron's and pretrain_qad.py's flags)
 
 SMOOTHED is then the --qad-teacher of a job, PTQ or QAD. The text is the training split's, --qad-calibration-samples
@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare(to_compute=True)
+init_runtime(for_compute=True)
 
 import torch  # noqa: E402
 from megatron.training import print_rank_0  # noqa: E402
@@ -32,17 +32,17 @@ from megatron_qad.training.smoothing_pass import smooth  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
 KEEP = "if --output is complete already and would be made again, leave it and succeed; if of something else, fail"
-EXPONENT = "share of a channel's range, as an exponent, that goes into the weights: 0 none, 1 all (default: 0.5)"
+ALPHA = "share of a channel's range, as an alpha, that goes into the weights: 0 none, 1 all (default: 0.5)"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; empty or new")
-    parser.add_argument("--exponent", type=float, default=0.5, help=EXPONENT)
+    parser.add_argument("--alpha", type=float, default=0.5, help=ALPHA)
     parser.add_argument("--keep", action="store_true", help=KEEP)
     own, rest = parser.parse_known_args(argv)
-    if not 0 < own.exponent <= 1:
-        raise QADError(f"--exponent {own.exponent}: expected a number above 0, up to 1")
+    if not 0 < own.alpha <= 1:
+        raise QADError(f"--alpha {own.alpha}: expected a number above 0, up to 1")
     # The norms must be modules of their own.
     config = read_command_line([*rest, "--eval-iters", "0", "--qad-layer-spec", "local"], trains=False)
     options, formats = config.options, config.formats
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     if not any(map(has_smoothed_input, formats.values())):
         raise QADError(f"--qad-policy {options.qad_policy} quantizes no input to NVFP4, so there is nothing to smooth")
     job = start_job(config)
-    asked = {"exponent": own.exponent, "sequences": options.qad_calibration_samples}
+    asked = {"alpha": own.alpha, "sequences": options.qad_calibration_samples}
     asked |= {"text": calibration_text(job.args)}
-    record = provenance.of_smoothing(iteration_to_read(options.qad_teacher), asked, formats)
+    record = provenance.smoothing_provenance(iteration_to_read(options.qad_teacher), asked, formats)
     if own.keep and (own.output / TRACKER).is_file():
         provenance.require_same(own.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{own.output} is there already")
@@ -64,13 +64,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def smooth_and_write(job: QADJob, own: argparse.Namespace, record: dict) -> None:
     output = all_or_none(lambda: new_directory(own.output))
-    done = smooth(job, own.exponent)
+    done = smooth(job, own.alpha)
 
     def finish(aside: Path) -> None:
         source = Path(job.config.options.qad_teacher) / "hf"
-        manifest.require_sealed(source, "config.json")
+        manifest.verify_directory(source, "config.json")
         shutil.copytree(source, aside / "hf")
-        described = record | {"result": provenance.sum_of_iteration(aside / "release")}
+        described = record | {"result": provenance.iteration_sha256(aside / "release")}
         json_records.write(aside / SMOOTHING_FILE, described)
 
     write_release(output, done.sharded, finish)

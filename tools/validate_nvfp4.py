@@ -1,4 +1,4 @@
-"""Check an exported NVFP4 checkpoint: every fault on a line, a summary, exit code 1 if there was a fault."""
+"""Check an exported NVFP4 checkpoint: every issue on a line, a summary, exit code 1 if there was an issue."""
 
 import argparse
 import sys
@@ -11,11 +11,11 @@ def main() -> int:
     parser.add_argument(
         "directory", metavar="DIR", help="an HF checkpoint in the modelopt or compressed-tensors NVFP4 layout"
     )
-    report = validate_nvfp4(parser.parse_args().directory)
-    for fault in report.faults:
-        print(f"FAULT {fault}")
-    print(report.summary())
-    return 1 if report.faults else 0
+    result = validate_nvfp4(parser.parse_args().directory)
+    for issue in result.issues:
+        print(f"ISSUE {issue}")
+    print(result.summary())
+    return 1 if result.issues else 0
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare(to_compute=True)
+init_runtime(for_compute=True)
 
 import torch  # noqa: E402
 from megatron.training.initialize import initialize_megatron  # noqa: E402
@@ -88,7 +88,7 @@ def megatron_logits(job: QADJob, tokens: torch.Tensor, quantize_inputs=nvfp4_inp
     model = freeze(chunks[0])
     tokens = tokens.cuda()  # stays on the CPU where there is no GPU
     position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    with InPlaceWeights(chunks, formats, scale_rule=described["scale_rule"]).on_grid(then_updated=False):
+    with InPlaceWeights(chunks, formats, scale_rule=described["scale_rule"]).quantized_weights(then_updated=False):
         logits = job.forward(model, Batch(tokens=tokens, position_ids=position_ids))
     return logits[..., : student.vocab_size].cpu()
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_qad.checkpoint import provenance
-from megatron_qad.checkpoint.hf_reader import CARRIED_TENSORS, declared_dtype
+from megatron_qad.checkpoint.hf_reader import PASSTHROUGH_FILE, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
@@ -28,7 +28,7 @@ from megatron_qad.formats.format import KVCacheFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
 from megatron_qad.models.checkpoint_config import read_config, read_job
 from megatron_qad.models.families import family_of
-from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.families.base import ParamMapping
 
 
 def export_hf(
@@ -54,7 +54,7 @@ def export_hf(
     """
     checkpoint, output = Path(checkpoint), new_directory(output)  # refused before gigabytes are checked and read
     config = read_config(checkpoint)
-    manifest.require_sealed(checkpoint / "hf", "config.json")
+    manifest.verify_directory(checkpoint / "hf", "config.json")
     family = family_of(config)
     directory, job = _iteration_and_job(checkpoint, layout, iteration)
     formats = job.get("formats", {})
@@ -64,25 +64,25 @@ def export_hf(
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     if layout != "bf16" and declared_dtype(config) is None:
         config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
-    carried = read_carried(checkpoint / "hf")
-    if family.beside(config) and not carried:
+    passthrough = read_passthrough(checkpoint / "hf")
+    if family.passthrough_tensors(config) and not passthrough:
         raise QADError(
-            f"{checkpoint}: no hf/{CARRIED_TENSORS}, which the import wrote and which holds all that is no part of the "
-            "language model. Copy it from there"
+            f"{checkpoint}: no hf/{PASSTHROUGH_FILE}, which the import writes for all tensors outside the language "
+            "model. Copy it from the imported checkpoint."
         )
     reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
     amaxes = reader.read_amaxes() if layout != "bf16" else {}
     export = Export(reader, layout, formats, kv_cache, scale_rule, declared_dtype(config), amaxes)
     return write_hf_checkpoint(
-        chain(export.items(family.tensors(config)), (HFTensor(name, tensor) for name, tensor in carried.items())),
+        chain(export.items(family.tensors(config)), (HFTensor(name, tensor) for name, tensor in passthrough.items())),
         output,
         config=config,
         layout=layout,
-        linear_modules=[*family.linear_modules(config), *_linears_among(carried)],
+        linear_modules=[*family.linear_modules(config), *_linears_among(passthrough)],
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
-        record=provenance.of_iteration(directory, layout, job),
+        record=provenance.iteration_provenance(directory, layout, job),
     )
 
 
@@ -99,7 +99,7 @@ def _refuse_formats_without_layout(checkpoint: Path, formats: set[str], layout: 
 def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
     """The record that ``export_hf`` with the same arguments would write (``provenance``); reads no weights."""
     directory, job = _iteration_and_job(Path(checkpoint), layout, iteration)
-    return provenance.of_iteration(directory, layout, job)
+    return provenance.iteration_provenance(directory, layout, job)
 
 
 def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | str | None) -> tuple[Path, dict]:
@@ -110,9 +110,9 @@ def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | st
     return directory, read_job(checkpoint, directory) or {}
 
 
-def read_carried(assets: Path) -> dict[str, torch.Tensor]:
+def read_passthrough(assets: Path) -> dict[str, torch.Tensor]:
     """Tensors that the import carried along, by Hugging Face name."""
-    file = assets / CARRIED_TENSORS
+    file = assets / PASSTHROUGH_FILE
     try:
         return load_file(file) if file.is_file() else {}
     except SafetensorError as error:
@@ -121,10 +121,10 @@ def read_carried(assets: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _linears_among(carried: dict[str, torch.Tensor]) -> list[str]:
+def _linears_among(passthrough: dict[str, torch.Tensor]) -> list[str]:
     """Modules that a server may take for linears, which a packed checkpoint must then exclude: matrices, but no router
     or embedding."""
-    names = [name for name, tensor in carried.items() if name.endswith(".weight") and tensor.dim() == 2]
+    names = [name for name, tensor in passthrough.items() if name.endswith(".weight") and tensor.dim() == 2]
     return [name.removesuffix(".weight") for name in names if ".gate." not in name and "embed" not in name]
 
 
@@ -142,7 +142,7 @@ class Export:
     amaxes: dict[str, torch.Tensor]
     """Of inputs, keys and values, by the names of their quantizers' buffers."""
 
-    def items(self, maps: list[TensorMap]) -> Iterator[HFTensor]:
+    def items(self, maps: list[ParamMapping]) -> Iterator[HFTensor]:
         """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
         kv_format = KV_CACHE_FORMATS[self.kv_cache]
         for tensor_map, tensor in self.reader.layers(maps):
@@ -159,7 +159,7 @@ class Export:
             if kv_format is not None and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
                 yield from self._kv_scales(tensor_map, kv_format)
 
-    def _quantized(self, tensor_map: TensorMap, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
+    def _quantized(self, tensor_map: ParamMapping, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
         """One Megatron weight is what a server fuses (q, k, v; gate, up): its parts share their scales."""
         name = tensor_map.megatron
         linear_format, input_scale = FORMATS[fmt], None
@@ -176,12 +176,12 @@ class Export:
                 fmt=fmt,
                 weight_scale=scale,
                 input_scale=input_scale,
-                on_grid=codes is not None,
+                is_fake_quantized=codes is not None,
                 scale_rule=self.scale_rule,
                 codes=None if codes is None else codes[i],
             )
 
-    def _kv_scales(self, tensor_map: TensorMap, kv_format: KVCacheFormat) -> Iterator[HFTensor]:
+    def _kv_scales(self, tensor_map: ParamMapping, kv_format: KVCacheFormat) -> Iterator[HFTensor]:
         attention = tensor_map.megatron_module.rsplit(".", 1)[0]
         amaxes = [self._amax(f"{attention}.core_attention.{x}_bmm_quantizer._amax") for x in "kv"]
         _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor_map.hf)

@@ -1,7 +1,7 @@
 """Reads the shards of an HF checkpoint directory without loading tensors: headers, index, truncation.
 
 The safetensors header is parsed here (eight bytes of length, JSON, data), because a damaged file must become a list of
-faults and not an exception of a library at the first of them. Left out: any knowledge of models or quantization.
+issues and not an exception of a library at the first of them. Left out: any knowledge of models or quantization.
 """
 
 import json
@@ -28,7 +28,7 @@ ITEM_BYTES = {
     "BOOL": 1,
 }
 
-AddFault = Callable[[str, str], None]  # (name of the tensor or file, what is wrong and what was expected)
+AddIssue = Callable[[str, str], None]  # (name of the tensor or file, what is wrong and what was expected)
 
 
 @dataclass(frozen=True)
@@ -50,92 +50,92 @@ class Shards:
     readable: set[Path] = field(default_factory=set)  # files whose data is complete
 
 
-def read_shards(directory: Path, fault: AddFault) -> Shards:
-    """Headers of every shard of ``directory``, checked against the index if there is one. Faults go to ``fault``."""
+def read_shards(directory: Path, issue: AddIssue) -> Shards:
+    """Headers of every shard of ``directory``, checked against the index if there is one. Issues go to ``issue``."""
     shards = Shards()
     index_path, single = directory / INDEX_NAME, directory / SINGLE_NAME
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     weight_map: dict[str, str] | None = None
     if index_path.exists():
-        weight_map = _read_index(index_path, fault)
+        weight_map = _read_index(index_path, issue)
         if single.exists():
-            fault(SINGLE_NAME, f"stands beside {INDEX_NAME}; loaders disagree on which they read, expected one of them")
+            issue(SINGLE_NAME, f"stands beside {INDEX_NAME}; loaders disagree on which they read, expected one of them")
     elif not single.exists():
-        fault(str(directory), f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found shards {present}")
+        issue(str(directory), f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found shards {present}")
     listed = set(weight_map.values()) if weight_map is not None else {SINGLE_NAME} & set(present)
     for name in sorted(set(present) - listed - {SINGLE_NAME}):
-        fault(name, "is a shard that the index does not name")
+        issue(name, "is a shard that the index does not name")
     for name in sorted(listed):
         if not (directory / name).is_file():
-            fault(name, f"is named by {INDEX_NAME} and missing")
+            issue(name, f"is named by {INDEX_NAME} and missing")
             continue
-        for tensor, stored in _read_header(directory / name, shards, fault).items():
+        for tensor, stored in _read_header(directory / name, shards, issue).items():
             if tensor in shards.tensors:
-                fault(tensor, f"is in two shards, {shards.tensors[tensor].file.name} and {name}")
+                issue(tensor, f"is in two shards, {shards.tensors[tensor].file.name} and {name}")
             shards.tensors[tensor] = stored
             shards.num_bytes += stored.num_bytes
     if weight_map is not None:
-        _compare_with_index(weight_map, shards, fault)
+        _compare_with_index(weight_map, shards, issue)
     return shards
 
 
-def read_json(path: Path, fault: AddFault) -> dict[str, Any] | None:
-    """The JSON object in ``path``; None, and a fault, if it is missing or no object."""
+def read_json(path: Path, issue: AddIssue) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None, and an issue, if it is missing or no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        fault(path.name, "is missing")
+        issue(path.name, "is missing")
         return None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        fault(path.name, f"is no valid JSON: {error}")
+        issue(path.name, f"is no valid JSON: {error}")
         return None
     if not isinstance(value, dict):
-        fault(path.name, f"holds a {type(value).__name__}, expected a JSON object")
+        issue(path.name, f"holds a {type(value).__name__}, expected a JSON object")
         return None
     return value
 
 
-def _read_index(path: Path, fault: AddFault) -> dict[str, str]:
-    index = read_json(path, fault) or {}
+def _read_index(path: Path, issue: AddIssue) -> dict[str, str]:
+    index = read_json(path, issue) or {}
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        fault(path.name, "has no weight_map from tensor names to file names")
+        issue(path.name, "has no weight_map from tensor names to file names")
         return {}
     return weight_map
 
 
-def _compare_with_index(weight_map: dict[str, str], shards: Shards, fault: AddFault) -> None:
+def _compare_with_index(weight_map: dict[str, str], shards: Shards, issue: AddIssue) -> None:
     for tensor, name in weight_map.items():
         stored = shards.tensors.get(tensor)
         if stored is None:
-            fault(tensor, f"is named by {INDEX_NAME}, but {name} does not hold it")
+            issue(tensor, f"is named by {INDEX_NAME}, but {name} does not hold it")
         elif stored.file.name != name:
-            fault(tensor, f"is in {stored.file.name}; {INDEX_NAME} says {name}")
+            issue(tensor, f"is in {stored.file.name}; {INDEX_NAME} says {name}")
     for tensor in sorted(set(shards.tensors) - set(weight_map)):
-        fault(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}: loaders will not see it")
+        issue(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}: loaders will not see it")
     if shards.tensors:
         directory = next(iter(shards.tensors.values())).file.parent
         metadata = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8")).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total is not None and total != shards.num_bytes:
-            fault(INDEX_NAME, f"says total_size {total}; the shards hold {shards.num_bytes} bytes of tensors")
+            issue(INDEX_NAME, f"says total_size {total}; the shards hold {shards.num_bytes} bytes of tensors")
 
 
-def _read_header(path: Path, shards: Shards, fault: AddFault) -> dict[str, StoredTensor]:
+def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length == 0 or 8 + length > size:
-            fault(path.name, f"is truncated or no safetensors file: {size} bytes, too few for its header")
+            issue(path.name, f"is truncated or no safetensors file: {size} bytes, too few for its header")
             return {}
         try:
             header = json.loads(file.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            fault(path.name, f"has an unreadable header: {error}")
+            issue(path.name, f"has an unreadable header: {error}")
             return {}
     if not isinstance(header, dict):
-        fault(path.name, f"has an unreadable header: a {type(header).__name__}, expected a JSON object")
+        issue(path.name, f"has an unreadable header: a {type(header).__name__}, expected a JSON object")
         return {}
     header.pop("__metadata__", None)
     tensors, end = {}, 0
@@ -144,14 +144,14 @@ def _read_header(path: Path, shards: Shards, fault: AddFault) -> dict[str, Store
             first, last = (int(offset) for offset in entry["data_offsets"])
             shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
         except (KeyError, TypeError, ValueError):
-            fault(path.name, f"has an unreadable header: the entry of {tensor!r} is {entry!r}")
+            issue(path.name, f"has an unreadable header: the entry of {tensor!r} is {entry!r}")
             return {}
         end = max(end, last)
         if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != last - first:
-            fault(tensor, f"{dtype} {list(shape)} does not fit the {last - first} bytes stored for it in {path.name}")
+            issue(tensor, f"{dtype} {list(shape)} does not fit the {last - first} bytes stored for it in {path.name}")
         tensors[tensor] = StoredTensor(path, dtype, shape, last - first)
     if 8 + length + end != size:
-        fault(path.name, f"is {size} bytes long, its header needs {8 + length + end}: truncated or written twice")
+        issue(path.name, f"is {size} bytes long, its header needs {8 + length + end}: truncated or written twice")
     else:
         shards.readable.add(path)
     return tensors

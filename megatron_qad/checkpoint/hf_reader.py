@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_qad.checkpoint.hf_writer import CARRIED_FILES
+from megatron_qad.checkpoint.hf_writer import COPIED_FILES
 from megatron_qad.engine.errors import QADError
 
-CARRIED_TENSORS = "carried.safetensors"
+PASSTHROUGH_FILE = "passthrough.safetensors"
 """Tensors that are no part of the Megatron model, beside the config in a checkpoint's ``hf/``."""
-ASSETS = ("config.json", *CARRIED_FILES)
+ASSETS = ("config.json", *COPIED_FILES)
 """What the imported checkpoint keeps beside the weights: all that export carries on."""
 
 

@@ -33,7 +33,7 @@ from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 
 # What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
-CARRIED_FILES = (
+COPIED_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -236,7 +236,7 @@ def _check_source(source: str | Path | None) -> Path | None:
 def _carry(source: Path | None, directory: Path) -> None:
     if source is None:
         return
-    for path in sorted({path for pattern in CARRIED_FILES for path in source.glob(pattern)}):
+    for path in sorted({path for pattern in COPIED_FILES for path in source.glob(pattern)}):
         if path.is_dir():
             shutil.copytree(path, directory / path.name)
         else:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_qad.checkpoint import provenance
-from megatron_qad.checkpoint.hf_reader import ASSETS, CARRIED_TENSORS, HFReader
+from megatron_qad.checkpoint.hf_reader import ASSETS, PASSTHROUGH_FILE, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.release import all_or_none, owned, write_release
 from megatron_qad.engine.distributed import rank_and_size
@@ -23,7 +23,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE
 from megatron_qad.models.families import family_of, text_config
-from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.families.base import ParamMapping
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -39,22 +39,22 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     source, rank, size = Path(source), *rank_and_size()
     with owned(target):
         target = all_or_none(lambda: new_directory(target))
-        sharded, carried, count = all_or_none(lambda: _read(source, dtype, rank, size))
-        write_release(target, sharded, lambda aside: _finish(source, aside, carried, dtype))
+        sharded, passthrough, count = all_or_none(lambda: _read(source, dtype, rank, size))
+        write_release(target, sharded, lambda aside: _finish(source, aside, passthrough, dtype))
     return count
 
 
-def _finish(source: Path, aside: Path, carried: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+def _finish(source: Path, aside: Path, passthrough: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     """The first rank: what stands beside the weights."""
     copy_assets(source, aside / "hf")
-    if carried:
+    if passthrough:
         try:
-            save_file(carried, aside / "hf" / CARRIED_TENSORS)
+            save_file(passthrough, aside / "hf" / PASSTHROUGH_FILE)
         except SafetensorError as error:  # the library wraps the operating system's error
             raise QADError(str(error)) from error
-        first = next(iter(carried))
-        print(f"megatron_qad: {len(carried)} tensors ({first}, ...) are carried along: not trained, not quantized")
-    record = provenance.of_model(source, str(dtype).removeprefix("torch."))
+        first = next(iter(passthrough))
+        print(f"megatron_qad: {len(passthrough)} tensors ({first}, ...) are carried along: not trained, not quantized")
+    record = provenance.model_provenance(source, str(dtype).removeprefix("torch."))
     json_records.write(aside / IMPORT_FILE, record)
 
 
@@ -69,14 +69,14 @@ def _read(
     family.megatron_args(reader.config)  # refuses now what training could not build
     maps = family.tensors(reader.config)
     _check_names(reader, maps)
-    carried = _read_carried(reader) if rank == 0 else {}
+    passthrough = _read_passthrough(reader) if rank == 0 else {}
     mine = maps[rank::size]
     stored = {name: part for m in mine for name, part in _stored(m, _convert(reader, m, dtype))}
-    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, carried, len(maps)
+    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, passthrough, len(maps)
 
 
-def _stored(tensor_map: TensorMap, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    rows = tensor_map.stored_rows
+def _stored(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    rows = tensor_map.checkpoint_splits
     for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
         # Megatron clones views when it saves, beside the tensor that they are of.
         yield tensor_map.megatron + ending, part if len(rows) == 1 else part.clone()
@@ -92,15 +92,15 @@ def copy_assets(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def carried_names(reader: HFReader) -> list[str]:
+def passthrough_names(reader: HFReader) -> list[str]:
     """Tensors that the family carries from import to export as they are."""
-    prefixes = family_of(reader.config).carried
+    prefixes = family_of(reader.config).passthrough_prefixes
     return sorted(name for name in reader.names if name.startswith(prefixes))
 
 
-def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
+def _check_names(reader: HFReader, maps: list[ParamMapping]) -> None:
     wanted = {name for m in maps for name in m.hf}
-    left_over = reader.names - wanted - set(carried_names(reader))
+    left_over = reader.names - wanted - set(passthrough_names(reader))
     if text_config(reader.config).get("tie_word_embeddings"):
         left_over.discard("lm_head.weight")  # some files store the tied head a second time
     left_over = {name for name in left_over if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
@@ -112,11 +112,11 @@ def _check_names(reader: HFReader, maps: list[TensorMap]) -> None:
         raise QADError(f"{reader.directory}: {len(missing)} tensors are missing, first {sorted(missing)[0]!r}")
 
 
-def _read_carried(reader: HFReader) -> dict[str, torch.Tensor]:
+def _read_passthrough(reader: HFReader) -> dict[str, torch.Tensor]:
     """What the family carries along: none of what the config tells of missing as a whole, and all of it finite."""
-    family, names = family_of(reader.config), carried_names(reader)
-    told = [name for tensor_map in family.beside(reader.config) for name in tensor_map.hf]
-    for prefix in family.carried:
+    family, names = family_of(reader.config), passthrough_names(reader)
+    told = [name for tensor_map in family.passthrough_tensors(reader.config) for name in tensor_map.hf]
+    for prefix in family.passthrough_prefixes:
         if any(name.startswith(prefix) for name in told) and not any(name.startswith(prefix) for name in names):
             raise QADError(f"{reader.directory}: no tensor's name begins with {prefix!r}; download it again")
     return {name: _read_finite(reader, name).contiguous() for name in names}
@@ -129,7 +129,7 @@ def _read_finite(reader: HFReader, name: str) -> torch.Tensor:
     return tensor
 
 
-def _convert(reader: HFReader, tensor_map: TensorMap, dtype: torch.dtype) -> torch.Tensor:
+def _convert(reader: HFReader, tensor_map: ParamMapping, dtype: torch.dtype) -> torch.Tensor:
     parts = []
     for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
         tensor = _read_finite(reader, name)

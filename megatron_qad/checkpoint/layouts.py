@@ -34,7 +34,9 @@ class HFTensor:
     fmt: str = "bf16"  # one of exported_formats(); "bf16" means stored as it is, whatever its dtype
     weight_scale: Tensor | None = None  # float32 scalar of the weight group, by the format's scale_from_amax
     input_scale: Tensor | None = None  # float32 scalar of the group's input, likewise; None where inputs stay in BF16
-    on_grid: bool = True  # the weight is fake-quantized and packs exactly, or else stops; False rounds a plain weight,
+    is_fake_quantized: bool = (
+        True  # the weight is fake-quantized and packs exactly, or else stops; False rounds a plain weight,
+    )
     scale_rule: str = "max"  # then with this rule for block scales
     codes: Mapping[str, Tensor] | None = None  # the weight's codes (NumberFormat), if the caller has packed it already
 
@@ -97,8 +99,8 @@ def stored_tensors(item: HFTensor, layout: LayoutName) -> dict[str, Tensor]:
     weight_scale = _checked_scale(item, "weight_scale")
     if item.codes is not None:
         values = dict(item.codes)
-    elif item.on_grid:
-        values = number_format.pack_on_grid(item.tensor, weight_scale, name=item.name)
+    elif item.is_fake_quantized:
+        values = number_format.pack_representable(item.tensor, weight_scale, name=item.name)
     else:
         values = number_format.quantize(item.tensor, weight_scale, name=item.name, rule=item.scale_rule)
     scales = {role: _checked_scale(item, role) for role in ("weight_scale", "input_scale") if role in stored.parts}

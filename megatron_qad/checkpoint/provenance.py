@@ -22,12 +22,12 @@ _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
 _NOT_ASKED = ("model", "checkpoint", "result", "files")
 
 
-def of_model(source: Path, dtype: str) -> dict[str, Any]:
+def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
     """The record of an import of the Hugging Face directory ``source``."""
     return {"model": source.resolve().name, "dtype": dtype, "sha256": _sum(_of_hf(source))}
 
 
-def of_iteration(directory: Path, layout: str, job: dict) -> dict[str, Any]:
+def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, Any]:
     """The record of an export.
 
     Args:
@@ -43,7 +43,7 @@ def of_iteration(directory: Path, layout: str, job: dict) -> dict[str, Any]:
     }
 
 
-def of_smoothing(directory: Path, settings: dict[str, Any], formats: dict[str, str]) -> dict[str, Any]:
+def smoothing_provenance(directory: Path, settings: dict[str, Any], formats: dict[str, str]) -> dict[str, Any]:
     """The record of a smoothed checkpoint.
 
     Args:
@@ -56,7 +56,7 @@ def of_smoothing(directory: Path, settings: dict[str, Any], formats: dict[str, s
     return names | settings | {"sha256": _sum([*_of_iteration(directory), what])}
 
 
-def sum_of_iteration(directory: Path) -> str:
+def iteration_sha256(directory: Path) -> str:
     return _sum(_of_iteration(directory))
 
 
@@ -74,14 +74,17 @@ def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> No
             f"--keep: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another --output."
         )
     if record_name == EXPORT_FILE:
-        wrong = [f"{name} {what}" for name, what in faults_of_export(output).items()]
+        wrong = [f"{name} {what}" for name, what in find_export_problems(output).items()]
     else:
-        wrong = [*manifest.faults(output / "release"), *manifest.faults(output / "hf", needed=["config.json"])]
+        wrong = [
+            *manifest.find_problems(output / "release"),
+            *manifest.find_problems(output / "hf", needed=["config.json"]),
+        ]
     if wrong:
         raise QADError(f"--keep: {output} is damaged: {'; '.join(wrong[:3])}. Remove it, and it is made again.")
 
 
-def faults_of_export(output: Path, only: str = "*") -> dict[str, str]:
+def find_export_problems(output: Path, only: str = "*") -> dict[str, str]:
     """Files of an export that are not what was written, with a phrase each; none where its record has no sums.
 
     Args:

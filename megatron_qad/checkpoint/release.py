@@ -25,7 +25,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
             what stands beside the weights.
 
     Raises:
-        QADError: a full disk or another fault of writing; nothing is left.
+        QADError: a full disk or another problem of writing; nothing is left.
     """
     aside = target.parent / f".{target.name}.partial"  # renamed when whole: one that is killed leaves no target
     is_first = torch.distributed.get_rank() == 0
@@ -33,7 +33,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
         shutil.rmtree(aside, ignore_errors=True)
     torch.distributed.barrier()
     save_checkpoints_in_this_process()
-    atomic_checkpoint.WholeSaves().install()
+    atomic_checkpoint.AtomicCheckpoints().install()
 
     def describe() -> None:
         finish(aside)
@@ -67,13 +67,13 @@ def owned(output: str | Path) -> Iterator[None]:
 
 def all_or_none(work: Callable):
     """``work()`` on every rank. What stops one stops all, with its message, before any of them has written."""
-    result, fault = None, None
+    result, problem = None, None
     try:
         result = work()
     except QADError as error:
-        fault = str(error)
-    faults: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(faults, fault)
-    if first := next((found for found in faults if found), None):
+        problem = str(error)
+    problems: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)
+    if first := next((found for found in problems if found), None):
         raise QADError(first)
     return result

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
-from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.models.weight_loading import AMAX, GATED_HALVES
 
 
@@ -28,7 +28,7 @@ class TorchDistReader:
     def __init__(self, checkpoint: str | Path, iteration: int | str | None = None):
         self.checkpoint = Path(checkpoint)
         self.directory = iteration_to_read(checkpoint, iteration)
-        manifest.require_whole(self.directory)
+        manifest.verify_checkpoint(self.directory)
         self._metadata = dist_checkpointing.load_tensors_metadata(str(self.directory))
 
     def __contains__(self, name: str) -> bool:
@@ -59,7 +59,7 @@ class TorchDistReader:
             wanted[name] = ShardedTensor.from_rank_offsets(name, empty)
         return dist_checkpointing.load(wanted, str(self.directory), validate_access_integrity=False)
 
-    def layers(self, maps: Sequence[TensorMap]) -> Iterator[tuple[TensorMap, torch.Tensor]]:
+    def layers(self, maps: Sequence[ParamMapping]) -> Iterator[tuple[ParamMapping, torch.Tensor]]:
         """The tensors of ``maps`` in order, read a layer at a time; vocabulary padding cut off, shapes checked."""
         for _, group in groupby(maps, key=lambda m: m.layer):
             group = list(group)
@@ -74,8 +74,8 @@ class TorchDistReader:
                     raise QADError(f"{self.directory}: {m.megatron} has shape {found}, expected {list(m.shape)}")
                 yield m, tensor
 
-    def _parts(self, tensor_map: TensorMap) -> list[str]:
+    def _parts(self, tensor_map: ParamMapping) -> list[str]:
         """Names of what holds a tensor here: of the whole, if that is stored, or else of its parts."""
         if tensor_map.megatron in self:
             return [tensor_map.megatron]
-        return [tensor_map.megatron + ending for ending in tensor_map.stored_rows]
+        return [tensor_map.megatron + ending for ending in tensor_map.checkpoint_splits]

@@ -1,4 +1,4 @@
-"""Checks an exported NVFP4 directory on its own, as the strictest of its consumers would, and names every fault.
+"""Checks an exported NVFP4 directory on its own, as the strictest of its consumers would, and names every issue.
 
 Needs no model and no GPU: config.json says what must be there (``expected_tensors``), the shard headers say what is
 (``hf_directory``), ``validate_config`` compares the configurations, and the scales are read. It covers what servers
@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_qad.checkpoint.expected_tensors import Inventory, inventory
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
-from megatron_qad.checkpoint.provenance import faults_of_export
+from megatron_qad.checkpoint.provenance import find_export_problems
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
@@ -28,7 +28,7 @@ _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
-class Fault:
+class ValidationIssue:
     """One thing wrong: ``name`` of the tensor, module or file, and ``text``: what was found and what was expected."""
 
     name: str
@@ -39,8 +39,8 @@ class Fault:
 
 
 @dataclass
-class Report:
-    """The result of a validation; no fault means valid."""
+class ValidationResult:
+    """The result of a validation; no issue means valid."""
 
     directory: Path
     layout: str = "unknown"
@@ -50,13 +50,13 @@ class Report:
     """Format of each quantized linear."""
     kv_cache: str = UNQUANTIZED.name
     num_linears: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    issues: list[ValidationIssue] = field(default_factory=list)
 
     def add(self, name: str, text: str) -> None:
-        self.faults.append(Fault(name, text))
+        self.issues.append(ValidationIssue(name, text))
 
     def summary(self) -> str:
-        verdict = f"{len(self.faults)} faults" if self.faults else "valid"
+        verdict = f"{len(self.issues)} issues" if self.issues else "valid"
         return (
             f"{self.directory}: {verdict}; layout {self.layout}, {self.num_tensors} tensors, "
             f"{len(self.quantized)} of {self.num_linears} linears quantized ({self._formats()}), {self.num_bytes} bytes"
@@ -67,70 +67,70 @@ class Report:
         return ", ".join([*(f"{n} {fmt}" for fmt, n in sorted(counts.items())), f"KV cache {self.kv_cache}"])
 
 
-def validate_nvfp4(directory: str | Path) -> Report:
+def validate_nvfp4(directory: str | Path) -> ValidationResult:
     """Check the HF NVFP4 checkpoint ``directory``, in the modelopt or the compressed-tensors layout.
 
-    Never raises for what is wrong with the checkpoint; every fault is in the report, with the tensor's name.
+    Never raises for what is wrong with the checkpoint; every issue is in the result, with the tensor's name.
     """
-    report = Report(Path(directory))
-    if not report.directory.is_dir():
-        report.add(str(directory), "is no directory; expected an exported checkpoint")
-        return report
-    config = read_json(report.directory / "config.json", report.add)
-    shards = read_shards(report.directory, report.add)
-    report.num_tensors, report.num_bytes = len(shards.tensors), shards.num_bytes
+    result = ValidationResult(Path(directory))
+    if not result.directory.is_dir():
+        result.add(str(directory), "is no directory; expected an exported checkpoint")
+        return result
+    config = read_json(result.directory / "config.json", result.add)
+    shards = read_shards(result.directory, result.add)
+    result.num_tensors, result.num_bytes = len(shards.tensors), shards.num_bytes
     if config is None:
-        return report
-    layout = _find_layout(config, report)
+        return result
+    layout = _find_layout(config, result)
     try:
         model = inventory(config)
     except QADError as error:
-        report.add("config.json", str(error))
-        return report
-    report.num_linears = len(model.linears)
-    model.always_excluded += _carried_linears(model, shards)
+        result.add("config.json", str(error))
+        return result
+    result.num_linears = len(model.linears)
+    model.never_quantized += _passthrough_linears(model, shards)
     if layout is None:
-        return report
+        return result
     declared = declared_formats(config["quantization_config"], layout, model)
     stored = {module: _stored_format(module, layout, declared.get(module), shards) for module in model.linears}
-    report.quantized = {module: fmt for module, fmt in stored.items() if fmt is not None}
-    report.kv_cache = _stored_kv_cache(layout, model, shards)
-    check_config(report.directory, config, layout, model, report.quantized, report.kv_cache, report.add)
-    _check_names_and_shapes(config, layout, model, shards, report)
-    _check_values(layout, model, shards, report)
-    _check_sums(report)
-    return report
+    result.quantized = {module: fmt for module, fmt in stored.items() if fmt is not None}
+    result.kv_cache = _stored_kv_cache(layout, model, shards)
+    check_config(result.directory, config, layout, model, result.quantized, result.kv_cache, result.add)
+    _check_names_and_shapes(config, layout, model, shards, result)
+    _check_values(layout, model, shards, result)
+    _check_sums(result)
+    return result
 
 
-def _check_sums(report: Report) -> None:
+def _check_sums(result: ValidationResult) -> None:
     """Weights against the sums that the exporter wrote. The small files may be edited: a chat template, a licence."""
     try:
-        for name, what in faults_of_export(report.directory, only="*.safetensors").items():
-            report.add(name, what)
+        for name, what in find_export_problems(result.directory, only="*.safetensors").items():
+            result.add(name, what)
     except QADError as error:
-        report.add(EXPORT_FILE, str(error))
+        result.add(EXPORT_FILE, str(error))
 
 
-def _carried_linears(model: Inventory, shards: Shards) -> list[str]:
+def _passthrough_linears(model: Inventory, shards: Shards) -> list[str]:
     """Linears that a server builds beside the language model, which must be excluded: matrices, but no router or
     embedding."""
     matrices = [
         name.removesuffix(".weight")
         for name, stored in shards.tensors.items()
-        if model.carries(name) and name.endswith(".weight") and len(stored.shape) == 2
+        if model.is_passthrough(name) and name.endswith(".weight") and len(stored.shape) == 2
     ]
     return [name for name in matrices if ".gate." not in f"{name}." and "embed" not in name]
 
 
-def _find_layout(config: dict[str, Any], report: Report) -> PackedLayout | None:
+def _find_layout(config: dict[str, Any], result: ValidationResult) -> PackedLayout | None:
     found = config.get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
     if method not in tuple(PACKED_LAYOUTS):
-        report.add(
+        result.add(
             "config.json", f"quantization_config.quant_method is {method!r}, expected {' or '.join(PACKED_LAYOUTS)}"
         )
         return None
-    report.layout = method
+    result.layout = method
     return PACKED_LAYOUTS[method]
 
 
@@ -166,88 +166,88 @@ def _stored_kv_cache(layout: PackedLayout, model: Inventory, shards: Shards) -> 
 
 
 def _expected(
-    config: dict, layout: PackedLayout, model: Inventory, report: Report
+    config: dict, layout: PackedLayout, model: Inventory, result: ValidationResult
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name -> dtype and shape of every tensor that must be there."""
     named = config.get("dtype", config.get("torch_dtype"))
     plain = _PLAIN_DTYPES.get(str(named).removeprefix("torch."))
     if plain is None:
-        report.add("config.json", f"dtype is {named!r}, expected one of {', '.join(_PLAIN_DTYPES)}")
+        result.add("config.json", f"dtype is {named!r}, expected one of {', '.join(_PLAIN_DTYPES)}")
         plain = "BF16"
     tensors = {name: ("F32" if name in model.float32 else plain, shape) for name, shape in model.tensors.items()}
     for module, (rows, columns) in model.linears.items():
-        fmt = report.quantized.get(module)
+        fmt = result.quantized.get(module)
         if fmt is None:
             tensors[f"{module}.weight"] = (plain, (rows, columns))
             continue
         if columns % (block_size := FORMATS[fmt].block_size):
-            report.add(module, f"is quantized with {columns} input columns, which is no multiple of {block_size}")
+            result.add(module, f"is quantized with {columns} input columns, which is no multiple of {block_size}")
         for part, dtype_and_shape in layout.expected(fmt, rows, columns).items():
             tensors[f"{module}.{part}"] = dtype_and_shape
-    if (kv_format := KV_CACHE_FORMATS[report.kv_cache]) is not None:
+    if (kv_format := KV_CACHE_FORMATS[result.kv_cache]) is not None:
         for pair in model.attentions:
             tensors |= dict.fromkeys(kv_format.scale_names(layout.name, *pair), ("F32", layout.scalar_shape))
     return tensors
 
 
 def _check_names_and_shapes(
-    config: dict[str, Any], layout: PackedLayout, model: Inventory, shards: Shards, report: Report
+    config: dict[str, Any], layout: PackedLayout, model: Inventory, shards: Shards, result: ValidationResult
 ) -> None:
-    expected = _expected(config, layout, model, report)
+    expected = _expected(config, layout, model, result)
     head = f"{model.head}.weight"
     if model.tied_head:
-        if model.head in report.quantized:
-            report.add(model.head, "is quantized, but tied to the embedding (tie_word_embeddings), which cannot be")
+        if model.head in result.quantized:
+            result.add(model.head, "is quantized, but tied to the embedding (tie_word_embeddings), which cannot be")
         elif head not in shards.tensors:
             del expected[head]
     for name, (dtype, shape) in expected.items():
         stored = shards.tensors.get(name)
         if stored is None:
-            report.add(name, f"is missing; expected {dtype} {list(shape)}")
+            result.add(name, f"is missing; expected {dtype} {list(shape)}")
         elif stored.dtype != dtype:
-            report.add(name, f"is {stored.dtype}, expected {dtype}")
+            result.add(name, f"is {stored.dtype}, expected {dtype}")
         elif stored.shape != shape:
-            report.add(name, f"has shape {list(stored.shape)}, expected {list(shape)}")
+            result.add(name, f"has shape {list(stored.shape)}, expected {list(shape)}")
     quantized_dtypes = {stored.parts["weight"][1] for stored in layout.formats.values()}
     for name in sorted(set(shards.tensors) - set(expected)):
-        if not model.carries(name):
-            report.add(name, "is unknown; expected no such tensor in this model")
+        if not model.is_passthrough(name):
+            result.add(name, "is unknown; expected no such tensor in this model")
         elif (dtype := shards.tensors[name].dtype) in quantized_dtypes:
-            report.add(name, f"is {dtype}; what is no part of the language model is not quantized")
+            result.add(name, f"is {dtype}; what is no part of the language model is not quantized")
     for prefix in model.required:
         if not any(name.startswith(prefix) for name in shards.tensors):
-            report.add(f"{prefix}*", "is missing; expected tensors of what this model has beside its language model")
+            result.add(f"{prefix}*", "is missing; expected tensors of what this model has beside its language model")
     for group in model.fused:
-        parts = [module for module in group if module in report.quantized]
+        parts = [module for module in group if module in result.quantized]
         if 0 < len(parts) < len(group):
             rest = ", ".join(module for module in group if module not in parts)
-            report.add(
+            result.add(
                 parts[0], f"is quantized and {rest} not; servers fuse {len(group)} linears here and refuse a part"
             )
         for module in parts[1:]:
-            if report.quantized[module] != (first := report.quantized[parts[0]]):
-                report.add(module, f"is {report.quantized[module]} and {parts[0]} {first}; servers fuse them")
+            if result.quantized[module] != (first := result.quantized[parts[0]]):
+                result.add(module, f"is {result.quantized[module]} and {parts[0]} {first}; servers fuse them")
 
 
-def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report: Report) -> None:
+def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result: ValidationResult) -> None:
     names_by_file = defaultdict(list)
     for name, stored in shards.tensors.items():
         if stored.file in shards.readable:
             names_by_file[stored.file].append(name)
     scalars: dict[str, Tensor] = {}
     per_tensor, block_scales = set(), set()
-    for module, fmt in report.quantized.items():
+    for module, fmt in result.quantized.items():
         parts = {role: f"{module}.{part}" for role, (part, _) in layout.parts(fmt).items()}
         per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
         block_scales |= {name for role, name in parts.items() if role == "block_scale"}
-    if (kv_format := KV_CACHE_FORMATS[report.kv_cache]) is not None:
+    if (kv_format := KV_CACHE_FORMATS[result.kv_cache]) is not None:
         per_tensor |= {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
     tied = {}
     for path, names in names_by_file.items():
         try:
             opened = safe_open(path, framework="pt")
         except SafetensorError as error:
-            report.add(path.name, f"is refused by the safetensors library: {error}")
+            result.add(path.name, f"is refused by the safetensors library: {error}")
             continue
         with opened as file:
             for name in names:
@@ -256,44 +256,44 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, report
                 tensor = file.get_tensor(name)
                 if name in per_tensor:
                     scalars[name] = tensor
-                    _check_scalar(name, tensor, report)
+                    _check_scalar(name, tensor, result)
                 elif name in block_scales:
-                    _check_block_scale(name, tensor, report)
+                    _check_block_scale(name, tensor, result)
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    report.add(name, f"holds {int((~torch.isfinite(tensor.float())).sum())} values that are NaN or Inf")
+                    result.add(name, f"holds {int((~torch.isfinite(tensor.float())).sum())} values that are NaN or Inf")
                 if model.tied_head and name in (model.embedding, f"{model.head}.weight"):
                     tied[name] = tensor
     if len(tied) == 2 and not torch.equal(*tied.values()):
-        report.add(f"{model.head}.weight", f"differs from {model.embedding}, to which config.json ties it")
-    _check_fused(layout, model, scalars, report)
+        result.add(f"{model.head}.weight", f"differs from {model.embedding}, to which config.json ties it")
+    _check_fused(layout, model, scalars, result)
 
 
-def _check_scalar(name: str, tensor: Tensor, report: Report) -> None:
+def _check_scalar(name: str, tensor: Tensor, result: ValidationResult) -> None:
     if tensor.numel() != 1 or not tensor.is_floating_point():
         return  # shape and dtype are reported already
     value = tensor.float().item()
     if not 0 < value < float("inf"):
-        report.add(name, f"is {value}, expected a finite number > 0")
+        result.add(name, f"is {value}, expected a finite number > 0")
     elif not 0 < 1.0 / torch.tensor(value) < float("inf"):
-        report.add(name, f"is {value}, whose reciprocal is not finite in float32")
+        result.add(name, f"is {value}, whose reciprocal is not finite in float32")
 
 
-def _check_block_scale(name: str, tensor: Tensor, report: Report) -> None:
+def _check_block_scale(name: str, tensor: Tensor, result: ValidationResult) -> None:
     if tensor.element_size() != 1:
         return  # dtype is reported already
     codes = tensor.view(torch.uint8)
     magnitude = codes & 0x7F
     if count := int((magnitude == 0x7F).sum()):
-        report.add(name, f"holds {count} NaN block scales (E4M3 0x7F or 0xFF)")
+        result.add(name, f"holds {count} NaN block scales (E4M3 0x7F or 0xFF)")
     if count := int((magnitude == 0).sum()):
-        report.add(name, f"holds {count} block scales that are zero; expected > 0, also for blocks of zeros")
+        result.add(name, f"holds {count} block scales that are zero; expected > 0, also for blocks of zeros")
     if count := int(((codes > 0x80) & (codes != 0xFF)).sum()):
-        report.add(name, f"holds {count} negative block scales")
+        result.add(name, f"holds {count} negative block scales")
 
 
-def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], report: Report) -> None:
+def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], result: ValidationResult) -> None:
     for group in model.fused:
-        formats = {report.quantized[module] for module in group if module in report.quantized}
+        formats = {result.quantized[module] for module in group if module in result.quantized}
         if len(formats) != 1:
             continue  # nothing is quantized, or reported already
         roles = layout.parts(formats.pop())
@@ -308,6 +308,6 @@ def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tens
                 ):
                     continue  # reported already
                 if first.view(torch.int32).item() != other.view(torch.int32).item():  # bits: a NaN equals nothing
-                    report.add(
+                    result.add(
                         name, f"is {other.item()!r}, {present[0]} is {first.item()!r}; servers fuse them, must be equal"
                     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qad.checkpoint.expected_tensors import Inventory
-from megatron_qad.checkpoint.hf_directory import AddFault, read_json
+from megatron_qad.checkpoint.hf_directory import AddIssue, read_json
 from megatron_qad.checkpoint.layout_configs import MIXED, hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import PackedLayout
 from megatron_qad.formats.format import StoredLinear
@@ -62,7 +62,7 @@ def check_config(
     model: Inventory,
     quantized: Mapping[str, str],
     kv_cache: str,
-    fault: AddFault,
+    issue: AddIssue,
 ) -> None:
     """Compare config.json (and modelopt's hf_quant_config.json) with what is stored.
 
@@ -70,52 +70,52 @@ def check_config(
         config: has a quantization_config of ``layout``.
         quantized: format of each quantized linear.
         kv_cache: one of ``KV_CACHE_FORMATS``, by the scales that are stored.
-        fault: takes what is wrong.
+        issue: takes what is wrong.
     """
     found = config["quantization_config"]
     unquantized = sorted(model.excluded(quantized))
-    # A checkpoint without a quantized linear is a fault below; compare it with what it would be.
+    # A checkpoint without a quantized linear is an issue below; compare it with what it would be.
     wanted = quantization_config(layout.name, unquantized, quantized or {"": DEFAULT_FORMAT}, kv_cache)
-    _check_exclusions("config.json ignore", found.get("ignore"), model, quantized, fault)
+    _check_exclusions("config.json ignore", found.get("ignore"), model, quantized, issue)
     # What a consumer acts on; other keys (producer, observer) may differ between exporters.
     keys = {"modelopt": ("quant_algo", "quantized_layers"), "compressed-tensors": ("format", "quantization_status")}
     for key in keys[layout.name]:
         if found.get(key) != wanted.get(key):
-            fault("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted.get(key)!r}")
-    _check_groups(found.get("config_groups"), wanted["config_groups"], layout, fault)
+            issue("config.json", f"quantization_config.{key} is {found.get(key)!r}, expected {wanted.get(key)!r}")
+    _check_groups(found.get("config_groups"), wanted["config_groups"], layout, issue)
     if (scheme := found.get("kv_cache_scheme")) != (expected := wanted.get("kv_cache_scheme")):
         why = "KV cache scales are stored" if KV_CACHE_FORMATS[kv_cache] else "no k_scale and v_scale are stored"
-        fault("config.json", f"kv_cache_scheme is {scheme!r}, expected {expected!r}: {why}")
+        issue("config.json", f"kv_cache_scheme is {scheme!r}, expected {expected!r}: {why}")
     if not config.get("architectures") or not isinstance(config["architectures"], list):
-        fault("config.json", f"architectures is {config.get('architectures')!r}; servers choose the model by it")
+        issue("config.json", f"architectures is {config.get('architectures')!r}; servers choose the model by it")
     if not quantized:
-        fault("config.json", "announces NVFP4, but no linear is quantized")
+        issue("config.json", "announces NVFP4, but no linear is quantized")
     if layout.name == "modelopt":
-        _check_hf_quant_config(directory, found, model, quantized, kv_cache, fault)
+        _check_hf_quant_config(directory, found, model, quantized, kv_cache, issue)
 
 
-def _check_groups(found: Any, wanted: dict[str, dict[str, Any]], layout: PackedLayout, fault: AddFault) -> None:
+def _check_groups(found: Any, wanted: dict[str, dict[str, Any]], layout: PackedLayout, issue: AddIssue) -> None:
     number = "one group for all linears" if len(wanted) == 1 else f"{len(wanted)} groups, one a format"
     if not isinstance(found, dict) or len(found) != len(wanted):
-        fault("config.json", f"quantization_config.config_groups is {found!r:.500}, expected {number}")
+        issue("config.json", f"quantization_config.config_groups is {found!r:.500}, expected {number}")
         return
     for group, expected in zip(found.values(), wanted.values(), strict=True):
         if not isinstance(group, dict):
-            fault("config.json", f"quantization_config.config_groups holds {group!r}, expected an object")
+            issue("config.json", f"quantization_config.config_groups holds {group!r}, expected an object")
             return
-        _check_group(group, expected, layout, fault)
+        _check_group(group, expected, layout, issue)
 
 
-def _check_group(group: dict[str, Any], wanted: dict[str, Any], layout: PackedLayout, fault: AddFault) -> None:
+def _check_group(group: dict[str, Any], wanted: dict[str, Any], layout: PackedLayout, issue: AddIssue) -> None:
     for key, value in wanted.items():
         if not isinstance(value, dict):
             if value is not None and group.get(key, value) != value:
-                fault("config.json", f"config_groups {key} is {group.get(key)!r:.500}, expected {value!r:.500}")
+                issue("config.json", f"config_groups {key} is {group.get(key)!r:.500}, expected {value!r:.500}")
             continue
         for entry, expected in value.items():
             actual = group[key].get(entry) if isinstance(group.get(key), dict) else None
             if entry != "observer" and actual != expected:
-                fault(
+                issue(
                     "config.json", f"config_groups {key}.{entry} is {actual!r}, expected {expected!r} ({layout.name})"
                 )
 
@@ -126,44 +126,44 @@ def _check_hf_quant_config(
     model: Inventory,
     quantized: Mapping[str, str],
     kv_cache: str,
-    fault: AddFault,
+    issue: AddIssue,
 ) -> None:
     name = "hf_quant_config.json"
-    other = read_json(directory / name, fault)
+    other = read_json(directory / name, issue)
     if other is None:
         return
     if not isinstance(other.get("quantization"), dict):
-        fault(name, "has no quantization object")
+        issue(name, "has no quantization object")
         return
     producer = other.get("producer")
     if not isinstance(producer, dict) or producer.get("name") != "modelopt":
-        fault(name, f"producer is {producer!r}, expected one named 'modelopt', by which servers know the layout")
+        issue(name, f"producer is {producer!r}, expected one named 'modelopt', by which servers know the layout")
     other = other["quantization"]
     wanted = hf_quant_config([], quantized or {"": DEFAULT_FORMAT}, kv_cache)["quantization"]
     for key in wanted:
         if key not in other:
-            fault(name, f"lacks quantization.{key}; TensorRT-LLM wants the key, null is fine")
+            issue(name, f"lacks quantization.{key}; TensorRT-LLM wants the key, null is fine")
     for key in ("quant_algo", "group_size", "kv_cache_quant_algo", "quantized_layers"):
         if other.get(key) != wanted.get(key):
-            fault(name, f"quantization.{key} is {other.get(key)!r:.500}, expected {wanted.get(key)!r:.500}")
+            issue(name, f"quantization.{key} is {other.get(key)!r:.500}, expected {wanted.get(key)!r:.500}")
         if found.get(key, wanted.get(key)) != other.get(key):
-            fault(name, f"quantization.{key} is {other.get(key)!r}, config.json says {found.get(key)!r}")
-    _check_exclusions(f"{name} exclude_modules", other.get("exclude_modules"), model, quantized, fault)
+            issue(name, f"quantization.{key} is {other.get(key)!r}, config.json says {found.get(key)!r}")
+    _check_exclusions(f"{name} exclude_modules", other.get("exclude_modules"), model, quantized, issue)
     if found.get("ignore") != other.get("exclude_modules"):
-        fault(name, "exclude_modules and config.json's ignore differ; servers read one or the other")
+        issue(name, "exclude_modules and config.json's ignore differ; servers read one or the other")
 
 
-def _check_exclusions(where: str, found: Any, model: Inventory, quantized: Mapping[str, str], fault: AddFault) -> None:
+def _check_exclusions(where: str, found: Any, model: Inventory, quantized: Mapping[str, str], issue: AddIssue) -> None:
     if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-        fault(where, f"is {found!r}, expected a list of module names")
+        issue(where, f"is {found!r}, expected a list of module names")
         return
     linears = model.excluded(())
     for module in sorted(set(found)):
         if module in quantized:
-            fault(module, f"is quantized and stands in {where}")
-        elif module not in linears and not model.carries(module):
-            fault(
+            issue(module, f"is quantized and stands in {where}")
+        elif module not in linears and not model.is_passthrough(module):
+            issue(
                 module, f"stands in {where} and is no linear; expected exact names, servers read patterns differently"
             )
     for module in sorted(model.excluded(quantized) - set(found)):
-        fault(module, f"is not quantized and missing from {where}")
+        issue(module, f"is not quantized and missing from {where}")

@@ -14,8 +14,8 @@ from pathlib import Path
 from megatron_qad.config import refusals
 from megatron_qad.config.machine_options import machine_options
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.output_mode import Outputs, OutputSizes, check_head, choose_outputs
-from megatron_qad.config.parallelism import check_layout, teacher_virtual_stages, with_stages
+from megatron_qad.config.output_mode import OutputMode, OutputSizes, check_head, resolve_output_mode
+from megatron_qad.config.parallelism import check_parallelism, teacher_virtual_stages, with_stages
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.vocabulary import check_same_vocabulary
 from megatron_qad.config.yaml_file import expand, to_flags, without
@@ -88,7 +88,7 @@ class JobConfig:
     policy: policy.Policy
     formats: Mapping[str, str]
     """Format of every linear of the student, by the global name of its Megatron weight."""
-    outputs: Outputs
+    outputs: OutputMode
     output_sizes: OutputSizes
     layer_spec: str
     """"te" or "local"."""
@@ -103,7 +103,7 @@ class JobConfig:
     @property
     def data_on_every_stage(self) -> bool:
         """Whether pipeline stages between the first and the last need the loss mask: not every loss is of logits."""
-        return len(self.losses.of_kind(LogitLoss)) < len(self.losses.terms)
+        return len(self.losses.terms_of_type(LogitLoss)) < len(self.losses.terms)
 
     @property
     def data_options(self) -> DataOptions:
@@ -119,7 +119,7 @@ class JobConfig:
         return teacher_virtual_stages(self.teacher.num_layers, self.flags, self.options)
 
     @property
-    def teacher_joins(self) -> int:
+    def teacher_microbatches_per_pass(self) -> int:
         """Microbatches of the student that the teacher takes at a time."""
         return (self.options.qad_teacher_micro_batch_size or self.flags.micro_batch_size) // self.flags.micro_batch_size
 
@@ -157,7 +157,7 @@ def read_job_config(
     refusals.check_models(options, losses)
     student, teacher = _models(options)
     if flags.save is not None:
-        refusals.refuse_models_directory(
+        refusals.refuse_model_directory(
             flags.save, {"--qad-teacher": options.qad_teacher, "--qad-student": student.checkpoint}
         )
     resumes = flags.load is None and flags.save is not None and not options.qad_ptq and holds_checkpoints(flags.save)
@@ -176,7 +176,7 @@ def read_job_config(
         for who, model in (("the student", student), ("the teacher", teacher))
         if model is not None
     }
-    check_layout(flags, options, shapes, world_size)
+    check_parallelism(flags, options, shapes, world_size)
     _check_batch(flags)
     if flags.global_batch_size is None:  # Megatron's own default
         ranks = world_size // flags.model_parallel_ranks
@@ -184,11 +184,11 @@ def read_job_config(
     refusals.check_masters(flags)
     refusals.check_step(flags)
     refusals.check_wandb(flags)
-    sizes = OutputSizes.of(flags, student.vocab_size)
-    for term in losses.of_kind(LogitLoss):
+    sizes = OutputSizes.from_flags(flags, student.vocab_size)
+    for term in losses.terms_of_type(LogitLoss):
         term.loss.check(sizes.columns)
     refusals.check_hidden_losses(flags, options, losses, shapes)
-    outputs = choose_outputs(options, sizes, losses, None if teacher is None else teacher.hidden_size)
+    outputs = resolve_output_mode(options, sizes, losses, None if teacher is None else teacher.hidden_size)
     refusals.check_saving(flags, options, has_teacher=teacher is not None)
     refusals.check_skipped(flags, options)
     chosen = policy.load(options.qad_policy, options.qad_rule)
@@ -219,7 +219,7 @@ def _parse(
 ) -> tuple[MegatronFlags, QADOptions]:
     given = argparse.Namespace(eval_iters=None)  # instead of the parser's default, which says that the user gave none
     parsed, _ = parser.parse_known_args([*to_flags(machine_options(machine)), *argv], given)
-    return MegatronFlags.of(parsed), QADOptions.of(parsed)
+    return MegatronFlags.from_args(parsed), QADOptions.from_args(parsed)
 
 
 def _models(options: QADOptions) -> tuple[ModelConfig, ModelConfig | None]:

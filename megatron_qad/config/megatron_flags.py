@@ -74,7 +74,7 @@ class MegatronFlags:
     trust_remote_code: bool = False
 
     @classmethod
-    def of(cls, parsed: argparse.Namespace) -> "MegatronFlags":
+    def from_args(cls, parsed: argparse.Namespace) -> "MegatronFlags":
         """Of what a parser found; flags that it does not know keep their defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         found = cls(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})

@@ -16,7 +16,7 @@ FUSED_ABOVE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputMode:
     """What the last stage of each model returns."""
 
     fused: bool = False
@@ -46,7 +46,7 @@ class OutputSizes:
     """Ranks that share out hidden states: the tensor-parallel size under sequence parallelism."""
 
     @classmethod
-    def of(cls, flags: MegatronFlags, vocab_size: int) -> "OutputSizes":
+    def from_flags(cls, flags: MegatronFlags, vocab_size: int) -> "OutputSizes":
         """Of a job's flags and its model's vocabulary, which Megatron pads."""
         tp = flags.tensor_model_parallel_size
         multiple = flags.make_vocab_size_divisible_by * tp
@@ -80,9 +80,9 @@ class OutputSizes:
         }
 
 
-def choose_outputs(
+def resolve_output_mode(
     options: QADOptions, sizes: OutputSizes, losses: WeightedLosses, teacher_hidden_size: int | None
-) -> Outputs:
+) -> OutputMode:
     """The outputs of a job.
 
     Args:
@@ -92,7 +92,7 @@ def choose_outputs(
         QADError: a choice that the loss or the other choice contradicts.
     """
     layer, keeps = options.qad_output_layer, options.qad_teacher_output
-    two_rounds = [term.name for term in losses.of_kind(LogitLoss) if term.loss.rounds > 1]
+    two_rounds = [term.name for term in losses.terms_of_type(LogitLoss) if term.loss.rounds > 1]
     if layer == "fused" and two_rounds:
         raise QADError(
             f"--qad-output-layer fused: {two_rounds[0]} reads all logits twice and cannot be fused with the output "
@@ -104,10 +104,10 @@ def choose_outputs(
     is_large = logits * (1 if teacher_hidden_size is None else 2) > FUSED_ABOVE_BYTES
     fused = layer == "fused" or layer == "auto" and is_large and not two_rounds and keeps != "logits"
     keeps_hidden = keeps == "hidden" or keeps == "auto" and (fused or hidden < logits)
-    return Outputs(fused, teacher_hidden_size is not None and keeps_hidden)
+    return OutputMode(fused, teacher_hidden_size is not None and keeps_hidden)
 
 
-def check_head(outputs: Outputs, formats: Mapping[str, str]) -> None:
+def check_head(outputs: OutputMode, formats: Mapping[str, str]) -> None:
     """Refuse a head whose weight is quantized in its own forward pass where that pass is not run.
 
     Args:

@@ -1,6 +1,6 @@
 """Parallelism: how a layer pattern is cut into pipeline stages, and which parallel layouts a job can have.
 
-``check_layout`` runs before Megatron's own checks and before any weight is built, and its errors name layouts that
+``check_parallelism`` runs before Megatron's own checks and before any weight is built, and its errors name layouts that
 would work for this model on these ranks.
 """
 
@@ -60,7 +60,7 @@ def possible_tensor_parallel(shape: Mapping) -> tuple[dict[str, int], list[int]]
     return parts, [size for size in sizes if all(number % size == 0 for number in parts.values())]
 
 
-def _tensor_parallel_faults(shape: Mapping, tp: int, who: str) -> Iterator[str]:
+def _tensor_parallel_problems(shape: Mapping, tp: int, who: str) -> Iterator[str]:
     parts, possible = possible_tensor_parallel(shape)
     for name, number in parts.items():
         if number % tp:
@@ -70,7 +70,7 @@ def _tensor_parallel_faults(shape: Mapping, tp: int, who: str) -> Iterator[str]:
             )
 
 
-def check_layout(flags: MegatronFlags, options: QADOptions, shapes: Mapping[str, Mapping], world: int) -> None:
+def check_parallelism(flags: MegatronFlags, options: QADOptions, shapes: Mapping[str, Mapping], world: int) -> None:
     """Refuse a layout that one of the models, the sequence or the batch cannot have.
 
     Args:
@@ -81,8 +81,8 @@ def check_layout(flags: MegatronFlags, options: QADOptions, shapes: Mapping[str,
     Raises:
         QADError: what does not fit, and layouts that do.
     """
-    fault = next(_faults(flags, options, shapes, world), None)
-    if fault is None:
+    problem = next(_problems(flags, options, shapes, world), None)
+    if problem is None:
         return
     named = [
         f"TP {tp} x PP {pp} x CP {cp} x DP {world // (tp * pp * cp)}"
@@ -90,14 +90,14 @@ def check_layout(flags: MegatronFlags, options: QADOptions, shapes: Mapping[str,
     ]
     more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
     works = ", ".join(named[:_MAX_NAMED]) or "none: change the sequence length or the batch"
-    raise QADError(f"{fault}. Layouts that would work on {world} rank(s): {works}{more}")
+    raise QADError(f"{problem}. Layouts that would work on {world} rank(s): {works}{more}")
 
 
-def _faults(flags, options, shapes, world: int) -> Iterator[str]:
+def _problems(flags, options, shapes, world: int) -> Iterator[str]:
     tp, pp, cp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size, flags.context_parallel_size
     virtual = flags.num_virtual_stages
     for who, shape in shapes.items():
-        yield from _tensor_parallel_faults(shape, tp, who)
+        yield from _tensor_parallel_problems(shape, tp, who)
     for who, shape in shapes.items():
         pattern = shape["hybrid-layer-pattern"]
         stages = pp * virtual if who == "the student" else pp  # a teacher takes as many virtual stages as it can
@@ -106,15 +106,15 @@ def _faults(flags, options, shapes, world: int) -> Iterator[str]:
                 f"{pp} pipeline stages x {stages // pp} virtual ones for {len(pattern)} layers ({pattern}) of {who}: "
                 "at most one stage a layer"
             )
-    yield from _expert_faults(flags, shapes, tp, pp, world)
-    yield from _mamba_faults(shapes, tp, cp)
+    yield from _expert_problems(flags, shapes, tp, pp, world)
+    yield from _mamba_problems(shapes, tp, cp)
     if world % (tp * pp * cp):
         yield f"TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp} ranks; this job has {world}"
-    yield from _sequence_faults(flags, options, tp, cp)
-    yield from _batch_faults(flags, options, pp, virtual, world // (tp * pp * cp))
+    yield from _sequence_problems(flags, options, tp, cp)
+    yield from _batch_problems(flags, options, pp, virtual, world // (tp * pp * cp))
 
 
-def _expert_faults(flags, shapes, tp: int, pp: int, world: int) -> Iterator[str]:
+def _expert_problems(flags, shapes, tp: int, pp: int, world: int) -> Iterator[str]:
     ep, etp = flags.expert_model_parallel_size, flags.expert_tensor_parallel_size or tp
     if ep > 1 and not shapes["the student"].get("num-experts"):
         yield f"--expert-model-parallel-size {ep}, but the student has no experts"
@@ -142,7 +142,7 @@ def _expert_faults(flags, shapes, tp: int, pp: int, world: int) -> Iterator[str]
             )
 
 
-def _mamba_faults(shapes, tp: int, cp: int) -> Iterator[str]:
+def _mamba_problems(shapes, tp: int, cp: int) -> Iterator[str]:
     for who, shape in shapes.items():
         if "M" not in shape["hybrid-layer-pattern"] or cp == 1:
             continue
@@ -154,7 +154,7 @@ def _mamba_faults(shapes, tp: int, cp: int) -> Iterator[str]:
             )
 
 
-def _sequence_faults(flags, options, tp: int, cp: int) -> Iterator[str]:
+def _sequence_problems(flags, options, tp: int, cp: int) -> Iterator[str]:
     length = flags.seq_length
     if length is not None:
         if cp > 1 and length % (2 * cp):
@@ -172,7 +172,7 @@ def _sequence_faults(flags, options, tp: int, cp: int) -> Iterator[str]:
             )
 
 
-def _batch_faults(flags, options, pp: int, virtual: int, dp: int) -> Iterator[str]:
+def _batch_problems(flags, options, pp: int, virtual: int, dp: int) -> Iterator[str]:
     if virtual > 1 and pp == 1:
         yield f"{_VIRTUAL_STAGES} {virtual} without pipeline parallelism"
     micro, whole = flags.micro_batch_size, flags.global_batch_size
@@ -209,8 +209,8 @@ def _possible(flags, options, shapes, world: int) -> Iterator[tuple[int, int, in
         if world % (tp * pp * cp):
             continue
         dp = world // (tp * pp * cp)
-        if any(_expert_faults(flags, shapes, tp, pp, world)) or any(_mamba_faults(shapes, tp, cp)):
+        if any(_expert_problems(flags, shapes, tp, pp, world)) or any(_mamba_problems(shapes, tp, cp)):
             continue
-        if any(_sequence_faults(flags, options, tp, cp)) or any(_batch_faults(flags, options, pp, 1, dp)):
+        if any(_sequence_problems(flags, options, tp, cp)) or any(_batch_problems(flags, options, pp, 1, dp)):
             continue
         yield tp, pp, cp

@@ -112,6 +112,6 @@ class QADOptions:
     """Print the plan (model, formats, layout, tokens, bytes per rank) and exit without building weights."""
 
     @classmethod
-    def of(cls, parsed: argparse.Namespace) -> "QADOptions":
+    def from_args(cls, parsed: argparse.Namespace) -> "QADOptions":
         """Of what a parser that knows these flags found."""
         return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})

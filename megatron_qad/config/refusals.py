@@ -208,7 +208,7 @@ def refuse_training_run(save: str | None) -> None:
         )
 
 
-def refuse_models_directory(save: str, models: Mapping[str, str | None]) -> None:
+def refuse_model_directory(save: str, models: Mapping[str, str | None]) -> None:
     """A job that saved among the files of an imported model would make them its own: an export would round them.
 
     Args:
@@ -230,9 +230,9 @@ def check_hidden_losses(
     """Refuse layers that a model does not have or that lie on different pipeline ranks, and models of different widths.
 
     Args:
-        shapes: as ``parallelism.check_layout`` takes them.
+        shapes: as ``parallelism.check_parallelism`` takes them.
     """
-    terms = losses.of_kind(HiddenLoss)
+    terms = losses.terms_of_type(HiddenLoss)
     if not terms:
         return
     student, teacher = shapes["the student"], shapes["the teacher"]

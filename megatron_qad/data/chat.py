@@ -27,7 +27,7 @@ class BadDocument(Exception):
     """One input record cannot become a document; the message is the reason that the list of bad lines shows."""
 
     line_offset = 0
-    """Lines between the start of the record and the fault."""
+    """Lines between the start of the record and the problem."""
 
 
 def encode_chat(hf_tokenizer, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:

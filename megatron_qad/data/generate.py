@@ -189,7 +189,7 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     """``size`` JSONL lines; prompts are padded on the left, so that all begin to write at the same column."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import roomy_cache
+    from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import preallocated_cache
 
     end = model.generation_config.eos_token_id
     ends = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
@@ -213,7 +213,7 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
             attention_mask=attention.to(model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([Sampler(options.temperature, options.top_p)]),
-            past_key_values=roomy_cache(model.config),
+            past_key_values=preallocated_cache(model.config),
         )
     lines = []
     for i, row in enumerate(sequences[:, width:].tolist()):

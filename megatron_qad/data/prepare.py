@@ -110,7 +110,7 @@ def _remove_left_overs(prefix: str) -> None:
 
 
 def _check(options: PrepareOptions) -> None:
-    """Faults that can be known before any work."""
+    """Problems that can be known before any work."""
     missing = [f for f in options.inputs if not Path(f).is_file()]
     if missing or not options.inputs:
         raise QADError(
@@ -185,7 +185,7 @@ def _ordered_map(
         except BrokenProcessPool as error:
             raise QADError(
                 "A worker process died (often: out of memory). Nothing was written. Run with fewer --workers; with "
-                "--workers 1 the fault shows in this process."
+                "--workers 1 the problem shows in this process."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

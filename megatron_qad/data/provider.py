@@ -223,7 +223,7 @@ def check_data(args, config: GPTDatasetConfig, options: DataOptions) -> None:
     """
     blends = [config.blend] if config.blend is not None else config.blend_per_split
     prefixes = list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
-    tokenizer = RunTokenizer.of(args, options.checkpoints)
+    tokenizer = RunTokenizer.from_checkpoints(args, options.checkpoints)
     for prefix in prefixes:
         missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
         if missing:

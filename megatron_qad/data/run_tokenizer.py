@@ -25,7 +25,7 @@ class RunTokenizer:
     """Hashes of what had to be loaded, once for all prefixes of a blend."""
 
     @classmethod
-    def of(cls, args, checkpoints: Iterable[str | None]) -> "RunTokenizer | None":
+    def from_checkpoints(cls, args, checkpoints: Iterable[str | None]) -> "RunTokenizer | None":
         """None where neither the flags nor the checkpoints hold a tokenizer.
 
         Args:

@@ -1,7 +1,7 @@
 """Input files -> records, each with the file and line it came from.
 
 A JSONL file gives one record a line. A text file is one record, unless a pattern splits it. Records are bytes: decoding
-and parsing happen in ``encode_record``, in the worker, where a fault becomes a named bad line. Left out: compressed
+and parsing happen in ``encode_record``, in the worker, where a problem becomes a named bad line. Left out: compressed
 files, JSON arrays, directories.
 """
 
@@ -77,7 +77,7 @@ def read_records(path: Path, fmt: str, split_on: str | None) -> Iterator[Record 
     if fmt == "jsonl":
         with path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
-                # A byte order mark at the start of a file is no fault of its first line.
+                # A byte order mark at the start of a file is no problem of its first line.
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 yield Record(str(path), number, True, line) if line.strip() else 1
         return

@@ -21,7 +21,7 @@ import yaml
 
 from megatron_qad.distillation.loss_registry import REGISTRY, Loss, losses_of_kind
 from megatron_qad.distillation.vocab_parallel import LogitLoss
-from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, nearest
+from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, did_you_mean
 from megatron_qad.engine.errors import QADError
 
 
@@ -45,7 +45,7 @@ def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
         number = sum(other.name.split()[0] == name for other in found)
         found.append(Term(f"{name} {number + 1}" if number else name, loss, weight))
     losses = WeightedLosses(tuple(found))
-    if not losses.of_kind(LogitLoss):
+    if not losses.terms_of_type(LogitLoss):
         of_logits = ", ".join(losses_of_kind(LogitLoss))
         raise QADError(f"--qad-loss {text!r}: expected a loss of the logits ({of_logits}) among its parts")
     return losses
@@ -56,13 +56,13 @@ _ReadTerm = tuple[str, dict, Weight]
 
 def _build(name: str, settings: dict, temperature: float) -> Loss:
     if name not in REGISTRY:
-        raise QADError(f"unknown loss {name!r}{nearest(name, REGISTRY)}; expected one of {', '.join(REGISTRY)}")
+        raise QADError(f"unknown loss {name!r}{did_you_mean(name, REGISTRY)}; expected one of {', '.join(REGISTRY)}")
     loss = REGISTRY[name].loss
     valid = {field.name for field in fields(loss) if field.init}
     for key in settings:
         if key not in valid:
             raise QADError(
-                f"{name} has no setting {key!r}{nearest(key, valid)}; it has {', '.join(sorted(valid)) or 'none'}"
+                f"{name} has no setting {key!r}{did_you_mean(key, valid)}; it has {', '.join(sorted(valid)) or 'none'}"
             )
     default = {"temperature": temperature} if "temperature" in valid else {}
     return loss(**(default | settings))
@@ -130,7 +130,7 @@ def _read_yaml(file: Path) -> list[_ReadTerm]:
         if isinstance(weight, Mapping):
             valid = [name for name in Weight.__dataclass_fields__]
             if unknown := [key for key in weight if key not in valid]:
-                raise QADError(f"weight has no key {unknown[0]!r}{nearest(unknown[0], valid)}")
+                raise QADError(f"weight has no key {unknown[0]!r}{did_you_mean(unknown[0], valid)}")
             weight = Weight(**({"schedule": "linear"} | weight))
         else:
             weight = _constant(weight)

@@ -31,7 +31,7 @@ class VocabShard:
     """Tensor-parallel process group; None is one rank."""
 
     @classmethod
-    def of_rank(cls, width: int, vocab_size: int, group=None) -> "VocabShard":
+    def for_rank(cls, width: int, vocab_size: int, group=None) -> "VocabShard":
         """The shard of this rank, whose logits are ``width`` wide, in a vocabulary of ``vocab_size`` unpadded."""
         first = width * (group.rank() if group is not None else 0)
         return cls(first, min(max(vocab_size - first, 0), width), group)

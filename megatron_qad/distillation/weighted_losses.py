@@ -25,7 +25,7 @@ class Weight:
         if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
             raise QADError(f"a weight's schedule {self.schedule}{numbers}: expected four numbers")
         if self.schedule not in ("constant", "linear", "cosine"):
-            raise QADError(f"unknown schedule {self.schedule!r}{nearest(self.schedule, ('linear', 'cosine'))}")
+            raise QADError(f"unknown schedule {self.schedule!r}{did_you_mean(self.schedule, ('linear', 'cosine'))}")
         if self.schedule != "constant" and not self.start < self.end:
             raise QADError(f"schedule {self.schedule}: its last step {self.end} must come after its first {self.start}")
 
@@ -55,7 +55,7 @@ class WeightedLosses:
 
     terms: tuple[Term, ...]
 
-    def of_kind(self, kind: type) -> tuple[Term, ...]:
+    def terms_of_type(self, kind: type) -> tuple[Term, ...]:
         """The terms whose loss is a ``LogitLoss``, a ``HiddenLoss`` or ``ScaleGrowth``."""
         return tuple(term for term in self.terms if isinstance(term.loss, kind))
 
@@ -64,7 +64,7 @@ class WeightedLosses:
         return any(term.loss.needs_teacher for term in self.terms)
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """The end of an error about an unknown ``name``: the valid one nearest to it, or nothing."""
     near = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""

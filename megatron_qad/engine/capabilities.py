@@ -41,7 +41,7 @@ class Capabilities:
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Ask the machine. The first call must come before the CPU backend is installed; ``prepare`` sees to that."""
+    """Ask the machine. The first call must come before the CPU backend is installed; ``init_runtime`` sees to that."""
     gpu = torch.cuda.is_available()
     reasons = [
         f"device {'cuda' if gpu else 'cpu'}: torch {torch.__version__} "
@@ -78,22 +78,23 @@ def capabilities() -> Capabilities:
     )
 
 
-def prepare(*, to_compute: bool = False) -> Capabilities:
+def init_runtime(*, for_compute: bool = False) -> Capabilities:
     """Install the CPU backend if there is no GPU; read checkpoints as data. Call before importing ``megatron``; later
     calls are free.
 
     Args:
-        to_compute: the process will train or evaluate. Where Transformer Engine is installed and no GPU is there, it is
+        for_compute: the process will train or evaluate. Where Transformer Engine is installed and no GPU is there, it
+        is
             then hidden: Megatron takes its kernels wherever it can import it, and they refuse CPU tensors.
     """
     processes.end_with_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
-    restricted_unpickling.refuse_code()
+    restricted_unpickling.restrict_unpickling()
     found = capabilities()
     if found.device == "cpu":
         device.install()
         bf16_matmul_fallback.install()
-        if to_compute:
+        if for_compute:
             sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed
     if found.mamba == "torch":
         mamba_packages.install()

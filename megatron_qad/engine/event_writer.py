@@ -25,8 +25,8 @@ _MAX_WAITING_BYTES = 16 << 20
 _SECONDS_BETWEEN_TRIES = 1.0
 
 
-class Faults:
-    """Says each kind of fault of one logger once."""
+class FailureLog:
+    """Says each kind of failure of one logger once."""
 
     def __init__(self, logger: str):
         self._logger = logger
@@ -40,7 +40,7 @@ class Faults:
             print(f"megatron_qad: ERROR: {self._logger}: {reason}. The job goes on", flush=True)
 
     def over(self, said: str) -> None:
-        """Writing works again after a fault; the next fault is said again."""
+        """Writing works again after a failure; the next failure is said again."""
         self._said.clear()
         print(f"megatron_qad: {self._logger}: {said}", flush=True)
 
@@ -53,8 +53,8 @@ class _EventFile:
     cut is left alone, and a new one is begun.
     """
 
-    def __init__(self, directory: Path, faults: Faults):
-        self._directory, self._faults = directory, faults
+    def __init__(self, directory: Path, failures: FailureLog):
+        self._directory, self._failures = directory, failures
         self._file: Path | None = None
         self._num_bytes = 0  # of the file, all of them ours
         self._head: bytes | None = None  # TensorBoard's first record, which names the format
@@ -95,12 +95,12 @@ class _EventFile:
             self._append(b"".join(self._waiting))
         except OSError as error:
             self._failed_at = time.monotonic()
-            self._faults.say(error)
+            self._failures.say(error)
             if isinstance(error, FileNotFoundError):
                 self._file = None
             return
         if self._failed_at is not None:
-            self._faults.over(f"{len(self._waiting)} events that waited are written")
+            self._failures.over(f"{len(self._waiting)} events that waited are written")
         self._waiting.clear()
         self._waiting_bytes, self._failed_at = 0, None
 
@@ -127,10 +127,10 @@ class _EventFile:
 
 
 class _FileWriter(FileWriter):
-    def __init__(self, directory: str, max_queue: int, flush_secs: int, faults: Faults):
+    def __init__(self, directory: str, max_queue: int, flush_secs: int, failures: FailureLog):
         self.event_writer = EventFileWriter.__new__(EventFileWriter)  # without its constructor, which writes
         self.event_writer._logdir = directory
-        self.event_writer._async_writer = _AsyncWriter(_EventFile(Path(directory), faults), max_queue, flush_secs)
+        self.event_writer._async_writer = _AsyncWriter(_EventFile(Path(directory), failures), max_queue, flush_secs)
 
 
 class JobWriter(SummaryWriter):
@@ -145,14 +145,14 @@ class JobWriter(SummaryWriter):
     """
 
     def __init__(self, directory: str, max_queue: int, started_at: Callable[[], int], end_record: Path | None = None):
-        self._faults, self._started_at = Faults(f"TensorBoard in {directory}"), started_at
+        self._failures, self._started_at = FailureLog(f"TensorBoard in {directory}"), started_at
         self._end_record = end_record
         self._number: int | None = len(event_files(Path(directory)))
         super().__init__(directory, max_queue=max_queue)
 
     def _get_file_writer(self):
         if self.file_writer is None:
-            self.file_writer = _FileWriter(self.log_dir, self.max_queue, self.flush_secs, self._faults)
+            self.file_writer = _FileWriter(self.log_dir, self.max_queue, self.flush_secs, self._failures)
             self.all_writers = {self.log_dir: self.file_writer}
         return self.file_writer
 
@@ -177,4 +177,4 @@ class JobWriter(SummaryWriter):
         try:
             method(*args, **named)
         except Exception as error:
-            self._faults.say(error)
+            self._failures.say(error)

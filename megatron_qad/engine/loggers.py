@@ -1,6 +1,6 @@
 """Loggers that never end a job: TensorBoard's event files, wandb, Megatron's progress log and the console.
 
-What a logger raises is said once per kind of fault, on one line, and the job goes on. ``Loggers`` puts all of it in
+What a logger raises is said once per kind of failure, on one line, and the job goes on. ``Loggers`` puts all of it in
 Megatron's place; ``event_writer`` is TensorBoard's part. Left out: the small files of the job itself, which
 ``engine.run_directory.manifest.write_or_say`` and ``preemption`` survive.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron.training import global_vars
 
 from megatron_qad.engine.event_record import EventRecord
-from megatron_qad.engine.event_writer import Faults, JobWriter
+from megatron_qad.engine.event_writer import FailureLog, JobWriter
 from megatron_qad.engine.patches import replace
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE
@@ -25,18 +25,18 @@ from megatron_qad.engine.run_directory.run_files import EVENTS_FILE
 class Guarded:
     """``wandb``, whose functions (also those of its ``run`` and ``config``) raise nothing and then return None."""
 
-    def __init__(self, guarded, faults: Faults):
-        self._guarded, self._faults = guarded, faults
+    def __init__(self, guarded, failures: FailureLog):
+        self._guarded, self._failures = guarded, failures
 
     def __getattr__(self, name: str):
         try:
             value = getattr(self._guarded, name)
         except Exception as error:
-            self._faults.say(error)
+            self._failures.say(error)
             return None
         if callable(value):
-            return _surviving(value, self._faults)
-        return value if isinstance(value, (str, int, float, type(None))) else Guarded(value, self._faults)
+            return _surviving(value, self._failures)
+        return value if isinstance(value, (str, int, float, type(None))) else Guarded(value, self._failures)
 
     def __eq__(self, other) -> bool:  # Megatron's timers ask whether their writer is wandb
         return other is self._guarded or isinstance(other, Guarded) and other._guarded is self._guarded
@@ -44,12 +44,12 @@ class Guarded:
     __hash__ = object.__hash__
 
 
-def _surviving(function: Callable, faults: Faults, errors: type[Exception] = Exception) -> Callable:
+def _surviving(function: Callable, failures: FailureLog, errors: type[Exception] = Exception) -> Callable:
     def call(*args, **named):
         try:
             return function(*args, **named)
         except errors as error:
-            faults.say(error)
+            failures.say(error)
             return None
 
     return call
@@ -93,7 +93,7 @@ class Loggers:
         """Let Megatron make its loggers from those of this file."""
         sys.stdout, sys.stderr = (s if isinstance(s, _Console) else _Console(s) for s in (sys.stdout, sys.stderr))
         replace("megatron.training.global_vars:_set_tensorboard_writer", lambda _: self._set_tensorboard_writer)
-        of_wandb = Faults(f"wandb in {self._wandb_dir}")
+        of_wandb = FailureLog(f"wandb in {self._wandb_dir}")
 
         def guarded(start: Callable) -> Callable:
             def set_wandb_writer(args: argparse.Namespace) -> None:
@@ -105,9 +105,9 @@ class Loggers:
 
         replace("megatron.training.global_vars:_set_wandb_writer", guarded)
         # A checkpoint's entry in wandb, and a small file beside the checkpoints.
-        surviving_wandb = partial(_surviving, faults=of_wandb)
+        surviving_wandb = partial(_surviving, failures=of_wandb)
         replace("megatron.training.wandb_utils:on_save_checkpoint_success", surviving_wandb)
-        surviving_disk = partial(_surviving, faults=Faults(f"the progress log in {self._save}"), errors=OSError)
+        surviving_disk = partial(_surviving, failures=FailureLog(f"the progress log in {self._save}"), errors=OSError)
         for module in ("training", "checkpointing"):
             replace(f"megatron.training.{module}:append_to_progress_log", surviving_disk)
 

@@ -1,4 +1,4 @@
-"""Faults of Megatron, or of its wheel, that a job would run into: each is replaced here, and stands in ``patches``."""
+"""Fixes for bugs of Megatron and its wheel that a job would run into; each has a row in ``patches``."""
 
 import importlib.util
 import queue

@@ -15,27 +15,27 @@ from megatron.training.checkpointing import load_checkpoint
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.loop import gather_parameters
-from megatron_qad.engine.run_directory.resume_point import newest_whole
+from megatron_qad.engine.run_directory.resume_point import latest_valid_checkpoint
 
 _OF_THE_LOOP = ("iteration", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
 """What Megatron keeps in its args of how far the data is."""
 
 
-def roll_back(args: argparse.Namespace, model, optimizer, scheduler, distrusted: set[int]) -> set[int]:
-    """Load the newest whole checkpoint of ``--save`` that is not ``distrusted``; its iteration, or none if there is no
+def roll_back(args: argparse.Namespace, model, optimizer, scheduler, rejected: set[int]) -> set[int]:
+    """Load the newest whole checkpoint of ``--save`` that is not ``rejected``; its iteration, or none if there is no
     checkpoint yet. Every rank calls this, between two steps.
 
     Args:
         args: Megatron's global arguments, in which its loop counts.
 
     Raises:
-        QADError: all whole checkpoints are distrusted.
+        QADError: all whole checkpoints are rejected.
     """
     step = args.curr_iteration + 1
     megatron_loop.maybe_finalize_async_save(blocking=True)
     root = Path(args.save)
-    iteration = newest_whole(root, step - 1, distrusted)  # later ones are of a run that was set back
-    if iteration is None and not distrusted:
+    iteration = latest_valid_checkpoint(root, step - 1, rejected)  # later ones are of a run that was set back
+    if iteration is None and not rejected:
         print_rank_0(f"megatron_qad: WARNING: no checkpoint yet: the batch of step {step} is left out, nothing else")
         return set()
     if iteration is None:

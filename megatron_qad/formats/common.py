@@ -25,7 +25,7 @@ _MAGNITUDE_BITS = 0x7FFFFFFF
 _BITS_OF_2_TO_MINUS_6 = 0x3C800000  # the smallest normal E4M3 number
 
 
-class OffGridError(QADError):
+class NotRepresentableError(QADError):
     """A tensor that was to be packed exactly holds values that its format cannot express under its scale."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_qad.formats.common import OffGridError, neighbours, tensor_amax
+from megatron_qad.formats.common import NotRepresentableError, neighbours, tensor_amax
 
 BF16_BITS = 16
 SCALE_BYTES = 4
@@ -98,14 +98,14 @@ class NumberFormat:
         codes = self.quantize(weight, scale, name=name)
         return codes if torch.equal(self.dequantize(codes, scale, weight.dtype), weight) else None
 
-    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
-        """``exact_codes`` of a weight that must have them. Raises OffGridError if there are none."""
+    def pack_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
+        """``exact_codes`` of a weight that must have them. Raises NotRepresentableError if there are none."""
         codes = self.exact_codes(weight, scale, name=name)
         if codes is None:
-            raise OffGridError(f"{name}: some of its values are no {self.name} values under its scale.")
+            raise NotRepresentableError(f"{name}: some of its values are no {self.name} values under its scale.")
         return codes
 
-    def is_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
+    def is_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
         return self.exact_codes(weight, scale, name=name) is not None
 
     def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:

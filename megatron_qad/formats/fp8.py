@@ -17,7 +17,7 @@ from megatron_qad.formats.common import (
     E4M3_MAX,
     FLOATS,
     MAX_ULPS,
-    OffGridError,
+    NotRepresentableError,
     neighbours,
     refuse_nonfinite,
     round_to_e4m3_,
@@ -128,7 +128,7 @@ def fake_quant_(x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool =
     return x
 
 
-def pack_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tensor:
+def pack_representable(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tensor:
     """Codes of a fake-quantized tensor that decode to exactly it: ``dequantize(codes, scale, weight.dtype) == weight``.
 
     Quantizing again suffices: fake quantization moves a value by at most half an ulp of its type, and E4M3 steps are
@@ -138,12 +138,12 @@ def pack_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tens
         weight: float32, bfloat16 or float16 [..., K], the result of ``fake_quant`` with this ``scale``.
         scale: as for ``quantize``; the original one, or from ``recover_scale``.
 
-    Raises OffGridError, a QADError, with the count, if a value is no E4M3 number times the scale.
+    Raises NotRepresentableError, a QADError, with the count, if a value is no E4M3 number times the scale.
     """
     codes = exact_codes(weight, scale, name=name)
     if codes is None:
         wrong = int((fake_quant(weight, scale, name=name) != weight).sum())
-        raise OffGridError(
+        raise NotRepresentableError(
             f"{name}: {wrong} of {weight.numel()} values are no FP8 values under its scale. Expected a tensor that was "
             "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"
         )
@@ -151,8 +151,8 @@ def pack_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tens
 
 
 def exact_codes(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tensor | None:
-    """What ``pack_on_grid`` returns; None where it would raise OffGridError, found at the first tile that is off the
-    grid. NaN and Inf still raise QADError."""
+    """What ``pack_representable`` returns; None where it would raise NotRepresentableError, found at the first tile
+    that is off the grid. NaN and Inf still raise QADError."""
     rows, scales = _prepare(weight, scale, name, check=True)
     codes = torch.empty(rows.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     for part in tile_slices(rows):
@@ -161,13 +161,13 @@ def exact_codes(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tenso
         if bool((dequantize(codes[part], tile_scale, weight.dtype) != rows[part]).any()):
             rest = slice(part.stop, None)
             if not bool(torch.isfinite(tensor_amax(rows[rest]))):
-                quantize(rows[rest], _of_rows(scales, rest), name=name)  # raises: NaN and Inf are the worse fault
+                quantize(rows[rest], _of_rows(scales, rest), name=name)  # raises: NaN and Inf are the worse problem
             return None
     return codes.view(weight.shape)
 
 
-def is_on_grid(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
-    """Whether ``pack_on_grid`` would succeed. NaN and Inf still raise QADError."""
+def is_representable(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
+    """Whether ``pack_representable`` would succeed. NaN and Inf still raise QADError."""
     return exact_codes(weight, scale, name=name) is not None
 
 
@@ -180,7 +180,7 @@ def recover_scale(weights: Tensor | Sequence[Tensor], *, name: str = "tensor", p
         per_row: one scale a row [..., 1] instead of one [].
 
     For bfloat16 and float16 it is ``scale_from_amax`` of the amax, which fake quantization keeps; for float32 its
-    neighbours are tried too. Raises OffGridError if none packs every value.
+    neighbours are tried too. Raises NotRepresentableError if none packs every value.
     """
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     if not tensors or (per_row and len(tensors) != 1):
@@ -200,7 +200,7 @@ def recover_scale(weights: Tensor | Sequence[Tensor], *, name: str = "tensor", p
         solved |= exact
         if bool(solved.all()):
             return scale
-    raise OffGridError(
+    raise NotRepresentableError(
         f"{name}: no scale within {MAX_ULPS} ulps of {scale.reshape(-1)[0].item()} (or of its row) packs it exactly. "
         "The weights are not fake-quantized FP8 values: quantize them in place before packing, or export them with "
         "`quantize`."

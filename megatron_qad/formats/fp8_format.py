@@ -41,8 +41,8 @@ class FP8Numbers(NumberFormat):
         codes = fp8.exact_codes(weight, scale, name=name)
         return None if codes is None else {"weight": codes}
 
-    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
-        return {"weight": fp8.pack_on_grid(weight, scale, name=name)}
+    def pack_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
+        return {"weight": fp8.pack_representable(weight, scale, name=name)}
 
 
 FP8 = FP8Numbers()

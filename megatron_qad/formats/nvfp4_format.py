@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_pack
-from megatron_qad.formats.common import OffGridError
+from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
@@ -42,12 +42,12 @@ class NVFP4Numbers(NumberFormat):
 
     def exact_codes(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor] | None:
         try:
-            return self.pack_on_grid(weight, scale, name=name)
-        except OffGridError:
+            return self.pack_representable(weight, scale, name=name)
+        except NotRepresentableError:
             return None
 
-    def pack_on_grid(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
-        packed, block_scale = nvfp4_pack.pack_on_grid(weight, scale, name=name)
+    def pack_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
+        packed, block_scale = nvfp4_pack.pack_representable(weight, scale, name=name)
         return {"weight": packed, "block_scale": block_scale}
 
 

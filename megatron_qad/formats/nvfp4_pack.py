@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.common import E4M3_MAX, E4M3_MIN, MAX_ULPS, OffGridError, neighbours, tensor_amax, tile_slices
+from megatron_qad.formats.common import (
+    E4M3_MAX,
+    E4M3_MIN,
+    MAX_ULPS,
+    NotRepresentableError,
+    neighbours,
+    tensor_amax,
+    tile_slices,
+)
 from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
 from megatron_qad.formats.nvfp4 import (
     BLOCK_SIZE,
@@ -25,13 +33,13 @@ from megatron_qad.formats.nvfp4 import (
     require_scale,
 )
 
-__all__ = ["OffGridError", "is_on_grid", "pack_on_grid", "recover_global_scale"]
+__all__ = ["NotRepresentableError", "is_representable", "pack_representable", "recover_global_scale"]
 
 _SEARCH_BLOCKS = 1 << 10  # blocks searched among all scales at a time: 1024 x 126 x 16 values, 8 MiB of float32
 _LARGEST_CODES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
 
 
-def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
+def pack_representable(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
     """Pack a fake-quantized tensor so that ``dequantize(packed, block_scale, global_scale, weight.dtype)`` equals it.
 
     Args:
@@ -41,8 +49,8 @@ def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") 
     Returns:
         packed uint8 [..., K/2] and block_scale float8_e4m3fn [..., K/16]. Both zeros of ``weight`` become code 0.
 
-    Raises OffGridError, a QADError, with the count, if a block of ``weight`` is no NVFP4 block under this global scale,
-    at the first tile that has one: of a weight that was never quantized no more than a tile is packed.
+    Raises NotRepresentableError, a QADError, with the count, if a block of ``weight`` is no NVFP4 block under this
+    global scale, at the first tile that has one: of a weight that was never quantized no more than a tile is packed.
     """
     require_blocks(weight, name, "max")
     require_scale(global_scale.float(), name)
@@ -58,10 +66,10 @@ def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") 
         blocks = rows[part].reshape(-1, BLOCK_SIZE)[wrong]
         try:
             codes, scales = _search(blocks, global_scale, name, blocks_seen=part.stop * (dim // BLOCK_SIZE))
-        except OffGridError:
+        except NotRepresentableError:
             rest = rows[part.stop :]
             if not bool(torch.isfinite(tensor_amax(rest))):
-                quantize(rest, global_scale, name=name)  # raises: NaN and Inf are the worse fault
+                quantize(rest, global_scale, name=name)  # raises: NaN and Inf are the worse problem
             raise
         packed[part].view(-1, BLOCK_SIZE // 2)[wrong] = pack_codes(codes)
         # Through uint8 because torch has no indexed assignment of float8 on the CPU.
@@ -69,11 +77,11 @@ def pack_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") 
     return packed.view(*weight.shape[:-1], dim // 2), block_scale.view(*weight.shape[:-1], dim // BLOCK_SIZE)
 
 
-def is_on_grid(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> bool:
-    """Whether ``pack_on_grid`` would succeed. NaN and Inf still raise QADError."""
+def is_representable(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> bool:
+    """Whether ``pack_representable`` would succeed. NaN and Inf still raise QADError."""
     try:
-        pack_on_grid(weight, global_scale, name=name)
-    except OffGridError:
+        pack_representable(weight, global_scale, name=name)
+    except NotRepresentableError:
         return False
     return True
 
@@ -97,9 +105,9 @@ def recover_global_scale(weights: Tensor | Sequence[Tensor], *, name: str = "ten
     if all(weight.dtype != torch.float32 for weight in tensors):
         return scale
     for candidate in neighbours(scale):
-        if all(is_on_grid(weight, candidate, name=name) for weight in tensors):
+        if all(is_representable(weight, candidate, name=name) for weight in tensors):
             return candidate
-    raise OffGridError(
+    raise NotRepresentableError(
         f"{name}: no global scale within {MAX_ULPS} ulps of {scale.item()} packs it exactly. The weights are not "
         "fake-quantized NVFP4 values: quantize them in place before packing, or export them with `quantize`."
     )
@@ -145,7 +153,7 @@ def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -
             codes[part], found[part] = tried[torch.arange(len(part), device=part.device), first], candidates[first]
             hopeless += int((~exact.any(dim=-1)).sum())
     if hopeless:
-        raise OffGridError(
+        raise NotRepresentableError(
             f"{name}: at least {hopeless} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values "
             f"under the global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
             "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"

@@ -22,7 +22,7 @@ class Documents(PackedSeqParams):
     """Global, not this rank's share."""
 
     @classmethod
-    def of(cls, lengths: list[int], device=None) -> "Documents":
+    def from_lengths(cls, lengths: list[int], device=None) -> "Documents":
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.to(device) if device is not None else ends
         # The longest document and not the row: were it the row's length, Megatron's rotary embedding would take the

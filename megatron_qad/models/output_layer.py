@@ -2,7 +2,7 @@
 logits.
 
 Hidden states are smaller than logits wherever H < V/tp, and a loss that is fused with the output layer needs nothing
-else. ``stopped_before_output_layer`` makes a last stage return them; ``Output`` goes on from there.
+else. ``stopped_before_output_layer`` makes a last stage return them; ``ModelOutput`` goes on from there.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def stopped_before_output_layer(model: torch.nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Output:
+class ModelOutput:
     """A last stage's output of one microbatch."""
 
     tensor: Tensor

@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_qad.models.attention import CoreAttention
 from megatron_qad.models.experts import LocalMoELayer, moe_mlp
 from megatron_qad.models.local_layers import LocalHybridStack, RMSNorm
-from megatron_qad.models.variable_width_mlp import SizedMLPLayer
+from megatron_qad.models.variable_width_mlp import VariableWidthMLPLayer
 
 LAYER_SPECS = ("te", "local")
 
@@ -54,7 +54,9 @@ def hybrid_stack_spec(
     spec = (_te_spec if layer_spec == "te" else _local_spec)(qk_layernorm, trains_router)
     if mlp_widths is None:
         return spec
-    mlp_layer = dataclasses.replace(spec.submodules.mlp_layer, module=SizedMLPLayer, params={"widths": mlp_widths})
+    mlp_layer = dataclasses.replace(
+        spec.submodules.mlp_layer, module=VariableWidthMLPLayer, params={"widths": mlp_widths}
+    )
     return _with_submodules(spec, mlp_layer=mlp_layer)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from megatron.core.ssm.mlp_layer import MLPLayer
 
 
-class SizedMLPLayer(MLPLayer):
+class VariableWidthMLPLayer(MLPLayer):
     """Megatron's MLP layer with a config of its own.
 
     Args:

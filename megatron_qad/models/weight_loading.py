@@ -46,7 +46,7 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
     Raises:
         QADError: a damaged checkpoint; a tensor of the model that it lacks, or one of another shape; named.
     """
-    manifest.require_whole(iteration_dir(checkpoint))
+    manifest.verify_checkpoint(iteration_dir(checkpoint))
     stored = stored_shapes(checkpoint)
     left_out = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
     # Experts are always stored like that, and say nothing of the other MLPs.

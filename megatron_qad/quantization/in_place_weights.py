@@ -2,14 +2,13 @@
 
 The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``: the
 straight-through estimator is then exact and free, since the gradient of the parameter is the gradient of the master,
-and no weight quantizer runs in any forward pass. Inside ``on_grid()``, which spans one schedule (all microbatches), the
-weights are quantized; the next ``optimizer.step`` overwrites them from its masters. Between two steps they are
-quantized once, whatever evaluations run: NVFP4 is not idempotent where block scales are subnormal, so that quantizing
-twice could move a weight.
+and no weight quantizer runs in any forward pass. Inside ``quantized_weights()``, which spans one schedule (all
+microbatches), the weights are quantized; the next ``optimizer.step`` overwrites them from its masters. Between two
+steps they are quantized once, whatever evaluations run: NVFP4 is not idempotent where block scales are subnormal, so
+that quantizing twice could move a weight.
 
-In float32 training Megatron's optimizer keeps no masters: the parameters are the masters. There ``on_grid`` keeps a
-copy and restores it afterwards.
-"""
+In float32 training Megatron's optimizer keeps no masters: the parameters are the masters. There ``quantized_weights``
+keeps a copy and restores it afterwards."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -68,10 +67,11 @@ class InPlaceWeights:
         """What quantizing has taken so far, wall time of this process."""
         self._may_be_on_grid = True  # a checkpoint may have been saved on the grid
         self.is_stale = True
-        """Whether the next ``on_grid`` quantizes: the optimizer has written the weights since the last one."""
+        """Whether the next ``quantized_weights`` quantizes: the optimizer has written the weights since the last
+        one."""
 
     @contextmanager
-    def on_grid(self, *, then_updated: bool) -> Iterator[None]:
+    def quantized_weights(self, *, then_updated: bool) -> Iterator[None]:
         """Quantize, run the block, and leave the parameters to the optimizer (or restore float32 ones).
 
         Args:
@@ -133,7 +133,7 @@ class InPlaceWeights:
             off = [
                 i
                 for i, (w, name) in enumerate(zip(tensors, names, strict=True))
-                if not number_format.is_on_grid(w, scales[i], name=name)
+                if not number_format.is_representable(w, scales[i], name=name)
             ]
             tensors, names, scales = [tensors[i] for i in off], [names[i] for i in off], scales[off]
         number_format.fake_quant_list_(tensors, scales, names, self.scale_rule)

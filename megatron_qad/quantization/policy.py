@@ -12,7 +12,16 @@ import yaml
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
-from megatron_qad.quantization.rules import KINDS, Linear, Rule, known, module_of, nearest, parse_override, parse_rule
+from megatron_qad.quantization.rules import (
+    KINDS,
+    Linear,
+    Rule,
+    check_choice,
+    did_you_mean,
+    module_of,
+    parse_override,
+    parse_rule,
+)
 
 SHIPPED = Path(__file__).parent / "policies"
 
@@ -42,7 +51,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-rule"
     if not path.is_file():
         shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
         raise QADError(
-            f"no quantization policy {policy!r}{nearest(policy, shipped)}: it is neither a YAML file nor one of "
+            f"no quantization policy {policy!r}{did_you_mean(policy, shipped)}: it is neither a YAML file nor one of "
             + ", ".join(shipped)
         )
     try:
@@ -52,7 +61,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-rule"
     if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
         raise QADError(f"{path}: a policy has a list named 'rules', found {document!r:.200}")
     for key in document:
-        known("key", key, ("rules", "kv_cache"), str(path))
+        check_choice("key", key, ("rules", "kv_cache"), str(path))
     kv_cache = _kv_cache(document.get("kv_cache", "bf16"), str(path))
     rules = [parse_rule(entry, str(path)) for entry in document["rules"]]
     for text in overrides:
@@ -64,7 +73,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-rule"
 
 
 def _kv_cache(found: object, where: str) -> str:
-    known("KV cache format", found, KV_CACHE_FORMATS, where)
+    check_choice("KV cache format", found, KV_CACHE_FORMATS, where)
     return found
 
 
@@ -145,8 +154,8 @@ def _reaches_nothing(rule: Rule, linears: Sequence[Linear]) -> str:
     elif rule.kinds and not set(rule.kinds) & set(kinds):
         message += f": it has no linear of kind {' or '.join(rule.kinds)}; its kinds are {', '.join(kinds)}"
     elif rule.projections and not set(rule.projections) & set(projections):
-        message += f"{nearest(rule.projections[0], projections)}: its projections are {', '.join(projections)}"
+        message += f"{did_you_mean(rule.projections[0], projections)}: its projections are {', '.join(projections)}"
     elif rule.name is not None:
-        message += f"{nearest(rule.name, KINDS)}; its linears are named like {module_of(linears[0])}"
+        message += f"{did_you_mean(rule.name, KINDS)}; its linears are named like {module_of(linears[0])}"
         message += ", and what is no linear (router, embedding, norm, conv1d) is never quantized"
     return message

@@ -134,13 +134,13 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
     if not isinstance(entry, dict) or "format" not in entry or len(entry) < 2:
         raise QADError(f"{where}: a rule has 'format' and at least one of {', '.join(SELECTORS)}; found {entry!r}")
     for key in entry:
-        known("key", key, ("format", *SELECTORS), where)
-    known("format", entry["format"], FORMATS, where)
+        check_choice("key", key, ("format", *SELECTORS), where)
+    check_choice("format", entry["format"], FORMATS, where)
     kinds = _texts(entry, "kind", where)
     for kind in kinds:
         if kind in _NO_GEMM:
             raise QADError(f"{where}: {kind!r} is no kind that a rule can select: {_NEVER}, and need no rule")
-        known("kind", kind, KINDS, where)
+        check_choice("kind", kind, KINDS, where)
     projections = _texts(entry, "projection", where)
     if FORMATS[entry["format"]].quantizes:
         never = [found for found in (*kinds, *projections) if found in (*NEVER_QUANTIZED, *_NO_GEMM)]
@@ -150,7 +150,7 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
             )
     before = entry.get("before")
     if before is not None:
-        known("kind of layer", before, LAYER_KINDS, where)
+        check_choice("kind of layer", before, LAYER_KINDS, where)
         if not kinds:
             raise QADError(f"{where}: 'before: {before}' needs 'kind', the kind of the layer that precedes ({entry!r})")
     return Rule(
@@ -184,15 +184,15 @@ def parse_override(text: str, flag: str = "--qad-rule") -> Rule:
     return parse_rule({**entry, "format": fmt}, where, is_override=True)
 
 
-def known(what: str, found: object, valid: Iterable[str], where: str) -> None:
+def check_choice(what: str, found: object, valid: Iterable[str], where: str) -> None:
     """Stop at a word that is not one of ``valid``, naming the nearest."""
     valid = tuple(valid)
     if found in valid:
         return
-    raise QADError(f"{where}: unknown {what} {found!r}{nearest(found, valid)}; one of {', '.join(valid)}")
+    raise QADError(f"{where}: unknown {what} {found!r}{did_you_mean(found, valid)}; one of {', '.join(valid)}")
 
 
-def nearest(found: object, valid: Iterable[str]) -> str:
+def did_you_mean(found: object, valid: Iterable[str]) -> str:
     """``"; did you mean 'mlp'?"``, or nothing if no word is near."""
     close = difflib.get_close_matches(str(found), list(valid), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -40,7 +40,7 @@ class Groups:
 
 
 @dataclass
-class Exchange:
+class SmoothingPair:
     """One tensor between two places of a model: made by rows, read by columns of linears.
 
     Args:
@@ -52,7 +52,7 @@ class Exchange:
         power: how often a row's factor arrives at the columns (2 behind a squared ReLU).
         group: the ranks over which the tensor's rows are spread.
         min_tokens: with fewer, nothing is exchanged.
-        readers: regular expression of the names of all linears that read it; None: ``name`` alone.
+        consumers: regular expression of the names of all linears that read it; None: ``name`` alone.
     """
 
     name: str
@@ -63,18 +63,18 @@ class Exchange:
     power: int = 1
     group: object = None
     min_tokens: int = 1
-    readers: str | None = None
+    consumers: str | None = None
     _squares: Tensor | None = field(init=False, default=None)
     _num_tokens: int = field(init=False, default=0)
 
-    def see(self, x: Tensor) -> None:
+    def observe(self, x: Tensor) -> None:
         """Add the tensor of a forward pass, [..., inputs], to what is known of its channels."""
         x = x.detach().reshape(-1, x.shape[-1])
         squares = x.float().square().sum(0, dtype=torch.float64)
         self._squares = squares if self._squares is None else self._squares + squares
         self._num_tokens += len(x)
 
-    def apply_(self, exponent: float) -> Tensor:
+    def apply_(self, alpha: float) -> Tensor:
         """Move the scales; return the factors, float32 [channels]. Collective over ``group``.
 
         Raises:
@@ -93,7 +93,7 @@ class Exchange:
             squares = torch.zeros_like(squares)
         channel_of = torch.arange(inputs, device=device) if self.channel_of is None else self.channel_of
         squares = squares.new_zeros(int(channel_of.max()) + 1).index_add_(0, channel_of, squares)
-        factors = block_factors(squares, exponent, self.power)
+        factors = block_factors(squares, alpha, self.power)
         for rows in self.rows:
             rows.data.div_(_over_rows(factors.to(rows.dtype), rows))
         for weight in self.columns:
@@ -101,12 +101,12 @@ class Exchange:
         return factors
 
 
-def block_factors(squares: Tensor, exponent: float, power: int = 1) -> Tensor:
-    """By what each channel is divided where it is made: ``rms**exponent``, relative to its block, as a power of two.
+def block_factors(squares: Tensor, alpha: float, power: int = 1) -> Tensor:
+    """By what each channel is divided where it is made: ``rms**alpha``, relative to its block, as a power of two.
 
     Args:
         squares: float64 [channels], sums or means of squares; a multiple of 16 channels.
-        exponent: 0 moves nothing, 1 all of the input's range into the weights.
+        alpha: 0 moves nothing, 1 all of the input's range into the weights.
         power: how often the factor arrives at the reader.
 
     Returns:
@@ -116,7 +116,7 @@ def block_factors(squares: Tensor, exponent: float, power: int = 1) -> Tensor:
     largest = blocks.amax(1, keepdim=True)
     rms = torch.where(largest > 0, torch.maximum(blocks, largest * _SMALLEST), 1.0).log2() / 2
     relative = rms - rms.mean(1, keepdim=True)
-    return torch.exp2((relative * (exponent / power)).round()).flatten().float()
+    return torch.exp2((relative * (alpha / power)).round()).flatten().float()
 
 
 def has_smoothed_input(fmt: str) -> bool:
@@ -126,7 +126,7 @@ def has_smoothed_input(fmt: str) -> bool:
 
 
 class Smoothing:
-    """The exchanges of one model, over all its chunks on this rank.
+    """The pairs of one model, over all its chunks on this rank.
 
     Args:
         chunks: model chunks of the local layer spec, whose norms are modules of their own.
@@ -134,34 +134,34 @@ class Smoothing:
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], formats: Mapping[str, str], groups: Groups):
-        self.exchanges = [found for chunk in chunks for found in _exchanges(chunk, formats, groups)]
+        self.pairs = [found for chunk in chunks for found in _pairs(chunk, formats, groups)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Forward passes in this block are what smoothing knows of the channels."""
-        handles = [exchange.watch(exchange.see) for exchange in self.exchanges]
+        handles = [pair.watch(pair.observe) for pair in self.pairs]
         yield
         for handle in handles:
             handle.remove()
 
     @torch.no_grad()
-    def apply_(self, exponent: float) -> dict[str, Tensor]:
+    def apply_(self, alpha: float) -> dict[str, Tensor]:
         """Move the scales of the whole model in place; the factors by the reader's name."""
-        return {exchange.name: exchange.apply_(exponent) for exchange in self.exchanges}
+        return {pair.name: pair.apply_(alpha) for pair in self.pairs}
 
 
-def _exchanges(chunk: torch.nn.Module, formats: Mapping[str, str], groups: Groups) -> Iterator[Exchange]:
+def _pairs(chunk: torch.nn.Module, formats: Mapping[str, str], groups: Groups) -> Iterator[SmoothingPair]:
     names = {id(module): name for name, module in named_modules_globally(chunk)}
     rounds = {name.removesuffix(".weight") for name, fmt in formats.items() if has_smoothed_input(fmt)}
     for layer in unwrap_model(chunk).decoder.layers:
-        for exchange in _of_layer(layer, names, groups):
+        for pair in _of_layer(layer, names, groups):
             # By name and not by what this rank holds: experts of other ranks read the same norm.
-            readers = re.compile(exchange.readers or re.escape(exchange.name))
-            if any(map(readers.fullmatch, rounds)) and exchange.columns[0].shape[1] % BLOCK_SIZE == 0:
-                yield exchange
+            consumers = re.compile(pair.consumers or re.escape(pair.name))
+            if any(map(consumers.fullmatch, rounds)) and pair.columns[0].shape[1] % BLOCK_SIZE == 0:
+                yield pair
 
 
-def _of_layer(layer: torch.nn.Module, names: dict[int, str], groups: Groups) -> Iterator[Exchange]:
+def _of_layer(layer: torch.nn.Module, names: dict[int, str], groups: Groups) -> Iterator[SmoothingPair]:
     whole = groups.tensor_and_data  # each rank has all channels of some tokens
     if (mixer := getattr(layer, "mixer", None)) is not None:
         yield _behind_norm(names[id(mixer.in_proj)], layer.norm, [mixer.in_proj], whole)
@@ -184,27 +184,27 @@ def _of_layer(layer: torch.nn.Module, names: dict[int, str], groups: Groups) -> 
 
 
 def _behind_norm(
-    name: str, norm: torch.nn.Module, readers: Sequence[torch.nn.Module], group, names: str | None = None
-) -> Exchange:
-    def watch(see):
-        return norm.register_forward_hook(lambda _, inputs, output: see(output))
+    name: str, norm: torch.nn.Module, consumers: Sequence[torch.nn.Module], group, names: str | None = None
+) -> SmoothingPair:
+    def watch(observe):
+        return norm.register_forward_hook(lambda _, inputs, output: observe(output))
 
-    columns = [reader.weight for reader in readers]
-    return Exchange(name, [norm.weight], columns, watch, group=group, readers=names)
+    columns = [consumer.weight for consumer in consumers]
+    return SmoothingPair(name, [norm.weight], columns, watch, group=group, consumers=names)
 
 
-def _before_experts(name: str, norm: torch.nn.Module, moe: torch.nn.Module, group) -> Exchange:
+def _before_experts(name: str, norm: torch.nn.Module, moe: torch.nn.Module, group) -> SmoothingPair:
     """The norm that router, experts (or the projection into their space) and shared experts read."""
     latent = getattr(moe, "fc1_latent_proj", None)
-    readers = [moe.router] + ([latent] if latent is not None else [e.linear_fc1 for e in moe.experts.local_experts])
+    consumers = [moe.router] + ([latent] if latent is not None else [e.linear_fc1 for e in moe.experts.local_experts])
     if moe.shared_experts is not None:
-        readers.append(moe.shared_experts.linear_fc1)
+        consumers.append(moe.shared_experts.linear_fc1)
         assert moe.shared_experts.gate_weight is None, "a gate of the shared experts reads the norm, too"
     routed = r"experts\.experts\.\d+\.linear_fc1" if latent is None else "fc1_latent_proj"
-    return _behind_norm(name, norm, readers, group, rf"{re.escape(name)}\.({routed}|shared_experts\.linear_fc1)")
+    return _behind_norm(name, norm, consumers, group, rf"{re.escape(name)}\.({routed}|shared_experts\.linear_fc1)")
 
 
-def _behind_values(name: str, attention: torch.nn.Module, groups: Groups) -> Iterator[Exchange]:
+def _behind_values(name: str, attention: torch.nn.Module, groups: Groups) -> Iterator[SmoothingPair]:
     """A value channel is read by all query heads of its group."""
     qkv, proj = attention.linear_qkv, attention.linear_proj
     size = attention.hidden_size_per_attention_head
@@ -218,10 +218,10 @@ def _behind_values(name: str, attention: torch.nn.Module, groups: Groups) -> Ite
     ]
     channels = torch.arange(num_groups * size, device=proj.weight.device).view(num_groups, 1, size)
     channel_of = channels.expand(-1, proj.weight.shape[1] // (num_groups * size), -1).flatten()
-    yield Exchange(name, values, [proj.weight], _input_of(proj), channel_of, group=groups.data)
+    yield SmoothingPair(name, values, [proj.weight], _input_of(proj), channel_of, group=groups.data)
 
 
-def _within_mlp(name: str, mlp: torch.nn.Module, group, min_tokens: int = 1) -> Iterator[Exchange]:
+def _within_mlp(name: str, mlp: torch.nn.Module, group, min_tokens: int = 1) -> Iterator[SmoothingPair]:
     """Rows of the up projection, or of the only one before a squared ReLU."""
     fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
     power = 1 if mlp.config.gated_linear_unit else 2
@@ -230,11 +230,11 @@ def _within_mlp(name: str, mlp: torch.nn.Module, group, min_tokens: int = 1) -> 
     inner = fc2.weight.shape[1]
     rows = [tensor[-inner:] for tensor in (fc1.weight, fc1.bias) if tensor is not None]  # behind the gate's
     watch = _input_of(fc2)
-    yield Exchange(name, rows, [fc2.weight], watch, power=power, group=group, min_tokens=min_tokens)
+    yield SmoothingPair(name, rows, [fc2.weight], watch, power=power, group=group, min_tokens=min_tokens)
 
 
 def _input_of(linear: torch.nn.Module) -> Callable:
-    return lambda see: linear.register_forward_pre_hook(lambda _, inputs: see(inputs[0]))
+    return lambda observe: linear.register_forward_pre_hook(lambda _, inputs: observe(inputs[0]))
 
 
 def _over_rows(factors: Tensor, rows: Tensor) -> Tensor:

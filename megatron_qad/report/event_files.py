@@ -55,16 +55,16 @@ def read_events(files: list[Path], run_dir: Path, accept_gaps: bool = False) -> 
         QADError: the file that is damaged, cut off or missing.
     """
     notes, found = [], []
-    faults = _faults_by_record(files, run_dir, notes)
+    problems = _problems_by_record(files, run_dir, notes)
     for file in files:
-        events, fault = _read(file, notes)
-        faults += [fault] if fault else []
+        events, problem = _read(file, notes)
+        problems += [problem] if problem else []
         if events.scalars:
             found.append(events)
-    if faults and not accept_gaps:
-        more = len({fault.split(": ")[0] for fault in faults}) - 1
-        raise QADError(f"{faults[0]}{f' And {more} more.' if more else ''} {_NEXT}")
-    notes += [f"{fault} What is missing was accepted (--accept-gaps)." for fault in faults]
+    if problems and not accept_gaps:
+        more = len({problem.split(": ")[0] for problem in problems}) - 1
+        raise QADError(f"{problems[0]}{f' And {more} more.' if more else ''} {_NEXT}")
+    notes += [f"{problem} What is missing was accepted (--accept-gaps)." for problem in problems]
     # By the job's own count; the clock may have gone back. Files without it are of older versions.
     found.sort(key=lambda events: (events.start[0] if events.start else -1, events.time))
     return Events(found, notes)
@@ -136,11 +136,11 @@ def _scalar(value) -> float | None:
 # The record in the checkpoints --------------------------------------------------------------------------------------
 
 
-def _faults_by_record(files: list[Path], run_dir: Path, notes: list[str]) -> list[str]:
+def _problems_by_record(files: list[Path], run_dir: Path, notes: list[str]) -> list[str]:
     """What the files lack or have otherwise than the job's records say; each file once."""
     directory = files[0].parent
     run = run_dir.parent if directory == run_dir and not _records_of(run_dir) else run_dir
-    faults: dict[str, str] = {}
+    problems: dict[str, str] = {}
     for record in _records_of(run):
         recorded, of_directory = _parse(record)
         if os.path.normpath(run.resolve() / of_directory) != str(directory.resolve()):
@@ -151,9 +151,9 @@ def _faults_by_record(files: list[Path], run_dir: Path, notes: list[str]) -> lis
                 )
             continue
         for name, (num_bytes, digest) in recorded.items():
-            if fault := _fault_of(directory / name, num_bytes, digest):
-                faults.setdefault(name, f"{directory / name}: {fault} ({record.relative_to(run)}).")
-    return list(faults.values())
+            if problem := _problem_of(directory / name, num_bytes, digest):
+                problems.setdefault(name, f"{directory / name}: {problem} ({record.relative_to(run)}).")
+    return list(problems.values())
 
 
 def _records_of(run: Path) -> list[Path]:
@@ -173,7 +173,7 @@ def _parse(record: Path) -> tuple[dict[str, tuple[int, str]], str]:
         raise QADError(f"{record}: not readable as a record of event files ({error}). Restore it from a copy") from None
 
 
-def _fault_of(file: Path, num_bytes: int, digest: str) -> str | None:
+def _problem_of(file: Path, num_bytes: int, digest: str) -> str | None:
     if not file.is_file():
         return f"missing; it had {num_bytes} bytes"
     try:

@@ -14,7 +14,7 @@ from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
 from megatron_qad.formats.format import KVCacheFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
-from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.report.policy_report import PolicyReport
 
 _DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
@@ -59,7 +59,7 @@ def _quantized(module: str, shape: tuple[int, ...], fmt: str, layout: PackedLayo
         yield _tensor(f"{module}.{part}", dtype, stored_shape)
 
 
-def _kv_scales(tensor: TensorMap, layout: PackedLayout, kv_format: KVCacheFormat) -> Iterator[ExportedTensor]:
+def _kv_scales(tensor: ParamMapping, layout: PackedLayout, kv_format: KVCacheFormat) -> Iterator[ExportedTensor]:
     _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor.hf)
     for name in kv_format.scale_names(layout.name, k_proj, v_proj):
         yield _tensor(name, "F32", layout.scalar_shape)

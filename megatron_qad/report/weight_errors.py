@@ -17,7 +17,7 @@ from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of
-from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.families.base import ParamMapping
 
 
 @dataclass
@@ -54,7 +54,7 @@ def has_checkpoint(directory: str | Path) -> bool:
     return (Path(directory) / TRACKER).is_file() or bool(saved_iterations(directory))
 
 
-def linears_of(config: dict) -> list[TensorMap]:
+def linears_of(config: dict) -> list[ParamMapping]:
     """The linears that have a weight of their own: all but a tied head."""
     return [linear for linear in family_of(config).linears(config) if not linear.is_tied]
 
@@ -119,6 +119,6 @@ def relative_distance(weight: Tensor, reference: Tensor) -> float:
     return distance / size
 
 
-def _input_amax(amaxes: dict[str, Tensor], linear: TensorMap) -> float | None:
+def _input_amax(amaxes: dict[str, Tensor], linear: ParamMapping) -> float | None:
     amax = amaxes.get(f"{linear.megatron_module}.input_quantizer._amax")
     return None if amax is None else amax.item()

@@ -16,7 +16,7 @@ from megatron.core import mpu
 from torch import Tensor
 
 from megatron_qad.models.context_parallel import Documents, take_chunks
-from megatron_qad.models.output_layer import Output, stopped_before_output_layer
+from megatron_qad.models.output_layer import ModelOutput, stopped_before_output_layer
 
 
 @dataclass
@@ -30,13 +30,13 @@ class Batch:
     """float32 [b, s/cp], the weight of each label; 0 leaves it out."""
     documents: Documents | None = None
     """Where the documents of a packed row end; None: every row is one sequence."""
-    teacher_output: Output | None = None
+    teacher_output: ModelOutput | None = None
     """On the last stage, once the teacher's pass has filled it."""
     teacher_states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """Outputs of the teacher's layers on this rank, [s, b, H], that hidden-state losses are going to compare."""
 
 
-def whole_rounds(number: int) -> int:
+def round_up_to_pipeline(number: int) -> int:
     """``number`` of microbatches, rounded up to whole rounds of the pipeline where virtual stages want them."""
     if mpu.get_virtual_pipeline_model_parallel_world_size() is None:
         return number
@@ -47,7 +47,7 @@ def whole_rounds(number: int) -> int:
 def num_calibration_batches(samples: int, micro_batch_size: int) -> int:
     """Microbatches of each rank for calibration with ``samples`` sequences: shared out over the data-parallel ranks, so
     that what is found does not depend on their number."""
-    return whole_rounds(-(-samples // (micro_batch_size * mpu.get_data_parallel_world_size())))
+    return round_up_to_pipeline(-(-samples // (micro_batch_size * mpu.get_data_parallel_world_size())))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class BatchReader:
         ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
         if mpu.get_pipeline_model_parallel_world_size() > 2:  # stages in between have no data, but attention
             ends = _from_first_stage(ends)
-        documents = [Documents.of(_lengths(rows), ends.device) for rows in ends.tolist()]
+        documents = [Documents.from_lengths(_lengths(rows), ends.device) for rows in ends.tolist()]
         if not has_data:
             return [Batch(documents=found) for found in documents]
         return [_unpack(part[:-1], found) for part, found in zip(data, documents, strict=True)]
@@ -169,7 +169,7 @@ def join(batches: Sequence[Batch]) -> Batch:
     documents = batches[0].documents
     if documents is not None:
         lengths = [length for batch in batches for length in batch.documents.document_lengths]
-        documents = Documents.of(lengths, documents.cu_seqlens_q.device)
+        documents = Documents.from_lengths(lengths, documents.cu_seqlens_q.device)
     if batches[0].tokens is None:
         return Batch(documents=documents)
     dim = 0 if documents is None else 1

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE
-from megatron_qad.models.output_layer import Output
+from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.training.batch import Batch, iterators, num_calibration_batches
 
 _MAX_PRINTED = 8
@@ -81,7 +81,7 @@ class CalibrationPass:
                 data_iterator=iterators(self._read_ahead, data_iterator),
                 model=model,
                 num_microbatches=number,
-                forward_step_func=partial(forward_without_loss, job, Output.hidden, seen),
+                forward_step_func=partial(forward_without_loss, job, ModelOutput.hidden, seen),
                 forward_only=True,
                 **job.reader.schedule_shape(**shape),
             )
@@ -89,15 +89,15 @@ class CalibrationPass:
 
 
 def forward_without_loss(
-    job, finish: Callable[[Output], torch.Tensor], seen: Callable[[], None], batches: Iterator[Batch], model
+    job, finish: Callable[[ModelOutput], torch.Tensor], seen: Callable[[], None], batches: Iterator[Batch], model
 ):
     """A forward step of Megatron's that ends before the loss. ``finish`` runs on the output where the output layer is
     fused with the loss, and so has not run in the model; ``seen`` is called once a microbatch."""
-    is_fused = job.config.outputs.fused
+    is_fused = job.config.output_mode.fused
 
     def no_loss(output):
         if is_fused:
-            finish(Output(output, unwrap_model(model)))
+            finish(ModelOutput(output, unwrap_model(model)))
         return output.new_zeros(()), output.new_zeros((), dtype=int), {}
 
     seen()

@@ -23,8 +23,8 @@ from megatron_qad.data.provider import DatasetsProvider
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
-from megatron_qad.engine.run_directory.atomic_checkpoint import WholeSaves, on_first_rank
-from megatron_qad.engine.run_directory.resume_point import settle
+from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
+from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, OF_A_RUN, text_of_record
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.weight_loading import has_amaxes, load_weights
@@ -73,7 +73,7 @@ class QADJob:
 
     def __init__(self, config: JobConfig, args: argparse.Namespace, loggers: Loggers, callbacks: Sequence[Callback]):
         self.config, self.args, self.loggers = config, args, loggers
-        self.saves = WholeSaves()
+        self.saves = AtomicCheckpoints()
         self.forward = ForwardPass(keeps_precision=args.bf16)
         self.reader = BatchReader(config.is_packed, config.data_on_every_stage)
         self.loss = Loss(config.losses, config.student.vocab_size, config.output_mode.fused)
@@ -101,21 +101,21 @@ class QADJob:
         """
         self.events.forward_begins(step.batches, step.is_training)
         if self.teacher is not None and (not step.is_training or self.config.losses.needs_teacher):
-            self.teacher.annotate(step.batches, **step.shape)
+            self.teacher.attach_outputs(step.batches, **step.shape)
 
     @contextmanager
     def quantized_weights(self, step: Step) -> Iterator[None]:
         """Inside, the student's weights are on the grids of their formats."""
         if self.weights.is_stale:
             gather_parameters(step.call["model"])
-        with self.weights.on_grid(then_updated=step.is_training):
+        with self.weights.quantized_weights(then_updated=step.is_training):
             self.events.student_begins(step.batches, step.is_training)
             yield
 
     def student_pass(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The student's output for one microbatch: logits [b, s, V/tp], or what the fused output layer takes."""
         self.num_passes += 1
-        return self.forward(model, batch, hidden=self.config.outputs.fused)
+        return self.forward(model, batch, hidden=self.config.output_mode.fused)
 
     # What Megatron calls ------------------------------------------------------------------------------------------
 
@@ -142,7 +142,7 @@ class QADJob:
         """Before the student is wrapped: its weights and quantizers, the teacher, and the seam to Megatron's loop."""
         config, args, events = self.config, self.args, self.events
         self.student = chunks
-        resumes_at = settle(args.load, args.save, args.ckpt_step)
+        resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
         resumes = args.load is not None and checkpoint_exists(args.load)
         events.job_begins(self, resumes_at)
         if not resumes or self.needs_initial_weights:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_qad.distillation import LogitLoss, Metrics, Term, VocabShard, WeightedLosses, compare, logit_losses
 from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
-from megatron_qad.models.output_layer import Output
+from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.training.batch import Batch
 
 
@@ -23,7 +23,7 @@ class Loss:
     """
 
     def __init__(self, losses: WeightedLosses, vocab_size: int, is_fused: bool):
-        self._terms = losses.of_kind(LogitLoss)
+        self._terms = losses.terms_of_type(LogitLoss)
         self._has_several = len(losses.terms) > 1
         self._vocab_size, self._is_fused = vocab_size, is_fused
         self._metrics: Metrics | None = None
@@ -45,15 +45,15 @@ class Loss:
             unweighted, by its name, and of the "total loss" where there are several. In evaluation the metrics are
             kept for ``take_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
         """
-        student = Output(output, unwrap_model(model) if self._is_fused else None)
-        shard = VocabShard.of_rank(student.width, self._vocab_size, mpu.get_tensor_model_parallel_group())
+        student = ModelOutput(output, unwrap_model(model) if self._is_fused else None)
+        shard = VocabShard.for_rank(student.width, self._vocab_size, mpu.get_tensor_model_parallel_group())
         teacher, batch.teacher_output = batch.teacher_output, None  # freed as soon as this microbatch is done
         num_tokens = batch.loss_mask.count_nonzero().int()
         if not torch.is_grad_enabled():
-            self._add(metrics_of(student, teacher, batch.labels, batch.loss_mask, shard))
+            self._add(compute_metrics(student, teacher, batch.labels, batch.loss_mask, shard))
             return output.new_zeros(()), num_tokens, {}
         losses = [term.loss for term in self._terms]
-        values = losses_of(losses, student, teacher, batch.labels, shard, batch.loss_mask)
+        values = compute_losses(losses, student, teacher, batch.labels, shard, batch.loss_mask)
         sums = {term.name: value.sum() for term, value in zip(self._terms, values, strict=True)}
         total = sum(weight * value for weight, value in zip(self._weights, sums.values(), strict=True))
         reported = sums | ({"total": total} if self._has_several else {})
@@ -78,8 +78,8 @@ def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, valu
         report["total loss"][0] += term.weight.at(step) * value
 
 
-def losses_of(
-    losses, student: Output, teacher: Output | None, labels: Tensor, shard: VocabShard, weight: Tensor
+def compute_losses(
+    losses, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, shard: VocabShard, weight: Tensor
 ) -> tuple[Tensor, ...]:
     """``logit_losses`` of two outputs, fused with the output layers if the student's are hidden states."""
     if student.model is None:
@@ -98,7 +98,9 @@ def losses_of(
 
 
 @torch.no_grad()
-def metrics_of(student: Output, teacher: Output | None, labels: Tensor, weight: Tensor, shard: VocabShard) -> Metrics:
+def compute_metrics(
+    student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, weight: Tensor, shard: VocabShard
+) -> Metrics:
     """``compare`` of two outputs; in chunks of tokens if the student's are hidden states."""
     if student.model is None:
         return compare(student.tensor, None if teacher is None else teacher.logits(), labels, weight, shard)

@@ -15,7 +15,7 @@ from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.models.weight_loading import load_weights
 from megatron_qad.training.batch import ForwardPass
-from megatron_qad.training.offloaded_teacher import StreamedTeacher
+from megatron_qad.training.offloaded_teacher import OffloadedTeacher
 from megatron_qad.training.teacher import Teacher
 
 
@@ -59,8 +59,13 @@ def build_teacher(config: JobConfig, args: argparse.Namespace, forward: ForwardP
     chunks = build_chunks(model_config(config, with_shape_of(config, args, config.teacher), config.teacher))
     load_weights(chunks, config.teacher.checkpoint)
     print_rank_0(f"megatron_qad: teacher from {config.teacher.checkpoint}, frozen")
-    kind = StreamedTeacher if config.options.qad_teacher_on_host else Teacher
-    return kind([freeze(chunk) for chunk in chunks], forward, config.teacher_joins, config.output_mode.teacher_hidden)
+    kind = OffloadedTeacher if config.options.qad_teacher_on_host else Teacher
+    return kind(
+        [freeze(chunk) for chunk in chunks],
+        forward,
+        config.teacher_microbatches_per_pass,
+        config.output_mode.teacher_hidden,
+    )
 
 
 def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:

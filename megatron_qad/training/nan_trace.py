@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from megatron.core import mpu
 
-from megatron_qad.models.output_layer import Output
+from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.quantization.names import named_modules_globally
 from megatron_qad.training.calibration_pass import forward_without_loss
 
@@ -81,11 +81,11 @@ def trace_last_step(job, model: Sequence[torch.nn.Module], trace: Trace) -> None
     step = job.last_step
     if job.teacher is not None and job.config.losses.needs_teacher:
         with trace.watching(job.teacher.chunks, "the teacher", order=0):
-            job.teacher.annotate(step.batches, **step.shape)
+            job.teacher.attach_outputs(step.batches, **step.shape)
             for batch in step.batches:
                 if batch.teacher_output is not None:
                     batch.teacher_output.logits()
                     batch.teacher_output = None
     with trace.watching(model, "the student", order=1):
-        no_loss = partial(forward_without_loss, job, Output.logits, lambda: None)
+        no_loss = partial(forward_without_loss, job, ModelOutput.logits, lambda: None)
         step.run_student(forward_step_func=no_loss, forward_only=True)

@@ -78,7 +78,7 @@ class HostWeights:
             parameter.data = parameter.data.new_empty(0)
 
 
-class StreamedTeacher(Teacher):
+class OffloadedTeacher(Teacher):
     """A ``Teacher`` of one chunk with its layers in host memory. Same outputs, bit for bit."""
 
     def __init__(

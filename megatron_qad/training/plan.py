@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.config.parallelism import ranks_of_layers, with_stages
 from megatron_qad.distillation import LogitLoss
-from megatron_qad.models.families.base import TensorMap
+from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.quantization.format_table import format_rows, render
 
 
@@ -54,7 +54,7 @@ def _layout(args: argparse.Namespace) -> Iterator[str]:
         yield f"training    {args.train_iters} iterations = {args.train_iters * tokens:,} tokens"
 
 
-def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[TensorMap]) -> Iterator[str]:
+def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[ParamMapping]) -> Iterator[str]:
     width = 2 if args.bf16 else 4
     dense, experts = _largest_stage(args, tensors, args.hybrid_layer_pattern)
     student = dense + experts
@@ -74,9 +74,9 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[T
     shards = (args.data_parallel_size, _expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
     rows["optimizer state"] = dense * each // shards[0] + experts * each // shards[1]
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    sizes, outputs = config.output_sizes, config.outputs
+    sizes, outputs = config.output_sizes, config.output_mode
     if outputs.fused:
-        of_fused = sizes.fused(len(config.losses.of_kind(LogitLoss)), config.student.hidden_size)
+        of_fused = sizes.fused(len(config.losses.terms_of_type(LogitLoss)), config.student.hidden_size)
         rows["logits of both models, one chunk"] = of_fused["chunk"]
         rows["output weight's gradient, float32"] = of_fused["gradient"]
     else:
@@ -94,7 +94,7 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[T
         yield f"  not kept: teacher {other}, which would take {of_output[other] * in_flight:,} bytes"
 
 
-def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: str) -> tuple[int, int]:
+def _largest_stage(args: argparse.Namespace, tensors: list[ParamMapping], pattern: str) -> tuple[int, int]:
     """Parameters on the rank that holds most of them: all but the experts', and the experts'."""
     pp = args.pipeline_model_parallel_size
     rank_of = ranks_of_layers(pattern, pp)
@@ -112,7 +112,7 @@ def _largest_stage(args: argparse.Namespace, tensors: list[TensorMap], pattern: 
     return tuple(max(held, key=sum))
 
 
-def _streamed(args: argparse.Namespace, tensors: list[TensorMap]) -> int:
+def _streamed(args: argparse.Namespace, tensors: list[ParamMapping]) -> int:
     """Parameters of a streamed teacher on the device: what is in no layer, and twice the largest layer."""
     layers, ends = Counter(), 0
     for tensor in tensors:
@@ -124,7 +124,7 @@ def _streamed(args: argparse.Namespace, tensors: list[TensorMap]) -> int:
     return ends + 2 * max(layers.values())
 
 
-def _is_routed_expert(tensor: TensorMap) -> bool:
+def _is_routed_expert(tensor: ParamMapping) -> bool:
     return ".experts.experts." in tensor.megatron
 
 
@@ -134,7 +134,7 @@ def _expert_copies(args: argparse.Namespace) -> int:
     return args.world_size // of_model
 
 
-def _on_one_rank(args: argparse.Namespace, tensor: TensorMap) -> int:
+def _on_one_rank(args: argparse.Namespace, tensor: ParamMapping) -> int:
     """Parameters of a tensor on a rank of its stage, on average over expert-parallel ranks."""
     numel = _numel(tensor)
     if _is_routed_expert(tensor):
@@ -143,12 +143,12 @@ def _on_one_rank(args: argparse.Namespace, tensor: TensorMap) -> int:
     return numel if is_whole else -(-numel // args.tensor_model_parallel_size)
 
 
-def _numel(tensor: TensorMap) -> int:
+def _numel(tensor: ParamMapping) -> int:
     numel = 1
     for size in tensor.shape:
         numel *= size
     return numel
 
 
-def _count(tensors: list[TensorMap]) -> int:
+def _count(tensors: list[ParamMapping]) -> int:
     return sum(_numel(tensor) for tensor in tensors)

@@ -45,9 +45,9 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
                 f"{formats.get(name)} ({len(differ)} linears differ). Choose another directory or the policy of before"
             )
     start = Path(config.student.checkpoint)
-    manifest.require_sealed(start / "hf", "config.json")
+    manifest.verify_directory(start / "hf", "config.json")
     shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_whole)
-    manifest.require_sealed(save / "hf", "config.json")
+    manifest.verify_directory(save / "hf", "config.json")
     _describe_smoothing(start, save, load)
     job = {
         "policy": options.qad_policy,

@@ -109,8 +109,8 @@ class Probe:
         num_microbatches = min(num_microbatches, available)  # what comes then are the first ones again
         self.batches = job.reader.read(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
         with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
-            teacher = Teacher(self.chunks, job.forward, keeps_hidden=job.config.outputs.teacher_hidden)
-            teacher.annotate(self.batches, **job.reader.schedule_shape(**self.shape), decoder_seq_length=None)
+            teacher = Teacher(self.chunks, job.forward, keeps_hidden=job.config.output_mode.teacher_hidden)
+            teacher.attach_outputs(self.batches, **job.reader.schedule_shape(**self.shape), decoder_seq_length=None)
         self._reference = [batch.teacher_output for batch in self.batches]
 
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.weight_loading import load_weights, weights_to_save
 from megatron_qad.quantization.smoothing import Groups, Smoothing
-from megatron_qad.training.batch import Batch, num_calibration_batches, whole_rounds
+from megatron_qad.training.batch import Batch, num_calibration_batches, round_up_to_pipeline
 from megatron_qad.training.job import QADJob
 from megatron_qad.training.models import model_config
 from megatron_qad.training.teacher import Teacher
@@ -40,11 +40,11 @@ class Smoothed:
 _LARGEST_CHANGE = 0.05
 
 
-def smooth(job: QADJob, exponent: float) -> Smoothed:
+def smooth(job: QADJob, alpha: float) -> Smoothed:
     """Smooth ``--qad-teacher`` by ``--qad-calibration-samples`` sequences of the training split. Collective.
 
     Args:
-        exponent: see ``quantization.smoothing.block_factors``.
+        alpha: see ``quantization.smoothing.block_factors``.
 
     Raises:
         QADError: the model is not what it was; NaN or Inf in the text's passes.
@@ -58,19 +58,19 @@ def smooth(job: QADJob, exponent: float) -> Smoothed:
         mpu.get_expert_data_parallel_group(),
     )
     smoothing = Smoothing(chunks, job.config.formats, groups)
-    batches, first = _batches(job), whole_rounds(1)
+    batches, first = _batches(job), round_up_to_pipeline(1)
     at_a_time = 4 * mpu.get_pipeline_model_parallel_world_size()
     with smoothing.watching():
         before = _hidden_states(job, chunks, batches[:first])
         for i in range(first, len(batches), at_a_time):  # all at once, their hidden states would take gigabytes
             _hidden_states(job, chunks, batches[i : i + at_a_time])
-    factors = smoothing.apply_(exponent)
+    factors = smoothing.apply_(alpha)
     after = _hidden_states(job, chunks, batches[:first])
     change = _change(before, after)
     if change > _LARGEST_CHANGE:
         raise QADError(
             f"smoothing changed the model: a final hidden state by {change:.3g} of their root mean square. Nothing was "
-            "written; this is a fault of megatron_qad"
+            "written; this is a problem of megatron_qad"
         )
     num_sequences = len(batches) * job.args.micro_batch_size * mpu.get_data_parallel_world_size()
     return Smoothed(weights_to_save(chunks), factors, num_sequences, change)

@@ -43,9 +43,9 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
         continue_wandb_run(flags.wandb_project, flags.save, os.environ)
     loggers = Loggers(flags.save, flags.tensorboard_dir, flags.wandb_save_dir or f"{flags.save}/wandb")
     loggers.install()
-    _replace_faults_of_megatron()
+    _fix_megatron()
     args = parse_globally(config.megatron_argv, QADOptions, config.world_size)
-    derived = MegatronFlags.of(args)  # flags that Megatron makes of others, such as --enable-cuda-graph
+    derived = MegatronFlags.from_args(args)  # flags that Megatron makes of others, such as --enable-cuda-graph
     refusals.check_masters(derived)
     refusals.check_step(derived)
     if not args.async_save:
@@ -53,7 +53,7 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
     return QADJob(config, args, loggers, callbacks)
 
 
-def _replace_faults_of_megatron() -> None:
+def _fix_megatron() -> None:
     megatron_fixes.use_compiled_dataset_helpers()
     megatron_fixes.load_reshardable_state_of_torch_adam()
     if capabilities().device == "cpu":

@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.utils import get_model_config, unwrap_model
 
-from megatron_qad.models.output_layer import Output
+from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.training.batch import Batch, ForwardPass, join
 
 
@@ -39,7 +39,7 @@ class Teacher:
         if any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
             raise ValueError("the teacher must be frozen")
 
-    def annotate(self, batches: Sequence[Batch], *, seq_length: int, micro_batch_size: int, **rest) -> None:
+    def attach_outputs(self, batches: Sequence[Batch], *, seq_length: int, micro_batch_size: int, **rest) -> None:
         """Run the teacher over ``batches`` and leave its output in each, on the last stage.
 
         Args:
@@ -60,7 +60,7 @@ class Teacher:
         outputs.reverse()
         while outputs:  # none but on the last stage
             for tensor in self._split(outputs.pop(), joined, is_packed, self.keeps_hidden):
-                next(remaining).teacher_output = Output(tensor, head)
+                next(remaining).teacher_output = ModelOutput(tensor, head)
         for i, group in enumerate(groups if joined > 1 else ()):
             for key, state in group.teacher_states.items():
                 parts = self._split(state, joined, is_packed, is_hidden=True)

@@ -18,12 +18,12 @@ def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
     with job(checkpoint, 1, 1, *flags) as found:
         teacher = build_teacher(found.config, found.args, found.forward)
         tokens = torch.randint(0, 100, (1, size), generator=torch.Generator().manual_seed(5))
-        row = Batch(tokens, torch.arange(size)[None], documents=Documents.of(lengths))
-        teacher.annotate([row], seq_length=size, micro_batch_size=1)
+        row = Batch(tokens, torch.arange(size)[None], documents=Documents.from_lengths(lengths))
+        teacher.attach_outputs([row], seq_length=size, micro_batch_size=1)
         whole, errors = row.teacher_output.logits(), []
         for part, logits in zip(tokens.split(lengths, 1), whole.split(lengths, 1), strict=True):
             alone = Batch(part, torch.arange(part.shape[1])[None])
-            teacher.annotate([alone], seq_length=part.shape[1], micro_batch_size=1)
+            teacher.attach_outputs([alone], seq_length=part.shape[1], micro_batch_size=1)
             errors.append((logits - alone.teacher_output.logits()).abs().max().item())
     torch.save({"errors": errors, "spread": whole.std().item()}, result)
 

@@ -62,9 +62,9 @@ def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: boo
     wanted = load_file(expected)
     with job(checkpoint, 1, 1, *worker_models._sizes(wanted["tokens"].shape), *flags) as started:
 
-        def on_grid(teacher):
+        def quantized(teacher):
             if quantizes:
                 InPlaceWeights(teacher.chunks, started.config.formats).quantize_()
 
-        found = worker_models._logits(started, wanted["tokens"], on_grid)
+        found = worker_models._logits(started, wanted["tokens"], quantized)
         torch.save(worker_models._compare(found, wanted["logits"]), result)

@@ -125,7 +125,7 @@ class Harness:
         if not (root / TRACKER).is_file():
             return 0
         tracked = (root / TRACKER).read_text()
-        whole = [int(path.name[5:]) for path in root.glob("iter_???????") if not manifest.faults(path)]
+        whole = [int(path.name[5:]) for path in root.glob("iter_???????") if not manifest.find_problems(path)]
         if tracked.isdigit():
             assert int(tracked) in whole, f"the tracker says {tracked}, whole are {whole}"
             return int(tracked)

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 
 import docstrings  # noqa: E402
 from megatron.core import mpu  # noqa: E402

@@ -104,7 +104,7 @@ def _loss(student, teacher, masters, formats, batch, vocab_size) -> torch.Tensor
     with torch.no_grad():
         target = teacher(*inputs, **keep)
     logits = functional_call(student, weights, inputs, keep)
-    shard = VocabShard.of_rank(logits.shape[-1], vocab_size)
+    shard = VocabShard.for_rank(logits.shape[-1], vocab_size)
     return (per_token_loss("kl", logits, target, batch["labels"], shard) * batch["loss_mask"]).sum()
 
 

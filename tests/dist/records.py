@@ -8,8 +8,8 @@ from torch import Tensor
 
 def read(record: Path, num_ranks: int, *, vocab_size: int, whole: bool = True) -> list[dict]:
     """One dict a step: "loss" by name, "grad_norm", "batches" and "amaxes" of the first rank; as whole tensors "grads"
-    (after all reductions), "on_grid" (parameters during the step), "params" and "masters" (after it). Without ``whole``
-    no tensors: data-parallel ranks hold parts of them."""
+    (after all reductions), "quantized" (parameters during the step), "params" and "masters" (after it). Without
+    ``whole`` no tensors: data-parallel ranks hold parts of them."""
     ranks = [torch.load(f"{record}.rank{rank}") for rank in range(num_ranks)]
     steps = []
     for parts in zip(*ranks, strict=True):
@@ -17,7 +17,7 @@ def read(record: Path, num_ranks: int, *, vocab_size: int, whole: bool = True) -
         assert all(loss == losses[0] for loss in losses)
         assert len({part["grad_norm"] for part in parts}) == 1
         step = {"loss": losses[0]} | {what: parts[0][what] for what in ("grad_norm", "batches", "amaxes")}
-        for what in ("grads", "params", "masters", "on_grid") if whole else ():
+        for what in ("grads", "params", "masters", "quantized") if whole else ():
             step[what] = _whole([part[what] for part in parts], vocab_size)
         steps.append(step)
     return steps

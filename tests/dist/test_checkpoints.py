@@ -184,7 +184,7 @@ def test_an_export_in_bf16_is_on_the_grid(shop, through, tmp_path):
     for name in names:
         decoded = nvfp4.dequantize(packed[name], packed[f"{name}_scale"], packed[f"{name}_scale_2"], torch.bfloat16)
         assert torch.equal(decoded, plain[name]), name
-    assert not manifest.faults(tmp_path / "run" / "iter_0000002")
+    assert not manifest.find_problems(tmp_path / "run" / "iter_0000002")
 
 
 @pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["at once", "async"])

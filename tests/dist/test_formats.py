@@ -105,7 +105,7 @@ def test_train_export_validate(shop, tmp_path, case):
     shop.server.run("training_jobs:export_checkpoint", 1, arguments)
     for directory in outputs.values():
         report = validate_nvfp4(directory)
-        assert not report.faults, report.faults[:5]
+        assert not report.issues, report.issues[:5]
         assert report.kv_cache == kv_cache
         for module in report.quantized:
             assert report.quantized[module] == by_part["attn" if "self_attn" in module else "mlp"]
@@ -152,7 +152,7 @@ def test_a_float32_job_exports_in_the_models_own_dtype(shop, tmp_path, policy):
     steps, _ = shop.train("--qad-policy", policy, *saving, precision=())
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "modelopt")}}
     shop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    assert not validate_nvfp4(tmp_path / "modelopt").faults
+    assert not validate_nvfp4(tmp_path / "modelopt").issues
     stored, params = load_file(tmp_path / "modelopt" / "model.safetensors"), steps[-1]["params"]
     assert torch.equal(stored["model.norm.weight"], params["decoder.final_norm.weight"].bfloat16())
     name = "model.layers.0.mlp.down_proj.weight"
@@ -200,7 +200,7 @@ def test_a_job_with_a_quantized_cache_resumes_bit_for_bit(shop, tmp_path, policy
     second, _ = shop.train(*flags, *saving, "--load", str(tmp_path), nproc=2, num_steps=4)
     for number, (a, b) in enumerate(zip(first + second, through, strict=True), 1):
         assert a["loss"] == b["loss"], number
-        for what in ("on_grid", "grads", "masters", "amaxes"):
+        for what in ("quantized", "grads", "masters", "amaxes"):
             assert all(torch.equal(a[what][name], b[what][name]) for name in b[what]), (number, what)
 
 

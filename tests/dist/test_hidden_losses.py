@@ -114,7 +114,7 @@ def test_scale_growth(workshop, tmp_path):  # noqa: F811
 
 
 def _largest_growth(steps) -> float:
-    first, last = steps[0]["on_grid"], steps[-1]["on_grid"]
+    first, last = steps[0]["quantized"], steps[-1]["quantized"]
     names = [name for name in first if "linear" in name and "norm" not in name]
     amax = [{name: step[name].unflatten(-1, (-1, 16)).abs().amax(-1) for name in names} for step in (first, last)]
     return sum((amax[1][name] / amax[0][name] - 1).clamp(min=0).square().sum().item() for name in names)

@@ -63,15 +63,15 @@ def test_the_policy_keeps_what_the_report_keeps(trained):
     router, the head and everything that is no GEMM are not."""
     steps, *_ = trained
     seen = {True: 0, False: 0}
-    for name, weight in steps[1]["on_grid"].items():
+    for name, weight in steps[1]["quantized"].items():
         layer = int(name.split(".")[2]) if name.startswith("decoder.layers") else None
         is_gemm = name.endswith(("in_proj.weight", "out_proj.weight", "linear_fc1.weight", "linear_fc2.weight"))
         is_quantized = is_gemm and layer not in KEPT
         if weight.dim() == 2:
             # E2M1 has 15 values, so 16 numbers on the grid are never all different; of others some block is.
             blocks = weight.reshape(-1, 16).sort(-1).values
-            on_grid = bool((blocks.diff(dim=-1) == 0).any(-1).all())
-            assert on_grid == is_quantized, name
+            quantized = bool((blocks.diff(dim=-1) == 0).any(-1).all())
+            assert quantized == is_quantized, name
             seen[is_quantized] += 1
     assert seen[True] == 4 * (8 * 2 + 2) + 2 * 2 and seen[False] > 8
 
@@ -79,7 +79,7 @@ def test_the_policy_keeps_what_the_report_keeps(trained):
 def test_the_export_is_valid_and_whole(trained):
     _, stored, directory, _ = trained
     report = validate_nvfp4(directory / "out")
-    assert not report.faults, report.faults[:5]
+    assert not report.issues, report.issues[:5]
     assert (report.kv_cache, set(report.quantized.values())) == ("fp8", {"nvfp4"})
     assert len(report.quantized) == 4 * (8 * 2 + 2) + 2 * 2
     excluded = json.loads((directory / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
@@ -228,7 +228,7 @@ def test_projections_around_experts_are_quantized(workshop, tmp_path):
     steps, _ = workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), 4)
     stored = export(workshop, tmp_path / "run", tmp_path / "out")
     report = validate_nvfp4(tmp_path / "out")
-    assert not report.faults, report.faults[:5]
+    assert not report.issues, report.issues[:5]
     given = load_file(source / "model.safetensors")
     for i in (1, 3, 6, 7):
         for name, outputs, inputs in (("fc1_latent_proj", 32, 64), ("fc2_latent_proj", 64, 32)):
@@ -239,8 +239,8 @@ def test_projections_around_experts_are_quantized(workshop, tmp_path):
             learnt = nvfp4.dequantize(packed, scale, stored[f"{weight}_scale_2"], torch.bfloat16)
             untrained_scale = nvfp4.global_scale_from_amax(given[weight].abs().amax().float())
             assert not torch.equal(learnt, nvfp4.fake_quant(given[weight], untrained_scale))
-            on_grid = steps[1]["on_grid"][f"decoder.layers.{i}.mlp.{name}.weight"].reshape(-1, 16).sort(-1).values
-            assert bool((on_grid.diff(dim=-1) == 0).any(-1).all())
+            quantized = steps[1]["quantized"][f"decoder.layers.{i}.mlp.{name}.weight"].reshape(-1, 16).sort(-1).values
+            assert bool((quantized.diff(dim=-1) == 0).any(-1).all())
 
 
 def test_a_searched_llama_in_nvfp4(workshop, tmp_path):
@@ -261,7 +261,7 @@ def test_a_searched_llama_in_nvfp4(workshop, tmp_path):
     codes = []
     for layout, output in outputs.items():
         report = validate_nvfp4(output)
-        assert not report.faults, (layout, report.faults[:5])
+        assert not report.issues, (layout, report.issues[:5])
         assert len(report.quantized) == 3 * 4 + 4 * 3  # attention in three blocks, MLPs in four
         stored = load_file(f"{output}/model.safetensors")
         ending = ".weight_packed" if layout == "compressed-tensors" else ".weight"
@@ -295,7 +295,7 @@ def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
     for name, tensor in heads.items():
         assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor), name
     report = validate_nvfp4(tmp_path / "out")
-    assert not report.faults, report.faults[:5]
+    assert not report.issues, report.issues[:5]
     excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     assert [name for name in excluded if name.startswith("mtp.")] == ["mtp.layers.0.eh_proj"]
 
@@ -335,7 +335,7 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
         assert tensor.dtype == expected.dtype, name
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
     report = validate_nvfp4(tmp_path / "out")
-    assert not report.faults, report.faults[:5]
+    assert not report.issues, report.issues[:5]
     assert len(report.quantized) == 4 * (8 * 2 + 2) + 2 * 2
     excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     linears = {f"{name}.weight" for name in excluded if not name.startswith("language_model.")}
@@ -348,17 +348,17 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
     arguments = {"models": [(str(without), str(tmp_path / "blind"), "bfloat16")]}
     output = workshop.server.run("training_jobs:import_checkpoints", 1, arguments, fails=True)
     assert "no tensor's name begins with 'vision_model.'" in output
-    (tmp_path / "run" / "hf" / "carried.safetensors").unlink()
+    (tmp_path / "run" / "hf" / "passthrough.safetensors").unlink()
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "blind")}}
     output = workshop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
-    assert "hf/carried.safetensors is missing" in output
+    assert "hf/passthrough.safetensors is missing" in output
     qkv = "vision_model.radio_model.model.blocks.0.attn.qkv"
     for name in ("config.json", "hf_quant_config.json"):
         file = tmp_path / "out" / name
         file.write_text(file.read_text().replace(f'"{qkv}",', ""))
     save_file({n: t for n, t in stored.items() if not n.startswith("mlp1.")}, tmp_path / "out" / "model.safetensors")
-    faults = "\n".join(map(str, validate_nvfp4(tmp_path / "out").faults))
-    assert f"{qkv}: is not quantized and missing from" in faults and "mlp1.*: is missing" in faults
+    problems = "\n".join(map(str, validate_nvfp4(tmp_path / "out").issues))
+    assert f"{qkv}: is not quantized and missing from" in problems and "mlp1.*: is missing" in problems
 
 
 def test_what_cannot_be_is_one_error(workshop, tmp_path):

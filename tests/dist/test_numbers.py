@@ -81,7 +81,7 @@ def test_a_skipped_step_leaves_no_trace(shop, through):
     assert "decoder.layers.2.self_attention.linear_proj" in warning and "The step is skipped" in warning
     assert equal(steps[1], through[1], "masters")
     assert equal(steps[2], steps[1], "masters") and not equal(steps[3], steps[2], "masters")
-    assert equal(steps[3], steps[2], "on_grid") and equal(steps[2], through[2], "on_grid")
+    assert equal(steps[3], steps[2], "quantized") and equal(steps[2], through[2], "quantized")
     skipped = [line for line in output.splitlines() if "number of skipped iterations:   1" in line]
     assert len(skipped) == 1 and "iteration        3/" in skipped[0]
 
@@ -112,7 +112,7 @@ def test_a_spike_goes_back_to_the_last_checkpoint(shop, undisturbed, tmp_path):
     (back,) = [line for line in output.splitlines() if "rolled back to the checkpoint of iteration 10" in line]
     assert "The batches of steps 11 to 11 (samples 80 to 87) are left out" in back
     assert all(equal(steps[i], through[i], "masters") for i in range(10))
-    assert equal(steps[11], through[10], "on_grid")
+    assert equal(steps[11], through[10], "quantized")
     assert len(set(rates)) == 14 and learning_rates(output) == rates[:10] + rates[9:13]
     assert torch.equal(steps[11]["batches"][0]["tokens"], through[11]["batches"][0]["tokens"])
     resumed, output = shop.train([*argv, "--load", str(run), "--ckpt-step", "10"], function=FAULTY, fault=fault)

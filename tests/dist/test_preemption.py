@@ -57,7 +57,7 @@ def test_a_job_that_is_asked_to_leave_goes_on_bit_for_bit(place, tmp_path, how):
     assert (len(first), len(second)) == (3, 3)
     for number, (a, b) in enumerate(zip(first + second, expected, strict=True), 1):
         assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"]), number
-        for what in ("on_grid", "grads", "params", "masters", "amaxes"):
+        for what in ("quantized", "grads", "params", "masters", "amaxes"):
             assert all(torch.equal(a[what][name], b[what][name]) for name in b[what]), (number, what)
     validations = [
         [line for line in log.splitlines() if "validation at iteration" in line] for log in (second_log, expected_log)

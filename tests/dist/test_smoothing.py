@@ -152,7 +152,7 @@ def test_quantization_costs_less(shop, smoothed, tmp_path):
 
 def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_path):
     record = json_records.read(shop.directory / "llama bf16" / "qad_smoothing.json")
-    assert record["checkpoint"] == "llama bfloat16" and record["exponent"] == 0.5 and record["sequences"] == 8
+    assert record["checkpoint"] == "llama bfloat16" and record["alpha"] == 0.5 and record["sequences"] == 8
     assert record["text"][-1] == "bfloat16"
     where = shop.directory
     argv = [
@@ -188,7 +188,7 @@ def test_what_would_be_made_again_is_kept(shop, smoothed):
     flags = ["--qad-calibration-samples", "8", "--keep"]
     assert "is there already" in shop("smooth", output, "llama bfloat16", *flags)
     assert "was made of checkpoint llama bfloat16" in shop("smooth", output, "llama float32", *flags, fails=True)
-    assert "exponent 0.25" in shop("smooth", output, "llama bfloat16", *flags, "--exponent", "0.25", fails=True)
+    assert "alpha 0.25" in shop("smooth", output, "llama bfloat16", *flags, "--alpha", "0.25", fails=True)
     assert "--keep" in shop("smooth", output, "llama bfloat16", *flags, "--seed", "7", fails=True)
     assert (output / "latest_checkpointed_iteration.txt").stat().st_mtime_ns == before
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_is_refused(shop, tmp_path):
     def error(output: Path, *flags: str) -> str:
         return shop("smooth", output, "llama bfloat16", *flags, fails=True)
 
-    assert "--exponent 1.5: expected a number above 0, up to 1" in error(tmp_path / "a", "--exponent", "1.5")
+    assert "--alpha 1.5: expected a number above 0, up to 1" in error(tmp_path / "a", "--alpha", "1.5")
     assert "quantizes no input to NVFP4" in error(tmp_path / "a", "--qad-policy", "bf16")
     assert "no --qad-student" in error(tmp_path / "a", "--qad-student", f"{shop.directory}/llama bfloat16")
     shutil.copytree(shop.directory / "hf llama", tmp_path / "b")

@@ -114,7 +114,7 @@ def test_layouts_agree(workshop, case):
         for a, b in zip(found, expected, strict=True):
             assert a["loss"]["kl loss"] == pytest.approx(b["loss"]["kl loss"], rel=TOLERANCE), layout
             assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=TOLERANCE), layout
-        for what in ("grads", "params", "on_grid"):
+        for what in ("grads", "params", "quantized"):
             error, where = records.largest_error(found, expected, what)
             print(f"{case} {layout} {what}: {error:.1e} at {where}")
             assert error <= TOLERANCE, (layout, what, where)
@@ -136,7 +136,7 @@ def test_layouts_agree_in_nvfp4(workshop, kind):
             error = max(
                 abs(a["loss"]["kl loss"] / b["loss"]["kl loss"] - 1),
                 abs(a["grad_norm"] / b["grad_norm"] - 1),
-                *(records.largest_error([a], [b], what)[0] for what in ("grads", "on_grid")),
+                *(records.largest_error([a], [b], what)[0] for what in ("grads", "quantized")),
             )
             steps.append(error <= TOLERANCE)
         return steps
@@ -168,7 +168,7 @@ def test_layouts_agree_in_nvfp4(workshop, kind):
 def _assert_quantized(steps) -> None:
     """During a step the decoder's GEMMs, and nothing else, are on the grid: few values a block of 16."""
     for step in steps:
-        for name, weight in step["on_grid"].items():
+        for name, weight in step["quantized"].items():
             is_gemm = weight.dim() == 2 and name.startswith("decoder")
             # E2M1 has 15 values, one of them zero, so 16 numbers on the grid are never all different.
             blocks = weight.reshape(-1, 16).sort(dim=1).values
@@ -203,7 +203,7 @@ def test_resuming_changes_nothing(workshop, tmp_path, case):
     for number, (a, b) in enumerate(zip(first + second, through, strict=True), 1):
         assert a["loss"] == b["loss"], number
         assert a["grad_norm"] == b["grad_norm"], number
-        for what in ("on_grid", "grads", "params", "masters", "amaxes"):
+        for what in ("quantized", "grads", "params", "masters", "amaxes"):
             assert a[what].keys() == b[what].keys()
             assert all(torch.equal(a[what][name], b[what][name]) for name in b[what]), (number, what)
     assert bool(through[-1]["masters"]) == (kind == "bf16")
@@ -294,7 +294,7 @@ def test_each_weight_is_quantized_once_a_step(workshop, kind):
         for steps in ranks:
             assert [step["num_quantizations"] for step in steps] == list(range(1, num_steps + 1)), name
         # Gradients of the distributed optimizer are parts: what every rank holds whole are the weights of the step.
-        weights = [{n: v[0] for rank in ranks for n, v in rank[i]["on_grid"].items()} for i in range(num_steps)]
+        weights = [{n: v[0] for rank in ranks for n, v in rank[i]["quantized"].items()} for i in range(num_steps)]
         found[name] = [step["loss"]["kl loss"] for step in ranks[-1]], weights
         if reference is None or (kind == "tied" and layout == "pp2"):
             continue

@@ -143,7 +143,7 @@ class _Watch(Callback):
 
     def student_begins(self, batches, is_training):
         if is_training:
-            self.steps[-1]["on_grid"] = self._shards(self._model, lambda p: p.data)
+            self.steps[-1]["quantized"] = self._shards(self._model, lambda p: p.data)
             self.steps[-1]["batches"] += [
                 vars(batch) | {"teacher_output": None, "documents": None} for batch in batches
             ]

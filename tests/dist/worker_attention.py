@@ -18,9 +18,9 @@ CASES = [
 
 
 def cases(arguments: dict) -> list:
-    from megatron_qad.engine import prepare
+    from megatron_qad.engine import init_runtime
 
-    prepare()
+    init_runtime()
     import torch
     from megatron.core import mpu
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -69,7 +69,7 @@ def _compare(group, size: int, case: dict) -> list[float]:
 
     local = [mine(tensor).requires_grad_() for tensor in whole]
     ours = _build(CoreAttention, case, size=size, group=group)
-    packed = Documents.of(lengths) if case["documents"] else None
+    packed = Documents.from_lengths(lengths) if case["documents"] else None
     inputs = [tensor.squeeze(1) for tensor in local] if packed else local
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):

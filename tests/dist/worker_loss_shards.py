@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare()
+init_runtime()
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference_losses import expected  # noqa: E402
@@ -52,7 +52,7 @@ def case(name: str, dtype, closeness: float, group) -> dict:
     student, teacher, labels, weight = given(dtype, closeness)
     width = PADDED // group.size()
     mine = slice(group.rank() * width, (group.rank() + 1) * width)
-    shard = VocabShard.of_rank(width, REAL, group)
+    shard = VocabShard.for_rank(width, REAL, group)
     losses = [LOSSES[part](**settings) for part, settings in CASES[name]]
     leaf = student[..., mine].clone().requires_grad_()
     with _Counts() as forward:
@@ -99,7 +99,7 @@ def fused(name: str, group, in_forward: bool) -> dict:
 
     width = PADDED // group.size()
     mine = slice(group.rank() * width, (group.rank() + 1) * width)
-    shard = VocabShard.of_rank(width, REAL, group)
+    shard = VocabShard.for_rank(width, REAL, group)
     losses = [LOSSES[part](**settings) for part, settings in CASES[name]]
     hidden.requires_grad_()
     weight = weight[mine].clone().requires_grad_()
@@ -132,7 +132,7 @@ def nothing_counts(name: str, group) -> dict:
     mine = slice(group.rank() * width, (group.rank() + 1) * width)
     losses = [LOSSES[part](**settings) for part, settings in CASES[name]]
     leaf = student[..., mine].clone().requires_grad_()
-    shard = VocabShard.of_rank(width, REAL, group)
+    shard = VocabShard.for_rank(width, REAL, group)
     found = logit_losses(losses, leaf * 1, teacher[..., mine].clone(), labels, shard, weight=weight * 0)
     sum(out.sum() for out in found).backward()
     return {"loss": sum(out.abs().sum().item() for out in found), "grad": leaf.grad.abs().sum().item()}
@@ -141,7 +141,7 @@ def nothing_counts(name: str, group) -> dict:
 def refusals(group) -> list[str]:
     student, teacher, labels, _ = given(torch.float32, 1.0)
     width = PADDED // group.size()
-    shard = VocabShard.of_rank(width, REAL, group)
+    shard = VocabShard.for_rank(width, REAL, group)
     try:
         logit_losses([LOSSES["topk"](k=17)], student[..., :width], teacher[..., :width], labels, shard)
     except QADError as error:

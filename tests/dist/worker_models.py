@@ -59,7 +59,7 @@ def _logits(job, tokens, prepare=None):
         prepare(teacher)
     positions = torch.arange(args.seq_length).expand(args.micro_batch_size, -1)
     batches = [Batch(part, positions) for part in tokens.split(args.micro_batch_size)]
-    teacher.annotate(
+    teacher.attach_outputs(
         batches, seq_length=args.seq_length, micro_batch_size=args.micro_batch_size, decoder_seq_length=None
     )
     if not mpu.is_pipeline_last_stage():

@@ -2,9 +2,9 @@
 
 import torch
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 
 from megatron_qad.distillation import VocabShard, compare  # noqa: E402
 from megatron_qad.engine import QADError  # noqa: E402
@@ -60,7 +60,7 @@ def _metrics(dtype, group) -> dict:
     student, teacher, labels, weight = _given(dtype)
     width = PADDED // group.size()
     mine = slice(group.rank() * width, (group.rank() + 1) * width)
-    shard = VocabShard.of_rank(width, REAL, group)
+    shard = VocabShard.for_rank(width, REAL, group)
     found = compare(student[..., mine], teacher[..., mine], labels, (weight > 0.3).float(), shard)
     mask = torch.zeros_like(weight)
     mask[0, :2] = 1

@@ -47,8 +47,8 @@ def run(*command, **environment) -> str:
 INPUTS = """
 import sys
 from pathlib import Path
-from megatron_qad.engine import prepare
-prepare()
+from megatron_qad.engine import init_runtime
+init_runtime()
 import tiny_job
 d = Path(sys.argv[1])
 config = tiny_job.LLAMA | {"torch_dtype": "bfloat16"}

@@ -67,9 +67,9 @@ class Place:
 @contextlib.contextmanager
 def megatron():
     """This process as a group of one rank, which reading and writing checkpoints needs."""
-    from megatron_qad.engine import prepare
+    from megatron_qad.engine import init_runtime
 
-    prepare()
+    init_runtime()
     import torch
 
     from megatron_qad.engine.distributed import init_process_group

@@ -48,7 +48,7 @@ def compared(request, tmp_path_factory):
 def test_names_shards_values_and_quantizers_agree(compared, case):
     """As imported, with quantizers, and each spec's checkpoint in a model of the other."""
     result = compared[1][case]
-    assert result["faults"] == []
+    assert result["problems"] == []
     blocks = tiny_models.config_of(case).num_hidden_layers
     assert result["linears"] == 4 * blocks  # qkv, proj, fc1, fc2
     assert result["quantizers"] == 6 * blocks  # their inputs, and an FP8 cache's keys and values
@@ -59,7 +59,7 @@ def test_names_shards_values_and_quantizers_agree(compared, case):
 def test_a_hybrid_agrees(compared, case):
     """The same for Mamba layers and experts, each of them with a quantizer of its own."""
     result = compared[1][case]
-    assert result["faults"] == []
+    assert result["problems"] == []
     assert result["linears"] == HYBRIDS[case]
     assert result["quantizers"] == HYBRIDS[case] + 2 * ATTENTIONS[case]
 

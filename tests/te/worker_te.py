@@ -1,6 +1,6 @@
 """Worker: one model after the other, built from Transformer Engine's layers and from the local ones, side by side.
 
-Rank 0 reports what all ranks found: ``faults`` is a list of sentences, empty where the two specs agree.
+Rank 0 reports what all ranks found: ``problems`` is a list of sentences, empty where the two specs agree.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def cases(arguments: dict) -> list[dict]:
             saved = str(Path(model["saved"]) / spec)
             with job(model["checkpoint"], arguments["tp"], 1, *_flags(other, saved)) as started:
                 seen[f"{spec} in {other}"] = _load_job(started, saved)
-        results.append({"case": model["case"], "faults": _all_ranks(_compare(seen)), **_counts(seen["te"])})
+        results.append({"case": model["case"], "problems": _all_ranks(_compare(seen)), **_counts(seen["te"])})
     return results
 
 
@@ -124,18 +124,20 @@ def _checkpoint_view(chunks) -> dict:
 
 
 def _compare(seen: dict[str, dict]) -> list[str]:
-    faults = _views_differ("as built and imported", seen["local"]["plain"], seen["te"]["plain"])
+    problems = _views_differ("as built and imported", seen["local"]["plain"], seen["te"]["plain"])
     for name in ("te", "local in te", "te in local"):
-        faults += _views_differ(f"with quantizers, {name}", seen["local"]["quantized"], seen[name]["quantized"])
+        problems += _views_differ(f"with quantizers, {name}", seen["local"]["quantized"], seen[name]["quantized"])
         if seen[name]["quantizers"] != seen["local"]["quantizers"]:
-            faults.append(f"{name}: quantizers on {seen[name]['quantizers']}, local has {seen['local']['quantizers']}")
+            problems.append(
+                f"{name}: quantizers on {seen[name]['quantizers']}, local has {seen['local']['quantizers']}"
+            )
     if seen["local"]["te_linears"]:
-        faults.append(f"the local spec holds {seen['local']['te_linears'][:3]}")
+        problems.append(f"the local spec holds {seen['local']['te_linears'][:3]}")
     for name in seen["te"]["quantizers"]:
         is_kv = name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
         if name not in seen["te"]["te_linears"] and name != "output_layer" and not is_kv:
-            faults.append(f"te: {name} is quantized and no linear of Transformer Engine")
-    return faults
+            problems.append(f"te: {name} is quantized and no linear of Transformer Engine")
+    return problems
 
 
 def _views_differ(where: str, local: dict, te: dict) -> list[str]:
@@ -143,22 +145,22 @@ def _views_differ(where: str, local: dict, te: dict) -> list[str]:
 
     if set(local) != set(te):
         return [f"{where}: only local {sorted(set(local) - set(te))}, only te {sorted(set(te) - set(local))}"]
-    faults = []
+    problems = []
     for name, (*described, values) in local.items():
         *other, te_values = te[name]
         if described != other:
-            faults.append(f"{where}: {name} is {described} in the local spec and {other} in Transformer Engine's")
+            problems.append(f"{where}: {name} is {described} in the local spec and {other} in Transformer Engine's")
         elif not torch.equal(values, te_values):
-            faults.append(f"{where}: {name} holds other values")
-    return faults
+            problems.append(f"{where}: {name} holds other values")
+    return problems
 
 
-def _all_ranks(faults: list[str]) -> list[str]:
+def _all_ranks(problems: list[str]) -> list[str]:
     import torch
 
     gathered = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, faults)
-    return [f"rank {rank}: {fault}" for rank, found in enumerate(gathered) for fault in found]
+    torch.distributed.all_gather_object(gathered, problems)
+    return [f"rank {rank}: {problem}" for rank, found in enumerate(gathered) for problem in found]
 
 
 def _counts(te: dict) -> dict:

@@ -15,21 +15,23 @@ class Inventory:
     fused: list[tuple[str, ...]] = field(
         default_factory=list
     )  # linears that a server merges and that share their scales
-    always_excluded: list[str] = field(default_factory=list)  # linear to a server, never quantized
+    never_quantized: list[str] = field(default_factory=list)  # linear to a server, never quantized
     float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
-    carried: tuple[str, ...] = ()  # what names of tensors begin with that no inventory lists and that stay as they were
+    passthrough_prefixes: tuple[
+        str, ...
+    ] = ()  # what names of tensors begin with that no inventory lists and that stay as they were
     required: tuple[str, ...] = ()  # those of ``carried`` that must be there
     attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
     tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head"
 
-    def carries(self, name: str) -> bool:
-        return name.startswith(self.carried)
+    def is_passthrough(self, name: str) -> bool:
+        return name.startswith(self.passthrough_prefixes)
 
     def excluded(self, quantized) -> set[str]:
         """What the configurations must exclude where these linears are quantized."""
-        return (set(self.linears) | set(self.always_excluded)) - set(quantized)
+        return (set(self.linears) | set(self.never_quantized)) - set(quantized)
 
 
 def positive_integer(config: dict[str, Any], key: str, default: int | None = None) -> int:

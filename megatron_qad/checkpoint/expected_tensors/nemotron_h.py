@@ -14,7 +14,7 @@ def expected_tensors(config: dict[str, Any], prefix: str = "") -> Inventory:
         tied_head=bool(config.get("tie_word_embeddings", False)),
         embedding=f"{prefix}backbone.embeddings.weight",
         head=f"{prefix}lm_head",
-        carried=(f"{prefix}mtp.",) if config.get("num_nextn_predict_layers") else (),
+        passthrough_prefixes=(f"{prefix}mtp.",) if config.get("num_nextn_predict_layers") else (),
     )
     model.tensors |= {model.embedding: (vocab, hidden), f"{prefix}backbone.norm_f.weight": (hidden,)}
     model.linears[model.head] = (vocab, hidden)
@@ -45,7 +45,7 @@ def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
     inner = heads * positive_integer(config, "mamba_head_dim")
     model.linears[f"{mixer}.in_proj"] = (2 * inner + 2 * state + heads, hidden)
     model.linears[f"{mixer}.out_proj"] = (hidden, inner)
-    model.always_excluded.append(f"{mixer}.conv1d")
+    model.never_quantized.append(f"{mixer}.conv1d")
     channels = inner + 2 * state
     model.tensors |= {f"{mixer}.{name}": (heads,) for name in ("A_log", "D", "dt_bias")}
     model.tensors |= {f"{mixer}.norm.weight": (inner,), f"{mixer}.conv1d.bias": (channels,)}

@@ -13,5 +13,5 @@ def expected_tensors(config: dict[str, Any]) -> Inventory:
         raise QADError(f"config.json: llm_config is {inner!r:.100}, expected the language model's config.")
     model = nemotron_h.expected_tensors(inner, "language_model.")
     model.required = ("vision_model.", "mlp1.")
-    model.carried += model.required
+    model.passthrough_prefixes += model.required
     return model

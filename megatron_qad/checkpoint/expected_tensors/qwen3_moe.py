@@ -22,7 +22,7 @@ def expected_tensors(config: dict[str, Any]) -> Inventory:
             del model.linears[module]
         model.fused.remove(gate_up)
         model.tensors[f"{mlp}.gate.weight"] = (num_experts, hidden)
-        model.always_excluded.append(f"{mlp}.gate")  # servers build this router of a linear, Nemotron-H's of its own
+        model.never_quantized.append(f"{mlp}.gate")  # servers build this router of a linear, Nemotron-H's of its own
         for number in range(num_experts):
             expert = f"{mlp}.experts.{number}"
             model.linears[f"{expert}.gate_proj"] = model.linears[f"{expert}.up_proj"] = (width, hidden)

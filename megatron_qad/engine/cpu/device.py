@@ -2,9 +2,8 @@
 
 ``install()`` answers the calls that Megatron makes of ``torch.cuda`` and maps the device "cuda" to "cpu", so that the
 same training loop, schedules, optimizer and checkpoints run where there is no GPU. It is installed before ``megatron``
-is imported and only when no GPU is there (``engine.prepare`` decides). It is slow where a GPU is fast and changes no
-arithmetic. Left out: CUDA graphs, streams that overlap, memory pools, profilers.
-"""
+is imported and only when no GPU is there (``engine.init_runtime`` decides). It is slow where a GPU is fast and changes
+no arithmetic. Left out: CUDA graphs, streams that overlap, memory pools, profilers."""
 
 import contextlib
 import functools

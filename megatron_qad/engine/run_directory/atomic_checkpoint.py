@@ -1,11 +1,10 @@
 """Checkpoints that are complete or invisible.
 
-``WholeSaves.install`` replaces Megatron's ``dist_checkpointing.save``, the one function through which every torch_dist
-checkpoint is written, synchronous or not. Ours writes to ``NAME.JOB.partial``, sums up every file where it was
-written, and renames the directory when all of it is there; only then does Megatron move
+``AtomicCheckpoints.install`` replaces Megatron's ``dist_checkpointing.save``, the one function through which every
+torch_dist checkpoint is written, synchronous or not. Ours writes to ``NAME.JOB.partial``, sums up every file where it
+was written, and renames the directory when all of it is there; only then does Megatron move
 ``latest_checkpointed_iteration.txt``. What fails on one rank fails on all, so that a full disk ends a save and not a
-job (``training.callbacks.checkpoint_keeper`` goes on with it).
-"""
+job (``training.callbacks.checkpoint_keeper`` goes on with it)."""
 
 import io
 import json
@@ -37,7 +36,7 @@ class SaveFailed(QADError):
     """A checkpoint could not be written or was not whole; raised on every rank."""
 
 
-class WholeSaves:
+class AtomicCheckpoints:
     """The saves of one job."""
 
     def __init__(self):
@@ -192,12 +191,12 @@ def _check_and_rename(sums: dict[str, manifest.Sum], texts: dict[str, str], asid
 
 def on_first_rank(work: Callable[[], None]) -> None:
     """Do ``work`` on rank 0; what stops it there is raised on every rank."""
-    fault: list[str | None] = [None]
+    problem: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             work()
         except (OSError, QADError) as error:
-            fault = [str(error)]
-    torch.distributed.broadcast_object_list(fault, src=0)
-    if fault[0] is not None:
-        raise SaveFailed(fault[0])
+            problem = [str(error)]
+    torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise SaveFailed(problem[0])

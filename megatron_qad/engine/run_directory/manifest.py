@@ -89,11 +89,11 @@ def read(directory: Path) -> dict[str, tuple[int | None, str]]:
         raise QADError(f"{directory.name}/{FILE} is not readable") from error
 
 
-def faults(directory: Path, rank: int = 0, size: int = 1, needed: Sequence[str] = _NEEDED) -> list[str]:
+def find_problems(directory: Path, rank: int = 0, size: int = 1, needed: Sequence[str] = _NEEDED) -> list[str]:
     """What is wrong with a checkpoint, a phrase a file; an empty list if it is whole.
 
     Names and sizes of all files are looked at, contents of every ``size``-th from ``rank`` on: the share of a rank.
-    A file that the manifest does not list is a fault, because Megatron would load some by their names.
+    A file that the manifest does not list is a problem, because Megatron would load some by their names.
 
     Args:
         needed: files that must be there.
@@ -140,17 +140,18 @@ def require_file(file: Path) -> None:
     raise QADError(f"{file}: {what}. {_NEXT}")
 
 
-def faults_shared(directory: Path) -> list[str]:
-    """``faults``, with the files shared out over the ranks; the same list on all of them. Every rank calls this."""
+def find_problems_across_ranks(directory: Path) -> list[str]:
+    """``find_problems``, with the files shared out over the ranks; the same list on all of them. Every rank calls
+    this."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return faults(directory)
+        return find_problems(directory)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found: list[list[str]] = [[] for _ in range(size)]
-    torch.distributed.all_gather_object(found, faults(directory, rank, size))
-    return sorted({fault for share in found for fault in share})
+    torch.distributed.all_gather_object(found, find_problems(directory, rank, size))
+    return sorted({problem for share in found for problem in share})
 
 
-def require_whole(directory: Path) -> None:
+def verify_checkpoint(directory: Path) -> None:
     """Refuse a damaged or unfinished checkpoint by name. Every rank calls this; a process reads a directory once.
 
     Raises:
@@ -158,7 +159,7 @@ def require_whole(directory: Path) -> None:
     """
     if directory.resolve() in _found_whole:
         return
-    wrong = faults_shared(directory)
+    wrong = find_problems_across_ranks(directory)
     if not wrong:
         _found_whole.add(directory.resolve())
     else:
@@ -168,13 +169,13 @@ def require_whole(directory: Path) -> None:
         )
 
 
-def require_sealed(directory: Path, *needed: str) -> None:
+def verify_directory(directory: Path, *needed: str) -> None:
     """Refuse a damaged directory that is no checkpoint, such as ``hf/``.
 
     Raises:
         QADError: the files that are wrong.
     """
-    if wrong := faults(directory, needed=needed):
+    if wrong := find_problems(directory, needed=needed):
         raise QADError(f"{directory} is damaged: {'; '.join(wrong[:3])}. {_NEXT}")
 
 

@@ -31,7 +31,7 @@ _CLASSES = {
 }
 
 
-def refuse_code() -> None:
+def restrict_unpickling() -> None:
     """Make this process, until it ends, read checkpoints as data. Idempotent."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

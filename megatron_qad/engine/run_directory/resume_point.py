@@ -16,7 +16,7 @@ from megatron_qad.engine.run_directory.iterations import (
 from megatron_qad.engine.run_directory.run_files import TRACKER
 
 
-def settle(load: str | None, save: str | None, step: int | None) -> int:
+def select_resume_checkpoint(load: str | None, save: str | None, step: int | None) -> int:
     """Point ``--load`` at its newest whole checkpoint and clear away what a killed job left. Every rank calls this.
 
     The tracker's checkpoint is taken if it is whole; otherwise the newest whole one before it, and the tracker is moved
@@ -39,13 +39,13 @@ def settle(load: str | None, save: str | None, step: int | None) -> int:
     root = Path(load)
     named = read_tracker(root)
     if step or named == "release":
-        manifest.require_whole(root / (f"iter_{step:07d}" if step else "release"))
+        manifest.verify_checkpoint(root / (f"iter_{step:07d}" if step else "release"))
         return step or 0
     refused = []
     for directory in saved_iterations(root):
         if is_number(named) and int(named) < iteration_of(directory):
             continue
-        wrong = manifest.faults_shared(directory)
+        wrong = manifest.find_problems_across_ranks(directory)
         if not wrong:
             _move_tracker(root, directory, named, refused)
             return iteration_of(directory)
@@ -75,10 +75,10 @@ def _move_tracker(root: Path, directory: Path, named: str, refused: list[str]) -
     on_first_rank(lambda: manifest.write_atomically(root / TRACKER, str(iteration_of(directory))))
 
 
-def newest_whole(root: Path, upto: int, but: set[int]) -> int | None:
+def latest_valid_checkpoint(root: Path, upto: int, but: set[int]) -> int | None:
     """The newest whole checkpoint of an iteration up to ``upto``, left out those of ``but``. Every rank calls this."""
     for directory in saved_iterations(root):
         iteration = iteration_of(directory)
-        if iteration <= upto and iteration not in but and not manifest.faults_shared(directory):
+        if iteration <= upto and iteration not in but and not manifest.find_problems_across_ranks(directory):
             return iteration
     return None

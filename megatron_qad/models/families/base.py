@@ -13,7 +13,7 @@ from megatron_qad.engine.errors import QADError
 
 
 @dataclass(frozen=True)
-class TensorMap:
+class ParamMapping:
     """One Megatron tensor and the Hugging Face tensors it holds, in order.
 
     ``kind`` says what the tensor is to a quantization policy: "attention", "mamba", "mlp", "expert", "shared_expert",
@@ -33,7 +33,7 @@ class TensorMap:
     """The output head of a model whose head is its embedding: a GEMM without a tensor of its own."""
     is_float32: bool = False
     """Kept in float32 whatever the model's precision (a router's correction bias)."""
-    always_excluded: bool = False
+    never_quantized: bool = False
     """Linear to a server and quantized by no policy (conv1d, Qwen3-MoE's router, the vision encoder): a packed
     checkpoint's exclusion list names it."""
 
@@ -47,7 +47,7 @@ class TensorMap:
         return [tensor]
 
     @property
-    def stored_rows(self) -> dict[str, int]:
+    def checkpoint_splits(self) -> dict[str, int]:
         """How a torch_dist checkpoint holds the tensor: rows by ending of the name, one entry a part that is sharded by
         itself."""
         return {"": self.shape[0]}
@@ -58,7 +58,7 @@ class TensorMap:
 
 
 @dataclass(frozen=True)
-class RowStack(TensorMap):
+class GatedMLPMapping(ParamMapping):
     """Hugging Face tensors stacked along the rows: gate and up in ``linear_fc1``."""
 
     rows: tuple[int, ...] = ()
@@ -74,16 +74,16 @@ class RowStack(TensorMap):
 
 
 @dataclass(frozen=True)
-class ExpertGateUp(RowStack):
+class ExpertGatedMLPMapping(GatedMLPMapping):
     """Gate and up of one expert, which Megatron stores apart where it stores experts one by one."""
 
     @property
-    def stored_rows(self):
+    def checkpoint_splits(self):
         return dict(zip(("_w", "_v"), self.rows, strict=True))
 
 
 @dataclass(frozen=True)
-class GroupedQKV(TensorMap):
+class QKVMapping(ParamMapping):
     """q, k, v in ``linear_qkv``: for each query group its queries, its key, its value (weights and biases alike)."""
 
     num_heads: int = 0
@@ -114,7 +114,7 @@ class Family:
     """config -> HybridModel's pattern, one symbol a layer (``LAYER_KINDS``)."""
     megatron_args: Callable[[dict], dict]
     """config -> Megatron argument names and values (True: a flag without a value)."""
-    tensors: Callable[[dict], list[TensorMap]]
+    tensors: Callable[[dict], list[ParamMapping]]
     """config -> every tensor of the Megatron model."""
     rope_scaling: Callable[[dict], dict | None]
     mlp_widths: Callable[[dict], tuple[int, ...] | None] = lambda hf_config: None
@@ -122,12 +122,12 @@ class Family:
     ``ffn-hidden-size``."""
     text_config: Callable[[dict], dict] = lambda hf_config: hf_config
     """config -> the config of the language model that Megatron builds, where it stands inside a wrapper's."""
-    carried: tuple[str, ...] = ()
+    passthrough_prefixes: tuple[str, ...] = ()
     """What the Hugging Face names of tensors begin with that are no part of the Megatron model and go from import to
     export untouched: layers for multi-token prediction, a vision encoder."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Names that transformers 5 gives tensors when it saves -> the hub's, which are read and written here."""
-    beside: Callable[[dict], list[TensorMap]] = lambda hf_config: []
+    passthrough_tensors: Callable[[dict], list[ParamMapping]] = lambda hf_config: []
     """config -> those of the carried tensors that are known without their file."""
 
     def layer_kinds(self, hf_config: dict) -> list[str]:
@@ -137,20 +137,20 @@ class Family:
     def linear_modules(self, hf_config: dict) -> list[str]:
         """Hugging Face names of every module that a server takes for a linear; what is not quantized of them is
         excluded."""
-        fixed = [tensor for tensor in self.all_tensors(hf_config) if tensor.always_excluded]
+        fixed = [tensor for tensor in self.all_tensors(hf_config) if tensor.never_quantized]
         return [name.removesuffix(".weight") for tensor in (*self.linears(hf_config), *fixed) for name in tensor.hf]
 
-    def all_tensors(self, hf_config: dict) -> list[TensorMap]:
+    def all_tensors(self, hf_config: dict) -> list[ParamMapping]:
         """Every tensor of the Hugging Face model that its config tells of."""
-        return [*self.tensors(hf_config), *self.beside(hf_config)]
+        return [*self.tensors(hf_config), *self.passthrough_tensors(hf_config)]
 
-    def linears(self, hf_config: dict) -> list[TensorMap]:
+    def linears(self, hf_config: dict) -> list[ParamMapping]:
         """Every GEMM, in model order, the head last; a tied head is there too, marked ``is_tied``."""
         tensors = self.tensors(hf_config)
         found = [tensor for tensor in tensors if tensor.is_linear]
         if not any(tensor.kind == "head" for tensor in found):
             embedding = next(tensor for tensor in tensors if tensor.kind == "embedding")
-            head = TensorMap(
+            head = ParamMapping(
                 "output_layer.weight", ("lm_head.weight",), "head", embedding.shape, is_linear=True, is_tied=True
             )
             found.append(head)

@@ -9,7 +9,7 @@ import math
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import dense_decoder
-from megatron_qad.models.families.base import Family, TensorMap, required
+from megatron_qad.models.families.base import Family, ParamMapping, required
 
 _FFN_MULTIPLE = 256
 _KNOWN = {"no_op", "replace_with_linear", "n_heads_in_group", "ffn_mult", "intermediate_size"}
@@ -66,7 +66,7 @@ def megatron_args(config: dict) -> dict:
     return shape | {"hybrid-layer-pattern": layer_pattern(config)}
 
 
-def tensors(config: dict) -> list[TensorMap]:
+def tensors(config: dict) -> list[ParamMapping]:
     num_heads = required(config, "num_attention_heads")
     head_dim = config.get("head_dim") or required(config, "hidden_size") // num_heads
     found = [dense_decoder.embedding(config)]
@@ -99,7 +99,7 @@ def _layers(config: dict) -> list[tuple[int, str, dict]]:
     return [(block, symbol, part) for block, symbol, part in parts if not part.get("no_op")]
 
 
-def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[TensorMap]:
+def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[ParamMapping]:
     """A square linear in the place of attention or MLP, under the name that Megatron's heterogeneous layers have."""
     hidden = required(config, "hidden_size")
     if symbol == "*":
@@ -110,8 +110,8 @@ def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[TensorMap]
         norm, linear = f"{hf}.post_attention_layernorm.weight", f"{hf}.mlp.linear_mlp.weight"
     name = f"decoder.layers.{layer}.{module}"
     return [
-        TensorMap(f"{name}.layer_norm_weight", (norm,), "norm", (hidden,), layer),
-        TensorMap(f"{name}.weight", (linear,), kind, (hidden, hidden), layer, is_linear=True),
+        ParamMapping(f"{name}.layer_norm_weight", (norm,), "norm", (hidden,), layer),
+        ParamMapping(f"{name}.weight", (linear,), kind, (hidden, hidden), layer, is_linear=True),
     ]
 
 

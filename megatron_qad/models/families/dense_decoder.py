@@ -6,7 +6,7 @@ Each Hugging Face block becomes two layers of the pattern, attention ``*`` and M
 from functools import partial
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.models.families.base import Family, GroupedQKV, RowStack, TensorMap, required
+from megatron_qad.models.families.base import Family, GatedMLPMapping, ParamMapping, QKVMapping, required
 
 
 def _head_dim(config: dict) -> int:
@@ -77,7 +77,7 @@ def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
     }
 
 
-def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[TensorMap]:
+def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[ParamMapping]:
     found = [embedding(config)]
     for block in range(required(config, "num_hidden_layers")):
         hf = f"model.layers.{block}"
@@ -91,39 +91,39 @@ def heads(config: dict) -> tuple[int, int, int]:
     return required(config, "num_attention_heads"), _num_groups(config), _head_dim(config)
 
 
-def embedding(config: dict) -> TensorMap:
+def embedding(config: dict) -> ParamMapping:
     shape = (required(config, "vocab_size"), required(config, "hidden_size"))
-    return TensorMap("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "embedding", shape)
+    return ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "embedding", shape)
 
 
 def attention(
     config: dict, layer: int, hf: str, heads: int, groups: int, head_dim: int, *, qkv_bias=False, qk_norm=False
-) -> list[TensorMap]:
+) -> list[ParamMapping]:
     """One attention layer and its norm. ``hf``: the Hugging Face block, ``layer``: the index in the pattern."""
     hidden = required(config, "hidden_size")
     module, rows = f"decoder.layers.{layer}.self_attention", (heads + 2 * groups) * head_dim
-    qkv = partial(GroupedQKV, kind="attention", layer=layer, num_heads=heads, num_groups=groups, head_dim=head_dim)
+    qkv = partial(QKVMapping, kind="attention", layer=layer, num_heads=heads, num_groups=groups, head_dim=head_dim)
     names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
     norm_name = f"{module}.linear_qkv.layer_norm_weight"
     found = [
-        TensorMap(norm_name, (f"{hf}.input_layernorm.weight",), "norm", (hidden,), layer),
+        ParamMapping(norm_name, (f"{hf}.input_layernorm.weight",), "norm", (hidden,), layer),
         qkv(f"{module}.linear_qkv.weight", tuple(f"{n}.weight" for n in names), shape=(rows, hidden), is_linear=True),
     ]
     if qkv_bias:
         found.append(qkv(f"{module}.linear_qkv.bias", tuple(f"{n}.bias" for n in names), shape=(rows,)))
     if qk_norm:
         found += [
-            TensorMap(
+            ParamMapping(
                 f"{module}.{x}_layernorm.weight", (f"{hf}.self_attn.{x}_norm.weight",), "norm", (head_dim,), layer
             )
             for x in "qk"
         ]
     output = (f"{hf}.self_attn.o_proj.weight",)
     shape = (hidden, heads * head_dim)
-    return [*found, TensorMap(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)]
+    return [*found, ParamMapping(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)]
 
 
-def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[TensorMap]:
+def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[ParamMapping]:
     """One gated MLP layer of inner width ``ffn``, and its norm."""
     hidden = required(config, "hidden_size")
     module = f"decoder.layers.{layer}.mlp"
@@ -131,8 +131,8 @@ def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[TensorMap]:
     gate_up = (f"{hf}.mlp.gate_proj.weight", f"{hf}.mlp.up_proj.weight")
     down = (f"{hf}.mlp.down_proj.weight",)
     return [
-        TensorMap(norm_name, (f"{hf}.post_attention_layernorm.weight",), "norm", (hidden,), layer),
-        RowStack(
+        ParamMapping(norm_name, (f"{hf}.post_attention_layernorm.weight",), "norm", (hidden,), layer),
+        GatedMLPMapping(
             f"{module}.linear_fc1.weight",
             gate_up,
             "mlp",
@@ -141,16 +141,16 @@ def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[TensorMap]:
             is_linear=True,
             rows=(ffn, ffn),
         ),
-        TensorMap(f"{module}.linear_fc2.weight", down, "mlp", (hidden, ffn), layer, is_linear=True),
+        ParamMapping(f"{module}.linear_fc2.weight", down, "mlp", (hidden, ffn), layer, is_linear=True),
     ]
 
 
-def final(config: dict) -> list[TensorMap]:
+def final(config: dict) -> list[ParamMapping]:
     """The last norm and, unless it is tied, the head."""
     vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
-    found = [TensorMap("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,))]
+    found = [ParamMapping("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,))]
     if not config.get("tie_word_embeddings", False):
-        found.append(TensorMap("output_layer.weight", ("lm_head.weight",), "head", (vocab, hidden), is_linear=True))
+        found.append(ParamMapping("output_layer.weight", ("lm_head.weight",), "head", (vocab, hidden), is_linear=True))
     return found
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.models.families.base import Family, GroupedQKV, TensorMap, required
+from megatron_qad.models.families.base import Family, ParamMapping, QKVMapping, required
 from megatron_qad.models.families.router_options import router_args
 
 _SYMBOLS = {
@@ -26,7 +26,7 @@ _NO_TIME_STEP_LIMIT = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
 
 
 @dataclass(frozen=True)
-class MambaRows(TensorMap):
+class MambaMapping(ParamMapping):
     """A tensor whose rows are components that tensor parallelism shards one by one.
 
     A torch_dist checkpoint holds each component as a tensor of its own, ``{megatron}.{part}``.
@@ -36,7 +36,7 @@ class MambaRows(TensorMap):
     rows: tuple[int, ...] = ()
 
     @property
-    def stored_rows(self):
+    def checkpoint_splits(self):
         return {f".{part}": rows for part, rows in zip(self.parts, self.rows, strict=True)}
 
 
@@ -134,32 +134,32 @@ def _head_dim(config: dict) -> int:
     return of_config or required(config, "hidden_size") // required(config, "num_attention_heads")
 
 
-def tensors(config: dict, prefix: str = "") -> list[TensorMap]:
+def tensors(config: dict, prefix: str = "") -> list[ParamMapping]:
     """Every tensor. ``prefix``: what stands before the Hugging Face names (``language_model.``)."""
     if biased := [key for key in _BIASES if config.get(key)]:
         raise QADError(f"config.json sets {biased[0]}; linears with biases are not supported in this family")
     vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
     names = (f"{prefix}backbone.embeddings.weight",)
-    found = [TensorMap("embedding.word_embeddings.weight", names, "embedding", (vocab, hidden))]
+    found = [ParamMapping("embedding.word_embeddings.weight", names, "embedding", (vocab, hidden))]
     layer_tensors = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
     for layer, symbol in enumerate(layer_pattern(config)):
         found += layer_tensors[symbol](config, layer, f"{prefix}backbone.layers.{layer}")
-    found.append(TensorMap("decoder.final_norm.weight", (f"{prefix}backbone.norm_f.weight",), "norm", (hidden,)))
+    found.append(ParamMapping("decoder.final_norm.weight", (f"{prefix}backbone.norm_f.weight",), "norm", (hidden,)))
     if not config.get("tie_word_embeddings", False):
         head = (f"{prefix}lm_head.weight",)
-        found.append(TensorMap("output_layer.weight", head, "head", (vocab, hidden), is_linear=True))
+        found.append(ParamMapping("output_layer.weight", head, "head", (vocab, hidden), is_linear=True))
     return found
 
 
-def _mamba(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+def _mamba(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     hidden, num_heads = required(config, "hidden_size"), required(config, "mamba_num_heads")
     inner = num_heads * required(config, "mamba_head_dim")
     state = required(config, "n_groups") * required(config, "ssm_state_size")
     module = f"decoder.layers.{layer}.mixer"
-    of_mixer = partial(TensorMap, kind="mamba", layer=layer)
-    yield TensorMap(f"{module}.in_proj.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
+    of_mixer = partial(ParamMapping, kind="mamba", layer=layer)
+    yield ParamMapping(f"{module}.in_proj.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
     rows = (inner, inner, state, state, num_heads)
-    yield MambaRows(
+    yield MambaMapping(
         f"{module}.in_proj.weight",
         (f"{hf}.mixer.in_proj.weight",),
         "mamba",
@@ -169,30 +169,30 @@ def _mamba(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
         parts=("z", "x", "B", "C", "dt"),
         rows=rows,
     )
-    conv = partial(MambaRows, kind="conv1d", layer=layer, parts=("x", "B", "C"), rows=(inner, state, state))
+    conv = partial(MambaMapping, kind="conv1d", layer=layer, parts=("x", "B", "C"), rows=(inner, state, state))
     channels = inner + 2 * state
     yield conv(
         f"{module}.conv1d.weight",
         (f"{hf}.mixer.conv1d.weight",),
         shape=(channels, 1, required(config, "conv_kernel")),
-        always_excluded=True,
+        never_quantized=True,
     )
     if config.get("use_conv_bias", True):
         yield conv(f"{module}.conv1d.bias", (f"{hf}.mixer.conv1d.bias",), shape=(channels,))
     for name in ("A_log", "D", "dt_bias"):
         yield of_mixer(f"{module}.{name}", (f"{hf}.mixer.{name}",), shape=(num_heads,))
-    yield TensorMap(f"{module}.norm.weight", (f"{hf}.mixer.norm.weight",), "norm", (inner,), layer)
+    yield ParamMapping(f"{module}.norm.weight", (f"{hf}.mixer.norm.weight",), "norm", (inner,), layer)
     output = (f"{hf}.mixer.out_proj.weight",)
     yield of_mixer(f"{module}.out_proj.weight", output, shape=(hidden, inner), is_linear=True)
 
 
-def _attention(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+def _attention(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     hidden, num_heads = required(config, "hidden_size"), required(config, "num_attention_heads")
     num_groups = config.get("num_key_value_heads") or num_heads
     head_dim = _head_dim(config)
     module = f"decoder.layers.{layer}.self_attention"
-    yield TensorMap(f"{module}.linear_qkv.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
-    yield GroupedQKV(
+    yield ParamMapping(f"{module}.linear_qkv.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
+    yield QKVMapping(
         f"{module}.linear_qkv.weight",
         tuple(f"{hf}.mixer.{x}_proj.weight" for x in "qkv"),
         "attention",
@@ -204,30 +204,30 @@ def _attention(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
         head_dim=head_dim,
     )
     output, shape = (f"{hf}.mixer.o_proj.weight",), (hidden, num_heads * head_dim)
-    yield TensorMap(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)
+    yield ParamMapping(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)
 
 
-def _mlp(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+def _mlp(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     hidden, module = required(config, "hidden_size"), f"decoder.layers.{layer}.mlp"
-    yield TensorMap(f"{module}.linear_fc1.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
+    yield ParamMapping(f"{module}.linear_fc1.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
     yield from _up_down(module, f"{hf}.mixer", "mlp", layer, hidden, required(config, "intermediate_size"))
 
 
-def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     hidden, num_experts = required(config, "hidden_size"), required(config, "n_routed_experts")
     latent = config.get("moe_latent_size")
     module, mixer = f"decoder.layers.{layer}.mlp", f"{hf}.mixer"
-    yield TensorMap(
+    yield ParamMapping(
         f"decoder.layers.{layer}.pre_mlp_layernorm.weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer
     )
-    router = partial(TensorMap, kind="router", layer=layer)
+    router = partial(ParamMapping, kind="router", layer=layer)
     yield router(f"{module}.router.weight", (f"{mixer}.gate.weight",), shape=(num_experts, hidden))
     bias = (f"{mixer}.gate.e_score_correction_bias",)
     yield router(f"{module}.router.expert_bias", bias, shape=(num_experts,), is_float32=True)
     if latent:  # the routed experts work in a narrower space, between these two
         for name, shape in (("fc1_latent_proj", (latent, hidden)), ("fc2_latent_proj", (hidden, latent))):
             names = (f"{mixer}.{name}.weight",)
-            yield TensorMap(f"{module}.{name}.weight", names, "expert", shape, layer, is_linear=True)
+            yield ParamMapping(f"{module}.{name}.weight", names, "expert", shape, layer, is_linear=True)
     width = required(config, "moe_intermediate_size")
     for i in range(num_experts):
         expert = f"{module}.experts.experts.{i}"
@@ -237,11 +237,11 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
         yield from _up_down(module, f"{mixer}.shared_experts", "shared_expert", layer, hidden, shared)
 
 
-def _up_down(module: str, hf: str, kind: str, layer: int, hidden: int, width: int) -> Iterator[TensorMap]:
+def _up_down(module: str, hf: str, kind: str, layer: int, hidden: int, width: int) -> Iterator[ParamMapping]:
     """An MLP without a gate (squared ReLU)."""
     up, down = (f"{hf}.up_proj.weight",), (f"{hf}.down_proj.weight",)
-    yield TensorMap(f"{module}.linear_fc1.weight", up, kind, (width, hidden), layer, is_linear=True)
-    yield TensorMap(f"{module}.linear_fc2.weight", down, kind, (hidden, width), layer, is_linear=True)
+    yield ParamMapping(f"{module}.linear_fc1.weight", up, kind, (width, hidden), layer, is_linear=True)
+    yield ParamMapping(f"{module}.linear_fc2.weight", down, kind, (hidden, width), layer, is_linear=True)
 
 
 FAMILY = Family(
@@ -250,6 +250,6 @@ FAMILY = Family(
     megatron_args=megatron_args,
     tensors=tensors,
     rope_scaling=lambda config: None,
-    carried=("mtp.",),
+    passthrough_prefixes=("mtp.",),
     aliases={"backbone.embedding.weight": "backbone.embeddings.weight"},
 )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import nemotron_h
-from megatron_qad.models.families.base import Family, TensorMap, required
+from megatron_qad.models.families.base import Family, ParamMapping, required
 
 _PREFIX = "language_model."
 _VISION = "vision_model.radio_model.model"
@@ -40,26 +40,26 @@ def megatron_args(config: dict) -> dict:
     inner = language_config(config)
     if inner.get("tie_word_embeddings"):
         raise QADError("config.json: llm_config has tie_word_embeddings; this family has a head of its own")
-    beside(config)  # what it does not say stops here, and not at the export
+    passthrough_tensors(config)  # raises here, and not at the export, if the config lacks something
     return nemotron_h.megatron_args(inner)
 
 
-def tensors(config: dict) -> list[TensorMap]:
+def tensors(config: dict) -> list[ParamMapping]:
     return nemotron_h.tensors(language_config(config), _PREFIX)
 
 
-def beside(config: dict) -> list[TensorMap]:
+def passthrough_tensors(config: dict) -> list[ParamMapping]:
     return [*_vision_encoder(config), *_projector(config)]
 
 
-def _vision_encoder(config: dict) -> Iterator[TensorMap]:
+def _vision_encoder(config: dict) -> Iterator[ParamMapping]:
     vision = _DEFAULTS | {k: v for k, v in required(config, "vision_config").items() if v is not None}
     width = required(config, "vit_hidden_size")
     ffn, patch = vision["intermediate_size"], 3 * vision["patch_size"] ** 2
     grid = (vision["max_resolution"] // vision["patch_size"]) ** 2
     yield _kept(f"{_VISION}.patch_generator.cls_token.token", (vision["num_cls_tokens"], width))
     yield _kept(f"{_VISION}.patch_generator.pos_embed", (1, grid, width))
-    yield _kept(f"{_VISION}.patch_generator.embedder.weight", (width, patch), always_excluded=True)
+    yield _kept(f"{_VISION}.patch_generator.embedder.weight", (width, patch), never_quantized=True)
     linears = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
@@ -69,25 +69,25 @@ def _vision_encoder(config: dict) -> Iterator[TensorMap]:
     for block in range(vision["num_hidden_layers"]):
         name = f"{_VISION}.blocks.{block}"
         for module, shape in linears.items():
-            yield _kept(f"{name}.{module}.weight", shape, always_excluded=True)
+            yield _kept(f"{name}.{module}.weight", shape, never_quantized=True)
             yield _kept(f"{name}.{module}.bias", shape[:1])
         for norm in ("norm1", "norm2"):
             yield _kept(f"{name}.{norm}.weight", (width,))
             yield _kept(f"{name}.{norm}.bias", (width,))
 
 
-def _projector(config: dict) -> Iterator[TensorMap]:
+def _projector(config: dict) -> Iterator[ParamMapping]:
     """Norm, linear, squared ReLU, linear; its input is a square of patches side by side."""
     side = round(1 / config.get("downsample_ratio", 0.5))
     width = required(config, "vit_hidden_size") * side**2
     middle = required(config, "projector_hidden_size")
     yield _kept("mlp1.0.weight", (width,))
-    yield _kept("mlp1.1.weight", (middle, width), always_excluded=True)
-    yield _kept("mlp1.3.weight", (required(language_config(config), "hidden_size"), middle), always_excluded=True)
+    yield _kept("mlp1.1.weight", (middle, width), never_quantized=True)
+    yield _kept("mlp1.3.weight", (required(language_config(config), "hidden_size"), middle), never_quantized=True)
 
 
-def _kept(name: str, shape: tuple[int, ...], **kwargs) -> TensorMap:
-    return TensorMap(name, (name,), "vision", shape, **kwargs)
+def _kept(name: str, shape: tuple[int, ...], **kwargs) -> ParamMapping:
+    return ParamMapping(name, (name,), "vision", shape, **kwargs)
 
 
 FAMILY = Family(
@@ -97,6 +97,6 @@ FAMILY = Family(
     tensors=tensors,
     rope_scaling=nemotron_h.FAMILY.rope_scaling,
     text_config=language_config,
-    carried=("vision_model.", "mlp1.", f"{_PREFIX}mtp."),
-    beside=beside,
+    passthrough_prefixes=("vision_model.", "mlp1.", f"{_PREFIX}mtp."),
+    passthrough_tensors=passthrough_tensors,
 )

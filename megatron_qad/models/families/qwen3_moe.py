@@ -7,7 +7,7 @@ leaves a block dense. Hugging Face names are the hub's, with experts apart. No s
 from collections.abc import Iterator
 
 from megatron_qad.models.families import dense_decoder
-from megatron_qad.models.families.base import ExpertGateUp, Family, TensorMap, required
+from megatron_qad.models.families.base import ExpertGatedMLPMapping, Family, ParamMapping, required
 from megatron_qad.models.families.router_options import router_args
 
 
@@ -37,7 +37,7 @@ def megatron_args(config: dict) -> dict:
     )
 
 
-def tensors(config: dict) -> list[TensorMap]:
+def tensors(config: dict) -> list[ParamMapping]:
     found = [dense_decoder.embedding(config)]
     for block in range(required(config, "num_hidden_layers")):
         hf = f"model.layers.{block}"
@@ -49,17 +49,17 @@ def tensors(config: dict) -> list[TensorMap]:
     return found + dense_decoder.final(config)
 
 
-def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
+def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     hidden, num_experts = required(config, "hidden_size"), _num_experts(config)
     width, module = required(config, "moe_intermediate_size"), f"decoder.layers.{layer}.mlp"
     norm = (f"{hf}.post_attention_layernorm.weight",)
-    yield TensorMap(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", norm, "norm", (hidden,), layer)
+    yield ParamMapping(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", norm, "norm", (hidden,), layer)
     # Servers build it of a linear that takes the checkpoint's quantization.
     router = (f"{module}.router.weight", (f"{hf}.mlp.gate.weight",), "router", (num_experts, hidden), layer)
-    yield TensorMap(*router, always_excluded=True)
+    yield ParamMapping(*router, never_quantized=True)
     for i in range(num_experts):
         expert, names = f"{module}.experts.experts.{i}", f"{hf}.mlp.experts.{i}"
-        yield ExpertGateUp(
+        yield ExpertGatedMLPMapping(
             f"{expert}.linear_fc1.weight",
             (f"{names}.gate_proj.weight", f"{names}.up_proj.weight"),
             "expert",
@@ -69,7 +69,7 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[TensorMap]:
             rows=(width, width),
         )
         down = (f"{names}.down_proj.weight",)
-        yield TensorMap(f"{expert}.linear_fc2.weight", down, "expert", (hidden, width), layer, is_linear=True)
+        yield ParamMapping(f"{expert}.linear_fc2.weight", down, "expert", (hidden, width), layer, is_linear=True)
 
 
 FAMILY = Family(

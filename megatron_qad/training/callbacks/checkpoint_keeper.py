@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Save
 from megatron_qad.engine.run_directory import atomic_checkpoint, manifest
-from megatron_qad.engine.run_directory.atomic_checkpoint import SaveFailed, WholeSaves, on_first_rank
+from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, SaveFailed, on_first_rank
 from megatron_qad.engine.run_directory.iterations import iteration_of, saved_iterations
 from megatron_qad.engine.run_directory.resume_point import read_tracker
 from megatron_qad.engine.run_directory.run_files import TRACKER
@@ -115,11 +115,11 @@ def _remove_traces(root: Path, iteration: int | None) -> None:
             path.rmdir()
 
 
-def _reason(error: BaseException, saves: WholeSaves) -> str:
+def _reason(error: BaseException, saves: AtomicCheckpoints) -> str:
     """The first line that says something, of torch's collection of every rank's traceback."""
     if not isinstance(error, CheckpointException):
         return str(error)
-    found = {rank: str(fault[0]) for rank, fault in error.failures.items()}
+    found = {rank: str(problem[0]) for rank, problem in error.failures.items()}
     rank = min(found, default=None)
     if not found:
         return "another rank's writer failed, which the first rank names"

@@ -25,7 +25,7 @@ class HiddenStateLosses(Callback):
 
     def __init__(self, job):
         self._job = job
-        self.terms = job.config.losses.of_kind(HiddenLoss)
+        self.terms = job.config.losses.terms_of_type(HiddenLoss)
         self._is_active = False
         # By the student's layer: (term's number, teacher's layer, pairs of that term).
         self._pairs: dict[int, list[tuple[int, int, int]]] = defaultdict(list)

@@ -26,7 +26,7 @@ class ScalePenalty(Callback):
 
     def __init__(self, job):
         self._job = job
-        self.terms = job.config.losses.of_kind(ScaleGrowth)
+        self.terms = job.config.losses.terms_of_type(ScaleGrowth)
 
     def student_ready(self, student: Sequence[torch.nn.Module]) -> None:
         weights = self._job.weights

@@ -66,8 +66,8 @@ def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **more):
     return directory
 
 
-def faults(directory):
-    return [str(fault) for fault in validate_nvfp4(directory).faults]
+def issues(directory):
+    return [str(issue) for issue in validate_nvfp4(directory).issues]
 
 
 def edit(directory, change):

@@ -11,9 +11,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare()  # before megatron
+init_runtime()  # before megatron
 
 ROOT = Path(__file__).parents[3]
 sys.path.append(str(ROOT / "tests" / "dist"))  # launch, tiny_models

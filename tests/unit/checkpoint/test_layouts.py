@@ -59,7 +59,7 @@ def test_a_plain_weight_is_rounded_only_when_asked(item):
     plain = dataclasses.replace(plain, weight_scale=global_scale_from_amax(tensor_amax(plain.tensor)))
     with pytest.raises(QADError, match=rf"{NAME}.weight: .* blocks"):
         stored_tensors(plain, "modelopt")
-    assert len(stored_tensors(dataclasses.replace(plain, on_grid=False), "modelopt")) == 4
+    assert len(stored_tensors(dataclasses.replace(plain, is_fake_quantized=False), "modelopt")) == 4
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_w4a16_has_no_input_scale(item, layout):
 def test_fp8_names_dtypes_shapes_and_values(layout, shape):
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     scale = fp8.scale_from_amax(tensor_amax(weight))
-    on_grid = fp8.fake_quant(weight, scale)
-    item = HFTensor(f"{NAME}.weight", on_grid, NAME, "fp8", scale, torch.tensor(0.25))
+    quantized = fp8.fake_quant(weight, scale)
+    item = HFTensor(f"{NAME}.weight", quantized, NAME, "fp8", scale, torch.tensor(0.25))
     stored = {name.removeprefix(NAME): t for name, t in stored_tensors(item, layout).items()}
     assert {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()} == {
         ".weight": (torch.float8_e4m3fn, (8, 32)),
         ".weight_scale": (torch.float32, shape),
         ".input_scale": (torch.float32, shape),
     }
-    assert torch.equal(fp8.dequantize(stored[".weight"], stored[".weight_scale"], torch.bfloat16), on_grid)
+    assert torch.equal(fp8.dequantize(stored[".weight"], stored[".weight_scale"], torch.bfloat16), quantized)
     assert stored[".input_scale"].item() == 0.25  # multiplies in both layouts
 
 

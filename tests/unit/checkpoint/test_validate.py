@@ -1,4 +1,4 @@
-"""Good directories of every family and layout are valid; each silent fault of the facts is caught and named."""
+"""Good directories of every family and layout are valid; each silent issue of the facts is caught and named."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from exported import (  # noqa: E402  (a helper beside the tests)
     edit,
     edit_json,
     export,
-    faults,
+    issues,
     linears,
     poke,
     put,
@@ -42,11 +42,11 @@ def test_good_directories_are_valid(tmp_path, layout, family):
     config = FAMILIES[family]
     for name, more in (("one", {}), ("many", {"max_shard_bytes": 3000})):
         report = validate_nvfp4(export(tmp_path / name, layout, config, **more))
-        assert not report.faults, "\n".join(map(str, report.faults))
+        assert not report.issues, "\n".join(map(str, report.issues))
         assert report.layout == layout and len(report.quantized) == 14 and report.num_linears == 15
         assert "valid" in report.summary() and str(report.num_bytes) in report.summary()
     mixed = export(tmp_path / "mixed", layout, config, ("lm_head", *linears(config)[1:8], DOWN))
-    assert faults(mixed) == []
+    assert issues(mixed) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,8 +135,8 @@ def test_a_damaged_tensor_is_named(tmp_path, case):
     directory = export(tmp_path / "out", "modelopt")
     change, text = MODELOPT_FAULTS[case]
     edit(directory, change)
-    found = faults(directory)
-    assert any(fault.startswith(text) for fault in found), found
+    found = issues(directory)
+    assert any(issue.startswith(text) for issue in found), found
 
 
 def unpack_k(tensors):
@@ -149,16 +149,16 @@ def unpack_k(tensors):
 def test_a_fused_layer_quantized_in_part_is_named(tmp_path):
     directory = export(tmp_path / "out", "modelopt")
     edit(directory, unpack_k)
-    found = faults(directory)
-    assert any(fault.startswith(f"{Q}: is quantized and {K} not") for fault in found), found
-    assert any(fault.startswith(f"{K}: is not quantized and missing from config.json ignore") for fault in found)
+    found = issues(directory)
+    assert any(issue.startswith(f"{Q}: is quantized and {K} not") for issue in found), found
+    assert any(issue.startswith(f"{K}: is not quantized and missing from config.json ignore") for issue in found)
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"])
 def test_compressed_tensors_missing_companions_are_named(tmp_path, part):
     directory = export(tmp_path / "out", "compressed-tensors")
     edit(directory, drop(f"{DOWN}.{part}"))
-    found = faults(directory)
+    found = issues(directory)
     assert len(found) == 1 and found[0].startswith(f"{DOWN}.{part}: is missing"), found
 
 
@@ -166,9 +166,9 @@ def test_compressed_tensors_fused_scales_and_names(tmp_path):
     directory = export(tmp_path / "out", "compressed-tensors")
     edit(directory, put(f"{V}.weight_global_scale", lambda t: t * 2))
     edit(directory, put(f"{DOWN}.weight_scale_2", torch.tensor(1.0)))  # modelopt's name in the other layout
-    found = faults(directory)
-    assert any(fault.startswith(f"{V}.weight_global_scale: is") and "servers fuse them" in fault for fault in found)
-    assert any(fault.startswith(f"{DOWN}.weight_scale_2: is unknown") for fault in found)
+    found = issues(directory)
+    assert any(issue.startswith(f"{V}.weight_global_scale: is") and "servers fuse them" in issue for issue in found)
+    assert any(issue.startswith(f"{DOWN}.weight_scale_2: is unknown") for issue in found)
 
 
 def config_change(*keys_and_value):
@@ -275,17 +275,17 @@ def test_a_wrong_configuration_is_named(tmp_path, case):
         edit_json(directory / "hf_quant_config.json", config_change("quantization", "exclude_modules", exclude))
     else:
         edit_json(directory / "config.json", change)
-    found = faults(directory)
-    assert any(fault.startswith(text) for fault in found), found
+    found = issues(directory)
+    assert any(issue.startswith(text) for issue in found), found
 
 
 @pytest.mark.parametrize("key", ["quant_algo", "kv_cache_quant_algo", "exclude_modules", "group_size"])
 def test_hf_quant_config_needs_each_of_its_keys(tmp_path, key):
     directory = export(tmp_path / "out", "modelopt")
     edit_json(directory / "hf_quant_config.json", config_change("quantization", key, None))
-    assert any(fault.startswith(f"hf_quant_config.json: lacks quantization.{key}") for fault in faults(directory))
+    assert any(issue.startswith(f"hf_quant_config.json: lacks quantization.{key}") for issue in issues(directory))
     (directory / "hf_quant_config.json").unlink()
-    assert faults(directory) == ["hf_quant_config.json: is missing"]
+    assert issues(directory) == ["hf_quant_config.json: is missing"]
 
 
 def test_damaged_files_are_named(tmp_path):
@@ -295,48 +295,48 @@ def test_damaged_files_are_named(tmp_path):
 
     directory, shards = fresh("truncated")
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    assert any(fault.startswith(f"{shards[1].name}: is ") and "truncated" in fault for fault in faults(directory))
+    assert any(issue.startswith(f"{shards[1].name}: is ") and "truncated" in issue for issue in issues(directory))
     header = shards[1].read_bytes()[:200]
     for offset, junk in ((8, b"["), (8, b'{"a":1}'.ljust(190)), (0, b"\xff" * 8)):
         shards[1].write_bytes(header[:offset] + junk + header[offset + len(junk) :])
-        assert any(fault.startswith(f"{shards[1].name}: ") for fault in faults(directory))
+        assert any(issue.startswith(f"{shards[1].name}: ") for issue in issues(directory))
     for size in (0, 5, 40):
         shards[1].write_bytes(shards[1].read_bytes()[:size])
-        assert any(fault.startswith(f"{shards[1].name}: is truncated") for fault in faults(directory))
+        assert any(issue.startswith(f"{shards[1].name}: is truncated") for issue in issues(directory))
 
     directory, shards = fresh("missing")
     shards[0].unlink()
-    found = faults(directory)
+    found = issues(directory)
     assert f"{shards[0].name}: is named by {INDEX} and missing" in found
-    assert any(fault.startswith("model.embed_tokens.weight: is named by") for fault in found)
+    assert any(issue.startswith("model.embed_tokens.weight: is named by") for issue in found)
 
     directory, shards = fresh("index")
     edit_json(directory / INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
-    assert any("model.norm.weight: is in" in f and "loaders will not see it" in f for f in faults(directory))
+    assert any("model.norm.weight: is in" in f and "loaders will not see it" in f for f in issues(directory))
     edit_json(directory / INDEX, lambda index: index["metadata"].update(total_size=7))
-    assert any(f.startswith(f"{INDEX}: says total_size 7") for f in faults(directory))
+    assert any(f.startswith(f"{INDEX}: says total_size 7") for f in issues(directory))
     (directory / INDEX).write_text("{")
-    assert any(f.startswith(f"{INDEX}: is no valid JSON") for f in faults(directory))
+    assert any(f.startswith(f"{INDEX}: is no valid JSON") for f in issues(directory))
     (directory / INDEX).unlink()
-    assert any("holds neither" in f for f in faults(directory))
+    assert any("holds neither" in f for f in issues(directory))
 
     directory, shards = fresh("stray")
     save_file({"x": torch.zeros(1)}, directory / "old.safetensors")
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
-    found = faults(directory)
+    found = issues(directory)
     assert "old.safetensors: is a shard that the index does not name" in found
     assert any(f.startswith("model.safetensors: stands beside") for f in found)
 
 
-def test_a_quantized_tied_head_is_a_fault(tmp_path):
+def test_a_quantized_tied_head_is_a_issue(tmp_path):
     config = {**CONFIG, "tie_word_embeddings": True}
     directory = export(tmp_path / "out", "modelopt", unquantized=())
     edit_json(directory / "config.json", lambda value: value.update(tie_word_embeddings=True))
-    assert any(fault.startswith("lm_head: is quantized, but tied") for fault in faults(directory))
+    assert any(issue.startswith("lm_head: is quantized, but tied") for issue in issues(directory))
     # A stored copy of the embedding is fine.
     directory = export(tmp_path / "copy", "modelopt", config)
     edit(directory, lambda t: t.__setitem__("lm_head.weight", t["model.embed_tokens.weight"].clone()))
-    assert faults(directory) == []
+    assert issues(directory) == []
 
 
 def test_command_line_prints_faults_and_exits_1(tmp_path):
@@ -352,9 +352,9 @@ def test_command_line_prints_faults_and_exits_1(tmp_path):
     assert good.returncode == 0 and "valid; layout modelopt" in good.stdout, good.stderr
     edit(directory, drop(f"{DOWN}.input_scale"))
     bad = run(directory)
-    assert bad.returncode == 1 and f"FAULT {DOWN}.input_scale: is missing" in bad.stdout
-    assert "1 faults" in bad.stdout
-    assert faults(tmp_path / "nowhere") == [f"{tmp_path / 'nowhere'}: is no directory; expected an exported checkpoint"]
+    assert bad.returncode == 1 and f"ISSUE {DOWN}.input_scale: is missing" in bad.stdout
+    assert "1 issues" in bad.stdout
+    assert issues(tmp_path / "nowhere") == [f"{tmp_path / 'nowhere'}: is no directory; expected an exported checkpoint"]
 
 
 @pytest.mark.parametrize(
@@ -392,9 +392,9 @@ def test_layers_of_a_hybrid_that_nobody_knows(changes, named):
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_the_record_of_an_export_is_no_fault_and_knows_its_weights(tmp_path, layout):
-    assert faults(export(tmp_path / "out", layout, record={"iteration": 1})) == []
+    assert issues(export(tmp_path / "out", layout, record={"iteration": 1})) == []
     file = tmp_path / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert faults(tmp_path / "out") == ["model.safetensors: is not as it was written"]
+    assert issues(tmp_path / "out") == ["model.safetensors: is not as it was written"]

@@ -1,4 +1,4 @@
-"""Checkpoints of several formats and of an FP8 KV cache: good ones are valid, each fault is named."""
+"""Checkpoints of several formats and of an FP8 KV cache: good ones are valid, each issue is named."""
 
 import sys
 from pathlib import Path
@@ -20,7 +20,7 @@ from exported import (  # noqa: E402  (a helper beside the tests)
     drop,
     edit,
     edit_json,
-    faults,
+    issues,
     items,
     linears,
     poke,
@@ -45,7 +45,7 @@ def export_mixed(directory, layout, format_of=mixed_format, kv_cache="fp8"):
 def test_mixed_directories_are_valid(tmp_path, layout, kv_cache):
     for name, format_of in (("mixed", mixed_format), ("fp8", lambda m: "fp8"), ("w4a16", lambda m: "nvfp4-w4a16")):
         report = validate_nvfp4(export_mixed(tmp_path / name, layout, format_of, kv_cache))
-        assert not report.faults, "\n".join(map(str, report.faults))
+        assert not report.issues, "\n".join(map(str, report.issues))
         assert report.quantized == {module: format_of(module) for module in linears() if module != "lm_head"}
         assert report.kv_cache == kv_cache
     assert f"8 fp8, 4 nvfp4, 2 nvfp4-w4a16, KV cache {kv_cache}" in validate_nvfp4(tmp_path / "mixed").summary()
@@ -81,8 +81,8 @@ def test_a_damaged_mixed_directory_is_named(tmp_path, case):
     change, text = MIXED_FAULTS[case]
     directory = export_mixed(tmp_path / "out", "modelopt")
     edit(directory, change)
-    found = faults(directory)
-    assert any(fault.startswith(text) for fault in found), found
+    found = issues(directory)
+    assert any(issue.startswith(text) for issue in found), found
 
 
 def set_in(*path_and_value):
@@ -141,22 +141,22 @@ def set_in(*path_and_value):
 def test_a_wrong_mixed_configuration_is_named(tmp_path, layout, file, change, text):
     directory = export_mixed(tmp_path / "out", layout)
     edit_json(directory / file, change)
-    found = faults(directory)
-    assert any(fault.startswith(text) for fault in found), found
+    found = issues(directory)
+    assert any(issue.startswith(text) for issue in found), found
 
 
-def test_an_announced_cache_without_scales_is_a_fault(tmp_path):
+def test_an_announced_cache_without_scales_is_a_issue(tmp_path):
     directory = export_mixed(tmp_path / "out", "modelopt")
     for name in (f"model.layers.{i}.self_attn.{x}_proj.{x}_scale" for i in (0, 1) for x in "kv"):
         edit(directory, drop(name))
-    (fault, *_) = [f for f in faults(directory) if "kv_cache_scheme" in f]
-    assert "no k_scale and v_scale are stored" in fault
+    (issue, *_) = [f for f in issues(directory) if "kv_cache_scheme" in f]
+    assert "no k_scale and v_scale are stored" in issue
 
 
-def test_a_fused_layer_of_two_formats_is_a_fault(tmp_path):
+def test_a_fused_layer_of_two_formats_is_a_issue(tmp_path):
     directory = export_mixed(
         tmp_path / "out", "modelopt", lambda m: "fp8" if m.endswith(("q_proj", "up_proj")) else "nvfp4"
     )
-    found = faults(directory)
+    found = issues(directory)
     assert f"{K}: is nvfp4 and {Q} fp8; servers fuse them" in found
     assert any(f.startswith(f"{UP}: is fp8 and ") for f in found)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare()
+init_runtime()
 
 from megatron_qad.config.parallelism import with_stages  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402

@@ -129,18 +129,26 @@ def test_a_job_without_the_shape_of_a_microbatch_is_refused(checkpoint):
 
 def test_it_is_frozen(read):
     config = read()
-    for part in (config, config.options, config.flags, config.student, config.losses, config.policy, config.outputs):
+    for part in (
+        config,
+        config.options,
+        config.flags,
+        config.student,
+        config.losses,
+        config.policy,
+        config.output_mode,
+    ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(part, dataclasses.fields(part)[0].name, None)
 
 
 def test_defaults_are_megatrons():
-    from megatron_qad.engine import prepare
+    from megatron_qad.engine import init_runtime
 
-    prepare()
+    init_runtime()
     from megatron_qad.engine.megatron_args import make_parser
 
-    megatrons = MegatronFlags.of(make_parser(QADOptions).parse_args([]))
+    megatrons = MegatronFlags.from_args(make_parser(QADOptions).parse_args([]))
     assert dataclasses.replace(megatrons, eval_iters=None) == MegatronFlags()
     assert megatrons.eval_iters == 100  # for which ours has None: the user gave none
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.output_mode import Outputs, OutputSizes, check_head, choose_outputs
+from megatron_qad.config.output_mode import OutputMode, OutputSizes, check_head, resolve_output_mode
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import parse_loss
 from megatron_qad.engine.errors import QADError
@@ -17,7 +17,7 @@ def job(*, tokens=4096, tp=1, vocabulary=131072, sequence_parallel=False, **qad)
         tensor_model_parallel_size=tp,
         sequence_parallel=sequence_parallel,
     )
-    return QADOptions(**qad), OutputSizes.of(flags, vocabulary)
+    return QADOptions(**qad), OutputSizes.from_flags(flags, vocabulary)
 
 
 def sizes(**changes) -> OutputSizes:
@@ -26,23 +26,23 @@ def sizes(**changes) -> OutputSizes:
 
 # Job, loss, teacher's hidden size, outputs. 4096 tokens x 131072 x 2 bytes are 1 GiB of one model.
 CASES = {
-    "large": (job(), "kl", 4096, Outputs(fused=True, teacher_hidden=True)),
-    "large, but jsd": (job(), "kl+jsd", 4096, Outputs(fused=False, teacher_hidden=True)),
-    "large, but logits": (job(qad_teacher_output="logits"), "kl", 4096, Outputs(False, False)),
-    "exactly 1 GiB": (job(tokens=2048), "kl", 4096, Outputs(False, True)),
-    "a token more": (job(tokens=2049), "kl", 4096, Outputs(True, True)),
-    "1 GiB of one model": (job(), "ce", None, Outputs(False, False)),
-    "few columns a rank": (job(tp=64), "kl", 4096, Outputs(False, False)),
-    "few columns, hidden states shared out": (job(tp=64, sequence_parallel=True), "kl", 4096, Outputs(False, True)),
-    "asked for": (job(tokens=8, qad_output_layer="fused"), "kl", 1 << 20, Outputs(True, True)),
-    "not asked for": (job(qad_output_layer="separate"), "kl", 4096, Outputs(False, True)),
+    "large": (job(), "kl", 4096, OutputMode(fused=True, teacher_hidden=True)),
+    "large, but jsd": (job(), "kl+jsd", 4096, OutputMode(fused=False, teacher_hidden=True)),
+    "large, but logits": (job(qad_teacher_output="logits"), "kl", 4096, OutputMode(False, False)),
+    "exactly 1 GiB": (job(tokens=2048), "kl", 4096, OutputMode(False, True)),
+    "a token more": (job(tokens=2049), "kl", 4096, OutputMode(True, True)),
+    "1 GiB of one model": (job(), "ce", None, OutputMode(False, False)),
+    "few columns a rank": (job(tp=64), "kl", 4096, OutputMode(False, False)),
+    "few columns, hidden states shared out": (job(tp=64, sequence_parallel=True), "kl", 4096, OutputMode(False, True)),
+    "asked for": (job(tokens=8, qad_output_layer="fused"), "kl", 1 << 20, OutputMode(True, True)),
+    "not asked for": (job(qad_output_layer="separate"), "kl", 4096, OutputMode(False, True)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rule(case):
     asked, loss, hidden_size, expected = CASES[case]
-    assert choose_outputs(*asked, parse_loss(loss), hidden_size) == expected
+    assert resolve_output_mode(*asked, parse_loss(loss), hidden_size) == expected
 
 
 def test_bytes():
@@ -60,15 +60,15 @@ def test_a_fused_output_layer_makes_its_gradient_in_the_forward_pass_where_that_
 def test_an_int4_head_is_not_fused():
     """It would be trained, and measured, unquantized."""
     formats = {"output_layer.weight": "int4-w4a16"}
-    check_head(Outputs(False, True), formats)
-    check_head(Outputs(True, True), {"output_layer.weight": "nvfp4"})
-    check_head(Outputs(True, True), {})
+    check_head(OutputMode(False, True), formats)
+    check_head(OutputMode(True, True), {"output_layer.weight": "nvfp4"})
+    check_head(OutputMode(True, True), {})
     with pytest.raises(QADError, match="INT4 head .* --qad-output-layer separate"):
-        check_head(Outputs(True, True), formats)
+        check_head(OutputMode(True, True), formats)
 
 
 def test_contradictions():
     with pytest.raises(QADError, match="jsd reads all logits twice"):
-        choose_outputs(*job(qad_output_layer="fused"), parse_loss("jsd"), 64)
+        resolve_output_mode(*job(qad_output_layer="fused"), parse_loss("jsd"), 64)
     with pytest.raises(QADError, match="needs the teacher's hidden states"):
-        choose_outputs(*job(qad_output_layer="fused", qad_teacher_output="logits"), parse_loss("kl"), 64)
+        resolve_output_mode(*job(qad_output_layer="fused", qad_teacher_output="logits"), parse_loss("kl"), 64)

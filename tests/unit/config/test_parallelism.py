@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.parallelism import check_layout, teacher_virtual_stages
+from megatron_qad.config.parallelism import check_parallelism, teacher_virtual_stages
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.yaml_file import without
 from megatron_qad.engine import QADError
@@ -28,7 +28,7 @@ def job(**changes) -> tuple[MegatronFlags, QADOptions]:
 
 def refusal(world: int, shapes=None, **changes) -> str:
     with pytest.raises(QADError) as error:
-        check_layout(*job(**changes), shapes or {"the student": SHAPE}, world)
+        check_parallelism(*job(**changes), shapes or {"the student": SHAPE}, world)
     return str(error.value)
 
 
@@ -48,7 +48,7 @@ def test_every_layout_that_is_named_works():
     for layout in named:
         tp, pp, cp, _ = (int(part.split()[1]) for part in layout.split(" x "))
         sizes = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp, "context_parallel_size": cp}
-        check_layout(*job(**sizes), {"the student": SHAPE}, 4)
+        check_parallelism(*job(**sizes), {"the student": SHAPE}, 4)
 
 
 def test_the_teacher_counts():
@@ -126,7 +126,7 @@ def test_expert_parallelism_without_experts():
 
 def test_a_hybrid_layout_that_works():
     sizes = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2}
-    check_layout(*job(**sizes), {"the student": HYBRID}, 4)
+    check_parallelism(*job(**sizes), {"the student": HYBRID}, 4)
 
 
 TWELVE_HEADS = {
@@ -159,4 +159,4 @@ def test_tensor_parallel_sizes_that_do_not_divide_the_model(change, tp, message)
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_tensor_parallel_sizes_that_divide_the_model(tp):
-    check_layout(*job(tensor_model_parallel_size=tp), {"the student": TWELVE_HEADS}, tp)
+    check_parallelism(*job(tensor_model_parallel_size=tp), {"the student": TWELVE_HEADS}, tp)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare()
+init_runtime()
 
 from megatron_qad.config.megatron_flags import MegatronFlags  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
@@ -30,7 +30,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def parser():
     megatrons = make_parser(QADOptions)
-    return lambda argv: MegatronFlags.of(megatrons.parse_args(argv))
+    return lambda argv: MegatronFlags.from_args(megatrons.parse_args(argv))
 
 
 @pytest.mark.parametrize("flag", FLAGS)

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.tokenizer import load_tokenizer
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-prepare()  # the test modules import megatron, and are imported after this file
+init_runtime()  # the test modules import megatron, and are imported after this file
 
 from megatron_qad.data.provider import DatasetsProvider  # noqa: E402
 

@@ -29,10 +29,10 @@ def test_parts_of_other_kinds():
         "ce + 0.1*hidden_mse(layers=[0, -1], teacher_layers=[1, -1]) + hidden_cosine + 1e-4*scale_growth"
     )
     assert names(found) == ("ce", "hidden_mse", "hidden_cosine", "scale_growth")
-    assert found.needs_teacher and [term.name for term in found.of_kind(LogitLoss)] == ["ce"]
-    mse, cosine = (term.loss for term in found.of_kind(HiddenLoss))
+    assert found.needs_teacher and [term.name for term in found.terms_of_type(LogitLoss)] == ["ce"]
+    mse, cosine = (term.loss for term in found.terms_of_type(HiddenLoss))
     assert mse.pairs(4, 6) == [(0, 1), (3, 5)] and cosine.pairs(2, 3) == [(0, 0), (1, 1)]
-    assert [term.weight.at(1) for term in found.of_kind(ScaleGrowth)] == [1e-4]
+    assert [term.weight.at(1) for term in found.terms_of_type(ScaleGrowth)] == [1e-4]
     assert not parse_loss("ce+scale_growth").needs_teacher
 
 

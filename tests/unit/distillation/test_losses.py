@@ -245,6 +245,6 @@ def test_the_shard_of_a_rank(rank, expected):
         def rank(self):
             return rank
 
-    shard = VocabShard.of_rank(128, 150, Group())
+    shard = VocabShard.for_rank(128, 150, Group())
     assert (shard.first_column, shard.num_columns) == expected
-    assert VocabShard.of_rank(128, 150).num_columns == 128
+    assert VocabShard.for_rank(128, 150).num_columns == 128

@@ -10,10 +10,10 @@ from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 from megatron_qad.engine.run_directory import atomic_checkpoint
 
-prepare()
+init_runtime()
 
 
 def write_an_object_to_a_full_disk(directory: str) -> None:

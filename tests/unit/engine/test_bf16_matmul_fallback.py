@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from megatron_qad.engine import capabilities, prepare
+from megatron_qad.engine import capabilities, init_runtime
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 
 F = torch.nn.functional
@@ -129,7 +129,7 @@ def test_gradients_of_attention(masked, registered):
 @pytest.mark.skipif(capabilities().device != "cpu", reason="with a GPU, products are its own")
 def test_no_cpu_takes_long_over_bf16():
     """torch's plain loop takes 60 times as long as float32; a conversion of the operands less than one more time."""
-    prepare()
+    init_runtime()
 
     def milliseconds(dtype: torch.dtype) -> float:
         left, right = (torch.randn(512, 512).to(dtype) for _ in range(2))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_qad.engine import QADError, capabilities, prepare
+from megatron_qad.engine import QADError, capabilities, init_runtime
 
 
 def in_a_fresh_process(code: str) -> dict:
@@ -24,7 +24,7 @@ torch.cuda.get_device_name = lambda index=0: "a GPU"
 before = dict(vars(torch.cuda)), torch.distributed.init_process_group
 import megatron_qad.engine as engine
 from torch.overrides import _get_current_function_mode
-found = engine.prepare()
+found = engine.init_runtime()
 print(json.dumps({
     "device": found.device, "backend": found.backend, "kernels": found.kernels, "report": found.report(),
     "same": all(vars(torch.cuda)[name] is value for name, value in before[0].items()),
@@ -61,7 +61,7 @@ needs_no_gpu = pytest.mark.skipif(capabilities().device != "cpu", reason="with a
 
 @pytest.fixture(scope="module")
 def machine():
-    return prepare()
+    return init_runtime()
 
 
 @needs_no_gpu
@@ -75,7 +75,7 @@ def test_the_report_gives_each_choice_and_its_reason(machine):
     assert "kernels torch: triton needs a GPU" in lines[3]
     assert "BF16 products by " in lines[4]
     assert "mamba torch: " in lines[5]
-    assert prepare() is machine  # a second call changes nothing
+    assert init_runtime() is machine  # a second call changes nothing
 
 
 @needs_no_gpu
@@ -178,7 +178,7 @@ def test_the_error_for_users_is_a_runtime_error():
 BACKWARD = """
 import json, torch
 import megatron_qad.engine as engine
-engine.prepare()
+engine.init_runtime()
 
 class OnDevice(torch.autograd.Function):
     @staticmethod

@@ -1,4 +1,4 @@
-"""Loggers that fail: said once per kind of fault, and nothing is raised."""
+"""Loggers that fail: said once per kind of failure, and nothing is raised."""
 
 import argparse
 import errno
@@ -9,9 +9,9 @@ import types
 
 import pytest
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 
 from megatron.core.timers import Timers  # noqa: E402
 from megatron.training import checkpointing, global_vars, wandb_utils  # noqa: E402
@@ -19,7 +19,7 @@ from megatron.training import training as megatron_loop  # noqa: E402
 from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 from megatron_qad.engine import event_writer  # noqa: E402
-from megatron_qad.engine.event_writer import Faults, JobWriter  # noqa: E402
+from megatron_qad.engine.event_writer import FailureLog, JobWriter  # noqa: E402
 from megatron_qad.engine.heartbeat import Heartbeat  # noqa: E402
 from megatron_qad.engine.loggers import Guarded, Loggers, _Console, continue_wandb_run  # noqa: E402
 from megatron_qad.report.event_files import read_events  # noqa: E402
@@ -30,16 +30,16 @@ from megatron_qad.training.callbacks.preemption import Preemption  # noqa: E402
 @pytest.fixture
 def disk(monkeypatch):
     """disk["errno"]: every write to an event file gets half of its bytes there and then raises that error."""
-    fault, pwrite = {"errno": None}, os.pwrite
+    failure, pwrite = {"errno": None}, os.pwrite
 
     def write(descriptor, data, offset):
-        if fault["errno"] is None:
+        if failure["errno"] is None:
             return pwrite(descriptor, data, offset)
         pwrite(descriptor, data[: len(data) // 2], offset)
-        raise OSError(fault["errno"], os.strerror(fault["errno"]))
+        raise OSError(failure["errno"], os.strerror(failure["errno"]))
 
     monkeypatch.setattr(os, "pwrite", write)
-    return fault
+    return failure
 
 
 def writer(directory, started_at=0):
@@ -154,7 +154,7 @@ class Wandb(types.ModuleType):
 
 def test_wandb_ends_no_job(capfd, monkeypatch):
     module = Wandb()
-    guarded = Guarded(module, Faults("wandb in here"))
+    guarded = Guarded(module, FailureLog("wandb in here"))
     for _ in range(3):
         guarded.log({"kl loss": 1.0}, 1)
         guarded.config.update({"a": 1})

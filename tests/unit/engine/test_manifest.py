@@ -21,8 +21,8 @@ def checkpoint(tmp_path):
 
 
 def test_a_whole_one_has_no_faults(checkpoint):
-    assert manifest.faults(checkpoint) == []
-    manifest.require_whole(checkpoint)
+    assert manifest.find_problems(checkpoint) == []
+    manifest.verify_checkpoint(checkpoint)
     assert manifest.num_bytes(checkpoint) == sum(file.stat().st_size for file in checkpoint.iterdir())
 
 
@@ -30,9 +30,9 @@ def test_megatrons_own_manifest_is_read(checkpoint):
     from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 
     save_integrity_manifest(str(checkpoint))
-    assert manifest.faults(checkpoint) == []
+    assert manifest.find_problems(checkpoint) == []
     (checkpoint / ".metadata").write_bytes(b"NAMES")
-    assert manifest.faults(checkpoint) == ["iter_0000010/.metadata has another SHA-256 than when it was written"]
+    assert manifest.find_problems(checkpoint) == ["iter_0000010/.metadata has another SHA-256 than when it was written"]
 
 
 def test_megatron_reads_it(checkpoint):
@@ -52,7 +52,7 @@ def test_the_shares_of_all_ranks_cover_every_file(checkpoint, size):
             continue
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content[:-1] + b"?")
-        found = [fault for rank in range(size) for fault in manifest.faults(checkpoint, rank, size)]
+        found = [problem for rank in range(size) for problem in manifest.find_problems(checkpoint, rank, size)]
         assert found == [f"iter_0000010/{name} has another SHA-256 than when it was written"]
         (checkpoint / name).write_bytes(content)
 
@@ -60,15 +60,17 @@ def test_the_shares_of_all_ranks_cover_every_file(checkpoint, size):
 def test_each_kind_of_damage_is_named(checkpoint):
     (checkpoint / "__1_0.distcp").write_bytes(b"more")
     with pytest.raises(QADError, match=r"damaged: iter_0000010/__1_0\.distcp has 4 bytes, not 0.*Use another"):
-        manifest.require_whole(checkpoint)
+        manifest.verify_checkpoint(checkpoint)
     (checkpoint / "__1_0.distcp").unlink()
-    assert manifest.faults(checkpoint) == ["iter_0000010/__1_0.distcp is missing"]
+    assert manifest.find_problems(checkpoint) == ["iter_0000010/__1_0.distcp is missing"]
     (checkpoint / "integrity.json").write_text(json.dumps([]))
-    assert manifest.faults(checkpoint) == ["iter_0000010/integrity.json is not readable"]
+    assert manifest.find_problems(checkpoint) == ["iter_0000010/integrity.json is not readable"]
     (checkpoint / "integrity.json").unlink()
-    assert manifest.faults(checkpoint) == ["iter_0000010 has no integrity.json, so that damage could not be noticed"]
+    assert manifest.find_problems(checkpoint) == [
+        "iter_0000010 has no integrity.json, so that damage could not be noticed"
+    ]
     (checkpoint / "metadata.json").unlink()
-    assert manifest.faults(checkpoint) == ["iter_0000010 has no metadata.json: it was never finished"]
+    assert manifest.find_problems(checkpoint) == ["iter_0000010 has no metadata.json: it was never finished"]
 
 
 def test_a_file_is_replaced_at_once(tmp_path):

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from megatron_qad.engine.cpu.speedups import preallocated_kv_cache as module
-from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import RoomyLayer, roomy_cache
+from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import PreallocatedLayer, preallocated_cache
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 2}
@@ -35,7 +35,7 @@ def logits_in_steps(model, tokens, cache):
     places = []
     for place in range(PROMPT, LENGTH):
         outputs.append(model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True).logits)
-        places.append([layer.keys.data_ptr() for layer in cache.layers if isinstance(layer, RoomyLayer)])
+        places.append([layer.keys.data_ptr() for layer in cache.layers if isinstance(layer, PreallocatedLayer)])
     return torch.cat(outputs, dim=1), places
 
 
@@ -46,7 +46,7 @@ def test_logits_equal_those_of_transformers_cache(family, num_roomy, monkeypatch
     model = make(family)
     tokens = torch.randint(0, 64, (3, LENGTH))
     expected, _ = logits_in_steps(model, tokens, DynamicCache(config=model.config))
-    cache = roomy_cache(model.config)
+    cache = preallocated_cache(model.config)
     found, places = logits_in_steps(model, tokens, cache)
     assert torch.equal(found, expected)
     assert cache.get_seq_length() == LENGTH

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare()
+init_runtime()
 
 
 class Evil:

@@ -123,8 +123,8 @@ def test_the_gated_norm(before):
 
 def test_megatron_finds_no_mock(server):
     code = """
-from megatron_qad.engine import prepare
-print(prepare().report())
+from megatron_qad.engine import init_runtime
+print(init_runtime().report())
 from megatron.core.ssm import mamba_mixer
 import importlib.util
 from megatron_qad.engine.cpu import ssd

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 
 from megatron_qad.engine.loggers import continue_wandb_run  # noqa: E402
 

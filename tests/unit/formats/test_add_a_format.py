@@ -98,8 +98,8 @@ def follow(directory: Path, *, saved_on_grid: bool = True) -> None:
     assert {formats[linear.megatron] for linear in QUANTIZED} == {NAME}
     check_table(formats)
     check_inputs(formats)
-    before, on_grid = quantize_in_place(formats)
-    check_export(formats, on_grid if saved_on_grid else before, on_grid, directory / "out")
+    before, quantized = quantize_in_place(formats)
+    check_export(formats, quantized if saved_on_grid else before, quantized, directory / "out")
 
 
 def check_table(formats: dict[str, str]) -> None:
@@ -139,7 +139,7 @@ def quantize_in_place(formats: dict[str, str]) -> tuple[dict[str, torch.Tensor],
     return before, {name: weight.detach() for name, weight in weights.weights.items()}
 
 
-def check_export(formats: dict[str, str], saved: dict, on_grid: dict, output: Path) -> None:
+def check_export(formats: dict[str, str], saved: dict, quantized: dict, output: Path) -> None:
     maps, generator = FAMILY.tensors(CONFIG), torch.Generator().manual_seed(2)
     tensors = {m.megatron: torch.randn(m.shape, generator=generator).bfloat16() for m in maps} | saved
     amaxes = {f"{linear.megatron_module}.input_quantizer._amax": torch.tensor([2.54]) for linear in QUANTIZED}
@@ -149,7 +149,7 @@ def check_export(formats: dict[str, str], saved: dict, on_grid: dict, output: Pa
 
     stored = load_file(output / "model.safetensors")
     for linear in QUANTIZED:
-        for name, part in zip(linear.hf, linear.to_hf(on_grid[linear.megatron]), strict=True):
+        for name, part in zip(linear.hf, linear.to_hf(quantized[linear.megatron]), strict=True):
             assert stored[name].dtype == torch.int8
             assert torch.equal((stored[name].float() * stored[f"{name}_scale"]).bfloat16(), part)
             assert stored[f"{name.removesuffix('.weight')}.input_scale"] == torch.tensor(2.54) / 127
@@ -157,7 +157,7 @@ def check_export(formats: dict[str, str], saved: dict, on_grid: dict, output: Pa
     assert quantization["quant_algo"] == "INT8" and quantization["group_size"] is None
 
     report = validate_nvfp4(output)
-    assert not report.faults, "\n".join(map(str, report.faults))
+    assert not report.issues, "\n".join(map(str, report.issues))
     assert report.quantized == dict.fromkeys((hf.removesuffix(".weight") for x in QUANTIZED for hf in x.hf), NAME)
 
 
@@ -176,14 +176,14 @@ def test_a_format_that_follows_the_page_works_everywhere(tmp_path, monkeypatch, 
 def test_the_export_packs_each_weight_once(tmp_path, monkeypatch, new_format):
     monkeypatch.setitem(FORMATS, NAME, new_format)
     formats, quantize, shapes = resolve(tmp_path), new_format.weight.quantize, []
-    _, on_grid = quantize_in_place(formats)
+    _, quantized = quantize_in_place(formats)
 
     def counted(x, *args, **kwargs):
         shapes.append(tuple(x.shape))
         return quantize(x, *args, **kwargs)
 
     monkeypatch.setattr(new_format.weight, "quantize", counted)
-    check_export(formats, on_grid, on_grid, tmp_path / "out")
+    check_export(formats, quantized, quantized, tmp_path / "out")
     assert shapes == [shape for linear in QUANTIZED for shape in linear.hf_shapes()]
 
 

@@ -9,7 +9,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import block_scales, nvfp4
 from megatron_qad.formats.block_scales import MSE_OFFSETS, SCALE_RULES, squared_error
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
-from megatron_qad.formats.nvfp4_pack import pack_on_grid, recover_global_scale
+from megatron_qad.formats.nvfp4_pack import pack_representable, recover_global_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE = torch.tensor(1.0)
@@ -105,15 +105,15 @@ def test_the_window_of_mse_holds_the_candidate_of_four_over_six():
 def test_the_amax_survives_and_the_weight_packs_exactly(seed, dtype, spread, rule):
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
-    on_grid = fake_quant(weight, scale, rule=rule)
+    quantized = fake_quant(weight, scale, rule=rule)
     if dtype == torch.float32:  # 6 * (448 * scale): two roundings
-        assert abs(tensor_amax(on_grid) / tensor_amax(weight) - 1) <= 3 * 2.0**-24
+        assert abs(tensor_amax(quantized) / tensor_amax(weight) - 1) <= 3 * 2.0**-24
     else:
-        assert tensor_amax(on_grid) == tensor_amax(weight)
-    recovered = recover_global_scale(on_grid)
-    packed, block_scale = pack_on_grid(on_grid, recovered)
-    assert torch.equal(dequantize(packed, block_scale, recovered, dtype), on_grid)
-    assert torch.equal(dequantize(*quantize(weight, scale, rule=rule), scale, dtype), on_grid)
+        assert tensor_amax(quantized) == tensor_amax(weight)
+    recovered = recover_global_scale(quantized)
+    packed, block_scale = pack_representable(quantized, recovered)
+    assert torch.equal(dequantize(packed, block_scale, recovered, dtype), quantized)
+    assert torch.equal(dequantize(*quantize(weight, scale, rule=rule), scale, dtype), quantized)
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)

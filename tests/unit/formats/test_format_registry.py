@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from megatron_qad.checkpoint.hf_directory import ITEM_BYTES
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS
-from megatron_qad.formats.common import OffGridError, tensor_amax
+from megatron_qad.formats.common import NotRepresentableError, tensor_amax
 from megatron_qad.formats.format_registry import (
     DEFAULT_FORMAT,
     FORMATS,
@@ -37,17 +37,17 @@ def weight_of(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 def test_fake_quantization_is_quantize_and_dequantize_and_packs_to_itself(name, dtype):
     number, weight = NUMBER_FORMATS[name], weight_of(dtype)
     scale = number.scale_from_amax(tensor_amax(weight))
-    on_grid = number.fake_quant(weight, scale)
-    assert not torch.equal(on_grid, weight)
-    assert torch.equal(number.dequantize(number.quantize(weight, scale, name="w"), scale, dtype), on_grid)
+    quantized = number.fake_quant(weight, scale)
+    assert not torch.equal(quantized, weight)
+    assert torch.equal(number.dequantize(number.quantize(weight, scale, name="w"), scale, dtype), quantized)
     copy = weight.clone()
     number.fake_quant_list_([copy], scale.reshape(1), ["w"])
-    assert torch.equal(copy, on_grid)
-    found, (codes,) = number.pack([on_grid], name="w")
-    assert torch.equal(number.dequantize(codes, found, dtype), on_grid)
-    assert number.is_on_grid(on_grid, found) and not number.is_on_grid(weight, scale)
-    with pytest.raises(OffGridError, match="w: "):
-        number.pack_on_grid(weight, scale, name="w")
+    assert torch.equal(copy, quantized)
+    found, (codes,) = number.pack([quantized], name="w")
+    assert torch.equal(number.dequantize(codes, found, dtype), quantized)
+    assert number.is_representable(quantized, found) and not number.is_representable(weight, scale)
+    with pytest.raises(NotRepresentableError, match="w: "):
+        number.pack_representable(weight, scale, name="w")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,12 +55,12 @@ def test_fake_quantization_is_quantize_and_dequantize_and_packs_to_itself(name, 
 def test_weights_of_one_scale_pack_together(name, dtype):
     number, parts = NUMBER_FORMATS[name], [weight_of(dtype, seed) for seed in (1, 2, 3)]
     shared = number.scale_from_amax(torch.stack([tensor_amax(part) for part in parts]).amax())
-    on_grid = [number.fake_quant(part, shared) for part in parts]
-    scale, codes = number.pack(on_grid, name="w")
-    for part, of_part in zip(on_grid, codes, strict=True):
+    quantized = [number.fake_quant(part, shared) for part in parts]
+    scale, codes = number.pack(quantized, name="w")
+    for part, of_part in zip(quantized, codes, strict=True):
         assert torch.equal(number.dequantize(of_part, scale, dtype), part)
     # One that moved since takes the others with it: they will be quantized again under the same scale.
-    assert number.pack([*on_grid[:2], parts[2]], name="w")[1] is None
+    assert number.pack([*quantized[:2], parts[2]], name="w")[1] is None
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -74,7 +74,7 @@ def test_a_weight_off_the_grid_has_the_scale_of_its_next_quantization(name):
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_weights_of_a_short_type_are_packed_once(name, monkeypatch):
     number, weight, names = NUMBER_FORMATS[name], weight_of(torch.bfloat16), []
-    on_grid = number.fake_quant(weight, number.scale_from_amax(tensor_amax(weight)))
+    quantized = number.fake_quant(weight, number.scale_from_amax(tensor_amax(weight)))
     exact_codes = number.exact_codes
 
     def counted(weight, scale, *, name):
@@ -82,7 +82,7 @@ def test_weights_of_a_short_type_are_packed_once(name, monkeypatch):
         return exact_codes(weight, scale, name=name)
 
     monkeypatch.setattr(number, "exact_codes", counted)
-    assert number.pack([on_grid] * 3, name="w")[1] is not None and names == ["w"] * 3
+    assert number.pack([quantized] * 3, name="w")[1] is not None and names == ["w"] * 3
 
 
 @pytest.mark.parametrize("fmt, layout", STORED)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import common, fp8
-from megatron_qad.formats.common import OffGridError, tensor_amax
+from megatron_qad.formats.common import NotRepresentableError, tensor_amax
 
 ONE = torch.tensor(1.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -85,13 +85,15 @@ def test_modelopts_fake_quantization_differs_by_ties_and_last_bits_only():
 def test_a_fake_quantized_tensor_packs_to_itself_with_the_scale_found_in_it(seed, dtype, exponent, per_row):
     x = awkward(seed, dtype, exponent)
     original = scale_of(x, per_row)
-    on_grid = fp8.fake_quant(x, original)
-    scale = fp8.recover_scale(on_grid, per_row=per_row)
-    assert torch.equal(fp8.dequantize(fp8.pack_on_grid(on_grid, scale), scale, dtype), on_grid)
-    assert torch.equal(fp8.fake_quant(on_grid, scale), on_grid)  # idempotent, unlike NVFP4: no scale is chosen again
+    quantized = fp8.fake_quant(x, original)
+    scale = fp8.recover_scale(quantized, per_row=per_row)
+    assert torch.equal(fp8.dequantize(fp8.pack_representable(quantized, scale), scale, dtype), quantized)
+    assert torch.equal(
+        fp8.fake_quant(quantized, scale), quantized
+    )  # idempotent, unlike NVFP4: no scale is chosen again
     if dtype == torch.bfloat16:
         assert torch.equal(scale, original)
-    assert not torch.signbit(on_grid[on_grid == 0]).any()
+    assert not torch.signbit(quantized[quantized == 0]).any()
 
 
 def test_the_scale_found_in_a_float32_tensor_is_an_ulp_off_at_most():
@@ -114,7 +116,7 @@ def test_a_group_shares_a_scale():
     scale = fp8.scale_from_amax(torch.stack([tensor_amax(w) for w in group]).amax())
     group = [fp8.fake_quant(w, scale) for w in group]
     assert torch.equal(fp8.recover_scale(group), scale)
-    assert all(fp8.is_on_grid(w, scale) for w in group)
+    assert all(fp8.is_representable(w, scale) for w in group)
 
 
 def test_scales_are_positive_and_finite_whatever_the_amax():
@@ -132,7 +134,7 @@ def test_scales_are_positive_and_finite_whatever_the_amax():
 def test_nan_and_inf_are_refused_by_name(bad):
     x = torch.randn(4, 24)
     x[2, 5] = bad
-    for call in (fp8.quantize, fp8.fake_quant, fp8.fake_quant_, fp8.is_on_grid):
+    for call in (fp8.quantize, fp8.fake_quant, fp8.fake_quant_, fp8.is_representable):
         with pytest.raises(QADError, match=r"layers\.3\.up_proj: 1 of 96 values.*NaN or Inf"):
             call(x.clone(), ONE, name="layers.3.up_proj")
 
@@ -154,9 +156,9 @@ def test_wrong_shapes_dtypes_and_scales_are_refused():
 def test_off_grid_weights_are_refused_with_name_and_count():
     x = fp8.fake_quant(torch.randn(4, 24), ONE)
     x[1, 3] = 1.01
-    with pytest.raises(OffGridError, match=r"model\.w: 1 of 96 values"):
-        fp8.pack_on_grid(x, ONE, name="model.w")
-    with pytest.raises(OffGridError, match=r"model\.w"):
+    with pytest.raises(NotRepresentableError, match=r"model\.w: 1 of 96 values"):
+        fp8.pack_representable(x, ONE, name="model.w")
+    with pytest.raises(NotRepresentableError, match=r"model\.w"):
         fp8.recover_scale(torch.randn(4, 24), name="model.w", per_row=True)
     with pytest.raises(QADError, match="0 tensors"):
         fp8.recover_scale([], name="empty")

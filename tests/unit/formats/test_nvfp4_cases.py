@@ -12,7 +12,7 @@ from megatron_qad.formats.nvfp4 import (
     quantize,
     tensor_amax,
 )
-from megatron_qad.formats.nvfp4_pack import pack_on_grid, recover_global_scale
+from megatron_qad.formats.nvfp4_pack import pack_representable, recover_global_scale
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -150,8 +150,8 @@ def test_values_equal_compressed_tensors_but_for_ties_and_underflowing_scales(ca
 @typed
 def test_every_case_packs_to_itself(case, dtype):
     x, scale = made(case, dtype)
-    on_grid = fake_quant(x, scale)
-    recovered = recover_global_scale(on_grid)
-    decoded = dequantize(*pack_on_grid(on_grid, recovered), recovered, dtype)
+    quantized = fake_quant(x, scale)
+    recovered = recover_global_scale(quantized)
+    decoded = dequantize(*pack_representable(quantized, recovered), recovered, dtype)
     integer = torch.int32 if dtype == torch.float32 else torch.int16
-    assert torch.equal(decoded.view(integer), on_grid.view(integer))
+    assert torch.equal(decoded.view(integer), quantized.view(integer))

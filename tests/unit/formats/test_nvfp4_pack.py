@@ -1,4 +1,4 @@
-"""pack_on_grid(fake_quant(w)) decodes to fake_quant(w), bit for bit, and export can find the global scale from w
+"""pack_representable(fake_quant(w)) decodes to fake_quant(w), bit for bit, and export can find the global scale from w
 alone."""
 
 import pytest
@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.e2m1 import E2M1_VALUES, pack_codes, round_to_e2m1_, unpack_codes
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
-from megatron_qad.formats.nvfp4_pack import OffGridError, is_on_grid, pack_on_grid, recover_global_scale
+from megatron_qad.formats.nvfp4_pack import (
+    NotRepresentableError,
+    is_representable,
+    pack_representable,
+    recover_global_scale,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -35,10 +40,10 @@ def spread_weight(seed, dtype, rows=16, dim=128, exponent=0, spread=4.0):
 )
 def test_packing_a_fake_quantized_weight_is_exact(seed, dtype, exponent, spread):
     weight = spread_weight(seed, dtype, exponent=exponent, spread=spread)
-    on_grid = fake_quant(weight, global_scale_from_amax(tensor_amax(weight)))
-    scale = recover_global_scale(on_grid)
-    packed, block_scale = pack_on_grid(on_grid, scale)
-    assert torch.equal(bits(dequantize(packed, block_scale, scale, dtype)), bits(on_grid))
+    quantized = fake_quant(weight, global_scale_from_amax(tensor_amax(weight)))
+    scale = recover_global_scale(quantized)
+    packed, block_scale = pack_representable(quantized, scale)
+    assert torch.equal(bits(dequantize(packed, block_scale, scale, dtype)), bits(quantized))
     assert (block_scale.view(torch.uint8) >= 1).all() and (block_scale.view(torch.uint8) <= 0x7E).all()
 
 
@@ -62,7 +67,7 @@ def test_any_block_on_the_grid_is_found_under_its_smallest_exact_scale(dtype, ex
         signs = torch.randint(0, 2, codes.shape, generator=generator) * 2.0 - 1
         values = GRID[codes] * signs * (SCALES.float() * scale).view(-1, 1, 1)
         blocks = values.to(dtype).view(-1, 16).add_(0.0)
-        packed, found = pack_on_grid(blocks, scale)
+        packed, found = pack_representable(blocks, scale)
         assert torch.equal(bits(dequantize(packed, found, scale, dtype)), bits(blocks))
         decode_scales = SCALES.float() * scale
         exact = torch.stack(
@@ -84,22 +89,22 @@ def test_packed_bytes_of_any_kind_survive_decoding_and_packing(seed, exponent, d
     block_scale = SCALES.view(torch.uint8)[torch.randint(0, 126, (8, 4), generator=generator)].view(torch.float8_e4m3fn)
     scale = (1 + torch.rand((), generator=generator)) * 2.0**exponent
     values = dequantize(packed, block_scale, scale, dtype)
-    assert torch.equal(dequantize(*pack_on_grid(values, scale), scale, dtype), values)
+    assert torch.equal(dequantize(*pack_representable(values, scale), scale, dtype), values)
 
 
 def test_requantizing_is_not_idempotent_where_the_block_scale_is_subnormal():
-    """The case that makes pack_on_grid necessary; if this ever holds by plain quantize, the search can go."""
+    """The case that makes pack_representable necessary; if this ever holds by plain quantize, the search can go."""
     scale = torch.tensor(1.0)
     weight = torch.zeros(1, 16)
     weight[0, :3] = (
         torch.tensor([6 * 1.6, 1.0, -3.0]) * 2.0**-9
     )  # wants scale 1.6 * 2^-9, gets 2 * 2^-9 and codes up to 4
-    on_grid = fake_quant(weight, scale)
-    assert on_grid[0, 0] == 8 * 2.0**-9
-    assert not torch.equal(dequantize(*quantize(on_grid, scale), scale), on_grid)
-    packed, block_scale = pack_on_grid(on_grid, scale)
+    quantized = fake_quant(weight, scale)
+    assert quantized[0, 0] == 8 * 2.0**-9
+    assert not torch.equal(dequantize(*quantize(quantized, scale), scale), quantized)
+    packed, block_scale = pack_representable(quantized, scale)
     assert block_scale.view(torch.uint8).item() == 0x02
-    assert torch.equal(dequantize(packed, block_scale, scale), on_grid)
+    assert torch.equal(dequantize(packed, block_scale, scale), quantized)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +116,7 @@ def test_a_group_that_shares_a_scale_recovers_it_together(dtype):
         group = [fake_quant(w, original) for w in group]
         scale = recover_global_scale(group, name="qkv")
         for weight in group:
-            assert torch.equal(bits(dequantize(*pack_on_grid(weight, scale), scale, dtype)), bits(weight))
+            assert torch.equal(bits(dequantize(*pack_representable(weight, scale), scale, dtype)), bits(weight))
         if dtype != torch.float32:
             assert torch.equal(scale, original)
 
@@ -133,12 +138,12 @@ def test_float32_scale_moves_by_one_ulp_at_most():
 def test_what_is_off_the_grid_is_refused_with_name_and_count():
     weight = torch.randn(8, 64)
     scale = global_scale_from_amax(tensor_amax(weight))
-    on_grid = fake_quant(weight, scale)
-    on_grid[3, 20:40] *= 1.01
+    quantized = fake_quant(weight, scale)
+    quantized[3, 20:40] *= 1.01
     with pytest.raises(QADError, match=r"model\.w: at least 2 of the first 32 blocks"):
-        pack_on_grid(on_grid, scale, name="model.w")
-    assert not is_on_grid(on_grid, scale)
-    with pytest.raises(OffGridError, match=r"model\.w"):
+        pack_representable(quantized, scale, name="model.w")
+    assert not is_representable(quantized, scale)
+    with pytest.raises(NotRepresentableError, match=r"model\.w"):
         recover_global_scale(weight, name="model.w")
     with pytest.raises(QADError, match="no tensor"):
         recover_global_scale([], name="empty")
@@ -147,7 +152,7 @@ def test_what_is_off_the_grid_is_refused_with_name_and_count():
 def test_an_all_zero_weight_packs():
     weight = torch.zeros(4, 32, dtype=torch.bfloat16)
     scale = recover_global_scale(weight)
-    packed, block_scale = pack_on_grid(weight, scale)
+    packed, block_scale = pack_representable(weight, scale)
     assert scale == 1.0 and packed.sum() == 0 and (block_scale.view(torch.uint8) == 0x38).all()
 
 
@@ -157,7 +162,7 @@ def test_the_bytes_packed_are_those_quantize_gave_in_training():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     scale = global_scale_from_amax(tensor_amax(weight))
     packed, block_scale = quantize(weight, scale)
-    again, again_scale = pack_on_grid(fake_quant(weight, scale), scale)
+    again, again_scale = pack_representable(fake_quant(weight, scale), scale)
     assert torch.equal(block_scale.view(torch.uint8), again_scale.view(torch.uint8))
     low, high = packed & 0x0F, packed >> 4
     plus_zero = torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4

@@ -1,10 +1,10 @@
 import sys
 from pathlib import Path
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
 sys.path.append(str(Path(__file__).parents[2] / "dist"))  # tiny_models
-prepare()  # the test modules import megatron, and are imported after this file
+init_runtime()  # the test modules import megatron, and are imported after this file
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -30,7 +30,7 @@ def assert_same_tensors():
         assert {name for t in linears for name in t.hf} == {f"{module}.weight" for module in listed.linears}
         assert {t.hf for t in linears if len(t.hf) > 1} == {tuple(f"{m}.weight" for m in g) for g in listed.fused}
         assert {name for t in tensors if t.is_float32 for name in t.hf} == listed.float32
-        modules = {name for name in family.linear_modules(config) if not listed.carries(name)}
+        modules = {name for name in family.linear_modules(config) if not listed.is_passthrough(name)}
         assert modules == listed.excluded(quantized=())
 
     return check

@@ -400,8 +400,14 @@ def test_the_language_model_behind_a_vision_encoder_is_what_megatron_builds():
     assert family.rope_scaling(config) is None
     assert text_config(config)["vocab_size"] == 131072 and text_config(alone) is alone
     # What is carried is what stands beside it, and nothing of the language model.
-    assert all(name.startswith(family.carried) for tensor in family.beside(config) for name in tensor.hf)
-    assert not any(name.startswith(family.carried) for tensor in family.tensors(config) for name in tensor.hf)
+    assert all(
+        name.startswith(family.passthrough_prefixes)
+        for tensor in family.passthrough_tensors(config)
+        for name in tensor.hf
+    )
+    assert not any(
+        name.startswith(family.passthrough_prefixes) for tensor in family.tensors(config) for name in tensor.hf
+    )
 
 
 def test_the_validators_inventory_of_a_vision_language_model():
@@ -414,7 +420,7 @@ def test_the_validators_inventory_of_a_vision_language_model():
     for tensor in family.tensors(config):
         mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
     assert named == mapped
-    assert all(listed.carries(name) for tensor in family.beside(config) for name in tensor.hf)
+    assert all(listed.is_passthrough(name) for tensor in family.passthrough_tensors(config) for name in tensor.hf)
     assert not any(map(listed.carries, named))
 
 

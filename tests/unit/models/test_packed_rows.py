@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 from megatron_qad.models.context_parallel import partitioned_indices, take_chunks  # noqa: E402
 
 

@@ -10,8 +10,8 @@ from megatron_qad.quantization.in_place_weights import InPlaceWeights
 FORMATS = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "bf16"}
 
 
-def on_grid(weight: torch.Tensor) -> bool:
-    return nvfp4_pack.is_on_grid(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
+def is_quantized(weight: torch.Tensor) -> bool:
+    return nvfp4_pack.is_representable(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
 
 
 def expected(weight: torch.Tensor) -> torch.Tensor:
@@ -39,10 +39,10 @@ def test_bfloat16_weights_stay_on_the_grid_until_the_optimizer_writes(make_chunk
     chunk = make_chunk(dtype=torch.bfloat16)
     weight = linears(chunk)[0].weight
     before, place = weight.detach().clone(), weight.data_ptr()
-    assert not on_grid(before)
+    assert not is_quantized(before)
     weights = InPlaceWeights([chunk], FORMATS)
-    with weights.on_grid(then_updated=True):
-        assert on_grid(weight.detach()) and torch.equal(weight, expected(before))
+    with weights.quantized_weights(then_updated=True):
+        assert is_quantized(weight.detach()) and torch.equal(weight, expected(before))
     assert torch.equal(weight, expected(before))
     assert weight.data_ptr() == place and weight.requires_grad  # the parameter itself, not a copy
     assert weights.num_quantizations == 1
@@ -52,7 +52,7 @@ def test_evaluations_between_two_steps_quantize_once(make_chunk, linears):
     chunk = make_chunk(dtype=torch.bfloat16)
     weights = InPlaceWeights([chunk], FORMATS)
     for then_updated, number in ((False, 1), (False, 1), (True, 1), (True, 2), (False, 3), (True, 3)):
-        with weights.on_grid(then_updated=then_updated):
+        with weights.quantized_weights(then_updated=then_updated):
             assert weights.num_quantizations == number
         if then_updated:
             linears(chunk)[0].weight.data.add_(0.1)
@@ -66,7 +66,7 @@ def test_weights_of_a_checkpoint_on_the_grid_are_left_alone(make_chunk, linears)
     weight.data[:24] *= torch.rand(24, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
     InPlaceWeights([chunk], FORMATS).quantize_()
     saved = weight.detach().clone()
-    assert on_grid(saved)
+    assert is_quantized(saved)
     InPlaceWeights([chunk], FORMATS).quantize_()
     assert torch.equal(weight, saved)
 
@@ -82,10 +82,10 @@ def test_float32_masters_come_back_also_after_an_error(make_chunk, linears):
     before = weight.detach().clone()
     weights = InPlaceWeights([chunk], FORMATS)
     for then_updated in (True, False, False):
-        with weights.on_grid(then_updated=then_updated):
+        with weights.quantized_weights(then_updated=then_updated):
             assert torch.equal(weight, expected(before))
         assert torch.equal(weight, before)
-    with pytest.raises(ZeroDivisionError), weights.on_grid(then_updated=True):
+    with pytest.raises(ZeroDivisionError), weights.quantized_weights(then_updated=True):
         _ = 1 / 0
     assert torch.equal(weight, before)
 
@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_the_quantized_weight(make_chunk, linears):
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     quantized = expected(linear.weight.detach()).requires_grad_()
     (x @ quantized.T).square().sum().backward()
-    with InPlaceWeights([chunk], FORMATS).on_grid(then_updated=True):
+    with InPlaceWeights([chunk], FORMATS).quantized_weights(then_updated=True):
         linear(x).square().sum().backward()
     torch.testing.assert_close(linear.weight.grad, quantized.grad, rtol=1e-5, atol=1e-5)
 
@@ -112,7 +112,7 @@ def test_damaged_weights_are_named(make_chunk, linears, value):
 
 def test_nothing_to_quantize(make_chunk):
     weights = InPlaceWeights([make_chunk()], {})
-    with weights.on_grid(then_updated=True):
+    with weights.quantized_weights(then_updated=True):
         pass
     assert weights.num_quantizations == 0
 
@@ -155,7 +155,7 @@ def test_a_scale_rule_errs_less_and_its_weights_are_known_again(make_chunk, line
         assert torch.equal(weight, copy)
         errors[name] = (weight.detach().float() - before.float()).square().sum().item()
         assert nvfp4.tensor_amax(weight.data) == nvfp4.tensor_amax(before)  # the exporter finds the global scale by it
-        assert on_grid(weight.detach())
+        assert is_quantized(weight.detach())
         saved = weight.detach().clone()
         InPlaceWeights([chunk], FORMATS, scale_rule=name).quantize_()
         assert torch.equal(weight, saved)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
-from megatron_qad.quantization.smoothing import Exchange, block_factors
+from megatron_qad.quantization.smoothing import SmoothingPair, block_factors
 
 
 def squares_of(*exponents: float) -> torch.Tensor:
@@ -58,11 +58,11 @@ def test_an_outlier_costs_less_and_the_product_stays(dtype):
     columns[:, 5::16] /= 32  # outliers that the reader does not need as large, as behind a norm's large weight
     source = torch.randn(512, 32).to(dtype)
     before = source @ rows.T
-    exchange = Exchange("linear", [rows], [columns], watch=None)
-    exchange.see(before[:256])
-    exchange.see(before[256:])
+    pair = SmoothingPair("linear", [rows], [columns], watch=None)
+    pair.observe(before[:256])
+    pair.observe(before[256:])
     product, error = before @ columns.T, quantized_error(before.float(), columns.float())
-    factors = exchange.apply_(0.5)
+    factors = pair.apply_(0.5)
     after = source @ rows.T
     assert torch.equal(after @ columns.T, product) and torch.equal(after * factors.to(dtype), before)
     smoothed = quantized_error(after.float(), columns.float())
@@ -72,15 +72,15 @@ def test_an_outlier_costs_less_and_the_product_stays(dtype):
 
 def test_too_few_tokens_change_nothing():
     rows, columns = torch.randn(16, 4), torch.randn(8, 16)
-    exchange = Exchange("expert", [rows], [columns], watch=None, min_tokens=16)
-    exchange.see(torch.randn(15, 16) * squares_of(8).float())
+    pair = SmoothingPair("expert", [rows], [columns], watch=None, min_tokens=16)
+    pair.observe(torch.randn(15, 16) * squares_of(8).float())
     kept = rows.clone(), columns.clone()
-    assert exchange.apply_(0.5).tolist() == [1.0] * 16
+    assert pair.apply_(0.5).tolist() == [1.0] * 16
     assert torch.equal(rows, kept[0]) and torch.equal(columns, kept[1])
 
 
 def test_nan_is_named():
-    exchange = Exchange("decoder.layers.1.mlp.linear_fc2", [torch.ones(16, 4)], [torch.ones(8, 16)], watch=None)
-    exchange.see(torch.full((4, 16), torch.nan))
+    pair = SmoothingPair("decoder.layers.1.mlp.linear_fc2", [torch.ones(16, 4)], [torch.ones(8, 16)], watch=None)
+    pair.observe(torch.full((4, 16), torch.nan))
     with pytest.raises(QADError, match=r"layers\.1\.mlp\.linear_fc2 held NaN or Inf"):
-        exchange.apply_(0.5)
+        pair.apply_(0.5)

@@ -7,9 +7,9 @@ import pytest
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
-from megatron_qad.engine import prepare  # noqa: E402
+from megatron_qad.engine import init_runtime  # noqa: E402
 
-prepare()  # before megatron is imported
+init_runtime()  # before megatron is imported
 
 import torch  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402

@@ -139,7 +139,7 @@ def test_bytes_after_are_those_that_the_export_writes(fmt, layout):
                 fmt=fmt,
                 weight_scale=scale,
                 input_scale=scale if fmt in ("nvfp4", "fp8") else None,
-                on_grid=False,
+                is_fake_quantized=False,
             )
             written += sum(t.numel() * t.element_size() for t in stored_tensors(item, layout).values())
         assert row.bytes_after == written

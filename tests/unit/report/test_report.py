@@ -148,7 +148,7 @@ def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, t
 
 def test_a_run_that_was_smoothed_otherwise_is_not_compared(three_runs, teacher, tmp_path):
     """Its weights differ from the teacher's by the factors that smoothing moved, not by an error."""
-    record = {"exponent": 0.5, "weights_sha256": "0" * 64}
+    record = {"alpha": 0.5, "weights_sha256": "0" * 64}
     json_records.write(three_runs["QAD"] / "qad_smoothing.json", record)
     results = write_report(three_runs, teacher, tmp_path / "out")
     assert any("QAD: its weights and the teacher's are not smoothed alike" in note for note in results.notes)

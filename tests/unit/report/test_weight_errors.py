@@ -40,13 +40,13 @@ def norm_ratio(a, b):
     return ((a.double() - b.double()).square().sum().sqrt() / b.double().square().sum().sqrt()).item()
 
 
-def run_tensors(teacher, noise, *, on_grid):
+def run_tensors(teacher, noise, *, quantized):
     """A trained run's tensors: the teacher's moved by noise; gate and up apart, as Megatron's loop saves them."""
     generator = torch.Generator().manual_seed(5)
     tensors = {}
     for i, (name, weight) in enumerate(hf_parts(teacher).items()):
         moved = (weight.float() + noise * torch.randn(weight.shape, generator=generator)).bfloat16()
-        if on_grid:
+        if quantized:
             moved = nvfp4.fake_quant(moved, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(moved)))
         tensors[name] = moved
         module = name.removesuffix(".weight")
@@ -75,21 +75,21 @@ def test_ptq_error_is_that_of_modelopts_rounding(teacher, formats):
         assert 0.05 < linear.ptq_error < 0.15  # Gaussian weights in NVFP4 lose about 9.5 %
 
 
-@pytest.mark.parametrize("on_grid", [True, False], ids=["saved-on-grid", "saved-before-rounding"])
-def test_distance_and_amax_of_a_trained_run(teacher, formats, save_checkpoint, tmp_path, on_grid):
+@pytest.mark.parametrize("quantized", [True, False], ids=["saved-on-grid", "saved-before-rounding"])
+def test_distance_and_amax_of_a_trained_run(teacher, formats, save_checkpoint, tmp_path, quantized):
     # qkv's distance needs Megatron's order of rows on both sides: the run's starts from the imported tensor.
-    tensors = run_tensors(teacher, 0.01, on_grid=on_grid)
+    tensors = run_tensors(teacher, 0.01, quantized=quantized)
     qkv = [name for name in tensors if name.endswith("linear_qkv.weight")]
     for name, weight in TorchDistReader(teacher).read(qkv).items():
         moved = (weight.float() * 1.25).bfloat16()
-        tensors[name] = modelopt_round(moved) if on_grid else moved
+        tensors[name] = modelopt_round(moved) if quantized else moved
     save_checkpoint(tmp_path, 7, as_saved(tensors))
 
     teacher_weights = hf_parts(teacher) | TorchDistReader(teacher).read(qkv)
     found = linear_errors(teacher, {"QAD": formats, "PTQ": formats}, {"QAD": tmp_path})
     for i, linear in enumerate(found):
         weight = tensors[linear.name]
-        final = weight if on_grid else modelopt_round(weight)
+        final = weight if quantized else modelopt_round(weight)
         measured = linear.runs["QAD"]
         assert measured.distance == pytest.approx(norm_ratio(final, teacher_weights[linear.name]), **SAME)
         assert measured.distance > linear.ptq_error * 1.5  # a distance that ignores the run's weight would fail here
@@ -98,7 +98,7 @@ def test_distance_and_amax_of_a_trained_run(teacher, formats, save_checkpoint, t
 
 
 def test_only_nvfp4_linears_of_a_run_are_measured(teacher, formats, save_checkpoint, tmp_path):
-    tensors = run_tensors(teacher, 0.01, on_grid=True)
+    tensors = run_tensors(teacher, 0.01, quantized=True)
     del tensors["decoder.layers.1.mlp.linear_fc1.input_quantizer._amax"]
     save_checkpoint(tmp_path, 1, as_saved(tensors))
     skipped = "decoder.layers.0.self_attention.linear_proj.weight"
@@ -115,7 +115,7 @@ def test_only_nvfp4_linears_of_a_run_are_measured(teacher, formats, save_checkpo
 
 
 def test_a_missing_tensor_is_named(teacher, formats, save_checkpoint, tmp_path):
-    tensors = as_saved(run_tensors(teacher, 0.01, on_grid=True))
+    tensors = as_saved(run_tensors(teacher, 0.01, quantized=True))
     del tensors["decoder.layers.3.mlp.linear_fc2.weight"]
     save_checkpoint(tmp_path, 1, tensors)
     with pytest.raises(QADError, match="decoder.layers.3.mlp.linear_fc2.weight"):
@@ -123,7 +123,7 @@ def test_a_missing_tensor_is_named(teacher, formats, save_checkpoint, tmp_path):
 
 
 def test_a_weight_with_nan_is_named(teacher, formats, save_checkpoint, tmp_path):
-    tensors = as_saved(run_tensors(teacher, 0.01, on_grid=True))
+    tensors = as_saved(run_tensors(teacher, 0.01, quantized=True))
     tensors["decoder.layers.3.mlp.linear_fc2.weight"][3, 5] = float("nan")
     save_checkpoint(tmp_path, 1, tensors)
     with pytest.raises(QADError, match="decoder.layers.3.mlp.linear_fc2.weight"):

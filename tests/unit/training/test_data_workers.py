@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 PROGRAM = """
-from megatron_qad.engine import prepare
-prepare()
+from megatron_qad.engine import init_runtime
+init_runtime()
 from torch.utils.data import DataLoader
 import atexit
 from megatron_qad.training import start

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 from megatron_qad.models.families import family_of  # noqa: E402
 from megatron_qad.training.plan import _largest_stage  # noqa: E402
 

@@ -11,7 +11,7 @@ ROOM = 256
 """Tokens that still fit after memory had to be made larger: all is copied once for as many."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer with full attention. Left out: what beam search and assistants do to a cache."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -36,8 +36,8 @@ def _larger(memory: Tensor, used: int, length: int) -> Tensor:
     return larger
 
 
-def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+def preallocated_cache(config: PreTrainedConfig) -> DynamicCache:
     """An empty cache for a model of this config. What layers of other kinds keep is transformers' own."""
     cache = DynamicCache(config=config.get_text_config(decoder=True))
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

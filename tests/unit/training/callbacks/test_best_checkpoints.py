@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from megatron_qad.engine import prepare
+from megatron_qad.engine import init_runtime
 
-prepare()
+init_runtime()
 
 from megatron_qad.engine.distributed import init_process_group  # noqa: E402
 from megatron_qad.engine.run_directory import json_records  # noqa: E402

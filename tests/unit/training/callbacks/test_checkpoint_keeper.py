@@ -4,14 +4,14 @@ import types
 
 import pytest
 
-from megatron_qad.engine import QADError, prepare
+from megatron_qad.engine import QADError, init_runtime
 
-prepare()
+init_runtime()
 
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.engine.distributed import init_process_group  # noqa: E402
 from megatron_qad.engine.events import Save  # noqa: E402
-from megatron_qad.engine.run_directory.atomic_checkpoint import SaveFailed, WholeSaves  # noqa: E402
+from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, SaveFailed  # noqa: E402
 from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper  # noqa: E402
 
 
@@ -19,7 +19,9 @@ from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper  
 def keeper(tmp_path):
     init_process_group()
     config = types.SimpleNamespace(options=QADOptions())
-    job = types.SimpleNamespace(config=config, args=types.SimpleNamespace(save=str(tmp_path)), saves=WholeSaves())
+    job = types.SimpleNamespace(
+        config=config, args=types.SimpleNamespace(save=str(tmp_path)), saves=AtomicCheckpoints()
+    )
     return CheckpointKeeper(job, best=None)
 
 
