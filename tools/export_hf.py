@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
-KEEP = "if --output is complete already and of this iteration and layout, leave it and succeed; of another, fail"
+REUSE = "if --output is complete already and of this iteration and layout, leave it and succeed; of another, fail"
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         "--iteration", help="number of the iteration to export, or 'best' by validation KL; default: the newest"
     )
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="bound on a safetensors file, in 10^9 bytes")
-    parser.add_argument("--keep", action="store_true", help=KEEP)
+    parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     if options.iteration not in (None, "best") and not options.iteration.isdigit():
         parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
@@ -35,7 +35,7 @@ def main() -> None:
     from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of
     from megatron_qad.engine.distributed import init_process_group
 
-    if options.keep and (Path(options.output) / "config.json").is_file():
+    if options.reuse_existing and (Path(options.output) / "config.json").is_file():
         asked = would_be_made_of(options.checkpoint, options.layout, options.iteration)
         provenance.require_same(Path(options.output), EXPORT_FILE, asked)
         return print(f"{options.output} is there already")

@@ -8,7 +8,7 @@ from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE, TRACKER
 
 DTYPES = ("bfloat16", "float32")
-KEEP = "if --output is complete already and of this model, leave it and succeed; of another, fail"
+REUSE = "if --output is complete already and of this model, leave it and succeed; of another, fail"
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--hf-model", required=True, help="Hugging Face model directory (config.json, *.safetensors)")
     parser.add_argument("--output", required=True, help="checkpoint directory to write; must be empty or new")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
-    parser.add_argument("--keep", action="store_true", help=KEEP)
+    parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     init_runtime()
     import torch
@@ -25,7 +25,7 @@ def main() -> None:
     from megatron_qad.checkpoint.import_hf import import_hf
     from megatron_qad.engine.distributed import init_process_group
 
-    if options.keep and (Path(options.output) / TRACKER).is_file():
+    if options.reuse_existing and (Path(options.output) / TRACKER).is_file():
         asked = provenance.model_provenance(Path(options.hf_model), options.dtype)
         provenance.require_same(Path(options.output), IMPORT_FILE, asked)
         return print(f"{options.output} is there already")

@@ -31,7 +31,7 @@ from megatron_qad.training.job import QADJob  # noqa: E402
 from megatron_qad.training.smoothing_pass import smooth  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
-KEEP = "if --output is complete already and would be made again, leave it and succeed; if of something else, fail"
+REUSE = "if --output is complete already and would be made again, leave it and succeed; if of something else, fail"
 ALPHA = "share of a channel's range, as an alpha, that goes into the weights: 0 none, 1 all (default: 0.5)"
 
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; empty or new")
     parser.add_argument("--alpha", type=float, default=0.5, help=ALPHA)
-    parser.add_argument("--keep", action="store_true", help=KEEP)
+    parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     own, rest = parser.parse_known_args(argv)
     if not 0 < own.alpha <= 1:
         raise QADError(f"--alpha {own.alpha}: expected a number above 0, up to 1")
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     asked = {"alpha": own.alpha, "sequences": options.qad_calibration_samples}
     asked |= {"text": calibration_text(job.args)}
     record = provenance.smoothing_provenance(iteration_to_read(options.qad_teacher), asked, formats)
-    if own.keep and (own.output / TRACKER).is_file():
+    if own.reuse_existing and (own.output / TRACKER).is_file():
         provenance.require_same(own.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{own.output} is there already")
     initialize_megatron()

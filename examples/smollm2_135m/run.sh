@@ -55,7 +55,7 @@ tail -qn 1 "$out"/log/data-*.txt
 train ptq --qad-teacher "$out/teacher" --qad-ptq
 # The same model, bit for bit, whose inputs and weights round better; it is teacher and start of QAD, whose blocks end at
 # 6 or at 4, whichever errs less.
-step smooth job tools/smooth.py --qad-teacher "$out/teacher" --output "$out/smoothed" --keep
+step smooth job tools/smooth.py --qad-teacher "$out/teacher" --output "$out/smoothed" --reuse-existing
 grep -h 'megatron_qad: smoothed\|megatron_qad: final' "$out/log/smooth.txt" | sed 's/megatron_qad:/   /'
 train qad --qad-teacher "$out/smoothed" --qad-weight-scale-rule four_over_six
 export_in() {

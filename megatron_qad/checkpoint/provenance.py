@@ -1,5 +1,4 @@
-"""What an import, a smoothing or an export was made of, in a small file of it: ``--keep`` keeps only what would be made
-again.
+"""Provenance records: what an import, a smoothing or an export was made from, so that ``--reuse-existing`` can reuse it.
 
 A model is known by its small files and by samples of its weights, a saved iteration by its manifest, which has a sum of
 every file: both cost well under a second, however large the weights. Names stand in the record for people, and the
@@ -71,7 +70,8 @@ def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> No
     if _asked(found) != _asked(expected):
         was = f"was made of {_described(found)}" if found else f"has no {record_name} that says what it was made of"
         raise QADError(
-            f"--keep: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another --output."
+            f"--reuse-existing: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another "
+            "--output."
         )
     if record_name == EXPORT_FILE:
         wrong = [f"{name} {what}" for name, what in find_export_problems(output).items()]
@@ -81,7 +81,9 @@ def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> No
             *manifest.find_problems(output / "hf", needed=["config.json"]),
         ]
     if wrong:
-        raise QADError(f"--keep: {output} is damaged: {'; '.join(wrong[:3])}. Remove it, and it is made again.")
+        raise QADError(
+            f"--reuse-existing: {output} is damaged: {'; '.join(wrong[:3])}. Remove it, and it is made again."
+        )
 
 
 def find_export_problems(output: Path, only: str = "*") -> dict[str, str]:

@@ -110,7 +110,7 @@ class JobConfig:
         return DataOptions(
             calibration_samples=self.options.qad_calibration_samples,
             eval_iters=self.flags.eval_iters,
-            document_multiple=self.options.qad_document_multiple or 1,
+            pad_documents_to=self.options.qad_pad_documents_to or 1,
             checkpoints=(self.options.qad_student, self.options.qad_teacher),
         )
 
@@ -191,14 +191,14 @@ def read_job_config(
     outputs = resolve_output_mode(options, sizes, losses, None if teacher is None else teacher.hidden_size)
     refusals.check_saving(flags, options, has_teacher=teacher is not None)
     refusals.check_skipped(flags, options)
-    chosen = policy.load(options.qad_policy, options.qad_rule)
+    chosen = policy.load(options.qad_policy, options.qad_policy_override)
     formats = policy.resolve(chosen, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
     if trains:
         check_head(outputs, formats)
     shape = student.shape(flags, flags.num_virtual_stages)
     before = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
     return JobConfig(
-        options=_with_document_multiple(options, flags),
+        options=_with_document_padding(options, flags),
         flags=flags,
         megatron_argv=(*before, *without(argv, _VIRTUAL_STAGES)),  # the pattern is cut into virtual stages instead
         world_size=world_size,
@@ -258,8 +258,8 @@ def _check_batch(flags: MegatronFlags) -> None:
             raise QADError(f"--{name.replace('_', '-')} is not given; a job needs it to know the shape of a microbatch")
 
 
-def _with_document_multiple(options: QADOptions, flags: MegatronFlags) -> QADOptions:
-    if not flags.dataloader_inter_document_masking or options.qad_document_multiple is not None:
+def _with_document_padding(options: QADOptions, flags: MegatronFlags) -> QADOptions:
+    if not flags.dataloader_inter_document_masking or options.qad_pad_documents_to is not None:
         return options
     cp = flags.context_parallel_size
-    return dataclasses.replace(options, qad_document_multiple=2 * cp if cp > 1 else 1)
+    return dataclasses.replace(options, qad_pad_documents_to=2 * cp if cp > 1 else 1)

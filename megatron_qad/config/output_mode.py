@@ -91,18 +91,18 @@ def resolve_output_mode(
     Raises:
         QADError: a choice that the loss or the other choice contradicts.
     """
-    layer, keeps = options.qad_output_layer, options.qad_teacher_output
+    wanted, keeps = options.qad_fused_linear_loss, options.qad_teacher_output
     two_rounds = [term.name for term in losses.terms_of_type(LogitLoss) if term.loss.rounds > 1]
-    if layer == "fused" and two_rounds:
+    if wanted == "always" and two_rounds:
         raise QADError(
-            f"--qad-output-layer fused: {two_rounds[0]} reads all logits twice and cannot be fused with the output "
-            "layer; leave the flag out or train with another loss"
+            f"--qad-fused-linear-loss always: {two_rounds[0]} reads all logits twice and cannot be fused with "
+            "the output layer. Leave the flag out, or train with another loss."
         )
-    if layer == "fused" and keeps == "logits":
-        raise QADError("--qad-teacher-output logits: --qad-output-layer fused needs the teacher's hidden states")
+    if wanted == "always" and keeps == "logits":
+        raise QADError("--qad-teacher-output logits: --qad-fused-linear-loss always needs the teacher's hidden states")
     logits, hidden = sizes.logits(), sizes.hidden(teacher_hidden_size or 0)
     is_large = logits * (1 if teacher_hidden_size is None else 2) > FUSED_ABOVE_BYTES
-    fused = layer == "fused" or layer == "auto" and is_large and not two_rounds and keeps != "logits"
+    fused = wanted == "always" or wanted == "auto" and is_large and not two_rounds and keeps != "logits"
     keeps_hidden = keeps == "hidden" or keeps == "auto" and (fused or hidden < logits)
     return OutputMode(fused, teacher_hidden_size is not None and keeps_hidden)
 
@@ -117,5 +117,5 @@ def check_head(outputs: OutputMode, formats: Mapping[str, str]) -> None:
     if outputs.fused and head.weight_in_forward is not None:
         raise QADError(
             "an INT4 head is quantized in its forward pass, which an output layer that is fused with the loss does not "
-            "run: give --qad-output-layer separate"
+            "run: give --qad-fused-linear-loss never"
         )

@@ -18,7 +18,7 @@ _MAX_NAMED = 12  # layouts in an error
 
 def teacher_virtual_stages(num_layers: int, flags: MegatronFlags, options: QADOptions) -> int:
     """The student's virtual stages, or as many as a teacher of fewer layers has layers for; one if it is streamed."""
-    if options.qad_teacher_on_host:
+    if options.qad_teacher_cpu_offload:
         return 1
     return max(1, min(flags.num_virtual_stages, num_layers // flags.pipeline_model_parallel_size))
 
@@ -161,13 +161,13 @@ def _sequence_problems(flags, options, tp: int, cp: int) -> Iterator[str]:
             yield f"--seq-length {length} is not a multiple of {2 * cp}, twice --context-parallel-size {cp}"
         if flags.sequence_parallel and length // cp % tp:
             yield f"--sequence-parallel: {length // cp} tokens of a rank's sequence are not divisible by TP {tp}"
-    multiple = options.qad_document_multiple
+    multiple = options.qad_pad_documents_to
     if multiple is not None:
         if not flags.dataloader_inter_document_masking:
-            yield "--qad-document-multiple is for packed rows: add --dataloader-inter-document-masking"
+            yield "--qad-pad-documents-to is for packed rows: add --dataloader-inter-document-masking"
         if multiple < 1 or cp > 1 and multiple % (2 * cp) or length is not None and length % multiple:
             yield (
-                f"--qad-document-multiple {multiple} must divide --seq-length {length}"
+                f"--qad-pad-documents-to {multiple} must divide --seq-length {length}"
                 + (f" and be a multiple of {2 * cp}, twice --context-parallel-size {cp}" if cp > 1 else "")
             )
 

@@ -33,7 +33,7 @@ class QADOptions:
     qad_policy: str = "nvfp4-all-linear"
     """Quantization policy: a shipped one's name or a YAML file. 'bf16' turns quantization off."""
 
-    qad_rule: list[str] = field(
+    qad_policy_override: list[str] = field(
         default_factory=list, metadata={"argparse_meta": {"type": str, "nargs": "+", "action": "extend"}}
     )
     """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins.
@@ -59,7 +59,7 @@ class QADOptions:
     """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU
     is there."""
 
-    qad_document_multiple: int | None = None
+    qad_pad_documents_to: int | None = None
     """With --dataloader-inter-document-masking: documents of a row start at multiples of this many tokens. Default:
     what context parallelism needs, twice its size; 1 without."""
 
@@ -67,14 +67,14 @@ class QADOptions:
     """Sequences in a microbatch of the teacher's forward pass, a multiple of --micro-batch-size. Default: the
     student's."""
 
-    qad_teacher_on_host: bool = False
+    qad_teacher_cpu_offload: bool = False
     """Keep the teacher's layers in host memory and copy them to the device one after the other, once a step for all its
     microbatches: for teachers that do not fit beside the student. Pipeline stages then wait for each other."""
 
-    qad_output_layer: Literal["auto", "fused", "separate"] = "auto"
-    """'fused' computes output layer and loss together, in chunks of tokens, so that the logits of a microbatch never
-    exist; not for losses of two passes (jsd). 'separate' makes logits. 'auto' is fused where one microbatch's logits of
-    both models take more than 1 GiB of a rank."""
+    qad_fused_linear_loss: Literal["auto", "always", "never"] = "auto"
+    """Compute the output layer and the loss together, in chunks of tokens, so that the logits of a microbatch never
+    exist as a whole: 'always' (refused for jsd, which reads all logits twice), 'never', or 'auto', where the logits of
+    one microbatch of both models take more than 1 GiB of a rank."""
 
     qad_teacher_output: Literal["auto", "hidden", "logits"] = "auto"
     """What the teacher's pass keeps of each microbatch until the loss: 'logits', 'hidden' (its final hidden states, to
@@ -96,7 +96,7 @@ class QADOptions:
     """A loss above this many times the median of the last 64 goes back to the last good checkpoint in --save, leaving
     out the batches since; such as 5. Default: never."""
 
-    qad_hang_seconds: float | None = None
+    qad_hang_timeout: float | None = None
     """Seconds without progress after which a job names the rank that is behind and ends. Default: 9/10 of
     --distributed-timeout-minutes; 0 turns it off. Must exceed the longest single part of a step. Parts of the start, a
     save and a rollback may take ten times as long."""

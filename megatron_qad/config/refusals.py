@@ -20,7 +20,7 @@ _SIZES = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank"),
     *("seq_length", "micro_batch_size", "global_batch_size", "make_vocab_size_divisible_by"),
-    *("qad_teacher_micro_batch_size", "qad_calibration_samples", "qad_document_multiple"),
+    *("qad_teacher_micro_batch_size", "qad_calibration_samples", "qad_pad_documents_to"),
 )
 
 

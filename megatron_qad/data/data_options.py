@@ -11,7 +11,7 @@ class DataOptions:
     """Sequences that calibration reads ahead."""
     eval_iters: int | None = None
     """As the user gave them; None: not at all, and an evaluation reads the whole set."""
-    document_multiple: int = 1
+    pad_documents_to: int = 1
     """Documents of packed rows start at multiples of so many tokens."""
     checkpoints: tuple[str | None, ...] = ()
     """Directories of the models, one of which may hold the tokenizer that the data was made with."""

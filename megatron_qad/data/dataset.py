@@ -33,7 +33,7 @@ _PADDED_UP_TO = 1 << 23
 class QADDatasetConfig(GPTDatasetConfig):
     """Megatron's, with what packed rows need."""
 
-    document_multiple: int = 1
+    pad_documents_to: int = 1
     """Documents of a packed row start at multiples of this many tokens."""
 
 
@@ -83,7 +83,7 @@ class QADDataset(GPTDataset):
                 lengths[-1] -= 1  # the extra token is a label only
             # The last is 0 if its document starts right behind the row.
             lengths = [n for n in lengths[:-1] if n] + lengths[-1:]
-            return keep_documents_apart(sample, lengths, self.config.document_multiple)
+            return keep_documents_apart(sample, lengths, self.config.pad_documents_to)
         return sample
 
     def has_counted_tokens(self) -> bool:

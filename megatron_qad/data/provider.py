@@ -207,7 +207,7 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
-        document_multiple=options.document_multiple,
+        pad_documents_to=options.pad_documents_to,
     )
 
 

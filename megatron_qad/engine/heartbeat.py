@@ -47,14 +47,14 @@ class Heartbeat:
         self._time = time.time()
         self._patience = _LONG if is_long else 1  # after the time: never is a long phase's time held to the short limit
 
-    def start(self, directory: Path | None, rank: int, size: int, hang_seconds: float) -> None:
+    def start(self, directory: Path | None, rank: int, size: int, hang_timeout: float) -> None:
         """Write to ``directory`` (None: nowhere; the report then knows this rank only) and watch from now on.
 
         Args:
-            hang_seconds: how long nothing may move before the process is ended; ten times that in a long phase, such as
+            hang_timeout: how long nothing may move before the process is ended; ten times that in a long phase, such as
                 the one at the start.
         """
-        self._rank, self._size, self._hang_seconds = rank, size, hang_seconds
+        self._rank, self._size, self._hang_seconds = rank, size, hang_timeout
         if directory is not None:
             self._file = _file_of(directory, rank)
             try:
@@ -62,7 +62,7 @@ class Heartbeat:
                 self._file.unlink(missing_ok=True)  # of a job before
             except OSError as error:
                 print(f"megatron_qad: ERROR: heartbeats in {directory}: {error}. The job goes on", flush=True)
-        self._every = min(_MAX_SECONDS_BETWEEN, hang_seconds / 40)
+        self._every = min(_MAX_SECONDS_BETWEEN, hang_timeout / 40)
         self._started = self._time = time.time()
         threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
 

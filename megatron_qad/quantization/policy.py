@@ -36,7 +36,7 @@ class Policy:
     """One of ``KV_CACHE_FORMATS``."""
 
 
-def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-rule") -> Policy:
+def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-policy-override") -> Policy:
     """Read a policy and append the overriding rules.
 
     Args:

@@ -166,7 +166,7 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
     )
 
 
-def parse_override(text: str, flag: str = "--qad-rule") -> Rule:
+def parse_override(text: str, flag: str = "--qad-policy-override") -> Rule:
     """A rule as a command line has it."""
     selector, separator, fmt = text.rpartition("=")
     if not separator or not selector:

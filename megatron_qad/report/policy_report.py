@@ -90,7 +90,7 @@ def report_policy(hf_model: str | Path, policy: str, overrides: Sequence[str] = 
 
     Args:
         hf_model: a Hugging Face directory, or a ``config.json`` itself, under whatever name.
-        policy: a shipped policy's name or a YAML file. ``overrides``: rules as text, as on ``--qad-rule``.
+        policy: a shipped policy's name or a YAML file. ``overrides``: rules as text, as on ``--qad-policy-override``.
 
     Raises:
         QADError: no such file, an unsupported architecture, or whatever is wrong with the policy.

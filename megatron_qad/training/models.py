@@ -59,7 +59,7 @@ def build_teacher(config: JobConfig, args: argparse.Namespace, forward: ForwardP
     chunks = build_chunks(model_config(config, with_shape_of(config, args, config.teacher), config.teacher))
     load_weights(chunks, config.teacher.checkpoint)
     print_rank_0(f"megatron_qad: teacher from {config.teacher.checkpoint}, frozen")
-    kind = OffloadedTeacher if config.options.qad_teacher_on_host else Teacher
+    kind = OffloadedTeacher if config.options.qad_teacher_cpu_offload else Teacher
     return kind(
         [freeze(chunk) for chunk in chunks],
         forward,

@@ -64,7 +64,7 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
         layers = teacher.family.layer_pattern(teacher.hf)
         pattern = with_stages(layers, args.pipeline_model_parallel_size * config.teacher_virtual_stages)
         of_teacher = teacher.family.tensors(teacher.hf)
-        if config.options.qad_teacher_on_host:
+        if config.options.qad_teacher_cpu_offload:
             rows["teacher weights, streamed"] = _streamed(args, of_teacher) * width
         else:
             rows["teacher weights"] = sum(_largest_stage(args, of_teacher, pattern)) * width

@@ -51,7 +51,7 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
     _describe_smoothing(start, save, load)
     job = {
         "policy": options.qad_policy,
-        "rules": options.qad_rule,
+        "rules": options.qad_policy_override,
         "loss": options.qad_loss,
         "kv_cache": config.policy.kv_cache,
         "scale_rule": options.qad_weight_scale_rule,

@@ -163,7 +163,7 @@ def _slow(fault, model):
 
 
 def _stopped(fault, model):
-    time.sleep(1)  # five times what the heartbeat's thread waits between two looks under --qad-hang-seconds 8
+    time.sleep(1)  # five times what the heartbeat's thread waits between two looks under --qad-hang-timeout 8
     os.kill(os.getpid(), signal.SIGSTOP)
 
 

@@ -24,7 +24,7 @@ CP2 = ["--context-parallel-size", "2"]
 VIRTUAL = ["--num-virtual-stages-per-pipeline-rank", "2"]
 SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
 SHARDED = ["--use-distributed-optimizer"]
-PACKED = ["--dataloader-inter-document-masking", "--qad-document-multiple", "4"]
+PACKED = ["--dataloader-inter-document-masking", "--qad-pad-documents-to", "4"]
 # Adam's first steps divide each gradient by itself, also those that are rounding and nothing else; with the default of
 # 1e-8 tensor-parallel gradients part by 1.1e-5 at step 4.
 STEADY = ["--adam-eps", "1e-5"]
@@ -78,12 +78,12 @@ HYBRID_AXES = {
         "pp2ep2": (4, PP2 + EP2),
         "recompute ep2": (2, RECOMPUTE + EP2),
         "teacher microbatch": (1, ["--qad-teacher-micro-batch-size", "4"]),
-        "teacher on the host": (1, ["--qad-teacher-on-host"]),
+        "teacher on the host": (1, ["--qad-teacher-cpu-offload"]),
     },
     "nemotron-nas": {
         "tp2 sp": (2, TP2 + SP),
         "pp2 virtual2": (2, PP2 + VIRTUAL),
-        "teacher on the host": (1, ["--qad-teacher-on-host"]),
+        "teacher on the host": (1, ["--qad-teacher-cpu-offload"]),
     },
 }
 
@@ -274,12 +274,12 @@ def test_a_teacher_on_the_host_changes_nothing(workshop, tmp_path, axis):
     argv = workshop.argv("--qad-policy", "bf16", *flags, kind="llama", num_steps=2)
     argv += ["--qad-teacher", f"{workshop.directory}/large"]
     expected, _ = workshop.train(argv, nproc)
-    found, _ = workshop.train([*argv, "--qad-teacher-on-host"], nproc)
+    found, _ = workshop.train([*argv, "--qad-teacher-cpu-offload"], nproc)
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == b["loss"]
         assert all(torch.equal(a["grads"][name], b["grads"][name]) for name in b["grads"])
     if nproc == 1:
-        arguments = {"argv": [*argv, "--qad-teacher-on-host"], "result": str(tmp_path / "seen")}
+        arguments = {"argv": [*argv, "--qad-teacher-cpu-offload"], "result": str(tmp_path / "seen")}
         workshop.server.run("axes_jobs:watch_teacher", 1, arguments)
         assert torch.load(tmp_path / "seen.rank0")["fetched"] == 2 * 6
 
@@ -305,8 +305,8 @@ REFUSED = [
     (1, ["--qad-teacher-micro-batch-size", "3"], "--qad-teacher-micro-batch-size 3 must be a multiple of"),
     (
         2,
-        [*CP2, PACKED[0], "--qad-document-multiple", "2"],
-        "--qad-document-multiple 2 must divide --seq-length 32 and be a multiple of 4",
+        [*CP2, PACKED[0], "--qad-pad-documents-to", "2"],
+        "--qad-pad-documents-to 2 must divide --seq-length 32 and be a multiple of 4",
     ),
 ]
 

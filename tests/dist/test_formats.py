@@ -78,7 +78,7 @@ CASES = {
     "w4a16": (["--qad-policy", "w4a16-all-linear"], {"attn": "nvfp4-w4a16", "mlp": "nvfp4-w4a16"}, "bf16"),
     "fp8": (["--qad-policy", "fp8-all-linear"], {"attn": "fp8", "mlp": "fp8"}, "bf16"),
     "mixed, fp8 cache": (
-        ["--qad-policy", "nvfp4-mlp-fp8-attention", "--qad-rule", "kv_cache=fp8"],
+        ["--qad-policy", "nvfp4-mlp-fp8-attention", "--qad-policy-override", "kv_cache=fp8"],
         {"attn": "fp8", "mlp": "nvfp4"},
         "fp8",
     ),
@@ -183,7 +183,7 @@ def test_the_fp8_cache_alone(shop, tmp_path):
     """A student equal to its teacher but for FP8 keys and values: the loss sees them, their scales are exported."""
     saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
     plain, _ = shop.train("--qad-policy", "bf16", num_steps=1)
-    steps, _ = shop.train("--qad-policy", "bf16", "--qad-rule", "kv_cache=fp8", *saving, num_steps=1)
+    steps, _ = shop.train("--qad-policy", "bf16", "--qad-policy-override", "kv_cache=fp8", *saving, num_steps=1)
     assert plain[0]["loss"]["kl loss"] == 0 < steps[0]["loss"]["kl loss"]
     attention = "decoder.layers.{}.self_attention.core_attention.{}_bmm_quantizer"
     assert sorted(steps[0]["amaxes"]) == sorted(attention.format(i, x) for i in (0, 2) for x in "kv")
@@ -193,7 +193,7 @@ def test_the_fp8_cache_alone(shop, tmp_path):
 
 @pytest.mark.parametrize("policy", ["nvfp4-mlp-fp8-attention", "bf16"])
 def test_a_job_with_a_quantized_cache_resumes_bit_for_bit(shop, tmp_path, policy):
-    flags = ["--qad-policy", policy, "--qad-rule", "kv_cache=fp8", *TP2]
+    flags = ["--qad-policy", policy, "--qad-policy-override", "kv_cache=fp8", *TP2]
     through, _ = shop.train(*flags, nproc=2, num_steps=4)
     saving = ["--save", str(tmp_path), "--save-interval", "2"]
     first, _ = shop.train(*flags, *saving, "--exit-interval", "2", nproc=2, num_steps=4)

@@ -17,10 +17,10 @@ AXES = {
     "pp2 virtual2": (2, PP2 + VIRTUAL),
     "cp2": (2, CP2),
     "dp2": (2, []),
-    "on the host": (1, ["--qad-teacher-on-host"]),
+    "on the host": (1, ["--qad-teacher-cpu-offload"]),
     "recompute": (1, RECOMPUTE),
     "pp2 recompute": (2, PP2 + RECOMPUTE),
-    "fused": (1, ["--qad-output-layer", "fused"]),
+    "fused": (1, ["--qad-fused-linear-loss", "always"]),
 }
 
 

@@ -142,7 +142,7 @@ def test_the_slow_rank_is_named(shop):
 
 def test_a_hanging_rank_is_named_and_ends_the_job(shop, tmp_path):
     fault = {"kind": "stopped", "step": 3, "rank": 1}
-    argv = shop.argv("--save", str(tmp_path), "--qad-hang-seconds", "8")
+    argv = shop.argv("--save", str(tmp_path), "--qad-hang-timeout", "8")
     error = shop.fail(FAULTY, 2, argv=argv, fault=fault)
     assert error.startswith("error: no progress for") and "furthest behind first: rank 1 on " in error
     assert "in step 3, data, " in error.split("rank 1 on", 1)[1].split(";")[0]
@@ -152,6 +152,6 @@ def test_a_hanging_rank_is_named_and_ends_the_job(shop, tmp_path):
 
 def test_a_slow_disk_is_no_hang(shop, tmp_path):
     """Each load and each save takes longer than a part of a step may."""
-    argv = shop.argv("--save", str(tmp_path), "--qad-hang-seconds", "5", num_steps=1)
+    argv = shop.argv("--save", str(tmp_path), "--qad-hang-timeout", "5", num_steps=1)
     shop.server.run("surviving_jobs:train_with_slow_disk", 1, {"argv": argv, "seconds": 6})
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "1"

@@ -9,11 +9,11 @@ from test_axes import CP2, PACKED, PP2, SP, STEADY, TP2, VIRTUAL
 from test_training import MIXED_PRECISION, TOLERANCE, workshop  # noqa: F401  the fixture
 
 LOSS = "kl(temperature=2)+0.5*reverse_kl+0.1*ce+topk(k=4)"
-LOGITS = ["--qad-output-layer", "separate", "--qad-teacher-output", "logits"]
-HIDDEN = ["--qad-output-layer", "separate", "--qad-teacher-output", "hidden"]
-FUSED = ["--qad-output-layer", "fused"]
+LOGITS = ["--qad-fused-linear-loss", "never", "--qad-teacher-output", "logits"]
+HIDDEN = ["--qad-fused-linear-loss", "never", "--qad-teacher-output", "hidden"]
+FUSED = ["--qad-fused-linear-loss", "always"]
 JOINED = ["--qad-teacher-micro-batch-size", "4"]
-ON_HOST = ["--qad-teacher-on-host"]
+ON_HOST = ["--qad-teacher-cpu-offload"]
 # Name: kind of model, ranks, flags of both jobs, flags of the job with logits, flags of the others.
 CASES = {
     "one rank": ("f32", 1, [], HIDDEN, FUSED),
@@ -68,7 +68,7 @@ def test_a_teacher_of_another_width(workshop):  # noqa: F811
 
 def test_a_quantized_head_is_calibrated_and_fused(workshop):  # noqa: F811
     """The fused layer's input passes the head's quantizer, which saw it in calibration: same amax, same losses."""
-    argv = workshop.argv("--qad-rule", "head=nvfp4", *TP2, *SP, num_steps=1)
+    argv = workshop.argv("--qad-policy-override", "head=nvfp4", *TP2, *SP, num_steps=1)
     (expected,), _ = workshop.train(argv + LOGITS, 2)
     (found,), _ = workshop.train(argv + FUSED, 2)
     assert found["amaxes"]["output_layer"] == expected["amaxes"]["output_layer"] > 0

@@ -305,7 +305,7 @@ def test_each_weight_is_quantized_once_a_step(workshop, kind):
 
 def test_a_stage_without_quantizers_calibrates_with_the_others(workshop):
     """The loss and gradients of one rank, where the first pipeline stage is all BF16; no rank waits for another."""
-    kept = ("--qad-rule", "decoder.layers.0.*=bf16", "decoder.layers.1.*=bf16")
+    kept = ("--qad-policy-override", "decoder.layers.0.*=bf16", "decoder.layers.1.*=bf16")
     argv = workshop.argv("--qad-policy", "nvfp4-all-linear", *kept, num_steps=1)
     (expected,), _ = workshop.train(argv)
     assert {name.split(".")[2] for name in expected["amaxes"]} == {"2", "3"}

@@ -42,7 +42,7 @@ def _flags(spec: str, save: str) -> list[str]:
     implementation = "transformer_engine" if spec == "te" else "local"
     flags = ["--qad-layer-spec", spec, "--transformer-impl", implementation, "--save", save, "--save-interval", "1"]
     flags += ["--sequence-parallel"]  # experts want it; at TP 1 Megatron takes it out again
-    return [*flags, "--bf16", "--seq-length", "8", "--micro-batch-size", "1", "--qad-rule", "kv_cache=fp8"]
+    return [*flags, "--bf16", "--seq-length", "8", "--micro-batch-size", "1", "--qad-policy-override", "kv_cache=fp8"]
 
 
 def _build_load_save(job) -> dict:

@@ -1,4 +1,4 @@
-"""Names the rank that is behind when nothing moves any more, and ends the job (``--qad-hang-seconds``)."""
+"""Names the rank that is behind when nothing moves any more, and ends the job (``--qad-hang-timeout``)."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class HangWatchdog(Callback):
 
     def job_begins(self, job, resumes_at: int) -> None:
         args = self._job.args
-        seconds = self._job.config.options.qad_hang_seconds
+        seconds = self._job.config.options.qad_hang_timeout
         if seconds is None:
             seconds = 0.9 * 60 * args.distributed_timeout_minutes
         if seconds > 0:

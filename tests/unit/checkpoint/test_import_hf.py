@@ -174,7 +174,7 @@ def tool(monkeypatch, capsys):
 
 def test_an_import_is_kept_only_for_the_same_model(damaged, tmp_path, tool):
     target = tmp_path / "target"
-    flags = ("--hf-model", damaged, "--output", target, "--keep")
+    flags = ("--hf-model", damaged, "--output", target, "--reuse-existing")
     assert "wrote" in tool("import_hf", *flags)
     assert tool("import_hf", *flags) == f"{target} is there already\n"
     moved = damaged.rename(tmp_path / "moved")  # what counts is the content
@@ -210,7 +210,7 @@ def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
         shutil.rmtree(tmp_path / "step")
 
     train(2)
-    flags = ("--checkpoint", run, "--output", output, "--layout", "bf16", "--keep")
+    flags = ("--checkpoint", run, "--output", output, "--layout", "bf16", "--reuse-existing")
     assert "wrote" in tool("export_hf", *flags)
     assert tool("export_hf", *flags) == f"{output} is there already\n"
     transformers.AutoModelForCausalLM.from_pretrained(output)  # does not mind the record

@@ -132,9 +132,16 @@ def test_a_local_tokenizer_passes(checkpoint, tmp_path):
 
 
 def test_rules_of_file_and_flags_add_up(tmp_path):
-    (tmp_path / "job.yaml").write_text("qad-rule: [head=nvfp4, attention=fp8]\n")
-    flags = ["--qad-rule", "mlp=fp8", "--config", f"{tmp_path}/job.yaml", "--qad-rule", "head=bf16"]
+    (tmp_path / "job.yaml").write_text("qad-policy-override: [head=nvfp4, attention=fp8]\n")
+    flags = [
+        "--qad-policy-override",
+        "mlp=fp8",
+        "--config",
+        f"{tmp_path}/job.yaml",
+        "--qad-policy-override",
+        "head=bf16",
+    ]
     parser = add_options(QADOptions, argparse.ArgumentParser())
-    rules = parser.parse_args(expand(flags, parser)).qad_rule
+    rules = parser.parse_args(expand(flags, parser)).qad_policy_override
     assert rules == ["head=nvfp4", "attention=fp8", "mlp=fp8", "head=bf16"]
-    assert parser.parse_args([]).qad_rule == []
+    assert parser.parse_args([]).qad_policy_override == []

@@ -66,7 +66,7 @@ def read(checkpoint):
 def test_defaults_are_settled(read, checkpoint):
     config = read("--bf16", "--dataloader-inter-document-masking", "--context-parallel-size", "2", world=4)
     assert (config.world_size, config.flags.global_batch_size) == (4, 4)  # two data-parallel ranks
-    assert config.options.qad_document_multiple == 4 and config.layer_spec == "local"
+    assert config.options.qad_pad_documents_to == 4 and config.layer_spec == "local"
     assert config.student.checkpoint == config.teacher.checkpoint == checkpoint
     assert set(config.formats.values()) == {"nvfp4", "bf16"} and config.policy.name == "nvfp4-all-linear"
     assert [term.name for term in config.losses.terms] == ["kl"]
@@ -103,9 +103,9 @@ def test_a_job_that_has_saved_goes_on(read, tmp_path):
         (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
-        (["--qad-rule", "no_such_module=fp8"], "policy rule no_such_module=fp8 reaches no linear"),
+        (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 reaches no linear"),
         (["--qad-loss", "topk(k=4096)"], "k is larger than the"),
-        (["--qad-output-layer", "fused", "--qad-loss", "jsd"], "jsd reads all logits twice"),
+        (["--qad-fused-linear-loss", "always", "--qad-loss", "jsd"], "jsd reads all logits twice"),
         (["--qad-job-dir", "/nowhere"], "--qad-job-dir /nowhere: no such directory"),
         (["--qad-keep-best", "2", "--save", "run", "--eval-iters", "0"], "--eval-iters 0 asks for none"),
         (["--qad-spike-factor", "5"], "--qad-spike-factor 5: expected more than 1, and --save"),

@@ -34,8 +34,8 @@ CASES = {
     "1 GiB of one model": (job(), "ce", None, OutputMode(False, False)),
     "few columns a rank": (job(tp=64), "kl", 4096, OutputMode(False, False)),
     "few columns, hidden states shared out": (job(tp=64, sequence_parallel=True), "kl", 4096, OutputMode(False, True)),
-    "asked for": (job(tokens=8, qad_output_layer="fused"), "kl", 1 << 20, OutputMode(True, True)),
-    "not asked for": (job(qad_output_layer="separate"), "kl", 4096, OutputMode(False, True)),
+    "asked for": (job(tokens=8, qad_fused_linear_loss="always"), "kl", 1 << 20, OutputMode(True, True)),
+    "not asked for": (job(qad_fused_linear_loss="never"), "kl", 4096, OutputMode(False, True)),
 }
 
 
@@ -63,12 +63,12 @@ def test_an_int4_head_is_not_fused():
     check_head(OutputMode(False, True), formats)
     check_head(OutputMode(True, True), {"output_layer.weight": "nvfp4"})
     check_head(OutputMode(True, True), {})
-    with pytest.raises(QADError, match="INT4 head .* --qad-output-layer separate"):
+    with pytest.raises(QADError, match="INT4 head .* --qad-fused-linear-loss never"):
         check_head(OutputMode(True, True), formats)
 
 
 def test_contradictions():
     with pytest.raises(QADError, match="jsd reads all logits twice"):
-        resolve_output_mode(*job(qad_output_layer="fused"), parse_loss("jsd"), 64)
+        resolve_output_mode(*job(qad_fused_linear_loss="always"), parse_loss("jsd"), 64)
     with pytest.raises(QADError, match="needs the teacher's hidden states"):
-        resolve_output_mode(*job(qad_output_layer="fused", qad_teacher_output="logits"), parse_loss("kl"), 64)
+        resolve_output_mode(*job(qad_fused_linear_loss="always", qad_teacher_output="logits"), parse_loss("kl"), 64)

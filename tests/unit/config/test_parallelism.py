@@ -73,7 +73,7 @@ def test_a_teacher_takes_as_many_virtual_stages_as_it_has_layers_for(layers, exp
     flags, options = job(**sizes)
     assert flags.num_virtual_stages == 3
     assert teacher_virtual_stages(layers, flags, options) == expected
-    assert teacher_virtual_stages(layers, *job(**sizes, qad_teacher_on_host=True)) == 1
+    assert teacher_virtual_stages(layers, *job(**sizes, qad_teacher_cpu_offload=True)) == 1
 
 
 HYBRID = SHAPE | {

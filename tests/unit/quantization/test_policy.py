@@ -106,7 +106,7 @@ def test_no_such_policy(policy):
 def test_faults_of_an_override_name_it(rule, message):
     with pytest.raises(QADError) as error:
         load("bf16", [rule])
-    assert f"--qad-rule {rule}" in str(error.value).replace("'head'", "head") and message in str(error.value)
+    assert f"--qad-policy-override {rule}" in str(error.value).replace("'head'", "head") and message in str(error.value)
 
 
 def test_a_rule_that_reaches_nothing():

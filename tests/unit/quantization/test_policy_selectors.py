@@ -243,7 +243,7 @@ def test_faults_of_an_override_name_the_flag():
     for text in ("=fp8", "head"):
         with pytest.raises(QADError, match="--rule .*expected KIND=FORMAT"):
             load("bf16", [text], flag="--rule")
-    with pytest.raises(QADError, match="--qad-rule kind:mamba,frist:2=fp8: unknown key 'frist'.*'first'"):
+    with pytest.raises(QADError, match="--qad-policy-override kind:mamba,frist:2=fp8: unknown key 'frist'.*'first'"):
         load("bf16", ["kind:mamba,frist:2=fp8"])
 
 
