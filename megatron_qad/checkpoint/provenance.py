@@ -1,4 +1,4 @@
-"""Provenance records: what an import, a smoothing or an export was made from, so that ``--reuse-existing`` can reuse it.
+"""Provenance records: what an import, a smoothing or an export was made from (for ``--reuse-existing``).
 
 A model is known by its small files and by samples of its weights, a saved iteration by its manifest, which has a sum of
 every file: both cost well under a second, however large the weights. Names stand in the record for people, and the

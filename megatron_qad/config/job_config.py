@@ -88,7 +88,7 @@ class JobConfig:
     policy: policy.Policy
     formats: Mapping[str, str]
     """Format of every linear of the student, by the global name of its Megatron weight."""
-    outputs: OutputMode
+    output_mode: OutputMode
     output_sizes: OutputSizes
     layer_spec: str
     """"te" or "local"."""
@@ -188,13 +188,13 @@ def read_job_config(
     for term in losses.terms_of_type(LogitLoss):
         term.loss.check(sizes.columns)
     refusals.check_hidden_losses(flags, options, losses, shapes)
-    outputs = resolve_output_mode(options, sizes, losses, None if teacher is None else teacher.hidden_size)
+    output_mode = resolve_output_mode(options, sizes, losses, None if teacher is None else teacher.hidden_size)
     refusals.check_saving(flags, options, has_teacher=teacher is not None)
     refusals.check_skipped(flags, options)
     chosen = policy.load(options.qad_policy, options.qad_policy_override)
     formats = policy.resolve(chosen, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
     if trains:
-        check_head(outputs, formats)
+        check_head(output_mode, formats)
     shape = student.shape(flags, flags.num_virtual_stages)
     before = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
     return JobConfig(
@@ -207,7 +207,7 @@ def read_job_config(
         losses=losses,
         policy=chosen,
         formats=formats,
-        outputs=outputs,
+        output_mode=output_mode,
         output_sizes=sizes,
         layer_spec=options.qad_layer_spec or machine.layer_spec,
         job_dir=_job_dir(options, environ),

@@ -74,8 +74,8 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
     shards = (args.data_parallel_size, _expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
     rows["optimizer state"] = dense * each // shards[0] + experts * each // shards[1]
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    sizes, outputs = config.output_sizes, config.output_mode
-    if outputs.fused:
+    sizes, output_mode = config.output_sizes, config.output_mode
+    if output_mode.fused:
         of_fused = sizes.fused(len(config.losses.terms_of_type(LogitLoss)), config.student.hidden_size)
         rows["logits of both models, one chunk"] = of_fused["chunk"]
         rows["output weight's gradient, float32"] = of_fused["gradient"]
@@ -83,7 +83,7 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
         rows["student logits, one microbatch"] = sizes.logits()
     if teacher is not None:
         of_output = {"logits": sizes.logits(), "hidden": sizes.hidden(teacher.hidden_size)}
-        kept, other = ("hidden", "logits") if outputs.teacher_hidden else ("logits", "hidden")
+        kept, other = ("hidden", "logits") if output_mode.teacher_hidden else ("logits", "hidden")
         rows[f"teacher {kept}, {in_flight} microbatch(es)"] = of_output[kept] * in_flight
     yield ""
     yield "bytes on a rank (largest stage; the logits on the last stage only)"
