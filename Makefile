@@ -40,6 +40,8 @@ unit: env
 lint: env
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
+	git ls-files | grep -vE '\.(json|png)$$' | $(RUN) xargs codespell
+	$(RUN) python tools/check_prose.py
 	$(RUN) shellcheck --external-sources .ci/run launch/*.sh launch/*.sbatch tools/*.sh examples/*/*.sh
 	$(RUN) hadolint Dockerfile
 

@@ -10,4 +10,4 @@ Importing this package starts nothing and touches no device. The rooms, from the
 5. ``report``
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
