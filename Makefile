@@ -69,7 +69,7 @@ image:
 	@if docker info >/dev/null 2>&1; then docker build --tag megatron_qad .; \
 	else echo "no docker daemon here: no image was built (Dockerfile is checked by make lint)"; fi
 
-# NVFP4 and FP8 against modelopt and compressed-tensors: the tables of docs/BENCHMARKS.md. Some minutes.
+# NVFP4 and FP8 against modelopt and compressed-tensors: the tables of docs/benchmarks/2026-11-25-cpu-nvfp4.md. Some minutes.
 bench: env
 	$(RUN) python tools/bench_nvfp4.py
 
@@ -83,7 +83,7 @@ bench-loss:
 	@VENV="$(VENV)" tools/setup_env.sh dev bench
 	PATH="$(BIN):$$PATH" python tools/bench_loss.py $(BENCH_LOSS_FLAGS)
 
-# Teacher and student on every rank, beside modelopt's distillation: the table of docs/BENCHMARKS.md. Minutes; a quiet machine.
+# Teacher and student on every rank, beside modelopt's distillation: the table of docs/benchmarks/2026-11-26-cpu-training-step.md. Minutes; a quiet machine.
 bench-colocation: env
 	PATH="$(BIN):$$PATH" python tools/bench_colocation.py $(BENCH_COLOCATION_FLAGS)
 

@@ -84,7 +84,7 @@ def kl_compiled(machine: Machine) -> Iterator[Row]:
     losses["torch.compile"] = torch.compile(bench_loss.plain_kl, dynamic=False)
     found = bench_loss.measure(losses, tokens, columns[-1], bench_options(machine))
     ours, theirs = (found[name]["ms"] / 1e3 for name in losses)
-    # No verdict: the goal of 2.5 is out of reach of two passes (docs/BENCHMARKS.md).
+    # No verdict: the goal of 2.5 is out of reach of two passes (docs/benchmarks/2026-11-26-h100-kl-loss.md).
     yield Row(what, size, ms(ours), ms(theirs), as_fast(theirs, ours))
 
 

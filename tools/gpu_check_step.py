@@ -47,7 +47,7 @@ def training_step(machine: Machine) -> Iterator[Row]:
     yield Row("training step, peak memory; the sum of --qad-dry-run, without activations", size, *cells)
     losses = [statistics.mean(side["losses"]) for side in (rank, their_rank)]
     # The same models, data and formats. Sums in another order turn some codes of inputs, a bfloat16 unit or two of each
-    # loss, and after updates a little more (docs/BENCHMARKS.md: 0.02 % at this size, once).
+    # loss, and after updates a little more (docs/benchmarks/2026-11-26-h100-training-step.md: 0.02 %, once).
     is_near = abs(losses[0] / losses[1] - 1) <= 2e-2
     cells = f"{losses[0]:.4f}", f"{losses[1]:.4f}", f"{losses[0] / losses[1]:.4f} of it"
     yield Row("training step, mean loss; modelopt's", size, *cells, "within 2 %", verdict(is_near))

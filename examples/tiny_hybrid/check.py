@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from held_out import divergence_of_export, measured_kl  # noqa: E402
 
 # Chosen after 0.65 was seen: it guards against getting worse and is not the goal. Rounding weights alone makes 0.46 of
-# PTQ's divergence, inputs the rest: QAD undoes most of the weights' part, little of the inputs' (docs/BENCHMARKS.md).
+# PTQ's divergence, inputs the rest: QAD undoes most of the weights' part, little of the inputs'
+# (docs/benchmarks/2026-11-26-tiny-hybrid-settings.md).
 SHARE = 0.75
 GOAL = 0.5
 

@@ -38,7 +38,7 @@ from megatron_qad.distillation.vocab_parallel import (
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 """Logits of one chunk, of both models. Each chunk reads both output weights and adds to a gradient of their size, which
 only many tokens make worth while: on an H100 at V = 131072 chunks of 4096 tokens took 1.19 times the time of the whole
-GEMMs, of 2048 tokens 1.25, of 512 1.63 (docs/BENCHMARKS.md)."""
+GEMMs, of 2048 tokens 1.25, of 512 1.63 (docs/lab_log.md)."""
 MIN_CHUNK_TOKENS = 128
 
 

@@ -2,7 +2,7 @@
 it is installed, Transformer Engine's; and one beside the same job on the CPU.
 
 Each starts a process of half a minute. Not run on a GPU in this form; such jobs of other sizes were
-(docs/BENCHMARKS.md).
+(docs/lab_log.md).
 """
 
 import importlib.util
