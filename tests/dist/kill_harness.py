@@ -98,9 +98,9 @@ class Harness:
                 continue  # it ended before its moment came
             complete = self._complete(root)
             assert 0 <= reached - complete <= SAVE_INTERVAL + len(flags) * SAVE_INTERVAL, (reached, complete)
-            victim = f"rank {kill['victim']} of " if "victim" in kill else ""
-            kind = f"{victim}a job that saves {'asynchronously' if flags else 'at once'}"
-            when = f"{kill['after']:.3f} s after " + ("a save began" if in_a_save else "its start")
+            victim = f"rank {kill['victim']}" if "victim" in kill else "all ranks"
+            kind = f"{victim}, {'asynchronous' if flags else 'synchronous'} saves"
+            when = f"{kill['after']:.3f} s after the start" + (" of a save" if in_a_save else "")
             self.kills.append(Kill(kind, when, reached, complete))
         output = self.train(name, flags)
         self._goes_on_at(output, complete)
@@ -140,7 +140,7 @@ class Harness:
         seconds = time.monotonic() - began
         expected = (target / "model.safetensors").read_bytes()
         for number in range(3 * num_kills):
-            if sum(kill.what == "an export" for kill in self.kills) == num_kills:
+            if sum(kill.what == "export" for kill in self.kills) == num_kills:
                 break
             aside = self.directory / f"exported{number}"
             arguments["outputs"] = {"modelopt": str(aside)}
@@ -152,7 +152,7 @@ class Harness:
             assert (aside / "model.safetensors").read_bytes() == expected
             assert {file.name for file in aside.iterdir()} == {file.name for file in target.iterdir()}
             if not there:  # else it was done before its moment came
-                self.kills.append(Kill("an export", f"{after:.3f} s after its start", 0, 0))
+                self.kills.append(Kill("export", f"{after:.3f} s after the start", 0, 0))
 
 
 def _iterations(output: str) -> list[tuple[int, int]]:
@@ -162,19 +162,19 @@ def _iterations(output: str) -> list[tuple[int, int]]:
 
 def record(harness: Harness, file: Path, seconds: float) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    lost = [kill.reached - kill.complete for kill in harness.kills if kill.what != "an export"]
+    lost = [kill.reached - kill.complete for kill in harness.kills if kill.what != "export"]
     lines = [
-        "# The kill test's record",
+        "# Kill test",
         f"`make test-kill`, {datetime.date.today()}, commit {commit.strip()}, seed {harness.seed}: "
-        f"{len(harness.kills)} kills by SIGKILL in {seconds:.0f} s on two CPU cores. The tiny Llama of the tests on "
-        f"two data-parallel ranks, BF16, distributed optimizer, {NUM_STEPS} steps, a checkpoint every {SAVE_INTERVAL}, "
-        "the last two kept.",
+        f"{len(harness.kills)} kills with SIGKILL in {seconds:.0f} s on two CPU cores. The job trains the tests' tiny "
+        f"Llama on two data-parallel ranks in BF16 with the distributed optimizer: {NUM_STEPS} steps, a checkpoint "
+        f"every {SAVE_INTERVAL} steps, the last two kept.",
         "",
-        "Every start went on at the checkpoint named last, which was whole; every run ended with the undisturbed run's "
-        f"weights, masters and moments, bit for bit. Lost: at most {max(lost)} steps of training, "
-        f"{sum(lost) / len(lost):.1f} on average; of an export, the export.",
+        "Every start resumed from the checkpoint that the tracker named, and that checkpoint was valid. Every run "
+        "ended with the weights, masters and moments of an undisturbed run, bit for bit. A killed job lost at most "
+        f"{max(lost)} steps, {sum(lost) / len(lost):.1f} on average. A killed export was lost.",
         "",
-        "| kill | what | moment | steps done | went on after | steps lost |",
+        "| kill | killed | time | steps done | resumed after step | steps lost |",
         "|---|---|---|---|---|---|",
     ]
     for number, kill in enumerate(harness.kills, 1):
