@@ -1,8 +1,8 @@
 """The parity matrix: every parallel axis gives the one-process run's losses and gradients, step by step.
 
-Unquantized and in float32, so that five steps may run freely (docs/DECISIONS.md says why quantized ones may not; those
-are in test_training). The jobs have a teacher that differs from the student, four microbatches a step, and documents
-that count different shares of their tokens.
+Unquantized and in float32, so that five steps may run freely (docs/decisions/parallelism.md says why quantized ones may
+not; those are in test_training). The jobs have a teacher that differs from the student, four microbatches a step, and
+documents that count different shares of their tokens.
 """
 
 import pytest

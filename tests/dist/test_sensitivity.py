@@ -74,8 +74,8 @@ def test_the_proposal_fits_its_budget_and_errs_less(shop, tmp_path):
 
 
 def test_layouts_measure_the_same(shop, tmp_path):
-    """Weights only, so that no last bit of an input becomes another code (docs/DECISIONS.md); bf16 sums in another
-    order under tensor parallelism, which moves a KL of 0.01 by a few per cent."""
+    """Weights only, so that no last bit of an input becomes another code (docs/decisions/parallelism.md); bf16
+    sums in another order under tensor parallelism, which moves a KL of 0.01 by a few per cent."""
     kls = {}
     for layout in LAYOUTS:  # asked for more text than there is, each measures the whole validation split once
         shop(tmp_path / layout, "--formats", "nvfp4-w4a16", "--num-microbatches", "1000", layout=layout)

@@ -95,5 +95,6 @@ def test_a_float32_job_has_the_losses_of_the_cpu(inputs):
     """Unquantized: a code of a quantized input may fall to either side of a rounding error."""
     job = ("--qad-policy", "bf16", "--qad-layer-spec", "local")
     on_cpu = losses(inputs, *job, CUDA_VISIBLE_DEVICES="")
-    # Sums in another order, float32; Adam's first step divides small gradients by themselves (docs/DECISIONS.md).
+    # Sums in another order, float32; Adam's first step divides small gradients by themselves
+    # (docs/decisions/parallelism.md).
     assert losses(inputs, *job) == pytest.approx(on_cpu, rel=1e-3)

@@ -136,8 +136,8 @@ def test_shards_choose_what_the_whole_tensor_chooses(rule):
 def test_quantizing_again_changes_no_block_whose_scale_is_normal(seed, dtype, spread, rule):
     """Where idempotence holds: under the same global scale, for blocks whose E4M3 scale, by this rule and by the max
     rule, is a normal number (2^-6 or more) and whose amax is a normal number of the tensor's type. See
-    docs/DECISIONS.md for the others. (Under mse a subnormal max scale of 5 * 2^-9 may become 13 * 2^-9, which leaves 2
-    as the largest code; from there the window does not reach back: seed 92, spread 2.)"""
+    docs/decisions/formats_and_scales.md for the others. (Under mse a subnormal max scale of 5 * 2^-9 may become
+    13 * 2^-9, which leaves 2 as the largest code; from there the window does not reach back: seed 92, spread 2.)"""
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
     scales = torch.stack([quantize(weight, scale, rule=r)[1].float().view(-1) for r in (rule, "max")])
