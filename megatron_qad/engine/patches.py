@@ -31,7 +31,7 @@ class Patch:
     where: str
     """The file that replaces it."""
     until: str
-    """When the row can go."""
+    """When the row can be removed."""
     sources: tuple[str, ...]
     """Of each attribute the first 12 digits of its source's SHA-256, or what it is where it has no Python source."""
     issue: str = ""
@@ -60,45 +60,46 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.training.training",
         ("get_forward_backward_func", "train_step", "save_checkpoint", "maybe_finalize_async_save"),
         *_MEGATRON,
-        why="Megatron's loop has no callbacks: these four report a job's events (the last one with --async-save only)",
+        why="Megatron's loop has no callbacks; these four functions report a job's events (the last one only with "
+        "--async-save)",
         where="engine/loop.py",
-        until="Megatron's loop takes callbacks",
+        until="Megatron's loop accepts callbacks",
         sources=("9d8e0a75be40", "68989d425b23", "b652984ca8c8", "403a01e56d5a"),
     ),
     Patch(
         "megatron.training.global_vars",
         ("_set_tensorboard_writer", "_set_wandb_writer"),
         *_MEGATRON,
-        why="a logger whose disk is full or whose server is away ends the job",
+        why="a full disk or an unreachable server of a logger ends the job",
         where="engine/loggers.py",
-        until="Megatron takes writers from its caller",
+        until="Megatron accepts writers from its caller",
         sources=("9eec040faaed", "45900feb85c3"),
     ),
     Patch(
         "megatron.training.wandb_utils",
         ("on_save_checkpoint_success",),
         *_MEGATRON,
-        why="the same: it logs each checkpoint to wandb and writes a file beside it",
+        why="logs each checkpoint to wandb and writes a file next to it; an error there ends the job",
         where="engine/loggers.py",
-        until="Megatron takes writers from its caller",
+        until="Megatron accepts writers from its caller",
         sources=("83e5396da7ae",),
     ),
     Patch(
         "megatron.training.training",
         ("append_to_progress_log",),
         *_MEGATRON,
-        why="a progress log on a full disk ends the job",
+        why="a full disk of the progress log ends the job",
         where="engine/loggers.py",
-        until="Megatron survives what it cannot log",
+        until="an error of the progress log does not end a job",
         sources=("de6d4e4f3874",),
     ),
     Patch(
         "megatron.training.checkpointing",
         ("append_to_progress_log",),
         *_MEGATRON,
-        why="the same function under the name by which the other module imported it",
+        why="the same function, as imported by this module",
         where="engine/loggers.py",
-        until="Megatron survives what it cannot log",
+        until="an error of the progress log does not end a job",
         sources=("de6d4e4f3874",),
     ),
     Patch(
@@ -107,78 +108,78 @@ PATCHES: tuple[Patch, ...] = (
         *_MEGATRON,
         why="a checkpoint becomes visible before it is complete, and nothing checks it",
         where="engine/run_directory/atomic_checkpoint.py",
-        until="Megatron writes checkpoints aside, sums them up and renames them",
+        until="Megatron writes to a temporary directory, adds checksums and renames it",
         sources=("e9626ecdf679",),
     ),
     Patch(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         ("_results_queue",),
         *_MEGATRON,
-        why="a synchronous save starts a manager process, half a gigabyte that outlives a killed job",
+        why="a synchronous save starts a manager process of 0.5 GB, which outlives a killed job",
         where="engine/megatron_fixes.py",
-        until="synchronous saves start no process",
+        until="synchronous saves do not start a process",
         sources=("NoneType",),
     ),
     Patch(
         "megatron.core.datasets.utils",
         ("compile_helpers",),
         *_MEGATRON,
-        why="the wheel has the helpers compiled, and not the Makefile by which every start would compile them",
+        why="runs make at every start; the wheel has no Makefile and contains the helpers already compiled",
         where="engine/megatron_fixes.py",
-        until="the wheel's compile_helpers does nothing where the module is there",
+        until="compile_helpers does nothing if the compiled module exists",
         sources=("84029a50ae8c",),
     ),
     Patch(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
         ("_set_main_param_and_optimizer_states",),
         *_MEGATRON,
-        why="--dist-ckpt-optim-fully-reshardable cannot load what it saved with torch's AdamW",
+        why="with torch's AdamW, --dist-ckpt-optim-fully-reshardable cannot load its own checkpoints",
         where="engine/megatron_fixes.py",
-        until="loading takes the step counter from where saving puts it",
+        until="loading reads the step counter from the place where saving stores it",
         sources=("40cab7846597",),
     ),
     Patch(
         "megatron.core.transformer.moe.moe_utils",
         ("maybe_move_tensor_to_cpu",),
         *_MEGATRON,
-        why="expert parallelism's all-to-all gets a tensor for a list of sizes where tensors live on the CPU",
+        why="for CPU tensors, the all-to-all of expert parallelism receives a tensor instead of a list of sizes",
         where="engine/megatron_fixes.py",
-        until="the function converts CPU tensors, too",
+        until="the function also converts CPU tensors",
         sources=("8fc5847a887d",),
     ),
     Patch(
         "megatron.core.transformer.moe.token_dispatcher",
         ("maybe_move_tensor_to_cpu",),
         *_MEGATRON,
-        why="the same function under the name by which the other module imported it",
+        why="the same function, as imported by this module",
         where="engine/megatron_fixes.py",
-        until="the function converts CPU tensors, too",
+        until="the function also converts CPU tensors",
         sources=("8fc5847a887d",),
     ),
     Patch(
         "megatron.core.ssm.mamba_context_parallel",
         ("tex", "is_te_min_version"),
         *_MEGATRON,
-        why="packed rows under context parallelism ask Transformer Engine which tokens are whose",
+        why="packed rows with context parallelism need Transformer Engine's assignment of tokens to ranks",
         where="engine/megatron_fixes.py",
-        until="Megatron has the function without Transformer Engine",
+        until="Megatron has this function without Transformer Engine",
         sources=("NoneType", "95220642e70b"),
     ),
     Patch(
         "torch.optim",
         ("AdamW",),
         *_TORCH,
-        why="its state is made at the first step and its step counters are tensors, so that it cannot be resumed under "
-        "Megatron's distributed optimizer (only where Transformer Engine is not installed)",
+        why="creates its state at the first step and keeps step counters as tensors, so Megatron's distributed "
+        "optimizer cannot resume it (replaced only if Transformer Engine is not installed)",
         where="engine/adamw.py",
-        until="Megatron's distributed optimizer resumes torch's AdamW",
+        until="Megatron's distributed optimizer can resume torch's AdamW",
         sources=("2ae5744ac85c",),
     ),
     Patch(
         "torch.distributed.checkpoint.filesystem",
         ("pickle",),
         *_TORCH,
-        why="reading a checkpoint's metadata runs the code that a stranger's file names",
+        why="reading the metadata of an untrusted checkpoint can run code that the file names",
         where="engine/run_directory/restricted_unpickling.py",
         until="torch reads the metadata without pickle",
         sources=("module",),
@@ -187,27 +188,27 @@ PATCHES: tuple[Patch, ...] = (
         "torch.distributed.elastic.multiprocessing.api:PContext",
         ("close",),
         *_TORCH,
-        why="torchrun waits 30 seconds for the other ranks when one has failed; here 5",
+        why="torchrun waits 30 seconds for the other ranks after one has failed; here it waits 5",
         where="launch/agent.py",
-        until="torchrun has a flag for it",
+        until="torchrun has a flag for this time",
         sources=("b77c260c4568",),
     ),
     Patch(
         "torch.distributed",
         ("TCPStore",),
         *_TORCH,
-        why="torchrun's stores listen on every network interface (only with QAD_INTERFACE)",
+        why="torchrun's stores listen on all network interfaces (replaced only with QAD_INTERFACE)",
         where="launch/agent.py",
-        until="torchrun has a flag for the address that it listens on",
+        until="torchrun has a flag for the listening address",
         sources=("pybind11_type",),
     ),
     Patch(
         "tensorboard.summary.writer.event_file_writer",
         ("EventFileWriter", "_AsyncWriter"),
         *_TENSORBOARD,
-        why="not replaced, but built without its constructor around a file whose errors end no job",
+        why="not replaced, but created without its constructor around a file whose errors do not end the job",
         where="engine/event_writer.py",
-        until="TensorBoard's writer survives a full disk",
+        until="TensorBoard's writer tolerates a full disk",
         sources=("394bcc0d831a", "f5c4e96b398f"),
     ),
     Patch(
@@ -215,7 +216,7 @@ PATCHES: tuple[Patch, ...] = (
         ("DYNAMIC_LAYER_TYPE_MAPPING",),
         "transformers",
         "5.14",
-        why="an entry is added: transformers knows no cache for the MLP layers of a Nemotron-H, which keep nothing",
+        why="one entry is added: transformers has no cache class for the MLP layers of Nemotron-H, which need none",
         where="data/generate.py",
         until="transformers has the entry",
         sources=("dict",),
@@ -225,7 +226,7 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda",
         _CUDA_CALLS,
         *_TORCH,
-        why="Megatron asks for CUDA at every turn: answered for a machine without a GPU",
+        why="Megatron calls torch.cuda unconditionally; these calls get answers on a machine without a GPU",
         where="engine/cpu/device.py",
         until="Megatron runs on torch.accelerator",
         sources=_CUDA_SOURCES,
@@ -234,7 +235,7 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda.random",
         ("get_rng_state", "set_rng_state"),
         *_TORCH,
-        why="the same",
+        why="as torch.cuda above",
         where="engine/cpu/device.py",
         until="Megatron runs on torch.accelerator",
         sources=("1190f97901d7", "2aaed350f20b"),
@@ -243,7 +244,7 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda.nvtx",
         ("range_push", "range_pop", "mark"),
         *_TORCH,
-        why="the same",
+        why="as torch.cuda above",
         where="engine/cpu/device.py",
         until="Megatron runs on torch.accelerator",
         sources=("8d3e0eb4b342", "1843ba3dbe36", "8fee73085056"),
@@ -252,7 +253,7 @@ PATCHES: tuple[Patch, ...] = (
         "torch.accelerator",
         ("is_available",),
         *_TORCH,
-        why="the data loader would pin memory",
+        why="otherwise the data loader pins memory",
         where="engine/cpu/device.py",
         until="Megatron runs on torch.accelerator",
         sources=("354edcaa77d5",),
@@ -261,7 +262,7 @@ PATCHES: tuple[Patch, ...] = (
         "torch.autograd",
         ("_engine_run_backward",),
         *_TORCH,
-        why='backward passes, too, are to read "cuda" as "cpu": torch suspends a function mode there',
+        why='"cuda" must mean "cpu" in backward passes too, where torch suspends a function mode',
         where="engine/cpu/device.py",
         until="Megatron runs on torch.accelerator",
         sources=("0615005d3166",),
@@ -270,18 +271,19 @@ PATCHES: tuple[Patch, ...] = (
         "torch.distributed",
         ("init_process_group", "all_gather", "reduce_scatter"),
         *_TORCH,
-        why="gloo stands in for nccl, and does not gather and scatter unequal shares, which experts need",
+        why="gloo replaces nccl, and lacks gathers and scatters of unequal sizes, which experts need",
         where="engine/cpu/collectives.py",
-        until="gloo takes shares of unequal sizes",
+        until="gloo supports unequal sizes",
         sources=("b26b016e14cc", "42f0fb24f8e8", "cd04be9db066"),
     ),
     Patch(
         "torch.ops:aten",
         ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu_backward"),
         *_TORCH,
-        why="kernels registered through torch.library: on CPUs without AVX-512 torch multiplies BF16 in a plain loop",
+        why="on CPUs without AVX-512 torch multiplies BF16 in a plain loop; our kernels are registered with "
+        "torch.library",
         where="engine/cpu/speedups/bf16_matmul_fallback.py",
-        until="oneDNN has BF16 products for AVX2",
+        until="oneDNN has BF16 GEMMs for AVX2",
         sources=("OpOverloadPacket",) * 5,
     ),
 )
@@ -300,21 +302,21 @@ class StandIn:
 STAND_INS: tuple[StandIn, ...] = (
     StandIn(
         "mamba_ssm",
-        "Megatron's Mamba mixer derives a class from what it imports; without a GPU or the package, torch's operations",
+        "Megatron's Mamba mixer subclasses what it imports; without a GPU or the package it gets a version in torch",
         "engine/cpu/mamba_packages.py",
         "Megatron's mixer runs on torch's operations",
     ),
     StandIn(
         "causal_conv1d",
-        "the same",
+        "as mamba_ssm",
         "engine/cpu/mamba_packages.py",
         "Megatron's mixer runs on torch's operations",
     ),
     StandIn(
         "transformer_engine",
-        "hidden where there is no GPU: Megatron takes its kernels where it can import it, and they refuse CPU tensors",
+        "hidden without a GPU: Megatron uses its kernels if it can import it, and they refuse CPU tensors",
         "engine/capabilities.py",
-        "Transformer Engine computes on a CPU, or Megatron asks for it by a flag alone",
+        "Transformer Engine supports CPU tensors, or Megatron uses it only with a flag",
     ),
 )
 
@@ -372,21 +374,24 @@ def source_of(owner: Any, name: str) -> str:
 
 
 def page() -> str:
-    """``docs/patches.md``: the table as Markdown, a section a package."""
+    """``docs/patches.md``: the table as Markdown, one section per package."""
     lines = [
         "# Patches",
         "",
-        "What megatron_qad replaces in other packages. `make patches-page` makes this page of the table in",
-        "`megatron_qad/engine/patches.py`; a test compares each row with the installed packages.",
+        "This page lists everything that megatron_qad replaces in other packages. `make patches-page` generates it from",
+        "the table in `megatron_qad/engine/patches.py`. A test compares each row with the installed packages and fails if",
+        "a new version has changed the replaced code.",
     ]
     for package in dict.fromkeys(f"{patch.package} {patch.version}" for patch in PATCHES):
-        lines += ["", f"## {package}", "", "| replaced | why | in | can go when |", "|---|---|---|---|"]
+        header = "| replaced | why | replaced in | can be removed when |"
+        lines += ["", f"## {package}", "", header, "|---|---|---|---|"]
         for patch in PATCHES:
             if f"{patch.package} {patch.version}" == package:
                 names = ", ".join(f"`{name}`" for name in patch.names)
                 why = f"{patch.why} ({patch.issue})" if patch.issue else patch.why
                 lines.append(f"| `{patch.owner}`: {names} | {why} | `{patch.where}` | {patch.until} |")
-    lines += ["", "## Modules that stand in for others", "", "| module | why | in | can go when |", "|---|---|---|---|"]
+    header = "| module | why | implemented in | can be removed when |"
+    lines += ["", "## Replacement modules", "", header, "|---|---|---|---|"]
     for stand_in in STAND_INS:
         lines.append(f"| `{stand_in.module}` | {stand_in.why} | `{stand_in.where}` | {stand_in.until} |")
     return "\n".join(lines) + "\n"
