@@ -1,9 +1,9 @@
-"""Everything of Megatron, torch and their kin that megatron_qad replaces, in one table.
+"""The table of everything that megatron_qad replaces in Megatron, torch and other packages.
 
-``replace`` refuses what has no row, and nothing in the package replaces an attribute without it. A test compares every
-row with the installed packages, so that a new version which changes what a patch builds on is noticed;
-``docs/patches.md`` shows the table. Hooks that a package offers (Megatron's ``finalize_model_grads_func``, modelopt's
-quantization backends and module registry, transformers' attention interface) are no patches and have no rows.
+``replace`` refuses an attribute without a row, and the package replaces attributes only with ``replace``. A test
+compares every row with the installed packages and fails if a new version has changed the replaced code.
+``docs/patches.md`` shows the table. Official hooks (Megatron's ``finalize_model_grads_func``, modelopt's quantization
+backends and module registry, transformers' attention interface) are not patches and have no rows.
 """
 
 import contextlib
@@ -378,9 +378,9 @@ def page() -> str:
     lines = [
         "# Patches",
         "",
-        "This page lists everything that megatron_qad replaces in other packages. `make patches-page` generates it from",
-        "the table in `megatron_qad/engine/patches.py`. A test compares each row with the installed packages and fails if",
-        "a new version has changed the replaced code.",
+        "This page lists everything that megatron_qad replaces in other packages. `make patches-page` generates it",
+        "from the table in `megatron_qad/engine/patches.py`. A test compares each row with the installed packages and",
+        "fails if a new version has changed the replaced code.",
     ]
     for package in dict.fromkeys(f"{patch.package} {patch.version}" for patch in PATCHES):
         header = "| replaced | why | replaced in | can be removed when |"
