@@ -148,7 +148,7 @@ class Export:
         for tensor_map, tensor in self.reader.layers(maps):
             fmt = self.formats.get(tensor_map.megatron, UNQUANTIZED.name)
             if self.layout == "bf16" or not FORMATS[fmt].quantizes:
-                if (number_format := FORMATS[fmt].weight_in_place) is not None:
+                if (number_format := FORMATS[fmt].weight) is not None:
                     name = tensor_map.megatron
                     tensor = number_format.as_exported(tensor, name=name, rule=self.scale_rule)
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):

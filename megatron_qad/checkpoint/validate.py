@@ -153,6 +153,10 @@ def _stored_format(module: str, layout: PackedLayout, declared: str | None, shar
         return None
     if declared in held and found <= {part for part, _ in held[declared].parts.values()}:
         return declared  # parts of it may be missing or of another type
+    for name in by_parts:
+        part, part_dtype = held[name].parts["weight"]
+        if (stored := shards.tensors.get(f"{module}.{part}")) is not None and stored.dtype == part_dtype:
+            return name
     return by_parts[0]
 
 
@@ -235,11 +239,12 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result
         if stored.file in shards.readable:
             names_by_file[stored.file].append(name)
     scalars: dict[str, Tensor] = {}
-    per_tensor, block_scales = set(), set()
+    per_tensor, block_scales, shapes = set(), set(), {}
     for module, fmt in result.quantized.items():
         parts = {role: f"{module}.{part}" for role, (part, _) in layout.parts(fmt).items()}
         per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
         block_scales |= {name for role, name in parts.items() if role == "block_scale"}
+        shapes |= {name: model.linears[module] for role, name in parts.items() if role == "shape"}
     if (kv_format := KV_CACHE_FORMATS[result.kv_cache]) is not None:
         per_tensor |= {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
     tied = {}
@@ -259,6 +264,9 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result
                     _check_scalar(name, tensor, result)
                 elif name in block_scales:
                     _check_block_scale(name, tensor, result)
+                elif name in shapes:
+                    if (shape := tuple(tensor.flatten().tolist())) != tuple(shapes[name]):
+                        result.add(name, f"is {list(shape)}, expected {list(shapes[name])}, the shape of the weight")
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
                     result.add(name, f"holds {int((~torch.isfinite(tensor.float())).sum())} values that are NaN or Inf")
                 if model.tied_head and name in (model.embedding, f"{model.head}.weight"):
@@ -279,6 +287,10 @@ def _check_scalar(name: str, tensor: Tensor, result: ValidationResult) -> None:
 
 
 def _check_block_scale(name: str, tensor: Tensor, result: ValidationResult) -> None:
+    if tensor.dtype == torch.bfloat16:
+        if count := int((~torch.isfinite(tensor) | (tensor <= 0)).sum()):
+            result.add(name, f"holds {count} group scales that are not finite numbers > 0")
+        return
     if tensor.element_size() != 1:
         return  # dtype is reported already
     codes = tensor.view(torch.uint8)

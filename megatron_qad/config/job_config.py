@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_qad.config import refusals
 from megatron_qad.config.machine_options import machine_options
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.output_mode import OutputMode, OutputSizes, check_head, resolve_output_mode
+from megatron_qad.config.output_mode import OutputMode, OutputSizes, resolve_output_mode
 from megatron_qad.config.parallelism import check_parallelism, teacher_virtual_stages, with_stages
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.vocabulary import check_same_vocabulary
@@ -193,8 +193,6 @@ def read_job_config(
     refusals.check_skipped(flags, options)
     chosen = policy.load(options.qad_policy, options.qad_policy_override)
     formats = policy.resolve(chosen, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
-    if trains:
-        check_head(output_mode, formats)
     shape = student.shape(flags, flags.num_virtual_stages)
     before = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
     return JobConfig(

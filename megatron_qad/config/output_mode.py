@@ -1,6 +1,5 @@
 """Which outputs a job keeps of each microbatch: logits or hidden states, of the student and of the teacher."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_qad.config.megatron_flags import MegatronFlags
@@ -8,7 +7,6 @@ from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses
 from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_of_chunk
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.format_registry import FORMATS
 
 # Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
 # two models has a gigabyte to spare; less would not fill a chunk.
@@ -105,17 +103,3 @@ def resolve_output_mode(
     fused = wanted == "always" or wanted == "auto" and is_large and not two_rounds and keeps != "logits"
     keeps_hidden = keeps == "hidden" or keeps == "auto" and (fused or hidden < logits)
     return OutputMode(fused, teacher_hidden_size is not None and keeps_hidden)
-
-
-def check_head(outputs: OutputMode, formats: Mapping[str, str]) -> None:
-    """Refuse a head whose weight is quantized in its own forward pass where that pass is not run.
-
-    Args:
-        formats: of the student's linears, by Megatron weight name.
-    """
-    head = FORMATS[formats.get("output_layer.weight", "bf16")]
-    if outputs.fused and head.weight_in_forward is not None:
-        raise QADError(
-            "an INT4 head is quantized in its forward pass, which an output layer that is fused with the loss does not "
-            "run: give --qad-fused-linear-loss never"
-        )

@@ -32,17 +32,10 @@ class NumberFormat:
     """Storage of an element with its share of the block scales."""
     block_size: int = 1
     """Elements of a row that share a block scale. The number of columns must be a multiple. 1: no block scales."""
-    tensor_scales: int = 1
-    """Float32 scales that a stored weight has beside its codes."""
+    tensor_bytes: int = SCALE_BYTES
+    """Bytes that a stored weight takes besides its elements and block scales: a float32 scale, unless set otherwise."""
     input_attributes: Mapping[Any, Any] | None = None
     """modelopt's quantizer attributes for an input in this format. None: the format is for weights only."""
-    forward_attributes: Mapping[Any, Any] | None = None
-    """modelopt's quantizer attributes for a weight that modelopt quantizes in every forward pass. None: the weight is
-    quantized in place once a step, by this class."""
-
-    @property
-    def is_in_place(self) -> bool:
-        return self.forward_attributes is None
 
     # What a format implements.
 
@@ -187,16 +180,6 @@ class LinearFormat:
         return self.weight is not None or self.input is not None
 
     @property
-    def weight_in_place(self) -> NumberFormat | None:
-        """The format of a weight that is quantized in place; None if the weight never is."""
-        return self.weight if self.weight is not None and self.weight.is_in_place else None
-
-    @property
-    def weight_in_forward(self) -> NumberFormat | None:
-        """The format of a weight that is quantized in every forward pass; None if the weight never is."""
-        return self.weight if self.weight is not None and not self.weight.is_in_place else None
-
-    @property
     def block_size(self) -> int:
         """The number of columns of the weight must be a multiple of it."""
         return 1 if self.weight is None else self.weight.block_size
@@ -204,8 +187,8 @@ class LinearFormat:
     def num_bytes(self, rows: int, columns: int, num_linears: int = 1) -> int:
         """Stored bytes of a weight [rows, columns] and of all scales, of which each of ``num_linears`` has its own."""
         bits = BF16_BITS if self.weight is None else self.weight.bits
-        scales = (0 if self.weight is None else self.weight.tensor_scales) + (self.input is not None)
-        return int(rows * columns * bits / 8) + SCALE_BYTES * scales * num_linears
+        each = (0 if self.weight is None else self.weight.tensor_bytes) + SCALE_BYTES * (self.input is not None)
+        return int(rows * columns * bits / 8) + each * num_linears
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 modelopt knows Megatron's linears (also Transformer Engine's fused ones) and where their inputs are. It has no NVFP4
 forward pass on the CPU, so backends of ours, registered by name, compute the formats: the same arithmetic as
 everywhere else. Quantized are inputs of linears (NVFP4, FP8) and keys and values on their way into the KV cache (FP8).
-INT4 weights are modelopt's own, in every forward pass: a format to train and evaluate, not to export.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvB
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.format import LinearFormat, NumberFormat
+from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
@@ -71,10 +70,6 @@ class ActivationQuantizers:
             this order); its amax is the maximum over all of them. Experts that a rank does not hold are others'.
         kv_cache: one of ``KV_CACHE_FORMATS``.
         percentile: share, in %, of the input magnitudes that an amax covers; None: all of them, the maximum.
-
-    Raises:
-        QADError: a weight that is quantized in the forward pass (INT4) and whose input dimension on this rank is no
-            multiple of its format's blocks; named.
     """
 
     def __init__(
@@ -109,8 +104,6 @@ class ActivationQuantizers:
                 if linear_format.input is not None:
                     module.input_quantizer.set_from_attribute_config(input_attributes(linear_format.input))
                     self.quantizers[name] = module.input_quantizer
-                if linear_format.weight_in_forward is not None:
-                    _quantize_weight_in_forward(name, module, linear_format)
             if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
                 self.quantizers |= quantize_kv_cache(chunk, input_attributes(kv_format.number))
 
@@ -244,12 +237,3 @@ def _register(chunk: torch.nn.Module, ending: str, quantized: type) -> None:
     for name, module in chunk.named_modules():
         if name.endswith(ending) and type(module) not in QuantModuleRegistry:
             QuantModuleRegistry.register({type(module): f"megatron_{type(module).__name__}"})(quantized)
-
-
-def _quantize_weight_in_forward(name: str, module: torch.nn.Module, linear_format: LinearFormat) -> None:
-    if module.weight.shape[-1] % linear_format.block_size:
-        raise QADError(
-            f"{name}: its weight on this rank has {module.weight.shape[-1]} input columns; {linear_format.name} needs "
-            f"a multiple of {linear_format.block_size}. Choose a smaller tensor-parallel size or another format for it"
-        )
-    module.weight_quantizer.set_from_attribute_config(dict(linear_format.weight.forward_attributes))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.formats.nvfp4_multi_tensor import amax_list
@@ -31,6 +32,9 @@ class InPlaceWeights:
         tp_group: tensor-parallel group; a weight's global scale is shared by its shards. None: one rank.
         expert_tp_group: that of the experts, whose tensor parallelism may be another. None: ``tp_group``.
         scale_rule: how NVFP4 block scales are chosen, one of ``nvfp4.SCALE_RULES``.
+
+    Raises:
+        QADError: a weight's shard has a number of columns that its format's blocks do not divide.
     """
 
     def __init__(
@@ -46,8 +50,9 @@ class InPlaceWeights:
         self._number_formats: dict[str, NumberFormat] = {}
         for chunk in chunks:
             for name, module in named_modules_globally(chunk):
-                number_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].weight_in_place
+                number_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].weight
                 if number_format is not None:
+                    _check_columns(f"{name}.weight", module.weight, number_format)
                     found[f"{name}.weight"] = module.weight
                     self._number_formats[f"{name}.weight"] = number_format
         self.formats = {name: number_format.name for name, number_format in self._number_formats.items()}
@@ -147,3 +152,11 @@ class InPlaceWeights:
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
             amaxes[run] = shared
         return amaxes
+
+
+def _check_columns(name: str, weight: torch.Tensor, number_format: NumberFormat) -> None:
+    if weight.shape[-1] % number_format.block_size:
+        raise QADError(
+            f"{name}: its shard on this rank has {weight.shape[-1]} columns; {number_format.name} needs a multiple of "
+            f"{number_format.block_size}. Choose a smaller tensor-parallel size, or another format for this layer."
+        )

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.checkpoint.hf_reader import read_json
-from megatron_qad.checkpoint.layouts import exclusions
+from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, exclusions
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.format_registry import FORMATS, exported_formats
+from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
 from megatron_qad.quantization.format_table import BF16_BYTES, Row, format_rows, render, totals
@@ -56,15 +56,12 @@ class PolicyReport:
             f"model       {self.bytes_before:,} bytes in BF16, {self.bytes_after:,} bytes after ({share:.1%}), "
             "embeddings, norms and all else included"
         )
-        if refused := self.not_exported:
-            yield f"            {', '.join(refused)}: for training and evaluation; no packed layout holds it"
+        for name in sorted({row.format for row in self.rows} - {UNQUANTIZED.name}):
+            if len(layouts := tuple(FORMATS[name].stored)) < len(PACKED_LAYOUTS):
+                yield f"            {name}: exported by --layout {' or '.join(layouts) or 'bf16'} only"
         yield ""
         yield f"exclusions  {len(self.exclude_modules)} modules, by exact name"
         yield from (f"  {name}" for name in self.exclude_modules)
-
-    @property
-    def not_exported(self) -> list[str]:
-        return sorted({row.format for row in self.rows} - set(exported_formats()))
 
     def as_json(self) -> dict:
         """All of it, every expert on its own, as plain data."""

@@ -84,7 +84,7 @@ def linear_errors(
     rules = rules or {}
     linears = linears_of(read_config(teacher))
     weight_formats = {
-        run: {name: FORMATS[fmt].weight_in_place for name, fmt in of_run.items()} for run, of_run in formats.items()
+        run: {name: FORMATS[fmt].weight for name, fmt in of_run.items()} for run, of_run in formats.items()
     }
     quantizes = {m.megatron: [run for run in formats if weight_formats[run].get(m.megatron)] for m in linears}
     wanted = [m for m in linears if quantizes[m.megatron]]

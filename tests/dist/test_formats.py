@@ -10,12 +10,12 @@ import records
 import tiny_job
 import torch
 from fork_server import ForkServer
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine.run_directory import json_records
-from megatron_qad.formats import fp8, nvfp4
+from megatron_qad.formats import fp8, int4, nvfp4
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 
@@ -162,7 +162,7 @@ def test_a_float32_job_exports_in_the_models_own_dtype(shop, tmp_path, policy):
     assert torch.equal(decoded, nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(weight.abs().max())))
 
 
-def test_int4_trains_and_is_not_exported(shop, tmp_path):
+def test_int4_trains_and_ships_what_it_trained(shop, tmp_path):
     policy = tmp_path / "int4.yaml"
     policy.write_text(
         "rules:\n- {kind: [attention, mlp], format: int4-w4a16}\n- {kind: [embedding, head], format: bf16}\n"
@@ -176,7 +176,39 @@ def test_int4_trains_and_is_not_exported(shop, tmp_path):
     assert not steps[0]["amaxes"]
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "out")}}
     error = shop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
-    assert "gives linears the format int4-w4a16, which no layout holds" in error
+    assert "the format int4-w4a16, which layout 'modelopt' does not hold" in error
+    output = tmp_path / "hf"
+    arguments["outputs"] = {"compressed-tensors": str(output)}
+    shop.server.run("training_jobs:export_checkpoint", 1, arguments)
+    result = validate_nvfp4(output)
+    assert not result.issues, result.issues[:5]
+    assert set(result.quantized.values()) == {"int4-w4a16"}
+    model = AutoModelForCausalLM.from_pretrained(
+        output, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    )
+    loaded, params = model.state_dict(), steps[-1]["params"]
+    quantized = 0
+    for tensor in family_of(CONFIG).linears(CONFIG):
+        if tensor.kind in ("attention", "mlp"):
+            weight = params[tensor.megatron]
+            weight = int4.dequantize(*int4.quantize(weight), weight.dtype)
+            quantized += 1
+            for name, part in zip(tensor.hf, tensor.to_hf(weight), strict=True):
+                assert torch.equal(loaded[name], part), name
+    assert quantized == 8
+    tensors = load_file(output / "model.safetensors")
+    down, up = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
+    tensors[f"{down}.weight_shape"] += 1
+    tensors[f"{up}.weight_scale"][0, 0] = -1
+    del tensors[f"{up}.weight_shape"]
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    issues = [str(issue) for issue in validate_nvfp4(output).issues]
+    for text in (
+        f"{down}.weight_shape: is [129, 257], expected [128, 256], the shape of the weight",
+        f"{up}.weight_scale: holds 1 group scales that are not finite numbers > 0",
+        f"{up}.weight_shape: is missing; expected I64 [2]",
+    ):
+        assert text in issues, issues
 
 
 def test_the_fp8_cache_alone(shop, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.output_mode import OutputMode, OutputSizes, check_head, resolve_output_mode
+from megatron_qad.config.output_mode import OutputMode, OutputSizes, resolve_output_mode
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import parse_loss
 from megatron_qad.engine.errors import QADError
@@ -55,16 +55,6 @@ def test_a_fused_output_layer_makes_its_gradient_in_the_forward_pass_where_that_
     """That of one loss of 4096 tokens is no larger than both models' logits up to a hidden size of 4096."""
     assert sizes().fused(1, 4096)["gradient"] == 4 * 131072 * 4096
     assert sizes().fused(1, 4097)["gradient"] == sizes().fused(2, 4096)["gradient"] == 0
-
-
-def test_an_int4_head_is_not_fused():
-    """It would be trained, and measured, unquantized."""
-    formats = {"output_layer.weight": "int4-w4a16"}
-    check_head(OutputMode(False, True), formats)
-    check_head(OutputMode(True, True), {"output_layer.weight": "nvfp4"})
-    check_head(OutputMode(True, True), {})
-    with pytest.raises(QADError, match="INT4 head .* --qad-fused-linear-loss never"):
-        check_head(OutputMode(True, True), formats)
 
 
 def test_contradictions():

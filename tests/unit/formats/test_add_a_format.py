@@ -228,7 +228,7 @@ def test_each_part_of_the_linear_format_is_needed(tmp_path, monkeypatch, new_for
 
 def test_the_page_names_what_there_is():
     text = PAGE.read_text()
-    for attribute in ("block_size", "input_attributes", "forward_attributes"):
+    for attribute in ("block_size", "input_attributes", "tensor_bytes"):
         assert attribute in text and hasattr(NumberFormat, attribute)
     for method in ("scale_from_amax", "quantize", "dequantize", "shapes", "fake_quant_list_", "exact_codes"):
         assert method in text and hasattr(NumberFormat, method)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_qad.engine import QADError
-from megatron_qad.formats import fp8, nvfp4, nvfp4_pack
+from megatron_qad.formats import fp8, int4, nvfp4, nvfp4_pack
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
 
 FORMATS = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "bf16"}
@@ -135,10 +135,20 @@ def test_each_weight_has_its_own_format(make_chunk, linears):
     assert torch.equal(second, saved)
 
 
-def test_formats_without_quantized_weights_leave_them_alone(make_chunk, linears):
-    chunk = make_chunk(dtype=torch.bfloat16)
-    weights = InPlaceWeights([chunk], dict.fromkeys(FP8, "int4-w4a16"))  # modelopt's, in the forward pass
-    assert not weights.weights
+def test_int4_weights(make_chunk, linears):
+    chunk = make_chunk((256, 128, 16), dtype=torch.bfloat16)
+    before = linears(chunk)[0].weight.detach().clone()
+    InPlaceWeights([chunk], dict.fromkeys(FP8, "int4-w4a16")).quantize_()
+    saved = linears(chunk)[0].weight.detach().clone()
+    assert torch.equal(saved, int4.dequantize(*int4.quantize(before), torch.bfloat16))
+    assert not torch.equal(saved, before)
+    InPlaceWeights([chunk], dict.fromkeys(FP8, "int4-w4a16")).quantize_()  # as after loading a quantized checkpoint
+    assert torch.equal(linears(chunk)[0].weight, saved)
+
+
+def test_a_shard_whose_columns_do_not_fill_blocks_is_refused(make_chunk):
+    with pytest.raises(QADError, match=r"layers\.0\.linear\.weight: its shard .* 32 columns; int4 needs .* 128"):
+        InPlaceWeights([make_chunk()], dict.fromkeys(FP8, "int4-w4a16"))
 
 
 @pytest.mark.parametrize("rule", ["four_over_six", "mse"])
