@@ -59,7 +59,7 @@ def capabilities() -> Capabilities:
     triton = gpu and importlib.util.find_spec("triton") is not None
     reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
     if not gpu:
-        emulated = bf16_matmul_fallback.are_needed()
+        emulated = bf16_matmul_fallback.is_needed()
         why = "float32 kernels: oneDNN has none for this CPU" if emulated else "oneDNN: this CPU has what it needs"
         reasons.append(f"BF16 products by {why}")
     packages = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))

@@ -32,14 +32,14 @@ class FailureLog:
         self._logger = logger
         self._said: set = set()
 
-    def say(self, error: BaseException) -> None:
+    def report(self, error: BaseException) -> None:
         kind = (type(error), getattr(error, "errno", None))
         if kind not in self._said:
             self._said.add(kind)
             reason = " ".join(str(error).split()) or type(error).__name__
             print(f"megatron_qad: ERROR: {self._logger}: {reason}. The job goes on", flush=True)
 
-    def over(self, said: str) -> None:
+    def resolved(self, said: str) -> None:
         """Writing works again after a failure; the next failure is said again."""
         self._said.clear()
         print(f"megatron_qad: {self._logger}: {said}", flush=True)
@@ -95,12 +95,12 @@ class _EventFile:
             self._append(b"".join(self._waiting))
         except OSError as error:
             self._failed_at = time.monotonic()
-            self._failures.say(error)
+            self._failures.report(error)
             if isinstance(error, FileNotFoundError):
                 self._file = None
             return
         if self._failed_at is not None:
-            self._failures.over(f"{len(self._waiting)} events that waited are written")
+            self._failures.resolved(f"{len(self._waiting)} events that waited are written")
         self._waiting.clear()
         self._waiting_bytes, self._failed_at = 0, None
 
@@ -177,4 +177,4 @@ class JobWriter(SummaryWriter):
         try:
             method(*args, **named)
         except Exception as error:
-            self._failures.say(error)
+            self._failures.report(error)

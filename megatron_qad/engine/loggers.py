@@ -2,7 +2,7 @@
 
 What a logger raises is said once per kind of failure, on one line, and the job goes on. ``Loggers`` puts all of it in
 Megatron's place; ``event_writer`` is TensorBoard's part. Left out: the small files of the job itself, which
-``engine.run_directory.manifest.write_or_say`` and ``preemption`` survive.
+``engine.run_directory.manifest.write_or_warn`` and ``preemption`` survive.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class Guarded:
         try:
             value = getattr(self._guarded, name)
         except Exception as error:
-            self._failures.say(error)
+            self._failures.report(error)
             return None
         if callable(value):
             return _surviving(value, self._failures)
@@ -49,7 +49,7 @@ def _surviving(function: Callable, failures: FailureLog, errors: type[Exception]
         try:
             return function(*args, **named)
         except errors as error:
-            failures.say(error)
+            failures.report(error)
             return None
 
     return call
@@ -137,7 +137,7 @@ class Loggers:
         writer.close()
         if self._save is not None and Path(self._save).is_dir():
             record = EventRecord(Path(self._tensorboard_dir), Path(self._save))
-            manifest.write_or_say(Path(self._save) / EVENTS_FILE, record.text())
+            manifest.write_or_warn(Path(self._save) / EVENTS_FILE, record.text())
 
 
 def continue_wandb_run(project: str | None, save: str | None, environ: MutableMapping[str, str]) -> None:
@@ -158,6 +158,6 @@ def continue_wandb_run(project: str | None, save: str | None, environ: MutableMa
     else:
         if not name:  # no file, or one that a full disk left empty
             name = environ.get("WANDB_RUN_ID", secrets.token_hex(4))
-            manifest.write_or_say(file, name)  # else the next start is a wandb run of its own
+            manifest.write_or_warn(file, name)  # else the next start is a wandb run of its own
     environ.setdefault("WANDB_RUN_ID", name or secrets.token_hex(4))
     environ.setdefault("WANDB_RESUME", "allow")

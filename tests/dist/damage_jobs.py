@@ -35,7 +35,7 @@ def _reader(read):
         from megatron_qad.engine import QADError
         from megatron_qad.engine.run_directory import manifest
 
-        manifest._found_whole.clear()  # the directory has changed under this process
+        manifest._verified.clear()  # the directory has changed under this process
         output = shop.directory / "output"
         shutil.rmtree(output, ignore_errors=True)
         try:

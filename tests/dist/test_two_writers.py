@@ -86,7 +86,7 @@ def test_two_tools(tmp_path, waiting, server, tool, output, flags):
     tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA)
     (tmp_path / "text.txt").write_text("one two three")
     write_tokenizer(tmp_path)
-    first = waiting(f"lock = locks.writing({str(tmp_path / output)!r})\nlock.__enter__()")
+    first = waiting(f"lock = locks.lock_output({str(tmp_path / output)!r})\nlock.__enter__()")
     argv = [*(flag.format(d=tmp_path) for flag in flags), "--output", str(tmp_path / output)]
     said = server.run("script_jobs:script", 1, {"path": f"tools/{tool}.py", "argv": argv}, fails=True)
     assert f"--output {tmp_path / output}: is in use by process {first.pid} on " in error_of(said)

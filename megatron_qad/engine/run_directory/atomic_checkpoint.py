@@ -40,7 +40,7 @@ class AtomicCheckpoints:
     """The saves of one job."""
 
     def __init__(self):
-        self.texts_beside: dict[str, Callable[[], str | None]] = {}
+        self.extra_texts: dict[str, Callable[[], str | None]] = {}
         """Files of text that go into every checkpoint: name -> its content at the time of the save, asked on the first
         rank; None leaves it out."""
         self.free_after_writing = 0
@@ -74,7 +74,7 @@ class AtomicCheckpoints:
         aside = final.with_name(f"{final.name}.{self._name_of_this_job()}{PARTIAL}")
         on_first_rank(lambda: _start(aside, final))
         is_first = torch.distributed.get_rank() == 0
-        texts = {n: content for n, text in self.texts_beside.items() if is_first and (content := text()) is not None}
+        texts = {n: content for n, text in self.extra_texts.items() if is_first and (content := text()) is not None}
         request = upstream(
             sharded_state_dict,
             str(aside),
@@ -180,7 +180,7 @@ def _check_and_rename(sums: dict[str, manifest.Sum], texts: dict[str, str], asid
         sums[name] = manifest.sum_of(aside / name)
     if unsummed := {file.name for file in aside.iterdir() if not file.name.startswith(_SUMS)} ^ sums.keys():
         raise SaveFailed(f"{aside}: no checksum of {min(unsummed)}, or it is not there")
-    manifest.write(aside, sums)
+    manifest.write_sums(aside, sums)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         os.rename(final, replaced)

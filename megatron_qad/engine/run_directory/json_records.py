@@ -13,18 +13,18 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 
 
-def text_of(name: str, content: Any) -> str:
+def to_text(name: str, content: Any) -> str:
     """The text of the record ``name``: a JSON object of "sha256" and "content"."""
     return json.dumps({"sha256": _sum(name, content), "content": content}, indent=1) + "\n"
 
 
 def write(file: Path, content: Any) -> None:
-    manifest.write_atomically(file, text_of(file.name, content))
+    manifest.write_atomically(file, to_text(file.name, content))
 
 
-def write_or_say(file: Path, content: Any) -> None:
+def write_or_warn(file: Path, content: Any) -> None:
     """``write`` of what a job can do without: a full disk is said and is no reason to stop."""
-    manifest.write_or_say(file, text_of(file.name, content))
+    manifest.write_or_warn(file, to_text(file.name, content))
 
 
 def read(file: Path) -> Any:

@@ -28,7 +28,7 @@ SECONDS_UNTIL_STALE = 120
 _held: dict[Path, "_Lock"] = {}
 
 
-def hold(directory: str | Path, flag: str) -> None:
+def lock_directory(directory: str | Path, flag: str) -> None:
     """Own ``directory`` (made if need be) until this process ends. A process that owns it already goes on.
 
     Args:
@@ -44,13 +44,13 @@ def hold(directory: str | Path, flag: str) -> None:
 
 
 @contextmanager
-def writing(output: str | Path, flag: str = "--output") -> Iterator[None]:
+def lock_output(output: str | Path, flag: str = "--output") -> Iterator[None]:
     """Own ``output``, a file, prefix or directory that is about to be written, inside the ``with``.
 
     The lock is a hidden file beside it, because an output that appears by a rename must not be there before.
 
     Raises:
-        QADError: as ``hold``.
+        QADError: as ``lock_directory``.
     """
     output = Path(os.path.abspath(output))
     lock = _Lock(output.parent / f".{output.name}.lock", f"{flag} {output}")

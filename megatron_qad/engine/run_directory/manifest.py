@@ -24,7 +24,7 @@ _NEEDED = (".metadata", "metadata.json")
 
 _NEXT = "Restore it from a copy, or import the model again"
 
-_found_whole: set[Path] = set()
+_verified: set[Path] = set()
 Sum = tuple[int, str]
 """Bytes and SHA-256 of a file."""
 
@@ -41,7 +41,7 @@ def sums_of(directory: Path, names: Sequence[str]) -> dict[str, Sum]:
         return dict(zip(names, pool.map(lambda name: sum_of(directory / name), names), strict=True))
 
 
-def write(directory: Path, sums: Mapping[str, Sum]) -> None:
+def write_sums(directory: Path, sums: Mapping[str, Sum]) -> None:
     """The manifest of ``directory``, on the disk when this returns."""
     names = sorted(sums)
     text = json.dumps(
@@ -67,9 +67,9 @@ def files_in(directory: Path) -> list[str]:
     return sorted(name for name in found if name != FILE and not Path(name).name.startswith(".nfs"))
 
 
-def seal(directory: Path) -> None:
+def write_manifest(directory: Path) -> None:
     """Write the manifest of a directory as it is now."""
-    write(directory, sums_of(directory, files_in(directory)))
+    write_sums(directory, sums_of(directory, files_in(directory)))
 
 
 def read(directory: Path) -> dict[str, tuple[int | None, str]]:
@@ -119,7 +119,7 @@ def find_problems(directory: Path, rank: int = 0, size: int = 1, needed: Sequenc
     return wrong
 
 
-def require_file(file: Path) -> None:
+def verify_file(file: Path) -> None:
     """Refuse one file of a sealed directory that is not what the manifest beside it says, without reading the others.
 
     Raises:
@@ -157,11 +157,11 @@ def verify_checkpoint(directory: Path) -> None:
     Raises:
         QADError: the files that are wrong.
     """
-    if directory.resolve() in _found_whole:
+    if directory.resolve() in _verified:
         return
     wrong = find_problems_across_ranks(directory)
     if not wrong:
-        _found_whole.add(directory.resolve())
+        _verified.add(directory.resolve())
     else:
         raise QADError(
             f"{directory} is damaged: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. "
@@ -190,7 +190,7 @@ def write_atomically(file: Path, text: str) -> None:
     sync(file.parent)
 
 
-def write_or_say(file: Path, text: str) -> None:
+def write_or_warn(file: Path, text: str) -> None:
     """``write_atomically`` of what a job can do without: a full disk is said and is no reason to stop."""
     try:
         write_atomically(file, text)

@@ -31,7 +31,7 @@ EXPORT_FILE = "qad_export.json"
 SMOOTHING_FILE = "qad_smoothing.json"
 """In a checkpoint that tools/smooth.py wrote, and in those of jobs that began with it: how it was smoothed."""
 
-OF_A_RUN = (JOB_FILE, BEST_FILE, CALIBRATION_FILE, LOAD_FILE, SMOOTHING_FILE)
+RUN_RECORDS = (JOB_FILE, BEST_FILE, CALIBRATION_FILE, LOAD_FILE, SMOOTHING_FILE)
 """The records beside a run's checkpoints."""
 
 
@@ -54,7 +54,7 @@ def read_record(root: str | Path, name: str) -> Any:
         raise QADError(f"{error}. {restore}") from error
 
 
-def text_of_record(root: str | Path, name: str) -> str | None:
+def record_text(root: str | Path, name: str) -> str | None:
     """The text of a record that goes into a checkpoint as its copy; None if there is no such record."""
     file = Path(root) / name
     # A record that was damaged while the job ran is copied as it is: it is noticed by whoever reads it.

@@ -17,7 +17,7 @@ HOLD = """
 import sys, time
 from megatron_qad.engine.run_directory import locks
 {settings}
-locks.hold(sys.argv[1], "--save")
+locks.lock_directory(sys.argv[1], "--save")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -40,22 +40,22 @@ def on_another_machine(monkeypatch):
 def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path):
     first = holder(tmp_path / "run")
     with pytest.raises(QADError) as refused:
-        locks.hold(tmp_path / "run", "--save")
+        locks.lock_directory(tmp_path / "run", "--save")
     said = str(refused.value)
     assert f"--save {tmp_path}/run: is in use by process {first.pid} on " in said
     assert ", started 20" in said and f"(the lock is {tmp_path}/run/qad.lock)" in said
     first.kill()
     first.wait()
-    locks.hold(tmp_path / "run", "--save")
-    locks.hold(tmp_path / "run", "--save")  # its own
+    locks.lock_directory(tmp_path / "run", "--save")
+    locks.lock_directory(tmp_path / "run", "--save")  # its own
     assert json.loads((tmp_path / "run" / "qad.lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_later_process_of_the_same_pid_does_not_hold_it(tmp_path):
-    with locks.writing(tmp_path / "out"):
+    with locks.lock_output(tmp_path / "out"):
         mine = json.loads((tmp_path / ".out.lock").read_text())
     (tmp_path / ".out.lock").write_text(json.dumps(mine | {"start_ticks": mine["start_ticks"] - 1}))
-    with locks.writing(tmp_path / "out"):
+    with locks.lock_output(tmp_path / "out"):
         assert json.loads((tmp_path / ".out.lock").read_text()) == mine
     assert list(tmp_path.iterdir()) == []
 
@@ -65,7 +65,7 @@ def test_another_machine_s_lock_is_held_while_it_is_touched(tmp_path, on_another
     try:
         begun = time.monotonic()
         with pytest.raises(QADError, match="is in use by"):
-            locks.hold(tmp_path, "--save")
+            locks.lock_directory(tmp_path, "--save")
         assert time.monotonic() - begun < 10
     finally:
         first.kill()
@@ -77,7 +77,7 @@ def test_another_machine_s_lock_is_stale_when_nobody_touches_it(tmp_path, monkey
     first.kill()
     first.wait()
     monkeypatch.setattr(locks, "SECONDS_UNTIL_STALE", 3)
-    locks.hold(tmp_path, "--save")
+    locks.lock_directory(tmp_path, "--save")
     assert "last seen 0 s ago; waiting up to 3 s" in capfd.readouterr().out
 
 
@@ -110,7 +110,7 @@ def test_of_many_that_find_a_dead_one_s_lock_one_gets_it(tmp_path):
     first.kill()
     first.wait()
     code = "import sys; from megatron_qad.engine.run_directory import locks; print('ready', flush=True); "
-    code += "sys.stdin.read(); locks.hold(sys.argv[1], '--save'); "
+    code += "sys.stdin.read(); locks.lock_directory(sys.argv[1], '--save'); "
     code += "print('held', flush=True); import time; time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -131,5 +131,5 @@ def test_of_many_that_find_a_dead_one_s_lock_one_gets_it(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/1"), reason="needs /proc")
 def test_a_place_that_cannot_be_written_is_one_error():
-    with pytest.raises(QADError, match=r"--output /proc/out: cannot be written"), locks.writing("/proc/out"):
+    with pytest.raises(QADError, match=r"--output /proc/out: cannot be written"), locks.lock_output("/proc/out"):
         pass

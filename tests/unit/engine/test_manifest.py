@@ -16,7 +16,7 @@ def checkpoint(tmp_path):
     directory.mkdir()
     for name, content in FILES.items():
         (directory / name).write_bytes(content)
-    manifest.write(directory, {name: manifest.sum_of(directory / name) for name in FILES})
+    manifest.write_sums(directory, {name: manifest.sum_of(directory / name) for name in FILES})
     return directory
 
 

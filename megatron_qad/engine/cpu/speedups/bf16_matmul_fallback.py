@@ -16,7 +16,7 @@ _WRITING = ("mm.out", "bmm.out", "addmm.out", "baddbmm.out", "addmm_", "baddbmm_
 """Into ``out`` or the first operand; what returns the same has the rest of the name."""
 
 
-def are_needed() -> bool:
+def is_needed() -> bool:
     """Whether torch multiplies BF16 tensors in its plain loop here: oneDNN needs AVX-512 on x86."""
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -24,7 +24,7 @@ def are_needed() -> bool:
 @functools.cache
 def install() -> torch.library.Library | None:
     """Register the products where they are needed, in this process, until it ends. Idempotent."""
-    return register() if are_needed() else None
+    return register() if is_needed() else None
 
 
 def register() -> torch.library.Library:
