@@ -232,7 +232,7 @@ def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
     json_records.write(run / "qad.json", {"formats": formats})
     with pytest.raises(QADError, match="layout bf16, .* asked for now is .*layout modelopt"):
         tool("export_hf", *flags, "--layout", "modelopt", "--iteration", "2")
-    with pytest.raises(QADError, match="says 2, and iter_0000004 is newer. Name the iteration"):
+    with pytest.raises(QADError, match="names 2, but iter_0000004 is newer. Name the iteration"):
         tool("export_hf", *flags)
 
 

@@ -190,7 +190,7 @@ def test_errors(three_runs, teacher, tmp_path):
     with pytest.raises(QADError, match="no hf/config.json"):
         write_report(three_runs, tmp_path, tmp_path / "out")
     (three_runs["QAD"] / "latest_checkpointed_iteration.txt").write_text("9")
-    with pytest.raises(QADError, match="says 9"):
+    with pytest.raises(QADError, match="names 9"):
         write_report(three_runs, teacher, tmp_path / "out")
     assert not (tmp_path / "out").exists()  # nothing half-written
 
