@@ -1,12 +1,12 @@
-"""torchrun whose ranks never outlive it, and whose rendezvous listens on one network interface only.
+"""Runs torchrun so that its ranks never outlive it and its rendezvous listens on one network interface only.
 
-A signal that asks a job to stop (SIGTERM, SIGUSR1) is passed on as the file ``stop`` in ``QAD_JOB_DIR``: torchrun would
-give its ranks 30 seconds and kill them in the middle of a save. SIGINT and the death of torchrun.sh end this process at
-once, and the kernel ends the ranks with it (``rank.py``). When a rank fails, the others get five seconds.
+A signal that requests a stop (SIGTERM, SIGUSR1) is passed on as the file ``stop`` in ``QAD_JOB_DIR``, because torchrun
+would give its ranks 30 seconds and then kill them in the middle of a save. SIGINT and the death of torchrun.sh end this
+process immediately, and the kernel ends the ranks with it (``rank.py``). If a rank fails, the others get five seconds.
 
-torchrun's stores listen on every address of a host and do not ask who connects. With ``QAD_INTERFACE`` set, the socket
-is bound to that interface's address before it is handed to the store, for the rendezvous and for the workers' store,
-which torchrun opens itself in this process.
+torchrun's stores listen on every address of a host and accept every connection. If ``QAD_INTERFACE`` is set, the socket
+is bound to the address of that interface before it is passed to the store. This covers the rendezvous and the workers'
+store, which torchrun opens in this process.
 """
 
 import contextlib
@@ -22,27 +22,28 @@ from pathlib import Path
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 _SECONDS_AFTER_A_FAILURE = 5
-"""For the other ranks to print their own errors. They have nothing to save: a checkpoint needs every rank."""
+"""Time for the other ranks to print their errors. They have nothing to save: a checkpoint needs every rank."""
 
 
 def handle_signals() -> None:
-    """Pass on what asks the job to stop; leave at once when nobody waits for it any more."""
+    """Pass on stop requests, and end as soon as torchrun.sh has ended."""
     stop = Path(os.environ["QAD_JOB_DIR"]) / "stop"
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: stop.touch())
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun.sh says what is lost
-    # A thread and no signal: Python runs handlers in the main thread, which waits in C++ for the other nodes.
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, lambda *_: stop.touch())
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun.sh reports the lost steps
+    # A thread instead of a signal: Python runs handlers in the main thread, which waits in C++ for the other nodes.
     threading.Thread(target=end_with_launcher, args=[int(os.environ["QAD_LAUNCHER_PID"])], daemon=True).start()
     os.environ["QAD_AGENT_PID"] = str(os.getpid())
 
 
 def end_with_launcher(pid: int) -> None:
+    """Poll until torchrun.sh, the parent with this pid, has ended; then end this process."""
     while os.getppid() == pid:
         time.sleep(0.5)
     with contextlib.suppress(OSError):  # the terminal may be gone, too
         print(
-            "torchrun.sh is gone, and all ranks end with it. The steps since the last checkpoint are lost; the same "
-            "command goes on from there",
+            "torchrun.sh has ended, and all ranks end with it. The steps since the last checkpoint are lost; run the "
+            "same command again to resume from it.",
             file=sys.stderr,
             flush=True,
         )
@@ -50,18 +51,18 @@ def end_with_launcher(pid: int) -> None:
 
 
 def address_of(interface: str) -> str:
-    """IPv4 address of a network interface of this machine; ``ip`` may be missing in a container."""
+    """Return the IPv4 address of a network interface. Does not use ``ip``, which may be missing in a container."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
-            answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+            reply = fcntl.ioctl(any_socket, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError as error:
             names = ", ".join(name for _, name in socket.if_nameindex())
-            sys.exit(f"error: QAD_INTERFACE={interface}: {error.strerror}; this machine has {names}")
-    return socket.inet_ntoa(answer[20:24])
+            sys.exit(f"error: QAD_INTERFACE={interface}: {error.strerror}. This machine has {names}.")
+    return socket.inet_ntoa(reply[20:24])
 
 
 def bind_stores_to(address: str) -> None:
-    """Let every store that this process serves listen on ``address`` alone."""
+    """Make every store that this process serves listen on ``address`` only."""
     import torch.distributed
 
     store = torch.distributed.TCPStore
@@ -78,7 +79,7 @@ def bind_stores_to(address: str) -> None:
 
 
 def end_ranks_soon() -> None:
-    """Shorten the 30 seconds that torchrun gives the other ranks when one has failed."""
+    """Shorten the 30 seconds that torchrun gives the other ranks after one has failed."""
     from torch.distributed.elastic.multiprocessing.api import PContext
 
     close = PContext.close
@@ -92,10 +93,10 @@ def main() -> None:
         address = address_of(interface)
         bind_stores_to(address)
         arguments = ["--local-addr", address, *arguments]
-    from torch.distributed import run  # after the stores: its modules keep the class that they find
+    from torch.distributed import run  # after bind_stores_to: its modules import the class by name
 
     end_ranks_soon()
-    # Its own handlers would replace those above; SIGQUIT is left to it, as the list may not be empty.
+    # torchrun's handlers would replace those above. It handles only SIGQUIT, because the list must not be empty.
     run.main(["--signals-to-handle", "SIGQUIT", "--no-python", *arguments])
 
 

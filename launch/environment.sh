@@ -1,32 +1,32 @@
-# Settings of every rank, each with its reason. Sourced by torchrun.sh; what the caller has set already is kept.
+# Environment variables of every rank. Sourced by torchrun.sh; variables that the caller has set are kept.
 # shellcheck shell=bash
 
-# Megatron overlaps tensor-parallel collectives with GEMMs and needs them launched in the order in which they were issued.
+# Megatron overlaps tensor-parallel collectives with GEMMs and needs kernels to start in the order in which they were issued.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-# Ranks share the cores of a node: threads of every rank on all of them would only wait for each other. The only process of a
-# SLURM job's node, such as an export, takes the cores that the job was given.
+# The ranks of a node share its cores, so more than one thread for each rank would only cause contention. A single process on a
+# node of a SLURM job, such as an export, uses all cores of the job.
 threads=1
 [[ ${NPROC_PER_NODE:-} != 1 ]] || threads=${SLURM_CPUS_ON_NODE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
-# Data workers are forked; the tokenizers library would warn and turn its threads off in each of them.
+# Data workers are forked: the tokenizers library would warn and disable its threads in each of them.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-# The lengths of sequences and of experts' batches vary: segments that can grow keep freed memory usable.
+# The lengths of sequences and of expert batches vary: with expandable segments, freed memory stays usable.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-# Log lines in the order in which they were written, also those before a crash.
+# Log lines appear in order, including those before a crash.
 export PYTHONUNBUFFERED=1
-# A rank that is killed by a signal says in which Python line.
+# A rank that a signal kills prints its Python traceback.
 export PYTHONFAULTHANDLER=1
 
-# Compiled kernels on the node's own disk: on a shared one, every rank of every node would write the same files at once,
-# and a home directory's quota and locks would be in the way. One place a user, so that a second job finds them.
+# Compiled kernels are cached on the node's own disk: on a shared disk, every rank of every node would write the same files at
+# the same time, and home directories have quotas and slow locks. One directory for each user, so that later jobs reuse it.
 qad_cache=${QAD_CACHE_DIR:-}
 if [[ -z $qad_cache ]]; then
   qad_cache=${TMPDIR:-/tmp}/megatron_qad-$(id -u)
-  # Whoever writes there has his code run here, and in /tmp anybody could have made it first.
+  # Code in the cache is executed, and in /tmp another user could have created the directory first.
   mkdir -m 700 "$qad_cache" 2>/dev/null || true
   if [[ -L $qad_cache || ! -d $qad_cache || ! -O $qad_cache ]]; then
-    echo "error: $qad_cache: expected a directory that is yours, and no link, for compiled kernels;" \
-      "found: $(ls -ld "$qad_cache" 2>&1). Remove it or set QAD_CACHE_DIR" >&2
+    echo "error: $qad_cache: expected a directory that you own, and not a link, for compiled kernels;" \
+      "found: $(ls -ld "$qad_cache" 2>&1). Remove it or set QAD_CACHE_DIR." >&2
     return 1
   fi
   chmod 700 "$qad_cache"
@@ -34,14 +34,14 @@ fi
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$qad_cache/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$qad_cache/inductor}
 
-# NCCL says what went wrong, and nothing else.
+# NCCL prints warnings and errors only.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# A rank that fails ends the job at once instead of leaving the others in a collective.
+# A failed rank ends the job immediately instead of leaving the others waiting in a collective.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# Which network may be used: NCCL's and gloo's sockets take this interface's address; agent.py binds the rendezvous to it.
+# The network interface for the sockets of NCCL and gloo; agent.py binds the rendezvous to it.
 if [[ -n ${QAD_INTERFACE:-} ]]; then
   export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$QAD_INTERFACE}
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$QAD_INTERFACE}
 fi
-# Checkpoints are data: a variable that would let torch.load run code from them is not passed on (docs/security.md).
+# This variable would let torch.load run code from checkpoints (docs/security.md).
 unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD

@@ -1,8 +1,8 @@
-"""Starts one rank for torchrun.sh: ``rank.py PROGRAM.py ARGUMENTS`` becomes ``python PROGRAM.py ARGUMENTS``.
+"""Starts one rank for torchrun.sh: ``rank.py PROGRAM.py ARGUMENTS`` executes ``python PROGRAM.py ARGUMENTS``.
 
-torchrun gives each rank a session of its own, so that neither Ctrl-C nor the death of the agent reaches it. Before the
-program is there, the rank is told to end with the agent, and to ignore the signals that ask a job to save and stop,
-for which it has no handler yet.
+torchrun gives each rank its own session, so neither Ctrl-C nor the death of the agent reaches it. Before the program
+starts, this script makes the rank end with the agent, and ignore the signals that request a save and stop until the
+program installs its handler.
 """
 
 import os
@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-# The file alone: its package imports torch, and for those seconds a signal would end the rank.
+# Imports the file without its package, which imports torch: in those seconds a signal would end the rank.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron_qad" / "engine"))
 from processes import end_with_parent  # noqa: E402
 

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     config = read_command_line([*rest, *evaluation], trains=False)
     job = start_job(config)
     initialize_megatron()
-    atomic_checkpoint.on_first_rank(lambda: locks.hold(own.output, "--output"))
+    atomic_checkpoint.on_first_rank(lambda: locks.lock_directory(own.output, "--output"))
     linears = config.student.family.linears(config.student.hf)
     units = units_of(linears, config.formats)
     if not units:

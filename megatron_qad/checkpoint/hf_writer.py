@@ -111,7 +111,7 @@ def write_hf_checkpoint(
     aside = directory.parent / f".{directory.name}.partial"
     shards = _Shards(aside, max_shard_bytes)
     with ExitStack() as stack:
-        stack.enter_context(locks.writing(directory))
+        stack.enter_context(locks.lock_output(directory))
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
         aside.mkdir()
         stack.callback(shutil.rmtree, aside, ignore_errors=True)  # gone already if all went well

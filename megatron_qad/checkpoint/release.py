@@ -37,7 +37,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 
     def describe() -> None:
         finish(aside)
-        manifest.seal(aside / "hf")
+        manifest.write_manifest(aside / "hf")
         manifest.write_atomically(aside / TRACKER, "release")
 
     try:
@@ -59,9 +59,9 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 
 @contextmanager
 def owned(output: str | Path) -> Iterator[None]:
-    """Own ``output`` (``locks.writing``) inside the ``with``; what stops that on the first rank stops all."""
+    """Own ``output`` (``locks.lock_output``) inside the ``with``; what stops that on the first rank stops all."""
     with ExitStack() as stack:
-        atomic_checkpoint.on_first_rank(lambda: stack.enter_context(locks.writing(output)))
+        atomic_checkpoint.on_first_rank(lambda: stack.enter_context(locks.lock_output(output)))
         yield
 
 

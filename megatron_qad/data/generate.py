@@ -68,7 +68,7 @@ def generate_documents(
             with other settings.
     """
     _check(options, prompts)
-    with locks.writing(output):
+    with locks.lock_output(output):
         return _generate(hf_model_dir, prompts, Path(output), options, device)
 
 

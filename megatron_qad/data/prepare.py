@@ -72,7 +72,7 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.prepend_bos and tokenizer.bos is None:
         raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Leave the flag out.")
-    with locks.writing(options.output):
+    with locks.lock_output(options.output):
         return _prepare(options, tokenizer)
 
 

@@ -1,10 +1,10 @@
-"""Floor 0: what touches the insides of Megatron and torch, run directories, and the error that users read.
+"""Floor 0: the interface to the internals of Megatron and torch, run directories, and the error class for users.
 
-``loop`` reports the events of Megatron's training loop (``events``), ``patches`` lists all that is replaced, ``cpu``
-runs Megatron without a GPU, ``run_directory`` makes checkpoints whole, ``capabilities`` says what this process runs on.
+``loop`` reports the events of Megatron's training loop (``events``), ``patches`` lists all replaced attributes, ``cpu``
+runs Megatron without a GPU, ``run_directory`` makes checkpoints atomic, ``capabilities`` detects hardware and packages.
 
-``init_runtime()`` comes before the first import of ``megatron`` in every entry point: it decides whether the CPU
-backend is needed and installs it. Importing this package does nothing."""
+Every entry point calls ``init_runtime()`` before it first imports ``megatron``: it installs the CPU backend if there is
+no GPU. Importing this package has no side effects."""
 
 from megatron_qad.engine.capabilities import Capabilities, capabilities, init_runtime
 from megatron_qad.engine.errors import QADError

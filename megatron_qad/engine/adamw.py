@@ -1,9 +1,9 @@
-"""torch's AdamW made resumable, for machines without Transformer Engine's or apex's FusedAdam.
+"""A resumable version of torch's AdamW, for machines without FusedAdam from Transformer Engine or apex.
 
-Two things of Megatron's distributed optimizer do not fit torch's: it asks for the state before the first step, to know
-what a checkpoint must fill, and torch makes it at the first step; and it restores the step counter into the parameter
-groups, where FusedAdam keeps it, and overwrites torch's, which is a tensor a parameter, with the counter from before
-loading.
+Megatron's distributed optimizer does not work with torch's AdamW for two reasons. It reads the state before the first
+step, to know what to load from a checkpoint, but torch creates it at the first step. And it restores the step counter
+into the parameter groups, where FusedAdam keeps it, and overwrites torch's counters, one tensor for each parameter,
+with their values from before loading.
 """
 
 import torch
@@ -12,10 +12,10 @@ from megatron_qad.engine.patches import replace
 
 
 class AdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` whose state is there from the start and whose step counter follows a restored group's.
+    """``torch.optim.AdamW`` with a state from the start and step counters that follow those of restored groups.
 
-    On a CPU it takes torch's fused form, one pass over the state for eight; on a GPU torch's default, since the fused
-    form wants the step counters on the GPU.
+    On a CPU it uses torch's fused form, with one pass over the state instead of eight. On a GPU it uses torch's
+    default, because the fused form requires the step counters on the GPU.
     """
 
     def state_dict(self):
@@ -32,7 +32,7 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure=None):
         self._take_restored_step()
-        for group in self.param_groups:  # here, not once: a restored group says what the job before it ran on
+        for group in self.param_groups:  # at every step, because a restored group has the previous job's setting
             on_cpu = all(param.device.type == "cpu" for param in group["params"])
             group["fused"] = True if on_cpu else None
         return super().step(closure)
@@ -42,10 +42,10 @@ class AdamW(torch.optim.AdamW):
             step = group.pop("step", None)
             if step is not None:
                 for param in group["params"]:
-                    # A tensor of its own: Megatron gives all parameters the same one, which each would then advance.
+                    # A new tensor for each parameter: Megatron gives all the same one, which each would then advance.
                     self.state[param]["step"] = torch.tensor(float(step), dtype=torch.float32)
 
 
 def install() -> None:
-    """Let Megatron, which looks the class up in ``torch.optim``, find this one."""
+    """Replace ``torch.optim.AdamW``, which Megatron uses, with this class."""
     replace("torch.optim:AdamW", lambda _: AdamW)

@@ -1,4 +1,4 @@
-"""What this machine can do, asked once, with the reason for each choice."""
+"""Detects hardware and installed packages once, and gives a reason for each choice."""
 
 import functools
 import importlib.metadata
@@ -17,31 +17,32 @@ from megatron_qad.engine.run_directory import restricted_unpickling
 
 @dataclass(frozen=True)
 class Capabilities:
-    """The choices that follow from the hardware and from what is installed."""
+    """Choices that follow from the hardware and the installed packages."""
 
     device: str
-    """"cuda" or "cpu"."""
+    """Device type: "cuda" or "cpu"."""
     backend: str
-    """Collectives: "nccl" or "gloo"."""
+    """Backend of collectives: "nccl" or "gloo"."""
     layer_spec: str
-    """"te" (Transformer Engine's layers) or "local" (Megatron's torch layers)."""
+    """Layer implementation: "te" (Transformer Engine) or "local" (Megatron's torch layers)."""
     kernels: str
-    """"triton" or "torch"."""
+    """Kernel implementation: "triton" or "torch"."""
     mamba: str
-    """"mamba_ssm" (its kernels, and causal_conv1d's) or "torch" (``ssd``)."""
+    """Mamba implementation: "mamba_ssm" (with causal_conv1d) or "torch" (``ssd``)."""
     fuses_gradient_accumulation: bool
-    """Whether weight gradients can be added to ``main_grad`` by their GEMM: apex's extension, which NVIDIA's containers
-    have and PyPI has not."""
+    """Whether the weight-gradient GEMM can add to ``main_grad``. Needs apex's extension, which NVIDIA's containers have
+    but PyPI does not."""
     reasons: tuple[str, ...]
-    """One sentence a choice, for the log."""
+    """One phrase for each choice, for the log."""
 
     def report(self) -> str:
+        """Return the lines for the log."""
         return "\n".join(f"megatron_qad: {reason}" for reason in self.reasons)
 
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Ask the machine. The first call must come before the CPU backend is installed; ``init_runtime`` sees to that."""
+    """Detect the hardware and packages. Must first be called before the CPU backend is installed (``init_runtime``)."""
     gpu = torch.cuda.is_available()
     reasons = [
         f"device {'cuda' if gpu else 'cpu'}: torch {torch.__version__} "
@@ -59,13 +60,13 @@ def capabilities() -> Capabilities:
     triton = gpu and importlib.util.find_spec("triton") is not None
     reasons.append("kernels triton" if triton else "kernels torch: " + ("no triton" if gpu else "triton needs a GPU"))
     if not gpu:
-        emulated = bf16_matmul_fallback.are_needed()
-        why = "float32 kernels: oneDNN has none for this CPU" if emulated else "oneDNN: this CPU has what it needs"
+        is_emulated = bf16_matmul_fallback.is_needed()
+        why = "float32 kernels: oneDNN has none for this CPU" if is_emulated else "oneDNN: this CPU supports it"
         reasons.append(f"BF16 products by {why}")
-    packages = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))
-    mamba = "mamba_ssm" if gpu and packages else "torch"
-    why = "its packages are installed" if packages else "mamba_ssm and causal_conv1d are not both installed"
-    reasons.append(f"mamba {mamba}: " + ("its kernels need a GPU" if packages and not gpu else why))
+    has_mamba = all(importlib.util.find_spec(package) for package in ("mamba_ssm", "causal_conv1d"))
+    mamba = "mamba_ssm" if gpu and has_mamba else "torch"
+    why = "its packages are installed" if has_mamba else "mamba_ssm and causal_conv1d are not both installed"
+    reasons.append(f"mamba {mamba}: " + ("its kernels need a GPU" if has_mamba and not gpu else why))
     fuses = gpu and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     return Capabilities(
         device="cuda" if gpu else "cpu",
@@ -79,28 +80,34 @@ def capabilities() -> Capabilities:
 
 
 def init_runtime(*, for_compute: bool = False) -> Capabilities:
-    """Install the CPU backend if there is no GPU; read checkpoints as data. Call before importing ``megatron``; later
-    calls are free.
+    """Install the CPU backend if there is no GPU, and restrict unpickling. Call this before importing ``megatron``.
+
+    Later calls change nothing.
 
     Args:
-        for_compute: the process will train or evaluate. Where Transformer Engine is installed and no GPU is there, it
-        is
-            then hidden: Megatron takes its kernels wherever it can import it, and they refuse CPU tensors.
+        for_compute: whether the process will train or evaluate. On a machine without a GPU, Transformer Engine is then
+            hidden: Megatron uses its kernels wherever it can import it, and they refuse CPU tensors.
+
+    Example::
+
+        from megatron_qad.engine import init_runtime
+        machine = init_runtime(for_compute=True)
+        print(machine.device, machine.backend)  # "cuda nccl", or "cpu gloo" without a GPU
     """
     processes.end_with_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
     restricted_unpickling.restrict_unpickling()
-    found = capabilities()
-    if found.device == "cpu":
+    machine = capabilities()
+    if machine.device == "cpu":
         device.install()
         bf16_matmul_fallback.install()
         if for_compute:
-            sys.modules["transformer_engine"] = None  # an import of it now fails as if it were not installed
-    if found.mamba == "torch":
+            sys.modules["transformer_engine"] = None  # importing it now fails as if it were not installed
+    if machine.mamba == "torch":
         mamba_packages.install()
     if not importlib.util.find_spec("transformer_engine"):
         adamw.install()
-    return found
+    return machine
 
 
 def _version(package: str) -> str:

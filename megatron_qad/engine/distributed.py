@@ -6,7 +6,7 @@ import torch
 
 
 def init_process_group() -> None:
-    """Join torchrun's group, or make one of this process alone. gloo: tools move files, not gradients."""
+    """Join torchrun's process group, or create a group of this process alone. gloo is enough: tools only move files."""
     if torch.distributed.is_initialized():
         return
     if "RANK" in os.environ:
@@ -16,4 +16,5 @@ def init_process_group() -> None:
 
 
 def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks."""
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -1,8 +1,8 @@
-"""The one error that a user is meant to read."""
+"""The error class for problems that a user can fix."""
 
 
 class QADError(RuntimeError):
-    """A problem in what the user gave: names the thing, what was found, what was expected, and the next step.
+    """A problem in the user's input: names the thing, what was found, what was expected, and the next step.
 
-    Entry points print it without a traceback and exit with status 1; everything else that is raised is a bug of ours.
+    Entry points print it without a traceback and exit with status 1. Any other exception is a bug in megatron_qad.
     """

@@ -1,6 +1,6 @@
-"""TensorBoard's event files as a job writes them: what cannot be written waits, and is written when there is room.
+"""Writes TensorBoard event files, and keeps events in memory while they cannot be written, such as on a full disk.
 
-TensorBoard's own writer ends with the first error that it sees, and raises it in every call from then on.
+TensorBoard's own writer stops at the first error, and raises it in every later call.
 """
 
 import os
@@ -21,48 +21,48 @@ from megatron_qad.engine.event_record import event_files
 from megatron_qad.engine.run_directory.run_files import START_TAG
 
 _MAX_WAITING_BYTES = 16 << 20
-"""Of events that could not be written yet: 100,000 steps of some twenty scalars. The oldest are given up first."""
+"""Limit of the events that wait to be written: 100,000 steps of about twenty scalars. The oldest are dropped first."""
 _SECONDS_BETWEEN_TRIES = 1.0
 
 
 class FailureLog:
-    """Says each kind of failure of one logger once."""
+    """Prints each kind of failure of one logger once."""
 
     def __init__(self, logger: str):
         self._logger = logger
-        self._said: set = set()
+        self._reported: set = set()
 
-    def say(self, error: BaseException) -> None:
+    def report(self, error: BaseException) -> None:
         kind = (type(error), getattr(error, "errno", None))
-        if kind not in self._said:
-            self._said.add(kind)
+        if kind not in self._reported:
+            self._reported.add(kind)
             reason = " ".join(str(error).split()) or type(error).__name__
-            print(f"megatron_qad: ERROR: {self._logger}: {reason}. The job goes on", flush=True)
+            print(f"megatron_qad: ERROR: {self._logger}: {reason}. The job continues.", flush=True)
 
-    def over(self, said: str) -> None:
-        """Writing works again after a failure; the next failure is said again."""
-        self._said.clear()
-        print(f"megatron_qad: {self._logger}: {said}", flush=True)
+    def resolved(self, message: str) -> None:
+        """Print that writing works again; later failures are reported again."""
+        self._reported.clear()
+        print(f"megatron_qad: {self._logger}: {message}", flush=True)
 
 
 class _EventFile:
-    """Takes the place of TensorBoard's ``RecordWriter``: its ``write``, ``flush`` and ``close`` raise nothing.
+    """Replaces TensorBoard's ``RecordWriter``; ``write``, ``flush`` and ``close`` raise nothing.
 
-    TensorBoard's thread ends with the first error that it sees. Here it sees none: records that could not be written
-    wait, and are written at the same place of the same file once that works. A file that another process removed or
-    cut is left alone, and a new one is begun.
+    TensorBoard's thread would end at the first error. Here, records that could not be written wait, and are written at
+    the same position of the same file as soon as that works. If another process removed or truncated the file, it is
+    left as it is, and a new file is started.
     """
 
     def __init__(self, directory: Path, failures: FailureLog):
         self._directory, self._failures = directory, failures
         self._file: Path | None = None
-        self._num_bytes = 0  # of the file, all of them ours
-        self._head: bytes | None = None  # TensorBoard's first record, which names the format
-        self._start = b""  # the record of job/start, also in a file that takes the place of another
+        self._num_bytes = 0  # written to the file so far
+        self._head: bytes | None = None  # TensorBoard's first record, which identifies the file format
+        self._start = b""  # the record of job/start, repeated in a file that replaces another
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._failed_at: float | None = None
-        self._lock = threading.Lock()  # TensorBoard flushes from its thread and from the caller's
+        self._lock = threading.Lock()  # TensorBoard flushes from its own thread and from the caller's
 
     def write(self, data: bytes) -> None:
         header = struct.pack("<Q", len(data))
@@ -70,7 +70,7 @@ class _EventFile:
         with self._lock:
             if self._head is None:
                 self._head = record
-                return  # a file appears with its first event: a dry run leaves none
+                return  # the file is created with the first event, so a dry run creates none
             if not self._start and START_TAG.encode() in data:
                 self._start = record
             self._waiting.append(record)
@@ -91,38 +91,38 @@ class _EventFile:
             return
         try:
             if self._file is None:
-                self._begin()
+                self._start_file()
             self._append(b"".join(self._waiting))
         except OSError as error:
             self._failed_at = time.monotonic()
-            self._failures.say(error)
+            self._failures.report(error)
             if isinstance(error, FileNotFoundError):
                 self._file = None
             return
         if self._failed_at is not None:
-            self._failures.over(f"{len(self._waiting)} events that waited are written")
+            self._failures.resolved(f"{len(self._waiting)} waiting events are written")
         self._waiting.clear()
         self._waiting_bytes, self._failed_at = 0, None
 
-    def _begin(self) -> None:
+    def _start_file(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
-        file = next(file for number in count() if not (file := self._directory / f"{name}.{number}").exists())
+        file = next(file for i in count() if not (file := self._directory / f"{name}.{i}").exists())
         file.touch(exist_ok=False)
         self._file, self._num_bytes = file, 0
         self._append(self._head + (self._start if self._start not in self._waiting else b""))
 
     def _append(self, data: bytes) -> None:
-        """All of ``data`` after what the file has, or an error; what a write that failed left is written over."""
+        """Append all of ``data``, or raise; leftovers of a failed write are overwritten."""
         descriptor = os.open(self._file, os.O_WRONLY)
         try:
             if os.fstat(descriptor).st_size < self._num_bytes:
-                raise FileNotFoundError(f"{self._file} is shorter than what was written to it; a new file is begun")
+                raise FileNotFoundError(f"{self._file} is shorter than the data written to it; a new file is started")
             written = 0
             while written < len(data):
                 written += os.pwrite(descriptor, data[written:], self._num_bytes + written)
         finally:
-            os.close(descriptor)  # where some file systems say that they are full
+            os.close(descriptor)  # some file systems report a full disk only here
         self._num_bytes += len(data)
 
 
@@ -134,20 +134,22 @@ class _FileWriter(FileWriter):
 
 
 class JobWriter(SummaryWriter):
-    """TensorBoard's writer of one start of a job. Its first scalar is ``job/start``, which the report sorts files by:
-    the number of the start, at the iteration where it goes on.
+    """TensorBoard writer for one start of a job.
+
+    Its first scalar is ``job/start``: the number of the start, at the iteration where training resumes. Run reports
+    sort the event files by it.
 
     Args:
         directory: ``--tensorboard-dir``.
-        max_queue: events that wait for TensorBoard's thread before a caller does.
-        started_at: the iteration; asked at the first scalar, when the checkpoint is loaded.
-        end_record: file that a start before left when it ended (``close``); removed at the first scalar.
+        max_queue: number of events that may wait for TensorBoard's thread before the caller blocks.
+        started_at: returns the iteration; called at the first scalar, when the checkpoint is loaded.
+        end_record: file that the previous start wrote when it ended (``close``); removed at the first scalar.
     """
 
     def __init__(self, directory: str, max_queue: int, started_at: Callable[[], int], end_record: Path | None = None):
         self._failures, self._started_at = FailureLog(f"TensorBoard in {directory}"), started_at
         self._end_record = end_record
-        self._number: int | None = len(event_files(Path(directory)))
+        self._start_number: int | None = len(event_files(Path(directory)))
         super().__init__(directory, max_queue=max_queue)
 
     def _get_file_writer(self):
@@ -156,25 +158,25 @@ class JobWriter(SummaryWriter):
             self.all_writers = {self.log_dir: self.file_writer}
         return self.file_writer
 
-    def add_scalar(self, *args, **named) -> None:
-        if self._number is not None:
-            number, self._number = self._number, None
+    def add_scalar(self, *args, **kwargs) -> None:
+        if self._start_number is not None:
+            start_number, self._start_number = self._start_number, None
             if self._end_record is not None:
-                self._survive(self._end_record.unlink, missing_ok=True)
-            self.add_scalar(START_TAG, number, self._started_at())
-        self._survive(super().add_scalar, *args, **named)
+                self._call_safely(self._end_record.unlink, missing_ok=True)
+            self.add_scalar(START_TAG, start_number, self._started_at())
+        self._call_safely(super().add_scalar, *args, **kwargs)
 
-    def add_text(self, *args, **named) -> None:
-        self._survive(super().add_text, *args, **named)
+    def add_text(self, *args, **kwargs) -> None:
+        self._call_safely(super().add_text, *args, **kwargs)
 
     def flush(self) -> None:
-        self._survive(super().flush)
+        self._call_safely(super().flush)
 
     def close(self) -> None:
-        self._survive(super().close)
+        self._call_safely(super().close)
 
-    def _survive(self, method: Callable, *args, **named) -> None:
+    def _call_safely(self, method: Callable, *args, **kwargs) -> None:
         try:
-            method(*args, **named)
+            method(*args, **kwargs)
         except Exception as error:
-            self._failures.say(error)
+            self._failures.report(error)

@@ -1,7 +1,7 @@
-"""The events of a job, and the callbacks that subscribe to them.
+"""The events of a job, and the base class of the callbacks that subscribe to them.
 
-``engine.loop`` reports what Megatron's loop does, ``training.job`` what QAD adds to it. A callback is a class with the
-events that it wants. Every rank runs the same callbacks in the same order, so that a callback may call collectives.
+``engine.loop`` reports the events of Megatron's loop, ``training.job`` those that QAD adds. A callback is a class that
+overrides some of the events. Every rank runs the same callbacks in the same order, so a callback may call collectives.
 """
 
 from collections.abc import Sequence
@@ -13,35 +13,32 @@ import torch
 
 @dataclass
 class Update:
-    """An optimizer's update that is about to happen; callbacks may leave it out.
-
-    The numbers are the same on every rank.
-    """
+    """A pending optimizer update, which callbacks may skip. The numbers are the same on every rank."""
 
     step: int
-    """The step that it belongs to, counted from 1."""
+    """Number of the training step, counted from 1."""
     model: Sequence[torch.nn.Module]
     """The student's wrapped chunks, with this step's gradients."""
     loss: float
-    """Mean loss of a counted token."""
+    """Mean loss over all tokens that count."""
     num_tokens: float
-    """Tokens that count in the loss, as often as ranks compute their loss."""
+    """Number of tokens that count in the loss, summed over all ranks that compute a loss."""
     is_finite: bool
-    """Whether all losses and gradients are."""
+    """Whether all losses and gradients are finite."""
     is_left_out: bool = False
-    """Weights, optimizer and learning rate stay; the step's data is used up."""
+    """Whether the update is skipped: weights, optimizer and learning rate do not change, but the data is consumed."""
 
 
 @dataclass(frozen=True)
 class TrainedStep:
-    """A training step that is done."""
+    """A completed training step."""
 
     number: int
-    """Counted from 1."""
+    """Number of the step, counted from 1."""
     losses: dict[str, torch.Tensor]
-    """Mean of each reported loss over all counted tokens, on the last pipeline stage."""
+    """Mean of each reported loss over all tokens that count, on the last pipeline stage."""
     grad_norm: float | None
-    """None where the update was left out."""
+    """Norm of the gradients. None means that the update was skipped."""
     model: Sequence[torch.nn.Module]
     """The student's wrapped chunks."""
     optimizer: Any
@@ -53,44 +50,52 @@ class Save:
     """A save of a checkpoint."""
 
     iteration: int | None
-    """None: a save in the background whose end is waited for."""
+    """Iteration of the checkpoint. None means waiting for a background save to finish."""
     is_last: bool
-    """No other save of this job follows."""
+    """Whether this is the last save of the job."""
     error: Exception | None = None
-    """What it failed by, on every rank."""
+    """The exception that the save failed with, on every rank."""
     is_survived: bool = False
-    """A callback has dealt with the error, and the job goes on."""
+    """Whether a callback has handled the error, so that the job continues."""
 
 
 class Callback:
-    """Subscribes to a job's events. Each method is one event; override those that you want.
+    """Base class of callbacks: each method is one event of a job; override the ones you need.
 
     Callbacks run in the order in which they were given to the job.
+
+    Example::
+
+        class PrintLoss(Callback):
+            def before_update(self, update):
+                print(update.step, update.loss)
+
+        pretrain_qad.main(callbacks=[PrintLoss()])
     """
 
     needs_initial_weights = False
-    """A job that resumes loads the weights that training started from, too, before ``student_ready``."""
+    """Whether a resumed job also loads the weights that training started from, before ``student_ready``."""
 
     def job_begins(self, job: Any, resumes_at: int) -> None:
-        """The ranks know each other, and no model is loaded yet.
+        """Called when the process groups exist and no model is loaded yet.
 
         Args:
             job: the ``training.job.QADJob``.
-            resumes_at: iteration of the checkpoint that the job goes on from; 0: it begins.
+            resumes_at: iteration of the checkpoint that the job resumes from; 0 if it starts from scratch.
         """
 
     def phase(self, name: str, is_long: bool) -> None:
-        """The job enters a part that may take long and that no other event names, such as loading a model.
+        """Called before a part that may take long and has no event of its own, such as loading a model.
 
         Args:
-            is_long: it reads or writes a whole model.
+            is_long: whether the part reads or writes a whole model.
         """
 
     def student_ready(self, student: Sequence[torch.nn.Module]) -> None:
-        """The student has its weights and quantizers and is not yet wrapped; the teacher is there, too."""
+        """Called when the student has its weights and quantizers but is not yet wrapped; the teacher is loaded, too."""
 
     def step_begins(self, step: int, model: Sequence[torch.nn.Module]) -> None:
-        """A training step begins; its gradients are not yet zeroed.
+        """Called at the start of a training step, before its gradients are zeroed.
 
         Args:
             step: counted from 1.
@@ -98,61 +103,61 @@ class Callback:
         """
 
     def forward_begins(self, batches: Sequence[Any], is_training: bool) -> None:
-        """The microbatches of a step, or of a part of an evaluation, are read; the teacher's pass comes next."""
+        """Called before the teacher's pass, when the microbatches of a step or of a part of an evaluation are read."""
 
     def student_begins(self, batches: Sequence[Any], is_training: bool) -> None:
-        """The teacher's outputs are in ``batches`` and the weights are quantized; the student's schedule comes next.
+        """Called before the student's schedule, when ``batches`` has the teacher's outputs and weights are quantized.
 
-        In training the gradient buffers are zero, and the backward passes will add to what is in them.
+        In training the gradient buffers are zero, and the backward passes will add to their contents.
         """
 
     def forward_ended(self, reports: list[dict[str, torch.Tensor]], is_training: bool) -> None:
-        """The student's passes are done, in training the backward passes, too.
+        """Called after the student's forward passes and, in training, its backward passes.
 
         Args:
-            reports: what the loss function reported of each microbatch, on the last stage; a callback may add to them.
+            reports: the loss function's report for each microbatch, on the last stage; a callback may add entries.
         """
 
     def gradients_begin(self) -> None:
-        """This rank's own passes are done; reducing the gradients over all ranks comes next."""
+        """Called when this rank has finished its passes, before the gradients are reduced over all ranks."""
 
     def gradients_ready(self) -> None:
-        """The gradients are summed over all ranks and divided by the number of tokens."""
+        """Called when the gradients are summed over all ranks and divided by the number of tokens."""
 
     def before_update(self, update: Update) -> None:
-        """The optimizer's update comes next, unless a callback sets ``update.is_left_out``."""
+        """Called before the optimizer's update. A callback may set ``update.is_left_out`` to skip it."""
 
     def after_update(self, update: Update) -> None:
-        """The update was made, or left out."""
+        """Called after the update was made or skipped."""
 
     def step_ended(self, step: TrainedStep) -> None:
-        """The step is done, its learning rate, too."""
+        """Called at the end of a step, after the update of the learning rate."""
 
     def evaluation_ended(self, iteration: int, means: dict[str, float]) -> None:
-        """An evaluation has ended.
+        """Called after an evaluation.
 
         Args:
-            iteration: steps that were trained before it.
-            means: ``Metrics.means`` over all data-parallel ranks; on ranks that compute no loss, without meaning.
+            iteration: number of steps trained before the evaluation.
+            means: ``Metrics.means`` over all data-parallel ranks; meaningless on ranks that compute no loss.
         """
 
     def save_begins(self, save: Save) -> None:
-        """A checkpoint is going to be written, or one that is written in the background is waited for."""
+        """Called before a checkpoint is written, or before waiting for a background save."""
 
     def save_ended(self, save: Save) -> None:
-        """A save has ended or failed, or goes on in the background. A callback may set ``save.is_survived``."""
+        """Called when a save has ended or failed, or continues in the background. May set ``save.is_survived``."""
 
     def job_ends(self, is_done: bool) -> None:
-        """The loop has ended. ``is_done`` False: the job leaves early, because it was asked to or its time is up."""
+        """Called after the loop. ``is_done`` is False if the job stops early, by request or at its time limit."""
 
     def closes(self) -> None:
-        """The job is over in this process, also where an error ended it: other ranks may be gone."""
+        """Called at the end of the job in this process, also after an error: other ranks may have ended already."""
 
 
 class Events:
     """Passes each event to every callback.
 
-    ``events.step_begins(3)`` calls ``step_begins(3)`` of each callback in turn; an error in one of them ends the job.
+    ``events.step_begins(3)`` calls ``step_begins(3)`` on each callback in order; an error in one of them ends the job.
     """
 
     def __init__(self, callbacks: Sequence[Callback] = ()):
@@ -167,8 +172,8 @@ class Events:
             if getattr(type(callback), event) is not getattr(Callback, event)
         ]
 
-        def tell(*args, **named) -> None:
+        def notify(*args, **kwargs) -> None:
             for listener in listeners:
-                listener(*args, **named)
+                listener(*args, **kwargs)
 
-        return tell
+        return notify

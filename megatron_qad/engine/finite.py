@@ -1,4 +1,4 @@
-"""Notices gradients that are NaN or Inf, in one pass over the gradient buffers."""
+"""Detects NaN and Inf gradients in one pass over the gradient buffers."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,8 +6,8 @@ import torch
 
 
 def gradients_are_finite(chunks: Sequence[torch.nn.Module]) -> torch.Tensor:
-    """bool [], on the device, of the whole gradient buffers of this rank."""
-    # NaN and Inf never leave a sum again; 50 million float32 take 6 ms on a core, isfinite().all() 270 ms.
+    """Return whether all gradients of this rank are finite: bool [], on the device."""
+    # A sum keeps NaN and Inf. 50 million float32 take 6 ms on a core; isfinite().all() takes 270 ms.
     sums = [grad.sum() for grad in _gradient_buffers(chunks)]
     return torch.stack(sums).isfinite().all() if sums else torch.tensor(True, device=torch.cuda.current_device())
 

@@ -1,10 +1,10 @@
-"""Where each rank was last seen, and which one is behind when nothing moves any more.
+"""Detects hanging jobs: records the position of each rank, and reports which rank is behind when progress stops.
 
-``beat`` costs two assignments: a thread writes the rank's place to a file of its own every few seconds, and watches
-that there is progress. A collective that waits for a rank that hangs looks the same on gloo and NCCL, so it is the
-progress that is timed, a little shorter than the process groups' own timeout. Then the thread reads the others' files,
-says who is behind, and ends the process, after which the launcher ends the job. Left out: ranks that die, which the
-launcher notices at once.
+``beat`` costs a few assignments: a thread writes the rank's position to the rank's file every few seconds and checks
+for progress. A collective that waits for a hanging rank looks the same on gloo and NCCL, so progress is timed, with a
+limit slightly shorter than the process groups' own timeout. When it is exceeded, the thread reads the files of the
+other ranks, reports the rank that is behind, and ends the process; the launcher then ends the job. Dead ranks are not
+handled here: the launcher notices them at once.
 """
 
 import json
@@ -18,15 +18,15 @@ from pathlib import Path
 
 _MAX_SECONDS_BETWEEN = 5
 _GRACE_SECONDS = 30
-_LONG = 10  # times the limit of a part of a step: what the whole model is read or written in
-_MAX_NAMED = 8
+_LONG = 10  # factor on the limit for phases that read or write the whole model
+_MAX_LISTED = 8
 
 
 class Heartbeat:
-    """This process's place in its job. Nothing is written or watched before ``start``.
+    """Tracks the position of this process in its job. Nothing is written or watched before ``start``.
 
     Args:
-        passes: counts what moves within a phase: the microbatches of it.
+        passes: returns a count of the progress within a phase, such as its microbatches.
     """
 
     def __init__(self, passes: Callable[[], int] = lambda: 0):
@@ -37,44 +37,45 @@ class Heartbeat:
         self._file: Path | None = None
 
     def beat(self, phase: str, step: int | None = None, is_long: bool = False) -> None:
-        """The rank enters ``phase``. All ranks enter the same ones in the same order.
+        """Record that the rank enters ``phase``. All ranks enter the same phases in the same order.
 
         Args:
-            is_long: loading or saving, which may take ten times as long as a part of a step.
+            is_long: whether the phase loads or saves, which may take ten times as long as other phases.
         """
         self.phase, self.step = phase, self.step if step is None else step
         self._num_phases += 1
         self._time = time.time()
-        self._patience = _LONG if is_long else 1  # after the time: never is a long phase's time held to the short limit
+        self._patience = _LONG if is_long else 1  # set after the time, so that the short limit never meets an old time
 
     def start(self, directory: Path | None, rank: int, size: int, hang_timeout: float) -> None:
-        """Write to ``directory`` (None: nowhere; the report then knows this rank only) and watch from now on.
+        """Start to write the position to ``directory`` and to watch for progress.
 
         Args:
-            hang_timeout: how long nothing may move before the process is ended; ten times that in a long phase, such as
-                the one at the start.
+            directory: None means that no files are written, so that a report covers this rank only.
+            hang_timeout: seconds without progress after which the process ends; ten times as many in a long phase,
+                such as the start.
         """
-        self._rank, self._size, self._hang_seconds = rank, size, hang_timeout
+        self._rank, self._size, self._hang_timeout = rank, size, hang_timeout
         if directory is not None:
-            self._file = _file_of(directory, rank)
+            self._file = _heartbeat_file(directory, rank)
             try:
                 directory.mkdir(parents=True, exist_ok=True)
-                self._file.unlink(missing_ok=True)  # of a job before
+                self._file.unlink(missing_ok=True)  # from an earlier job
             except OSError as error:
-                print(f"megatron_qad: ERROR: heartbeats in {directory}: {error}. The job goes on", flush=True)
+                print(f"megatron_qad: ERROR: heartbeats in {directory}: {error}. The job continues.", flush=True)
         self._every = min(_MAX_SECONDS_BETWEEN, hang_timeout / 40)
         self._started = self._time = time.time()
         threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
 
     def stop(self) -> None:
-        """Nothing is written or watched any more."""
+        """Stop writing and watching."""
         self._has_ended.set()
 
     def _watch(self) -> None:
-        written, seen = None, self._passes()
+        written, last_passes = None, self._passes()
         while not self._has_ended.is_set():
-            if (passes := self._passes()) != seen:
-                seen, self._time = passes, time.time()
+            if (passes := self._passes()) != last_passes:
+                last_passes, self._time = passes, time.time()
             place = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "step": self.step}
             place |= {"phase": self.phase, "num_phases": self._num_phases, "time": self._time}
             if self._file is not None and place != written:
@@ -85,42 +86,42 @@ class Heartbeat:
                     written = place
                 except OSError:
                     pass  # a full disk must not end a job; the next round tries again
-            limit = self._hang_seconds * self._patience  # before the time, as it is set after it
+            limit = self._hang_timeout * self._patience  # read before the time, because ``beat`` sets it after the time
             if (waited := time.time() - self._time) > limit:
                 self._report(place, waited, limit)
             self._has_ended.wait(self._every)
 
-    def _report(self, mine: dict, waited: float, limit: float) -> None:
-        places = self._places() | {mine["rank"]: mine}
+    def _report(self, local: dict, waited: float, limit: float) -> None:
+        places = self._read_places() | {local["rank"]: local}
         ahead = max(place["num_phases"] for place in places.values())
-        speaker = min(rank for rank, place in places.items() if place["num_phases"] == ahead)
-        if mine["rank"] != speaker and waited < limit + _GRACE_SECONDS:
-            return  # one voice is enough; it ends the job
+        reporter = min(rank for rank, place in places.items() if place["num_phases"] == ahead)
+        if local["rank"] != reporter and waited < limit + _GRACE_SECONDS:
+            return  # one report is enough; the reporting rank ends the job
         order = sorted(places.values(), key=lambda place: (place["num_phases"], place["time"]))
-        said = "; ".join(
+        listing = "; ".join(
             f"rank {p['rank']} on {p['host']} in step {p['step']}, {p['phase']}, {time.time() - p['time']:.0f} s ago"
-            for p in order[:_MAX_NAMED]
+            for p in order[:_MAX_LISTED]
         )
         behind = "furthest behind first" if order[0]["num_phases"] < ahead else "all in one phase, longest silent first"
         print(
-            f"error: no progress for {waited:.0f} s. Last seen, {behind}: {said}"
-            f"{f'; and {len(order) - _MAX_NAMED} more' if len(order) > _MAX_NAMED else ''}. "
-            f"Look at rank {order[0]['rank']}: its process (pid {order[0]['pid']}), its device, its network",
+            f"error: no progress for {waited:.0f} s. Last seen, {behind}: {listing}"
+            f"{f'; and {len(order) - _MAX_LISTED} more' if len(order) > _MAX_LISTED else ''}. "
+            f"Check rank {order[0]['rank']}: its process (pid {order[0]['pid']}), device and network.",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)
 
-    def _places(self) -> dict[int, dict]:
-        found = {}
+    def _read_places(self) -> dict[int, dict]:
+        places = {}
         for rank in range(self._size) if self._file is not None else ():
             try:
-                found[rank] = json.loads(_file_of(self._file.parent, rank).read_text())
+                places[rank] = json.loads(_heartbeat_file(self._file.parent, rank).read_text())
             except (OSError, ValueError):
-                found[rank] = {"rank": rank, "host": "an unknown host", "pid": "unknown", "step": 0}
-                found[rank] |= {"phase": "never seen", "num_phases": -1, "time": self._started}
-        return found
+                places[rank] = {"rank": rank, "host": "an unknown host", "pid": "unknown", "step": 0}
+                places[rank] |= {"phase": "never seen", "num_phases": -1, "time": self._started}
+        return places
 
 
-def _file_of(directory: Path, rank: int) -> Path:
+def _heartbeat_file(directory: Path, rank: int) -> Path:
     return directory / f"rank_{rank:05d}.json"

@@ -1,8 +1,8 @@
-"""Loggers that never end a job: TensorBoard's event files, wandb, Megatron's progress log and the console.
+"""Loggers that never end a job: TensorBoard event files, wandb, Megatron's progress log and the console.
 
-What a logger raises is said once per kind of failure, on one line, and the job goes on. ``Loggers`` puts all of it in
-Megatron's place; ``event_writer`` is TensorBoard's part. Left out: the small files of the job itself, which
-``engine.run_directory.manifest.write_or_say`` and ``preemption`` survive.
+Each kind of failure of a logger is printed once, on one line, and the job continues. ``Loggers`` replaces Megatron's
+loggers; ``event_writer`` implements TensorBoard's. Failures of the job's own small files are handled by
+``engine.run_directory.manifest.write_or_warn`` and ``preemption``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from megatron_qad.engine.run_directory.run_files import EVENTS_FILE
 
 
 class Guarded:
-    """``wandb``, whose functions (also those of its ``run`` and ``config``) raise nothing and then return None."""
+    """A proxy of ``wandb`` whose functions, including those of its ``run`` and ``config``, return None on an error."""
 
     def __init__(self, guarded, failures: FailureLog):
         self._guarded, self._failures = guarded, failures
@@ -32,31 +32,31 @@ class Guarded:
         try:
             value = getattr(self._guarded, name)
         except Exception as error:
-            self._failures.say(error)
+            self._failures.report(error)
             return None
         if callable(value):
-            return _surviving(value, self._failures)
+            return _never_raise(value, self._failures)
         return value if isinstance(value, (str, int, float, type(None))) else Guarded(value, self._failures)
 
-    def __eq__(self, other) -> bool:  # Megatron's timers ask whether their writer is wandb
+    def __eq__(self, other) -> bool:  # Megatron's timers check whether their writer is wandb
         return other is self._guarded or isinstance(other, Guarded) and other._guarded is self._guarded
 
     __hash__ = object.__hash__
 
 
-def _surviving(function: Callable, failures: FailureLog, errors: type[Exception] = Exception) -> Callable:
-    def call(*args, **named):
+def _never_raise(function: Callable, failures: FailureLog, errors: type[Exception] = Exception) -> Callable:
+    def call(*args, **kwargs):
         try:
-            return function(*args, **named)
+            return function(*args, **kwargs)
         except errors as error:
-            failures.say(error)
+            failures.report(error)
             return None
 
     return call
 
 
 class _Console:
-    """stdout or stderr, of which a full disk or a closed pipe behind it loses text and not the job."""
+    """A wrapper of stdout or stderr that drops text on a full disk or a closed pipe instead of ending the job."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -68,7 +68,7 @@ class _Console:
         try:
             return self._stream.write(text)
         except OSError:
-            return len(text)  # there is no place left to say it
+            return len(text)  # there is no place left to report the error
 
     def flush(self) -> None:
         try:
@@ -78,41 +78,41 @@ class _Console:
 
 
 class Loggers:
-    """A job's loggers. ``install`` comes before Megatron parses its flags, which starts them.
+    """The loggers of a job. Call ``install`` before Megatron parses its flags, because parsing starts the loggers.
 
     Args:
         save: ``--save``.
         tensorboard_dir: ``--tensorboard-dir``.
-        wandb_dir: where wandb keeps its files.
+        wandb_dir: directory of wandb's files.
     """
 
     def __init__(self, save: str | None, tensorboard_dir: str | None, wandb_dir: str):
         self._save, self._tensorboard_dir, self._wandb_dir = save, tensorboard_dir, wandb_dir
 
     def install(self) -> None:
-        """Let Megatron make its loggers from those of this file."""
+        """Replace Megatron's loggers by those of this module."""
         sys.stdout, sys.stderr = (s if isinstance(s, _Console) else _Console(s) for s in (sys.stdout, sys.stderr))
         replace("megatron.training.global_vars:_set_tensorboard_writer", lambda _: self._set_tensorboard_writer)
-        of_wandb = FailureLog(f"wandb in {self._wandb_dir}")
+        wandb_failures = FailureLog(f"wandb in {self._wandb_dir}")
 
-        def guarded(start: Callable) -> Callable:
+        def guard(start: Callable) -> Callable:
             def set_wandb_writer(args: argparse.Namespace) -> None:
-                _surviving(start, of_wandb)(args)
+                _never_raise(start, wandb_failures)(args)
                 if (wandb := global_vars.get_wandb_writer()) is not None:
-                    global_vars._GLOBAL_WANDB_WRITER = Guarded(wandb, of_wandb)
+                    global_vars._GLOBAL_WANDB_WRITER = Guarded(wandb, wandb_failures)
 
             return set_wandb_writer
 
-        replace("megatron.training.global_vars:_set_wandb_writer", guarded)
-        # A checkpoint's entry in wandb, and a small file beside the checkpoints.
-        surviving_wandb = partial(_surviving, failures=of_wandb)
-        replace("megatron.training.wandb_utils:on_save_checkpoint_success", surviving_wandb)
-        surviving_disk = partial(_surviving, failures=FailureLog(f"the progress log in {self._save}"), errors=OSError)
+        replace("megatron.training.global_vars:_set_wandb_writer", guard)
+        # Logs a checkpoint to wandb and writes a small file next to the checkpoints.
+        guard_wandb = partial(_never_raise, failures=wandb_failures)
+        replace("megatron.training.wandb_utils:on_save_checkpoint_success", guard_wandb)
+        guard_disk = partial(_never_raise, failures=FailureLog(f"the progress log in {self._save}"), errors=OSError)
         for module in ("training", "checkpointing"):
-            replace(f"megatron.training.{module}:append_to_progress_log", surviving_disk)
+            replace(f"megatron.training.{module}:append_to_progress_log", guard_disk)
 
     def event_record(self) -> Callable[[], str] | None:
-        """What every checkpoint is to say of the event files (``event_record``); None where there are none."""
+        """Return a function for the record of the event files (``event_record``); None if there are no such files."""
         if not self._tensorboard_dir or self._save is None:
             return None
         return EventRecord(Path(self._tensorboard_dir), Path(self._save)).text
@@ -129,21 +129,21 @@ class Loggers:
             atexit.register(self.close)
 
     def close(self) -> None:
-        """Write what TensorBoard's thread has not yet written, and beside the checkpoints what the event files now
-        are."""
+        """Write pending TensorBoard events, and the record of the final event files in the run directory."""
         writer = global_vars.get_tensorboard_writer()
         if not isinstance(writer, JobWriter) or writer.file_writer is None:
             return
         writer.close()
         if self._save is not None and Path(self._save).is_dir():
             record = EventRecord(Path(self._tensorboard_dir), Path(self._save))
-            manifest.write_or_say(Path(self._save) / EVENTS_FILE, record.text())
+            manifest.write_or_warn(Path(self._save) / EVENTS_FILE, record.text())
 
 
 def continue_wandb_run(project: str | None, save: str | None, environ: MutableMapping[str, str]) -> None:
-    """Give every start of one ``--save`` directory the same wandb run. ``WANDB_RUN_ID``, if set, wins.
+    """Give every start with the same ``--save`` directory the same wandb run. ``WANDB_RUN_ID`` takes precedence.
 
-    Only on the last rank, the one that Megatron lets write, and before Megatron parses, which starts the run.
+    Does nothing except on the last rank, where Megatron logs to wandb. Must run before Megatron parses its flags, which
+    starts the wandb run.
     """
     is_last = int(environ.get("RANK", "0")) == int(environ.get("WORLD_SIZE", "1")) - 1
     if not project or save is None or not is_last:
@@ -154,10 +154,10 @@ def continue_wandb_run(project: str | None, save: str | None, environ: MutableMa
         name = file.read_text().strip() if file.is_file() else ""
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"megatron_qad: ERROR: {file}: {error}. This start is a wandb run of its own", flush=True)
+        print(f"megatron_qad: ERROR: {file}: {error}. This start is logged as a new wandb run.", flush=True)
     else:
-        if not name:  # no file, or one that a full disk left empty
+        if not name:  # no file, or an empty one after a full disk
             name = environ.get("WANDB_RUN_ID", secrets.token_hex(4))
-            manifest.write_or_say(file, name)  # else the next start is a wandb run of its own
+            manifest.write_or_warn(file, name)  # if it fails, the next start is a new wandb run
     environ.setdefault("WANDB_RUN_ID", name or secrets.token_hex(4))
     environ.setdefault("WANDB_RESUME", "allow")

@@ -1,14 +1,14 @@
-"""The seam to Megatron's training loop: the one place that replaces functions of it.
+"""The interface to Megatron's training loop, and the only module that replaces functions in it.
 
-``Loop.install`` replaces four functions of ``megatron.training.training``, where Megatron looks them up; each calls
-Megatron's own and reports events around it:
+``Loop.install`` replaces four functions in ``megatron.training.training``, where Megatron looks them up. Each calls
+the original function and reports events around it:
 
-- ``get_forward_backward_func``: the schedule that it returns is given to ``run_schedule``, which runs it.
-- ``train_step``: a step; its optimizer is one whose update callbacks may leave out.
+- ``get_forward_backward_func``: the returned schedule is passed to ``run_schedule``, which runs it.
+- ``train_step``: a step, with an optimizer whose update callbacks may skip.
 - ``save_checkpoint``: a save.
-- ``maybe_finalize_async_save``: the end of a save in the background; only with ``--async-save``.
+- ``maybe_finalize_async_save``: the end of a background save; only with ``--async-save``.
 
-Megatron's hook for the end of the backward passes, ``finalize_model_grads_func``, is an official one.
+The end of the backward passes is reported through an official hook of Megatron, ``finalize_model_grads_func``.
 """
 
 import argparse
@@ -30,11 +30,11 @@ _LOOP = "megatron.training.training"
 
 
 class Loop:
-    """Megatron's loop as a job sees it.
+    """Megatron's training loop, with events.
 
     Args:
-        args: Megatron's global arguments, which its loop counts in.
-        events: told what happens.
+        args: Megatron's global arguments, in which its loop counts.
+        events: receives the events.
     """
 
     def __init__(self, args: argparse.Namespace, events: Events):
@@ -42,33 +42,33 @@ class Loop:
         self._reports: list[dict[str, torch.Tensor]] = []
         self._replaced: list[str] = []
         self.exit_status: int | None = None
-        """What a job that leaves early ends with; None: as Megatron says."""
+        """Exit status of a job that stops early. None means Megatron's exit status."""
 
     @property
     def step(self) -> int:
-        """The training step that is running or has just run, counted from 1."""
-        return self.args.curr_iteration + 1  # Megatron counts a step when it is done
+        """The current training step, or the last one between two steps, counted from 1."""
+        return self.args.curr_iteration + 1  # Megatron increments the counter after the step
 
     @property
     def iteration(self) -> int:
-        """Steps that were trained so far, as an evaluation counts them."""
-        # Megatron counts an iteration after its evaluation. Where nothing is trained curr_iteration stays 0, and under
-        # --skip-train it is not there.
+        """Number of steps trained so far, as counted in an evaluation."""
+        # Megatron counts an iteration after its evaluation. Without training, curr_iteration stays 0; with --skip-train
+        # it does not exist.
         trained = getattr(self.args, "curr_iteration", -1) + 1 if self.args.consumed_train_samples else 0
         return max(self.args.iteration, trained)
 
     def install(self, student: Sequence[torch.nn.Module], run_schedule: Callable) -> None:
-        """Let Megatron's loop report to this object. Once a job, before the student is wrapped.
+        """Make Megatron's loop report to this object. Called once in a job, before the student is wrapped.
 
         Args:
-            student: its chunks.
-            run_schedule: ``(schedule, *, data_iterator, model, num_microbatches, forward_step_func, **rest)``, called
-                in place of ``schedule`` with what Megatron would call that with.
+            student: the student's chunks.
+            run_schedule: ``(schedule, *, data_iterator, model, num_microbatches, forward_step_func, **kwargs)``, called
+                instead of ``schedule`` with the same arguments.
         """
         config = get_model_config(student[0])
-        assert config.finalize_model_grads_func is None, "another builder has installed its finalize_model_grads_func"
+        assert config.finalize_model_grads_func is None, "another builder has set finalize_model_grads_func"
         config.finalize_model_grads_func = self._finalize_gradients
-        self._replace("get_forward_backward_func", lambda upstream: self._schedules(upstream, run_schedule))
+        self._replace("get_forward_backward_func", lambda upstream: self._wrap_schedules(upstream, run_schedule))
         self._replace("train_step", self._train_step)
         self._replace("save_checkpoint", self._save_checkpoint)
         if self.args.async_save:
@@ -76,13 +76,13 @@ class Loop:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around ``pretrain``: reports how the job ended, and gives Megatron its functions back."""
+        """Context around ``pretrain`` that reports the end of the job and restores Megatron's functions."""
         try:
             yield
             self.events.job_ends(is_done=True)
-        except SystemExit as left:  # Megatron leaves so when it was asked to, or when its time or its steps are up
+        except SystemExit as error:  # Megatron exits on a stop request, or at the limit of its time or steps
             self.events.job_ends(is_done=False)
-            raise SystemExit(left.code if self.exit_status is None else self.exit_status) from left
+            raise SystemExit(error.code if self.exit_status is None else self.exit_status) from error
         finally:
             self.events.closes()
             while self._replaced:
@@ -92,12 +92,12 @@ class Loop:
         replace(f"{_LOOP}:{name}", make)
         self._replaced.append(f"{_LOOP}:{name}")
 
-    def _schedules(self, upstream: Callable, run_schedule: Callable) -> Callable:
+    def _wrap_schedules(self, upstream: Callable, run_schedule: Callable) -> Callable:
         def get_forward_backward_func(*args, **kwargs):
             schedule = upstream(*args, **kwargs)
 
-            def run(**call):
-                self._reports = run_schedule(schedule, **call)
+            def run(**schedule_kwargs):
+                self._reports = run_schedule(schedule, **schedule_kwargs)
                 return self._reports
 
             return run
@@ -110,41 +110,44 @@ class Loop:
         self.events.gradients_ready()
 
     def _train_step(self, upstream: Callable) -> Callable:
-        def train_step(forward_step_func, data_iterator, model, optimizer, scheduler, *rest, **named):
+        def train_step(forward_step_func, data_iterator, model, optimizer, scheduler, *args, **kwargs):
             self.events.step_begins(self.step, model)
             guarded = _GuardedOptimizer(optimizer, lambda: self._update(optimizer, model))
-            found = upstream(forward_step_func, data_iterator, model, guarded, scheduler, *rest, **named)
-            self.events.step_ended(TrainedStep(self.step, found[0], found[5], model, optimizer, scheduler))
-            return found
+            result = upstream(forward_step_func, data_iterator, model, guarded, scheduler, *args, **kwargs)
+            self.events.step_ended(TrainedStep(self.step, result[0], result[5], model, optimizer, scheduler))
+            return result
 
         return train_step
 
     def _update(self, optimizer, model) -> tuple:
-        """``optimizer.step`` if no callback leaves it out; (False, None, None), as Megatron's own for FP16, if one
-        does. Megatron then counts a skipped iteration: its data is used up, its learning rate not."""
-        update = Update(self.step, model, *_agree(self._reports, model))
+        """Call ``optimizer.step``, unless a callback skips the update.
+
+        A skipped update returns (False, None, None), as Megatron's FP16 optimizer does. Megatron then counts a skipped
+        iteration: its data is consumed, and the learning rate does not advance.
+        """
+        update = Update(self.step, model, *_reduce_over_ranks(self._reports, model))
         self.events.before_update(update)
-        found = (False, None, None) if update.is_left_out else optimizer.step()
+        result = (False, None, None) if update.is_left_out else optimizer.step()
         self.events.after_update(update)
-        return found
+        return result
 
     def _save_checkpoint(self, upstream: Callable) -> Callable:
-        def save_checkpoint(iteration, *rest, **named):
+        def save_checkpoint(iteration, *args, **kwargs):
             save = Save(iteration, is_last=iteration >= self.args.train_iters)
-            self._run(save, lambda: upstream(iteration, *rest, **named))
+            self._run_save(save, lambda: upstream(iteration, *args, **kwargs))
 
         return save_checkpoint
 
     def _finalize_async_save(self, upstream: Callable) -> Callable:
-        def maybe_finalize_async_save(*rest, **named):
-            save = Save(None, is_last=named.get("terminate", False))
-            self._run(save, lambda: upstream(*rest, **named), waits=named.get("blocking", False))
+        def maybe_finalize_async_save(*args, **kwargs):
+            save = Save(None, is_last=kwargs.get("terminate", False))
+            self._run_save(save, lambda: upstream(*args, **kwargs), is_blocking=kwargs.get("blocking", False))
 
         return maybe_finalize_async_save
 
-    def _run(self, save: Save, work: Callable[[], None], waits: bool = True) -> None:
+    def _run_save(self, save: Save, work: Callable[[], None], is_blocking: bool = True) -> None:
         try:
-            if waits:
+            if is_blocking:
                 self.events.save_begins(save)
             work()
         except (SaveFailed, CheckpointException) as error:
@@ -155,7 +158,7 @@ class Loop:
 
 
 class _GuardedOptimizer:
-    """A step's optimizer with another ``step``; everything else is its own."""
+    """A proxy of the optimizer with a different ``step``."""
 
     def __init__(self, optimizer, step: Callable[[], tuple]):
         self._optimizer, self.step = optimizer, step
@@ -164,11 +167,11 @@ class _GuardedOptimizer:
         return getattr(self._optimizer, name)
 
 
-def _agree(reports: list[dict[str, torch.Tensor]], model) -> tuple[float, float, bool]:
-    """The mean loss of a token, the tokens that count (as often as ranks compute their loss), and whether all numbers
-    of all ranks are finite. One all-reduce of three numbers."""
+def _reduce_over_ranks(reports: list[dict[str, torch.Tensor]], model) -> tuple[float, float, bool]:
+    """Return mean loss per token, number of tokens summed over all ranks that compute a loss, and whether losses and
+    gradients are finite on every rank. One all-reduce of three numbers."""
     numbers = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    totals = [one.get("total loss", next(iter(one.values()))).double() for one in reports or () if one]
+    totals = [report.get("total loss", next(iter(report.values()))).double() for report in reports or () if report]
     is_finite = gradients_are_finite(model)
     if totals:
         numbers[:2] = torch.stack(totals).sum(dim=0)
@@ -181,8 +184,10 @@ def _agree(reports: list[dict[str, torch.Tensor]], model) -> tuple[float, float,
 
 
 def gather_parameters(model) -> None:
-    """Finish the parameter gather that ``--overlap-param-gather`` leaves to the forward pass: a weight must be whole
-    before it is quantized. What was gathered here, the forward pass does not gather again."""
+    """Finish the parameter gather that ``--overlap-param-gather`` defers to the forward pass.
+
+    A weight must be gathered before it is quantized. The forward pass does not gather it a second time.
+    """
     for chunk in model if isinstance(model, list) else [model]:
         if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
             chunk.start_param_sync(force_sync=True)

@@ -1,4 +1,4 @@
-"""Megatron's command line: its parser with our flags added, and its global arguments."""
+"""Megatron's command line: its argument parser, extended by our flags, and its global arguments."""
 
 import argparse
 import os
@@ -12,29 +12,27 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 
 def add_options(options: type, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add a flag for every field of a dataclass, whose docstring becomes the help."""
+    """Add a flag for every field of a dataclass; the field's docstring becomes the help text."""
     ArgumentGroupFactory(options).build_group(parser, title="quantization-aware distillation")
-    for action in parser._actions:  # argparse formats help with %: "10%)" of a flag of megatron-core 0.19.2 ends --help
+    for action in parser._actions:  # argparse formats help with %; a "10%)" in megatron-core 0.19.2 would break --help
         if action.help is not argparse.SUPPRESS and action.help:
             action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     return parser
 
 
 def make_parser(options: type) -> argparse.ArgumentParser:
-    """A parser of all of Megatron's flags and ours."""
+    """Create a parser of Megatron's flags and ours."""
     return add_options(options, add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
 def parse_globally(argv: Sequence[str], options: type, world_size: int) -> argparse.Namespace:
-    """Have Megatron parse and validate ``argv``: sets its global arguments, and starts its loggers and its signal
-    handler. Sets ``sys.argv``, from which it reads.
+    """Let Megatron parse and validate ``argv``, set its global arguments, and start its loggers and signal handler.
 
-    Raises:
-        Megatron's own errors, as they do upstream.
+    Sets ``sys.argv``, from which Megatron reads. Megatron's own errors are raised unchanged.
     """
     sys.argv = [sys.argv[0], *argv]
     before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(world_size)  # a plan may be made for more ranks than there are
+    os.environ["WORLD_SIZE"] = str(world_size)  # a dry run may plan for more ranks than there are
     try:
         return parse_and_validate_args(extra_args_provider=partial(add_options, options))
     finally:

@@ -17,25 +17,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Patch:
-    """One row: something that is replaced in every process or job that needs it."""
+    """One row of the table: attributes of a module or class that are replaced."""
 
     owner: str
     """Module, or ``module:Class``, whose attributes are replaced."""
     names: tuple[str, ...]
-    """The attributes."""
+    """Names of the replaced attributes."""
     package: str
-    """Distribution that it belongs to, as PyPI names it."""
+    """Distribution on PyPI that the module belongs to."""
     version: str
-    """Of the package, for which the row was checked."""
+    """Version of the package against which the row was checked."""
     why: str
     where: str
-    """The file that replaces it."""
+    """File that replaces the attributes."""
     until: str
     """When the row can be removed."""
     sources: tuple[str, ...]
-    """Of each attribute the first 12 digits of its source's SHA-256, or what it is where it has no Python source."""
+    """The first 12 digits of the SHA-256 of each attribute's source, or its type if it has no Python source."""
     issue: str = ""
-    """Upstream's issue, where one is known."""
+    """Upstream issue, if one is known."""
 
 
 _MEGATRON, _TORCH, _TENSORBOARD = ("megatron-core", "0.19.2"), ("torch", "2.11.0"), ("tensorboard", "2.21")
@@ -291,7 +291,7 @@ PATCHES: tuple[Patch, ...] = (
 
 @dataclass(frozen=True)
 class StandIn:
-    """A module of ours that an import finds under another package's name."""
+    """A module of megatron_qad that is imported under the name of another package."""
 
     module: str
     why: str
@@ -322,12 +322,14 @@ STAND_INS: tuple[StandIn, ...] = (
 
 
 def replace(target: str, make: Callable[[Any], Any]) -> None:
-    """Put ``make(upstream)`` in the place of an attribute that has a row in the table.
+    """Replace an attribute that has a row in the table by ``make(upstream)``.
 
-    A second replacement starts from upstream's own again, so that each job of a process installs its own.
+    ``upstream`` is the original attribute, also in a second call, so each job of a process can install its replacement.
+    ``target`` is ``module:name`` or ``module:Class.name``. Without a row for it, LookupError is raised. Example::
 
-    Args:
-        target: ``module:name`` or ``module:Class.name``.
+        from megatron_qad.engine.patches import replace, restore
+        replace("torch.optim:AdamW", lambda upstream: type("MyAdamW", (upstream,), {}))
+        restore("torch.optim:AdamW")
     """
     owner, _, name = target.replace(":", ".").rpartition(".")
     if not any(owner == patch.owner.replace(":", ".") and name in patch.names for patch in PATCHES):
@@ -341,28 +343,28 @@ def replace(target: str, make: Callable[[Any], Any]) -> None:
 
 
 def restore(target: str) -> None:
-    """Give an attribute back what it was before ``replace``."""
+    """Restore the original of a replaced attribute."""
     replace(target, lambda upstream: upstream)
 
 
 def upstream_of(value: Any) -> Any:
-    """What ``replace`` put ``value`` in the place of; itself if it is upstream's own."""
+    """Return the original that ``value`` replaces; ``value`` itself if it is not a replacement."""
     new, upstream = getattr(value, _MARK, (None, None))
-    return upstream if new is value else value  # a wrapper of ours, by whom ever, has our mark and is another
+    return upstream if new is value else value  # functools.wraps copies the mark to another package's wrapper
 
 
 _MARK = "_megatron_qad_replaces"
 
 
 def owner_of(name: str) -> Any:
-    """The module or class that a row's ``owner`` names."""
-    module, _, attribute = name.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    """Import and return the module or class that the ``owner`` of a row names."""
+    module_name, _, attribute = name.partition(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module
 
 
 def source_of(owner: Any, name: str) -> str:
-    """What ``Patch.sources`` has for an attribute: 12 digits of its source's SHA-256, or its type without one."""
+    """Return the ``Patch.sources`` entry of an attribute: 12 digits of its source's SHA-256, or its type."""
     if not hasattr(owner, name):
         return "absent"
     value = inspect.unwrap(upstream_of(getattr(owner, name)))

@@ -1,6 +1,6 @@
-"""Processes that end with the one that started them.
+"""Ends a process together with the one that started it.
 
-This file imports nothing of the package: ``launch/rank.py`` loads it by itself, before torch.
+This file imports nothing from the package, because ``launch/rank.py`` loads it alone, before torch.
 """
 
 import ctypes
@@ -11,14 +11,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent dies, however the parent dies.
+    """Make the kernel kill this process when its parent dies, whatever the cause.
 
-    It survives ``exec`` and is not inherited by children. The parent is the thread that started this process, so it
-    must have been started by a thread that lives as long as it should.
+    The setting survives ``exec`` and is not inherited by children. The kernel watches the thread that started this
+    process, so that thread must live as long as the process should.
 
     Args:
-        parent: pid that the parent must have; None: of whichever is the parent now. If the parent is gone already,
-            this process ends at once.
+        parent: expected pid of the parent. None means the current parent. If the parent has died already, this process
+            ends immediately.
     """
     parent = os.getppid() if parent is None else parent
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
@@ -27,9 +27,9 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def end_with_launcher() -> None:
-    """For a rank that torchrun started: end with its agent, and by Ctrl-C without a traceback. Does nothing elsewhere.
+    """Make a rank of torchrun end with its agent, and end on Ctrl-C without a traceback. Does nothing elsewhere.
 
-    A program that a user starts by hand may outlive its shell (``nohup``), so the parent's death says nothing there.
+    A program that a user starts by hand may outlive its shell (``nohup``), so it must not end with its parent.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()

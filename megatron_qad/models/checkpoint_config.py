@@ -25,7 +25,7 @@ def read_config(checkpoint: str | Path) -> dict:
             f"{checkpoint}: no hf/config.json; expected a checkpoint directory that import_hf.py or pretrain_qad.py "
             "wrote"
         )
-    manifest.require_file(file)
+    manifest.verify_file(file)
     return json.loads(file.read_text(encoding="utf-8"))
 
 

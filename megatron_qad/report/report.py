@@ -40,7 +40,7 @@ def write_report(
     """
     results = collect(runs, teacher, title, accept_gaps=accept_gaps)
     output = Path(output)
-    with locks.writing(output):
+    with locks.lock_output(output):
         output.mkdir(parents=True, exist_ok=True)
         write_png(output / "report.png", results.title, results.runs, results.linears)
         (output / "report.md").write_text(markdown(results))

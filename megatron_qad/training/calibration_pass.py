@@ -116,4 +116,4 @@ def report_fallbacks(fallbacks: dict[str, tuple[str, int]], save: str | None) ->
         print_rank_0(f"megatron_qad: calibration: and {len(found) - _MAX_PRINTED} linears of experts more")
     if save is not None and is_rank0():
         entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in found.items()}
-        json_records.write_or_say(Path(save) / CALIBRATION_FILE, {"few_tokens": entries})
+        json_records.write_or_warn(Path(save) / CALIBRATION_FILE, {"few_tokens": entries})

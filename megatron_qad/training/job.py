@@ -25,7 +25,7 @@ from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
 from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
-from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, OF_A_RUN, text_of_record
+from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, RUN_RECORDS, record_text
 from megatron_qad.models.builder import QADModelConfig
 from megatron_qad.models.weight_loading import has_amaxes, load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
@@ -223,10 +223,10 @@ class QADJob:
         save = self.args.save
         if save is None:
             return
-        for name in OF_A_RUN:
-            self.saves.texts_beside[name] = partial(text_of_record, save, name)
+        for name in RUN_RECORDS:
+            self.saves.extra_texts[name] = partial(record_text, save, name)
         if (of_events := self.loggers.event_record()) is not None:
-            self.saves.texts_beside[EVENTS_FILE] = of_events
+            self.saves.extra_texts[EVENTS_FILE] = of_events
         on_first_rank(lambda: describe_run(self.config, Path(save), Path(self.args.load) if resumes else None))
 
     def _say_if_masters_are_lost(self) -> None:

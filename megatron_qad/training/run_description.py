@@ -8,7 +8,7 @@ from megatron_qad.config.job_config import JobConfig
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.iterations import smoothing_record
-from megatron_qad.engine.run_directory.run_files import JOB_FILE, OF_A_RUN, SMOOTHING_FILE, read_record
+from megatron_qad.engine.run_directory.run_files import JOB_FILE, RUN_RECORDS, SMOOTHING_FILE, read_record
 from megatron_qad.models.checkpoint_config import read_job
 
 
@@ -24,7 +24,7 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
             ``--load`` is of a job that began with weights smoothed otherwise.
     """
     options, formats = config.options, config.formats
-    for name in OF_A_RUN:
+    for name in RUN_RECORDS:
         read_record(save, name)  # damage to what this job does not read would go on into its checkpoints
     job = read_job(save)
     if job is not None:

@@ -37,7 +37,7 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
     if flags.save is not None and not config.options.qad_dry_run and os.environ.get("RANK", "0") == "0":
         # The first rank asks, because the ranks do not know each other yet; if it is refused, the launcher ends the
         # others. Parsing already starts wandb and TensorBoard, which write.
-        locks.hold(flags.save, "--save")
+        locks.lock_directory(flags.save, "--save")
     atexit.register(_end_data_workers)
     if not config.options.qad_dry_run:
         continue_wandb_run(flags.wandb_project, flags.save, os.environ)

@@ -1,4 +1,4 @@
-"""pretrain_qad.py with a bug that shows itself in the third step."""
+"""pretrain_qad.py with a callback that raises in the third step."""
 
 import pretrain_qad
 from megatron_qad.engine.events import Callback

@@ -1,4 +1,4 @@
-"""What test_damage reads damaged directories with, in one process."""
+"""Reads damaged run directories for test_damage, all in one process."""
 
 import shutil
 import sys
@@ -6,43 +6,42 @@ from pathlib import Path
 
 
 def read_all(directory: str, cases: list[list[str]]) -> None:
-    """Damage ``directory``/run in each way, read it in three, and print what was neither refused nor right."""
+    """Damage ``directory``/run in each way, read it with three readers, and print wrong results that no error stops."""
     import test_damage
 
     from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
-    shop = test_damage.Shop(Path(directory), None)
-    shutil.copytree(shop.pristine, shop.run)
-    expected = {name: reader(shop) for name, reader in READERS.items()}
+    workspace = test_damage.Workspace(Path(directory), None)
+    shutil.copytree(workspace.pristine, workspace.run)
+    expected = {name: reader(workspace) for name, reader in READERS.items()}
     assert all(kind == "result" for kind, _ in expected.values()), expected
-    readings = refused = 0
+    num_readings = num_refused = 0
     for file, kind in cases:
-        shop.damaged(file, kind)
+        workspace.make_damaged_run(file, kind)
         for name, reader in READERS.items():
-            found = reader(shop)
-            readings, refused = readings + 1, refused + (found[0] == "error")
-            if found != expected[name] and found[0] != "error":
-                print(
-                    f"WRONG {name} after {kind!r} of {file}: {found[1] if found[0] != 'result' else 'another result'}"
-                )
-    print(f"{readings} readings, {refused} refused")
+            outcome = reader(workspace)
+            num_readings, num_refused = num_readings + 1, num_refused + (outcome[0] == "error")
+            if outcome != expected[name] and outcome[0] != "error":
+                problem = outcome[1] if outcome[0] != "result" else "another result"
+                print(f"WRONG {name} after {kind!r} of {file}: {problem}")
+    print(f"{num_readings} readings, {num_refused} refused")
     sys.stdout.flush()
 
 
 def _reader(read):
-    def result(shop) -> tuple[str, object]:
+    def result(workspace) -> tuple[str, object]:
         from megatron_qad.engine import QADError
         from megatron_qad.engine.run_directory import manifest
 
-        manifest._found_whole.clear()  # the directory has changed under this process
-        output = shop.directory / "output"
+        manifest._verified.clear()  # this process has changed the directory
+        output = workspace.directory / "output"
         shutil.rmtree(output, ignore_errors=True)
         try:
-            read(shop, output)
+            read(workspace, output)
         except QADError as error:
             return "error", str(error)
-        except Exception as error:  # what a user would see as a traceback
+        except Exception as error:  # a user would see a traceback
             return "traceback", repr(error)
         return "result", {str(file.relative_to(output)): file.read_bytes() for file in sorted(output.rglob("*"))}
 
@@ -50,18 +49,18 @@ def _reader(read):
 
 
 def _export(iteration):
-    def read(shop, output):
+    def read(workspace, output):
         from megatron_qad.checkpoint.export_hf import export_hf
 
-        export_hf(shop.run, output, "modelopt", iteration=iteration)
+        export_hf(workspace.run, output, "modelopt", iteration=iteration)
 
     return read
 
 
-def _report(shop, output):
+def _report(workspace, output):
     from megatron_qad.report.report import write_report
 
-    write_report({"QAD": shop.run}, shop.directory / "teacher", output)
+    write_report({"QAD": workspace.run}, workspace.directory / "teacher", output)
 
 
 READERS = {"export": _reader(_export(None)), "best": _reader(_export("best")), "report": _reader(_report)}

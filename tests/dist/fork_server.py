@@ -1,13 +1,13 @@
 """Runs many small jobs of several ranks from one process that has imported everything once.
 
 A rank of a QAD job takes ten seconds to import torch, Megatron and modelopt, and two to train a tiny model. This server
-imports once and forks its ranks, so that twenty jobs run in the time of two. The fixture ``server`` is one for all
-files of a process of tests. In the test:
+imports once and forks its ranks, so that twenty jobs run in the time of two. The fixture ``server`` is shared by all
+tests of a process. In the test:
 
     output = server.run("training_jobs:train", nproc=2, arguments={...})
 
-Each rank calls ``module:function(**arguments)`` with torchrun's environment variables set. Left out: what torchrun
-itself does; ``launch.run_workers`` is for that.
+Each rank calls ``module:function(**arguments)`` with torchrun's environment variables set. Not supported: tests of
+torchrun itself; use ``launch.run_workers`` for them.
 """
 
 import faulthandler
@@ -28,15 +28,15 @@ from launch import ROOT, environment
 
 
 class JobFailed(AssertionError):
-    """A rank ended with another status than the test expects."""
+    """A rank ended with an unexpected exit status."""
 
 
 class ForkServer:
-    """The test's side. ``run`` blocks until all ranks of a job have ended.
+    """The test's interface to the server process. ``run`` blocks until all ranks of a job have ended.
 
     Args:
-        directory: for logs.
-        prefix: a command that starts the server, such as one that mounts something first.
+        directory: directory for logs.
+        prefix: command that starts the server, such as one that first mounts a file system.
     """
 
     def __init__(self, directory: Path, prefix: Sequence[str] = ()):
@@ -57,7 +57,7 @@ class ForkServer:
 
     def __exit__(self, *exc):
         self._process.stdin.close()
-        self._process.wait(120)  # a busy machine takes its time
+        self._process.wait(120)  # a long limit, for busy machines
         self._log.close()
 
     def run(
@@ -70,15 +70,15 @@ class ForkServer:
         timeout=120,
         kill: dict | None = None,
     ):
-        """Run one job and return the text of all its ranks' output, rank after rank.
+        """Run one job and return the output of all its ranks, rank after rank.
 
         Args:
-            fails: a rank must fail; None: may.
-            kill: end ranks by SIGKILL: "after" seconds (from the start, or from when a path like "when" is there),
-                only the rank "victim" first, if given. See ``_wait``.
+            fails: whether a rank must fail. None means that it may.
+            kill: kill ranks with SIGKILL "after" seconds, counted from the start or, if given, from when a path that
+                matches "when" exists; all ranks, or only "victim" at first. See ``_wait``.
 
         Raises:
-            JobFailed: a rank failed, or none did though ``fails``; with the end of the output.
+            JobFailed: a rank failed, or no rank failed although ``fails`` is set; with the end of the output.
         """
         self._jobs += 1
         log = self.directory / f"job{self._jobs}"
@@ -86,56 +86,56 @@ class ForkServer:
         job |= {"timeout": timeout, "kill": kill}
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
+        reply = self._process.stdout.readline()
+        if not reply:
             raise JobFailed(f"the fork server died:\n{(self.directory / 'server.log').read_text()[-6000:]}")
-        codes = json.loads(answer)
-        output = "\n".join(_log_of(log, rank).read_text() for rank in range(nproc))
+        codes = json.loads(reply)
+        output = "\n".join(_log_file(log, rank).read_text() for rank in range(nproc))
         if fails is not None and fails != any(codes):
             raise JobFailed(f"{function} on {nproc} ranks: exit statuses {codes}\n{output[-12000:]}")
         return output
 
     def results(self, worker: str, nproc: int, arguments: dict | None = None, timeout: float = 300) -> list:
-        """``cases(arguments)`` of the module ``worker`` on each rank; rank 0's list, as of ``launch.run_workers``."""
+        """Run ``cases(arguments)`` of the module ``worker`` on each rank; return rank 0's list (``run_workers``)."""
         result = self.directory / f"results{self._jobs + 1}.json"
         given = {"worker": worker, "given": arguments or {}, "result": str(result)}
         self.run("launch:report_of", nproc, given, timeout=timeout)
         return json.loads(result.read_text())
 
 
-def _log_of(log: str | Path, rank: int) -> Path:
+def _log_file(log: str | Path, rank: int) -> Path:
     return Path(f"{log}.rank{rank}.log")
 
 
 def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is no answer
-    import pretrain_qad  # noqa: F401, I001  prepares the backend and imports all that a job needs
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # output of imports must not mix with the replies
+    import pretrain_qad  # noqa: F401, I001  initializes the backend and imports all modules of a job
     import docstrings
     import torch
 
     docstrings.read_once()
-    # A collection in a rank would write to every object that was imported, and so copy the pages that ranks share.
+    # A garbage collection in a rank would write to every imported object, and so copy the pages that ranks share.
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
-        # The ranks' store is served here, as torchrun's agent does: its port is held before any rank knows it.
+        # The ranks' store is served here, as in torchrun's agent, so its port is open before any rank connects.
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         ranks = [_start(job, rank, store.port) for rank in range(job["nproc"])]
-        answers.write(json.dumps(_wait(ranks, job["timeout"], job["kill"])) + "\n")
-        answers.flush()
+        replies.write(json.dumps(_wait(ranks, job["timeout"], job["kill"])) + "\n")
+        replies.flush()
 
 
 def _start(job: dict, rank: int, port: int) -> int:
     pid = os.fork()
     if pid:
         return pid
-    log = os.open(_log_of(job["log"], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(_log_file(job["log"], rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.enable()  # a rank that ends by a signal says where
-    sys.stdout.reconfigure(line_buffering=True)  # what a rank said before it is killed is in its log
+    faulthandler.enable()  # a rank that a signal kills prints its traceback
+    sys.stdout.reconfigure(line_buffering=True)  # output before a kill is in the log
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["nproc"], "LOCAL_WORLD_SIZE": job["nproc"]}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -157,9 +157,9 @@ def _start(job: dict, rank: int, port: int) -> int:
 
 
 def _wait(ranks: list[int], timeout: float, kill: dict | None) -> list[int]:
-    """Exit statuses. Once a rank has failed or time is up, the others, which would wait for it, are ended soon."""
+    """Return exit statuses. After a failure or a timeout, the other ranks, which would wait forever, are killed."""
     codes: dict[int, int] = {}
-    end, grace = time.monotonic() + timeout, 5.0  # seconds for the others to print their own error
+    end, grace = time.monotonic() + timeout, 5.0  # seconds for the others to print their errors
     moment = time.monotonic() + kill["after"] if kill and not kill.get("when") else None
     while len(codes) < len(ranks):
         if kill and moment is None and glob.glob(kill["when"]):

@@ -1,10 +1,10 @@
-"""Kills a job at random moments and starts it again, until it has ended: what every restart must find, and the end.
+"""Kills a job at random moments and restarts it until it is done; checks every restart and the final weights.
 
     python tests/dist/kill_harness.py --kills 30 --record docs/kill_test.md        (make test-kill)
 
-A kill is SIGKILL, of all ranks at once or of one, at a random time after the start, or shortly after a checkpoint's
-partial directory appeared, so that saves, which are short, are met as often. Exports are killed likewise. After each
-kill the directory is looked at as the next start will find it, and the next start must go on where it says.
+A kill is a SIGKILL to all ranks or to one, at a random time after the start, or shortly after a checkpoint's partial
+directory appears: saves are short and would rarely be hit otherwise. Exports are killed in the same way. After each
+kill the run directory is checked, and the next start must resume at the checkpoint that it names.
 """
 
 import argparse
@@ -28,14 +28,16 @@ NUM_STEPS, SAVE_INTERVAL = 12, 2
 
 @dataclass
 class Kill:
-    """What was killed, when, and what of it was lost."""
+    """One kill: its target and moment, and the steps that were done and saved."""
 
     what: str
+    """The killed job or export."""
     moment: str
+    """Time of the kill."""
     reached: int
-    """The last step that the log saw done."""
+    """The last step that the log reports as done."""
     complete: int
-    """The checkpoint that the next start takes."""
+    """The checkpoint that the next start loads."""
 
 
 @dataclass
@@ -53,9 +55,9 @@ class Harness:
         tiny_job.write_data(d / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
         models = [(f"{d}/hf", f"{d}/teacher", "bfloat16"), (f"{d}/hf_student", f"{d}/student", "bfloat16")]
         self.server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        began = time.monotonic()
+        start = time.monotonic()
         self.train("through", [])
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - start
         self.expected = self.digest("through")
 
     def train(self, run: str, flags: list[str], kill: dict | None = None) -> str:
@@ -78,8 +80,8 @@ class Harness:
         return next(line for line in output.splitlines() if line.startswith("digest "))
 
     def one_run(self, name: str, num_kills: int) -> None:
-        """A run from the beginning that is killed up to ``num_kills`` times and then left alone; half of the runs save
-        asynchronously. Its end must be the undisturbed one's, bit for bit."""
+        """Run a job from scratch, kill it up to ``num_kills`` times, then let it finish; half of the runs save
+        asynchronously. The final tensors must equal those of the uninterrupted run, bit for bit."""
         flags = ["--async-save"] if self.draw.random() < 0.5 else []
         root, complete = self.directory / name, 0
         for _ in range(num_kills):
@@ -88,75 +90,75 @@ class Harness:
             in_a_save = self.draw.random() < 0.5
             kill = {"after": self.draw.uniform(0, 0.2 if in_a_save else self.seconds)}
             if in_a_save:
-                kill["when"] = f"{root}/iter_{self._a_save_after(complete):07d}.*.partial"
+                kill["when"] = f"{root}/iter_{self._draw_save_after(complete):07d}.*.partial"
             if self.draw.random() < 0.3:
                 kill["victim"] = self.draw.randrange(2)
             output = self.train(name, flags, kill)
-            self._goes_on_at(output, complete)
+            self._check_resumes_after(output, complete)
             reached = max((step for step, _ in _iterations(output)), default=complete)
             if "after training is done" in output:
-                continue  # it ended before its moment came
-            complete = self._complete(root)
+                continue  # the job ended before the kill
+            complete = self._read_complete(root)
             assert 0 <= reached - complete <= SAVE_INTERVAL + len(flags) * SAVE_INTERVAL, (reached, complete)
             victim = f"rank {kill['victim']}" if "victim" in kill else "all ranks"
             kind = f"{victim}, {'asynchronous' if flags else 'synchronous'} saves"
             when = f"{kill['after']:.3f} s after the start" + (" of a save" if in_a_save else "")
             self.kills.append(Kill(kind, when, reached, complete))
         output = self.train(name, flags)
-        self._goes_on_at(output, complete)
+        self._check_resumes_after(output, complete)
         assert self.digest(name) == self.expected, f"{name} ended with other weights"
         assert not list(root.glob("*.partial")) and not list(root.glob("*.replaced"))
 
-    def _a_save_after(self, complete: int) -> int:
+    def _draw_save_after(self, complete: int) -> int:
         return self.draw.randrange(complete + SAVE_INTERVAL, NUM_STEPS + 1, SAVE_INTERVAL)
 
-    def _goes_on_at(self, output: str, complete: int) -> None:
-        """The first step of a start follows the checkpoint that lay there; a start that was killed earlier has none."""
+    def _check_resumes_after(self, output: str, complete: int) -> None:
+        """Check that the first step follows the existing checkpoint; a start that was killed earlier has no step."""
         steps = _iterations(output)
         assert not steps or steps[0][0] == complete + 1, (
             f"started at {steps[0][0]}, not after {complete}\n{output[-4000:]}"
         )
 
-    def _complete(self, root: Path) -> int:
-        """The checkpoint that the tracker names, which must be whole; where the tracker was cut off, the newest that
-        is. 0 if there is no tracker yet."""
+    def _read_complete(self, root: Path) -> int:
+        """Return the checkpoint that the tracker names, which must be valid; the newest valid one if the tracker is
+        truncated; 0 if there is no tracker yet."""
         from megatron_qad.engine.run_directory import manifest
 
         if not (root / TRACKER).is_file():
             return 0
         tracked = (root / TRACKER).read_text()
-        whole = [int(path.name[5:]) for path in root.glob("iter_???????") if not manifest.find_problems(path)]
+        valid = [int(path.name[5:]) for path in root.glob("iter_???????") if not manifest.find_problems(path)]
         if tracked.isdigit():
-            assert int(tracked) in whole, f"the tracker says {tracked}, whole are {whole}"
+            assert int(tracked) in valid, f"the tracker names {tracked}; valid checkpoints: {valid}"
             return int(tracked)
-        return max(whole)
+        return max(valid)
 
     def exports(self, num_kills: int) -> None:
-        """Exports of the undisturbed run, killed: the target is whole or not there, and the next export makes it."""
+        """Kill exports of the uninterrupted run: the target is complete or missing, and the next export succeeds."""
         target = self.directory / "exported"
         arguments = {"checkpoint": f"{self.directory}/through", "outputs": {"modelopt": str(target)}}
-        began = time.monotonic()
+        start = time.monotonic()
         self.server.run("training_jobs:export_checkpoint", 1, arguments)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         expected = (target / "model.safetensors").read_bytes()
         for number in range(3 * num_kills):
             if sum(kill.what == "export" for kill in self.kills) == num_kills:
                 break
-            aside = self.directory / f"exported{number}"
-            arguments["outputs"] = {"modelopt": str(aside)}
+            output = self.directory / f"exported{number}"
+            arguments["outputs"] = {"modelopt": str(output)}
             after = self.draw.uniform(0, seconds)
             self.server.run("training_jobs:export_checkpoint", 1, arguments, kill={"after": after}, fails=None)
-            there = aside.exists()
+            there = output.exists()
             if not there:
                 self.server.run("training_jobs:export_checkpoint", 1, arguments)
-            assert (aside / "model.safetensors").read_bytes() == expected
-            assert {file.name for file in aside.iterdir()} == {file.name for file in target.iterdir()}
+            assert (output / "model.safetensors").read_bytes() == expected
+            assert {file.name for file in output.iterdir()} == {file.name for file in target.iterdir()}
             if not there:  # else it was done before its moment came
                 self.kills.append(Kill("export", f"{after:.3f} s after the start", 0, 0))
 
 
 def _iterations(output: str) -> list[tuple[int, int]]:
-    """Steps that Megatron's log says are done, in order."""
+    """Return the completed steps in Megatron's log, in order."""
     return [(int(a), int(b)) for a, b in re.findall(r"\] iteration +(\d+)/ +(\d+) \|", output)]
 
 
@@ -191,19 +193,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--record", type=Path, help="Markdown file to write")
     options = parser.parse_args()
-    began = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as directory, ForkServer(Path(directory)) as server:
         harness = Harness(Path(directory), server, options.seed)
         harness.exports(options.kills // 6)
-        number = 0
+        num_runs = 0
         while len(harness.kills) < options.kills:
-            number += 1
-            harness.one_run(f"run{number}", min(5, options.kills - len(harness.kills)))
-            print(f"{len(harness.kills)} kills survived in {time.monotonic() - began:.0f} s", flush=True)
+            num_runs += 1
+            harness.one_run(f"run{num_runs}", min(5, options.kills - len(harness.kills)))
+            print(f"{len(harness.kills)} kills survived in {time.monotonic() - start:.0f} s", flush=True)
         for kill in harness.kills:
             print(kill)
         if options.record:
-            record(harness, options.record, time.monotonic() - began)
+            record(harness, options.record, time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A job whose last rank is asked to stop in the middle of a step."""
+"""A job whose last rank receives a stop request in the middle of a step."""
 
 import os
 import signal
@@ -7,15 +7,15 @@ from pathlib import Path
 from megatron_qad.engine.events import Callback
 
 
-class _AsksToStop(Callback):
-    """SIGTERM to this rank, or a file, while a step runs; ``step`` counts this process's steps."""
+class _RequestStop(Callback):
+    """Sends SIGTERM to this rank, or creates a file, during a step; ``step`` counts the steps of this process."""
 
     def __init__(self, step: int, file: str | None):
-        self._step, self._file, self._steps = step, file, 0
+        self._step, self._file, self._num_steps = step, file, 0
 
     def step_begins(self, step, model):
-        self._steps += 1
-        if self._steps == self._step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        self._num_steps += 1
+        if self._num_steps == self._step and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             if self._file is None:
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
@@ -23,7 +23,7 @@ class _AsksToStop(Callback):
 
 
 def train(argv: list[str], record: str, step: int, file: str | None = None) -> None:
-    """``training_jobs.train``, with SIGTERM (or ``file``, made) while step number ``step`` runs on the last rank."""
+    """``training_jobs.train`` with SIGTERM on the last rank, or the creation of ``file``, during step ``step``."""
     import training_jobs
 
-    training_jobs.train(argv, record, callbacks=[_AsksToStop(step, file)])
+    training_jobs.train(argv, record, callbacks=[_RequestStop(step, file)])

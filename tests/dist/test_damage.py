@@ -1,5 +1,4 @@
-"""Any file of a run's directory may be damaged: what reads it then stops with one error, or gives what the undamaged
-directory gives. Never a traceback, never another result."""
+"""Readers of a run directory with a damaged file stop with one error or give the result of the undamaged directory."""
 
 import random
 import shutil
@@ -34,7 +33,7 @@ def damage(file: Path, kind: str, other: Path, seed: str) -> None:
         file.write_bytes(content)
 
 
-class Shop:
+class Workspace:
     def __init__(self, directory: Path, server: ForkServer):
         self.directory, self.server = directory, server
         self.run, self.pristine = directory / "run", directory / "pristine"
@@ -43,7 +42,7 @@ class Shop:
         )
 
     def _is_read(self, path: Path) -> bool:
-        """Of the checkpoints only the newest, as all are alike."""
+        """Whether to damage a file: of the checkpoints only the newest, because all are alike."""
         return path.is_file() and (path.parent.name == "iter_0000006" or not path.parent.name.startswith("iter_"))
 
     def argv(self) -> list[str]:
@@ -52,8 +51,8 @@ class Shop:
         data = ["--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache", *tiny_job.READ_HERE]
         return [*models, *data, *FLAGS, "--save", str(self.run), "--tensorboard-dir", f"{self.run}/tensorboard"]
 
-    def damaged(self, name: str, kind: str) -> None:
-        """``run`` becomes the pristine directory with this damage."""
+    def make_damaged_run(self, name: str, kind: str) -> None:
+        """Make ``run`` a copy of the pristine directory with this damage."""
         shutil.rmtree(self.run, ignore_errors=True)
         shutil.copytree(self.pristine, self.run)
         choose = random.Random(f"{name} {kind}")
@@ -62,78 +61,78 @@ class Shop:
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory, server):
+def workspace(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("damage")
-    for who, noise in (("teacher", 0.0), ("student", 0.3)):
-        tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
+    for role, noise in (("teacher", 0.0), ("student", 0.3)):
+        tiny_job.write_hf(directory / f"hf_{role}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
     tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
-    models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "bfloat16") for who in ("teacher", "student")]
+    models = [(f"{directory}/hf_{role}", f"{directory}/{role}", "bfloat16") for role in ("teacher", "student")]
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     (directory / "pristine").mkdir()
-    shop = Shop(directory, server)
-    server.run("training_jobs:train", 1, {"argv": [*shop.argv(), "--exit-interval", "6"]})
-    (shop.run / "qad.lock").unlink()  # ranks of the fork server end without Python's exit
-    shop.run.rename(shop.pristine)
-    return Shop(directory, server)
+    workspace = Workspace(directory, server)
+    server.run("training_jobs:train", 1, {"argv": [*workspace.argv(), "--exit-interval", "6"]})
+    (workspace.run / "qad.lock").unlink()  # ranks of the fork server end without Python's exit
+    workspace.run.rename(workspace.pristine)
+    return Workspace(directory, server)
 
 
-def test_the_list_of_files_is_whole(shop):
-    """What a job writes beside what is listed here is damaged too, if it is added here."""
-    fixed = {name for name in shop.names if "tfevents" not in name}
-    of_checkpoint = (".metadata", "__0_0.distcp", "metadata.json", "integrity.json", "qad.json", "calibration.json")
-    assert fixed == {
-        *(f"iter_0000006/{name}" for name in (*of_checkpoint, "best_checkpoints.json", "event_files.json")),
+def test_list_of_files_is_complete(workspace):
+    """Fails if a job writes a new file: add it here, and the other tests will damage it, too."""
+    names = {name for name in workspace.names if "tfevents" not in name}
+    in_checkpoint = (".metadata", "__0_0.distcp", "metadata.json", "integrity.json", "qad.json", "calibration.json")
+    assert names == {
+        *(f"iter_0000006/{name}" for name in (*in_checkpoint, "best_checkpoints.json", "event_files.json")),
         *("hf/config.json", "hf/integrity.json", "heartbeats/rank_00000.json", "latest_checkpointed_iteration.txt"),
         *("qad.json", "calibration.json", "best_checkpoints.json"),
     }
-    assert len(shop.names) == len(fixed) + 1
+    assert len(workspace.names) == len(names) + 1
 
 
-def test_readers_stop_or_are_not_misled(shop):
-    """Export of the newest and of the best, and the report."""
-    cases = [[name, kind] for name in shop.names for kind in KINDS]
-    arguments = {"directory": str(shop.directory), "cases": cases}
-    output = shop.server.run("damage_jobs:read_all", 1, arguments, timeout=600)
+def test_readers_stop_or_give_right_results(workspace):
+    """The readers are exports of the newest and of the best checkpoint, and the run report."""
+    cases = [[name, kind] for name in workspace.names for kind in KINDS]
+    arguments = {"directory": str(workspace.directory), "cases": cases}
+    output = workspace.server.run("damage_jobs:read_all", 1, arguments, timeout=600)
     assert f"{3 * len(cases)} readings" in output and "Traceback" not in output
     wrong = [line for line in output.splitlines() if line.startswith("WRONG")]
     assert not wrong, "\n".join(wrong)
 
 
-def resume(shop) -> tuple[str, str]:
-    """The end of the run, and what an export of its best iteration is; or the error of the one that stopped."""
-    output = shop.server.run("training_jobs:train", 1, {"argv": shop.argv()}, fails=None)
+def resume(workspace) -> tuple[str, str]:
+    """Resume the run; return the digest of its end and the export of its best iteration, or ("error", message)."""
+    output = workspace.server.run("training_jobs:train", 1, {"argv": workspace.argv()}, fails=None)
     assert "Traceback" not in output, output[-6000:]
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     if errors:
         return "error", errors[0]
-    output = shop.server.run("surviving_jobs:digest", 1, {"directory": str(shop.run / "iter_0000008")})
+    output = workspace.server.run("surviving_jobs:digest", 1, {"directory": str(workspace.run / "iter_0000008")})
     weights = next(line for line in output.splitlines() if line.startswith("digest"))
-    outputs = {"modelopt": str(shop.directory / "best")}
-    shutil.rmtree(shop.directory / "best", ignore_errors=True)
-    arguments = {"checkpoint": str(shop.run), "outputs": outputs, "iteration": "best"}
-    shop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    return weights, (shop.directory / "best" / "model.safetensors").read_bytes().hex()
+    outputs = {"modelopt": str(workspace.directory / "best")}
+    shutil.rmtree(workspace.directory / "best", ignore_errors=True)
+    arguments = {"checkpoint": str(workspace.run), "outputs": outputs, "iteration": "best"}
+    workspace.server.run("training_jobs:export_checkpoint", 1, arguments)
+    return weights, (workspace.directory / "best" / "model.safetensors").read_bytes().hex()
 
 
-def check_resumes(shop, cases) -> None:
-    shutil.rmtree(shop.run, ignore_errors=True)
-    shutil.copytree(shop.pristine, shop.run)
-    expected = resume(shop)
+def check_resumes(workspace, cases) -> None:
+    shutil.rmtree(workspace.run, ignore_errors=True)
+    shutil.copytree(workspace.pristine, workspace.run)
+    expected = resume(workspace)
     assert expected[0] != "error"
-    stopped = 0
+    num_stopped = 0
     for name, kind in cases:
-        shop.damaged(name, kind)
-        found = resume(shop)
-        stopped += found[0] == "error"
-        assert found == expected or found[0] == "error", (name, kind)
-    assert 0 < stopped < len(cases)
+        workspace.make_damaged_run(name, kind)
+        outcome = resume(workspace)
+        num_stopped += outcome[0] == "error"
+        assert outcome == expected or outcome[0] == "error", (name, kind)
+    assert 0 < num_stopped < len(cases)
 
 
-def test_a_job_stops_or_goes_on_as_if_nothing_were(shop):
-    cases = [(name, random.Random(name).choice(KINDS)) for name in shop.names]
-    check_resumes(shop, cases)
+def test_job_stops_or_resumes_correctly(workspace):
+    cases = [(name, random.Random(name).choice(KINDS)) for name in workspace.names]
+    check_resumes(workspace, cases)
 
 
 @pytest.mark.all
-def test_a_job_stops_or_goes_on_after_every_damage(shop):
-    check_resumes(shop, [(name, kind) for name in shop.names for kind in KINDS])
+def test_job_stops_or_resumes_correctly_after_every_damage(workspace):
+    check_resumes(workspace, [(name, kind) for name in workspace.names for kind in KINDS])

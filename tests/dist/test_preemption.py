@@ -1,5 +1,4 @@
-"""A job that is asked to leave, by SIGTERM on one rank or by a file, saves, exits with status 0, and goes on where it
-was when the same command starts it again: steps, random states, validations, wandb run."""
+"""A job that receives SIGTERM on one rank, or a stop file, saves, exits with status 0, and resumes bit for bit."""
 
 import subprocess
 import time
@@ -22,43 +21,43 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, server):
     directory = tmp_path_factory.mktemp("preemption")
-    for who, noise in (("teacher", 0.0), ("student", 0.3)):
-        tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA, noise=noise)
+    for role, noise in (("teacher", 0.0), ("student", 0.3)):
+        tiny_job.write_hf(directory / f"hf_{role}", tiny_job.LLAMA, noise=noise)
     tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
-    models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "bfloat16") for who in ("teacher", "student")]
+    models = [(f"{directory}/hf_{role}", f"{directory}/{role}", "bfloat16") for role in ("teacher", "student")]
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return directory, server
 
 
-def steps_of(record: Path) -> list[dict]:
+def read_steps(record: Path) -> list[dict]:
     return records.read(record, 2, vocab_size=tiny_job.LLAMA["vocab_size"])
 
 
 @pytest.mark.parametrize("how", ["signal", "file"])
-def test_a_job_that_is_asked_to_leave_goes_on_bit_for_bit(place, tmp_path, how):
+def test_stopped_job_resumes_bit_for_bit(place, tmp_path, how):
     directory, server = place
     models = ["--qad-teacher", f"{directory}/teacher", "--qad-student", f"{directory}/student"]
     argv = [*models, "--data-path", f"{directory}/data", "--data-cache-path", f"{directory}/cache", *FLAGS]
     expected_log = server.run("training_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "through")})
-    expected = steps_of(tmp_path / "through")
+    expected = read_steps(tmp_path / "through")
 
-    # The same command twice; only the file that a batch script removes at its start is taken away between.
+    # The same command twice; in between, the stop file is removed, as a batch script does when it starts.
     job_dir = tmp_path / "job"
     job_dir.mkdir()
     argv += ["--save", str(tmp_path / "run"), "--qad-job-dir", str(job_dir)]
-    asked = {"step": 3, "file": str(job_dir / "stop") if how == "file" else None}
-    first_log = server.run("preemption_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "first")} | asked)
+    request = {"step": 3, "file": str(job_dir / "stop") if how == "file" else None}
+    first_log = server.run("preemption_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "first")} | request)
     assert "asked to stop; saving after this step" in first_log
     assert sorted(file.name for file in job_dir.iterdir() if file.name != "stop") == ["stepped", "stopped"]
     (job_dir / "stop").unlink(missing_ok=True)
     second_log = server.run("training_jobs:train", 2, {"argv": argv, "record": str(tmp_path / "second")})
 
-    first, second = steps_of(tmp_path / "first"), steps_of(tmp_path / "second")
+    first, second = read_steps(tmp_path / "first"), read_steps(tmp_path / "second")
     assert (len(first), len(second)) == (3, 3)
-    for number, (a, b) in enumerate(zip(first + second, expected, strict=True), 1):
-        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"]), number
-        for what in ("quantized", "grads", "params", "masters", "amaxes"):
-            assert all(torch.equal(a[what][name], b[what][name]) for name in b[what]), (number, what)
+    for step, (a, b) in enumerate(zip(first + second, expected, strict=True), 1):
+        assert (a["loss"], a["grad_norm"]) == (b["loss"], b["grad_norm"]), step
+        for key in ("quantized", "grads", "params", "masters", "amaxes"):
+            assert all(torch.equal(a[key][name], b[key][name]) for name in b[key]), (step, key)
     validations = [
         [line for line in log.splitlines() if "validation at iteration" in line] for log in (second_log, expected_log)
     ]
@@ -66,7 +65,7 @@ def test_a_job_that_is_asked_to_leave_goes_on_bit_for_bit(place, tmp_path, how):
 
 
 def test_torchrun_sh_survives_sigterm_to_all_its_processes(place, tmp_path):
-    """As SLURM sends it at the end of a time limit: the agent must leave its ranks the time to save."""
+    """As SLURM sends it at the end of a time limit: the agent must give its ranks time to save."""
     directory, _ = place
     command = [f"{ROOT}/launch/torchrun.sh", "pretrain_qad.py", "--qad-teacher", f"{directory}/teacher", *FLAGS]
     command += ["--data-path", f"{directory}/data", "--save", str(tmp_path / "run"), "--train-iters", "2000"]
@@ -87,8 +86,8 @@ def test_torchrun_sh_survives_sigterm_to_all_its_processes(place, tmp_path):
     assert 1 <= saved < 2000 and f"iteration {saved:8d}/" in log.read_text()
 
 
-def test_a_rank_that_fails_ends_soon(place, tmp_path):
-    """Its data workers ignore SIGTERM, by which it would end them: it must not wait for them."""
+def test_failed_rank_ends_soon(place, tmp_path):
+    """Data workers ignore SIGTERM, which a rank sends to end them, so a failed rank must not wait for them."""
     directory, _ = place
     command = [f"{ROOT}/launch/torchrun.sh", "tests/dist/crashing_job.py", "--qad-teacher", f"{directory}/teacher"]
     command += [*FLAGS, "--data-path", f"{directory}/data", "--num-workers", "2"]
@@ -108,8 +107,8 @@ def test_a_rank_that_fails_ends_soon(place, tmp_path):
                     process.kill()
 
 
-def test_calibration_alone_never_resumes(place, tmp_path):
-    """PTQ saves no optimizer to resume from; started again, it calibrates again."""
+def test_ptq_never_resumes(place, tmp_path):
+    """PTQ saves no optimizer state to resume from, so a second start calibrates again."""
     directory, server = place
     argv = ["--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data", *FLAGS, "--qad-ptq"]
     argv += ["--save", str(tmp_path / "ptq")]
@@ -118,7 +117,7 @@ def test_calibration_alone_never_resumes(place, tmp_path):
     assert kls[0] == kls[1] and len(kls[0]) == 1
 
 
-def test_a_missing_job_directory_is_named(place, tmp_path):
+def test_missing_job_directory_is_an_error(place, tmp_path):
     directory, server = place
     argv = ["--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data", *FLAGS]
     argv += ["--qad-job-dir", str(tmp_path / "absent")]

@@ -1,5 +1,4 @@
-"""No process of a job outlives it: whatever ends the launcher, the agent or a rank, ten seconds later all are gone, and
-the same command goes on from the last checkpoint."""
+"""No process of a job outlives it, whatever ends the launcher, the agent or a rank, and the same command resumes."""
 
 import os
 import signal
@@ -21,10 +20,10 @@ FLAGS = (
     "--save-interval 2 --qad-keep-last 2 --tensor-model-parallel-size 2 --sequence-parallel --num-workers 1"
 ).split()
 SECONDS = 20
-"""10 are promised on a quiet machine; others may be three times slower, and five of them torchrun waits."""
+"""Limit for all processes to end: 10 on an idle machine, five of which are torchrun's wait; others may be slower."""
 SECONDS_TO_SAVE = 60
-"""For a job that is asked to stop: a step, a save and the ends of five interpreters."""
-LOST = "The steps since the last checkpoint are lost; the same command goes on from there"
+"""Limit after a stop request: a step, a save and the exit of five interpreters."""
+LOST = "The steps since the last checkpoint are lost; run the same command again to resume from it."
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +51,29 @@ def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-# Each case goes on with the run of the one before it. Who is signalled, with what, and the line that says what is lost.
+# Each case resumes the run of the previous one: target of the signal, signal, expected line on the lost steps.
 CASES = [
     ("launcher", signal.SIGINT, f"torchrun.sh: ended by signal 2. {LOST}"),
-    ("launcher", signal.SIGKILL, f"torchrun.sh is gone, and all ranks end with it. {LOST}"),
+    ("launcher", signal.SIGKILL, f"torchrun.sh has ended, and all ranks end with it. {LOST}"),
     ("agent", signal.SIGTERM, None),
     ("agent", signal.SIGKILL, f"torchrun.sh: ended by signal 9. {LOST}"),
     ("rank", signal.SIGKILL, None),
 ]
-MORE_CASES = [  # tests/dist/test_preemption.py has SIGTERM to all, and to a rank
+MORE_CASES = [  # tests/dist/test_preemption.py sends SIGTERM to all processes, and to a rank
     ("launcher", signal.SIGTERM, None),
     ("agent", signal.SIGINT, f"torchrun.sh: ended by signal 2. {LOST}"),
     ("rank", signal.SIGINT, None),
     ("rank", signal.SIGTERM, None),
 ]
-IN_TEST_ALL = [pytest.param(*case, marks=pytest.mark.all) for case in MORE_CASES]
+SLOW_CASES = [pytest.param(*case, marks=pytest.mark.all) for case in MORE_CASES]
 
 
 @pytest.mark.parametrize(
-    "who, number, said",
-    [*CASES, *IN_TEST_ALL],
-    ids=[f"{number.name} to the {who}" for who, number, _ in [*CASES, *MORE_CASES]],
+    "role, signum, message",
+    [*CASES, *SLOW_CASES],
+    ids=[f"{signum.name} to the {role}" for role, signum, _ in [*CASES, *MORE_CASES]],
 )
-def test_no_process_is_left(place, tmp_path, who, number, said):
+def test_no_process_is_left(place, tmp_path, role, signum, message):
     run, log = place / "run", tmp_path / "log"
     resumes = run.is_dir()
     command = [f"{ROOT}/launch/torchrun.sh", "pretrain_qad.py", "--qad-teacher", f"{place}/teacher", *FLAGS]
@@ -82,8 +81,8 @@ def test_no_process_is_left(place, tmp_path, who, number, said):
     with open(log, "w") as output:
         env = environment() | {"NPROC_PER_NODE": "2"}
         streams = {"stdout": output, "stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
-        # As a job of an interactive shell: in a process group of its own, which Ctrl-C signals as a whole. What runs
-        # the tests may ignore SIGINT, and a script could then not trap it.
+        # As a job of an interactive shell: in its own process group, which receives Ctrl-C as a whole. If the parent of
+        # the tests ignores SIGINT, a script could not trap it, so its default is restored.
         job = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=default_sigint)
         launcher = psutil.Process(job.pid)
         try:
@@ -92,34 +91,34 @@ def test_no_process_is_left(place, tmp_path, who, number, said):
             ranks = [p for p in agent.children() if "pretrain_qad.py" in " ".join(p.cmdline())]
             processes = [launcher, *launcher.children(recursive=True)]
             assert len(ranks) == 2 and len(processes) >= 5, processes  # the first rank has a data worker
-            target = {"launcher": launcher, "agent": agent, "rank": ranks[1]}[who]
-            if (who, number) == ("launcher", signal.SIGINT):
-                os.killpg(job.pid, number)
+            target = {"launcher": launcher, "agent": agent, "rank": ranks[1]}[role]
+            if (role, signum) == ("launcher", signal.SIGINT):
+                os.killpg(job.pid, signum)
             else:
-                target.send_signal(number)
-            asked = time.monotonic()
-            end = asked + (SECONDS_TO_SAVE if number == signal.SIGTERM else SECONDS)
+                target.send_signal(signum)
+            start = time.monotonic()
+            end = start + (SECONDS_TO_SAVE if signum == signal.SIGTERM else SECONDS)
             while left := alive(processes):
                 assert time.monotonic() < end, (left, log.read_text()[-3000:])
                 time.sleep(0.05)
-            print(f"{number.name} to the {who}: all gone after {time.monotonic() - asked:.1f} s")
+            print(f"{signum.name} to the {role}: all processes ended after {time.monotonic() - start:.1f} s")
         finally:
             for process in alive([launcher, *launcher.children(recursive=True)] if launcher.is_running() else []):
                 process.kill()
     job.wait(5)  # a zombie until now
     text = log.read_text()
-    if said is not None:
-        assert [line for line in text.splitlines() if LOST in line] == [said], text[-3000:]
+    if message is not None:
+        assert [line for line in text.splitlines() if LOST in line] == [message], text[-3000:]
         assert "Traceback" not in text
-    if number == signal.SIGTERM:
+    if signum == signal.SIGTERM:
         assert job.returncode == 0 and "asked to stop; saving after this step" in text
     else:
         assert job.returncode != 0
     assert ("successfully loaded checkpoint" in text) == resumes, text[-3000:]
 
 
-def test_workers_that_tokenize_end_with_their_parent(tmp_path):
-    """As do the semaphores that they share; what was begun is removed by the next preparation of the same output."""
+def test_tokenizing_workers_end_with_their_parent(tmp_path):
+    """Their shared semaphores are removed, too, and the next preparation of the output removes incomplete files."""
     source = tmp_path / "text.txt"
     source.write_text("one two three\n\n" * 300_000)
     command = [sys.executable, "tools/prepare_data.py", "--input", str(source), "--split-on", "blank"]
@@ -129,10 +128,10 @@ def test_workers_that_tokenize_end_with_their_parent(tmp_path):
         job = subprocess.Popen([*command, "--workers", "2"], cwd=ROOT, env=environment(), stdout=output, stderr=output)
     main = psutil.Process(job.pid)
     wait_for(lambda: job.poll() is not None or list(tmp_path.glob("out.incomplete-*.bin")), 60, log)
-    wait_for(lambda: job.poll() is not None or len(main.children()) >= 3, 60, log)  # and what tracks the semaphores
+    wait_for(lambda: job.poll() is not None or len(main.children()) >= 3, 60, log)  # and a tracker
     processes = [main, *main.children(recursive=True)]
     maps = [line.split() for line in Path(f"/proc/{main.pid}/maps").read_text().splitlines() if "/dev/shm/" in line]
-    inodes = {int(inode) for _, _, _, _, inode, *_ in maps}  # names are those that glibc had before it linked the files
+    inodes = {int(inode) for _, _, _, _, inode, *_ in maps}  # the names in maps are glibc's temporary ones
     semaphores = [Path(entry.path) for entry in os.scandir("/dev/shm") if entry.inode() in inodes]
     assert semaphores
     job.kill()
@@ -144,10 +143,10 @@ def test_workers_that_tokenize_end_with_their_parent(tmp_path):
 
 
 def write_tokenizer(directory: Path) -> Path:
-    """A word-level tokenizer in Hugging Face's layout."""
+    """Save a word-level tokenizer in Hugging Face's format and return its directory."""
     words = {word: i for i, word in enumerate(("<unk>", "<eos>", "one", "two", "three"))}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<eos>")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
     fast.save_pretrained(directory / "tokenizer")
     return directory / "tokenizer"

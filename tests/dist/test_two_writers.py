@@ -1,4 +1,4 @@
-"""Two of a kind with one output: the second is refused by name, the first is not disturbed."""
+"""Of two jobs or tools with the same output, the second is refused and the first continues."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def error_of(output: str) -> str:
 
 @pytest.fixture
 def waiting():
-    """``waiting(code)``: a process that runs the code, in which ``locks`` is there, and then waits for the end."""
+    """``waiting(code)``: start a process that executes the code, which may use ``locks``, and then waits."""
     started = []
 
     def start(call: str) -> psutil.Process:
@@ -36,8 +36,8 @@ def waiting():
         process.wait()
 
 
-def test_two_jobs(tmp_path, server):
-    """Both real; the second starts while the first trains."""
+def test_second_job_is_refused(tmp_path, server):
+    """Two real jobs; the second starts while the first trains."""
     tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA)
     tiny_job.write_data(tmp_path / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
     run, log = tmp_path / "run", tmp_path / "log"
@@ -59,8 +59,8 @@ def test_two_jobs(tmp_path, server):
             time.sleep(0.1)
         for nproc in (1, 2):
             arguments = {"argv": [*argv, "--tensorboard-dir", str(run / "tensorboard")]}
-            said = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
-            assert f"--save {run}: is in use by process " in said and "pretrain_qad.py" in said
+            error = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
+            assert f"--save {run}: is in use by process " in error and "pretrain_qad.py" in error
         assert not (run / "tensorboard").exists()
         saved = log.read_text().count("successfully saved")
         while log.read_text().count("successfully saved") < saved + 2:
@@ -79,15 +79,15 @@ def test_two_jobs(tmp_path, server):
         ("prepare_data", "out", ["--input", "{d}/text.txt", "--tokenizer", "{d}/tokenizer"]),
     ],
 )
-def test_two_tools(tmp_path, waiting, server, tool, output, flags):
-    """The first is a process that holds the lock, at the moment that counts."""
+def test_second_tool_is_refused(tmp_path, waiting, server, tool, output, flags):
+    """A process that holds the lock replaces the first tool."""
     from test_processes import write_tokenizer
 
     tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA)
     (tmp_path / "text.txt").write_text("one two three")
     write_tokenizer(tmp_path)
-    first = waiting(f"lock = locks.writing({str(tmp_path / output)!r})\nlock.__enter__()")
+    first = waiting(f"lock = locks.lock_output({str(tmp_path / output)!r})\nlock.__enter__()")
     argv = [*(flag.format(d=tmp_path) for flag in flags), "--output", str(tmp_path / output)]
-    said = server.run("script_jobs:script", 1, {"path": f"tools/{tool}.py", "argv": argv}, fails=True)
-    assert f"--output {tmp_path / output}: is in use by process {first.pid} on " in error_of(said)
+    log = server.run("script_jobs:script", 1, {"path": f"tools/{tool}.py", "argv": argv}, fails=True)
+    assert f"--output {tmp_path / output}: is in use by process {first.pid} on " in error_of(log)
     assert not list(tmp_path.glob(f"{output}*"))

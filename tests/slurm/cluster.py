@@ -1,9 +1,9 @@
-"""A real SLURM cluster of two nodes and a spare one on this machine, without systemd, in a second.
+"""Starts a real SLURM cluster of two nodes and a spare one on this machine within a second, without systemd.
 
-Each node is a network namespace with an address of its own, in which a slurmd runs under its own host name; a third
-holds the controller and a bridge between them. Nothing is attached to the machine's own network. All files, munge's key
-and socket among them, are in one directory; names carry this process's id, so that two clusters never meet.
-Needs root and Debian's slurmctld, slurmd, slurm-client, munge, iproute2, which are installed if apt can.
+Each node is a network namespace with its own address, host name and slurmd; another namespace holds the controller and
+a bridge between them. Nothing is attached to the machine's own network. All files, including munge's key and socket,
+are in one directory, and names contain this process's id, so two clusters do not interfere.
+Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2, which are installed with apt if possible.
 """
 
 import os
@@ -57,11 +57,11 @@ PartitionName=urgent Nodes={n1},{n2},{n3} MaxTime=60 DefaultTime=10 PriorityTier
 
 
 class Unavailable(Exception):
-    """Why this machine cannot have a cluster."""
+    """Raised with the reason why a cluster cannot run on this machine."""
 
 
 class Namespaces:
-    """Three nodes and a controller: network namespaces joined by a bridge. ``run`` and ``start`` act on one of them."""
+    """Three nodes and a controller as network namespaces that a bridge connects. ``run`` acts on one of them."""
 
     def __init__(self, directory: Path):
         tag = os.getpid()
@@ -74,12 +74,12 @@ class Namespaces:
     def up(self) -> None:
         _require_programs()
         try:
-            self._join()
+            self._connect()
         except AssertionError as error:
             self.down()
             raise Unavailable(f"no network namespaces here: {error}") from error
 
-    def _join(self) -> None:
+    def _connect(self) -> None:
         lines = [f"{address} {host}\n" for host, address in self.addresses.items()]
         (self.directory / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         for host in self.hosts:
@@ -102,12 +102,12 @@ class Namespaces:
                 subprocess.run(["ip", "netns", "del", host], check=False)
 
     def kill(self, host: str) -> None:
-        """End every process of a node at once, as if its power had gone."""
-        for _ in range(50):  # a process may have started another one meanwhile
-            found = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()
-            if not found:
+        """Kill every process of a node, as in a power failure."""
+        for _ in range(50):  # a process may have started another one in the meantime
+            pids = subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()
+            if not pids:
                 return
-            for pid in map(int, found):
+            for pid in map(int, pids):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -115,7 +115,7 @@ class Namespaces:
             time.sleep(0.1)
 
     def command(self, host: str, *command) -> list[str]:
-        """``command`` inside a node: its network, its host name, and names for the other nodes."""
+        """Wrap ``command`` to run on a node, with its network, its host name and the names of the other nodes."""
         enter = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
         namespace = ["nsenter", f"--net=/run/netns/{host}", "unshare", "--uts", "--mount"]
         return [*namespace, "sh", "-c", enter, host, f"{self.directory}/hosts", *map(str, command)]
@@ -128,11 +128,11 @@ class Namespaces:
 
 
 class Cluster(Namespaces):
-    """SLURM in the namespaces."""
+    """A SLURM cluster in the namespaces."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """What its commands need; asked for after ``up`` has put /usr/sbin on the path."""
+        """The environment of SLURM's commands. Valid after ``up``, which adds /usr/sbin to the path."""
         return {**os.environ, "SLURM_CONF": f"{self.directory}/slurm.conf"}
 
     def up(self) -> None:
@@ -140,7 +140,7 @@ class Cluster(Namespaces):
         d = self.directory
         for name in ("state", *(f"spool.{node}" for node in self.nodes)):
             (d / name).mkdir()
-        # proctrack/cgroup also finds ranks that have lost their parent; it needs version 1's freezer.
+        # proctrack/cgroup also finds ranks that have lost their parent; it needs the freezer of cgroup version 1.
         freezer = Path("/sys/fs/cgroup/freezer")
         proctrack = "cgroup" if freezer.is_dir() and os.access(freezer, os.W_OK) else "linuxproc"
         if proctrack == "cgroup":
@@ -160,11 +160,11 @@ class Cluster(Namespaces):
         self._wait_until_idle()
 
     def start_node(self, host: str) -> None:
-        # Not -c at a second start: slurmd then would forget nothing that matters, but clean is what a reboot is.
+        # -c starts from a clean state, as after a reboot.
         self.run(host, "slurmd", "-c", "-N", host, env=self.environment)
 
     def slurm(self, *command, environment: dict | None = None, **kwargs) -> str:
-        """A command on the controller, such as ``sbatch``."""
+        """Run a command on the controller, such as ``sbatch``, and return its output."""
         return self.run(self.ctl, *command, env=self.environment | (environment or {}), **kwargs).strip()
 
     def state(self, job: str) -> dict[str, str]:
@@ -172,7 +172,7 @@ class Cluster(Namespaces):
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
     def wait(self, job: str, condition, timeout: float, log: Path | None = None):
-        """Until ``condition(state)`` holds; the state."""
+        """Wait until ``condition(state)`` holds, and return the state."""
         end = time.monotonic() + timeout
         while not condition(state := self.state(job)):
             if time.monotonic() > end or state["JobState"] in (
@@ -182,7 +182,7 @@ class Cluster(Namespaces):
                 "NODE_FAIL",
                 "COMPLETED",
             ):
-                self.slurm("scancel", job)  # the next test wants the nodes
+                self.slurm("scancel", job)  # the next test needs the nodes
                 output = log.read_text()[-6000:] if log and log.is_file() else ""
                 raise AssertionError(f"job {job} is {state['JobState']}: {state}\n{output}\n{self._logs()}")
             time.sleep(0.2)
@@ -195,7 +195,7 @@ class Cluster(Namespaces):
         for file in (self.directory / "munged.pid",):
             if file.is_file():
                 os.kill(int(file.read_text()), signal.SIGTERM)
-        for node in self.nodes:  # our own cgroups, empty now
+        for node in self.nodes:  # SLURM's cgroups, which are empty now
             for path in sorted(Path("/sys/fs/cgroup/freezer").glob(f"slurm_{node}/**/"), reverse=True):
                 path.rmdir()
 

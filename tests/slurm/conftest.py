@@ -1,4 +1,4 @@
-"""The cluster, if this machine can have one; a tiny job; the same job undisturbed, which every other one must equal."""
+"""Fixtures: the SLURM cluster, a tiny job, and an uninterrupted run of it that every other run must equal."""
 
 import os
 import subprocess
@@ -37,21 +37,21 @@ def place(tmp_path_factory, cluster) -> Place:
 
         from megatron_qad.checkpoint.import_hf import import_hf
 
-        for who, noise in (("teacher", 0.0), ("student", 0.3)):
-            hf = tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
-            import_hf(hf, directory / who, torch.bfloat16)
+        for role, noise in (("teacher", 0.0), ("student", 0.3)):
+            hf = tiny_job.write_hf(directory / f"hf_{role}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
+            import_hf(hf, directory / role, torch.bfloat16)
     tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
     (directory / "train.yaml").write_text(TRAIN)
     return Place(directory, cluster)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(place) -> tuple[Path, list[str]]:
-    """The job started by torchrun.sh on both nodes, and the addresses on which its nodes listened meanwhile."""
+def uninterrupted(place) -> tuple[Path, list[str]]:
+    """The job started by torchrun.sh on both nodes, and the addresses on which its nodes listened."""
     import runs
 
     nodes, logs, listening = (place.cluster.n1, place.cluster.n2), [], set()
-    started = []
+    processes = []
     for rank, node in enumerate(nodes):
         launch = {
             "NNODES": "2",
@@ -60,16 +60,17 @@ def undisturbed(place) -> tuple[Path, list[str]]:
             "QAD_INTERFACE": "eth0",
         }
         logs.append(place.log(f"torchrun{rank}"))
-        command = place.cluster.command(node, f"{ROOT}/launch/torchrun.sh", *place.arguments("undisturbed"))
+        command = place.cluster.command(node, f"{ROOT}/launch/torchrun.sh", *place.arguments("uninterrupted"))
         with open(logs[-1], "w") as log:
             environment = {**os.environ, **place.environment(**launch)}
-            started.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    while any(process.poll() is None for process in started):
+            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            processes.append(process)
+    while any(process.poll() is None for process in processes):
         if runs.iteration(logs[1]):
             for node in nodes:
                 sockets = place.cluster.run(node, "ss", "-Hltn").splitlines()
                 listening |= {line.split()[3] for line in sockets} - {"0.0.0.0:6818"}  # slurmd's own
         time.sleep(0.5)
-    codes = [process.returncode for process in started]
+    codes = [process.returncode for process in processes]
     assert codes == [0, 0], "\n".join(log.read_text()[-5000:] for log in logs)
-    return place.directory / "undisturbed", sorted(listening)
+    return place.directory / "uninterrupted", sorted(listening)

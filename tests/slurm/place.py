@@ -1,4 +1,4 @@
-"""A tiny job: where its files are, how it is submitted, and this process as one that reads checkpoints."""
+"""The tiny job of the SLURM tests: its files, its submission, and a process group for reading checkpoints."""
 
 import contextlib
 import os
@@ -34,27 +34,27 @@ qad-calibration-samples: 16
 
 @dataclass
 class Place:
-    """A directory with the tiny models and data, and the cluster whose nodes see it."""
+    """A directory with the tiny models and data, and the cluster whose nodes can read it."""
 
     directory: Path
     cluster: Cluster
 
     def arguments(self, name: str) -> list[str]:
-        """pretrain_qad.py's, for a run that saves to ``name``."""
+        """Return the arguments of pretrain_qad.py for a run that saves to ``name``."""
         d = self.directory
         run = ["--save", f"{d}/{name}", "--tensorboard-dir", f"{d}/{name}/tensorboard"]
         models = ["--qad-teacher", f"{d}/teacher", "--qad-student", f"{d}/student"]
         data = ["--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"]
         return ["pretrain_qad.py", "--config", f"{d}/train.yaml", *models, *data, *run]
 
-    def environment(self, **more: str) -> dict[str, str]:
-        """Of a user whose shell has the project's Python first and whose nodes have two processes each."""
+    def environment(self, **variables: str) -> dict[str, str]:
+        """Return the environment of a user: the project's Python comes first, and each node runs two processes."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         fixed = {"PATH": path, "PYTHONWARNINGS": "ignore", "QAD_JOB_ROOT": str(self.directory)}
-        return fixed | {"NPROC_PER_NODE": "2"} | more
+        return fixed | {"NPROC_PER_NODE": "2"} | variables
 
     def submit(self, name: str, *command: str, options: tuple[str, ...] = (), **environment: str) -> str:
-        """sbatch with the log ``name``.log; the job's number."""
+        """Submit a job that logs to ``name``.log, and return its ID."""
         flags = ["--parsable", "--nodes=2", "--cpus-per-task=2", f"--chdir={ROOT}", f"--output={self.log(name)}"]
         return self.cluster.slurm(
             "sbatch", *flags, *options, *command, environment=self.environment(**environment), cwd=ROOT
@@ -66,7 +66,7 @@ class Place:
 
 @contextlib.contextmanager
 def megatron():
-    """This process as a group of one rank, which reading and writing checkpoints needs."""
+    """Make this process a process group of one rank, which reading and writing checkpoints requires."""
     from megatron_qad.engine import init_runtime
 
     init_runtime()

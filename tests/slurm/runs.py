@@ -1,4 +1,4 @@
-"""What a run has left: the numbers of its history and the tensors of its last checkpoint, for comparison bit by bit."""
+"""Reads the training history and the last checkpoint of a run, for comparison bit for bit."""
 
 from pathlib import Path
 
@@ -7,15 +7,16 @@ from place import megatron
 
 
 def history(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every number that depends on the arithmetic, as TensorBoard's float32; times and memory left out."""
+    """Return all scalars that depend on the arithmetic, as TensorBoard's float32: not times and memory."""
     from megatron_qad.report.scalars import read_scalars
 
-    wanted = ("kl loss", "validation/", "learning-rate", "grad-norm")
-    return {name: curve for name, curve in read_scalars(run).items() if name.startswith(wanted) and " vs " not in name}
+    prefixes = ("kl loss", "validation/", "learning-rate", "grad-norm")
+    curves = read_scalars(run).items()
+    return {name: curve for name, curve in curves if name.startswith(prefixes) and " vs " not in name}
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Of the newest checkpoint: weights, input amaxes, masters and both moments of the optimizer."""
+    """Return all tensors of the newest checkpoint: weights, input amaxes, master weights and optimizer moments."""
     with megatron():
         from megatron_qad.checkpoint.torch_dist import TorchDistReader
 
@@ -24,6 +25,6 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 
 def iteration(log: Path) -> int:
-    """The last training step that a log tells of; 0 before the first."""
+    """Return the last training step in a log; 0 before the first."""
     lines = [line for line in log.read_text().splitlines() if " iteration " in line and "kl loss" in line]
     return int(lines[-1].split(" iteration ")[1].split("/")[0]) if lines else 0

@@ -1,4 +1,4 @@
-"""launch/pipeline.sbatch: a Hugging Face model becomes a validated NVFP4 one through jobs that wait for each other."""
+"""launch/pipeline.sbatch converts a Hugging Face model to a validated NVFP4 model in a chain of dependent jobs."""
 
 import pytest
 from place import ROOT
@@ -8,7 +8,7 @@ STAGES = ("import", "smooth", "calibrate", "qad", "export", "validate")
 
 
 def pipeline(place, *flags: str, **environment: str) -> dict[str, str]:
-    """Submit; job number by stage."""
+    """Submit the pipeline and return the job ID of each stage."""
     config = ["--config", f"{place.directory}/train.yaml", "--tensor-model-parallel-size", "1"]
     data = ["--data-path", f"{place.directory}/data", "--data-cache-path", f"{place.directory}/cache"]
     output = place.cluster.slurm(
@@ -21,10 +21,10 @@ def pipeline(place, *flags: str, **environment: str) -> dict[str, str]:
         ),
     )
     lines = [line.split(": job ") for line in output.splitlines()]
-    return {stage: rest.split(",")[0] for stage, rest in lines}
+    return {stage: description.split(",")[0] for stage, description in lines}
 
 
-def test_the_pipeline_ends_in_a_validated_model(place):
+def test_pipeline_produces_validated_model(place):
     work = place.directory / "work"
     jobs = pipeline(place, "--train-iters", "4", QAD_STAGES=" ".join(STAGES))
     assert tuple(jobs) == STAGES
@@ -41,7 +41,7 @@ def test_the_pipeline_ends_in_a_validated_model(place):
     with safe_open(work / "hf-modelopt" / "model.safetensors", framework="pt") as file:
         assert sum(name.endswith("weight_scale_2") for name in file.keys()) == 2 * 7  # noqa: SIM118 (no mapping)
 
-    # Each stage alone, again: what is complete is left as it is.
+    # Running stages again keeps complete outputs.
     written = {
         file: file.stat().st_mtime_ns
         for part in ("teacher", "smoothed", "hf-modelopt")
@@ -54,10 +54,10 @@ def test_the_pipeline_ends_in_a_validated_model(place):
 
 
 @pytest.mark.parametrize("image", [{}, {"QAD_HOME": "/opt/megatron_qad", "QAD_IMAGE": "absent"}], ids=["", "image"])
-def test_a_stage_that_fails_stops_the_ones_after_it(place, image):
-    """Also that of a container, whose directory of the project is not on the machine that submits it."""
+def test_failed_stage_cancels_later_stages(place, image):
+    """Also in a container, where the project's directory does not exist on the machine that submits the job."""
     jobs = pipeline(place, QAD_STAGES="export validate", QAD_WORK=str(place.directory / "empty"), **image)
     place.cluster.wait(jobs["export"], lambda state: state["JobState"] == "FAILED", 300)
     place.cluster.wait(jobs["validate"], lambda state: state["JobState"] == "CANCELLED", 30)
-    if image:  # (pyxis, which would know that option of srun's, is not here)
+    if image:  # srun does not know the option, because pyxis is not installed here
         assert "--container-image" in (place.directory / "empty" / "log" / "export.log").read_text()

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a real cluster: what a job loses when it is preempted, or when a node dies, is nothing."""
+"""launch/slurm.sbatch on a real cluster: jobs resume bit for bit after a preemption or a node failure."""
 
 import pytest
 import runs
@@ -9,17 +9,17 @@ SECRETS = {"WANDB_API_KEY": "0d15ea5e" * 5, "HF_TOKEN": "hf_dontprintthisdontpri
 
 
 @pytest.fixture
-def assert_undisturbed(undisturbed):
-    """The run's history and last checkpoint are the undisturbed run's, bit for bit."""
+def assert_uninterrupted(uninterrupted):
+    """Check that a run's history and last checkpoint equal those of the uninterrupted run, bit for bit."""
 
     def compare(run):
-        expected = runs.history(undisturbed[0])
+        expected = runs.history(uninterrupted[0])
         assert runs.history(run) == expected
         assert len(expected["kl loss"]) == 24
-        found, wanted = runs.tensors(run), runs.tensors(undisturbed[0])
-        assert found.keys() == wanted.keys()
-        assert {name.split(".")[0] for name in wanted} >= {"decoder", "optimizer"}, sorted(wanted)[:20]
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+        tensors, expected_tensors = runs.tensors(run), runs.tensors(uninterrupted[0])
+        assert tensors.keys() == expected_tensors.keys()
+        assert {name.split(".")[0] for name in tensors} >= {"decoder", "optimizer"}, sorted(tensors)[:20]
+        assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
 
     return compare
 
@@ -28,8 +28,8 @@ def starts(log) -> list[str]:
     return [line for line in log.read_text().splitlines() if line.startswith("slurm.sbatch: job")]
 
 
-def test_a_preempted_job_saves_and_goes_on(place, assert_undisturbed):
-    """A more urgent job takes all nodes: the batch script is warned, the ranks save, the job is queued again."""
+def test_preempted_job_saves_and_resumes(place, assert_uninterrupted):
+    """A job of higher priority takes all nodes: the batch script gets a signal, the ranks save, and SLURM requeues."""
     wandb = ["--wandb-project", "ci"]
     command = ["launch/slurm.sbatch", *place.arguments("preempted"), *wandb]
     job = place.submit("preempted", *command, WANDB_MODE="offline", **SECRETS)
@@ -37,27 +37,27 @@ def test_a_preempted_job_saves_and_goes_on(place, assert_undisturbed):
     place.cluster.wait(job, lambda _: log.is_file() and runs.iteration(log) >= 1, 300, log)
     urgent = place.submit("urgent", "--wrap=true", options=("--partition=urgent", "--nodes=3", "--exclusive"))
     place.cluster.wait(urgent, lambda state: state["JobState"] == "COMPLETED", 300, log)
-    assert 1 <= runs.iteration(log) < 24, "the job was not stopped on its way"
+    assert 1 <= runs.iteration(log) < 24, "the job was not stopped during training"
     state = place.cluster.wait(job, lambda state: state["JobState"] == "COMPLETED", 300, log)
 
     assert state["Restarts"] == "1" and [line.split(", ")[1] for line in starts(log)] == ["start 1", "start 2"]
     text = log.read_text()
-    assert "slurm.sbatch: asked to stop" in text and "saved before the job was done" in text
+    assert "slurm.sbatch: stop requested" in text and "saved before the job was done" in text
     run = place.directory / "preempted"
-    assert_undisturbed(run)
+    assert_uninterrupted(run)
     attempts = list((run / "wandb" / "wandb").glob("offline-run-*"))
     assert len(attempts) == 2 and {path.name.rsplit("-", 1)[1] for path in attempts} == {
         (run / "wandb_run_id.txt").read_text()
     }
     for file in [log, *(file for file in run.rglob("*") if file.is_file())]:
         leaked = [name for name, secret in SECRETS.items() if secret.encode() in file.read_bytes()]
-        assert not leaked, f"{file} holds {leaked}"
+        assert not leaked, f"{file} contains {leaked}"
 
 
-def test_a_job_outlives_a_node(place, assert_undisturbed):
-    """All processes of the second node end at once, slurmd too; another node takes its place."""
-    job = place.submit("bereaved", "launch/slurm.sbatch", *place.arguments("bereaved"), "--save-interval", "5")
-    log = place.log("bereaved")
+def test_job_survives_node_failure(place, assert_uninterrupted):
+    """All processes of the second node are killed, including slurmd; another node replaces it."""
+    job = place.submit("node_failure", "launch/slurm.sbatch", *place.arguments("node_failure"), "--save-interval", "5")
+    log = place.log("node_failure")
     place.cluster.wait(job, lambda _: log.is_file() and runs.iteration(log) >= 7, 300, log)
     place.cluster.kill(place.cluster.n2)
     place.cluster.wait(job, lambda state: state["JobState"] in ("PENDING", "REQUEUED"), 300, log)
@@ -67,15 +67,15 @@ def test_a_job_outlives_a_node(place, assert_undisturbed):
     assert state["Restarts"] == "1" and len(starts(log)) == 2
     assert place.cluster.n3 in starts(log)[1]
     assert 7 <= killed_at < 24
-    assert_undisturbed(place.directory / "bereaved")
+    assert_uninterrupted(place.directory / "node_failure")
 
 
-def test_a_wrong_command_is_not_tried_again(place):
-    """Nor is it, with QAD_HOME, looked for where the job runs."""
+def test_wrong_command_is_not_retried(place):
+    """With QAD_HOME, the program is not searched for in the directory where the job runs."""
     command = ("launch/slurm.sbatch", "pretrain_qad.py", "--qad-teacher", "/absent")
     elsewhere = (f"--chdir={place.directory}",)
     job = place.submit("wrong", *command, options=elsewhere, NPROC_PER_NODE="1", QAD_HOME=str(ROOT))
     place.cluster.wait(job, lambda state: state["JobState"] == "FAILED", 300)
     text = place.log("wrong").read_text()
     assert "error: /absent: no hf/config.json" in text and len(starts(place.log("wrong"))) == 1
-    assert not list(place.directory.glob(".qad-job-*")), "a job's small files outlive it"
+    assert not list(place.directory.glob(".qad-job-*")), "the job's small files were not removed"

@@ -101,7 +101,7 @@ def test_nobody_asks_megatron_for_its_global_arguments():
 
 STATE_OF_A_PROCESS = {
     "engine/run_directory/locks.py": {"_held"},  # the locks that this process holds
-    "engine/run_directory/manifest.py": {"_found_whole"},  # checkpoints that it has read and found whole
+    "engine/run_directory/manifest.py": {"_verified"},  # checkpoints that it has read and found whole
     "data/prepare.py": {"_worker"},  # what a tokenizing process works with
 }
 """State that belongs to a process. All other state is an attribute of a job's objects."""

@@ -1,1 +1,1 @@
-"""The CPU backend: Megatron on machines without a GPU."""
+"""The CPU backend, which runs Megatron on machines without a GPU."""

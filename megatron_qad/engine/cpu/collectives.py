@@ -1,6 +1,6 @@
-"""Collectives over gloo: it stands in for nccl, and gathers and scatters unequal shares, which nccl does and gloo not.
+"""Collectives over gloo instead of NCCL, with gather and scatter of unequal shares, which gloo does not support.
 
-Shares are unequal where the ranks of a tensor-parallel group of experts were sent different numbers of tokens.
+Shares are unequal if the ranks of an expert tensor-parallel group received different numbers of tokens.
 """
 
 import functools
@@ -12,27 +12,27 @@ from megatron_qad.engine.patches import replace
 
 
 def install() -> None:
-    """Replace what Megatron calls in ``torch.distributed``."""
-    replace("torch.distributed:init_process_group", _over_gloo)
-    replace("torch.distributed:all_gather", lambda upstream: _any_shares(upstream, _gather_unequal, sizes_in=0))
-    replace("torch.distributed:reduce_scatter", lambda upstream: _any_shares(upstream, _scatter_unequal, sizes_in=1))
+    """Replace the functions of ``torch.distributed`` that Megatron calls."""
+    replace("torch.distributed:init_process_group", _use_gloo)
+    replace("torch.distributed:all_gather", lambda upstream: _dispatch(upstream, _gather_unequal, shares_arg=0))
+    replace("torch.distributed:reduce_scatter", lambda upstream: _dispatch(upstream, _scatter_unequal, shares_arg=1))
 
 
-def _over_gloo(init_process_group):
+def _use_gloo(init_process_group):
     @functools.wraps(init_process_group)
-    def over_gloo(backend=None, *args, **kwargs):
+    def init_gloo(backend=None, *args, **kwargs):
         kwargs.pop("device_id", None)  # binds a rank to a GPU
         return init_process_group("gloo" if backend in (None, "nccl") else backend, *args, **kwargs)
 
-    return over_gloo
+    return init_gloo
 
 
-def _any_shares(equal, unequal, sizes_in: int):
-    """``equal`` for shares of one shape, ``unequal`` else; all ranks of a group see the same list of shapes."""
+def _dispatch(equal, unequal, shares_arg: int):
+    """Call ``equal`` for shares of one shape, else ``unequal``. All ranks of a group see the same list of shapes."""
 
     @functools.wraps(equal)
     def collective(*args, **kwargs):
-        shares = args[sizes_in] if len(args) > sizes_in else ()
+        shares = args[shares_arg] if len(args) > shares_arg else ()
         if len({share.shape for share in shares}) > 1:
             return unequal(*args, **kwargs)
         return equal(*args, **kwargs)
@@ -41,7 +41,7 @@ def _any_shares(equal, unequal, sizes_in: int):
 
 
 def _gather_unequal(outputs: list[torch.Tensor], tensor: torch.Tensor, group=None) -> None:
-    """Shares that differ in their first dimension, padded to the longest on their way."""
+    """Gather shares that differ in their first dimension, padded to the longest one during the transfer."""
     longest = max(len(output) for output in outputs)
     ends = [0, 0] * (tensor.dim() - 1)
     padded = [output.new_empty(longest, *output.shape[1:]) for output in outputs]
@@ -51,7 +51,7 @@ def _gather_unequal(outputs: list[torch.Tensor], tensor: torch.Tensor, group=Non
 
 
 def _scatter_unequal(output: torch.Tensor, inputs: list[torch.Tensor], group=None) -> None:
-    """Sums over the ranks; each takes its share."""
+    """Reduce-scatter shares that differ in their first dimension: sum over the ranks, then take this rank's share."""
     total = torch.cat(inputs)
     torch.distributed.all_reduce(total, group=group)
     output.copy_(total.split([len(share) for share in inputs])[torch.distributed.get_rank(group)])

@@ -1,9 +1,9 @@
-"""Runs Megatron, which asks for CUDA at every turn, on the CPU over gloo.
+"""Runs Megatron, which requires CUDA in many places, on the CPU over gloo.
 
-``install()`` answers the calls that Megatron makes of ``torch.cuda`` and maps the device "cuda" to "cpu", so that the
-same training loop, schedules, optimizer and checkpoints run where there is no GPU. It is installed before ``megatron``
-is imported and only when no GPU is there (``engine.init_runtime`` decides). It is slow where a GPU is fast and changes
-no arithmetic. Left out: CUDA graphs, streams that overlap, memory pools, profilers."""
+``install()`` replaces the functions of ``torch.cuda`` that Megatron calls and maps the device "cuda" to "cpu", so that
+the same training loop, schedules, optimizer and checkpoints run without a GPU. ``engine.init_runtime`` installs it
+before ``megatron`` is imported, and only on a machine without a GPU. It does not change any arithmetic. Not supported:
+CUDA graphs, overlapping streams, memory pools, profilers."""
 
 import contextlib
 import functools
@@ -21,16 +21,16 @@ _CPU = torch.device("cpu")
 
 
 def install() -> None:
-    """Answer CUDA's calls with the CPU, in this process, until it ends. Idempotent."""
+    """Replace CUDA by the CPU in this process until it ends. Idempotent."""
     if getattr(install, "done", False):
         return
     install.done = True
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles its fusions; inductor on CPU costs minutes
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # Megatron compiles its fusions, which takes minutes on a CPU
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron refuses sequence parallelism without it
-    _answer_cuda_calls()
+    _replace_cuda_functions()
     collectives.install()
     _CudaMeansCpu().__enter__()
-    _reach_backward_passes()
+    _cover_backward_passes()
 
 
 def _is_cuda(device) -> bool:
@@ -44,7 +44,7 @@ def _is_cuda(device) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Every torch function that is told "cuda" works on the CPU."""
+    """Redirects every torch function that receives the device "cuda" to the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -58,15 +58,18 @@ class _CudaMeansCpu(TorchFunctionMode):
         if "device" in kwargs and _is_cuda(kwargs["device"]):
             kwargs = {**kwargs, "device": _CPU}
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}  # pinning asks the CUDA driver
+            kwargs = {**kwargs, "pin_memory": False}  # pinning needs the CUDA driver
         if func is torch.Tensor.to and len(args) > 1 and not isinstance(args[1], bool) and _is_cuda(args[1]):
             args = (args[0], _CPU, *args[2:])
         return func(*args, **kwargs)
 
 
-def _reach_backward_passes() -> None:
-    """torch suspends a mode while one of the functions that it was shown runs, and backward is one: without this, the
-    backward passes of Megatron's collectives, and what is recomputed there, would ask for CUDA."""
+def _cover_backward_passes() -> None:
+    """Activate the mode in backward passes, too.
+
+    torch suspends a function mode while it handles a function, and backward is one. Without this, the backward passes
+    of Megatron's collectives, and recomputed forward passes, would request CUDA.
+    """
 
     def wrap(run):
         @functools.wraps(run)
@@ -80,7 +83,7 @@ def _reach_backward_passes() -> None:
 
 
 class _Stream:
-    """A stream on which everything has already happened."""
+    """A stream whose work is always complete."""
 
     cuda_stream = 0
     device = _CPU
@@ -111,7 +114,7 @@ class _Stream:
 
 
 class _Event:
-    """An event that has already happened."""
+    """An event that is always complete."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -143,9 +146,9 @@ def _memory_stats(device=None) -> dict:
     return {**stats, "num_alloc_retries": 0, "num_ooms": 0}
 
 
-def _answer_cuda_calls() -> None:
-    # Dynamo keys its rules by function object: no two names may share an answer.
-    def nothing():
+def _replace_cuda_functions() -> None:
+    # Dynamo keys its rules by function object, so no two names may share a replacement.
+    def does_nothing():
         return lambda *args, **kwargs: None
 
     def returns(value):
@@ -155,27 +158,27 @@ def _answer_cuda_calls() -> None:
         name="cpu", major=8, minor=0, multi_processor_count=os.cpu_count(), total_memory=_physical_memory_bytes()
     )
     stream = _Stream()
-    answers = {
+    replacements = {
         "is_available": returns(True),
         "is_initialized": returns(True),
         "_is_compiled": returns(True),
-        "_lazy_init": nothing(),
-        "init": nothing(),
+        "_lazy_init": does_nothing(),
+        "init": does_nothing(),
         "device_count": returns(1),
         "current_device": returns(0),
-        "set_device": nothing(),
+        "set_device": does_nothing(),
         "device": lambda *args, **kwargs: contextlib.nullcontext(),
         "get_device_properties": returns(cpu),
         "get_device_capability": returns((cpu.major, cpu.minor)),
         "get_device_name": returns(cpu.name),
-        "synchronize": nothing(),
-        "empty_cache": nothing(),
-        "ipc_collect": nothing(),
+        "synchronize": does_nothing(),
+        "empty_cache": does_nothing(),
+        "ipc_collect": does_nothing(),
         "Stream": _Stream,
         "Event": _Event,
         "current_stream": returns(stream),
         "default_stream": returns(stream),
-        "set_stream": nothing(),
+        "set_stream": does_nothing(),
         "stream": lambda stream=None: contextlib.nullcontext(),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
         "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
@@ -187,22 +190,22 @@ def _answer_cuda_calls() -> None:
         "memory_reserved": lambda device=None: _peak_rss_bytes(),
         "max_memory_allocated": lambda device=None: _peak_rss_bytes(),
         "max_memory_reserved": lambda device=None: _peak_rss_bytes(),
-        "reset_peak_memory_stats": nothing(),
+        "reset_peak_memory_stats": does_nothing(),
         "memory_stats": _memory_stats,
         "mem_get_info": returns((_physical_memory_bytes() // 2, _physical_memory_bytes())),
         "is_bf16_supported": returns(True),
     }
-    for name, answer in answers.items():
-        _answer(f"torch.cuda:{name}", answer)
-    _answer("torch.accelerator:is_available", returns(False))  # the data loader then pins no memory
+    for name, replacement in replacements.items():
+        _replace_with(f"torch.cuda:{name}", replacement)
+    _replace_with("torch.accelerator:is_available", returns(False))  # prevents the data loader from pinning memory
     for name in ("get_rng_state", "set_rng_state"):
-        _answer(f"torch.cuda.random:{name}", answers[name])
+        _replace_with(f"torch.cuda.random:{name}", replacements[name])
     for name in ("range_push", "range_pop", "mark"):
-        _answer(f"torch.cuda.nvtx:{name}", nothing())
+        _replace_with(f"torch.cuda.nvtx:{name}", does_nothing())
 
 
-def _answer(target: str, answer) -> None:
-    replace(target, lambda _: answer)
+def _replace_with(target: str, replacement) -> None:
+    replace(target, lambda _: replacement)
 
 
 def _physical_memory_bytes() -> int:

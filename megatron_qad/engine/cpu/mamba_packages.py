@@ -1,8 +1,8 @@
-"""Puts the torch operations of ``ssd`` under the names of the packages that Megatron's Mamba mixer imports.
+"""Registers the torch operations of ``ssd`` under the names of the packages that Megatron's Mamba mixer imports.
 
-The mixer takes ``mamba_ssm`` and ``causal_conv1d`` when it is itself imported, derives a class from what it finds, and
-puts a mock in the place of what it does not find. So something that works must stand there before. Installed packages
-win where a GPU can run their kernels.
+When the mixer is imported, it imports ``mamba_ssm`` and ``causal_conv1d``, derives a class from their contents, and
+replaces missing packages by mocks. So working modules must be registered before. Installed packages are used if a GPU
+can run their kernels.
 """
 
 import importlib.machinery
@@ -15,9 +15,9 @@ from megatron_qad.engine.cpu import ssd
 
 
 def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, activation=None, **unsupported):
-    """``causal_conv1d``'s function. x: [b, d, l]; weight: [d, width]; activation: None or "silu"."""
+    """Replaces ``causal_conv1d.causal_conv1d_fn``. x: [b, d, l]; weight: [d, width]; activation: None or "silu"."""
     if any(value is not None and value is not False for value in unsupported.values()):
-        raise NotImplementedError(f"causal_conv1d_fn without its kernels has no {', '.join(unsupported)}")
+        raise NotImplementedError(f"causal_conv1d_fn without its kernels does not support {', '.join(unsupported)}.")
     wide_bias = None if bias is None else ssd.wide(bias)
     out = ssd.causal_conv1d(ssd.wide(x).transpose(1, 2), ssd.wide(weight), wide_bias, seq_idx)
     out = torch.nn.functional.silu(out) if activation in ("silu", "swish") else out
@@ -25,10 +25,10 @@ def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, activation=None, **unsu
 
 
 def causal_conv1d_varlen_states(x, cu_seqlens, state_len):
-    raise NotImplementedError("inference with packed requests needs the package causal_conv1d")
+    raise NotImplementedError("inference with packed requests needs the package causal_conv1d. Install it.")
 
 
-# Package -> (the version whose features these have, module -> what it holds).
+# Package -> (version whose features are implemented, module -> its contents).
 _PACKAGES = {
     "mamba_ssm": (
         "2.2.2",
@@ -51,21 +51,21 @@ _PACKAGES = {
 
 
 def install() -> None:
-    """Register the stand-ins as modules of this process. Idempotent."""
+    """Register the replacements as modules of this process. Idempotent."""
     for package, (version, modules) in _PACKAGES.items():
-        _module(package).__version__ = version
+        _get_module(package).__version__ = version
         for path, contents in modules.items():
             parts = [part for part in path.split(".") if part]
             for depth in range(len(parts) + 1):
-                module = _module(".".join([package, *parts[:depth]]))
+                module = _get_module(".".join([package, *parts[:depth]]))
             vars(module).update(contents)
 
 
-def _module(name: str) -> types.ModuleType:
+def _get_module(name: str) -> types.ModuleType:
     module = sys.modules.get(name)
     if module is None:
-        module = types.ModuleType(name, "Torch operations of megatron_qad in this package's place.")
-        # Whoever asks whether the package is there, asks for this.
+        module = types.ModuleType(name, "Torch operations of megatron_qad that replace this package.")
+        # importlib.util.find_spec, which checks for the package, returns this.
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
         module.__path__ = []
         sys.modules[name] = module

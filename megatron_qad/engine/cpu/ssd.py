@@ -1,11 +1,12 @@
 """Mamba-2's operations in plain torch, with autograd: the causal convolution, the chunked scan, the gated norm.
 
-What ``mamba_ssm`` and ``causal_conv1d`` compute with kernels on a GPU, on any device (``mamba_packages`` puts these in
-their place where they are missing). Reduced precisions are computed in float32, as the kernels do. A row may hold
-several documents, told apart by ``seq_idx`` int [b, l]: neither convolution nor state reaches from one into the next.
+On any device, these compute the same as the GPU kernels of ``mamba_ssm`` and ``causal_conv1d``, which they replace
+where the packages are missing (``mamba_packages``). Inputs in reduced precision are computed in float32, as in the
+kernels. A row may contain several documents, separated by ``seq_idx`` int [b, l]: neither the convolution nor the state
+crosses from one into the next.
 
-Source: Dao and Gu, "Transformers are SSMs", arXiv:2405.21060, section 6. Letters of shapes: b rows, l tokens, h heads,
-p head size, g groups (each of h / g heads shares B and C), n state size, c chunks, q tokens of a chunk.
+Source: Dao and Gu, "Transformers are SSMs", arXiv:2405.21060, section 6. Letters in shapes: b rows, l tokens, h heads,
+p head size, g groups (the h / g heads of a group share B and C), n state size, c chunks, q tokens in a chunk.
 """
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import pad, silu, softplus
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None = None) -> Tensor:
-    """Depthwise convolution over the tokens up to each one.
+    """Depthwise causal convolution over the tokens.
 
     Args:
         x: [b, l, d].
@@ -23,12 +24,12 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tenso
     """
     width = weight.shape[1]
     out = x * weight[:, -1]
-    for back in range(1, min(width, x.shape[1])):
-        earlier = pad(x[:, :-back], (0, 0, back, 0))
+    for lag in range(1, min(width, x.shape[1])):
+        earlier = pad(x[:, :-lag], (0, 0, lag, 0))
         if seq_idx is not None:
-            same = seq_idx[:, back:] == seq_idx[:, :-back]
-            earlier = earlier * pad(same, (back, 0)).unsqueeze(-1)
-        out = out + earlier * weight[:, -1 - back]
+            is_same_document = seq_idx[:, lag:] == seq_idx[:, :-lag]
+            earlier = earlier * pad(is_same_document, (lag, 0)).unsqueeze(-1)
+        out = out + earlier * weight[:, -1 - lag]
     return out if bias is None else out + bias
 
 
@@ -42,14 +43,14 @@ def chunked_scan(
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence state = exp(dt A) state + dt B x, y = C state, a chunk of tokens at a time.
+    """Compute the recurrence state = exp(dt A) state + dt B x, y = C state, one chunk of tokens at a time.
 
     Args:
         x: [b, l, h, p].
         dt: [b, l, h], positive.
         A: [h], negative.
         B, C: [b, l, g, n].
-        initial_state: [b, h, p, n]; None: zeros.
+        initial_state: [b, h, p, n]. None means zeros.
 
     Returns:
         y [b, l, h, p] and the last state [b, h, p, n], in ``x``'s dtype.
@@ -60,19 +61,19 @@ def chunked_scan(
     B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))
     parts = []
     for start in range(0, length, chunk_size):
-        now = slice(start, start + chunk_size)
-        seq = None if seq_idx is None else seq_idx[:, now]
-        y, state = _chunk(x[:, now], dt[:, now], A, B[:, now], C[:, now], state, seq, document)
+        chunk = slice(start, start + chunk_size)
+        seq = None if seq_idx is None else seq_idx[:, chunk]
+        y, state = _scan_chunk(x[:, chunk], dt[:, chunk], A, B[:, chunk], C[:, chunk], state, seq, document)
         document = None if seq is None else seq[:, -1]
         parts.append(y)
     return torch.cat(parts, dim=1), state
 
 
-def _chunk(x, dt, A, B, C, state, seq, document) -> tuple[Tensor, Tensor]:
-    """One chunk: y [b, q, h, p] and the state after it. ``document`` [b]: whose state it begins with."""
+def _scan_chunk(x, dt, A, B, C, state, seq, document) -> tuple[Tensor, Tensor]:
+    """Return y [b, q, h, p] of one chunk and the state after it. ``document`` [b] is the document of ``state``."""
     x, B, C = (t.transpose(1, 2) for t in (x, B, C))  # [b, h, q, .]
     dt = dt.transpose(1, 2)  # [b, h, q]
-    log_decay = (dt * A[:, None]).cumsum(-1)  # of the state before the chunk, up to and with each token
+    log_decay = (dt * A[:, None]).cumsum(-1)  # of the state before the chunk, up to and including each token
     causal = torch.ones(x.shape[2], x.shape[2], dtype=torch.bool, device=x.device).tril()
     to_state, from_state = torch.exp(log_decay[..., -1:] - log_decay), torch.exp(log_decay)
     keep = torch.exp(log_decay[..., -1])
@@ -81,7 +82,7 @@ def _chunk(x, dt, A, B, C, state, seq, document) -> tuple[Tensor, Tensor]:
         to_state = to_state * (seq == seq[:, -1:]).unsqueeze(1)
         from_state = from_state * (seq == document[:, None]).unsqueeze(1)
         keep = keep * (seq[:, -1] == document).unsqueeze(1)
-    # Masked before the exponential: above the diagonal it would overflow, and 0 * inf is no gradient.
+    # Masked before the exponential: it would overflow above the diagonal, and the gradient 0 * inf would be NaN.
     decay = torch.exp((log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~causal, -torch.inf))
     scores = (C @ B.transpose(-1, -2)) * decay * dt[..., None, :]
     y = scores @ x + (C @ state.transpose(-1, -2)) * from_state[..., None]
@@ -90,7 +91,7 @@ def _chunk(x, dt, A, B, C, state, seq, document) -> tuple[Tensor, Tensor]:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the precision that it is computed in."""
+    """Convert ``x`` to the precision of the computation: float64 stays, all else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -110,7 +111,7 @@ def chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
 ):
-    """``mamba_ssm``'s ``mamba_chunk_scan_combined``: step sizes, scan, skip connection D and gate silu(z).
+    """Replaces ``mamba_ssm``'s ``mamba_chunk_scan_combined``: step sizes, scan, skip connection D and gate silu(z).
 
     Args:
         x: [b, l, h, p]; dt: [b, l, h]; A: [h]; B, C: [b, l, g, n]; D: [h] or [h, p]; z: like x.
@@ -149,11 +150,13 @@ def split_conv1d_scan_combined(
     ngroups: int = 1,
     norm_before_gate: bool = False,
 ) -> Tensor:
-    """``mamba_ssm``'s ``mamba_split_conv1d_scan_combined`` without its optional norm and output projection: all of a
-    Mamba-2 mixer between its two linears, but for the norm.
+    """Replaces ``mamba_ssm``'s ``mamba_split_conv1d_scan_combined`` without its optional norm and output projection.
+
+    This is a Mamba-2 mixer between its two linear layers, without the norm.
 
     Args:
-        zxbcdt: [b, l, 2 di + 2 g n + h] with di = h p: the gate z, the convolved x, B and C, and the step sizes.
+        zxbcdt: [b, l, 2 di + 2 g n + h] with di = h p: the gate z, the inputs x, B and C of the convolution, and the
+            step sizes.
         conv1d_weight: [di + 2 g n, width].
         D: [h] with ``headdim`` given, or [h, p].
 
@@ -161,7 +164,9 @@ def split_conv1d_scan_combined(
         [b, l, di], gated by silu(z), in ``zxbcdt``'s dtype.
     """
     if activation != "silu" or norm_before_gate:
-        raise NotImplementedError(f"activation {activation!r}, norm_before_gate {norm_before_gate}: only silu after it")
+        raise NotImplementedError(
+            f"activation {activation!r}, norm_before_gate {norm_before_gate}: only silu before the norm is supported."
+        )
     heads = dt_bias.shape[0]
     size = D.shape[1] if headdim is None else headdim
     inner = heads * size
@@ -188,7 +193,10 @@ def split_conv1d_scan_combined(
 
 
 class GatedRMSNorm(torch.nn.Module):
-    """``mamba_ssm``'s gated ``RMSNorm``: root-mean-square norm over groups of the last axis, after the gate silu(z)."""
+    """Replaces ``mamba_ssm``'s gated ``RMSNorm``: RMS norm over groups of the last axis, with the gate silu(z).
+
+    ``norm_before_gate`` applies the gate after the norm instead of before it.
+    """
 
     def __init__(self, hidden_size, eps=1e-5, group_size=None, norm_before_gate=True, device=None, dtype=None):
         super().__init__()
@@ -197,7 +205,7 @@ class GatedRMSNorm(torch.nn.Module):
         self.register_parameter("bias", None)
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """``x``, ``z`` [..., hidden]."""
+        """Normalize and gate ``x`` [..., hidden] with ``z`` [..., hidden]."""
         y = wide(x)
         if z is not None and not self.norm_before_gate:
             y = y * silu(wide(z))

@@ -1,1 +1,1 @@
-"""What a run directory needs: atomic saves, checksums, locks, and reading it without running code."""
+"""Run directories: atomic saves, checksums, locks, and unpickling that runs no code from a file."""

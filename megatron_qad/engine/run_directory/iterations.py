@@ -1,6 +1,6 @@
-"""Which iterations a run directory holds, and which of them is the newest or the best.
+"""The saved iterations of a run directory: all of them, the newest, and the best.
 
-Reads names and small files; the tensors are never opened.
+Only names and small files are read; tensors are never opened.
 """
 
 import re
@@ -11,92 +11,103 @@ from megatron_qad.engine.run_directory.run_files import BEST_FILE, SMOOTHING_FIL
 
 _ITERATION = re.compile(r"iter_\d{7,}")
 BEST_KEY = "kl_to_teacher"
-"""The metric of a validation by which checkpoints are ranked."""
+"""The validation metric that ranks checkpoints."""
 
 
 def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) -> Path:
-    """The directory of one iteration inside a checkpoint directory.
+    """Return the directory of one iteration inside a checkpoint directory.
 
     Args:
-        iteration: a number, "best" (of those that are there, by validation KL) or None for what
+        iteration: a number, "best" (the lowest validation KL among the existing ones), or None for the iteration that
             ``latest_checkpointed_iteration.txt`` names.
+
+    Raises:
+        QADError: the iteration does not exist, or the tracker is missing or damaged.
+
+    Example::
+
+        from megatron_qad.engine.run_directory.iterations import iteration_dir
+        iteration_dir("runs/qad")  # the newest, such as runs/qad/iter_0000100
+        iteration_dir("runs/qad", "best")
     """
     root = Path(checkpoint)
     if iteration is not None:
-        found = root / f"iter_{best_iteration(root) if iteration == 'best' else int(iteration):07d}"
-        if not (found / ".metadata").is_file():
-            there = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
-            raise QADError(f"{root}: {found.name} is not a torch_dist checkpoint; there are: {there}")
-        return found
+        directory = root / f"iter_{best_iteration(root) if iteration == 'best' else int(iteration):07d}"
+        if not (directory / ".metadata").is_file():
+            available = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
+            raise QADError(f"{root}: {directory.name} is not a torch_dist checkpoint. Choose one of: {available}.")
+        return directory
     tracker = root / TRACKER
     if not tracker.is_file():
-        raise QADError(f"{root}: no {TRACKER}; expected a checkpoint directory")
+        raise QADError(f"{root}: no {TRACKER}. Expected a checkpoint directory.")
     latest = tracker.read_text(errors="replace").strip()
     if latest != "release" and not is_number(latest):
-        raise QADError(f"{tracker} says {latest!r}, expected a number or 'release'; resuming the job mends it")
-    found = root / ("release" if latest == "release" else f"iter_{int(latest):07d}")
-    if not (found / ".metadata").is_file():
-        raise QADError(f"{root}: {TRACKER} says {latest}, but {found.name} is not a torch_dist checkpoint")
-    return found
+        raise QADError(f"{tracker} contains {latest!r}, expected a number or 'release'. Resume the job to fix it.")
+    directory = root / ("release" if latest == "release" else f"iter_{int(latest):07d}")
+    if not (directory / ".metadata").is_file():
+        raise QADError(f"{root}: {TRACKER} names {latest}, but {directory.name} is not a torch_dist checkpoint.")
+    return directory
 
 
 def iteration_to_read(checkpoint: str | Path, iteration: int | str | None = None) -> Path:
-    """``iteration_dir`` for what reads a run and writes something of it: None is then the newest that is there.
+    """``iteration_dir`` for tools that export or report on a run: None must then be the newest saved iteration.
 
     Raises:
-        QADError: the tracker names an older one. Either it is damaged, or the run was set back on purpose.
+        QADError: the tracker names an older one: it is damaged, or the user set the run back.
     """
-    found = iteration_dir(checkpoint, iteration)
+    directory = iteration_dir(checkpoint, iteration)
     saved = saved_iterations(checkpoint)
-    if iteration is None and found.name != "release" and found != saved[0]:
+    if iteration is None and directory.name != "release" and directory != saved[0]:
         raise QADError(
-            f"{checkpoint}: {TRACKER} says {iteration_of(found)}, and {saved[0].name} is newer. Name the iteration "
-            f"(--iteration {iteration_of(saved[0])}), or let the job go on, which settles it"
+            f"{checkpoint}: {TRACKER} names {iteration_of(directory)}, but {saved[0].name} is newer. Name the "
+            f"iteration (--iteration {iteration_of(saved[0])}), or resume the job, which updates the tracker."
         )
-    return found
+    return directory
 
 
 def saved_iterations(root: str | Path) -> list[Path]:
-    """Directories of a run's saved iterations, the newest first, whole or not."""
-    found = [path for path in Path(root).glob("iter_*") if _ITERATION.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=iteration_of, reverse=True)
+    """Return the directories of a run's saved iterations, newest first, valid or not."""
+    directories = [path for path in Path(root).glob("iter_*") if _ITERATION.fullmatch(path.name) and path.is_dir()]
+    return sorted(directories, key=iteration_of, reverse=True)
 
 
 def iteration_of(directory: Path) -> int:
-    """The iteration that a checkpoint's directory is named by."""
+    """Return the iteration number in the name of a checkpoint directory."""
     return int(directory.name.removeprefix("iter_"))
 
 
 def is_number(text: str) -> bool:
-    """Whether a tracker's text is an iteration."""
+    """Whether the text of a tracker is an iteration number."""
     return text.isascii() and text.isdigit()
 
 
 def validations(root: Path) -> list[dict]:
-    """The ranked validations of the run that saves in ``root``, best first: "iteration", KL and, but in files of older
-    versions, "num_tokens"; empty if it has not validated."""
+    """Return the ranked validations of the run in ``root``, best first; empty if there are none.
+
+    Each has "iteration", the KL and, except in files of older versions, "num_tokens".
+    """
     return read_record(root, BEST_FILE) or []
 
 
 def validated_kl(root: Path) -> dict[int, float]:
-    """Validation KL by iteration, best first."""
+    """Return the validation KL by iteration, best first."""
     return {entry["iteration"]: entry[BEST_KEY] for entry in validations(root)}
 
 
 def best_iteration(root: Path) -> int:
-    """The validated iteration with the lowest KL whose checkpoint is there."""
-    # Removed ones are left out; a damaged one is not, so that it is named instead of passed over.
-    there = [step for step in validated_kl(root) if (root / f"iter_{step:07d}").is_dir()]
-    if not there:
-        raise QADError(f"{root}: no checkpoint with a validation ({BEST_FILE}); name its iteration instead of 'best'")
-    return there[0]
+    """Return the validated iteration with the lowest KL whose checkpoint exists."""
+    # Removed ones are skipped; a damaged one is not, so that reading it fails by name.
+    existing = [step for step in validated_kl(root) if (root / f"iter_{step:07d}").is_dir()]
+    if not existing:
+        raise QADError(f"{root}: no checkpoint with a validation ({BEST_FILE}). Name an iteration instead of 'best'.")
+    return existing[0]
 
 
 def smoothing_record(checkpoint: str | Path) -> dict | None:
-    """How the weights that a checkpoint descends from were smoothed (``tools/smooth.py``); None: not."""
+    """Return how a checkpoint's initial weights were smoothed (``tools/smooth.py``); None if they were not."""
     return read_record(checkpoint, SMOOTHING_FILE)
 
 
 def holds_checkpoints(root: str | Path) -> bool:
-    """Whether a job would resume from ``root``: a tracker is there, or checkpoints that lost theirs."""
+    """Whether a job would resume from ``root``: it has a tracker, or checkpoints whose tracker is lost."""
     return (Path(root) / TRACKER).is_file() or bool(saved_iterations(root))

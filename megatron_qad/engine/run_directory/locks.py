@@ -1,8 +1,8 @@
-"""One writer for each output: a lock file that says which process holds it.
+"""Lock files that allow one writer for each output and record which process holds the lock.
 
-On one machine, a lock is stale when its process is gone. On a shared file system the pid of another host says nothing,
-so the holder touches its lock every few seconds, and a lock that stays untouched is stale. Both times are the file
-server's own, so that hosts' clocks need not agree. Left out: protection from processes that do not ask.
+On one machine, a lock is stale when its process is gone. On a shared file system the pid of another host means nothing,
+so the holder touches its lock every few seconds, and a lock that stays untouched is stale. Both times are taken from
+the file server, so the hosts' clocks need not agree. Not supported: protection from processes that do not use locks.
 """
 
 import atexit
@@ -20,37 +20,43 @@ from pathlib import Path
 from megatron_qad.engine.errors import QADError
 
 NAME = "qad.lock"
-"""Of the lock inside a directory that one job owns."""
+"""File name of the lock inside a directory that one job owns."""
 SECONDS_BETWEEN_BEATS = 10
 SECONDS_UNTIL_STALE = 120
-"""Without a beat, for a holder on another machine."""
+"""Time without a beat after which the lock of another machine is stale."""
 
 _held: dict[Path, "_Lock"] = {}
 
 
-def hold(directory: str | Path, flag: str) -> None:
-    """Own ``directory`` (made if need be) until this process ends. A process that owns it already goes on.
+def lock_directory(directory: str | Path, flag: str) -> None:
+    """Lock ``directory`` for this process until it ends. Creates the directory; a second call does nothing.
 
     Args:
-        flag: what named the directory, for messages.
+        flag: the flag that named the directory, for messages.
 
     Raises:
-        QADError: another process owns it (named), or it cannot be written.
+        QADError: another process, which the message names, holds the lock, or the directory cannot be written.
+
+    Example::
+
+        from megatron_qad.engine.run_directory import locks
+        locks.lock_directory("runs/qad", "--save")
+        assert Path("runs/qad/qad.lock").is_file()
     """
     file = Path(directory).resolve() / NAME
     held = _held.get(file)
-    if held is None or held.pid != os.getpid():  # not what this process was forked from
+    if held is None or held.pid != os.getpid():  # a fork inherits the entry but not the lock
         _Lock(file, f"{flag} {directory}").take()
 
 
 @contextmanager
-def writing(output: str | Path, flag: str = "--output") -> Iterator[None]:
-    """Own ``output``, a file, prefix or directory that is about to be written, inside the ``with``.
+def lock_output(output: str | Path, flag: str = "--output") -> Iterator[None]:
+    """Lock ``output``, a file, prefix or directory that is about to be written, inside the ``with`` block.
 
-    The lock is a hidden file beside it, because an output that appears by a rename must not be there before.
+    The lock is a hidden file next to it, because an output that appears by a rename must not exist before.
 
     Raises:
-        QADError: as ``hold``.
+        QADError: as in ``lock_directory``.
     """
     output = Path(os.path.abspath(output))
     lock = _Lock(output.parent / f".{output.name}.lock", f"{flag} {output}")
@@ -62,20 +68,20 @@ def writing(output: str | Path, flag: str = "--output") -> Iterator[None]:
 
 
 class _Lock:
-    def __init__(self, file: Path, what: str):
-        self.file, self.what = file, what
-        self._mine = _this_process()
+    def __init__(self, file: Path, description: str):
+        self.file, self.description = file, description
+        self._ours = _this_process()
         self.pid = os.getpid()
 
     def take(self) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             while not self._create():
-                self._make_way()
+                self._remove_stale_lock()
         except OSError as error:
             raise QADError(
-                f"{self.what}: cannot be written ({error.strerror or error}: {error.filename or self.file}). Choose "
-                "another place or make it writable"
+                f"{self.description}: cannot be written ({error.strerror or error}: {error.filename or self.file}). "
+                "Choose another place or make it writable."
             ) from error
         _held[self.file] = self
         atexit.register(self.release)
@@ -83,22 +89,22 @@ class _Lock:
         threading.Thread(target=self._beat, daemon=True, name=f"lock {self.file.name}").start()
 
     def release(self) -> None:
-        """Give it back. Nothing happens in a process that was forked from the holder, or a second time."""
+        """Release the lock. Does nothing in a fork of the holder, or when it was released before."""
         if _held.get(self.file) is not self or self.pid != os.getpid():
             return
         del _held[self.file]
         self._ended.set()
-        if _read(self.file) == self._mine:
+        if _read(self.file) == self._ours:
             self.file.unlink(missing_ok=True)
 
     def _create(self) -> bool:
-        """Whether the file is this process's now."""
+        """Create the lock file; False if it exists already."""
         try:
             descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         try:
-            os.write(descriptor, json.dumps(self._mine).encode())
+            os.write(descriptor, json.dumps(self._ours).encode())
         except OSError:  # a full disk
             self.file.unlink(missing_ok=True)
             raise
@@ -106,21 +112,21 @@ class _Lock:
             os.close(descriptor)
         return True
 
-    def _make_way(self) -> None:
-        """Return when the lock that is there has been removed.
+    def _remove_stale_lock(self) -> None:
+        """Remove the existing lock if it is stale.
 
         Raises:
-            QADError: it is held.
+            QADError: a process holds it.
         """
         holder = _read(self.file)
         if holder is None:
             return
-        if holder.get("machine") == self._mine["machine"]:
-            if _runs(holder):
-                raise self._refusal(holder)
+        if holder.get("machine") == self._ours["machine"]:
+            if _is_running(holder):
+                raise self._in_use_error(holder)
         else:
-            self._watch(holder)
-        # Renamed first: another process that found the same stale lock may have put its own in its place since.
+            self._wait_until_stale(holder)
+        # Renamed first: another process that found the same stale lock may have replaced it with its own since then.
         aside = self.file.with_name(f"{self.file.name}.{secrets.token_hex(4)}")
         try:
             self.file.rename(aside)
@@ -131,28 +137,28 @@ class _Lock:
         else:
             aside.rename(self.file)
 
-    def _watch(self, holder: dict) -> None:
-        """Wait until the lock of another machine has been silent for long enough.
+    def _wait_until_stale(self, holder: dict) -> None:
+        """Wait until the lock of another machine has been untouched for ``SECONDS_UNTIL_STALE``.
 
         Raises:
-            QADError: it was touched meanwhile.
+            QADError: the holder touched it while this process waited.
         """
-        seen, said = 0.0, False
-        while (silence := self._silence()) is not None and silence < SECONDS_UNTIL_STALE:
-            if silence < seen:
-                raise self._refusal(holder)
-            seen = silence
-            if not said:
+        last_age, is_reported = 0.0, False
+        while (age := self._age()) is not None and age < SECONDS_UNTIL_STALE:
+            if age < last_age:
+                raise self._in_use_error(holder)
+            last_age = age
+            if not is_reported:
                 print(
-                    f"megatron_qad: {self.what} was in use by {_described(holder)}, last seen {silence:.0f} s ago; "
-                    f"waiting up to {SECONDS_UNTIL_STALE - silence:.0f} s to see whether it still is",
+                    f"megatron_qad: {self.description} was in use by {_describe(holder)}, last seen {age:.0f} s ago; "
+                    f"waiting up to {SECONDS_UNTIL_STALE - age:.0f} s to see whether it still is",
                     flush=True,
                 )
-                said = True
+                is_reported = True
             time.sleep(1)
 
-    def _silence(self) -> float | None:
-        """Seconds since the lock was touched, by the clock of its file system; None if it is gone."""
+    def _age(self) -> float | None:
+        """Return the seconds since the lock was touched, by the clock of its file system; None if it is gone."""
         probe = self.file.with_name(f"{self.file.name}.{secrets.token_hex(4)}")
         try:
             with open(probe, "wb") as now, open(self.file, "rb") as lock:  # opened: NFS then asks its server
@@ -162,23 +168,24 @@ class _Lock:
         finally:
             probe.unlink(missing_ok=True)
 
-    def _refusal(self, holder: dict) -> QADError:
+    def _in_use_error(self, holder: dict) -> QADError:
         return QADError(
-            f"{self.what}: is in use by {_described(holder)}. Wait for it, end it, or choose another place "
-            f"(the lock is {self.file})"
+            f"{self.description}: is in use by {_describe(holder)}. Wait until it ends, stop it, or choose another "
+            f"place. The lock file is {self.file}."
         )
 
     def _beat(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_BEATS):
             try:
                 os.utime(self.file)
-                found = _read(self.file)
-                if found is None:
+                holder = _read(self.file)
+                if holder is None:
                     self._create()
-                elif found != self._mine and not self._ended.is_set():
+                elif holder != self._ours and not self._ended.is_set():
                     print(
-                        f"error: {self.what}: {_described(found)} has taken it over, because this process was silent "
-                        f"for more than {SECONDS_UNTIL_STALE} s. It ends here, so that two do not write",
+                        f"error: {self.description}: {_describe(holder)} has taken over the lock, because this process "
+                        f"did not touch it for more than {SECONDS_UNTIL_STALE} s. This process ends, so that only one "
+                        "writes. Start it again with another place if you need both.",
                         file=sys.stderr,
                         flush=True,
                     )
@@ -186,10 +193,10 @@ class _Lock:
             except FileNotFoundError:
                 self._create_again()
             except OSError:
-                pass  # a file server that does not answer for a while; the next beat tries again
+                pass  # the file server does not answer for a while; the next beat tries again
 
     def _create_again(self) -> None:
-        """Somebody removed the lock by hand."""
+        """Create the lock again after someone removed it by hand."""
         try:
             self._create()
         except OSError:
@@ -208,7 +215,7 @@ def _this_process() -> dict:
 
 
 def _machine() -> str:
-    """Where pids mean the same: one boot of one kernel, one namespace of pids (a container has its own)."""
+    """Identify the scope in which a pid is unique: one boot of a kernel and one pid namespace (one per container)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -217,7 +224,7 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When a process of this machine started, which no later process of the same pid has; None: there is none."""
+    """Return when a process of this machine started, which tells reused pids apart; None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):
@@ -225,22 +232,22 @@ def _start_ticks(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _runs(holder: dict) -> bool:
+def _is_running(holder: dict) -> bool:
     return holder.get("start_ticks") is not None and _start_ticks(holder["pid"]) == holder["start_ticks"]
 
 
 def _read(file: Path) -> dict | None:
-    """What the lock says; empty if it is being written or damaged, None if there is none."""
+    """Return the content of the lock; empty if it is being written or damaged, None if there is no lock."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _described(holder: dict) -> str:
+def _describe(holder: dict) -> str:
     if not holder:
         return "an unknown process"
     return f"process {holder['pid']} on {holder['host']} ({holder['command']}), started {holder['started']}"

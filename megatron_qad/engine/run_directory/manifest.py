@@ -1,9 +1,9 @@
-"""Checksums of a checkpoint directory, so that a damaged one is known by name before anything is read from it.
+"""Checksums of a checkpoint directory, so that damage is detected, file by file, before anything is read.
 
-The manifest is Megatron's own ``integrity.json`` (SHA-256 of every file; its ``--verify-integrity`` reads it too), with
-the sizes beside the sums. Here it is written by all ranks together, each summing up what it wrote, and checked the same
-way. Directories that one process writes, such as ``hf/``, are sealed with the same file. Left out: who writes
-checkpoints (``atomic_checkpoint``) and which one is loaded (``resume_point``).
+The manifest is Megatron's ``integrity.json`` (SHA-256 of every file; its ``--verify-integrity`` reads it too), with the
+file sizes added. All ranks write it together, each hashing the files that it wrote, and check it the same way.
+Directories that one process writes, such as ``hf/``, have the same manifest. ``atomic_checkpoint`` writes checkpoints,
+``resume_point`` selects the one to load.
 """
 
 import contextlib
@@ -20,29 +20,30 @@ from megatron_qad.engine.errors import QADError
 
 FILE = "integrity.json"
 _NEEDED = (".metadata", "metadata.json")
-"""What every torch_dist checkpoint has; Megatron writes them last."""
+"""Files that every torch_dist checkpoint has; Megatron writes them last."""
 
-_NEXT = "Restore it from a copy, or import the model again"
+_NEXT_STEP = "Restore it from a copy, or import the model again."
 
-_found_whole: set[Path] = set()
+_verified: set[Path] = set()
 Sum = tuple[int, str]
-"""Bytes and SHA-256 of a file."""
+"""Size in bytes and SHA-256 of a file."""
 
 
 def sum_of(file: Path) -> Sum:
+    """Return the size and SHA-256 of one file."""
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return stream.tell(), digest
 
 
 def sums_of(directory: Path, names: Sequence[str]) -> dict[str, Sum]:
-    """Several files' sums; hashing leaves Python's lock."""
+    """Return the sums of several files, hashed in threads: hashing releases Python's lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(names, pool.map(lambda name: sum_of(directory / name), names), strict=True))
 
 
-def write(directory: Path, sums: Mapping[str, Sum]) -> None:
-    """The manifest of ``directory``, on the disk when this returns."""
+def write_sums(directory: Path, sums: Mapping[str, Sum]) -> None:
+    """Write the manifest of ``directory`` from known sums. It is on the disk when this returns."""
     names = sorted(sums)
     text = json.dumps(
         {
@@ -56,131 +57,137 @@ def write(directory: Path, sums: Mapping[str, Sum]) -> None:
 
 
 def num_bytes(directory: Path) -> int:
-    """Size of a checkpoint."""
+    """Return the size of a checkpoint in bytes."""
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
 def files_in(directory: Path) -> list[str]:
-    """Names of all files in a directory and below, relative to it, but for its manifest; sorted."""
-    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    # .nfs...: what an NFS client keeps of a file that was removed while it was open.
-    return sorted(name for name in found if name != FILE and not Path(name).name.startswith(".nfs"))
+    """Return the relative names of all files in and below a directory, sorted, without its manifest."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    # .nfs...: an NFS client keeps this for a file that was removed while it was open.
+    return sorted(name for name in names if name != FILE and not Path(name).name.startswith(".nfs"))
 
 
-def seal(directory: Path) -> None:
-    """Write the manifest of a directory as it is now."""
-    write(directory, sums_of(directory, files_in(directory)))
+def write_manifest(directory: Path) -> None:
+    """Hash all files of a directory and write its manifest."""
+    write_sums(directory, sums_of(directory, files_in(directory)))
 
 
 def read(directory: Path) -> dict[str, tuple[int | None, str]]:
-    """Bytes (None in Megatron's own manifests) and SHA-256 of each file that the manifest of ``directory`` lists.
+    """Return bytes (None in Megatron's own manifests) and SHA-256 of each file in the manifest of ``directory``.
 
     Raises:
-        QADError: there is none, or it is damaged.
+        QADError: the manifest is missing or damaged.
     """
     file = directory / FILE
     try:
-        found = json.loads(file.read_text())
-        sizes = found.get("bytes", {})
-        return {str(name): (sizes.get(name), str(digest)) for name, digest in found["files"].items()}
+        content = json.loads(file.read_text())
+        sizes = content.get("bytes", {})
+        return {str(name): (sizes.get(name), str(digest)) for name, digest in content["files"].items()}
     except FileNotFoundError:
-        raise QADError(f"{directory.name} has no {FILE}, so that damage could not be noticed") from None
+        raise QADError(f"{directory.name} has no {FILE}, so damage cannot be detected") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise QADError(f"{directory.name}/{FILE} is not readable") from error
 
 
 def find_problems(directory: Path, rank: int = 0, size: int = 1, needed: Sequence[str] = _NEEDED) -> list[str]:
-    """What is wrong with a checkpoint, a phrase a file; an empty list if it is whole.
+    """Return the problems of a checkpoint, one phrase for each file; an empty list if it is valid.
 
-    Names and sizes of all files are looked at, contents of every ``size``-th from ``rank`` on: the share of a rank.
-    A file that the manifest does not list is a problem, because Megatron would load some by their names.
+    Checks names and sizes of all files, and the contents of this rank's share: every ``size``-th file from ``rank`` on.
+    A file that the manifest does not list is a problem, because Megatron loads some files by name.
 
     Args:
-        needed: files that must be there.
+        needed: files that must exist.
     """
     if missing := [name for name in needed if not (directory / name).is_file()]:
-        return [f"{directory.name} has no {missing[0]}: it was never finished"]
+        return [f"{directory.name} has no {missing[0]}: the save never finished"]
     try:
         sums = read(directory)
     except QADError as error:
         return [str(error)]
-    wrong = [f"{directory.name}/{name} is not listed in {FILE}" for name in files_in(directory) if name not in sums]
+    problems = [f"{directory.name}/{name} is not listed in {FILE}" for name in files_in(directory) if name not in sums]
     for name, (expected, _) in sums.items():
         file = directory / name
         if not file.is_file():
-            wrong.append(f"{directory.name}/{name} is missing")
+            problems.append(f"{directory.name}/{name} is missing")
         elif expected is not None and file.stat().st_size != expected:
-            wrong.append(f"{directory.name}/{name} has {file.stat().st_size} bytes, not {expected}")
-    if wrong:
-        return wrong
+            problems.append(f"{directory.name}/{name} has {file.stat().st_size} bytes, not {expected}")
+    if problems:
+        return problems
     for name, (_, digest) in sums_of(directory, sorted(sums)[rank::size]).items():
         if digest != sums[name][1]:
-            wrong.append(f"{directory.name}/{name} has another SHA-256 than when it was written")
-    return wrong
+            problems.append(f"{directory.name}/{name} has another SHA-256 than when it was written")
+    return problems
 
 
-def require_file(file: Path) -> None:
-    """Refuse one file of a sealed directory that is not what the manifest beside it says, without reading the others.
+def verify_file(file: Path) -> None:
+    """Check one file against the manifest in its directory, without reading the other files.
 
     Raises:
-        QADError: it is missing, not listed or damaged, or there is no manifest.
+        QADError: the file is missing, not listed or damaged, or there is no manifest.
     """
     directory = file.parent
     try:
         expected = read(directory).get(file.name)
-        found = sum_of(file) if file.is_file() else None
+        actual = sum_of(file) if file.is_file() else None
     except QADError as error:
-        raise QADError(f"{file}: {error}. {_NEXT}") from error
-    if expected is None or found is None:
-        what = "is missing" if found is None else f"is not listed in {FILE}"
-    elif expected[1] != found[1]:
-        what = "has another SHA-256 than when it was written"
+        raise QADError(f"{file}: {error}. {_NEXT_STEP}") from error
+    if expected is None or actual is None:
+        problem = "is missing" if actual is None else f"is not listed in {FILE}"
+    elif expected[1] != actual[1]:
+        problem = "has another SHA-256 than when it was written"
     else:
         return
-    raise QADError(f"{file}: {what}. {_NEXT}")
+    raise QADError(f"{file}: {problem}. {_NEXT_STEP}")
 
 
 def find_problems_across_ranks(directory: Path) -> list[str]:
-    """``find_problems``, with the files shared out over the ranks; the same list on all of them. Every rank calls
-    this."""
+    """``find_problems`` with the files divided among the ranks. Every rank calls this and gets the same list."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return find_problems(directory)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    found: list[list[str]] = [[] for _ in range(size)]
-    torch.distributed.all_gather_object(found, find_problems(directory, rank, size))
-    return sorted({problem for share in found for problem in share})
+    shares: list[list[str]] = [[] for _ in range(size)]
+    torch.distributed.all_gather_object(shares, find_problems(directory, rank, size))
+    return sorted({problem for share in shares for problem in share})
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """Refuse a damaged or unfinished checkpoint by name. Every rank calls this; a process reads a directory once.
+    """Check that a checkpoint is complete and undamaged. Every rank calls this; a process reads a directory once.
 
     Raises:
-        QADError: the files that are wrong.
+        QADError: the checkpoint is damaged or unfinished; the message names the files.
+
+    Example::
+
+        from megatron_qad.engine.run_directory import iterations, manifest
+        directory = iterations.iteration_dir("runs/qad")
+        manifest.verify_checkpoint(directory)  # raises QADError if a file is damaged
     """
-    if directory.resolve() in _found_whole:
+    if directory.resolve() in _verified:
         return
-    wrong = find_problems_across_ranks(directory)
-    if not wrong:
-        _found_whole.add(directory.resolve())
+    problems = find_problems_across_ranks(directory)
+    if not problems:
+        _verified.add(directory.resolve())
     else:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise QADError(
-            f"{directory} is damaged: {'; '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. "
-            "Use another checkpoint (a job that resumes takes the one before by itself)"
+            f"{directory} is damaged: {'; '.join(problems[:3])}{more}. "
+            "Use another checkpoint (a job that resumes selects the previous valid one)."
         )
 
 
 def verify_directory(directory: Path, *needed: str) -> None:
-    """Refuse a damaged directory that is no checkpoint, such as ``hf/``.
+    """Check a directory that is not a checkpoint, such as ``hf/``, against its manifest.
 
     Raises:
-        QADError: the files that are wrong.
+        QADError: the directory is damaged; the message names the files.
     """
-    if wrong := find_problems(directory, needed=needed):
-        raise QADError(f"{directory} is damaged: {'; '.join(wrong[:3])}. {_NEXT}")
+    if problems := find_problems(directory, needed=needed):
+        raise QADError(f"{directory} is damaged: {'; '.join(problems[:3])}. {_NEXT_STEP}")
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's content at once: whoever reads it, also after a crash, finds the old one or the new one."""
+    """Replace a file's content atomically: a reader, also after a crash, sees the old content or the new one."""
     aside = file.with_name(file.name + ".new")
     with open(aside, "w") as stream:
         stream.write(text)
@@ -190,18 +197,18 @@ def write_atomically(file: Path, text: str) -> None:
     sync(file.parent)
 
 
-def write_or_say(file: Path, text: str) -> None:
-    """``write_atomically`` of what a job can do without: a full disk is said and is no reason to stop."""
+def write_or_warn(file: Path, text: str) -> None:
+    """Write an optional file atomically: an error, such as a full disk, is logged and does not stop the job."""
     try:
         write_atomically(file, text)
     except OSError as error:
         with contextlib.suppress(OSError):  # a file system that became read-only
             file.with_name(file.name + ".new").unlink(missing_ok=True)
-        print(f"megatron_qad: ERROR: {file} could not be written: {error}", flush=True)
+        print(f"megatron_qad: ERROR: {file} could not be written: {error}.", flush=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a directory, are on the disk."""
+    """Wait until the content of a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,8 @@
-"""Checkpoints are data: reading one runs no code that it names.
+"""Restricted unpickling, so that reading a checkpoint runs no code from it.
 
-torch's distributed checkpoints unpickle in two places: ``.metadata``, with pickle itself, and objects beside the
-tensors, with ``torch.load(weights_only=False)``. A path that a user names may hold a file that a stranger made. So the
-first reads only the classes that a checkpoint consists of, and the second becomes weights_only, whose list of classes
-Megatron extends by its own.
+torch's distributed checkpoints unpickle in two places: ``.metadata``, with pickle itself, and non-tensor objects, with
+``torch.load(weights_only=False)``. The path may contain a file from an untrusted source. So the first accepts only the
+classes that a checkpoint consists of, and the second becomes ``weights_only``, whose list of classes Megatron extends.
 """
 
 import os
@@ -32,12 +31,12 @@ _CLASSES = {
 
 
 def restrict_unpickling() -> None:
-    """Make this process, until it ends, read checkpoints as data. Idempotent."""
+    """Restrict unpickling of checkpoints in this process until it ends. Idempotent."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    reads_data = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
-    replace("torch.distributed.checkpoint.filesystem:pickle", lambda _: reads_data)
-    # In checkpoints of earlier versions Megatron's arguments hold ours: plain values, for which any namespace will do.
+    restricted = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
+    replace("torch.distributed.checkpoint.filesystem:pickle", lambda _: restricted)
+    # In checkpoints of earlier versions Megatron's arguments contain our options: plain values, so any namespace works.
     torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.qad_options.QADOptions")])
 
 
@@ -49,7 +48,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) not in _CLASSES:
             raise QADError(
-                f"{self._name} asks for {module}.{name}, which is no part of a checkpoint and could run code. Use only "
-                "checkpoints that tools/import_hf.py or pretrain_qad.py wrote"
+                f"{self._name} asks for {module}.{name}, which does not belong in a checkpoint and could run code. Use "
+                "only checkpoints that tools/import_hf.py or pretrain_qad.py wrote."
             )
         return super().find_class(module, name)

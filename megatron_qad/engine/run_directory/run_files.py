@@ -1,7 +1,7 @@
-"""The small files beside a run's checkpoints or in an export, each written by one room and read by others.
+"""Names of the small files in a run directory or an export, each written by one package and read by others.
 
-Those that describe a run are records (``json_records``): each has a checksum of itself. Every checkpoint holds a copy
-of them as they were when it was saved, by which a record that is missing is noticed, and can be restored.
+Files that describe a run are records (``json_records``), each with a checksum of itself. Every checkpoint contains a
+copy of them from the time of its save, so that a missing record is detected and can be restored.
 """
 
 from pathlib import Path
@@ -11,42 +11,42 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
 
 TRACKER = "latest_checkpointed_iteration.txt"
-"""Megatron's: the newest checkpoint."""
+"""Megatron's tracker file, which names the newest checkpoint."""
 JOB_FILE = "qad.json"
-"""What the job was: models, policy, loss."""
+"""Description of the job: models, policy, loss."""
 BEST_FILE = "best_checkpoints.json"
 """The checkpoints with the lowest validation KL."""
 CALIBRATION_FILE = "calibration.json"
-"""Experts' linears that saw too few tokens in calibration."""
+"""Expert linear layers that received too few tokens in calibration."""
 EVENTS_FILE = "event_files.json"
-"""What the TensorBoard event files were: in each checkpoint, and beside them when the job ended in order."""
+"""State of the TensorBoard event files: in each checkpoint, and in the run directory after a normal end of the job."""
 START_TAG = "job/start"
-"""The scalar that begins an event file: the number of the job's start, at the iteration where it goes on."""
+"""The first scalar of an event file: the number of the job's start, at the iteration where training resumes."""
 LOAD_FILE = "expert_load.json"
-"""How teacher and student spread tokens over their experts."""
+"""Distribution of tokens over the experts of teacher and student."""
 IMPORT_FILE = "qad_import.json"
-"""In an imported checkpoint: which Hugging Face model it was made of."""
+"""Source of an imported checkpoint: the Hugging Face model."""
 EXPORT_FILE = "qad_export.json"
-"""In an exported Hugging Face directory: which iteration of which checkpoint it was made of."""
+"""Source of an exported Hugging Face directory: the checkpoint and its iteration."""
 SMOOTHING_FILE = "qad_smoothing.json"
-"""In a checkpoint that tools/smooth.py wrote, and in those of jobs that began with it: how it was smoothed."""
+"""How tools/smooth.py smoothed the weights: in its output, and in checkpoints of jobs that started from it."""
 
-OF_A_RUN = (JOB_FILE, BEST_FILE, CALIBRATION_FILE, LOAD_FILE, SMOOTHING_FILE)
-"""The records beside a run's checkpoints."""
+RUN_RECORDS = (JOB_FILE, BEST_FILE, CALIBRATION_FILE, LOAD_FILE, SMOOTHING_FILE)
+"""Names of the records that describe a run."""
 
 
 def read_record(root: str | Path, name: str) -> Any:
-    """The content of a record in a checkpoint directory; None if the run never wrote it.
+    """Return the content of a record in a checkpoint directory; None if the run never wrote it.
 
     Raises:
-        QADError: it is damaged, or it is missing and a checkpoint has a copy of it.
+        QADError: the record is damaged, or it is missing although a checkpoint has a copy of it.
     """
     file = Path(root) / name
     copies = sorted(Path(root).glob(f"iter_*/{name}"))
-    restore = f"cp {copies[-1]} {file} restores it as it was then" if copies else "Restore it from a copy"
+    restore = f"Restore the copy: cp {copies[-1]} {file}" if copies else "Restore it from a copy."
     if not file.is_file():
         if copies:
-            raise QADError(f"{file}: is missing, and {copies[-1].parent.name} was saved when it was there. {restore}")
+            raise QADError(f"{file}: is missing, but {copies[-1].parent.name} has a copy of it. {restore}")
         return None
     try:
         return json_records.read(file)
@@ -54,8 +54,8 @@ def read_record(root: str | Path, name: str) -> Any:
         raise QADError(f"{error}. {restore}") from error
 
 
-def text_of_record(root: str | Path, name: str) -> str | None:
-    """The text of a record that goes into a checkpoint as its copy; None if there is no such record."""
+def record_text(root: str | Path, name: str) -> str | None:
+    """Return the text of a record, to be copied into a checkpoint; None if there is no such record."""
     file = Path(root) / name
-    # A record that was damaged while the job ran is copied as it is: it is noticed by whoever reads it.
+    # A record that was damaged while the job ran is copied unchanged: reading it reports the damage.
     return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None

@@ -67,7 +67,7 @@ class BestCheckpoints(Callback):
                 {"iteration": step, BEST_KEY: self._kl[step], "num_tokens": num_tokens}
                 for step in self.ranked(list(self._kl))
             ]
-            json_records.write_or_say(self._root / BEST_FILE, entries)  # or the next time
+            json_records.write_or_warn(self._root / BEST_FILE, entries)  # or the next time
 
     def ranked(self, iterations: Sequence[int]) -> list[int]:
         """Those of ``iterations`` that were validated, best first; the earlier of equals."""

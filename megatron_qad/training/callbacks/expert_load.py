@@ -117,7 +117,7 @@ class ExpertLoad(Callback):
                 writer.add_scalar(f"experts/{name}", value, iteration)
         if (save := self._job.args.save) is not None and Path(save).is_dir():
             by_index = {str(layer - 1): counts for layer, counts in layers.items()}
-            json_records.write_or_say(Path(save) / LOAD_FILE, {"iteration": iteration, "layers": by_index})
+            json_records.write_or_warn(Path(save) / LOAD_FILE, {"iteration": iteration, "layers": by_index})
 
 
 def busiest(load: Sequence[int]) -> float:

@@ -34,7 +34,7 @@ class LossSpike(Callback):
         if self._factor is None:
             return
         args = self._job.args
-        self._job.saves.texts_beside[_HISTORY_FILE] = lambda: json.dumps(list(self._losses))
+        self._job.saves.extra_texts[_HISTORY_FILE] = lambda: json.dumps(list(self._losses))
         if args.load is not None and (Path(args.load) / TRACKER).is_file():
             file = iteration_dir(args.load, args.ckpt_step or None) / _HISTORY_FILE
             if file.is_file():

@@ -232,7 +232,7 @@ def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
     json_records.write(run / "qad.json", {"formats": formats})
     with pytest.raises(QADError, match="layout bf16, .* asked for now is .*layout modelopt"):
         tool("export_hf", *flags, "--layout", "modelopt", "--iteration", "2")
-    with pytest.raises(QADError, match="says 2, and iter_0000004 is newer. Name the iteration"):
+    with pytest.raises(QADError, match="names 2, but iter_0000004 is newer. Name the iteration"):
         tool("export_hf", *flags)
 
 
@@ -301,7 +301,7 @@ def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
     with pytest.raises(QADError, match="no hf/config.json; expected a checkpoint directory that import_hf.py"):
         export_hf(whole, tmp_path / "out", "bf16")
     copy_assets(whole, tmp_path / "checkpoint" / "hf")
-    manifest.seal(tmp_path / "checkpoint" / "hf")
+    manifest.write_manifest(tmp_path / "checkpoint" / "hf")
     with pytest.raises(QADError, match="no qad.json; only what pretrain_qad.py saved"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
     with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
@@ -312,7 +312,7 @@ def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
 @pytest.mark.parametrize("tool", ["import_hf", "export_hf"])
 def test_the_tools_print_one_line_and_fail(whole, tmp_path, tool, server):
     copy_assets(whole, tmp_path / "checkpoint" / "hf")
-    manifest.seal(tmp_path / "checkpoint" / "hf")
+    manifest.write_manifest(tmp_path / "checkpoint" / "hf")
     flags = {
         "import_hf": ["--hf-model", str(tmp_path / "checkpoint" / "hf"), "--output", str(tmp_path / "out")],
         "export_hf": ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "out")],

@@ -46,7 +46,7 @@ def checkpoint(tmp_path) -> str:
     hf = tmp_path / "model" / "hf"
     hf.mkdir(parents=True)
     (hf / "config.json").write_text(json.dumps(TINY_LLAMA))
-    manifest.seal(hf)
+    manifest.write_manifest(hf)
     return str(tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""The resumable AdamW is torch's, step for step, and restarts where Megatron's distributed optimizer leaves it."""
+"""The resumable AdamW equals torch's at every step, also after Megatron's distributed optimizer has restored it."""
 
 import copy
 
@@ -16,69 +16,69 @@ def parameters() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (5,))]
 
 
-def step(optimizer, params, number: int) -> None:
-    generator = torch.Generator().manual_seed(100 + number)
+def step(optimizer, params, index: int) -> None:
+    generator = torch.Generator().manual_seed(100 + index)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator)
     optimizer.step()
 
 
 @pytest.fixture
-def straight():
-    """torch's own parameters after each of ten steps."""
+def expected():
+    """The parameters after each of ten steps of torch's own AdamW."""
     params = parameters()
     optimizer = TorchAdamW(params, **OPTIONS, fused=True)
-    found = []
-    for number in range(10):
-        step(optimizer, params, number)
-        found.append([param.detach().clone() for param in params])
-    return found
+    snapshots = []
+    for index in range(10):
+        step(optimizer, params, index)
+        snapshots.append([param.detach().clone() for param in params])
+    return snapshots
 
 
-def assert_equal(params, expected) -> None:
-    assert all(torch.equal(param, value) for param, value in zip(params, expected, strict=True))
+def assert_equal(params, values) -> None:
+    assert all(torch.equal(param, value) for param, value in zip(params, values, strict=True))
 
 
-def test_steps_equal_torchs(straight):
+def test_steps_equal_torch(expected):
     params = parameters()
     optimizer = AdamW(params, **OPTIONS)
-    for number in range(10):
-        step(optimizer, params, number)
-        assert_equal(params, straight[number])
+    for index in range(10):
+        step(optimizer, params, index)
+        assert_equal(params, expected[index])
 
 
-def test_the_state_is_there_before_the_first_step(straight):
+def test_state_exists_before_first_step(expected):
     params = parameters()
     optimizer = AdamW(params, **OPTIONS)
     state = optimizer.state_dict()["state"]
     assert [set(s) for s in state.values()] == [{"step", "exp_avg", "exp_avg_sq"}] * 2
     assert all(not value.any() for s in state.values() for value in s.values())
     step(optimizer, params, 0)
-    assert_equal(params, straight[0])  # asking changed nothing
+    assert_equal(params, expected[0])  # reading the state changed nothing
 
 
-def test_resumes_from_its_own_state(straight):
+def test_resumes_from_its_own_state(expected):
     params = parameters()
     optimizer = AdamW(params, **OPTIONS)
-    for number in range(5):
-        step(optimizer, params, number)
+    for index in range(5):
+        step(optimizer, params, index)
     state = copy.deepcopy(optimizer.state_dict())
     for group in state["param_groups"]:
-        group["fused"] = None  # as a job on a GPU leaves it
+        group["fused"] = None  # as saved by a job on a GPU
     again = AdamW(params, **OPTIONS)
     again.load_state_dict(state)
-    for number in range(5, 10):
-        step(again, params, number)
-    assert_equal(params, straight[9])
+    for index in range(5, 10):
+        step(again, params, index)
+    assert_equal(params, expected[9])
     assert all(group["fused"] for group in again.param_groups)
 
 
-def test_resumes_from_a_step_in_the_parameter_groups(straight):
-    """As Megatron restores it: moments copied into the state, the counter in the group, one tensor for all."""
+def test_resumes_from_a_step_in_the_parameter_groups(expected):
+    """As in Megatron's loading: moments copied into the state, the counter in the group, one shared step tensor."""
     params = parameters()
     optimizer = AdamW(params, **OPTIONS)
-    for number in range(5):
-        step(optimizer, params, number)
+    for index in range(5):
+        step(optimizer, params, index)
     moments = [{name: optimizer.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq")} for p in params]
 
     again = AdamW(params, **OPTIONS)
@@ -92,8 +92,8 @@ def test_resumes_from_a_step_in_the_parameter_groups(straight):
     for param, values in zip(params, moments, strict=True):
         for name, value in values.items():
             again.state[param][name].copy_(value)
-    for number in range(5, 10):
-        step(again, params, number)
-    assert_equal(params, straight[9])
+    for index in range(5, 10):
+        step(again, params, index)
+    assert_equal(params, expected[9])
     assert [again.state[param]["step"].item() for param in params] == [10, 10]
     assert all("step" not in group for group in again.param_groups)

@@ -1,4 +1,4 @@
-"""What a write that fails leaves behind does not end the job. Whole saves: tests/dist/test_checkpoints.py."""
+"""A failed write does not crash the process later. tests/dist/test_checkpoints.py tests complete saves."""
 
 import gc
 import io
@@ -16,7 +16,7 @@ from megatron_qad.engine.run_directory import atomic_checkpoint
 init_runtime()
 
 
-def write_an_object_to_a_full_disk(directory: str) -> None:
+def write_object_to_full_disk(directory: str) -> None:
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     upstream = FileSystemWriterAsync.write_preloaded_data_multithread
@@ -24,15 +24,15 @@ def write_an_object_to_a_full_disk(directory: str) -> None:
     item = WriteItem(index=MetadataIndex("object"), type=WriteItemType.BYTE_IO)
     buckets = [("/dev/full", "key", ([(item, io.BytesIO(bytes(1 << 20)))], []))]
     results = queue.Queue()
-    atomic_checkpoint._write_and_sum(write, directory, 0, 0, buckets, results)
+    atomic_checkpoint._write_and_hash(write, directory, 0, 0, buckets, results)
     assert "OSError" in str(results.get())
     del buckets
     gc.collect()
 
 
-def test_garbage_of_a_failed_write_is_collected(tmp_path):
-    """CPython 3.12.0 and 3.12.1 died of it by signal 11."""
-    process = multiprocessing.get_context("fork").Process(target=write_an_object_to_a_full_disk, args=[str(tmp_path)])
+def test_garbage_of_failed_write_is_collected(tmp_path):
+    """CPython 3.12.0 and 3.12.1 would die by signal 11."""
+    process = multiprocessing.get_context("fork").Process(target=write_object_to_full_disk, args=[str(tmp_path)])
     process.start()
     process.join()
     assert process.exitcode == 0

@@ -1,5 +1,4 @@
-"""Products of BF16 tensors by float32 kernels: what float32 gives, rounded once; nothing else changes; they are fast on
-whatever CPU this is."""
+"""The BF16 fallback rounds float32 products once, leaves other dtypes alone, and is fast on every CPU."""
 
 import contextlib
 import time
@@ -16,7 +15,7 @@ BATCHES, ROWS, INNER, COLUMNS = 3, 17, 33, 21
 
 @contextlib.contextmanager
 def only_torch():
-    """torch's own kernels, whatever this process has installed."""
+    """Restore torch's own kernels inside the ``with`` block."""
     if (library := bf16_matmul_fallback.install()) is not None:
         library._destroy()
     bf16_matmul_fallback.install.cache_clear()
@@ -42,23 +41,23 @@ def registered():
 
 
 def operands(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Left, right and what is added, a batch each; values that BF16 holds."""
+    """Return batches of left, right and added operands, with values that BF16 represents."""
     generator = torch.Generator().manual_seed(1)
     shapes = ((BATCHES, ROWS, INNER), (BATCHES, INNER, COLUMNS), (BATCHES, ROWS, COLUMNS))
     return tuple(torch.randn(*shape, generator=generator).bfloat16().to(dtype) for shape in shapes)
 
 
-def written(function, *args, **named) -> torch.Tensor:
-    """Into ``out``, whose NaN must not be read."""
-    out = torch.full_like(args[-1] if "beta" in named else function(*args, **named), torch.nan)
-    assert function(*args, **named, out=out) is out
+def call_out(function, *args, **kwargs) -> torch.Tensor:
+    """Call ``function`` with an ``out`` of NaN, which must not be read."""
+    out = torch.full_like(args[-1] if "beta" in kwargs else function(*args, **kwargs), torch.nan)
+    assert function(*args, **kwargs, out=out) is out
     return out
 
 
-def over(target: torch.Tensor, method: str, *args, **named) -> torch.Tensor:
+def call_in_place(target: torch.Tensor, method: str, *args, **kwargs) -> torch.Tensor:
     target = target.clone()
     memory = target.data_ptr()
-    assert getattr(target, method)(*args, **named).data_ptr() == memory
+    assert getattr(target, method)(*args, **kwargs).data_ptr() == memory
     return target
 
 
@@ -69,21 +68,21 @@ PRODUCTS = {
     "addmm": lambda a, b, c: torch.addmm(c[0], a[0], b[0], beta=0.5, alpha=2),
     "baddbmm": lambda a, b, c: torch.baddbmm(c, a, b, beta=0.5, alpha=2),
     "linear": lambda a, b, c: F.linear(a, b[0].t(), c[0, 0]),
-    "mm.out": lambda a, b, c: written(torch.mm, a[0], b[0]),
-    "bmm.out": lambda a, b, c: written(torch.bmm, a, b),
-    "addmm.out": lambda a, b, c: written(torch.addmm, c[0], a[0], b[0]),
-    "baddbmm.out": lambda a, b, c: written(torch.baddbmm, torch.full_like(c, torch.nan), a, b, beta=0),
-    "addmm_": lambda a, b, c: over(c[0], "addmm_", a[0], b[0], alpha=2),
-    "baddbmm_": lambda a, b, c: over(c, "baddbmm_", a, b),
-    "nothing": lambda a, b, c: a[0, :0] @ b[0],
+    "mm.out": lambda a, b, c: call_out(torch.mm, a[0], b[0]),
+    "bmm.out": lambda a, b, c: call_out(torch.bmm, a, b),
+    "addmm.out": lambda a, b, c: call_out(torch.addmm, c[0], a[0], b[0]),
+    "baddbmm.out": lambda a, b, c: call_out(torch.baddbmm, torch.full_like(c, torch.nan), a, b, beta=0),
+    "addmm_": lambda a, b, c: call_in_place(c[0], "addmm_", a[0], b[0], alpha=2),
+    "baddbmm_": lambda a, b, c: call_in_place(c, "baddbmm_", a, b),
+    "empty": lambda a, b, c: a[0, :0] @ b[0],
 }
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_a_product_is_that_of_float32_rounded_once(name, registered):
-    wide = PRODUCTS[name](*operands(torch.float32))
-    found = PRODUCTS[name](*operands(torch.bfloat16))
-    assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
+def test_product_is_float32_product_rounded_once(name, registered):
+    expected = PRODUCTS[name](*operands(torch.float32))
+    product = PRODUCTS[name](*operands(torch.bfloat16))
+    assert product.dtype == torch.bfloat16 and torch.equal(product, expected.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -96,21 +95,21 @@ def test_other_dtypes_are_left_alone(name, dtype):
     assert during.dtype == dtype and torch.equal(during, before)
 
 
-def test_gradients_of_a_linear(registered):
+def test_gradients_of_linear(registered):
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         inputs, weight, grad = operands(dtype)
         leaves = inputs.requires_grad_(), weight[0].t().clone().requires_grad_()
         F.linear(*leaves).backward(grad)
         return [leaf.grad for leaf in leaves]
 
-    for found, wide in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
-        assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())
+    for gradient, expected in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert gradient.dtype == torch.bfloat16 and torch.equal(gradient, expected.bfloat16())
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradients_of_attention(masked, registered):
-    """The forward pass stays torch's, whose output, rounded, is what the backward pass reads: 2^-8 of the largest
-    gradient each for that rounding and for the gradient's own."""
+    """The forward pass is torch's own, and the backward pass reads its rounded output. Tolerance: 2^-8 of the largest
+    gradient for that rounding and as much for the rounding of the gradient."""
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(1)
@@ -121,14 +120,14 @@ def test_gradients_of_attention(masked, registered):
         out.backward(torch.randn(out.shape, generator=generator).to(dtype))
         return [leaf.grad for leaf in leaves]
 
-    for found, wide in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
-        assert found.dtype == torch.bfloat16
-        assert (found - wide).abs().max() <= 2 * 2**-8 * wide.abs().max()
+    for gradient, expected in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient - expected).abs().max() <= 2 * 2**-8 * expected.abs().max()
 
 
-@pytest.mark.skipif(capabilities().device != "cpu", reason="with a GPU, products are its own")
-def test_no_cpu_takes_long_over_bf16():
-    """torch's plain loop takes 60 times as long as float32; a conversion of the operands less than one more time."""
+@pytest.mark.skipif(capabilities().device != "cpu", reason="with a GPU the fallback is not installed")
+def test_bf16_products_are_fast():
+    """torch's plain loop takes 60 times as long as float32; converting the operands less than doubles the time."""
     init_runtime()
 
     def milliseconds(dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""The CPU backend: when it is installed, what it answers, and that its answers are the CPU's own."""
+"""The CPU backend is installed only without a GPU, and its replacements of CUDA functions work on the CPU."""
 
 import json
 import subprocess
@@ -10,8 +10,8 @@ import torch
 from megatron_qad.engine import QADError, capabilities, init_runtime
 
 
-def in_a_fresh_process(code: str) -> dict:
-    """Run ``code``, whose last line prints JSON, in a process that has imported nothing."""
+def run_in_new_process(code: str) -> dict:
+    """Run ``code``, whose last line prints JSON, in a new process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -24,9 +24,9 @@ torch.cuda.get_device_name = lambda index=0: "a GPU"
 before = dict(vars(torch.cuda)), torch.distributed.init_process_group
 import megatron_qad.engine as engine
 from torch.overrides import _get_current_function_mode
-found = engine.init_runtime()
+machine = engine.init_runtime()
 print(json.dumps({
-    "device": found.device, "backend": found.backend, "kernels": found.kernels, "report": found.report(),
+    "device": machine.device, "backend": machine.backend, "kernels": machine.kernels, "report": machine.report(),
     "same": all(vars(torch.cuda)[name] is value for name, value in before[0].items()),
     "same_init": torch.distributed.init_process_group is before[1],
     "mode": str(_get_current_function_mode()),
@@ -35,11 +35,11 @@ print(json.dumps({
 """
 
 
-def test_with_a_gpu_nothing_is_installed():
-    found = in_a_fresh_process(WITH_A_GPU)
-    assert found["device"] == "cuda" and found["backend"] == "nccl"
-    assert "found a GPU" in found["report"]
-    assert found["same"] and found["same_init"] and found["mode"] == "None" and not found["installed"]
+def test_nothing_is_installed_with_a_gpu():
+    state = run_in_new_process(WITH_A_GPU)
+    assert state["device"] == "cuda" and state["backend"] == "nccl"
+    assert "found a GPU" in state["report"]
+    assert state["same"] and state["same_init"] and state["mode"] == "None" and not state["installed"]
 
 
 IMPORT_ONLY = """
@@ -53,7 +53,7 @@ print(json.dumps([torch.distributed.init_process_group is init, torch.cuda.is_av
 
 
 def test_importing_installs_nothing():
-    assert in_a_fresh_process(IMPORT_ONLY) == [True, True, "None"]
+    assert run_in_new_process(IMPORT_ONLY) == [True, True, "None"]
 
 
 needs_no_gpu = pytest.mark.skipif(capabilities().device != "cpu", reason="with a GPU the CPU backend is not installed")
@@ -65,7 +65,7 @@ def machine():
 
 
 @needs_no_gpu
-def test_the_report_gives_each_choice_and_its_reason(machine):
+def test_report_gives_each_choice_and_its_reason(machine):
     assert (machine.device, machine.backend, machine.kernels) == ("cpu", "gloo", "torch")
     lines = machine.report().splitlines()
     assert len(lines) == 6
@@ -80,7 +80,7 @@ def test_the_report_gives_each_choice_and_its_reason(machine):
 
 @needs_no_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, torch.device("cuda"), torch.device("cuda", 3)])
-def test_every_spelling_of_cuda_is_the_cpu(machine, device):
+def test_every_spelling_of_cuda_means_cpu(machine, device):
     assert torch.zeros(2, device=device).device.type == "cpu"
     assert torch.ones(2).to(device).device.type == "cpu"
     assert torch.ones(2).to(device, torch.bfloat16).dtype == torch.bfloat16
@@ -90,7 +90,7 @@ def test_every_spelling_of_cuda_is_the_cpu(machine, device):
 
 
 @needs_no_gpu
-def test_other_arguments_are_left_alone(machine):
+def test_other_arguments_are_unchanged(machine):
     tensor = torch.ones(2)
     assert tensor.to("cpu") is tensor and tensor.cuda() is tensor
     assert tensor.to(torch.float64).dtype == torch.float64
@@ -106,7 +106,7 @@ def test_other_arguments_are_left_alone(machine):
     "dtype, expected",
     [(torch.float32, "Float"), (torch.bfloat16, "BFloat16"), (torch.float16, "Half"), (torch.int64, "Long")],
 )
-def test_tensor_type_says_cuda(machine, dtype, expected):
+def test_tensor_type_is_cuda(machine, dtype, expected):
     tensor = torch.zeros(2, dtype=dtype)
     assert tensor.type() == f"torch.cuda.{expected}Tensor"  # DistributedOptimizer sorts by it
     assert tensor.type(torch.float64).dtype == torch.float64
@@ -127,7 +127,7 @@ def test_random_state_round_trip(machine):
 
 
 @needs_no_gpu
-def test_megatrons_random_states_fork_and_return(machine):
+def test_megatron_forks_and_restores_random_states(machine):
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()
@@ -146,7 +146,7 @@ def test_megatrons_random_states_fork_and_return(machine):
 
 
 @needs_no_gpu
-def test_what_megatron_asks_of_the_device(machine):
+def test_device_queries_of_megatron(machine):
     assert torch.cuda.is_available() and torch.cuda.device_count() == 1 and torch.cuda.current_device() == 0
     assert torch.cuda.get_device_properties(0).total_memory > 2**30
     assert torch.cuda.max_memory_allocated() > 2**20
@@ -160,8 +160,7 @@ def test_what_megatron_asks_of_the_device(machine):
 @needs_no_gpu
 def test_nccl_becomes_gloo(machine):
     store = torch.distributed.HashStore()
-    was = torch.distributed.is_initialized()
-    if was:
+    if torch.distributed.is_initialized():
         pytest.skip("another test of this process has initialized torch.distributed")
     device = torch.device("cuda", 0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1, store=store, device_id=device)
@@ -171,7 +170,7 @@ def test_nccl_becomes_gloo(machine):
         torch.distributed.destroy_process_group()
 
 
-def test_the_error_for_users_is_a_runtime_error():
+def test_qad_error_is_a_runtime_error():
     assert issubclass(QADError, RuntimeError)
 
 
@@ -188,15 +187,15 @@ class OnDevice(torch.autograd.Function):
     def backward(ctx, grad):
         return torch.empty(grad.shape, device=torch.cuda.current_device()).copy_(grad)
 
-found = []
+grads = []
 for run in (lambda y, x: torch.autograd.backward(y), lambda y, x: y.backward(), lambda y, x: torch.autograd.grad(y, x)):
     x = torch.ones(2, requires_grad=True)
     result = run(OnDevice.apply(x).sum(), x)
-    found.append((result[0] if result else x.grad).tolist())
-print(json.dumps(found))
+    grads.append((result[0] if result else x.grad).tolist())
+print(json.dumps(grads))
 """
 
 
 @needs_no_gpu
-def test_backward_passes_find_the_cpu_where_they_ask_for_cuda():
-    assert in_a_fresh_process(BACKWARD) == [[1.0, 1.0]] * 3
+def test_cuda_means_cpu_in_backward_passes():
+    assert run_in_new_process(BACKWARD) == [[1.0, 1.0]] * 3

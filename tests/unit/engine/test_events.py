@@ -1,4 +1,4 @@
-"""Events reach the callbacks that want them; docs/howto/add_a_callback.md, with the code that stands there."""
+"""Events reach the callbacks that override them, and the example in docs/howto/add_a_callback.md works."""
 
 import pytest
 from guides import code_of, run
@@ -6,28 +6,28 @@ from guides import code_of, run
 from megatron_qad.engine.events import Callback, Events, Update
 
 
-def test_events_reach_those_that_want_them_in_order():
-    heard = []
+def test_events_reach_subscribers_in_order():
+    received = []
 
     class First(Callback):
         def step_begins(self, step, model):
-            heard.append(("first", step))
+            received.append(("first", step))
 
     class Second(Callback):
         def step_begins(self, step, model):
-            heard.append(("second", step))
+            received.append(("second", step))
 
         def job_ends(self, is_done):
-            heard.append(("second", is_done))
+            received.append(("second", is_done))
 
     events = Events([First(), Second()])
     events.step_begins(3, [])
-    events.gradients_begin()  # nobody wants it
+    events.gradients_begin()  # no callback overrides it
     events.job_ends(is_done=True)
-    assert heard == [("first", 3), ("second", 3), ("second", True)]
+    assert received == [("first", 3), ("second", 3), ("second", True)]
 
 
-def test_an_error_of_a_callback_is_raised():
+def test_callback_error_is_raised():
     class Fails(Callback):
         def gradients_ready(self):
             raise ValueError("no")
@@ -36,12 +36,12 @@ def test_an_error_of_a_callback_is_raised():
         Events([Fails()]).gradients_ready()
 
 
-def test_an_event_that_does_not_exist_is_an_error():
+def test_unknown_event_is_an_error():
     with pytest.raises(AttributeError, match="there is no event 'step_started'"):
         Events().step_started(1)
 
 
-def test_the_callback_of_the_page():
+def test_callback_in_howto_page():
     code = code_of("add_a_callback.md")["megatron_qad/training/callbacks/few_tokens.py"]
     callback = run(code, "few_tokens")["FewTokens"](least=100)
     events = Events([callback])

@@ -1,4 +1,4 @@
-"""The attention that generates on a CPU against transformers' own: padded batches, whole and in steps with a cache."""
+"""Grouped attention equals transformers' attention on padded batches, in one pass and in steps with a cache."""
 
 import pytest
 import torch
@@ -37,5 +37,5 @@ def test_logits_equal_transformers(family, padding):
     expected = logits()
     model.set_attn_implementation(register())
     assert model.config._attn_implementation == NAME
-    for found, value in zip(logits(), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)  # float32, sums in another order
+    for actual, value in zip(logits(), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-5, atol=1e-5)  # float32, sums in another order

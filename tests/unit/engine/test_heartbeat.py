@@ -1,4 +1,4 @@
-"""What a rank may take its time for: a hang ends its process, a long load or save does not."""
+"""The heartbeat ends a process that hangs, but not one that loads or saves for long."""
 
 import multiprocessing
 import sys
@@ -11,8 +11,8 @@ from megatron_qad.engine.heartbeat import Heartbeat
 
 @pytest.fixture
 def after(tmp_path):
-    """``after(beats)``: exit status and output of a process that does ``beats`` and then nothing for more than three
-    times the limit of 0.4 s."""
+    """``after(beats)``: exit status and output of a process that executes ``beats`` and then does nothing for more than
+    three times the limit of 0.4 s."""
 
     def run(beats: str) -> tuple[int, str]:
         process = multiprocessing.get_context("fork").Process(target=_beat, args=(beats, tmp_path / "output"))
@@ -33,28 +33,28 @@ def _beat(beats: str, output) -> None:
     print("alive")
 
 
-def test_the_start_and_loading_may_take_longer(after):
+def test_start_and_loading_may_take_longer(after):
     assert after("time.sleep(1.5); heartbeat.beat('loading the teacher', is_long=True)") == (0, "alive\n")
 
 
-def test_what_follows_a_long_phase_may_not(after):
+def test_phase_after_a_long_one_has_the_short_limit(after):
     code, text = after("heartbeat.beat('save', is_long=True); time.sleep(1); heartbeat.beat('update', 3)")
     assert code == 1 and "error: no progress for" in text and "in step 3, update" in text
 
 
-def test_a_job_that_is_over_is_not_watched(after):
+def test_stopped_heartbeat_does_not_watch(after):
     assert after("heartbeat.beat('teacher', 1); heartbeat.stop()") == (0, "alive\n")
 
 
-def test_a_long_phase_has_an_end(after):
+def test_long_phase_has_a_limit(after):
     before = time.monotonic()
     code, text = after("heartbeat.beat('save', is_long=True); time.sleep(20)")
     assert code == 1 and "in step 0, save" in text and time.monotonic() - before > 4
 
 
-def test_microbatches_are_progress(after):
+def test_microbatches_count_as_progress(after):
     moving = "for num_passes in range(1, 16): time.sleep(0.1)"
-    still = "time.sleep(1.5)"
-    for meanwhile, code in ((moving, 0), (still, 1)):
-        found, _ = after(f"heartbeat.beat('teacher', 1)\n{meanwhile}\nheartbeat.beat('save', is_long=True)")
-        assert found == code
+    hanging = "time.sleep(1.5)"
+    for activity, expected in ((moving, 0), (hanging, 1)):
+        code, _ = after(f"heartbeat.beat('teacher', 1)\n{activity}\nheartbeat.beat('save', is_long=True)")
+        assert code == expected

@@ -1,4 +1,4 @@
-"""One writer for each output, with real processes: who holds a lock is named, who died does not hold it."""
+"""Locks allow one writer for each output, tested with real processes."""
 
 import json
 import os
@@ -17,14 +17,14 @@ HOLD = """
 import sys, time
 from megatron_qad.engine.run_directory import locks
 {settings}
-locks.hold(sys.argv[1], "--save")
+locks.lock_directory(sys.argv[1], "--save")
 print("held", flush=True)
 time.sleep(60)
 """
 
 
 def holder(directory: Path, settings: str = "") -> subprocess.Popen:
-    """A process that holds ``directory``."""
+    """Start a process that locks ``directory``."""
     code = HOLD.format(settings=settings)
     process = subprocess.Popen([sys.executable, "-c", code, str(directory)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -33,56 +33,56 @@ def holder(directory: Path, settings: str = "") -> subprocess.Popen:
 
 @pytest.fixture
 def on_another_machine(monkeypatch):
-    """This process takes itself to be elsewhere, where a pid of the holder's says nothing."""
+    """Make this process believe that it runs on another machine, where the holder's pid means nothing."""
     monkeypatch.setattr(locks, "_machine", lambda: "another boot")
 
 
-def test_a_second_process_is_refused_by_name_until_the_first_is_gone(tmp_path):
+def test_second_process_is_refused_until_first_ends(tmp_path):
     first = holder(tmp_path / "run")
     with pytest.raises(QADError) as refused:
-        locks.hold(tmp_path / "run", "--save")
-    said = str(refused.value)
-    assert f"--save {tmp_path}/run: is in use by process {first.pid} on " in said
-    assert ", started 20" in said and f"(the lock is {tmp_path}/run/qad.lock)" in said
+        locks.lock_directory(tmp_path / "run", "--save")
+    message = str(refused.value)
+    assert f"--save {tmp_path}/run: is in use by process {first.pid} on " in message
+    assert ", started 20" in message and f"The lock file is {tmp_path}/run/qad.lock." in message
     first.kill()
     first.wait()
-    locks.hold(tmp_path / "run", "--save")
-    locks.hold(tmp_path / "run", "--save")  # its own
+    locks.lock_directory(tmp_path / "run", "--save")
+    locks.lock_directory(tmp_path / "run", "--save")  # a second call does nothing
     assert json.loads((tmp_path / "run" / "qad.lock").read_text())["pid"] == os.getpid()
 
 
-def test_a_later_process_of_the_same_pid_does_not_hold_it(tmp_path):
-    with locks.writing(tmp_path / "out"):
-        mine = json.loads((tmp_path / ".out.lock").read_text())
-    (tmp_path / ".out.lock").write_text(json.dumps(mine | {"start_ticks": mine["start_ticks"] - 1}))
-    with locks.writing(tmp_path / "out"):
-        assert json.loads((tmp_path / ".out.lock").read_text()) == mine
+def test_lock_is_stale_if_pid_was_reused(tmp_path):
+    with locks.lock_output(tmp_path / "out"):
+        ours = json.loads((tmp_path / ".out.lock").read_text())
+    (tmp_path / ".out.lock").write_text(json.dumps(ours | {"start_ticks": ours["start_ticks"] - 1}))
+    with locks.lock_output(tmp_path / "out"):
+        assert json.loads((tmp_path / ".out.lock").read_text()) == ours
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_machine_s_lock_is_held_while_it_is_touched(tmp_path, on_another_machine):
+def test_lock_of_another_machine_is_held_while_it_is_touched(tmp_path, on_another_machine):
     first = holder(tmp_path, "locks.SECONDS_BETWEEN_BEATS = 2")
     try:
         begun = time.monotonic()
         with pytest.raises(QADError, match="is in use by"):
-            locks.hold(tmp_path, "--save")
+            locks.lock_directory(tmp_path, "--save")
         assert time.monotonic() - begun < 10
     finally:
         first.kill()
         first.wait()
 
 
-def test_another_machine_s_lock_is_stale_when_nobody_touches_it(tmp_path, monkeypatch, on_another_machine, capfd):
+def test_untouched_lock_of_another_machine_becomes_stale(tmp_path, monkeypatch, on_another_machine, capfd):
     first = holder(tmp_path)
     first.kill()
     first.wait()
     monkeypatch.setattr(locks, "SECONDS_UNTIL_STALE", 3)
-    locks.hold(tmp_path, "--save")
+    locks.lock_directory(tmp_path, "--save")
     assert "last seen 0 s ago; waiting up to 3 s" in capfd.readouterr().out
 
 
-def test_who_finds_another_in_its_place_ends(tmp_path):
-    """As after a suspension of minutes, in which another machine took the lock for stale."""
+def test_process_ends_when_its_lock_was_taken_over(tmp_path):
+    """As after a suspension of minutes, during which the lock became stale for another machine."""
     first = holder(tmp_path, "locks.SECONDS_BETWEEN_BEATS = 0.5")
     lock = tmp_path / "qad.lock"
     other = json.loads(lock.read_text()) | {"host": "elsewhere", "pid": 7}
@@ -94,7 +94,7 @@ def test_who_finds_another_in_its_place_ends(tmp_path):
     assert json.loads(lock.read_text()) == other
 
 
-def test_a_lock_that_was_removed_by_hand_comes_back(tmp_path):
+def test_lock_removed_by_hand_is_created_again(tmp_path):
     first = holder(tmp_path, "locks.SECONDS_BETWEEN_BEATS = 0.5")
     (tmp_path / "qad.lock").unlink()
     end = time.monotonic() + 10
@@ -105,17 +105,17 @@ def test_a_lock_that_was_removed_by_hand_comes_back(tmp_path):
     first.wait()
 
 
-def test_of_many_that_find_a_dead_one_s_lock_one_gets_it(tmp_path):
+def test_one_of_several_processes_gets_a_stale_lock(tmp_path):
     first = holder(tmp_path)
     first.kill()
     first.wait()
     code = "import sys; from megatron_qad.engine.run_directory import locks; print('ready', flush=True); "
-    code += "sys.stdin.read(); locks.hold(sys.argv[1], '--save'); "
+    code += "sys.stdin.read(); locks.lock_directory(sys.argv[1], '--save'); "
     code += "print('held', flush=True); import time; time.sleep(60)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     racers = [subprocess.Popen(command, **pipes) for _ in range(4)]
-    assert all(racer.stdout.readline() == b"ready\n" for racer in racers)  # all have imported what they need
+    assert all(racer.stdout.readline() == b"ready\n" for racer in racers)  # all have finished their imports
     for racer in racers:
         racer.stdin.close()
     end = time.monotonic() + 60
@@ -130,6 +130,6 @@ def test_of_many_that_find_a_dead_one_s_lock_one_gets_it(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/1"), reason="needs /proc")
-def test_a_place_that_cannot_be_written_is_one_error():
-    with pytest.raises(QADError, match=r"--output /proc/out: cannot be written"), locks.writing("/proc/out"):
+def test_unwritable_place_is_an_error():
+    with pytest.raises(QADError, match=r"--output /proc/out: cannot be written"), locks.lock_output("/proc/out"):
         pass

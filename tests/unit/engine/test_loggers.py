@@ -1,4 +1,4 @@
-"""Loggers that fail: said once per kind of failure, and nothing is raised."""
+"""Loggers report each kind of failure once and raise nothing."""
 
 import argparse
 import errno
@@ -29,7 +29,7 @@ from megatron_qad.training.callbacks.preemption import Preemption  # noqa: E402
 
 @pytest.fixture
 def disk(monkeypatch):
-    """disk["errno"]: every write to an event file gets half of its bytes there and then raises that error."""
+    """While disk["errno"] is set, every write to an event file writes half of its bytes and then raises that error."""
     failure, pwrite = {"errno": None}, os.pwrite
 
     def write(descriptor, data, offset):
@@ -46,7 +46,7 @@ def writer(directory, started_at=0):
     return JobWriter(str(directory), 1000, lambda: started_at)
 
 
-def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, disk, capfd):
+def test_full_disk_is_reported_once_and_loses_nothing(tmp_path, disk, capfd):
     log = writer(tmp_path)
     for step in range(1, 41):
         disk["errno"] = errno.ENOSPC if 10 <= step < 20 or step > 30 else None
@@ -54,11 +54,11 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, disk, capfd):
         if step % 2 == 0:
             log.flush()
     out, err = capfd.readouterr()
-    said = [line for line in out.splitlines() if line]
-    assert len(said) == 3, said
-    full = f"megatron_qad: ERROR: TensorBoard in {tmp_path}: [Errno 28] No space left on device. The job goes on"
-    assert said[0].startswith(full) and said[2].startswith(full)
-    assert "events that waited are written" in said[1] and err == ""  # TensorBoard's thread would print a traceback
+    lines = [line for line in out.splitlines() if line]
+    assert len(lines) == 3, lines
+    full = f"megatron_qad: ERROR: TensorBoard in {tmp_path}: [Errno 28] No space left on device. The job continues."
+    assert lines[0].startswith(full) and lines[2].startswith(full)
+    assert "waiting events are written" in lines[1] and err == ""  # TensorBoard's thread would print a traceback
     disk["errno"] = None
     log.close()
     (file,) = tmp_path.iterdir()
@@ -66,7 +66,7 @@ def test_a_full_disk_is_said_once_and_loses_nothing(tmp_path, disk, capfd):
     assert read_events([file], tmp_path).notes == []
 
 
-def test_a_disk_that_is_full_at_the_start(tmp_path, disk, capfd):
+def test_disk_is_full_at_start(tmp_path, disk, capfd):
     disk["errno"] = errno.EDQUOT
     log = writer(tmp_path / "tensorboard", started_at=7)
     log.add_text("seed", "1", global_step=0)
@@ -83,18 +83,18 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, disk, capfd):
     assert events.start == (0, 7)
 
 
-def test_no_directory_can_be_made(tmp_path, capfd):
+def test_directory_cannot_be_created(tmp_path, capfd):
     (tmp_path / "file").write_text("")
     log = writer(tmp_path / "file" / "tensorboard")
     log.add_scalar("kl loss", 0.5, 1)
     log.flush()
-    log.add_scalar("kl loss", object(), 2)  # what the writer itself does not take
+    log.add_scalar("kl loss", object(), 2)  # a value that TensorBoard's writer rejects
     log.close()
-    said = capfd.readouterr().out.splitlines()
-    assert len(said) == 2 and all(line.startswith("megatron_qad: ERROR: TensorBoard in ") for line in said)
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("megatron_qad: ERROR: TensorBoard in ") for line in lines)
 
 
-def test_what_cannot_be_written_is_bounded(tmp_path, disk, monkeypatch):
+def test_memory_of_waiting_events_is_bounded(tmp_path, disk, monkeypatch):
     monkeypatch.setattr(event_writer, "_MAX_WAITING_BYTES", 1000)
     disk["errno"] = errno.ENOSPC
     log = writer(tmp_path)
@@ -107,7 +107,7 @@ def test_what_cannot_be_written_is_bounded(tmp_path, disk, monkeypatch):
     assert steps[-1] == 100 and 5 < len(steps) < 30
 
 
-def test_a_file_that_is_removed_is_begun_anew(tmp_path, capfd):
+def test_removed_file_is_started_again(tmp_path, capfd):
     log = writer(tmp_path, started_at=3)
     log.add_scalar("kl loss", 1.0, 4)
     log.flush()
@@ -121,7 +121,7 @@ def test_a_file_that_is_removed_is_begun_anew(tmp_path, capfd):
     assert events.start == (0, 3) and events.scalars == {"kl loss": {5: 2.0}}
 
 
-def test_each_start_has_its_number(tmp_path):
+def test_each_start_has_a_number(tmp_path):
     for start in range(3):
         log = writer(tmp_path, started_at=10 * start)
         log.add_text("seed", "1")
@@ -131,13 +131,13 @@ def test_each_start_has_its_number(tmp_path):
     assert [events.start for events in files] == [(0, 0), (1, 10), (2, 20)]
 
 
-def test_a_job_that_logs_nothing_leaves_no_file(tmp_path):
+def test_job_without_events_writes_no_file(tmp_path):
     writer(tmp_path / "tensorboard").close()
     assert not (tmp_path / "tensorboard").exists()
 
 
 class Wandb(types.ModuleType):
-    """A wandb whose service has died."""
+    """A wandb module whose service has died."""
 
     def __init__(self):
         super().__init__("wandb")
@@ -145,14 +145,14 @@ class Wandb(types.ModuleType):
         self.run = types.SimpleNamespace(entity="us", log_artifact=self.log)
         self.Artifact = self.log
 
-    def log(self, *args, **named):
+    def log(self, *args, **kwargs):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
     def finish(self):
         raise RuntimeError("no\nservice")
 
 
-def test_wandb_ends_no_job(capfd, monkeypatch):
+def test_wandb_errors_are_not_raised(capfd, monkeypatch):
     module = Wandb()
     guarded = Guarded(module, FailureLog("wandb in here"))
     for _ in range(3):
@@ -161,18 +161,18 @@ def test_wandb_ends_no_job(capfd, monkeypatch):
         guarded.run.log_artifact(guarded.Artifact("x", type="model"), aliases=[])
     guarded.finish()
     assert guarded.run.entity == "us" and guarded.nothing is None and bool(guarded)
-    said = capfd.readouterr().out.splitlines()
-    assert said[:2] == [
-        "megatron_qad: ERROR: wandb in here: [Errno 32] Broken pipe. The job goes on",
-        "megatron_qad: ERROR: wandb in here: no service. The job goes on",
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "megatron_qad: ERROR: wandb in here: [Errno 32] Broken pipe. The job continues.",
+        "megatron_qad: ERROR: wandb in here: no service. The job continues.",
     ]
-    assert len(said) == 3 and "nothing" in said[2]
-    # Megatron's timers ask what kind of writer they were given.
+    assert len(lines) == 3 and "nothing" in lines[2]
+    # Megatron's timers check what kind of writer they have.
     monkeypatch.setattr("megatron.core.timers.wandb", module)
     logged = []
     module.log = lambda values, step: logged.append((values, step))
     timers = Timers(0, "max")
-    monkeypatch.setattr(timers, "_get_global_min_max_time", lambda *rest: {"forward": (0.5, 1.0)})
+    monkeypatch.setattr(timers, "_get_global_min_max_time", lambda *args: {"forward": (0.5, 1.0)})
     timers.write(["forward"], guarded, 5)
     assert (
         logged == [({"forward-time": 1.0}, 5)] and isinstance(JobWriter, type) and issubclass(JobWriter, SummaryWriter)
@@ -181,7 +181,7 @@ def test_wandb_ends_no_job(capfd, monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch):
-    """installed(save): loggers of a job that saves there, installed; what they replace is put back at the end."""
+    """``installed(save)``: install the loggers of a job with this ``--save``; undone at the end of the test."""
     for module, name in (
         (global_vars, "_set_tensorboard_writer"),
         (global_vars, "_set_wandb_writer"),
@@ -203,8 +203,8 @@ def installed(monkeypatch):
     return install
 
 
-def test_wandb_that_does_not_start_is_said(tmp_path, installed, monkeypatch, capfd):
-    def init(**named):
+def test_wandb_start_failure_is_reported(tmp_path, installed, monkeypatch, capfd):
+    def init(**kwargs):
         raise RuntimeError("api_key not configured (no-tty)")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
@@ -214,7 +214,7 @@ def test_wandb_that_does_not_start_is_said(tmp_path, installed, monkeypatch, cap
     assert f"ERROR: wandb in {tmp_path}/wandb: api_key not configured" in capfd.readouterr().out
 
 
-def test_the_progress_log_and_the_console_end_no_job(tmp_path, installed, capfd):
+def test_progress_log_and_console_errors_are_not_raised(tmp_path, installed, capfd):
     (tmp_path / "save").write_text("no directory")
     installed(f"{tmp_path}/save")
     for _ in range(2):
@@ -226,7 +226,7 @@ def test_the_progress_log_and_the_console_end_no_job(tmp_path, installed, capfd)
     assert full.fileno() > 2
 
 
-def test_a_job_directory_that_is_full_or_gone(tmp_path, capfd):
+def test_job_directory_cannot_be_written(tmp_path, capfd):
     (tmp_path / "file").write_text("")
     config = types.SimpleNamespace(job_dir=tmp_path / "file")
     args = types.SimpleNamespace(exit_signal_handler=True, exit_signal=signal.SIGTERM)
@@ -244,19 +244,19 @@ def test_a_job_directory_that_is_full_or_gone(tmp_path, capfd):
     assert (tmp_path / "file" / "stopped").exists()
 
 
-def test_a_wandb_run_that_cannot_be_remembered(tmp_path, monkeypatch, capfd):
+def test_wandb_run_id_cannot_be_saved(tmp_path, monkeypatch, capfd):
     for name in ("RANK", "WORLD_SIZE", "WANDB_RUN_ID", "WANDB_RESUME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_RESUME", "allow")
     (tmp_path / "save").write_text("no directory")
     continue_wandb_run("p", f"{tmp_path}/save", os.environ)
-    assert len(os.environ.pop("WANDB_RUN_ID")) == 8 and "a wandb run of its own" in capfd.readouterr().out
-    (tmp_path / "wandb_run_id.txt").write_text("")  # as a full disk left it
+    assert len(os.environ.pop("WANDB_RUN_ID")) == 8 and "a new wandb run" in capfd.readouterr().out
+    (tmp_path / "wandb_run_id.txt").write_text("")  # as after a full disk
     continue_wandb_run("p", str(tmp_path), os.environ)
     assert os.environ.pop("WANDB_RUN_ID") == (tmp_path / "wandb_run_id.txt").read_text() != ""
 
 
-def test_heartbeats_that_cannot_be_written(tmp_path, capfd):
+def test_heartbeats_cannot_be_written(tmp_path, capfd):
     (tmp_path / "file").write_text("")
     Heartbeat().start(tmp_path / "file" / "heartbeats", 0, 1, 1e9)
     assert "ERROR: heartbeats in" in capfd.readouterr().out

@@ -1,4 +1,4 @@
-"""The checksums of a checkpoint directory: what is whole, what is not and is named, and that Megatron reads them."""
+"""The manifest of a checkpoint directory detects and names every kind of damage, and Megatron can read it."""
 
 import json
 
@@ -16,17 +16,17 @@ def checkpoint(tmp_path):
     directory.mkdir()
     for name, content in FILES.items():
         (directory / name).write_bytes(content)
-    manifest.write(directory, {name: manifest.sum_of(directory / name) for name in FILES})
+    manifest.write_sums(directory, {name: manifest.sum_of(directory / name) for name in FILES})
     return directory
 
 
-def test_a_whole_one_has_no_faults(checkpoint):
+def test_valid_checkpoint_has_no_problems(checkpoint):
     assert manifest.find_problems(checkpoint) == []
     manifest.verify_checkpoint(checkpoint)
     assert manifest.num_bytes(checkpoint) == sum(file.stat().st_size for file in checkpoint.iterdir())
 
 
-def test_megatrons_own_manifest_is_read(checkpoint):
+def test_manifest_of_megatron_is_read(checkpoint):
     from megatron.core.dist_checkpointing.validation import save_integrity_manifest
 
     save_integrity_manifest(str(checkpoint))
@@ -35,7 +35,7 @@ def test_megatrons_own_manifest_is_read(checkpoint):
     assert manifest.find_problems(checkpoint) == ["iter_0000010/.metadata has another SHA-256 than when it was written"]
 
 
-def test_megatron_reads_it(checkpoint):
+def test_megatron_reads_our_manifest(checkpoint):
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 
@@ -46,14 +46,14 @@ def test_megatron_reads_it(checkpoint):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_the_shares_of_all_ranks_cover_every_file(checkpoint, size):
+def test_ranks_together_check_every_file(checkpoint, size):
     for name in FILES:
         if not FILES[name]:
             continue
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content[:-1] + b"?")
-        found = [problem for rank in range(size) for problem in manifest.find_problems(checkpoint, rank, size)]
-        assert found == [f"iter_0000010/{name} has another SHA-256 than when it was written"]
+        problems = [problem for rank in range(size) for problem in manifest.find_problems(checkpoint, rank, size)]
+        assert problems == [f"iter_0000010/{name} has another SHA-256 than when it was written"]
         (checkpoint / name).write_bytes(content)
 
 
@@ -66,14 +66,12 @@ def test_each_kind_of_damage_is_named(checkpoint):
     (checkpoint / "integrity.json").write_text(json.dumps([]))
     assert manifest.find_problems(checkpoint) == ["iter_0000010/integrity.json is not readable"]
     (checkpoint / "integrity.json").unlink()
-    assert manifest.find_problems(checkpoint) == [
-        "iter_0000010 has no integrity.json, so that damage could not be noticed"
-    ]
+    assert manifest.find_problems(checkpoint) == ["iter_0000010 has no integrity.json, so damage cannot be detected"]
     (checkpoint / "metadata.json").unlink()
-    assert manifest.find_problems(checkpoint) == ["iter_0000010 has no metadata.json: it was never finished"]
+    assert manifest.find_problems(checkpoint) == ["iter_0000010 has no metadata.json: the save never finished"]
 
 
-def test_a_file_is_replaced_at_once(tmp_path):
+def test_file_is_replaced_atomically(tmp_path):
     file = tmp_path / "latest"
     manifest.write_atomically(file, "1")
     manifest.write_atomically(file, "2")

@@ -1,4 +1,4 @@
-"""The table of patches against the installed packages, and against our own sources."""
+"""The table of patches agrees with the installed packages and with our own sources."""
 
 import ast
 import functools
@@ -21,27 +21,27 @@ FOREIGN = ("torch", "megatron", "transformers", "modelopt", "tensorboard", "wand
 SOURCES = """
 import json, sys
 from megatron_qad.engine.patches import PATCHES, owner_of, source_of
-found = [[source_of(owner_of(patch.owner), name) for name in patch.names] for patch in PATCHES]
-print(json.dumps(found))
+sources = [[source_of(owner_of(patch.owner), name) for name in patch.names] for patch in PATCHES]
+print(json.dumps(sources))
 """
 
 
 @pytest.fixture(scope="module")
 def sources() -> list[list[str]]:
-    """Of every row, read in a process in which nothing is replaced yet."""
+    """The sources of every row, read in a process in which nothing is replaced yet."""
     command = [sys.executable, "-W", "ignore", "-c", SOURCES]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert not done.returncode, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("number", range(len(PATCHES)), ids=[f"{p.owner}:{p.names[0]}" for p in PATCHES])
-def test_what_a_row_names_is_what_it_was_written_for(sources, number):
-    """If this fails after an upgrade: read upstream's change, mend the patch or drop it, and enter the new values."""
-    patch = PATCHES[number]
+@pytest.mark.parametrize("index", range(len(PATCHES)), ids=[f"{p.owner}:{p.names[0]}" for p in PATCHES])
+def test_row_matches_installed_package(sources, index):
+    """If this fails after an upgrade: read upstream's change, fix the patch or drop it, and enter the new values."""
+    patch = PATCHES[index]
     if "mamba_context_parallel" in patch.owner and importlib.util.find_spec("transformer_engine"):
         pytest.skip("with Transformer Engine the module has the real function")
-    assert tuple(sources[number]) == patch.sources
+    assert tuple(sources[index]) == patch.sources
     assert version(patch.package).startswith(patch.version)
     assert patch.why and patch.until
     file = ROOT / patch.where if patch.where.startswith("launch/") else ROOT / "megatron_qad" / patch.where
@@ -49,27 +49,27 @@ def test_what_a_row_names_is_what_it_was_written_for(sources, number):
     assert patch.names[0] in text and patch.owner.replace(":", ".").rpartition(".")[2] in text
 
 
-def test_only_what_is_in_the_table_can_be_replaced():
+def test_attribute_without_row_cannot_be_replaced():
     with pytest.raises(LookupError, match="has no row"):
         replace("json:dumps", lambda upstream: upstream)
 
 
-def test_a_second_replacement_starts_from_upstream_again(monkeypatch):
+def test_second_replacement_receives_the_original(monkeypatch):
     from torch.distributed.checkpoint import filesystem
 
     monkeypatch.setattr(filesystem, "pickle", filesystem.pickle)
     seen = []
 
-    class Mine:
+    class New:
         pass
 
     for _ in range(2):
-        replace("torch.distributed.checkpoint.filesystem:pickle", lambda upstream: seen.append(upstream) or Mine())
-    assert seen[0] is seen[1] and isinstance(filesystem.pickle, Mine)
+        replace("torch.distributed.checkpoint.filesystem:pickle", lambda upstream: seen.append(upstream) or New())
+    assert seen[0] is seen[1] and isinstance(filesystem.pickle, New)
 
 
-def test_what_is_not_there_is_not_replaced(monkeypatch):
-    """A version that renames a function must not lose its events without a word."""
+def test_missing_attribute_is_an_error(monkeypatch):
+    """A version that renames a function must not lose its events silently."""
     from megatron.training import training
 
     monkeypatch.delattr(training, "train_step")
@@ -77,26 +77,26 @@ def test_what_is_not_there_is_not_replaced(monkeypatch):
         replace("megatron.training.training:train_step", lambda upstream: upstream)
 
 
-def test_a_wrapper_around_ours_is_kept(monkeypatch):
-    """``functools.wraps`` copies our mark."""
+def test_wrapper_around_our_replacement_is_kept(monkeypatch):
+    """``functools.wraps`` copies the mark of our replacement."""
     monkeypatch.setattr(torch.distributed, "all_gather", torch.distributed.all_gather)
     target = "torch.distributed:all_gather"
     replace(target, lambda upstream: functools.partial(upstream))
     ours = torch.distributed.all_gather
 
     @functools.wraps(ours)
-    def theirs(*args):
+    def wrapper(*args):
         return ours(*args)
 
-    torch.distributed.all_gather = theirs
+    torch.distributed.all_gather = wrapper
     seen = []
     replace(target, lambda upstream: seen.append(upstream) or ours)
-    assert seen == [theirs]
+    assert seen == [wrapper]
     restore(target)
 
 
 def foreign_assignments(source: str) -> list[int]:
-    """Lines that assign to an attribute of a module or class of another package, or call ``setattr`` on one."""
+    """Return the lines that assign to an attribute of another package's module or class, or call ``setattr`` on one."""
     tree = ast.parse(source)
     foreign = set()
     for node in ast.walk(tree):
@@ -124,13 +124,13 @@ def foreign_assignments(source: str) -> list[int]:
     return lines
 
 
-def test_nothing_is_replaced_past_the_table():
-    """What is set and not replaced: Megatron's own slots for the writers that its callers make."""
+def test_replacements_only_go_through_the_table():
+    """Allowed: Megatron's global variables for its writers, which are meant to be set."""
     allowed = {"engine/loggers.py": 2}
     for file in sorted((ROOT / "megatron_qad").rglob("*.py")):
         name = str(file.relative_to(ROOT / "megatron_qad"))
-        found = foreign_assignments(file.read_text())
-        assert len(found) == allowed.get(name, 0), f"{name}: lines {found}"
+        lines = foreign_assignments(file.read_text())
+        assert len(lines) == allowed.get(name, 0), f"{name}: lines {lines}"
 
 
 @pytest.mark.parametrize(
@@ -142,20 +142,20 @@ def test_nothing_is_replaced_past_the_table():
         ("import torch\nx = torch.ones(1)\nx.grad = None", []),
     ],
 )
-def test_the_parser_sees_replacements_of_every_form(source, lines):
+def test_parser_finds_every_form_of_replacement(source, lines):
     assert foreign_assignments(source) == lines
 
 
-def test_the_page_is_the_table():
+def test_page_shows_the_table():
     assert (ROOT / "docs" / "patches.md").read_text() == patches.page()
 
 
-def test_stand_ins_are_put_where_the_page_says():
+def test_stand_ins_are_installed_where_the_page_says():
     for stand_in in patches.STAND_INS:
         assert f'"{stand_in.module}"' in (ROOT / "megatron_qad" / stand_in.where).read_text()
 
 
 def test_at_most_four_functions_of_the_loop_are_replaced():
-    """Loggers have a row for a helper that the loop's module imports; it is no part of the loop."""
-    of_loop = [patch for patch in PATCHES if patch.owner == "megatron.training.training" and "loop" in patch.where]
-    assert sum(len(patch.names) for patch in of_loop) <= 4
+    """The row of the loggers in the same module does not count: it replaces a helper that the module imports."""
+    rows = [patch for patch in PATCHES if patch.owner == "megatron.training.training" and "loop" in patch.where]
+    assert sum(len(patch.names) for patch in rows) <= 4

@@ -1,4 +1,4 @@
-"""The cache that generation writes into against transformers' own: the same keys and values, seldom moved."""
+"""The preallocated cache gives the same logits as transformers' own cache and seldom moves its memory."""
 
 import pytest
 import torch
@@ -32,25 +32,25 @@ def make(family):
 
 def logits_in_steps(model, tokens, cache):
     outputs = [model(tokens[:, :PROMPT], past_key_values=cache, use_cache=True).logits]
-    places = []
-    for place in range(PROMPT, LENGTH):
-        outputs.append(model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True).logits)
-        places.append([layer.keys.data_ptr() for layer in cache.layers if isinstance(layer, PreallocatedLayer)])
-    return torch.cat(outputs, dim=1), places
+    addresses = []
+    for position in range(PROMPT, LENGTH):
+        outputs.append(model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+        addresses.append([layer.keys.data_ptr() for layer in cache.layers if isinstance(layer, PreallocatedLayer)])
+    return torch.cat(outputs, dim=1), addresses
 
 
-@pytest.mark.parametrize(("family", "num_roomy"), [("llama", 2), ("nemotron_h", 2), ("sliding", 0)])
+@pytest.mark.parametrize(("family", "num_preallocated"), [("llama", 2), ("nemotron_h", 2), ("sliding", 0)])
 @torch.inference_mode()
-def test_logits_equal_those_of_transformers_cache(family, num_roomy, monkeypatch):
+def test_logits_equal_those_of_transformers_cache(family, num_preallocated, monkeypatch):
     monkeypatch.setattr(module, "ROOM", 3)
     model = make(family)
     tokens = torch.randint(0, 64, (3, LENGTH))
     expected, _ = logits_in_steps(model, tokens, DynamicCache(config=model.config))
     cache = preallocated_cache(model.config)
-    found, places = logits_in_steps(model, tokens, cache)
-    assert torch.equal(found, expected)
+    logits, addresses = logits_in_steps(model, tokens, cache)
+    assert torch.equal(logits, expected)
     assert cache.get_seq_length() == LENGTH
-    assert len(places[0]) == num_roomy
-    # Five tokens and room for three; the sixth to eighth stay there, the ninth moves all, to room for twelve.
-    assert all(where == places[0] for where in places[:3]) and all(where == places[3] for where in places[3:])
-    assert family == "sliding" or places[2] != places[3]
+    assert len(addresses[0]) == num_preallocated
+    # Five tokens and room for three: the sixth to eighth fit, the ninth moves all to memory for twelve.
+    assert all(a == addresses[0] for a in addresses[:3]) and all(a == addresses[3] for a in addresses[3:])
+    assert family == "sliding" or addresses[2] != addresses[3]

@@ -1,4 +1,4 @@
-"""A checkpoint that would run code when read is refused, by the name of what it asks for; others are read."""
+"""Checkpoints that would run code when read are refused; others are read."""
 
 import io
 import pickle
@@ -14,7 +14,7 @@ init_runtime()
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, file: Path):
         self._file = file
@@ -24,40 +24,40 @@ class Evil:
 
 
 def read(directory: Path) -> dict:
-    found = {"weight": torch.zeros(3), "object": io.BytesIO()}
-    dcp.load(found, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
-    return found
+    state = {"weight": torch.zeros(3), "object": io.BytesIO()}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    return state
 
 
-def save(directory: Path, thing) -> None:
-    dcp.save({"weight": torch.arange(3.0), "object": thing}, checkpoint_id=directory, no_dist=True)
+def save(directory: Path, value) -> None:
+    dcp.save({"weight": torch.arange(3.0), "object": value}, checkpoint_id=directory, no_dist=True)
 
 
-def test_an_ordinary_checkpoint_is_read(tmp_path):
+def test_ordinary_checkpoint_is_read(tmp_path):
     save(tmp_path / "c", ("a", 3))
-    found = read(tmp_path / "c")
-    assert found["weight"].tolist() == [0, 1, 2] and found["object"] == ("a", 3)
+    state = read(tmp_path / "c")
+    assert state["weight"].tolist() == [0, 1, 2] and state["object"] == ("a", 3)
 
 
-def test_metadata_that_would_run_code_is_refused(tmp_path):
+def test_code_in_metadata_is_refused(tmp_path):
     save(tmp_path / "c", "text")
     file, made = tmp_path / "c" / ".metadata", tmp_path / "made"
     metadata = dcp.FileSystemReader(tmp_path / "c").read_metadata()
     metadata.planner_data = Evil(made)
     file.write_bytes(pickle.dumps(metadata))
     pickle.loads(file.read_bytes())
-    assert made.exists(), "the file is no threat, so this test shows nothing"
+    assert made.exists(), "the file is harmless, so this test shows nothing"
     made.unlink()
     with pytest.raises(QADError, match=r"\.metadata asks for pathlib\.\S*Path\.touch|asks for builtins.getattr"):
         dcp.FileSystemReader(tmp_path / "c").read_metadata()
     assert not made.exists()
 
 
-def test_an_object_that_would_run_code_is_refused(tmp_path, monkeypatch):
+def test_code_in_object_is_refused(tmp_path, monkeypatch):
     save(tmp_path / "c", Evil(tmp_path / "made"))
     with pytest.raises(dcp.api.CheckpointException, match="Weights only load failed"):
         read(tmp_path / "c")
     assert not (tmp_path / "made").exists()
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     read(tmp_path / "c")
-    assert (tmp_path / "made").exists(), "torch alone would not have run it: this module is not needed any more"
+    assert (tmp_path / "made").exists(), "torch alone would not have run it, so the module is no longer needed"

@@ -141,7 +141,7 @@ def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, t
     formats = {linear.megatron: "nvfp4" for linear in family_of(config).linears(config)}
     run = make_run("small", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}), of_formats=formats)
     (run / "hf" / "config.json").write_text(json.dumps(config))
-    manifest.seal(run / "hf")
+    manifest.write_manifest(run / "hf")
     results = write_report({"small": run}, teacher, tmp_path / "out")
     assert results.linears == [] and any("other layers than the teacher" in note for note in results.notes)
 
@@ -190,7 +190,7 @@ def test_errors(three_runs, teacher, tmp_path):
     with pytest.raises(QADError, match="no hf/config.json"):
         write_report(three_runs, tmp_path, tmp_path / "out")
     (three_runs["QAD"] / "latest_checkpointed_iteration.txt").write_text("9")
-    with pytest.raises(QADError, match="says 9"):
+    with pytest.raises(QADError, match="names 9"):
         write_report(three_runs, teacher, tmp_path / "out")
     assert not (tmp_path / "out").exists()  # nothing half-written
 

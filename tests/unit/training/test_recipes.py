@@ -33,7 +33,7 @@ def plans(tmp_path_factory, server):
         checkpoint = directory / recipe.stem
         (checkpoint / "hf").mkdir(parents=True)
         (checkpoint / "hf" / "config.json").write_text(config_of(recipe).read_text())
-        manifest.seal(checkpoint / "hf")
+        manifest.write_manifest(checkpoint / "hf")
         argv = ["--config", str(recipe), "--qad-teacher", str(checkpoint), "--data-path", "d", "--save", "run"]
         arguments = {"path": "pretrain_qad.py", "argv": [*argv, "--qad-dry-run"], "directory": str(directory)}
         found[recipe.stem] = server.run("script_jobs:script", 1, arguments | {"ranks": REPORT[recipe.stem][2]})

@@ -1,1 +1,1 @@
-"""What makes demos on a CPU faster and changes no result. Nothing of the product needs it."""
+"""Optional speedups for demos on a CPU, without any effect on results."""

@@ -1,9 +1,9 @@
-"""transformers' attention on a CPU, without copies of the keys and values that several heads share.
+"""Grouped-query attention for transformers on a CPU, without copies of the shared keys and values.
 
-transformers repeats them for every head wherever there is a mask, that is, in every batch of prompts of several
-lengths: torch's fused kernels for GPUs take no mask with shared heads. Its kernel for CPUs does, but reads them once a
-head. Where a token is written, the heads that share them are given to it as the rows of one: one read, and products
-of a matrix instead of vectors.
+With a mask, that is, in every batch of prompts of different lengths, transformers repeats keys and values for every
+head, because torch's fused GPU kernels do not support a mask with shared heads. torch's CPU kernel does, but it reads
+keys and values once for each head. For a single query token, the heads of a group are passed to it as rows of one head:
+keys and values are read once, and matrix-vector products become matrix products.
 """
 
 import torch
@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "sdpa_grouped"
-"""What ``attn_implementation`` says."""
+"""Value of ``attn_implementation`` that selects this attention."""
 
 
 def grouped_attention(
@@ -24,32 +24,32 @@ def grouped_attention(
     scaling: float | None = None,
     **_,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it, without gradients or dropout.
+    """Attention with transformers' signature. Not supported: gradients and dropout.
 
     Args:
         query: [b, heads, s, head dim].
         key, value: [b, groups, t, head dim].
-        attention_mask: bool [b, 1, s, t], or None: causal.
-        scaling: of the scores; None: head dim ** -0.5.
+        attention_mask: bool [b, 1, s, t]. None means causal attention.
+        scaling: factor on the scores. None means head dim ** -0.5.
 
     Returns:
         ([b, s, heads, head dim], None).
     """
-    writes_one = query.shape[2] == 1
+    is_one_token = query.shape[2] == 1
     out = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(*key.shape[:2], -1, query.shape[3]) if writes_one else query,
+        query.reshape(*key.shape[:2], -1, query.shape[3]) if is_one_token else query,
         key,
         value,
         attn_mask=attention_mask,
-        is_causal=attention_mask is None and not writes_one,
+        is_causal=attention_mask is None and not is_one_token,
         scale=scaling,
-        enable_gqa=not writes_one,
+        enable_gqa=not is_one_token,
     )
     return out.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
 
 
 def register() -> str:
-    """Make it known to transformers under ``NAME``, which is returned."""
+    """Register the attention with transformers, and return its name."""
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
