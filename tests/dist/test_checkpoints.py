@@ -235,8 +235,8 @@ def test_flags_that_keep_nothing_are_refused(shop, tmp_path):
         ("--qad-keep-last", "0"): "--qad-keep-last 0: expected a number of checkpoints",
         ("--qad-keep-best", "1", "--eval-interval", "3"): "--save-interval 2 is not a multiple of --eval-interval 3",
         ("--qad-keep-last", "1", "--save-retain-interval", "4"): "--save-retain-interval removes checkpoints, too",
-        ("--qad-keep-best", "1", "--eval-iters", "0"): "--eval-iters 0 asks for none",
-        ("--qad-spike-factor", "3", "--no-save-optim"): "--no-save-optim leaves it out",
+        ("--qad-keep-best", "1", "--eval-iters", "0"): "--eval-iters 0 turns validation off",
+        ("--qad-spike-factor", "3", "--no-save-optim"): "which --no-save-optim leaves out",
         ("--qad-keep-best", "1", "--qad-loss", "ce"): None,
     }.items():
         argv = shop.argv("--save", str(tmp_path / "refused"), *flags)
@@ -284,7 +284,7 @@ def test_a_full_disk_costs_a_checkpoint(small_disk, through):
         assert "iteration 4 could not be saved" in errors[0] and "free; the checkpoint before took" in errors[0]
         assert "could not be saved: rank 0: Worker failure" in errors[1], errors[1]
         assert float(errors[1].split("disk: ")[1].split()[0]) < used / 1e6, "it did not fail by want of room"
-        assert all("The last good one is 2" in line and "The job goes on" in line for line in errors)
+        assert all("The last good one is 2" in line and "The job continues" in line for line in errors)
         if nproc == 1:
             same(steps, through[0])
         listed = shop.server.run("surviving_jobs:list_files", 1, {"directory": str(run)})

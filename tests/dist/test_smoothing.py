@@ -94,7 +94,7 @@ def smoothed(shop):
             output = shop.directory / f"{model} {layout}"
             source = f"{model} {DTYPES[layout != 'bf16']}"
             said = shop("smooth", output, source, "--qad-calibration-samples", "8", layout=layout)
-            assert "what they were, bit for bit" in said, said[-2000:]
+            assert "unchanged, bit for bit" in said, said[-2000:]
             found[layout][model] = shop.directory / f"hf {model} {layout}"
             exports.append([str(output), str(found[layout][model]), "bf16"])
     shop.server.run("hybrid_jobs:export", 1, {"exports": exports})
@@ -171,7 +171,7 @@ def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_p
     shop.server.run("training_jobs:train", 1, {"argv": trained})
     trained[1] = f"{where}/llama bf16"
     error = shop.server.run("training_jobs:train", 1, {"argv": trained}, fails=True)
-    assert "is of a job whose weights were not smoothed as" in error
+    assert "its job started from weights that were smoothed differently from" in error
 
 
 def test_flags_of_training_are_left_out(shop, tmp_path):

@@ -381,7 +381,7 @@ def test_bad_input_stops_with_one_error(workshop, tmp_path):
     assert "no hf/config.json" in workshop.fail(["--qad-teacher", str(tmp_path)])
     error = workshop.fail(workshop.argv("--tensor-model-parallel-size", "4"), 1)
     assert "does not divide the key-value heads (2); possible for the student: 1, 2" in error
-    assert "at most one stage a layer" in workshop.fail(workshop.argv("--pipeline-model-parallel-size", "5"))
+    assert "at most one stage per layer" in workshop.fail(workshop.argv("--pipeline-model-parallel-size", "5"))
     assert "--qad-loss 'mze': unknown loss 'mze'; did you mean 'mse'?" in workshop.fail(
         workshop.argv("--qad-loss", "mze")
     )
@@ -398,7 +398,7 @@ def test_the_command_line(workshop, tmp_path):
     config.write_text("tensor_model_parallel_size: 2\nsequence-parallel: true\nqad_policy: bf16\ntrain-iters: 50\n")
     done = _torchrun(2, ["--config", str(config), *argv])
     assert done.returncode == 0, done.stdout
-    assert "weights of this rank on a grid in place: none (policy bf16)" in done.stdout
+    assert "weights of this rank quantized in place: none (policy bf16)" in done.stdout
     assert "iteration        2/       2" in done.stdout  # the flag wins over the file
     for sentence in ("device cpu: torch", "collectives gloo", "layer spec local", "kernels torch"):
         assert sentence in done.stdout
