@@ -23,9 +23,11 @@ from megatron_qad.models.output_layer import ModelOutput, stopped_before_output_
 class Batch:
     """One microbatch on this rank's device. Tensors are int64 [b, s/cp] unless noted; packed: [1, b * s/cp].
 
-    tokens = torch.tensor([[5, 7, 9]])
-    batch = Batch(tokens, position_ids=torch.arange(3)[None])
-    output = ForwardPass(keeps_precision=True)(model, batch)  # logits [1, 3, V/tp] on the last stage
+    Example::
+
+        tokens = torch.tensor([[5, 7, 9]])
+        batch = Batch(tokens, position_ids=torch.arange(3)[None])
+        output = job.forward(model, batch)  # a ForwardPass; returns logits [1, 3, V/tp] on the last stage
     """
 
     tokens: Tensor | None = None

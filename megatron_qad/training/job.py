@@ -69,8 +69,8 @@ class QADJob:
     """Owns the models, the loss, the data, the callbacks and the training loop of one job.
 
         job = start_job(read_command_line(["--config", "job.yaml"]))  # training.start
-        teacher_config = job.config.teacher
-        student_config = job.model_config(qad_step)  # for Megatron's pretrain
+        with job.loop.running():  # arguments of Megatron's pretrain: see pretrain_qad.py
+            pretrain(pretrain_cfg_container_from_args(job.args, job.model_config(qad_step)), job.datasets_provider, ...)
 
     Args:
         config: configuration of the job.

@@ -20,10 +20,12 @@ from megatron_qad.training.calibration_pass import forward_without_loss
 class NaNTrace:
     """The first NaN or Inf that this rank finds.
 
-    trace = NaNTrace()
-    with trace.check_outputs(model, "the student", order=1):
-        run_forward_pass()
-    trace.check_gradients(model, order=2)
+    Example::
+
+        trace = NaNTrace()
+        with trace.check_outputs(model, "the student", order=1):
+            run_forward_pass()
+        trace.check_gradients(model, order=2)
     """
 
     def __init__(self):
