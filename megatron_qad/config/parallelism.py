@@ -27,7 +27,7 @@ def split_into_stages(pattern: str, num_stages: int) -> str:
     """Split a layer pattern into pipeline stages of as equal size as possible, separated by ``|``.
 
         >>> split_into_stages("*-*-*-", 4)
-        '*-|*|-*|-'
+        '*-|*|-|*-'
 
     Raises:
         QADError: there are more stages than layers.

@@ -18,7 +18,7 @@ from megatron_qad.engine.events import Callback, TrainedStep
 _FAILED = object()
 _CONSEQUENCES = {
     "stepped": "until this file can be written, the batch script treats a crash as one before the first step",
-    "stop": "until then, a file 'stop' is not seen",
+    "stop": "while the directory cannot be read, a file 'stop' in it is not seen",
 }
 """Consequence of a failure to write or look for a file, by its name."""
 _NOT_DONE = 75
