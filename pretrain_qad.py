@@ -1,7 +1,17 @@
-"""Quantization-aware distillation: a frozen BF16 teacher and an NVFP4 student on every rank, inside Megatron's own
-loop.
+"""Quantization-aware distillation (QAD): trains an NVFP4 student to match the output distribution of its BF16 teacher.
 
-torchrun --nproc-per-node 2 pretrain_qad.py --qad-teacher CHECKPOINT --data-path PREFIX --save DIR ... [--config FILE]
+By default the student starts from the teacher's weights. Before the first step, a few forward passes calibrate the
+amaxes of its activation quantizers. Then each training step, run by Megatron's own training loop:
+
+1. runs the teacher, frozen and in BF16, on all microbatches and stores its outputs,
+2. quantizes the student's weights to NVFP4 in place; activations are quantized in the forward pass,
+3. runs the student on each microbatch; the loss is KL(teacher || student) of the next-token distributions, and the
+   gradients pass through the quantizers unchanged (straight-through estimator),
+4. updates the float32 master weights; BF16 copies of them replace the quantized weights until the next step.
+
+Both models are on every rank and use the same tensor, pipeline, context, expert and data parallelism.
+
+    torchrun --nproc-per-node 2 pretrain_qad.py [--config FILE] --qad-teacher CHECKPOINT --data-path DATA --save RUN ...
 """
 
 import sys
@@ -10,7 +20,7 @@ from functools import partial
 
 from megatron_qad.engine import QADError, init_runtime
 
-init_runtime(for_compute=True)  # the CPU backend, if there is no GPU; before megatron is imported
+init_runtime(for_compute=True)  # selects the CPU backend if there is no GPU; must run before megatron is imported
 
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
@@ -25,21 +35,37 @@ from megatron_qad.training.start import read_command_line, start_job  # noqa: E4
 
 
 def qad_step(job: QADJob, step: Step) -> list[dict]:
-    """One step on every rank, or one iteration of an evaluation. Megatron's optimizer then updates the masters."""
-    job.teacher_pass(step)  # BF16, frozen: its next-token distribution is left in each microbatch
+    """Run the passes of one training step, or of one iteration of an evaluation, on this rank.
+
+    Returns the loss report of each microbatch on the last pipeline stage. Megatron's optimizer update comes next.
+    """
+    job.teacher_pass(step)  # stores the teacher's output in each microbatch
     with job.quantized_weights(step):  # the parameters hold NVFP4 values until the next update
-        return step.run_student()  # Megatron's schedule: forward_step and, in training, a backward pass of each
+        return step.run_student()  # Megatron's schedule: forward_step and, in training, the backward pass
 
 
 def forward_step(job: QADJob, batches: Iterator[Batch], model: torch.nn.Module):
-    """One microbatch through the student. Returns its output and the function that turns that into a loss."""
+    """Run the student on one microbatch. Returns its output and the function that computes the loss from it."""
     batch = next(batches)
-    logits = job.student_pass(model, batch)  # inputs of its linears quantized, too
-    return logits, partial(job.loss, batch, model)  # KL(teacher || student)
+    output = job.student_pass(model, batch)  # quantizes the inputs of linear layers, too
+    return output, partial(job.loss, batch, model)  # KL(teacher || student)
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> None:
-    config = read_command_line(sys.argv[1:] if argv is None else argv)  # Megatron's flags, ours (--qad-*), YAML files
+    """Run a job from its command line.
+
+        import pretrain_qad
+
+        pretrain_qad.main(["--config", "job.yaml", "--qad-dry-run"])  # prints the plan
+
+    Args:
+        argv: Megatron's flags, QAD's flags (``--qad-*``) and ``--config FILE.yaml``. None takes those of the process.
+        callbacks: additional callbacks, which run after the job's own.
+
+    Raises:
+        QADError: a flag, a file or a step of the training is not valid; the message gives the next step.
+    """
+    config = read_command_line(sys.argv[1:] if argv is None else argv)
     job = start_job(config, callbacks)
     print_rank_0(init_runtime().report())
     if config.options.qad_dry_run:

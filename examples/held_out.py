@@ -1,4 +1,4 @@
-"""What the tiny examples read of a finished run: its divergences from the teacher on held-out text; its export's."""
+"""KL to the teacher on held-out text, of the runs and of the export of a tiny example."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ WINDOW = 256
 
 
 def measured_kl(run: Path) -> dict[str, float]:
-    """KL to the teacher of PTQ, QAT and QAD as their jobs measured it; printed."""
+    """Print and return the KL to the teacher of PTQ, QAT and QAD, as measured by their jobs."""
     results = json.loads((run / "report" / "results.json").read_text())["runs"]
     kl = {name: results[name]["validation"]["kl_to_teacher"] for name in ("PTQ", "QAT", "QAD")}
     print(f"        held-out KL to the teacher: {', '.join(f'{name} {value:.5f}' for name, value in kl.items())}")
@@ -25,11 +25,11 @@ def measured_kl(run: Path) -> dict[str, float]:
 
 @torch.inference_mode()
 def divergence_of_export(run: Path, student: str, dtype: torch.dtype, num_windows: int | None = None) -> float:
-    """Mean KL(teacher || exported student) a token over the first held-out windows (None: all), both run by
-    transformers on the CPU.
+    """Return the mean KL(teacher || exported student) per token on held-out text, with transformers on the CPU.
 
     Args:
-        student: the directory of its export in ``run``; the teacher's is ``hf-teacher``.
+        student: directory of the exported student in ``run``; that of the teacher is ``hf-teacher``.
+        num_windows: number of held-out windows to use; None uses all.
     """
     data = IndexedDataset(str(run / "data" / "heldout"))
     tokens = torch.cat([torch.from_numpy(data[i].astype("int64")) for i in range(len(data))])

@@ -1,7 +1,7 @@
-# What all examples share. Sets $ranks, of a job of theirs: two, on two CPU cores or two GPUs; one where there is one GPU. Sourced.
+# Shared by all examples; to be sourced. Sets $ranks, the ranks of each job: two (on CPU cores or GPUs), or one if there is one GPU.
 ranks=$(python -c "import torch; print(min(torch.cuda.device_count(), 2) or 2)")
 
-# Waits for the steps in the background; one that failed ends the example.
+# Waits for the background steps; a failed one ends the example.
 wait_all() {
   local job
   for job in $(jobs -p); do wait "$job"; done

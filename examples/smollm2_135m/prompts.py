@@ -1,8 +1,7 @@
-"""The user prompts that SmolLM2 answers to make its own training text: every topic with four tasks, every task with as
-many topics.
+"""User prompts that SmolLM2 answers to generate its training text: four tasks per topic, all tasks equally often.
 
-Held-out topics, with all tasks, appear in no training prompt. ``python prompts.py DIR`` writes train-1.txt,
-train-2.txt and heldout.txt there.
+Held-out topics, with all tasks, appear in no training prompt. ``python prompts.py DIR`` writes train-1.txt, train-2.txt
+and heldout.txt to DIR.
 """
 
 import sys
@@ -100,7 +99,7 @@ def main() -> None:
     directory.mkdir(parents=True, exist_ok=True)
     train = [task.format(topic) for i, topic in enumerate(TRAIN_TOPICS) for task in TASKS[i % 4 :: 4]]
     heldout = [task.format(topic) for topic in HELDOUT_TOPICS for task in TASKS]
-    # Two processes answer; the one with the held-out prompts has fewer of the others.
+    # Two processes generate answers; the one with the held-out prompts gets fewer training prompts.
     for name, prompts in (("train-1", train[:192]), ("train-2", train[192:]), ("heldout", heldout)):
         (directory / f"{name}.txt").write_text("\n".join(prompts) + "\n")
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A real post-trained model on two CPU cores: SmolLM2-135M-Instruct to NVFP4, smoothed, trained on text that it wrote itself.
+# QAD of a real post-trained model on two CPU cores: SmolLM2-135M-Instruct in NVFP4, smoothed, trained on its own generated text.
 #   examples/smollm2_135m/run.sh [OUTPUT_DIRECTORY]
-# A run that was interrupted goes on where it stopped: finished steps are skipped, generation and training resume.
+# An interrupted run resumes where it stopped: finished steps are skipped, generation and training resume.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-runs/smollm2_135m}
 here=examples/smollm2_135m
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-# Freed memory is kept: the pages of half a gigabyte of gradients, new in every step, took 0.5 s of 7.6.
+# Keeps freed memory: allocating the pages of half a gigabyte of gradients in every step took 0.5 s of 7.6 s.
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 mkdir -p "$out/log" "$out/data"
 source examples/ranks.sh
@@ -17,7 +17,7 @@ step() {
   local name=$1; shift
   if [ -e "$out/log/$name.done" ]; then say "$name: done before"; return; fi
   say "$name"
-  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 30 "$out/log/$name.txt"; say "$name failed; all of it: $out/log/$name.txt"; exit 1; }
+  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 30 "$out/log/$name.txt"; say "$name failed; complete log: $out/log/$name.txt"; exit 1; }
   touch "$out/log/$name.done"
 }
 
@@ -37,8 +37,8 @@ train() {
 step extract python "$here/extract.py" "$out/hf"
 step import python tools/import_hf.py --hf-model "$out/hf" --output "$out/teacher"
 step prompts python "$here/prompts.py" "$out/prompts"
-# Both cores generate at once: an answer to each of 256 training prompts, and 112 to held-out ones, sampled as the model's
-# card says that it is to be sampled: what is distilled and measured is what users get.
+# Both cores generate at the same time: an answer to each of 256 training prompts, and 112 answers to held-out prompts. Sampling
+# is as recommended by the model card, so that the data resemble what users get.
 # shellcheck disable=SC2016  # the inner shell's $0 and $other
 step generate bash -c '
   answer() {
@@ -53,8 +53,8 @@ done
 wait_all
 tail -qn 1 "$out"/log/data-*.txt
 train ptq --qad-teacher "$out/teacher" --qad-ptq
-# The same model, bit for bit, whose inputs and weights round better; it is teacher and start of QAD, whose blocks end at
-# 6 or at 4, whichever errs less.
+# Smooths outliers without changing the function of the model, bit for bit. The result is teacher and initial student of QAD,
+# which maps the largest value of each block to 6 or 4, whichever has the smaller error.
 step smooth job tools/smooth.py --qad-teacher "$out/teacher" --output "$out/smoothed" --reuse-existing
 grep -h 'megatron_qad: smoothed\|megatron_qad: final' "$out/log/smooth.txt" | sed 's/megatron_qad:/   /'
 train qad --qad-teacher "$out/smoothed" --qad-weight-scale-rule four_over_six

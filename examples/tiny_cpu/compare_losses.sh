@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The tiny model of run.sh trained with one loss after the other, from the same teacher, on the same data: a table of what
-# each does to held-out text. Needs the output of run.sh (make demo); a minute or two a loss. Flags go to every job: another
-# rate, another order of the data, or a student that starts far from the teacher, from its first stage.
+# Trains the tiny model of run.sh with several losses, from the same teacher and on the same data, and prints a table of the
+# results on held-out text. Needs the output of run.sh (make demo) and a minute or two per loss. FLAGS are passed to each job,
+# such as another learning rate, another seed of the data, or a student that starts far from the teacher (its first stage).
 #   examples/tiny_cpu/compare_losses.sh [DEMO_DIRECTORY [OUTPUT_DIRECTORY [FLAGS ...]]]
 #   examples/tiny_cpu/compare_losses.sh runs/tiny_cpu runs/far --qad-student runs/tiny_cpu/teacher-stage1 --seed 2
 set -euo pipefail
@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 [ -d "$demo/teacher-stage2" ] || { echo "$demo holds no finished demo: run examples/tiny_cpu/run.sh $demo" >&2; exit 1; }
 mkdir -p "$out"
 source examples/ranks.sh
-# Name and loss. Adam takes no notice of a loss's scale; the weights matter beside weight decay and clipping only.
+# Name and loss. Adam does not depend on the scale of a loss; its weight only matters relative to weight decay and clipping.
 losses=(
   "kl|kl"
   "reverse_kl|reverse_kl"

@@ -1,12 +1,11 @@
-"""Everything the demo starts from, with no download: text, a tokenizer trained on it, and an untrained tiny Llama.
+"""Makes the inputs of the demo without downloads: texts, a tokenizer trained on them, and an untrained tiny Llama.
 
-The text is CPython's own help (``pydoc_data.topics``, 700 KB of English about Python). Three plain-text files come out:
+The source is CPython's own help (``pydoc_data.topics``, 700 KB of English about Python). It is written to three files:
 
-- ``raw.txt``     topics as they are: what QAT and QAD train on, and the teacher's first stage;
-- ``post.txt``    the same topics in another manner (small letters, one paragraph a line, no mark-up): the second stage,
-which
-                  moves the teacher away from the raw text as post-training moves a model away from its corpus;
-- ``heldout.txt`` topics that no training sees, as they are.
+- ``raw.txt``: the original topics, on which the teacher's first stage, QAT and QAD train; - ``post.txt``: the same
+topics in another style (lower case, one paragraph per line, no markup) for the teacher's second
+  stage, which moves it away from the raw text as post-training moves a model away from its corpus;
+- ``heldout.txt``: other original topics, used for validation only.
 """
 
 import argparse
@@ -39,15 +38,15 @@ def write_texts(output: Path) -> None:
     heldout = names[::HELDOUT_EVERY]
     raw = [topics[name] for name in names if name not in heldout]
     (output / "raw.txt").write_text(SEPARATOR.join(raw))
-    (output / "post.txt").write_text(SEPARATOR.join(_in_another_manner(text) for text in raw))
+    (output / "post.txt").write_text(SEPARATOR.join(_restyle(text) for text in raw))
     (output / "heldout.txt").write_text(SEPARATOR.join(topics[name] for name in heldout))
 
 
 SEPARATOR = "\n\x1e\n"
-"""Between two documents of a text file: ASCII's record separator (``prepare_data --split-on``)."""
+"""Separates documents in a text file: ASCII's record separator (``prepare_data --split-on``)."""
 
 
-def _in_another_manner(text: str) -> str:
+def _restyle(text: str) -> str:
     paragraphs = re.split(r"\n\s*\n", text.lower())
     return "\n".join(re.sub(r"[^a-z0-9 .,]+", " ", " ".join(p.split())) for p in paragraphs)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole method on two CPU cores in minutes: a teacher in two stages, then PTQ, QAT and QAD from it, export, validation,
-# report. Ends with an error unless QAD recovers what it should (check.py says what that is).
+# The complete method on two CPU cores in minutes: trains a teacher in two stages, runs PTQ, QAT and QAD from it, exports,
+# validates and writes a run report. Ends with an error if the results miss the goals in check.py.
 #   examples/tiny_cpu/run.sh [OUTPUT_DIRECTORY]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,12 +10,12 @@ source examples/steps.sh
 
 make_inputs
 
-# The teacher: an ordinary BF16 model, trained on the raw text, then on text of another manner.
+# The teacher: a BF16 model, trained on the raw text and then on text in another style.
 bf16=(--qad-loss ce --qad-policy bf16)
 train teacher-stage1 "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 300 --lr 3e-3
 train teacher-stage2 "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 60 --lr 1e-3
 
-# Three ways to NVFP4 from the same teacher, on the same data.
+# PTQ, QAT and QAD from the same teacher, on the same data.
 from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw")
 train ptq "${from_teacher[@]}" --qad-ptq
 train qat "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4

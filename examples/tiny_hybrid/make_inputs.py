@@ -1,6 +1,6 @@
-"""Everything the example starts from: the texts and the tokenizer of tiny_cpu, and an untrained tiny Nemotron-H.
+"""Makes the inputs of the example: the texts and the tokenizer of tiny_cpu, and an untrained tiny Nemotron-H.
 
-The model is written under the hub's names, which transformers renames when it loads and when it saves.
+The tensors have the names of checkpoints on the hub, which transformers renames when it loads and saves them.
 """
 
 import argparse
@@ -75,13 +75,13 @@ def write_model(directory: Path) -> None:
 
 
 def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """As these models are started: decays of 1 to 16, step sizes of 0.001 to 0.1, norms and skips of one."""
+    """Return initial values as usual for Mamba: decays of 1 to 16, step sizes of 0.001 to 0.1, norms and skips of 1."""
     last = name.rsplit(".", 1)[-1]
     if last == "A_log":
         return torch.empty(shape).uniform_(1, 16).log()
     if last == "dt_bias":
         dt = torch.exp(torch.rand(shape) * math.log(100) + math.log(0.001))
-        return dt + torch.log(-torch.expm1(-dt))  # softplus of it is dt
+        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
     if last == "D" or "norm" in name:
         return torch.ones(shape)
     if last in ("bias", "e_score_correction_bias"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The method on a tiny Nemotron-H: Mamba, attention, MLP and expert layers, by the policy of Nemotron 3 Nano, at expert
-# parallelism 2 on two CPU cores. A teacher in two stages, then PTQ, QAT and QAD from it, export, validation, report. Ends
-# with an error unless QAD is nearer to the teacher than PTQ and QAT (check.py says by how much).
+# The complete method on a tiny Nemotron-H with Mamba, attention, MLP and expert layers and the policy of Nemotron 3 Nano, with
+# expert parallelism 2 on two CPU cores: trains a teacher in two stages, runs PTQ, QAT and QAD from it, exports, validates and
+# writes a run report. Ends with an error if the results miss the limits in check.py.
 #   examples/tiny_hybrid/run.sh [OUTPUT_DIRECTORY]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,12 +12,12 @@ experts=(--expert-model-parallel-size "$ranks")
 
 make_inputs
 
-# The teacher: an ordinary BF16 model whose routers learn, trained on the raw text, then on text of another manner.
+# The teacher: a BF16 model with trained routers, trained on the raw text and then on text in another style.
 bf16=(--qad-loss ce --qad-policy bf16 --qad-train-router)
 train teacher-stage1 "${experts[@]}" "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 200 --lr 3e-3
 train teacher-stage2 "${experts[@]}" "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 40 --lr 1e-3
 
-# Three ways to NVFP4 from the same teacher, on the same data, with its routers.
+# PTQ, QAT and QAD from the same teacher, on the same data, with the teacher's routers.
 from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw" --qad-policy "$here/policy.yaml")
 train ptq "${experts[@]}" "${from_teacher[@]}" --qad-ptq
 train qat "${experts[@]}" "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4

@@ -1,1 +1,1 @@
-"""Floor 3: flags, YAML files and the models' configs as one frozen object, and every refusal of them."""
+"""Floor 3: reads flags, YAML files and model configs into one frozen object, and checks them."""

@@ -1,7 +1,7 @@
-"""A job as one frozen object: flags, files and the models' configs, read and checked once.
+"""Reads and checks the flags, files and model configs of a job once, into one frozen object.
 
-Reading changes nothing: no process, directory or environment variable. What the configuration says is done later, by
-``training``.
+Reading has no side effects: no process is started, no directory or environment variable is changed. The ``training``
+room later does what the configuration says.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from megatron_qad.config import refusals
 from megatron_qad.config.machine_options import machine_options
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.output_mode import OutputMode, OutputSizes, resolve_output_mode
-from megatron_qad.config.parallelism import check_parallelism, teacher_virtual_stages, with_stages
+from megatron_qad.config.parallelism import check_parallelism, split_into_stages, teacher_virtual_stages
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.vocabulary import check_same_vocabulary
-from megatron_qad.config.yaml_file import expand, to_flags, without
+from megatron_qad.config.yaml_file import expand, remove_flags, to_flags
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses, parse_loss
 from megatron_qad.engine import Capabilities, QADError
@@ -29,23 +29,23 @@ from megatron_qad.models.families.base import Family
 from megatron_qad.quantization import policy
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
-_IN_SAMPLES = ("--train-samples", "--lr-decay-samples", "--lr-warmup-samples")
-"""How long a job trains, counted in samples: Megatron refuses them beside --train-iters."""
-_OF_TRAINING = (
-    *(*_IN_SAMPLES, "--save", "--load", "--tensorboard-dir"),
+_SAMPLE_FLAGS = ("--train-samples", "--lr-decay-samples", "--lr-warmup-samples")
+"""Flags that give the training length in samples; Megatron does not accept them together with --train-iters."""
+_TRAINING_FLAGS = (
+    *(*_SAMPLE_FLAGS, "--save", "--load", "--tensorboard-dir"),
     *("--wandb-project", "--qad-keep-last", "--qad-keep-best", "--qad-spike-factor"),
 )
-"""What a job that trains nothing has no use for, or would count, save or log as training."""
+"""Flags that are removed for a job that does not train, because they would count, save or log training."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One of the two models: where its weights are, and what its Hugging Face config says."""
+    """Checkpoint directory and Hugging Face config of the student or the teacher."""
 
     checkpoint: str
-    """Directory made by tools/import_hf.py, or of a run."""
+    """Checkpoint directory, written by tools/import_hf.py or by a run."""
     hf: dict
-    """``hf/config.json`` of it."""
+    """Content of ``hf/config.json`` in the checkpoint directory."""
 
     @property
     def family(self) -> Family:
@@ -53,7 +53,7 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        """Of the layer pattern: attentions, MLPs, expert and Mamba layers each count."""
+        """Length of the layer pattern: each attention, MLP, expert and Mamba layer counts as one."""
         return len(self.family.layer_pattern(self.hf))
 
     @property
@@ -62,47 +62,47 @@ class ModelConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Without padding."""
+        """Vocabulary size without padding."""
         return text_config(self.hf)["vocab_size"]
 
     def shape(self, flags: MegatronFlags, virtual_stages: int) -> dict:
-        """Megatron's options for the model, its pattern cut into the pipeline stages of ``flags``."""
+        """Return Megatron's options for the model, with the layer pattern split into pipeline stages."""
         shape = self.family.megatron_args(self.hf)
         num_stages = flags.pipeline_model_parallel_size * virtual_stages
-        shape["hybrid-layer-pattern"] = with_stages(shape["hybrid-layer-pattern"], num_stages)
+        shape["hybrid-layer-pattern"] = split_into_stages(shape["hybrid-layer-pattern"], num_stages)
         return shape
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What a job is asked to do, with every default settled. ``read_job_config`` makes it."""
+    """The complete configuration of a job, with all defaults resolved. Built by ``read_job_config``."""
 
     options: QADOptions
     flags: MegatronFlags
     megatron_argv: tuple[str, ...]
-    """The command line that Megatron is to parse: ours, and before it what the machine and the model ask for."""
+    """Command line for Megatron's parser: options of the machine and the model, followed by the user's flags."""
     world_size: int
     student: ModelConfig
     teacher: ModelConfig | None
     losses: WeightedLosses
     policy: policy.Policy
     formats: Mapping[str, str]
-    """Format of every linear of the student, by the global name of its Megatron weight."""
+    """Format of each linear layer of the student, by the global name of its Megatron weight."""
     output_mode: OutputMode
     output_sizes: OutputSizes
     layer_spec: str
-    """"te" or "local"."""
+    """Implementation of the layers: "te" or "local"."""
     job_dir: Path | None
-    """Through which a batch script and the job talk."""
+    """Directory for messages between a batch script and the job; None turns them off."""
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row of data holds several documents that attention keeps apart."""
+        """Whether a row of data holds several documents, each of which attends only to itself."""
         return self.flags.dataloader_inter_document_masking
 
     @property
     def data_on_every_stage(self) -> bool:
-        """Whether pipeline stages between the first and the last need the loss mask: not every loss is of logits."""
+        """Whether middle pipeline stages need the loss mask, because some loss is not computed from logits."""
         return len(self.losses.terms_of_type(LogitLoss)) < len(self.losses.terms)
 
     @property
@@ -120,7 +120,7 @@ class JobConfig:
 
     @property
     def teacher_microbatches_per_pass(self) -> int:
-        """Microbatches of the student that the teacher takes at a time."""
+        """Number of the student's microbatches in one forward pass of the teacher."""
         return (self.options.qad_teacher_micro_batch_size or self.flags.micro_batch_size) // self.flags.micro_batch_size
 
 
@@ -132,23 +132,27 @@ def read_job_config(
     *,
     trains: bool = True,
 ) -> JobConfig:
-    """Read and check a job's command line.
+    """Read and check the command line of a job.
 
-    The parts are laid one after the other, and the last one wins: what this machine needs, the model's shape,
-    ``--config`` files, the user's flags. So every Megatron flag works unchanged.
+    The options of the machine, the shape of the model, ``--config`` files and the user's flags are concatenated in this
+    order; the last value of an option wins. So every Megatron flag works unchanged.
+
+        parser = make_parser(QADOptions)  # engine.megatron_args
+        config = read_job_config(["--config", "job.yaml", "--lr", "1e-5"], parser, capabilities(), os.environ)
+        print(config.options.qad_loss, config.flags.seq_length, config.formats["output_layer.weight"])
 
     Args:
-        argv: without the program's name.
-        parser: knows the flags of ``QADOptions`` and of ``MegatronFlags`` (``engine.megatron_args.make_parser``).
-        environ: read for ``WORLD_SIZE`` and ``QAD_JOB_DIR``.
-        trains: False leaves out what concerns training alone, so that a tool may be given a job's flags.
+        argv: command line without the program's name.
+        parser: a parser that knows the flags of ``QADOptions`` and of ``MegatronFlags``.
+        environ: environment variables; ``WORLD_SIZE`` and ``QAD_JOB_DIR`` are read.
+        trains: False removes the flags that only concern training, so that a tool can take the flags of a job.
 
     Raises:
-        QADError: for what QAD itself checks; the parser exits as argparse does.
+        QADError: one of QAD's own checks failed. Errors of the parser exit as in argparse.
     """
     argv = expand(list(argv), parser)
     if not trains:
-        argv = [*without(argv, *_OF_TRAINING), "--train-iters", "1"]  # Megatron wants to know for how long
+        argv = [*remove_flags(argv, *_TRAINING_FLAGS), "--train-iters", "1"]  # Megatron needs a training length
     flags, options = _parse(argv, parser, machine)
     refusals.check_tokenizer(flags)
     losses = parse_loss(options.qad_loss, temperature=options.qad_temperature)
@@ -163,7 +167,7 @@ def read_job_config(
     resumes = flags.load is None and flags.save is not None and not options.qad_ptq and holds_checkpoints(flags.save)
     if options.qad_ptq:
         refusals.refuse_training_run(flags.save)
-        argv = without(argv, *_IN_SAMPLES)
+        argv = remove_flags(argv, *_SAMPLE_FLAGS)
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
         flags, _ = _parse(argv, parser, machine)
     if resumes:
@@ -172,8 +176,8 @@ def read_job_config(
     world_size = _world_size(flags, options, environ)
     refusals.check_router(flags, options)
     shapes = {
-        who: model.family.megatron_args(model.hf) | {"mlp-widths": model.family.mlp_widths(model.hf)}
-        for who, model in (("the student", student), ("the teacher", teacher))
+        role: model.family.megatron_args(model.hf) | {"mlp-widths": model.family.mlp_widths(model.hf)}
+        for role, model in (("the student", student), ("the teacher", teacher))
         if model is not None
     }
     check_parallelism(flags, options, shapes, world_size)
@@ -191,19 +195,19 @@ def read_job_config(
     output_mode = resolve_output_mode(options, sizes, losses, None if teacher is None else teacher.hidden_size)
     refusals.check_saving(flags, options, has_teacher=teacher is not None)
     refusals.check_skipped(flags, options)
-    chosen = policy.load(options.qad_policy, options.qad_policy_override)
-    formats = policy.resolve(chosen, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
+    job_policy = policy.load(options.qad_policy, options.qad_policy_override)
+    formats = policy.resolve(job_policy, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
     shape = student.shape(flags, flags.num_virtual_stages)
-    before = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
+    defaults = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
     return JobConfig(
         options=_with_document_padding(options, flags),
         flags=flags,
-        megatron_argv=(*before, *without(argv, _VIRTUAL_STAGES)),  # the pattern is cut into virtual stages instead
+        megatron_argv=(*defaults, *remove_flags(argv, _VIRTUAL_STAGES)),  # the layer pattern gives the virtual stages
         world_size=world_size,
         student=student,
         teacher=teacher,
         losses=losses,
-        policy=chosen,
+        policy=job_policy,
         formats=formats,
         output_mode=output_mode,
         output_sizes=sizes,
@@ -215,45 +219,47 @@ def read_job_config(
 def _parse(
     argv: Sequence[str], parser: argparse.ArgumentParser, machine: Capabilities
 ) -> tuple[MegatronFlags, QADOptions]:
-    given = argparse.Namespace(eval_iters=None)  # instead of the parser's default, which says that the user gave none
-    parsed, _ = parser.parse_known_args([*to_flags(machine_options(machine)), *argv], given)
+    namespace = argparse.Namespace(eval_iters=None)  # overrides the parser's default: None if the user gave none
+    parsed, _ = parser.parse_known_args([*to_flags(machine_options(machine)), *argv], namespace)
     return MegatronFlags.from_args(parsed), QADOptions.from_args(parsed)
 
 
 def _models(options: QADOptions) -> tuple[ModelConfig, ModelConfig | None]:
-    start = options.qad_student or options.qad_teacher
-    student = ModelConfig(start, read_config(start))
+    checkpoint = options.qad_student or options.qad_teacher
+    student = ModelConfig(checkpoint, read_config(checkpoint))
     if options.qad_teacher is None:
         return student, None
     teacher = ModelConfig(options.qad_teacher, read_config(options.qad_teacher))
-    check_same_vocabulary(start, text_config(student.hf), teacher.checkpoint, text_config(teacher.hf))
+    check_same_vocabulary(checkpoint, text_config(student.hf), teacher.checkpoint, text_config(teacher.hf))
     return student, teacher
 
 
 def _world_size(flags: MegatronFlags, options: QADOptions, environ: Mapping[str, str]) -> int:
     if not options.qad_dry_run or "WORLD_SIZE" in environ:
         return int(environ.get("WORLD_SIZE", 1))
-    # A plan can be made anywhere: as if on one model-parallel group.
-    of_experts = flags.expert_tensor_parallel_size or flags.tensor_model_parallel_size
+    # A dry run works on any machine; without WORLD_SIZE the plan assumes one model-parallel group.
+    expert_tensor_parallel_size = flags.expert_tensor_parallel_size or flags.tensor_model_parallel_size
     return flags.pipeline_model_parallel_size * math.lcm(
         flags.tensor_model_parallel_size * flags.context_parallel_size,
-        of_experts * flags.expert_model_parallel_size,
+        expert_tensor_parallel_size * flags.expert_model_parallel_size,
     )
 
 
 def _job_dir(options: QADOptions, environ: Mapping[str, str]) -> Path | None:
-    found = options.qad_job_dir or environ.get("QAD_JOB_DIR")
-    if not found:
+    directory = options.qad_job_dir or environ.get("QAD_JOB_DIR")
+    if not directory:
         return None
-    if not Path(found).is_dir():
-        raise QADError(f"--qad-job-dir {found}: no such directory; the script that starts the job must make it")
-    return Path(found)
+    if not Path(directory).is_dir():
+        raise QADError(
+            f"--qad-job-dir {directory}: no such directory. The script that starts the job must create it first."
+        )
+    return Path(directory)
 
 
 def _check_batch(flags: MegatronFlags) -> None:
     for name in ("seq_length", "micro_batch_size"):
         if getattr(flags, name) is None:
-            raise QADError(f"--{name.replace('_', '-')} is not given; a job needs it to know the shape of a microbatch")
+            raise QADError(f"--{name.replace('_', '-')} is not set; it gives the shape of a microbatch. Set it.")
 
 
 def _with_document_padding(options: QADOptions, flags: MegatronFlags) -> QADOptions:

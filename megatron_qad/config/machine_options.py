@@ -1,4 +1,4 @@
-"""The flags of Megatron that follow from the machine and from the method, not from the model."""
+"""Megatron flags that the machine and the method determine, independent of the model."""
 
 import importlib.util
 
@@ -6,7 +6,7 @@ from megatron_qad.engine import Capabilities
 
 
 def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dict:
-    """Option names and values that stand before the user's own flags, which therefore win."""
+    """Return option names and values. They come before the user's flags, which therefore override them."""
     options = {
         "calculate-per-token-loss": True,  # losses are sums; the division by the global token count happens once
         "attention-dropout": 0.0,  # Megatron's default of 0.1 would be most of the KL between equal models
@@ -14,15 +14,15 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
         "no-create-attention-mask-in-dataloader": True,  # attention is causal by the layer spec
         "ckpt-format": "torch_dist",
         "exit-signal-handler": True,  # SIGTERM saves after the current step (training/callbacks/preemption.py)
-        "no-check-for-nan-in-loss-and-grad": True,  # callbacks/nan_guard.py does, and can do more than stop
-        # Megatron's default, nvrx, is a package of its own.
+        "no-check-for-nan-in-loss-and-grad": True,  # callbacks/nan_guard.py checks, and can also skip an update
+        # Megatron's default, nvrx, is a separate package.
         "async-strategy": "nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
         "save-interval": 1000,  # Megatron has no default and stops at --save without one
-        "eval-interval": 1000,  # the same, with a TypeError
-        "tokenizer-type": "NullTokenizer",  # the data is tokenized already; its metadata names the tokenizer
+        "eval-interval": 1000,  # without a value Megatron raises a TypeError
+        "tokenizer-type": "NullTokenizer",  # the data is already tokenized; its metadata names the tokenizer
     }
     if (layer_spec or machine.layer_spec) == "local":
-        # Fused kernels that come with Transformer Engine or apex.
+        # These fused kernels come with Transformer Engine or apex.
         options |= {
             "transformer-impl": "local",
             "no-persist-layer-norm": True,
@@ -30,7 +30,7 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
             "no-masked-softmax-fusion": True,
         }
     if not machine.fuses_gradient_accumulation:
-        options["no-gradient-accumulation-fusion"] = True  # Megatron's default; it stops where the extension is missing
+        options["no-gradient-accumulation-fusion"] = True  # on by default in Megatron, which needs an extension for it
     if machine.backend == "gloo":
         options["distributed-backend"] = "gloo"
     return options

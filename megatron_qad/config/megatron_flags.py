@@ -1,7 +1,7 @@
-"""The flags of Megatron that QAD itself reads, in one frozen object.
+"""The Megatron flags that QAD itself reads, as one frozen object.
 
-Megatron has some 800 more, which go to it unread. Defaults are those of its parser (a test compares them), so that a
-configuration can be made, and refused, where Megatron is not installed.
+About 800 other flags are passed to Megatron unread. The defaults equal those of Megatron's parser (a test compares
+them), so that a configuration can be built and checked where Megatron is not installed.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MegatronFlags:
-    """Before Megatron derives one from another: what the user gave, and for the rest what the machine asks for."""
+    """Values before Megatron derives some from others: the user's flags, and ``machine_options`` for the rest."""
 
     # Parallelism.
     tensor_model_parallel_size: int = 1
@@ -19,7 +19,7 @@ class MegatronFlags:
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
-    """None: the tensor-parallel size."""
+    """Expert tensor-parallel size. None means the tensor-parallel size."""
     num_virtual_stages_per_pipeline_rank: int | None = None
     sequence_parallel: bool = False
     tensor_parallel_num_weight_shards: int | None = None
@@ -33,9 +33,9 @@ class MegatronFlags:
     rampup_batch_size: list | None = None
     dataloader_inter_document_masking: bool = False
 
-    # How long, how often.
+    # Durations and intervals.
     eval_iters: int | None = None
-    """Megatron's own default is 100; here None says that the user gave none."""
+    """Iterations of an evaluation. None means that the user set none; Megatron's own default is 100."""
     eval_interval: int | None = None
     save_interval: int | None = None
     iterations_to_skip: list = dataclasses.field(default_factory=list)
@@ -75,18 +75,18 @@ class MegatronFlags:
 
     @classmethod
     def from_args(cls, parsed: argparse.Namespace) -> "MegatronFlags":
-        """Of what a parser found; flags that it does not know keep their defaults."""
+        """Return the flags that a parser has read; flags that the parser does not know keep their defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
-        found = cls(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
+        flags = cls(**{name: getattr(parsed, name) for name in names if hasattr(parsed, name)})
         older_name = getattr(parsed, "encoder_seq_length", None)
-        return found if found.seq_length is not None else dataclasses.replace(found, seq_length=older_name)
+        return flags if flags.seq_length is not None else dataclasses.replace(flags, seq_length=older_name)
 
     @property
     def num_virtual_stages(self) -> int:
-        """Virtual pipeline stages of a rank."""
+        """Number of virtual pipeline stages per rank."""
         return self.num_virtual_stages_per_pipeline_rank or 1
 
     @property
     def model_parallel_ranks(self) -> int:
-        """Ranks that hold one model between them, without its experts."""
+        """Number of ranks that share one copy of the model, not counting its experts."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size

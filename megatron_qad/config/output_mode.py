@@ -1,4 +1,4 @@
-"""Which outputs a job keeps of each microbatch: logits or hidden states, of the student and of the teacher."""
+"""Chooses whether student and teacher return logits or final hidden states for each microbatch."""
 
 from dataclasses import dataclass
 
@@ -8,22 +8,22 @@ from megatron_qad.distillation import LogitLoss, WeightedLosses
 from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_of_chunk
 from megatron_qad.engine.errors import QADError
 
-# Logits of one microbatch, of both models, above which output layer and loss are fused under "auto". A GPU that holds
-# two models has a gigabyte to spare; less would not fill a chunk.
+# "auto" fuses the output layer and the loss if the logits of one microbatch of both models are larger than this. A GPU
+# that holds two models has a gigabyte to spare; fewer logits would not fill a chunk.
 FUSED_ABOVE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class OutputMode:
-    """What the last stage of each model returns."""
+    """What the last pipeline stage of each model returns."""
 
     fused: bool = False
-    """The student returns hidden states, and no logits of either model exist but in chunks."""
+    """Whether the student returns hidden states, and logits of both models exist only in chunks."""
     teacher_hidden: bool = False
-    """The teacher's pass keeps its hidden states instead of logits."""
+    """Whether the teacher's pass stores final hidden states instead of logits."""
 
     def describe(self) -> str:
-        """For the log and the plan."""
+        """Return a description for the log and the plan."""
         student = "fused with the loss" if self.fused else "makes logits"
         return (
             f"output layer {student}; the teacher's pass keeps {'hidden states' if self.teacher_hidden else 'logits'}"
@@ -32,20 +32,20 @@ class OutputMode:
 
 @dataclass(frozen=True)
 class OutputSizes:
-    """What the size of a microbatch's outputs on a rank depends on."""
+    """The sizes that determine how many bytes the outputs of a microbatch take on a rank."""
 
     tokens: int
-    """Of a microbatch, on a context-parallel rank."""
+    """Number of tokens of a microbatch on a context-parallel rank."""
     columns: int
-    """V/tp, padding included."""
+    """Number of vocabulary columns on a tensor-parallel rank: V/tp, padding included."""
     element_bytes: int
-    """2 for BF16."""
+    """Bytes per element: 2 for BF16."""
     sequence_shards: int = 1
-    """Ranks that share out hidden states: the tensor-parallel size under sequence parallelism."""
+    """Number of ranks that split the hidden states: the tensor-parallel size under sequence parallelism."""
 
     @classmethod
     def from_flags(cls, flags: MegatronFlags, vocab_size: int) -> "OutputSizes":
-        """Of a job's flags and its model's vocabulary, which Megatron pads."""
+        """Compute the sizes from a job's flags and its vocabulary size, which Megatron pads."""
         tp = flags.tensor_model_parallel_size
         multiple = flags.make_vocab_size_divisible_by * tp
         return cls(
@@ -56,19 +56,23 @@ class OutputSizes:
         )
 
     def logits(self) -> int:
-        """Bytes of one microbatch's logits of one model."""
+        """Return the bytes of one model's logits for one microbatch."""
         return self.tokens * self.columns * self.element_bytes
 
     def hidden(self, hidden_size: int) -> int:
-        """Bytes of one microbatch's final hidden states."""
+        """Return the bytes of the final hidden states of one microbatch."""
         return self.tokens * hidden_size // self.sequence_shards * self.element_bytes
 
     def fused(self, num_losses: int, hidden_size: int) -> dict[str, int]:
-        """Bytes on a GPU of a fused output layer: "chunk", the logits of both models that exist at a time, and
-        "gradient", the output weight's where the forward pass makes it. Plans are made where no GPU is.
+        """Return the bytes of a fused output layer on a GPU, also when called without one (for a plan).
 
         Args:
-            num_losses: of logits. hidden_size: the student's.
+            num_losses: number of losses of logits.
+            hidden_size: hidden size of the student.
+
+        Returns:
+            "chunk": logits of both models that exist at a time. "gradient": float32 gradient of the output weight, if
+            the forward pass computes it, otherwise 0.
         """
         chunk = min(tokens_of_chunk(self.columns, self.element_bytes, "cuda"), self.tokens)
         in_forward = makes_gradient_in_forward(num_losses, self.tokens, hidden_size, self.element_bytes)
@@ -81,25 +85,28 @@ class OutputSizes:
 def resolve_output_mode(
     options: QADOptions, sizes: OutputSizes, losses: WeightedLosses, teacher_hidden_size: int | None
 ) -> OutputMode:
-    """The outputs of a job.
+    """Return the output mode of a job.
 
     Args:
-        teacher_hidden_size: None where there is no teacher.
+        teacher_hidden_size: None if there is no teacher.
 
     Raises:
-        QADError: a choice that the loss or the other choice contradicts.
+        QADError: ``--qad-fused-linear-loss`` contradicts the loss or ``--qad-teacher-output``.
     """
-    wanted, keeps = options.qad_fused_linear_loss, options.qad_teacher_output
+    fuse, teacher_output = options.qad_fused_linear_loss, options.qad_teacher_output
     two_rounds = [term.name for term in losses.terms_of_type(LogitLoss) if term.loss.rounds > 1]
-    if wanted == "always" and two_rounds:
+    if fuse == "always" and two_rounds:
         raise QADError(
             f"--qad-fused-linear-loss always: {two_rounds[0]} reads all logits twice and cannot be fused with "
             "the output layer. Leave the flag out, or train with another loss."
         )
-    if wanted == "always" and keeps == "logits":
-        raise QADError("--qad-teacher-output logits: --qad-fused-linear-loss always needs the teacher's hidden states")
+    if fuse == "always" and teacher_output == "logits":
+        raise QADError(
+            "--qad-teacher-output logits: --qad-fused-linear-loss always needs the teacher's hidden states. Leave one "
+            "of the two flags out."
+        )
     logits, hidden = sizes.logits(), sizes.hidden(teacher_hidden_size or 0)
     is_large = logits * (1 if teacher_hidden_size is None else 2) > FUSED_ABOVE_BYTES
-    fused = wanted == "always" or wanted == "auto" and is_large and not two_rounds and keeps != "logits"
-    keeps_hidden = keeps == "hidden" or keeps == "auto" and (fused or hidden < logits)
-    return OutputMode(fused, teacher_hidden_size is not None and keeps_hidden)
+    fused = fuse == "always" or fuse == "auto" and is_large and not two_rounds and teacher_output != "logits"
+    stores_hidden = teacher_output == "hidden" or teacher_output == "auto" and (fused or hidden < logits)
+    return OutputMode(fused, teacher_hidden_size is not None and stores_hidden)

@@ -1,5 +1,5 @@
-"""What QAD adds to Megatron's arguments. Every field is a flag (``--qad-...``), a YAML key, and its docstring the
-help."""
+"""The options that QAD adds to Megatron's. Each field is a flag (``--qad-...``) and a YAML key; its docstring is the
+help text."""
 
 import argparse
 import dataclasses
@@ -12,106 +12,116 @@ class QADOptions:
     """Quantization-aware distillation"""
 
     qad_teacher: str | None = None
-    """Checkpoint directory of the frozen BF16 teacher, as tools/import_hf.py writes it. Required unless --qad-loss
+    """Checkpoint directory of the frozen BF16 teacher, written by tools/import_hf.py. Required unless --qad-loss
     is ce."""
 
     qad_student: str | None = None
-    """Checkpoint directory with the student's initial weights, as tools/import_hf.py writes it. Default: the
-    teacher's."""
+    """Checkpoint directory with the student's initial weights, written by tools/import_hf.py. Default: the teacher's
+    weights."""
 
     qad_loss: str = "kl"
-    """Training loss: 'kl' (KL divergence from teacher to student, which is QAD), 'ce' (cross entropy, which is QAT),
-    'reverse_kl', 'jsd', 'confidence_kl', 'topk', 'mse'; 'hidden_mse' and 'hidden_cosine' of layers' outputs and the
-    penalty 'scale_growth' only beside one of those; a weighted sum such as 'kl(temperature=2) + 0.5*ce' whose
-    weights may follow a schedule ('linear(1, 0, 100, 500)*ce': 1 until step 100, 0 from step 500 on), or a YAML
-    file."""
+    """Training loss. QAD: 'kl', the KL divergence from teacher to student. QAT: 'ce', the cross entropy. Others:
+    'reverse_kl', 'jsd', 'confidence_kl', 'topk', 'mse'. To be combined with one of these: 'hidden_mse' and
+    'hidden_cosine', which compare outputs of layers, and 'scale_growth', a penalty on growing block scales. Losses are
+    combined as a weighted sum such as 'kl(temperature=2) + 0.5*ce'; a weight may follow a schedule
+    ('linear(1, 0, 100, 500)*ce': 1 until step 100, 0 from step 500 on). A path reads the loss from a YAML file.
+    Default: kl."""
 
     qad_temperature: float = 1.0
-    """Temperature of teacher and student in the losses between distributions that name none themselves; 1 is the
-    report's."""
+    """Softmax temperature of teacher and student, for losses between distributions that set none themselves. Default:
+    1, as in the paper."""
 
     qad_policy: str = "nvfp4-all-linear"
-    """Quantization policy: a shipped one's name or a YAML file. 'bf16' turns quantization off."""
+    """Quantization policy: the name of a shipped policy or a YAML file. 'bf16' turns quantization off. Default:
+    nvfp4-all-linear."""
 
     qad_policy_override: list[str] = field(
         default_factory=list, metadata={"argparse_meta": {"type": str, "nargs": "+", "action": "extend"}}
     )
     """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins.
-    Given again, here or in --config, it adds more."""
+    Rules of repeated flags and of --config files add up. Default: none."""
 
     qad_weight_scale_rule: str = "max"
-    """How the block scales of NVFP4 weights are chosen: 'max' (the block's largest value becomes 6), 'four_over_six' (6
-    or 4, whichever errs less) or 'mse' (a search). All are stored alike."""
+    """How the block scales of NVFP4 weights are chosen: 'max' (maps the largest magnitude of a block to 6),
+    'four_over_six' (maps it to 6 or 4, whichever has the smaller error) or 'mse' (searches for the scale with the
+    smallest error). The stored format is the same. Default: max."""
 
     qad_calibration_samples: int = 64
-    """Training sequences whose activations set the quantizers' amax before the first step, rounded up to whole
-    microbatches."""
+    """Number of training sequences that set the amax of the activation quantizers before the first step, rounded up to
+    whole microbatches. Default: 64."""
 
     qad_calibration_percentile: float | None = None
-    """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; the rest saturates. Default:
-    all of them, the maximum."""
+    """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; larger magnitudes saturate.
+    Default: off, the amax is the maximum."""
 
     qad_train_router: bool = False
-    """Train the routers of expert layers, and let their bias follow the load. Default: both stay the teacher's, which
-    keeps each token at its experts."""
+    """Train the routers of expert layers and update their bias by the load. Default: off, routers stay equal to the
+    teacher's, so that tokens keep their experts."""
 
     qad_layer_spec: str | None = None
-    """Layers to build from: 'te' (Transformer Engine) or 'local' (torch). Default: te where it is installed and a GPU
-    is there."""
+    """Implementation of the layers: 'te' (Transformer Engine) or 'local' (torch). Default: te if it is installed and a
+    GPU is available, otherwise local."""
 
     qad_pad_documents_to: int | None = None
-    """With --dataloader-inter-document-masking: documents of a row start at multiples of this many tokens. Default:
-    what context parallelism needs, twice its size; 1 without."""
+    """Pad each document of a packed row to a multiple of this many tokens; needs --dataloader-inter-document-masking.
+    Default: twice the context-parallel size, which context parallelism needs; 1 (no padding) without it."""
 
     qad_teacher_micro_batch_size: int | None = None
-    """Sequences in a microbatch of the teacher's forward pass, a multiple of --micro-batch-size. Default: the
-    student's."""
+    """Number of sequences in a microbatch of the teacher's forward pass, a multiple of --micro-batch-size. Default:
+    --micro-batch-size."""
 
     qad_teacher_cpu_offload: bool = False
-    """Keep the teacher's layers in host memory and copy them to the device one after the other, once a step for all its
-    microbatches: for teachers that do not fit beside the student. Pipeline stages then wait for each other."""
+    """Keep the teacher's layers in host memory and copy them to the device one after the other, once per step for all
+    microbatches. For teachers that do not fit on the device together with the student; pipeline stages then wait for
+    each other. Default: off."""
 
     qad_fused_linear_loss: Literal["auto", "always", "never"] = "auto"
-    """Compute the output layer and the loss together, in chunks of tokens, so that the logits of a microbatch never
-    exist as a whole: 'always' (refused for jsd, which reads all logits twice), 'never', or 'auto', where the logits of
-    one microbatch of both models take more than 1 GiB of a rank."""
+    """Whether the output layer and the loss are computed together, in chunks of tokens, without ever storing all logits
+    of a microbatch: 'always' (an error with jsd, which reads all logits twice), 'never', or 'auto' (if the logits of
+    one microbatch of both models exceed 1 GiB per rank). Default: auto."""
 
     qad_teacher_output: Literal["auto", "hidden", "logits"] = "auto"
-    """What the teacher's pass keeps of each microbatch until the loss: 'logits', 'hidden' (its final hidden states, to
-    which the loss applies the output layer), or 'auto', the smaller. A fused output layer needs 'hidden'."""
+    """Teacher output that is stored for each microbatch until the loss is computed: 'logits', 'hidden' (the final
+    hidden states; the loss applies the output layer), or 'auto' (the smaller one). A fused output layer needs
+    'hidden'. Default: auto."""
 
     qad_keep_last: int | None = None
-    """Checkpoints to keep, the newest ones; older ones are removed unless --qad-keep-best keeps them. Default:
-    all; with --qad-keep-best alone, the newest one, once enough were validated to choose from."""
+    """Number of newest checkpoints to keep; older ones are deleted unless --qad-keep-best keeps them. Default: keep
+    all; with --qad-keep-best alone, keep the newest, and delete only when enough checkpoints have been validated to
+    choose from."""
 
     qad_keep_best: int | None = None
-    """Checkpoints to keep because their validation KL is the lowest, beside the newest. Needs a validation at each save
-    (--save-interval a multiple of --eval-interval)."""
+    """Number of checkpoints with the lowest validation KL to keep, in addition to the newest. Needs a validation at
+    each save (--save-interval a multiple of --eval-interval). Default: off."""
 
     qad_on_nan: Literal["stop", "skip"] = "stop"
-    """What happens when a loss or a gradient is NaN or Inf, or when no token of a step counts in the loss: 'stop', or
-    'skip' the update of that step; either way the log names the step, and of NaN rank and layer."""
+    """What to do if a loss or a gradient is NaN or Inf, or if no token of a step counts in the loss: 'stop' the job, or
+    'skip' the update of that step. The log names the step, and for NaN and Inf also the rank and the layer. Default:
+    stop."""
 
     qad_spike_factor: float | None = None
-    """A loss above this many times the median of the last 64 goes back to the last good checkpoint in --save, leaving
-    out the batches since; such as 5. Default: never."""
+    """Roll back to the last good checkpoint in --save, and skip the batches since, if a loss exceeds this factor times
+    the median of the last 64 losses. Must be above 1, such as 5. Default: off."""
 
     qad_hang_timeout: float | None = None
-    """Seconds without progress after which a job names the rank that is behind and ends. Default: 9/10 of
-    --distributed-timeout-minutes; 0 turns it off. Must exceed the longest single part of a step. Parts of the start, a
-    save and a rollback may take ten times as long."""
+    """Seconds without progress after which the job names the rank that is behind and ends; 0 turns it off. Must exceed
+    the longest single part of a step; loading, saving and rolling back may take ten times as long. Default: 9/10 of
+    --distributed-timeout-minutes."""
 
     qad_ptq: bool = False
-    """Post-training quantization only: calibrate, quantize, evaluate, save; one iteration at learning rate 0."""
+    """Post-training quantization only: calibrate, quantize, evaluate and save, as one iteration at learning rate 0.
+    Default: off."""
 
     qad_job_dir: str | None = None
-    """Directory through which a batch script and the job talk: a file 'stop' there makes the job save after the current
-    step and exit with status 0. Default: the environment's QAD_JOB_DIR, which launch/slurm.sbatch sets."""
+    """Directory for messages between a batch script and the job: a file 'stop' in it makes the job save after the
+    current step and exit with status 0. Default: the environment variable QAD_JOB_DIR, which launch/slurm.sbatch
+    sets; without it, off."""
 
     qad_dry_run: bool = False
-    """Print the plan (model, formats, layout, tokens, bytes per rank) and exit without building weights."""
+    """Print the plan (model, formats, parallelism, tokens, bytes per rank) and exit without building weights. Default:
+    off."""
 
     @classmethod
     def from_args(cls, parsed: argparse.Namespace) -> "QADOptions":
-        """Of what a parser that knows these flags found."""
+        """Return the options that a parser with these flags has read."""
         return cls(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(cls)})

@@ -1,5 +1,4 @@
-"""Whether teacher and student mean the same token by the same id: without that, a divergence between them means
-nothing."""
+"""Checks that teacher and student use the same vocabulary, without which a divergence between them is meaningless."""
 
 from pathlib import Path
 
@@ -8,23 +7,23 @@ from megatron_qad.engine import QADError
 
 
 def check_same_vocabulary(student: str, student_config: dict, teacher: str, teacher_config: dict) -> None:
-    """Compare the vocabularies of two checkpoint directories.
+    """Check that two checkpoint directories have the same vocabulary.
 
-    Tokenizer files that are equal byte by byte are not opened; where they differ, the maps from piece to id decide, so
-    that a file which was only written anew passes. Checkpoints without tokenizer files are compared by size alone.
+    Tokenizer files that are equal byte by byte are not parsed. If they differ, the maps from piece to id are compared,
+    so that a file that was only rewritten passes. Checkpoints without tokenizer files are compared by size alone.
 
     Args:
         student, teacher: checkpoint directories made by tools/import_hf.py.
         student_config, teacher_config: their ``hf/config.json``.
 
     Raises:
-        QADError: another ``vocab_size``, or another piece for the same id.
+        QADError: ``vocab_size`` or the id of a piece differs.
     """
-    found, expected = student_config["vocab_size"], teacher_config["vocab_size"]
-    if found != expected:
+    student_size, teacher_size = student_config["vocab_size"], teacher_config["vocab_size"]
+    if student_size != teacher_size:
         raise QADError(
-            f"vocab_size is {expected} in the teacher {teacher} and {found} in the student {student}; QAD compares "
-            "their distributions over the same tokens. Choose a teacher of the student's vocabulary"
+            f"vocab_size is {teacher_size} in the teacher {teacher} and {student_size} in the student {student}; QAD "
+            "compares their distributions over the same tokens. Choose a teacher with the student's vocabulary."
         )
     if Path(student).resolve() == Path(teacher).resolve():
         return
@@ -42,5 +41,5 @@ def check_same_vocabulary(student: str, student_config: dict, teacher: str, teac
         raise QADError(
             f"the tokenizers of student and teacher differ ({', '.join(differ + only_one)} in {student}/hf and "
             f"{teacher}/hf): the piece {piece!r} has id {vocab_a.get(piece)} in the student and {vocab_b.get(piece)} "
-            "in the teacher. Choose a teacher of the student's tokenizer"
+            "in the teacher. Choose a teacher with the student's tokenizer."
         )

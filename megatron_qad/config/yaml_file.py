@@ -1,5 +1,4 @@
-"""``--config FILE.yaml``: Megatron and QAD options by name, turned into command-line flags that the real ones
-override."""
+"""``--config FILE.yaml``: turns Megatron and QAD options in YAML into flags that the command line overrides."""
 
 import argparse
 import difflib
@@ -12,28 +11,28 @@ from megatron_qad.engine.errors import QADError
 
 
 def expand(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """Replace ``--config FILE`` by the file's options, placed before the other flags, which therefore win.
+    """Replace ``--config FILE`` with the file's options, placed before the other flags, which therefore override them.
 
-    Keys are option names with ``-`` or ``_``; ``true`` sets a flag, ``false`` and ``null`` leave it at its default, a
-    list gives several values.
+    Keys are option names with ``-`` or ``_``. ``true`` sets a flag, ``false`` and ``null`` leave it at its default, and
+    a list gives several values.
 
     Args:
         argv: command line without the program's name.
         parser: a parser that knows every valid option.
 
     Raises:
-        QADError: a file that is missing or no mapping, or a key that is no option; the nearest valid name is given.
+        QADError: a file is missing or not a mapping, or a key is unknown; the error names the nearest valid option.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
-    found, rest = first.parse_known_args(list(argv))
-    from_files = [flag for file in found.config for flag in _flags_of(Path(file), parser)]
-    return from_files + rest
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config", action="append", default=[])
+    parsed, other_flags = config_parser.parse_known_args(list(argv))
+    file_flags = [flag for file in parsed.config for flag in _read_flags(Path(file), parser)]
+    return file_flags + other_flags
 
 
-def _flags_of(file: Path, parser: argparse.ArgumentParser) -> list[str]:
+def _read_flags(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     if not file.is_file():
-        raise QADError(f"--config {file}: no such file")
+        raise QADError(f"--config {file}: no such file. Check the path.")
     try:
         options = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -43,7 +42,7 @@ def _flags_of(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     valid = {option: action for action in parser._actions for option in action.option_strings}
     flags: list[str] = []
     for key, value in options.items():
-        option = _option_of(str(key), valid)
+        option = _find_option(str(key), valid)
         if option is None:
             names = sorted({name.removeprefix("--") for name in valid})
             near = difflib.get_close_matches(str(key).replace("_", "-"), names, n=1)
@@ -58,7 +57,7 @@ def _flags_of(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     return flags
 
 
-def _option_of(key: str, valid: dict) -> str | None:
+def _find_option(key: str, valid: dict) -> str | None:
     for option in (f"--{key}", f"--{key.replace('_', '-')}"):
         if option in valid:
             return option
@@ -66,7 +65,7 @@ def _option_of(key: str, valid: dict) -> str | None:
 
 
 def to_flags(options: dict) -> list[str]:
-    """Option names and values -> command-line flags. True is a bare flag; False and None are left out."""
+    """Turn option names and values into command-line flags. True is a bare flag; False and None are left out."""
     flags: list[str] = []
     for name, value in options.items():
         if value is None or value is False:
@@ -75,13 +74,13 @@ def to_flags(options: dict) -> list[str]:
     return flags
 
 
-def without(argv: Sequence[str], *flags: str) -> list[str]:
-    """``argv`` without these flags and the one value of each."""
-    kept = iter(argv)
-    found = []
-    for word in kept:
+def remove_flags(argv: Sequence[str], *flags: str) -> list[str]:
+    """Return ``argv`` without the given flags and the one value of each."""
+    remaining = iter(argv)
+    kept = []
+    for word in remaining:
         if word in flags:
-            next(kept, None)
+            next(remaining, None)
         elif word.split("=")[0] not in flags:
-            found.append(word)
-    return found
+            kept.append(word)
+    return kept

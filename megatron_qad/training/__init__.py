@@ -1,1 +1,1 @@
-"""Floor 4: a job: its models, its loss, what surrounds the student's schedule in a step, and its callbacks."""
+"""Floor 4: the job: its models, its loss, the passes of a step, and its callbacks."""

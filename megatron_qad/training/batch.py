@@ -1,10 +1,10 @@
-"""A microbatch: read once, given to teacher and student alike, and run through a model.
+"""Microbatches: reads them once for both teacher and student, and runs them through a model.
 
-Only the first tensor-parallel rank of the first and last pipeline stage has a data iterator. One broadcast a schedule
-carries all its microbatches to the other ranks of the tensor-parallel group; stages in between need none, only where
-documents end in packed rows. Each context-parallel rank reads whole rows and keeps its chunks of them.
+Only the first tensor-parallel rank of the first and of the last pipeline stage has a data iterator. One broadcast per
+schedule sends all its microbatches to the other ranks of the tensor-parallel group. Middle stages need no data, except
+the document ends of packed rows. Each context-parallel rank reads complete rows and keeps its chunks of them.
 
-Packed rows (``--dataloader-inter-document-masking``) of a microbatch become one row of all their documents.
+Packed rows (``--dataloader-inter-document-masking``) of a microbatch are joined into one row of all their documents.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,32 +21,41 @@ from megatron_qad.models.output_layer import ModelOutput, stopped_before_output_
 
 @dataclass
 class Batch:
-    """One microbatch on this rank's device; all int64 [b, s/cp] but the mask. Packed: [1, b * s/cp]."""
+    """One microbatch on this rank's device. Tensors are int64 [b, s/cp] unless noted; packed: [1, b * s/cp].
+
+    Example::
+
+        tokens = torch.tensor([[5, 7, 9]])
+        batch = Batch(tokens, position_ids=torch.arange(3)[None])
+        output = job.forward(model, batch)  # a ForwardPass; returns logits [1, 3, V/tp] on the last stage
+    """
 
     tokens: Tensor | None = None
     position_ids: Tensor | None = None
     labels: Tensor | None = None
     loss_mask: Tensor | None = None
-    """float32 [b, s/cp], the weight of each label; 0 leaves it out."""
+    """float32 [b, s/cp], weight of each label in the loss; 0 excludes it."""
     documents: Documents | None = None
-    """Where the documents of a packed row end; None: every row is one sequence."""
+    """Ends of the documents in a packed row. None means that each row is one sequence."""
     teacher_output: ModelOutput | None = None
-    """On the last stage, once the teacher's pass has filled it."""
+    """Output of the teacher on the last stage, set by the teacher's pass and removed by the loss."""
     teacher_states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """Outputs of the teacher's layers on this rank, [s, b, H], that hidden-state losses are going to compare."""
+    """Outputs of the teacher's layers on this rank, [s, b, H], for hidden-state losses."""
 
 
-def round_up_to_pipeline(number: int) -> int:
-    """``number`` of microbatches, rounded up to whole rounds of the pipeline where virtual stages want them."""
+def round_up_to_pipeline(num_microbatches: int) -> int:
+    """Round a number of microbatches up to a multiple of the pipeline size if there are virtual stages."""
     if mpu.get_virtual_pipeline_model_parallel_world_size() is None:
-        return number
+        return num_microbatches
     num_stages = mpu.get_pipeline_model_parallel_world_size()
-    return -(-number // num_stages) * num_stages
+    return -(-num_microbatches // num_stages) * num_stages
 
 
 def num_calibration_batches(samples: int, micro_batch_size: int) -> int:
-    """Microbatches of each rank for calibration with ``samples`` sequences: shared out over the data-parallel ranks, so
-    that what is found does not depend on their number."""
+    """Return the microbatches per rank that calibrate with ``samples`` sequences, divided among data-parallel ranks.
+
+    The total, and so the result of the calibration, does not depend on the number of ranks.
+    """
     return round_up_to_pipeline(-(-samples // (micro_batch_size * mpu.get_data_parallel_world_size())))
 
 
@@ -56,47 +65,48 @@ class BatchReader:
 
     Args:
         is_packed: rows hold several documents.
-        on_every_stage: pipeline stages in between get the data, too: some losses need the mask there.
+        on_every_stage: middle pipeline stages get the data, too, because some losses need the mask there.
     """
 
     is_packed: bool
     on_every_stage: bool = False
 
-    def schedule_shape(self, *, seq_length: int, micro_batch_size: int, **rest) -> dict:
-        """The schedule's arguments, with the rows of a packed microbatch as the one row that they become."""
+    def schedule_shape(self, *, seq_length: int, micro_batch_size: int, **kwargs) -> dict:
+        """Return the schedule's shape arguments; the rows of a packed microbatch count as one joined row."""
         if self.is_packed:
             seq_length, micro_batch_size = seq_length * micro_batch_size, 1
-        return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **rest}
+        return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **kwargs}
 
     def read(self, data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int) -> list[Batch]:
-        """The next microbatches of this rank, in order.
+        """Read the next microbatches of this rank, in order.
 
         Args:
-            data_iterator: Megatron's: an iterator, a list of them (one a virtual stage), or None where there is no
+            data_iterator: Megatron's iterator, a list of iterators (one per virtual stage), or None on ranks without
                 data.
-            micro_batch_size, seq_length: rows of a microbatch and their global length, packed or not.
+            micro_batch_size: rows per microbatch, before packed rows are joined.
+            seq_length: tokens per row over all context-parallel ranks.
         """
         shape = (num_microbatches, 5 if self.is_packed else 4, micro_batch_size, seq_length)
         has_data = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
         data = _read(data_iterator, shape, self.is_packed) if has_data else None
         if self.on_every_stage and mpu.get_pipeline_model_parallel_world_size() > 2:
-            data, has_data = _from_first_stage(data if has_data else _empty(shape)), True
+            data, has_data = _broadcast_from_first_stage(data if has_data else _empty(shape)), True
         if not self.is_packed:
             return [_unpack(part, None) for part in data] if has_data else [Batch() for _ in range(num_microbatches)]
         ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
-        if mpu.get_pipeline_model_parallel_world_size() > 2:  # stages in between have no data, but attention
-            ends = _from_first_stage(ends)
-        documents = [Documents.from_lengths(_lengths(rows), ends.device) for rows in ends.tolist()]
+        if mpu.get_pipeline_model_parallel_world_size() > 2:  # middle stages have no data, but need document ends
+            ends = _broadcast_from_first_stage(ends)
+        documents = [Documents.from_lengths(_document_lengths(rows), ends.device) for rows in ends.tolist()]
         if not has_data:
-            return [Batch(documents=found) for found in documents]
-        return [_unpack(part[:-1], found) for part, found in zip(data, documents, strict=True)]
+            return [Batch(documents=row_documents) for row_documents in documents]
+        return [_unpack(part[:-1], row_documents) for part, row_documents in zip(data, documents, strict=True)]
 
 
 _INTEGERS = ("tokens", "position_ids", "labels")
 
 
 def _read(data_iterator, shape: tuple[int, ...], is_packed: bool) -> Tensor:
-    """int64 ``shape`` [m, kinds, b, s] on all tensor-parallel ranks, from the data of the first."""
+    """Return int64 [m, kinds, b, s] on all tensor-parallel ranks, read by the first of them."""
     group = mpu.get_tensor_model_parallel_group()
     if group.rank() == 0:
         iterator = _first_with_data(data_iterator)
@@ -110,7 +120,7 @@ def _read(data_iterator, shape: tuple[int, ...], is_packed: bool) -> Tensor:
     return packed
 
 
-def _from_first_stage(data: Tensor) -> Tensor:
+def _broadcast_from_first_stage(data: Tensor) -> Tensor:
     group = mpu.get_pipeline_model_parallel_group()
     torch.distributed.broadcast(data, torch.distributed.get_global_rank(group, 0), group=group)
     return data
@@ -120,21 +130,21 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
 
 
-def _lengths(rows: list[list[int]]) -> list[int]:
-    """Lengths of the documents of some rows, in order. A row lists its documents' ends, the last again and again."""
-    found = []
+def _document_lengths(rows: list[list[int]]) -> list[int]:
+    """Return the lengths of the documents of all rows, in order. A row holds document ends, padded with the last."""
+    lengths = []
     for row in rows:
         ends = row[: row.index(len(row)) + 1]
-        found += [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return found
+        lengths += [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return lengths
 
 
 class ForwardPass:
-    """Forward passes of a job's models, and which microbatch is in one.
+    """Runs forward passes of a job's models, and keeps track of the microbatch that is running.
 
     Args:
-        keeps_precision: outputs are in the model's precision: Megatron's mixed-precision wrapper, which there is for
-            16-bit models, would make a float32 copy of all logits.
+        keeps_precision: return outputs in the model's precision. Megatron's wrapper for 16-bit models would otherwise
+            make a float32 copy of all logits.
     """
 
     def __init__(self, keeps_precision: bool):
@@ -142,14 +152,17 @@ class ForwardPass:
         self._running: list[Batch] = []
 
     def __call__(self, model: torch.nn.Module, batch: Batch, *, hidden: bool = False) -> Tensor:
-        """On the last stage logits [b, s, V/tp], or with ``hidden`` its final hidden states (see
-        ``models.output_layer``), hidden states on the others."""
+        """Run a model on a microbatch.
+
+        Returns logits [b, s, V/tp] on the last stage, or its final hidden states if ``hidden`` (see
+        ``models.output_layer``). Other stages return the hidden states for the next stage.
+        """
         with self.running(batch), stopped_before_output_layer(model) if hidden else nullcontext():
             return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **self._options)
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
-        """Inside, ``batch`` is what a forward pass of layers is about."""
+        """Context manager: ``batch`` is the microbatch of the layers' forward passes inside."""
         self._running.append(batch)
         try:
             yield
@@ -158,12 +171,12 @@ class ForwardPass:
 
     @property
     def batch(self) -> Batch:
-        """The one that is running, for hooks on layers, which are not told."""
+        """The microbatch being processed, for hooks on layers."""
         return self._running[-1]
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-    """Several microbatches as one, for a forward pass without a loss; packed rows become one longer row."""
+    """Join several microbatches into one, for a forward pass without a loss; packed rows become one longer row."""
     if len(batches) == 1:
         return batches[0]
     documents = batches[0].documents
@@ -178,8 +191,7 @@ def join(batches: Sequence[Batch]) -> Batch:
 
 
 def iterators(batches: Sequence[Batch], data_iterator) -> Iterator[Batch] | list[Iterator[Batch]]:
-    """Iterators over ``batches`` in the form of the schedule's ``data_iterator``: each virtual stage reads all of
-    them."""
+    """Return ``batches`` in the form of the schedule's ``data_iterator``: an iterator, or one per virtual stage."""
     if isinstance(data_iterator, list):
         return [iter(batches) for _ in data_iterator]
     return iter(batches)
@@ -192,7 +204,7 @@ def _first_with_data(data_iterator) -> Iterator:
 
 
 def _pack(sample: dict, is_packed: bool) -> Tensor:
-    """One int64 tensor [4 or 5, b, s]: the mask's float32 bits travel as integers."""
+    """Pack a sample into one int64 tensor [4 or 5, b, s], with the float32 bits of the mask as integers."""
     mask = sample["loss_mask"].float().contiguous().view(torch.int32).long()
     parts = [*(sample[name].long() for name in _INTEGERS), mask]
     if is_packed:
@@ -201,7 +213,7 @@ def _pack(sample: dict, is_packed: bool) -> Tensor:
 
 
 def _unpack(data: Tensor, documents: Documents | None) -> Batch:
-    """This context-parallel rank's part of a microbatch, int64 [4, b, s]."""
+    """Return this context-parallel rank's part of a microbatch from int64 [4, b, s]."""
     group = mpu.get_context_parallel_group()
     lengths = [data.shape[-1]]
     if documents is not None:

@@ -1,6 +1,6 @@
-"""Calibration before the first step: forward passes with unquantized weights, from which quantizers learn their ranges.
+"""Calibration before the first step: forward passes with unquantized weights that set the amaxes of the quantizers.
 
-Its microbatches go back: training sees the data that it would have seen.
+The microbatches are returned afterwards, so that training sees the same data as without calibration.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,37 +23,37 @@ _MAX_PRINTED = 8
 
 
 class CalibrationPass:
-    """Calibrates the student's quantizers once, and hands out the microbatches of every step.
+    """Calibrates the student's quantizers once, and reads the microbatches of every step.
 
     Args:
-        job: with ``activations``.
+        job: the ``QADJob``, whose ``activations`` are set.
     """
 
     def __init__(self, job):
         self._job = job
-        self._is_calibrated = False  # as far as all ranks know
+        self._is_calibrated = False  # the same on all ranks
         self._read_ahead: list[Batch] = []
         self._was_training = False
 
     def next_batches(
-        self, schedule: Callable, data_iterator, number: int, shape: dict, model, is_training: bool
+        self, schedule: Callable, data_iterator, num_microbatches: int, shape: dict, model, is_training: bool
     ) -> list[Batch]:
-        """The microbatches of a step; before the first one, calibrate.
+        """Return the microbatches of a step, after calibrating if this is the first call.
 
-        What calibration read ahead comes first, but only where it was read: an evaluation between the first steps must
-        not be given training data.
+        Microbatches that calibration has read ahead come first. Those read from training data are only returned in
+        training, those read in an evaluation only in evaluations.
         """
         if self._must_calibrate():
             self._calibrate(schedule, data_iterator, shape, model)
             self._was_training = is_training
         ready: list[Batch] = []
         if is_training == self._was_training:
-            ready, self._read_ahead = self._read_ahead[:number], self._read_ahead[number:]
-        missing = number - len(ready)
-        return ready + self._read(data_iterator, missing, shape) if missing else ready
+            ready, self._read_ahead = self._read_ahead[:num_microbatches], self._read_ahead[num_microbatches:]
+        num_missing = num_microbatches - len(ready)
+        return ready + self._read(data_iterator, num_missing, shape) if num_missing else ready
 
     def _must_calibrate(self) -> bool:
-        """Whether any rank has a quantizer without an amax. One without quantizers runs the passes, too."""
+        """Whether any rank has a quantizer without an amax. Ranks without quantizers then run the passes, too."""
         if self._is_calibrated:
             return False
         is_missing = not self._job.activations.calibrated
@@ -62,17 +62,19 @@ class CalibrationPass:
         self._is_calibrated = True
         return bool(missing)
 
-    def _read(self, data_iterator, number: int, shape: dict) -> list[Batch]:
-        return self._job.reader.read(data_iterator, number, shape["micro_batch_size"], shape["seq_length"])
+    def _read(self, data_iterator, num_microbatches: int, shape: dict) -> list[Batch]:
+        return self._job.reader.read(data_iterator, num_microbatches, shape["micro_batch_size"], shape["seq_length"])
 
     def _calibrate(self, schedule: Callable, data_iterator, shape: dict, model) -> None:
         job = self._job
-        number = num_calibration_batches(job.config.options.qad_calibration_samples, shape["micro_batch_size"])
+        num_microbatches = num_calibration_batches(
+            job.config.options.qad_calibration_samples, shape["micro_batch_size"]
+        )
         job.events.phase("calibration", is_long=False)
-        self._read_ahead = self._read(data_iterator, number, shape)
-        bar = tqdm(total=number, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
+        self._read_ahead = self._read(data_iterator, num_microbatches, shape)
+        bar = tqdm(total=num_microbatches, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
 
-        def seen() -> None:
+        def count_pass() -> None:
             job.num_passes += 1
             bar.update()
 
@@ -80,8 +82,8 @@ class CalibrationPass:
             schedule(
                 data_iterator=iterators(self._read_ahead, data_iterator),
                 model=model,
-                num_microbatches=number,
-                forward_step_func=partial(forward_without_loss, job, ModelOutput.hidden, seen),
+                num_microbatches=num_microbatches,
+                forward_step_func=partial(forward_without_loss, job, ModelOutput.hidden, count_pass),
                 forward_only=True,
                 **job.reader.schedule_shape(**shape),
             )
@@ -89,10 +91,14 @@ class CalibrationPass:
 
 
 def forward_without_loss(
-    job, finish: Callable[[ModelOutput], torch.Tensor], seen: Callable[[], None], batches: Iterator[Batch], model
+    job, finish: Callable[[ModelOutput], torch.Tensor], on_batch: Callable[[], None], batches: Iterator[Batch], model
 ):
-    """A forward step of Megatron's that ends before the loss. ``finish`` runs on the output where the output layer is
-    fused with the loss, and so has not run in the model; ``seen`` is called once a microbatch."""
+    """Forward step for Megatron's schedules that computes no loss.
+
+    Args:
+        finish: called with the output if the output layer is fused with the loss and has not run in the model.
+        on_batch: called once per microbatch.
+    """
     is_fused = job.config.output_mode.fused
 
     def no_loss(output):
@@ -100,20 +106,24 @@ def forward_without_loss(
             finish(ModelOutput(output, unwrap_model(model)))
         return output.new_zeros(()), output.new_zeros((), dtype=int), {}
 
-    seen()
+    on_batch()
     return job.forward(model, next(batches), hidden=is_fused), no_loss
 
 
 def report_fallbacks(fallbacks: dict[str, tuple[str, int]], save: str | None) -> None:
-    """Say which experts' linears saw too few tokens in calibration, of all pipeline stages; beside the checkpoints they
-    are in ``calibration.json``."""
+    """Log the expert linears of all pipeline stages that saw too few tokens in calibration.
+
+    Args:
+        fallbacks: name of a linear -> (linear whose amax it takes, number of tokens that it saw).
+        save: directory in which to write them to ``calibration.json``, or None.
+    """
     stages: list[dict] = [{} for _ in range(mpu.get_pipeline_model_parallel_world_size())]
     torch.distributed.all_gather_object(stages, fallbacks, group=mpu.get_pipeline_model_parallel_group())
-    found = {name: fallback for stage in stages for name, fallback in stage.items()}
-    for name, (other, tokens) in list(found.items())[:_MAX_PRINTED]:
+    all_fallbacks = {name: fallback for stage in stages for name, fallback in stage.items()}
+    for name, (other, tokens) in list(all_fallbacks.items())[:_MAX_PRINTED]:
         print_rank_0(f"megatron_qad: calibration: {name} saw {tokens} tokens and takes the amax of {other}")
-    if len(found) > _MAX_PRINTED:
-        print_rank_0(f"megatron_qad: calibration: and {len(found) - _MAX_PRINTED} linears of experts more")
+    if len(all_fallbacks) > _MAX_PRINTED:
+        print_rank_0(f"megatron_qad: calibration: and {len(all_fallbacks) - _MAX_PRINTED} more expert linears")
     if save is not None and is_rank0():
-        entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in found.items()}
+        entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in all_fallbacks.items()}
         json_records.write_or_warn(Path(save) / CALIBRATION_FILE, {"few_tokens": entries})

@@ -1,7 +1,7 @@
-"""A job: its two models, its loss, its callbacks, and what surrounds the student's schedule in every step.
+"""The job object: owns the two models, the loss and the callbacks, and provides the parts of a step.
 
-Built once, from a configuration, and passed to whatever needs a part of it. ``pretrain_qad.py`` says in which order the
-parts of a step run.
+It is built once from a configuration and passed to the code that needs it. ``pretrain_qad.py`` calls the parts of a
+step in order.
 """
 
 import argparse
@@ -32,43 +32,51 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
 from megatron_qad.training.batch import Batch, BatchReader, ForwardPass, iterators
 from megatron_qad.training.calibration_pass import CalibrationPass
-from megatron_qad.training.callbacks import callbacks_of
+from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
-from megatron_qad.training.models import build_teacher, check_apart, model_config
+from megatron_qad.training.models import build_teacher, check_disjoint, model_config
 from megatron_qad.training.run_description import describe_run
 from megatron_qad.training.teacher import Teacher
 
 
 @dataclass
 class Step:
-    """The passes of one training step, or of one iteration of an evaluation."""
+    """Microbatches and schedule of one training step, or of one iteration of an evaluation."""
 
     batches: list[Batch]
     is_training: bool
     shape: dict
-    """Sequence length and microbatch size, as a schedule takes them."""
+    """Sequence length and microbatch size, as arguments of a schedule."""
     schedule: Callable
-    """Megatron's, for the student: all microbatches forwards and, in training, backwards."""
+    """Megatron's schedule, which runs the forward and, in training, the backward pass of all microbatches."""
     call: dict[str, Any]
-    """The other arguments that Megatron gave the schedule."""
+    """Other arguments that Megatron passed to the schedule."""
     stages: list[None] | None
-    """A list as long as the rank's virtual stages, if it has some. Not the data's iterators: their worker processes
-    must end with Megatron's last reference to them."""
+    """One None per virtual stage of the rank, or None without virtual stages. It does not hold the data iterators,
+    whose worker processes must end with Megatron's last reference to them."""
 
     def run_student(self, **changes) -> list[dict]:
-        """The reports of the microbatches, on the last stage."""
+        """Run the student's schedule. Returns the loss report of each microbatch on the last stage.
+
+        Args:
+            changes: replacements of arguments of the schedule.
+        """
         call = {**self.call, **self.shape, "num_microbatches": len(self.batches), **changes}
         return self.schedule(data_iterator=iterators(self.batches, self.stages), **call)
 
 
 class QADJob:
-    """Everything that one job owns.
+    """Owns the models, the loss, the data, the callbacks and the training loop of one job.
+
+        job = start_job(read_command_line(["--config", "job.yaml"]))  # training.start
+        with job.loop.running():  # arguments of Megatron's pretrain: see pretrain_qad.py
+            pretrain(pretrain_cfg_container_from_args(job.args, job.model_config(qad_step)), job.datasets_provider, ...)
 
     Args:
-        config: what it is asked to do.
-        args: Megatron's global arguments (``start_job`` makes them).
-        loggers: for the record of event files in checkpoints.
-        callbacks: told of the job's events after its own.
+        config: configuration of the job.
+        args: Megatron's global arguments, as parsed by ``start_job``.
+        loggers: provides the record of event files that checkpoints contain.
+        callbacks: additional callbacks, which run after the job's own.
     """
 
     def __init__(self, config: JobConfig, args: argparse.Namespace, loggers: Loggers, callbacks: Sequence[Callback]):
@@ -79,25 +87,25 @@ class QADJob:
         self.loss = Loss(config.losses, config.student.vocab_size, config.output_mode.fused)
         self.datasets_provider = DatasetsProvider(args, config.data_options)
         self.student: Sequence[torch.nn.Module] = ()
-        """The student's chunks of this rank, without wrappers."""
+        """Model chunks of the student on this rank, without wrappers."""
         self.teacher: Teacher | None = None
-        """None for a job that has none."""
+        """The teacher on this rank. None if the job has no teacher."""
         self.weights: InPlaceWeights | None = None
         self.activations: ActivationQuantizers | None = None
         self.calibration: CalibrationPass | None = None
         self.last_step: Step | None = None
-        """The training step that ran last, to trace NaN in."""
+        """The latest training step, which the NaN trace replays."""
         self.num_passes = 0
-        """Forward passes of the student's microbatches so far."""
-        self.events = Events([_KeepsWeights(self), *callbacks_of(self), *callbacks])
+        """Number of forward passes of the student's microbatches so far."""
+        self.events = Events([_SkippedUpdates(self), *build_callbacks(self), *callbacks])
         self.loop = Loop(args, self.events)
 
     # The parts of a step, in the order in which pretrain_qad.py runs them ------------------------------------------
 
     def teacher_pass(self, step: Step) -> None:
-        """Leave the teacher's output in each microbatch, on the last stage.
+        """Run the teacher and store its output in each microbatch, on the last stage.
 
-        A loss without a teacher (QAT) is trained without its pass; evaluations report the KL to it all the same.
+        Training with a loss that needs no teacher (QAT) skips this pass; evaluations run it to report the KL.
         """
         self.events.forward_begins(step.batches, step.is_training)
         if self.teacher is not None and (not step.is_training or self.config.losses.needs_teacher):
@@ -105,7 +113,7 @@ class QADJob:
 
     @contextmanager
     def quantized_weights(self, step: Step) -> Iterator[None]:
-        """Inside, the student's weights are on the grids of their formats."""
+        """Context manager: inside, the student's weights hold the quantized values of their formats."""
         if self.weights.is_stale:
             gather_parameters(step.call["model"])
         with self.weights.quantized_weights(then_updated=step.is_training):
@@ -113,24 +121,24 @@ class QADJob:
             yield
 
     def student_pass(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The student's output for one microbatch: logits [b, s, V/tp], or what the fused output layer takes."""
+        """Run the student on one microbatch. Returns logits [b, s, V/tp], or hidden states for a fused output layer."""
         self.num_passes += 1
         return self.forward(model, batch, hidden=self.config.output_mode.fused)
 
     # What Megatron calls ------------------------------------------------------------------------------------------
 
     def model_config(self, qad_step: Callable[["QADJob", Step], list[dict]]) -> QADModelConfig:
-        """The config that ``pretrain`` builds the student from. Its hook makes the job whole.
+        """Return the config from which ``pretrain`` builds the student. Its hook completes the setup of the job.
 
         Args:
             qad_step: runs the parts of a step.
         """
-        found = model_config(self.config, self.args, self.config.student)
-        found.pre_wrap_hooks.append(partial(self._prepare, qad_step))
-        return found
+        student_config = model_config(self.config, self.args, self.config.student)
+        student_config.pre_wrap_hooks.append(partial(self._prepare, qad_step))
+        return student_config
 
     def evaluated(self, model) -> dict[str, float]:
-        """Called at the end of every evaluation: reduce its metrics over the data-parallel ranks, and report them."""
+        """Reduce the metrics of an evaluation over the data-parallel ranks and report them, at the end of each one."""
         total = self.loss.take_metrics().all_reduce(mpu.get_data_parallel_group(with_context_parallel=True))
         means = total.means(has_teacher=self.config.teacher is not None)
         self.events.evaluation_ended(self.loop.iteration, means)
@@ -139,7 +147,7 @@ class QADJob:
     def _prepare(
         self, qad_step: Callable[["QADJob", Step], list[dict]], chunks: list[torch.nn.Module]
     ) -> list[torch.nn.Module]:
-        """Before the student is wrapped: its weights and quantizers, the teacher, and the seam to Megatron's loop."""
+        """Load and quantize the student, build the teacher and hook into Megatron's loop, before wrapping."""
         config, args, events = self.config, self.args, self.events
         self.student = chunks
         resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
@@ -157,29 +165,29 @@ class QADJob:
         events.phase("loading the teacher", is_long=True)
         if config.teacher is not None:
             self.teacher = build_teacher(config, args, self.forward)
-            check_apart(self.teacher.chunks, chunks)
+            check_disjoint(self.teacher.chunks, chunks)
         self.weights = self.quantize_weights(chunks)
         print_rank_0(f"megatron_qad: {config.output_mode.describe()}")
         counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(self.weights.formats.values()).items()) or "none"
         print_rank_0(
-            f"megatron_qad: weights of this rank on a grid in place: {counts} (policy {config.options.qad_policy})"
+            f"megatron_qad: weights of this rank quantized in place: {counts} (policy {config.options.qad_policy})"
         )
         self.calibration = CalibrationPass(self)
         events.student_ready(chunks)
-        self._say_if_masters_are_lost()
+        self._warn_if_masters_are_lost()
         self.saves.install()
         self.loop.install(chunks, partial(self._run_step, qad_step))
-        events.phase("Megatron's start: optimizer, checkpoint, index of the data", is_long=True)
+        events.phase("Megatron's setup: optimizer, checkpoint, index of the data", is_long=True)
         return chunks
 
     def _run_step(self, qad_step: Callable[["QADJob", Step], list[dict]], schedule: Callable, **call) -> list[dict]:
-        """In place of ``schedule``: read the microbatches, calibrate before the first of them, run ``qad_step``."""
-        # The rank's place in Megatron's loop, because ranks without data have no iterator to tell by.
+        """Replaces ``schedule``: read the microbatches, calibrate before the first of them, run ``qad_step``."""
+        # Taken from the call, because ranks without data have no iterator that would show it.
         is_training = not call.get("forward_only")
         shape = {name: call.pop(name, None) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
-        data_iterator, number = call.pop("data_iterator"), call.pop("num_microbatches")
+        data_iterator, num_batches = call.pop("data_iterator"), call.pop("num_microbatches")
         stages = [None] * len(data_iterator) if isinstance(data_iterator, list) else None
-        batches = self.calibration.next_batches(schedule, data_iterator, number, shape, call["model"], is_training)
+        batches = self.calibration.next_batches(schedule, data_iterator, num_batches, shape, call["model"], is_training)
         step = Step(batches, is_training, self.reader.schedule_shape(**shape), schedule, call, stages)
         if is_training:
             self.loss.begin_step(self.loop.step)
@@ -188,15 +196,15 @@ class QADJob:
         self.events.forward_ended(reports, is_training)
         return reports
 
-    # Its models ---------------------------------------------------------------------------------------------------
+    # Quantization and run directory ------------------------------------------------------------------------------
 
     @property
     def needs_initial_weights(self) -> bool:
-        """Whether a job that resumes, too, must know the weights that training started from."""
+        """Whether some callback needs the weights from which training started, also after a resume."""
         return any(callback.needs_initial_weights for callback in self.events.callbacks)
 
     def quantize_activations(self, chunks: Sequence[torch.nn.Module]) -> ActivationQuantizers:
-        """Put the policy's quantizers of inputs, keys and values into a model."""
+        """Add the policy's quantizers of linear inputs, keys and values to a model."""
         return ActivationQuantizers(
             chunks,
             self.config.formats,
@@ -209,7 +217,7 @@ class QADJob:
         )
 
     def quantize_weights(self, chunks: Sequence[torch.nn.Module]) -> InPlaceWeights:
-        """The policy's weights of a model, which are going to be quantized in place."""
+        """Return the weights of a model that the policy quantizes in place."""
         return InPlaceWeights(
             chunks,
             self.config.formats,
@@ -219,18 +227,18 @@ class QADJob:
         )
 
     def _describe(self, resumes: bool) -> None:
-        """What goes beside the checkpoints, and into each of them."""
+        """Write the files that describe the run to ``--save``, and register those that each checkpoint gets."""
         save = self.args.save
         if save is None:
             return
         for name in RUN_RECORDS:
             self.saves.extra_texts[name] = partial(record_text, save, name)
-        if (of_events := self.loggers.event_record()) is not None:
-            self.saves.extra_texts[EVENTS_FILE] = of_events
+        if (event_record := self.loggers.event_record()) is not None:
+            self.saves.extra_texts[EVENTS_FILE] = event_record
         on_first_rank(lambda: describe_run(self.config, Path(save), Path(self.args.load) if resumes else None))
 
-    def _say_if_masters_are_lost(self) -> None:
-        """Warn where a job resumes without the float32 masters that its optimizer saved."""
+    def _warn_if_masters_are_lost(self) -> None:
+        """Warn if a job resumes without the saved float32 masters of its optimizer."""
         args = self.args
         if args.skip_train or args.load is None or not checkpoint_exists(args.load):
             return
@@ -240,13 +248,13 @@ class QADJob:
         if args.bf16:
             print_rank_0(
                 f"megatron_qad: WARNING: {flag}: resuming from {args.load} without its optimizer state. The "
-                "high-precision masters are lost: new ones are made of the checkpoint's 16-bit weights, which a "
-                f"validation may have left on the NVFP4 grid. Leave out {flag} to continue exactly"
+                "high-precision masters are lost: new ones are made from the checkpoint's 16-bit weights, which may "
+                f"have been quantized to NVFP4 by a validation. Leave out {flag} to resume exactly."
             )
 
 
-class _KeepsWeights(Callback):
-    """Weights whose update was left out stay on the grid."""
+class _SkippedUpdates(Callback):
+    """Records that weights stay quantized after a skipped update."""
 
     def __init__(self, job: QADJob):
         self._job = job

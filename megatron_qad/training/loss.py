@@ -1,4 +1,4 @@
-"""The loss of a microbatch on the last stage, and in evaluation its metrics."""
+"""The loss of a microbatch on the last pipeline stage, and its metrics in an evaluation."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,12 @@ from megatron_qad.training.batch import Batch
 
 
 class Loss:
-    """The loss of the logits of one job, and the metrics of the evaluation that is running.
+    """Computes the losses of logits of one job, and accumulates the metrics of the current evaluation.
 
     Args:
-        losses: of the job; those of other kinds are added to its reports later, by callbacks.
-        vocab_size: without padding.
-        is_fused: the student returns final hidden states, to which the output layer is still to be applied.
+        losses: all losses of the job. Callbacks add the losses of other kinds to the reports later.
+        vocab_size: vocabulary size without padding.
+        is_fused: the student returns final hidden states; the output layer is applied here, fused with the loss.
     """
 
     def __init__(self, losses: WeightedLosses, vocab_size: int, is_fused: bool):
@@ -29,25 +29,27 @@ class Loss:
         self._metrics: Metrics | None = None
 
     def begin_step(self, step: int) -> None:
-        """The weights of the terms are those of ``step``, counted from 1."""
+        """Set the weights of the loss terms to those of ``step``, counted from 1."""
         self._weights = [term.weight.at(step) for term in self._terms]
 
     def __call__(self, batch: Batch, model: torch.nn.Module, output: Tensor) -> tuple[Tensor, Tensor, dict]:
-        """The loss of one microbatch.
+        """Compute the loss of one microbatch.
 
         Args:
-            batch: with ``teacher_output`` filled, where there is a teacher.
-            model: the student's last stage.
-            output: the student's, logits [b, s, V/tp] or the final hidden states; the backward pass consumes logits.
+            batch: the microbatch, with ``teacher_output`` set if there is a teacher.
+            model: the last stage of the student.
+            output: output of the student, logits [b, s, V/tp] or final hidden states. The backward pass overwrites
+                logits.
 
         Returns:
-            sum of the loss over counted tokens, their number, and the report: sum and count of each part of the loss,
-            unweighted, by its name, and of the "total loss" where there are several. In evaluation the metrics are
-            kept for ``take_metrics`` instead, because Megatron would print each report's exponential as a perplexity.
+            The sum of the loss over counted tokens, the number of these tokens, and the loss report: (sum, count) of
+            each unweighted loss term by name, and of the "total loss" if there are several terms. An evaluation returns
+            an empty report, because Megatron would print exponentials of its entries as perplexities; ``take_metrics``
+            returns its metrics.
         """
         student = ModelOutput(output, unwrap_model(model) if self._is_fused else None)
         shard = VocabShard.for_rank(student.width, self._vocab_size, mpu.get_tensor_model_parallel_group())
-        teacher, batch.teacher_output = batch.teacher_output, None  # freed as soon as this microbatch is done
+        teacher, batch.teacher_output = batch.teacher_output, None  # frees the output after this microbatch
         num_tokens = batch.loss_mask.count_nonzero().int()
         if not torch.is_grad_enabled():
             self._add(compute_metrics(student, teacher, batch.labels, batch.loss_mask, shard))
@@ -66,14 +68,14 @@ class Loss:
         self._metrics += metrics
 
     def take_metrics(self) -> Metrics:
-        """The sums of this rank's evaluation since the last call; zeros on ranks that compute no loss."""
+        """Return this rank's metric sums since the last call; zeros on ranks that compute no loss."""
         total, self._metrics = self._metrics, None
         return total or Metrics.zero(torch.cuda.current_device())
 
 
 def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, values: Sequence[Tensor]) -> None:
-    """One more part of the loss in each microbatch's report, (sum, tokens); and in its "total loss"."""
-    for report, value in zip(reports, values, strict=False):  # no reports but on the last stage
+    """Add a loss term to the report of each microbatch, as (sum, token count), and to its "total loss"."""
+    for report, value in zip(reports, values, strict=False):  # only the last stage has reports
         report[f"{term.name} loss"] = torch.stack((value, report["total loss"][1]))
         report["total loss"][0] += term.weight.at(step) * value
 
@@ -81,10 +83,10 @@ def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, valu
 def compute_losses(
     losses, student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, shard: VocabShard, weight: Tensor
 ) -> tuple[Tensor, ...]:
-    """``logit_losses`` of two outputs, fused with the output layers if the student's are hidden states."""
+    """Compute ``logit_losses`` of two outputs, fused with the output layers if the student returns hidden states."""
     if student.model is None:
-        of_teacher = None if teacher is None else teacher.logits()
-        return logit_losses(losses, student.tensor, of_teacher, labels, shard, weight=weight)
+        teacher_logits = None if teacher is None else teacher.logits()
+        return logit_losses(losses, student.tensor, teacher_logits, labels, shard, weight=weight)
     return fused_linear_losses(
         losses,
         student.hidden(),
@@ -101,16 +103,16 @@ def compute_losses(
 def compute_metrics(
     student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, weight: Tensor, shard: VocabShard
 ) -> Metrics:
-    """``compare`` of two outputs; in chunks of tokens if the student's are hidden states."""
+    """Compute ``compare`` of two outputs, in chunks of tokens if the student returns hidden states."""
     if student.model is None:
         return compare(student.tensor, None if teacher is None else teacher.logits(), labels, weight, shard)
     total = Metrics.zero(weight.device)
     hidden = student.hidden().flatten(0, 1)
-    of_teacher = None if teacher is None else teacher.hidden().flatten(0, 1)
+    teacher_hidden = None if teacher is None else teacher.hidden().flatten(0, 1)
     labels, weight = labels.flatten(), weight.flatten()
     step = tokens_of_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
-        logits = None if of_teacher is None else of_teacher[rows] @ teacher.weight.t()
-        total += compare(hidden[rows] @ student.weight.t(), logits, labels[rows], weight[rows], shard)
+        teacher_logits = None if teacher_hidden is None else teacher_hidden[rows] @ teacher.weight.t()
+        total += compare(hidden[rows] @ student.weight.t(), teacher_logits, labels[rows], weight[rows], shard)
     return total

@@ -1,4 +1,4 @@
-"""Builds the models of a job: the config of the student that Megatron builds, and the frozen teacher beside it."""
+"""Builds the models of a job: the config from which Megatron builds the student, and the frozen teacher."""
 
 import argparse
 import copy
@@ -20,47 +20,47 @@ from megatron_qad.training.teacher import Teacher
 
 
 def model_config(config: JobConfig, args: argparse.Namespace, model: ModelConfig) -> QADModelConfig:
-    """What Megatron's builder makes a model of.
+    """Return the config from which Megatron's builder builds a model.
 
     Args:
-        args: Megatron's, with the shape of this model (``with_shape_of``).
+        args: Megatron's arguments with the shape of this model (``replace_model_shape``).
     """
-    found = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
-    found.hybrid_stack_spec = hybrid_stack_spec(
+    builder_config = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
+    builder_config.hybrid_stack_spec = hybrid_stack_spec(
         config.layer_spec,
-        qk_layernorm=found.transformer.qk_layernorm,
+        qk_layernorm=builder_config.transformer.qk_layernorm,
         trains_router=config.options.qad_train_router,
         mlp_widths=model.family.mlp_widths(model.hf),
     )
-    found.rope_scaling = model.family.rope_scaling(model.hf)
-    return found
+    builder_config.rope_scaling = model.family.rope_scaling(model.hf)
+    return builder_config
 
 
-def with_shape_of(config: JobConfig, args: argparse.Namespace, model: ModelConfig) -> argparse.Namespace:
-    """A copy of Megatron's ``args``, which have the student's shape, with that of another model in its place."""
+def replace_model_shape(config: JobConfig, args: argparse.Namespace, model: ModelConfig) -> argparse.Namespace:
+    """Return a copy of Megatron's ``args`` in which the shape of ``model`` replaces that of the student."""
     virtual = config.teacher_virtual_stages
     shape = model.shape(config.flags, virtual)
     parser = make_parser(QADOptions)
     parsed = parser.parse_args(to_flags(shape))
-    other = copy.copy(args)
-    # What only the student has (experts, a Mamba state) goes back to Megatron's default.
+    replaced = copy.copy(args)
+    # Options that only the student has (experts, Mamba) are reset to Megatron's defaults.
     for name in shape | config.student.family.megatron_args(config.student.hf):
         dest = parser._option_string_actions[f"--{name}"].dest
         value = getattr(parsed, dest)
-        setattr(other, dest, value[0] if isinstance(value, list) and len(value) == 1 else value)  # as Megatron does
-    other.num_layers = model.num_layers
-    other.virtual_pipeline_model_parallel_size = virtual if virtual > 1 else None
-    other.overlap_p2p_comm = args.overlap_p2p_comm and virtual > 1
-    return other
+        setattr(replaced, dest, value[0] if isinstance(value, list) and len(value) == 1 else value)  # as Megatron does
+    replaced.num_layers = model.num_layers
+    replaced.virtual_pipeline_model_parallel_size = virtual if virtual > 1 else None
+    replaced.overlap_p2p_comm = args.overlap_p2p_comm and virtual > 1
+    return replaced
 
 
 def build_teacher(config: JobConfig, args: argparse.Namespace, forward: ForwardPass) -> Teacher:
-    """The frozen teacher in BF16 (or the job's precision), in this job's parallel layout, with stages of its own."""
-    chunks = build_chunks(model_config(config, with_shape_of(config, args, config.teacher), config.teacher))
+    """Build the frozen teacher in BF16 (or the job's precision), with the job's parallelism and its own stages."""
+    chunks = build_chunks(model_config(config, replace_model_shape(config, args, config.teacher), config.teacher))
     load_weights(chunks, config.teacher.checkpoint)
     print_rank_0(f"megatron_qad: teacher from {config.teacher.checkpoint}, frozen")
-    kind = OffloadedTeacher if config.options.qad_teacher_cpu_offload else Teacher
-    return kind(
+    teacher_class = OffloadedTeacher if config.options.qad_teacher_cpu_offload else Teacher
+    return teacher_class(
         [freeze(chunk) for chunk in chunks],
         forward,
         config.teacher_microbatches_per_pass,
@@ -68,8 +68,8 @@ def build_teacher(config: JobConfig, args: argparse.Namespace, forward: ForwardP
     )
 
 
-def check_apart(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:
-    """No parameter of the teacher is one of what DDP, the optimizer and the checkpoint will take theirs from."""
+def check_disjoint(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:
+    """Check that teacher and student share no parameter; DDP, optimizer and checkpoint take those of the student."""
     ids = [{id(p) for chunk in chunks for p in chunk.parameters()} for chunks in (teacher, student)]
     shared = set.intersection(*ids)
-    assert not shared, f"{len(shared)} parameters of the teacher are the student's, too"
+    assert not shared, f"the teacher shares {len(shared)} parameters with the student"

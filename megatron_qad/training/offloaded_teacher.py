@@ -1,11 +1,11 @@
-"""A teacher whose layers live in host memory and visit the device one after the other, once a step.
+"""A teacher whose layers are in host memory and are copied to the device one after the other, once per step.
 
-A step's microbatches go through a layer together: the layer's weights are copied to the device, the next layer's are on
-their way meanwhile, and all microbatches pass before they make room. The device holds two layers, and the hidden states
-of all microbatches of one layer. Embedding, final norm and output layer stay on the device. Stages wait for each other:
-a stage has all its microbatches at its last layer only, so that pipeline parallelism saves memory here, not time.
+All microbatches of a step pass through a layer before the next one runs, while the weights of the next layer are being
+copied. The device holds two layers, and the hidden states of all microbatches at one layer. Embedding, final norm and
+output layer stay on the device. A stage sends its outputs only after its last layer, so that the stages wait for each
+other: pipeline parallelism saves memory here, but no time.
 
-Megatron's own model code runs every layer: the stack is asked to run one of them at a time.
+Megatron's own model code runs the layers: its transformer stack is called with one layer at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,31 +23,31 @@ from megatron_qad.training.teacher import Teacher
 
 
 class HostWeights:
-    """The weights of some layers in (pinned) host memory, and their visits to the device."""
+    """Keeps the weights of layers in pinned host memory, and copies them to the device in turn."""
 
     def __init__(self, layers: Sequence[torch.nn.Module]):
         self._parameters = [list(layer.parameters()) for layer in layers]
         self._host = [[_to_host(parameter) for parameter in layer] for layer in self._parameters]
         self._stream = torch.cuda.Stream()
-        self._coming: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}
+        self._in_flight: dict[int, tuple[list[Tensor], torch.cuda.Event]] = {}
         self.num_fetched = 0
-        """Copies of a layer to the device so far."""
+        """Number of copies of a layer to the device so far."""
         for i in range(len(layers)):
             self._release(i)
-        torch.cuda.empty_cache()  # what they lay in is of another stream than the copies will be
+        torch.cuda.empty_cache()  # the freed memory belongs to another stream than that of the copies
 
-    def visits(self) -> Iterator[int]:
-        """Each layer's index in turn, with its weights on the device until the next one is asked for."""
-        number = len(self._parameters)
+    def iterate(self) -> Iterator[int]:
+        """Yield the index of each layer in turn; its weights are on the device until the next index is requested."""
+        num_layers = len(self._parameters)
         done = None
-        if number:
+        if num_layers:
             self._fetch(0)
-        for i in range(number):
-            self._arrive(i)
+        for i in range(num_layers):
+            self._receive(i)
             yield i
             if done is not None:
-                done.synchronize()  # the layer before has left the device; this one is computed, the next one copied
-            if i + 1 < number:
+                done.synchronize()  # the previous layer is computed and freed: at most two layers are on the device
+            if i + 1 < num_layers:
                 self._fetch(i + 1)
             self._release(i)
             done = torch.cuda.Event()
@@ -59,17 +59,17 @@ class HostWeights:
             copies = [
                 torch.empty(h.shape, dtype=h.dtype, device=device).copy_(h, non_blocking=True) for h in self._host[i]
             ]
-            arrived = torch.cuda.Event()
-            arrived.record(self._stream)
-        self._coming[i] = copies, arrived
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        self._in_flight[i] = copies, copied
         self.num_fetched += 1
 
-    def _arrive(self, i: int) -> None:
-        copies, arrived = self._coming.pop(i)
+    def _receive(self, i: int) -> None:
+        copies, copied = self._in_flight.pop(i)
         compute = torch.cuda.current_stream()
-        compute.wait_event(arrived)
+        compute.wait_event(copied)
         for parameter, copy in zip(self._parameters[i], copies, strict=True):
-            if copy.is_cuda:  # its memory is the copying stream's: not to be reused before this one is done
+            if copy.is_cuda:  # allocated on the copy stream, which must not reuse it before the compute stream is done
                 copy.record_stream(compute)
             parameter.data = copy
 
@@ -79,7 +79,7 @@ class HostWeights:
 
 
 class OffloadedTeacher(Teacher):
-    """A ``Teacher`` of one chunk with its layers in host memory. Same outputs, bit for bit."""
+    """A ``Teacher`` with one chunk whose layers are in host memory. Its outputs are equal bit for bit."""
 
     def __init__(
         self, chunks: Sequence[torch.nn.Module], forward: ForwardPass, joined: int = 1, keeps_hidden: bool = False
@@ -97,8 +97,8 @@ class OffloadedTeacher(Teacher):
             self._chunk.set_input_tensor(pipe.recv_forward(shapes, pipe.is_pp_first_stage))
             calls.append(self._stack_call(batch))
         layers = list(self._stack.layers)
-        for i in self.host.visits():
-            with _only([layers[i]], self._stack, finishes=False):
+        for i in self.host.iterate():
+            with _restricted_to([layers[i]], self._stack, runs_final_norm=False):
                 for batch, call in zip(batches, calls, strict=True):
                     with self._forward.running(batch):
                         call["hidden_states"] = self._stack(**call)
@@ -107,13 +107,13 @@ class OffloadedTeacher(Teacher):
                 pipe.send_forward(call["hidden_states"], False)
             return []
         outputs = []
-        with _only([], self._stack, finishes=True):
+        with _restricted_to([], self._stack, runs_final_norm=True):
             for batch in batches:
                 outputs.append(self._finish(batch, calls.pop(0)["hidden_states"]))
         return outputs
 
     def _stack_call(self, batch: Batch) -> dict:
-        """What the model calls its stack with: it runs up to there."""
+        """Run the model up to the call of its transformer stack, and return the arguments of that call."""
 
         def stop(_stack, args, kwargs):
             raise _StackCalled(kwargs)
@@ -129,7 +129,7 @@ class OffloadedTeacher(Teacher):
         raise AssertionError("the model did not call its stack")
 
     def _finish(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """The output of the last layer's hidden states: the model runs, with an empty stack that begins with them."""
+        """Return the output for the last layer's hidden states: run the model with an empty stack that takes them."""
 
         def begin(_stack, args, kwargs):
             return args, kwargs | {"hidden_states": hidden}
@@ -148,15 +148,15 @@ class _StackCalled(Exception):
 
 
 @contextmanager
-def _only(layers: list[torch.nn.Module], stack: torch.nn.Module, *, finishes: bool) -> Iterator[None]:
-    """The stack consists of these layers, takes its input as an argument, and ends with the final norm or not."""
-    before = stack.layers, stack.pre_process, stack.post_process
+def _restricted_to(layers: list[torch.nn.Module], stack: torch.nn.Module, *, runs_final_norm: bool) -> Iterator[None]:
+    """Context manager: inside, the stack runs only ``layers``, on an input argument, with or without the final norm."""
+    original = stack.layers, stack.pre_process, stack.post_process
     stack.layers, stack.pre_process = torch.nn.ModuleList(layers), True
-    stack.post_process = before[2] and finishes
+    stack.post_process = original[2] and runs_final_norm
     try:
         yield
     finally:
-        stack.layers, stack.pre_process, stack.post_process = before
+        stack.layers, stack.pre_process, stack.post_process = original
 
 
 def _to_host(parameter: torch.nn.Parameter) -> Tensor:

@@ -1,7 +1,7 @@
-"""``--qad-dry-run``: what a job would build and how much memory a rank would hold, from the configs alone.
+"""``--qad-dry-run``: prints the models, formats, parallelism and bytes per rank of a job, from its configs alone.
 
-Counted are tensors whose size is known beforehand: weights, teacher, gradients, optimizer state, logits. Not counted:
-activations, communication buffers, the allocator's fragmentation. Pipeline stages differ; the largest is shown.
+Counts the tensors whose size is known in advance: weights, teacher, gradients, optimizer state, logits or hidden
+states. Not counted: activations, communication buffers and memory fragmentation. The largest pipeline stage is shown.
 """
 
 import argparse
@@ -9,41 +9,45 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_qad.config.job_config import JobConfig
-from megatron_qad.config.parallelism import ranks_of_layers, with_stages
+from megatron_qad.config.parallelism import ranks_of_layers, split_into_stages
 from megatron_qad.distillation import LogitLoss
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.quantization.format_table import format_rows, render
 
 
 def print_plan(config: JobConfig, args: argparse.Namespace) -> None:
-    """Print the plan of a job. ``args``: Megatron's, validated."""
+    """Print the plan of a job.
+
+    Args:
+        args: validated arguments of Megatron.
+    """
     print("\n".join(plan(config, args)))
 
 
 def plan(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
-    """The lines of the plan."""
+    """Yield the lines of the plan."""
     student, options = config.student, config.options
     tensors = student.family.tensors(student.hf)
-    number = _count(tensors)
-    yield f"model       {student.family.architecture}, {number:,} parameters, layers {args.hybrid_layer_pattern}"
+    num_params = _num_params(tensors)
+    yield f"model       {student.family.architecture}, {num_params:,} parameters, layers {args.hybrid_layer_pattern}"
     if config.teacher is not None:
         family = config.teacher.family
-        number = _count(family.tensors(config.teacher.hf))
-        yield f"teacher     {family.architecture}, {number:,} parameters, frozen"
+        num_params = _num_params(family.tensors(config.teacher.hf))
+        yield f"teacher     {family.architecture}, {num_params:,} parameters, frozen"
     yield f"loss        {options.qad_loss}, temperature {options.qad_temperature:g}; policy {options.qad_policy}"
     yield f"outputs     {config.output_mode.describe()}"
     yield ""
     yield from render(format_rows(student.family.linears(student.hf), config.formats))
-    yield from _layout(args)
+    yield from _parallelism(args)
     yield from _bytes_per_rank(config, args, tensors)
 
 
-def _layout(args: argparse.Namespace) -> Iterator[str]:
+def _parallelism(args: argparse.Namespace) -> Iterator[str]:
     tokens = args.global_batch_size * args.seq_length
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     yield ""
     yield (
-        f"layout      {args.world_size} ranks = TP {args.tensor_model_parallel_size} x PP "
+        f"parallelism {args.world_size} ranks = TP {args.tensor_model_parallel_size} x PP "
         f"{args.pipeline_model_parallel_size} x CP {args.context_parallel_size} x DP {args.data_parallel_size}"
     )
     yield (
@@ -62,85 +66,87 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
     teacher = config.teacher
     if teacher is not None:
         layers = teacher.family.layer_pattern(teacher.hf)
-        pattern = with_stages(layers, args.pipeline_model_parallel_size * config.teacher_virtual_stages)
-        of_teacher = teacher.family.tensors(teacher.hf)
+        pattern = split_into_stages(layers, args.pipeline_model_parallel_size * config.teacher_virtual_stages)
+        teacher_tensors = teacher.family.tensors(teacher.hf)
         if config.options.qad_teacher_cpu_offload:
-            rows["teacher weights, streamed"] = _streamed(args, of_teacher) * width
+            rows["teacher weights, offloaded"] = _num_offloaded_params(args, teacher_tensors) * width
         else:
-            rows["teacher weights"] = sum(_largest_stage(args, of_teacher, pattern)) * width
+            rows["teacher weights"] = sum(_largest_stage(args, teacher_tensors, pattern)) * width
     rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
-    # Two moments of Adam, and the float32 master where the weights are 16 bits wide.
-    each = 12 if width == 2 else 8
-    shards = (args.data_parallel_size, _expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
-    rows["optimizer state"] = dense * each // shards[0] + experts * each // shards[1]
+    # Two moments of Adam, and a float32 master if the weights have 16 bits.
+    bytes_per_param = 12 if width == 2 else 8
+    shards = (args.data_parallel_size, _num_expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
+    rows["optimizer state"] = dense * bytes_per_param // shards[0] + experts * bytes_per_param // shards[1]
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     sizes, output_mode = config.output_sizes, config.output_mode
     if output_mode.fused:
-        of_fused = sizes.fused(len(config.losses.terms_of_type(LogitLoss)), config.student.hidden_size)
-        rows["logits of both models, one chunk"] = of_fused["chunk"]
-        rows["output weight's gradient, float32"] = of_fused["gradient"]
+        fused_sizes = sizes.fused(len(config.losses.terms_of_type(LogitLoss)), config.student.hidden_size)
+        rows["logits of both models, one chunk"] = fused_sizes["chunk"]
+        rows["output weight's gradient, float32"] = fused_sizes["gradient"]
     else:
         rows["student logits, one microbatch"] = sizes.logits()
     if teacher is not None:
-        of_output = {"logits": sizes.logits(), "hidden": sizes.hidden(teacher.hidden_size)}
+        output_sizes = {"logits": sizes.logits(), "hidden": sizes.hidden(teacher.hidden_size)}
         kept, other = ("hidden", "logits") if output_mode.teacher_hidden else ("logits", "hidden")
-        rows[f"teacher {kept}, {in_flight} microbatch(es)"] = of_output[kept] * in_flight
+        rows[f"teacher {kept}, {in_flight} microbatch(es)"] = output_sizes[kept] * in_flight
     yield ""
-    yield "bytes on a rank (largest stage; the logits on the last stage only)"
+    yield "bytes per rank (largest stage; logits on the last stage only)"
     for name, size in rows.items():
         yield f"  {name:<34} {size:>18,}"
     yield f"  {'sum':<34} {sum(rows.values()):>18,}"
     if teacher is not None:
-        yield f"  not kept: teacher {other}, which would take {of_output[other] * in_flight:,} bytes"
+        yield f"  not kept: teacher {other}, which would take {output_sizes[other] * in_flight:,} bytes"
 
 
 def _largest_stage(args: argparse.Namespace, tensors: list[ParamMapping], pattern: str) -> tuple[int, int]:
-    """Parameters on the rank that holds most of them: all but the experts', and the experts'."""
+    """Return the parameters on the rank with the most of them: (outside of routed experts, in routed experts)."""
     pp = args.pipeline_model_parallel_size
     rank_of = ranks_of_layers(pattern, pp)
     held = [[0, 0] for _ in range(pp)]
     for tensor in tensors:
-        numel = _on_one_rank(args, tensor)
+        numel = _num_params_per_rank(args, tensor)
         if tensor.layer is not None:
             held[rank_of[tensor.layer]][_is_routed_expert(tensor)] += numel
         elif tensor.kind == "embedding":
             held[0][0] += numel
             if not args.untie_embeddings_and_output_weights and pp > 1:
-                held[-1][0] += numel  # a tied head on another stage is a copy
+                held[-1][0] += numel  # a tied output layer on another stage is a copy of the embedding
         else:
             held[-1][0] += numel
     return tuple(max(held, key=sum))
 
 
-def _streamed(args: argparse.Namespace, tensors: list[ParamMapping]) -> int:
-    """Parameters of a streamed teacher on the device: what is in no layer, and twice the largest layer."""
-    layers, ends = Counter(), 0
+def _num_offloaded_params(args: argparse.Namespace, tensors: list[ParamMapping]) -> int:
+    """Return an offloaded teacher's parameters on the device: those outside of layers, and twice the largest layer."""
+    layers, outside = Counter(), 0
     for tensor in tensors:
-        numel = _on_one_rank(args, tensor)
+        numel = _num_params_per_rank(args, tensor)
         if tensor.layer is None:
-            ends += numel
+            outside += numel
         else:
             layers[tensor.layer] += numel
-    return ends + 2 * max(layers.values())
+    return outside + 2 * max(layers.values())
 
 
 def _is_routed_expert(tensor: ParamMapping) -> bool:
     return ".experts.experts." in tensor.megatron
 
 
-def _expert_copies(args: argparse.Namespace) -> int:
-    """Ranks that hold the same experts."""
-    of_model = args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
-    return args.world_size // of_model
+def _num_expert_copies(args: argparse.Namespace) -> int:
+    """Return the number of ranks that hold the same experts."""
+    expert_ranks = (
+        args.expert_tensor_parallel_size * args.expert_model_parallel_size * args.pipeline_model_parallel_size
+    )
+    return args.world_size // expert_ranks
 
 
-def _on_one_rank(args: argparse.Namespace, tensor: ParamMapping) -> int:
-    """Parameters of a tensor on a rank of its stage, on average over expert-parallel ranks."""
+def _num_params_per_rank(args: argparse.Namespace, tensor: ParamMapping) -> int:
+    """Return the number of a tensor's elements on a rank of its stage, averaged over expert-parallel ranks."""
     numel = _numel(tensor)
     if _is_routed_expert(tensor):
         return -(-numel // (args.expert_tensor_parallel_size * args.expert_model_parallel_size))
-    is_whole = tensor.kind in ("norm", "router") or "latent_proj" in tensor.megatron
-    return numel if is_whole else -(-numel // args.tensor_model_parallel_size)
+    is_replicated = tensor.kind in ("norm", "router") or "latent_proj" in tensor.megatron
+    return numel if is_replicated else -(-numel // args.tensor_model_parallel_size)
 
 
 def _numel(tensor: ParamMapping) -> int:
@@ -150,5 +156,5 @@ def _numel(tensor: ParamMapping) -> int:
     return numel
 
 
-def _count(tensors: list[ParamMapping]) -> int:
+def _num_params(tensors: list[ParamMapping]) -> int:
     return sum(_numel(tensor) for tensor in tensors)

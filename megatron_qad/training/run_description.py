@@ -1,4 +1,4 @@
-"""The files that describe a run beside its checkpoints: what its job was, and the assets of its model."""
+"""Writes the files that describe a run next to its checkpoints: job settings, formats and Hugging Face assets."""
 
 import os
 import shutil
@@ -13,42 +13,44 @@ from megatron_qad.models.checkpoint_config import read_job
 
 
 def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> None:
-    """Put beside the checkpoints what exporting them needs: the Hugging Face assets and the format of every linear.
+    """Write the files that an export needs to ``save``: Hugging Face assets and the format of each linear layer.
 
     Args:
-        save: where the checkpoints go.
-        load: where the job resumes from; None: it begins.
+        save: directory of the checkpoints.
+        load: directory from which the job resumes, or None for a new job.
 
     Raises:
-        QADError: ``--save`` holds checkpoints of a job with other formats, which ``qad.json`` must go on describing;
-            ``--load`` is of a job that began with weights smoothed otherwise.
+        QADError: ``save`` holds checkpoints of a job with other formats, which its ``qad.json`` must still describe;
+            or the job of ``load`` started from differently smoothed weights.
     """
     options, formats = config.options, config.formats
     for name in RUN_RECORDS:
-        read_record(save, name)  # damage to what this job does not read would go on into its checkpoints
+        read_record(save, name)  # a damaged record would be copied into the new checkpoints
     job = read_job(save)
     if job is not None:
-        for what, was, is_now in (
+        for setting, saved, current in (
             ("KV cache", job.get("kv_cache", "bf16"), config.policy.kv_cache),
             ("--qad-weight-scale-rule", job.get("scale_rule", "max"), options.qad_weight_scale_rule),
         ):
-            if was != is_now:
+            if saved != current:
                 raise QADError(
-                    f"--save {save} holds checkpoints of {what} {was}; this job has {is_now}. Choose another directory "
-                    f"or the {what} of before"
+                    f"--save {save} holds checkpoints of {setting} {saved}; this job has {current}. Choose another "
+                    f"directory, or {setting} {saved}."
                 )
-        before = job["formats"]
-        if differ := sorted(name for name in {**formats, **before} if formats.get(name) != before.get(name)):
-            name = differ[0]
+        saved_formats = job["formats"]
+        names = {**formats, **saved_formats}
+        if different := sorted(name for name in names if formats.get(name) != saved_formats.get(name)):
+            name = different[0]
             raise QADError(
-                f"--save {save} holds checkpoints in which {name} is {before.get(name)}; this job's policy makes it "
-                f"{formats.get(name)} ({len(differ)} linears differ). Choose another directory or the policy of before"
+                f"--save {save} holds checkpoints in which {name} is {saved_formats.get(name)}; this job's policy "
+                f"makes it {formats.get(name)} ({len(different)} linears differ). Choose another directory, or the "
+                "policy of those checkpoints."
             )
-    start = Path(config.student.checkpoint)
-    manifest.verify_directory(start / "hf", "config.json")
-    shutil.copytree(start / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_whole)
+    checkpoint = Path(config.student.checkpoint)
+    manifest.verify_directory(checkpoint / "hf", "config.json")
+    shutil.copytree(checkpoint / "hf", save / "hf", dirs_exist_ok=True, copy_function=_copy_atomically)
     manifest.verify_directory(save / "hf", "config.json")
-    _describe_smoothing(start, save, load)
+    _describe_smoothing(checkpoint, save, load)
     job = {
         "policy": options.qad_policy,
         "rules": options.qad_policy_override,
@@ -60,13 +62,13 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
     json_records.write(save / JOB_FILE, job)
 
 
-def _describe_smoothing(start: Path, save: Path, load: Path | None) -> None:
-    """Beside the checkpoints, how the weights that they descend from were smoothed."""
-    record = smoothing_record(start)
+def _describe_smoothing(checkpoint: Path, save: Path, load: Path | None) -> None:
+    """Write the record of how the initial weights were smoothed to ``save``, or remove it if they were not."""
+    record = smoothing_record(checkpoint)
     if load is not None and smoothing_record(load) != record:
         raise QADError(
-            f"{load} is of a job whose weights were not smoothed as {start} is ({SMOOTHING_FILE}); it goes on as it "
-            "began. Give the --qad-teacher or --qad-student of before, or begin in another --save directory"
+            f"cannot resume from {load}: its job started from weights that were smoothed differently from {checkpoint} "
+            f"({SMOOTHING_FILE}). Pass the original --qad-teacher or --qad-student, or a new --save directory."
         )
     if record is not None:
         json_records.write(save / SMOOTHING_FILE, record)
@@ -74,10 +76,10 @@ def _describe_smoothing(start: Path, save: Path, load: Path | None) -> None:
         (save / SMOOTHING_FILE).unlink(missing_ok=True)
 
 
-def _copy_whole(source: str, target: str) -> None:
-    """A file that appears when it is whole, and stays if it is there: a vision encoder has a gigabyte."""
-    now, then = Path(source).stat(), Path(target).stat() if Path(target).is_file() else None
-    if then is None or (now.st_size, now.st_mtime_ns) != (then.st_size, then.st_mtime_ns):
+def _copy_atomically(source: str, target: str) -> None:
+    """Copy a file under a temporary name and rename it; skip files (up to gigabytes) that were copied before."""
+    ours, copied = Path(source).stat(), Path(target).stat() if Path(target).is_file() else None
+    if copied is None or (ours.st_size, ours.st_mtime_ns) != (copied.st_size, copied.st_mtime_ns):
         partial = f"{target}.partial"
-        shutil.copy2(source, partial)  # its time, too
+        shutil.copy2(source, partial)  # keeps the modification time, which is compared above
         os.replace(partial, target)

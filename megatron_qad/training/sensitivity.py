@@ -1,9 +1,10 @@
-"""Which layers suffer from quantization: the KL to the unquantized model when only one unit of it is quantized.
+"""Sensitivity of layers to quantization: the KL to the unquantized model when a single unit is quantized.
 
-A unit is a layer of the pattern (an attention, an MLP), or the head. The model is built once, in any parallel layout;
-its own unquantized logits on held-out microbatches are the reference. Weights are quantized in place and restored,
-inputs by the same quantizers as in training. ``propose`` then spends a byte budget where the KL falls most for a byte,
-taking the units' KLs as additive, which they nearly are while they are small; the proposal is measured as a whole, too.
+A unit is a layer of the pattern (an attention, an MLP, ...) or the head. The model is built once, with any parallelism.
+The reference is its own unquantized output on held-out microbatches. Weights are quantized in place and restored;
+activations use the same quantizers as in training. ``propose`` then spends a byte budget where the KL falls most per
+byte. It treats the KLs of units as additive, which is nearly true while they are small; ``Probe.kl`` can measure the
+proposal itself.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,34 +33,36 @@ from megatron_qad.training.teacher import Teacher
 
 @dataclass(frozen=True)
 class Unit:
-    """What is quantized together."""
+    """A layer, or a linear outside of the layers, whose linears are quantized together."""
 
     name: str
-    """Shell pattern of its Megatron modules, such as ``decoder.layers.3.*``."""
+    """Shell pattern of the unit's Megatron modules, such as ``decoder.layers.3.*``."""
     kind: str
     layer: int | None
     linears: tuple[ShapedLinear, ...]
 
     def bytes_as(self, fmt: str) -> int:
-        """Stored bytes of its linears in a format, scales included."""
+        """Return the stored bytes of the unit's linears in a format, including scales."""
         return sum(row.bytes_after for row in format_rows(self.linears, {x.megatron: fmt for x in self.linears}))
 
 
 @dataclass
 class Sensitivities:
-    """KL(unquantized || quantized), nats a token, of each unit and kind alone in each format, and of everything."""
+    """KL(unquantized || quantized) in nats per token, for each unit, each kind and the whole model in each format."""
 
     num_tokens: int
+    """Number of counted tokens that each KL was measured on."""
     units: list[Unit]
     by_unit: dict[tuple[str, str], float] = field(default_factory=dict)
-    """(unit's name, format) -> KL."""
+    """(name of the unit, format) -> KL with only this unit quantized."""
     by_kind: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(kind, format) -> KL with all units of this kind quantized."""
     everything: dict[str, float] = field(default_factory=dict)
-    """Format -> KL with every unit in it."""
+    """Format -> KL with all units quantized."""
 
 
-def units_of(linears: Iterable[ShapedLinear], formats: Mapping[str, str]) -> list[Unit]:
-    """The units of the linears that ``formats`` (by Megatron weight name) quantizes, in model order."""
+def group_into_units(linears: Iterable[ShapedLinear], formats: Mapping[str, str]) -> list[Unit]:
+    """Group the linears that ``formats`` (by Megatron weight name) quantizes into units, in model order."""
     groups: dict[tuple[int | None, str], list[ShapedLinear]] = {}
     for linear in linears:
         if formats[linear.megatron] != "bf16":
@@ -77,15 +80,12 @@ def units_of(linears: Iterable[ShapedLinear], formats: Mapping[str, str]) -> lis
 
 
 class Probe:
-    """A frozen model, held-out microbatches, and the model's own unquantized logits on them (kept on the last stage).
+    """Measures the KL of a quantized model to its own unquantized output on held-out microbatches.
 
     Args:
-        job: its ``--qad-teacher`` is the model, its validation split the data.
-        quantizable: Megatron weight names of all linears that may be quantized; their inputs are calibrated here.
-        num_microbatches: a data-parallel rank; fewer where the validation set ends before.
-
-    Raises:
-        QADError: no token of them counts.
+        job: a job whose ``--qad-teacher`` is the model and whose validation split is the data.
+        quantizable: Megatron weight names of all linears that may be quantized. Their inputs are calibrated here.
+        num_microbatches: microbatches per data-parallel rank; fewer if the validation set is smaller.
     """
 
     def __init__(self, job: QADJob, quantizable: Sequence[str], num_microbatches: int):
@@ -106,15 +106,22 @@ class Probe:
         _, self._valid, _ = build_train_valid_test_data_iterators(job.datasets_provider)
         at_once = args.micro_batch_size * args.data_parallel_size
         available = args.eval_iters * samples_per_iteration(args) // at_once
-        num_microbatches = min(num_microbatches, available)  # what comes then are the first ones again
+        num_microbatches = min(num_microbatches, available)  # the data would repeat after that
         self.batches = job.reader.read(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
-        with self.activations.calibrating():  # the reference pass calibrates: quantizers only look on
+        with self.activations.calibrating():  # quantizers only observe, so the reference pass is unquantized
             teacher = Teacher(self.chunks, job.forward, keeps_hidden=job.config.output_mode.teacher_hidden)
             teacher.attach_outputs(self.batches, **job.reader.schedule_shape(**self.shape), decoder_seq_length=None)
         self._reference = [batch.teacher_output for batch in self.batches]
 
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
-        """KL(unquantized || quantized) in nats a token with these linears quantized and no other, and the tokens."""
+        """Return KL(unquantized || quantized) in nats per token with only these linears quantized, and the token count.
+
+        Args:
+            formats: format of each quantized linear, by Megatron weight name.
+
+        Raises:
+            QADError: no token of the microbatches counts in the loss.
+        """
         self.activations.use(formats)
         weights = InPlaceWeights(
             self.chunks,
@@ -126,7 +133,7 @@ class Probe:
         saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}
         weights.quantize_()
         for batch, output in zip(self.batches, self._reference, strict=True):
-            batch.teacher_output = output  # the loss lets go of them
+            batch.teacher_output = output  # the loss removes it from the batch
         with torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=self._forward_step,
@@ -139,13 +146,13 @@ class Probe:
             for name, weight in saved.items():
                 weights.weights[name].data.copy_(weight)
         total = self.job.loss.take_metrics().all_reduce(self.data_group)
-        if mpu.get_pipeline_model_parallel_world_size() > 1:  # only the last stage has a loss
+        if mpu.get_pipeline_model_parallel_world_size() > 1:  # only the last stage computes a loss
             total = total.all_reduce(mpu.get_pipeline_model_parallel_group())
         means = total.means()
         if not means["num_tokens"]:
             raise QADError(
                 f"no token of the {len(self.batches)} microbatches of held-out text counts in the loss, so there is "
-                "nothing to measure; give more (--num-microbatches) or other data"
+                "nothing to measure. Use more microbatches (--num-microbatches) or other data."
             )
         return means["kl_to_teacher"], means["num_tokens"]
 
@@ -155,74 +162,84 @@ class Probe:
 
 
 def measure(probe: Probe, units: Sequence[Unit], formats: Sequence[str], *, show_progress: bool) -> Sensitivities:
-    """Each unit, each kind and everything in each format. ``(units + kinds + 1) * formats`` forward passes."""
+    """Measure each unit, each kind and the whole model in each format, with one evaluation each."""
     kinds = list(dict.fromkeys(unit.kind for unit in units))
     groups = [("unit", unit.name, [unit]) for unit in units]
     groups += [("kind", kind, [unit for unit in units if unit.kind == kind]) for kind in kinds]
     groups.append(("everything", "", list(units)))
-    found = Sensitivities(0, list(units))
+    measured = Sensitivities(0, list(units))
     bar = tqdm([(g, f) for g in groups for f in formats], desc="sensitivity", disable=None if show_progress else True)
-    for (what, name, members), fmt in bar:
-        kl, found.num_tokens = probe.kl({x.megatron: fmt for unit in members for x in unit.linears})
-        if what == "unit":
-            found.by_unit[name, fmt] = kl
-        elif what == "kind":
-            found.by_kind[name, fmt] = kl
+    for (group_type, name, members), fmt in bar:
+        kl, measured.num_tokens = probe.kl({x.megatron: fmt for unit in members for x in unit.linears})
+        if group_type == "unit":
+            measured.by_unit[name, fmt] = kl
+        elif group_type == "kind":
+            measured.by_kind[name, fmt] = kl
         else:
-            found.everything[fmt] = kl
-    return found
+            measured.everything[fmt] = kl
+    return measured
 
 
-def propose(found: Sensitivities, formats: Sequence[str], budget_bytes: int) -> dict[str, str]:
-    """Format of each unit: the smallest everywhere, then step by step the change that lowers the KL most for a byte.
+def propose(measured: Sensitivities, formats: Sequence[str], budget_bytes: int) -> dict[str, str]:
+    """Propose a format for each unit within a byte budget.
+
+    All units start in their smallest format; then the change with the largest decrease of KL per byte is made, again
+    and again, until none fits.
+
+        measured = measure(probe, units, ["nvfp4", "fp8"], show_progress=True)
+        formats = propose(measured, ["nvfp4", "fp8"], budget_bytes=80_000_000)
+        print(formats["decoder.layers.0.*"])  # nvfp4, fp8 or bf16
 
     Args:
-        formats: those measured; "bf16", with KL 0, is always a choice too.
-        budget_bytes: for all units together.
+        formats: formats that were measured; "bf16", with KL 0, is always a choice, too.
+        budget_bytes: bytes that all units together may take.
+
+    Returns:
+        Format by name of the unit.
 
     Raises:
-        QADError: the smallest formats do not fit.
+        QADError: the budget is too small for the smallest formats.
     """
     choices = [*formats, "bf16"]
-    units = {unit.name: unit for unit in found.units}
+    units = {unit.name: unit for unit in measured.units}
     sizes = {(name, fmt): unit.bytes_as(fmt) for name, unit in units.items() for fmt in choices}
 
     def kl(name: str, fmt: str) -> float:
-        return 0.0 if fmt == "bf16" else found.by_unit[name, fmt]
+        return 0.0 if fmt == "bf16" else measured.by_unit[name, fmt]
 
     chosen = {name: min(choices, key=lambda fmt: (sizes[name, fmt], kl(name, fmt))) for name in units}
-    left = budget_bytes - sum(sizes[name, fmt] for name, fmt in chosen.items())
-    if left < 0:
+    remaining = budget_bytes - sum(sizes[name, fmt] for name, fmt in chosen.items())
+    if remaining < 0:
         raise QADError(
-            f"a budget of {budget_bytes:,} bytes is below the {budget_bytes - left:,} that all units take in their "
-            f"smallest formats ({', '.join(sorted(set(chosen.values())))}); give at least that"
+            f"a budget of {budget_bytes:,} bytes is below the {budget_bytes - remaining:,} bytes that all units take "
+            f"in their smallest formats ({', '.join(sorted(set(chosen.values())))}). Choose a larger budget."
         )
     while True:
         steps = []
         for name, fmt in chosen.items():
             for other in choices:
                 cost, gain = sizes[name, other] - sizes[name, fmt], kl(name, fmt) - kl(name, other)
-                if 0 < cost <= left and gain > 0:
+                if 0 < cost <= remaining and gain > 0:
                     steps.append((gain / cost, name, other, cost))
         if not steps:
             return chosen
         _, name, other, cost = max(steps)
         chosen[name] = other
-        left -= cost
+        remaining -= cost
 
 
 def policy_document(units: Sequence[Unit], chosen: Mapping[str, str], linears: Iterable[ShapedLinear]) -> dict:
-    """A policy (``quantization.policy``) that gives every unit its format and every other linear BF16."""
-    taken = {linear.megatron for unit in units for linear in unit.linears}
+    """Return a policy (``quantization.policy``) that gives each unit its chosen format and all other linears BF16."""
+    in_units = {linear.megatron for unit in units for linear in unit.linears}
     rules = []
-    kept = [linear for linear in linears if linear.megatron not in taken]
-    if kept:
-        rules += [{"name": x.megatron.removesuffix(".weight"), "format": "bf16"} for x in kept]
+    unquantized = [linear for linear in linears if linear.megatron not in in_units]
+    if unquantized:
+        rules += [{"name": x.megatron.removesuffix(".weight"), "format": "bf16"} for x in unquantized]
     for fmt in dict.fromkeys(chosen.values()):
         layers = [unit.layer for unit in units if unit.layer is not None and chosen[unit.name] == fmt]
         if layers:
             rules.append({"layer": layers, "format": fmt})
         rules += [{"name": u.name, "format": fmt} for u in units if u.layer is None and chosen[u.name] == fmt]
-    # Linears of a unit's layer that stay in BF16 come last and so win over the layer's rule.
+    # Rules of single linears come last, so that they override the rule of their layer.
     rules.sort(key=lambda rule: "name" in rule)
     return {"rules": rules}

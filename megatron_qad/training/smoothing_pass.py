@@ -1,7 +1,7 @@
-"""A model smoothed on its own calibration text, in any parallel layout: passes that look, then factors, then a save.
+"""Smooths a model on calibration text, with any parallelism: observes activations, then rescales the weights.
 
-Nothing is trained. What comes out is a checkpoint of the same model, to be the teacher (and so the student's start) of
-a job whose NVFP4 then costs less: the scales that ``quantization.smoothing`` moved are in its weights.
+Nothing is trained, and the function of the model stays the same. The result loses less accuracy in NVFP4; it becomes
+the teacher of a job, and so the student's initial weights.
 """
 
 from dataclasses import dataclass
@@ -22,32 +22,33 @@ from megatron_qad.training.teacher import Teacher
 
 
 @dataclass
-class Smoothed:
-    """What smoothing did."""
+class SmoothingResult:
+    """A smoothed model and the factors that were applied."""
 
     sharded: dict
-    """The model's sharded state dict, this rank's part."""
+    """Sharded state dict of the model on this rank."""
     factors: dict[str, Tensor]
-    """float32 [channels] of this rank, powers of two, by the name of what reads the channels."""
+    """float32 [channels] on this rank, powers of two, by the name of the module that reads the channels."""
     num_sequences: int
+    """Number of calibration sequences over all ranks."""
     largest_change: float
-    """Of any final hidden state of the first microbatch, as a share of their root mean square; 0.0 says that all are
-    what they were, bit for bit."""
+    """Largest change of a final hidden state of the first microbatch, relative to their root mean square. 0.0 means
+    that all are equal bit for bit."""
 
 
-# A reader that was left out would change the states by as much as they are. What may differ is the order of sums on a
-# GPU that adds up experts' outputs as they come: a few of bfloat16's roundings, of 2^-8.
+# A consumer that was not rescaled would change the states by their own size. A GPU may add expert outputs in another
+# order, which changes them by a few bfloat16 roundings of 2^-8.
 _LARGEST_CHANGE = 0.05
 
 
-def smooth(job: QADJob, alpha: float) -> Smoothed:
-    """Smooth ``--qad-teacher`` by ``--qad-calibration-samples`` sequences of the training split. Collective.
+def smooth(job: QADJob, alpha: float) -> SmoothingResult:
+    """Smooth ``--qad-teacher`` on ``--qad-calibration-samples`` sequences of the training split. Collective.
 
     Args:
         alpha: see ``quantization.smoothing.block_factors``.
 
     Raises:
-        QADError: the model is not what it was; NaN or Inf in the text's passes.
+        QADError: the outputs of the model changed, or are NaN or Inf on the calibration text.
     """
     chunks = build_chunks(model_config(job.config, job.args, job.config.student))
     load_weights(chunks, job.config.options.qad_teacher)
@@ -59,35 +60,35 @@ def smooth(job: QADJob, alpha: float) -> Smoothed:
     )
     smoothing = Smoothing(chunks, job.config.formats, groups)
     batches, first = _batches(job), round_up_to_pipeline(1)
-    at_a_time = 4 * mpu.get_pipeline_model_parallel_world_size()
+    num_at_once = 4 * mpu.get_pipeline_model_parallel_world_size()
     with smoothing.watching():
         before = _hidden_states(job, chunks, batches[:first])
-        for i in range(first, len(batches), at_a_time):  # all at once, their hidden states would take gigabytes
-            _hidden_states(job, chunks, batches[i : i + at_a_time])
+        for i in range(first, len(batches), num_at_once):  # hidden states of all batches would take gigabytes
+            _hidden_states(job, chunks, batches[i : i + num_at_once])
     factors = smoothing.apply_(alpha)
     after = _hidden_states(job, chunks, batches[:first])
     change = _change(before, after)
     if change > _LARGEST_CHANGE:
         raise QADError(
-            f"smoothing changed the model: a final hidden state by {change:.3g} of their root mean square. Nothing was "
-            "written; this is a problem of megatron_qad"
+            f"smoothing changed a final hidden state by {change:.3g} of their root mean square; expected at most "
+            f"{_LARGEST_CHANGE}. Nothing was written. This is a bug in megatron_qad; please report it."
         )
     num_sequences = len(batches) * job.args.micro_batch_size * mpu.get_data_parallel_world_size()
-    return Smoothed(weights_to_save(chunks), factors, num_sequences, change)
+    return SmoothingResult(weights_to_save(chunks), factors, num_sequences, change)
 
 
 def _batches(job: QADJob) -> list[Batch]:
     args = job.args
-    number = num_calibration_batches(job.config.options.qad_calibration_samples, args.micro_batch_size)
-    samples = number * args.micro_batch_size * mpu.get_data_parallel_world_size()
+    num_batches = num_calibration_batches(job.config.options.qad_calibration_samples, args.micro_batch_size)
+    num_samples = num_batches * args.micro_batch_size * mpu.get_data_parallel_world_size()
     args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
-    args.train_iters = -(-samples // args.global_batch_size)
+    args.train_iters = -(-num_samples // args.global_batch_size)
     iterator, _, _ = build_train_valid_test_data_iterators(job.datasets_provider)
-    return job.reader.read(iterator, number, args.micro_batch_size, args.seq_length)
+    return job.reader.read(iterator, num_batches, args.micro_batch_size, args.seq_length)
 
 
 def _hidden_states(job: QADJob, chunks: list[torch.nn.Module], batches: list[Batch]) -> list[Tensor]:
-    """Final hidden states of each microbatch, on the last stage."""
+    """Return the final hidden states of each microbatch on the last stage."""
     args = job.args
     shape = job.reader.schedule_shape(seq_length=args.seq_length, micro_batch_size=args.micro_batch_size)
     with torch.no_grad():
@@ -95,7 +96,7 @@ def _hidden_states(job: QADJob, chunks: list[torch.nn.Module], batches: list[Bat
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:
-    """The largest difference over all ranks, as a share of the states' root mean square; infinite for NaN."""
+    """Return the largest difference over all ranks, relative to the root mean square; infinite for NaN."""
     largest = torch.zeros((), device=torch.cuda.current_device())
     for old, new in zip(before, after, strict=True):
         difference = (new.float() - old.float()).abs().max() / old.float().square().mean().sqrt()

@@ -1,4 +1,4 @@
-"""Starts a job from its configuration: takes its directory, installs what a job replaces, lets Megatron parse."""
+"""Starts a job from its configuration: locks ``--save``, patches Megatron and has it parse its arguments."""
 
 import atexit
 import multiprocessing
@@ -20,23 +20,23 @@ from megatron_qad.training.job import QADJob
 
 
 def read_command_line(argv: Sequence[str], *, trains: bool = True) -> JobConfig:
-    """The configuration of a command line on this machine; see ``config.job_config.read_job_config``."""
+    """Read the configuration of a job on this machine; see ``config.job_config.read_job_config``."""
     return read_job_config(argv, make_parser(QADOptions), capabilities(), os.environ, trains=trains)
 
 
 def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
-    """Take ``--save`` for this process, install what a job replaces, and have Megatron parse its flags.
+    """Lock ``--save`` for this process, patch Megatron, have it parse its arguments, and build the job.
 
     Args:
-        callbacks: told of the job's events after its own.
+        callbacks: additional callbacks, which run after the job's own.
 
     Raises:
-        QADError: another process writes to ``--save``. Megatron's own checks raise as they do upstream.
+        QADError: another process writes to ``--save``. Megatron's own checks raise the same errors as upstream.
     """
     flags = config.flags
     if flags.save is not None and not config.options.qad_dry_run and os.environ.get("RANK", "0") == "0":
-        # The first rank asks, because the ranks do not know each other yet; if it is refused, the launcher ends the
-        # others. Parsing already starts wandb and TensorBoard, which write.
+        # Only the first rank takes the lock, because the ranks are not connected yet. If it fails, the launcher ends
+        # the others. This comes before parsing, which starts wandb and TensorBoard and so writes files.
         locks.lock_directory(flags.save, "--save")
     atexit.register(_end_data_workers)
     if not config.options.qad_dry_run:
@@ -45,7 +45,7 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
     loggers.install()
     _fix_megatron()
     args = parse_globally(config.megatron_argv, QADOptions, config.world_size)
-    derived = MegatronFlags.from_args(args)  # flags that Megatron makes of others, such as --enable-cuda-graph
+    derived = MegatronFlags.from_args(args)  # Megatron derives flags from others, such as --enable-cuda-graph
     refusals.check_masters(derived)
     refusals.check_step(derived)
     if not args.async_save:
@@ -63,8 +63,11 @@ def _fix_megatron() -> None:
 
 
 def _end_data_workers() -> None:
-    """Megatron lets data workers ignore SIGTERM, too. When a rank fails, multiprocessing sends it to them and waits for
-    them, for ever; all other ranks wait for this one."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each that is killed
+    """Kill the data workers at the end of the process.
+
+    Megatron makes them ignore SIGTERM. When a rank fails, multiprocessing would send it to them and wait forever, and
+    all other ranks would wait for this one.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each killed worker
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,9 +1,8 @@
-"""The teacher: a second model beside the student on every rank, frozen, with a pipeline pass of its own.
+"""The teacher: a second, frozen model on every rank, with its own forward-only pipeline schedule.
 
-Before the student's schedule of a step, the same microbatches go through the teacher's forward-only schedule; the last
-stage keeps the logits or the final hidden states, and the loss reads them there. The schedule is the teacher's own: it
-may have other layers, stages, widths and larger microbatches than the student's. Nothing of the teacher is in an
-optimizer, a DDP wrapper or a checkpoint.
+Before the student's schedule of a step, the teacher runs on the same microbatches. The last stage stores the logits or
+the final hidden states, which the loss reads there. The teacher may differ from the student in layers, stages, widths
+and microbatch size. Its parameters are not part of any optimizer, DDP wrapper or checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,10 @@ class Teacher:
     """The teacher's model chunks on this rank and their forward pass.
 
     Args:
-        chunks: frozen model chunks, one a virtual stage; as many as the teacher's pattern has, not the student's.
-        forward: runs a microbatch through a model.
-        joined: how many of the student's microbatches the teacher takes at a time.
-        keeps_hidden: leave final hidden states in the batches instead of logits.
+        chunks: frozen model chunks, one per virtual stage of the teacher (which may have fewer than the student).
+        forward: runs a model on a microbatch.
+        joined: number of the student's microbatches in one microbatch of the teacher.
+        keeps_hidden: store final hidden states in the batches instead of logits.
     """
 
     def __init__(
@@ -39,11 +38,11 @@ class Teacher:
         if any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
             raise ValueError("the teacher must be frozen")
 
-    def attach_outputs(self, batches: Sequence[Batch], *, seq_length: int, micro_batch_size: int, **rest) -> None:
-        """Run the teacher over ``batches`` and leave its output in each, on the last stage.
+    def attach_outputs(self, batches: Sequence[Batch], *, seq_length: int, micro_batch_size: int, **kwargs) -> None:
+        """Run the teacher on ``batches`` and store its output in each of them, on the last stage.
 
         Args:
-            seq_length, micro_batch_size, rest: as the student's schedule gets them.
+            seq_length, micro_batch_size, kwargs: arguments of the student's schedule.
         """
         joined = self.joined if self._can_join(len(batches)) else 1
         groups = [join(batches[i : i + joined]) for i in range(0, len(batches), joined)]
@@ -53,14 +52,14 @@ class Teacher:
                 groups,
                 seq_length=seq_length * joined if is_packed else seq_length,
                 micro_batch_size=micro_batch_size if is_packed else micro_batch_size * joined,
-                **rest,
+                **kwargs,
             )
         remaining = iter(batches)
-        head = unwrap_model(self.chunks[-1]) if self.keeps_hidden else None
+        last_chunk = unwrap_model(self.chunks[-1]) if self.keeps_hidden else None
         outputs.reverse()
-        while outputs:  # none but on the last stage
+        while outputs:  # only the last stage has outputs
             for tensor in self._split(outputs.pop(), joined, is_packed, self.keeps_hidden):
-                next(remaining).teacher_output = ModelOutput(tensor, head)
+                next(remaining).teacher_output = ModelOutput(tensor, last_chunk)
         for i, group in enumerate(groups if joined > 1 else ()):
             for key, state in group.teacher_states.items():
                 parts = self._split(state, joined, is_packed, is_hidden=True)
@@ -68,13 +67,15 @@ class Teacher:
                     batch.teacher_states[key] = part
 
     def _can_join(self, num_batches: int) -> bool:
-        """An evaluation, or a batch that grows, may have another number of microbatches than a step was checked for;
-        virtual stages take whole rounds of the pipeline."""
+        """Whether the number of microbatches allows joining them; it was checked for training steps only.
+
+        Evaluations and ramped-up batches may have other numbers. Virtual stages need a multiple of the pipeline size.
+        """
         rounds = mpu.get_pipeline_model_parallel_world_size() if len(self.chunks) > 1 else 1
         return num_batches % (self.joined * rounds) == 0
 
     def forward(self, batches: Sequence[Batch], **shape) -> list[torch.Tensor]:
-        """The outputs of all microbatches, in order, on the last stage; an empty list on the others."""
+        """Return the outputs of all microbatches in order on the last stage, and an empty list on the others."""
         virtual = len(self.chunks) if len(self.chunks) > 1 else None
         run: Callable = get_forward_backward_func(mpu.get_pipeline_model_parallel_world_size(), virtual)
         return run(
@@ -87,17 +88,17 @@ class Teacher:
         )
 
     def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
-        # No loss function: the schedule then hands back the outputs themselves.
+        # Without a loss function, the schedule returns the outputs themselves.
         return self._forward(model, next(batches), hidden=self.keeps_hidden), None
 
     def _split(self, output: torch.Tensor, joined: int, is_packed: bool, is_hidden: bool) -> list[torch.Tensor]:
-        """The outputs of each of the microbatches that were joined. Copies, so that each can be freed by itself."""
+        """Split an output into those of the joined microbatches. Returns copies, which can be freed one by one."""
         if joined == 1:
             return [output]
         sequence_dim = 0 if is_hidden else 1
         dim = sequence_dim if is_packed else 1 - sequence_dim
         if is_packed and is_hidden and get_model_config(self.chunks[-1]).sequence_parallel:
-            # Each rank has a part of the joined row, and shall have that part of each of its rows.
-            whole = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
-            return [scatter_to_sequence_parallel_region(part).clone() for part in whole.chunk(joined, dim=dim)]
+            # Each rank has a shard of the joined row, and needs a shard of each of the rows in it.
+            gathered = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=False)
+            return [scatter_to_sequence_parallel_region(part).clone() for part in gathered.chunk(joined, dim=dim)]
         return [part.clone() for part in output.chunk(joined, dim=dim)]

@@ -1,4 +1,4 @@
-"""What the ranks of test_axes run beside training_jobs."""
+"""Functions that the ranks of test_axes run, in addition to training_jobs."""
 
 import weakref
 
@@ -6,7 +6,7 @@ import torch
 
 
 def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
-    """Logits of a packed row's documents, and of each document by itself: largest difference, and logits' spread."""
+    """Save the differences between a packed row's logits and those of each single document, and the logits' spread."""
     from layout import job
 
     from megatron_qad.models.context_parallel import Documents
@@ -15,21 +15,21 @@ def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
 
     size = sum(lengths)
     flags = ["--seq-length", str(size), "--micro-batch-size", "1", "--global-batch-size", "1"]
-    with job(checkpoint, 1, 1, *flags) as found:
-        teacher = build_teacher(found.config, found.args, found.forward)
+    with job(checkpoint, 1, 1, *flags) as packed_job:
+        teacher = build_teacher(packed_job.config, packed_job.args, packed_job.forward)
         tokens = torch.randint(0, 100, (1, size), generator=torch.Generator().manual_seed(5))
         row = Batch(tokens, torch.arange(size)[None], documents=Documents.from_lengths(lengths))
         teacher.attach_outputs([row], seq_length=size, micro_batch_size=1)
-        whole, errors = row.teacher_output.logits(), []
-        for part, logits in zip(tokens.split(lengths, 1), whole.split(lengths, 1), strict=True):
-            alone = Batch(part, torch.arange(part.shape[1])[None])
-            teacher.attach_outputs([alone], seq_length=part.shape[1], micro_batch_size=1)
-            errors.append((logits - alone.teacher_output.logits()).abs().max().item())
-    torch.save({"errors": errors, "spread": whole.std().item()}, result)
+        row_logits, errors = row.teacher_output.logits(), []
+        for part, logits in zip(tokens.split(lengths, 1), row_logits.split(lengths, 1), strict=True):
+            single = Batch(part, torch.arange(part.shape[1])[None])
+            teacher.attach_outputs([single], seq_length=part.shape[1], micro_batch_size=1)
+            errors.append((logits - single.teacher_output.logits()).abs().max().item())
+    torch.save({"errors": errors, "spread": row_logits.std().item()}, result)
 
 
 def watch_teacher(argv: list[str], result: str) -> None:
-    """Train, and record where parameters of the teacher are found, and how many teacher logits live at each forward."""
+    """Train; record the holders of teacher parameters, and the number of teacher logits at each forward step."""
     import os
 
     import pretrain_qad
@@ -55,18 +55,18 @@ def watch_teacher(argv: list[str], result: str) -> None:
             teacher = [p for chunk in job.teacher.chunks for p in chunk.parameters()]
             storages = {p.untyped_storage().data_ptr() for p in teacher if p.numel()}
 
-            def number(parameters):
+            def count(parameters):
                 return sum(p.untyped_storage().data_ptr() in storages for p in parameters)
 
             buffers = [b for chunk in model for b in chunk.buffers + chunk.expert_parallel_buffers]
             seen["num_parameters"] = len(teacher)
             if hasattr(job.teacher, "host"):
                 seen["fetched"] = job.teacher.host.num_fetched
-            seen["found"] = {
+            seen["num_teacher_params"] = {
                 "trained": sum(p.requires_grad or p.grad is not None or hasattr(p, "main_grad") for p in teacher),
-                "wrapped": number(p for chunk in model for p in chunk.parameters()),
-                "optimizer": number(p for group in optimizer.param_groups for p in group["params"]),
-                "buffers": number(p for b in buffers for p in b.params),
+                "wrapped": count(p for chunk in model for p in chunk.parameters()),
+                "optimizer": count(p for group in optimizer.param_groups for p in group["params"]),
+                "buffers": count(p for b in buffers for p in b.params),
             }
 
     pretrain_qad.forward_step = watched_forward
@@ -75,7 +75,7 @@ def watch_teacher(argv: list[str], result: str) -> None:
 
 
 def measure_schedule(argv: list[str], result: str) -> None:
-    """Train, and record for each step when each pass of this rank began and ended: (kind, start, end)."""
+    """Train, and record the passes of this rank in each step as (kind, start, end)."""
     import os
     import time
 
@@ -85,12 +85,12 @@ def measure_schedule(argv: list[str], result: str) -> None:
 
     steps: list[list] = []
 
-    def timed(kind_of, function):
+    def timed(get_kind, function):
         def run(*args, **kwargs):
             start = time.monotonic()
-            found = function(*args, **kwargs)
-            steps[-1].append((kind_of(), start, time.monotonic()))
-            return found
+            result = function(*args, **kwargs)
+            steps[-1].append((get_kind(), start, time.monotonic()))
+            return result
 
         return run
 

@@ -1,4 +1,4 @@
-"""One set of models for all tests of this folder that look at conversion and logits."""
+"""Models that the tests of conversion and logits share."""
 
 import pytest
 from made_models import Made, make_models

@@ -1,19 +1,19 @@
 """QAD as a plain loop: float32 masters, weights fake-quantized in every forward pass, torch's AdamW on the masters.
 
-The reference for weights that are quantized in place: no Megatron loop, schedule, DDP or optimizer, and none of
-``quantization.in_place_weights``. It shares with a job the modules of the model, the input quantizers, the loss per
-token, and the NVFP4 arithmetic, each of which other tests compare with something else.
+This is the reference for in-place quantization of weights. It uses no loop, schedule, DDP or optimizer of Megatron, and
+not ``quantization.in_place_weights``. It shares with a job the model's modules, the input quantizers, the loss per
+token and the NVFP4 arithmetic, each of which has its own tests.
 """
 
 import sys
 
 import torch
 from torch.func import functional_call
-from torch.optim.adamw import AdamW  # torch's own: torch.optim's is replaced by engine.adamw
+from torch.optim.adamw import AdamW  # torch's class; engine.adamw replaces torch.optim.AdamW
 
 
 class _FakeQuant(torch.autograd.Function):
-    """fake_quant with one scale a tensor; the gradient passes straight through."""
+    """fake_quant with one global scale per tensor and a straight-through gradient."""
 
     @staticmethod
     def forward(ctx, weight):
@@ -27,10 +27,10 @@ class _FakeQuant(torch.autograd.Function):
 
 
 def train(argv: list[str], record: str, result: str, lr: float, weight_decay: float) -> None:
-    """Train on the microbatches of ``record`` (one rank's); write each step's loss, grads and masters to ``result``.
+    """Train on the microbatches of a one-rank ``record``; write loss, grads and masters of each step to ``result``.
 
     Args:
-        argv: the job's command line, for the model and its precision.
+        argv: command line of the job, which gives the model and its precision.
     """
     from megatron.training import initialize_megatron
 
@@ -55,7 +55,7 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
             {"params": [m for m in masters.values() if m.dim() == 1], "weight_decay": 0.0},
         ],
         lr=lr,
-        fused=True,  # as engine.adamw on a CPU
+        fused=True,  # like engine.adamw on a CPU
     )
     results = []
     for step in steps:
@@ -67,13 +67,13 @@ def train(argv: list[str], record: str, result: str, lr: float, weight_decay: fl
             total, count = total + loss.detach(), count + int(batch["loss_mask"].count_nonzero())
         for master in masters.values():
             master.grad *= 1.0 / count
-        grads = {_global(name): master.grad.clone() for name, master in masters.items()}
+        grads = {_global_name(name): master.grad.clone() for name, master in masters.items()}
         optimizer.step()
         results.append(
             {
                 "loss": (total / count).item(),
                 "grads": grads,
-                "masters": {_global(name): master.detach().clone() for name, master in masters.items()},
+                "masters": {_global_name(name): master.detach().clone() for name, master in masters.items()},
             }
         )
     torch.save(results, result)
@@ -98,7 +98,7 @@ def _loss(student, teacher, masters, formats, batch, vocab_size) -> torch.Tensor
     weights = {}
     for name, master in masters.items():
         weight = master.to(torch.bfloat16)
-        weights[name] = _FakeQuant.apply(weight) if formats.get(_global(name)) == "nvfp4" else weight
+        weights[name] = _FakeQuant.apply(weight) if formats.get(_global_name(name)) == "nvfp4" else weight
     inputs = (batch["tokens"], batch["position_ids"], None)
     keep = {"fp32_output": False}
     with torch.no_grad():
@@ -108,5 +108,5 @@ def _loss(student, teacher, masters, formats, batch, vocab_size) -> torch.Tensor
     return (per_token_loss("kl", logits, target, batch["labels"], shard) * batch["loss_mask"]).sum()
 
 
-def _global(name: str) -> str:
+def _global_name(name: str) -> str:
     return name.removeprefix("module.")

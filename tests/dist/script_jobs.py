@@ -1,4 +1,4 @@
-"""Scripts as a user starts them, in a rank of the fork server, which has their imports."""
+"""Runs scripts as a user would, in a rank of the fork server, which has already imported their modules."""
 
 import os
 import resource
@@ -11,12 +11,12 @@ from launch import ROOT
 def script(
     path: str, argv: list[str], directory: str | None = None, file_kib: int | None = None, ranks: int | None = None
 ) -> None:
-    """``python path *argv``; what it exits with is the rank's exit status, and an error is printed.
+    """Run ``python path *argv``. Its exit status becomes that of the rank; errors are printed.
 
     Args:
-        directory: to run in; the project's if None.
-        file_kib: no file may grow beyond this size: a write then fails as on a full disk.
-        ranks: the number that the script is told of, for what starts none of them.
+        directory: working directory; None means that of the project.
+        file_kib: maximum size of files; larger writes fail as on a full disk.
+        ranks: value of WORLD_SIZE, for scripts that do not start the ranks.
     """
     if directory is not None:
         os.chdir(directory)
@@ -31,6 +31,6 @@ def script(
 
 
 def code(text: str, argv: list[str] | None = None) -> None:
-    """``python -c text *argv`` after ``prepare`` and the imports of a job."""
+    """Run ``python -c text *argv`` after ``init_runtime`` and the imports of a job."""
     sys.argv = ["-c", *(argv or [])]
     exec(text, {"__name__": "__main__"})

@@ -1,9 +1,8 @@
-"""The parity matrix: every parallel axis gives the one-process run's losses and gradients, step by step.
+"""Parity of all parallel axes: losses and gradients equal those of one process, step by step.
 
-Unquantized and in float32, so that five steps may run freely (docs/decisions/parallelism.md says why quantized ones may
-not; those are in test_training). The jobs have a teacher that differs from the student, four microbatches a step, and
-documents that count different shares of their tokens.
-"""
+The jobs are unquantized and in float32, so that five steps can run without realignment (docs/decisions/parallelism.md
+says why quantized steps cannot; test_training has those). They have a teacher that differs from the student, four
+microbatches per step, and documents with different shares of counted tokens."""
 
 import pytest
 import records
@@ -25,8 +24,8 @@ VIRTUAL = ["--num-virtual-stages-per-pipeline-rank", "2"]
 SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules", "core_attn"]
 SHARDED = ["--use-distributed-optimizer"]
 PACKED = ["--dataloader-inter-document-masking", "--qad-pad-documents-to", "4"]
-# Adam's first steps divide each gradient by itself, also those that are rounding and nothing else; with the default of
-# 1e-8 tensor-parallel gradients part by 1.1e-5 at step 4.
+# Adam's first steps divide each gradient by its own size, even if it is only rounding noise; with the default epsilon
+# of 1e-8 tensor-parallel gradients differ by 1.1e-5 at step 4.
 STEADY = ["--adam-eps", "1e-5"]
 # Ranks and flags.
 AXES = {
@@ -57,8 +56,8 @@ PACKED_AXES = {
     "teacher microbatch cp2": (2, [*CP2, "--qad-teacher-micro-batch-size", "4"]),
 }
 EP2 = ["--expert-model-parallel-size", "2"]
-# Of a Mamba layer's decay (A_log, dt_bias) the gradient is a small sum of large terms: 1.2e-5 at most here.
-OF_MAMBA = 3e-5
+# The gradient of a Mamba layer's decay (A_log, dt_bias) is a small sum of large terms: it differs by up to 1.2e-5 here.
+MAMBA_TOLERANCE = 3e-5
 HYBRIDS = {
     "qwen3-moe": tiny_hybrids.QWEN3_MOE,
     "nemotron-h": tiny_hybrids.NEMOTRON_H,
@@ -69,7 +68,7 @@ HYBRID_AXES = {
         "ep2": (2, EP2),
         "ep2 sharded": (2, EP2 + SHARDED),
         "tp2ep2": (4, TP2 + SP + EP2),
-        "tp2ep2, experts whole": (4, [*TP2, *SP, *EP2, "--expert-tensor-parallel-size", "1"]),
+        "tp2ep2, unsharded experts": (4, [*TP2, *SP, *EP2, "--expert-tensor-parallel-size", "1"]),
         "pp2 virtual2": (2, PP2 + VIRTUAL),
     },
     "nemotron-h": {
@@ -78,18 +77,18 @@ HYBRID_AXES = {
         "pp2ep2": (4, PP2 + EP2),
         "recompute ep2": (2, RECOMPUTE + EP2),
         "teacher microbatch": (1, ["--qad-teacher-micro-batch-size", "4"]),
-        "teacher on the host": (1, ["--qad-teacher-cpu-offload"]),
+        "offloaded teacher": (1, ["--qad-teacher-cpu-offload"]),
     },
     "nemotron-nas": {
         "tp2 sp": (2, TP2 + SP),
         "pp2 virtual2": (2, PP2 + VIRTUAL),
-        "teacher on the host": (1, ["--qad-teacher-cpu-offload"]),
+        "offloaded teacher": (1, ["--qad-teacher-cpu-offload"]),
     },
 }
 
 
-# Teachers of the llama student's vocabulary: deeper, wider and of other heads; and of fewer layers than two ranks have
-# virtual stages.
+# Teachers with the vocabulary of the llama student: one deeper, wider and with other heads; one with fewer layers than
+# two ranks have virtual stages.
 TEACHERS = {
     "large": tiny_job.LLAMA | {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 32},
     "shallow": tiny_job.LLAMA | {"num_hidden_layers": 1, "intermediate_size": 160},
@@ -106,9 +105,9 @@ def workshop(tmp_path_factory, server):
         source = tiny_job.write_hf(directory / f"hf_{name}", config)
         models.append((str(source), f"{directory}/{name}", "float32"))
     for name, config in (MODELS | {"wide": WIDE} | HYBRIDS).items():
-        for who, noise in (("teacher", 0.0), ("student", 0.3)):
-            source = tiny_job.write_hf(directory / f"hf_{name}_{who}", config, noise=noise)
-            models.append((str(source), f"{directory}/{name}_{who}", "float32"))
+        for role, noise in (("teacher", 0.0), ("student", 0.3)):
+            source = tiny_job.write_hf(directory / f"hf_{name}_{role}", config, noise=noise)
+            models.append((str(source), f"{directory}/{name}_{role}", "float32"))
     tiny_job.write_data(directory / "data", vocab_size=VOCAB)
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return Workshop(directory, server)
@@ -116,23 +115,23 @@ def workshop(tmp_path_factory, server):
 
 @pytest.mark.parametrize("data", ["rows", "packed"])
 def test_axes_agree(workshop, data):
-    """Losses, gradient norms, each tensor's gradient and parameters of five steps."""
+    """Losses, gradient norms, gradients and parameters of five steps are equal."""
     axes, flags = (PACKED_AXES, PACKED) if data == "packed" else (AXES, [])
     _assert_axes_agree(workshop, "llama", axes, flags)
 
 
 @pytest.mark.parametrize("data", ["rows", "packed"])
-def test_norms_of_queries_and_keys_agree(workshop, data):
-    """All that a Qwen3 has more than a Llama: weights whose gradient each tensor-parallel rank has a part of, as it has
-    some heads, and each context-parallel or data-parallel one, as it has some tokens."""
+def test_axes_agree_with_query_and_key_norms(workshop, data):
+    """Qwen3 has norms whose gradient is a sum over the heads of all tensor-parallel ranks and the tokens of all
+    context-parallel and data-parallel ranks."""
     axes, flags = (PACKED_AXES, PACKED) if data == "packed" else (AXES, [])
-    cut = {name: axes[name] for name in ("tp2", "tp2 sp", "tp2pp2", "tp2cp2", "dp2 sharded") if name in axes}
-    _assert_axes_agree(workshop, "qwen3", cut, flags)
+    subset = {name: axes[name] for name in ("tp2", "tp2 sp", "tp2pp2", "tp2cp2", "dp2 sharded") if name in axes}
+    _assert_axes_agree(workshop, "qwen3", subset, flags)
 
 
 @pytest.mark.parametrize("model", HYBRIDS)
 def test_axes_of_hybrids_agree(workshop, model):
-    """The same, with a router that learns: expert parallelism, alone and with others."""
+    """Expert parallelism, alone and with other axes, with a trained router."""
     _assert_axes_agree(workshop, model, HYBRID_AXES[model], ["--qad-train-router"])
 
 
@@ -148,61 +147,61 @@ def _assert_axes_agree(workshop, model: str, axes: dict, flags: list[str]) -> No
     pattern, wrong = HYBRIDS.get(model, {}).get("hybrid_override_pattern", ""), {}
     for axis, (nproc, axis_flags) in axes.items():
         is_sharded = SHARDED[0] in axis_flags
-        found, _ = workshop.train(argv + axis_flags, nproc, whole=not is_sharded)
+        actual, _ = workshop.train(argv + axis_flags, nproc, whole=not is_sharded)
         errors = {
             "loss": max(
-                _relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(found, expected, strict=True)
+                _relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(actual, expected, strict=True)
             )
         }
         errors["grad_norm"] = max(
-            _relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(found, expected, strict=True)
+            _relative(a["grad_norm"], b["grad_norm"]) for a, b in zip(actual, expected, strict=True)
         )
-        # Of a distributed optimizer's gradients a rank holds a part, and of an overlapped gather's parameters, too.
-        whole = () if is_sharded else ("grads", "params")
-        for what in whole:
-            error, where = records.largest_error(found, expected, what)
+        # With a distributed optimizer, a rank holds only shards of the gradients and, with overlap, of the parameters.
+        compared = () if is_sharded else ("grads", "params")
+        for what in compared:
+            error, where = records.largest_error(actual, expected, what)
             errors[f"{what} ({where})"] = error
         print(f"{model} {axis}: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
-        if max(errors.values()) > (TOLERANCE if "M" not in pattern else OF_MAMBA):
+        if max(errors.values()) > (TOLERANCE if "M" not in pattern else MAMBA_TOLERANCE):
             wrong[axis] = errors
     assert not wrong, wrong
 
 
-def _relative(found: float, expected: float) -> float:
-    return abs(found / expected - 1)
+def _relative(actual: float, expected: float) -> float:
+    return abs(actual / expected - 1)
 
 
-def test_packed_documents_are_apart(workshop, tmp_path):
-    """Each document of a packed row has the logits that it has by itself: attention and positions both start anew."""
+def test_packed_documents_do_not_affect_each_other(workshop, tmp_path):
+    """Logits of each document in a packed row equal those of the single document: attention and positions restart."""
     result = str(tmp_path / "packed.pt")
     arguments = {"checkpoint": f"{workshop.directory}/llama_teacher", "lengths": [12, 5, 1, 14], "result": result}
     workshop.server.run("axes_jobs:packed_logits", 1, arguments)
-    found = torch.load(result)
-    assert found["spread"] > 0.3
-    assert max(found["errors"]) < 1e-5, found  # float32 sums of other lengths; a leak or a wrong position gives 1e-1
+    actual = torch.load(result)
+    assert actual["spread"] > 0.3
+    assert max(actual["errors"]) < 1e-5, actual  # float32 sums of other lengths; a leak or a wrong position gives 1e-1
 
 
 TEACHER_AXES = {"tp2pp2": (4, TP2 + SP + PP2), "pp2 virtual2": (2, PP2 + VIRTUAL), "cp2": (2, CP2)}
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-def test_another_teacher(workshop, teacher):
-    """Other depth, width, heads and stages than the student's."""
+def test_axes_agree_with_a_different_teacher(workshop, teacher):
+    """The teacher has another depth, width, number of heads and number of stages than the student."""
     argv = workshop.argv("--qad-policy", "bf16", *STEADY, kind="llama", num_steps=2)
     argv += ["--qad-teacher", f"{workshop.directory}/{teacher}"]
     expected, _ = workshop.train(argv)
     assert expected[0]["loss"]["kl loss"] > 0.1
     for axis, (nproc, flags) in TEACHER_AXES.items():
-        found, _ = workshop.train(argv + flags, nproc)
-        errors = [_relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(found, expected, strict=True)]
-        errors.append(records.largest_error(found, expected, "grads")[0])
+        actual, _ = workshop.train(argv + flags, nproc)
+        errors = [_relative(a["loss"]["kl loss"], b["loss"]["kl loss"]) for a, b in zip(actual, expected, strict=True)]
+        errors.append(records.largest_error(actual, expected, "grads")[0])
         assert max(errors) <= TOLERANCE, (axis, errors)
 
 
-@pytest.mark.parametrize("layout", ["one rank", "pp2 virtual2"])
-def test_the_teacher_is_apart_and_its_logits_are_freed(workshop, tmp_path, layout):
-    """In no wrapper, optimizer, gradient buffer or checkpoint; a microbatch's logits go once the student used them."""
-    nproc, flags = {"one rank": (1, []), "pp2 virtual2": (2, PP2 + VIRTUAL)}[layout]
+@pytest.mark.parametrize("parallelism", ["one rank", "pp2 virtual2"])
+def test_teacher_is_not_trained_and_its_logits_are_freed(workshop, tmp_path, parallelism):
+    """No wrapper, optimizer, gradient buffer or checkpoint holds a teacher parameter. Logits are freed after use."""
+    nproc, flags = {"one rank": (1, []), "pp2 virtual2": (2, PP2 + VIRTUAL)}[parallelism]
     argv = workshop.argv(*("--bf16", *SHARDED, "--qad-policy", "bf16", *flags), kind="llama", num_steps=1)
     argv += ["--qad-teacher", f"{workshop.directory}/large", "--save", str(tmp_path / "run")]
     argv += ["--qad-teacher-micro-batch-size", "4"] if nproc == 1 else []
@@ -210,7 +209,7 @@ def test_the_teacher_is_apart_and_its_logits_are_freed(workshop, tmp_path, layou
     ranks = [torch.load(tmp_path / f"seen.rank{rank}") for rank in range(nproc)]
     for rank in ranks:
         assert rank["num_parameters"] > 5
-        assert rank["found"] == {"trained": 0, "wrapped": 0, "optimizer": 0, "buffers": 0}
+        assert rank["num_teacher_params"] == {"trained": 0, "wrapped": 0, "optimizer": 0, "buffers": 0}
     if nproc == 1:
         assert ranks[0]["alive"][-4:] == [4, 3, 2, 1]
     from megatron_qad.models.weight_loading import stored_shapes
@@ -228,8 +227,8 @@ RESHARDED = [
 ]
 
 
-# Flags and the tolerance of a loss. Quantized: a last bit may decide an input's code, which moves an input of a token
-# (test_training). BF16: partial sums of tensor-parallel ranks are rounded to 8 bits, 4e-4 here.
+# Flags and tolerance of the loss. NVFP4: the last bit may decide the code of an input (test_training). BF16: partial
+# sums of tensor-parallel ranks are rounded to 8 bits, which changes the loss by 4e-4 here.
 RESUMED = {
     "float32": (["--qad-policy", "bf16"], TOLERANCE),
     "nvfp4": (["--qad-policy", "nvfp4-all-linear"], 0.02),
@@ -241,16 +240,16 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("case", RESUMED)
-def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, case):
-    """Written at one layout, read at the next, a step each: the losses of one process that never stopped."""
+def test_checkpoint_resumes_with_other_parallelism(workshop, tmp_path, case):
+    """Each step resumes with other parallelism; the losses equal those of an uninterrupted run on one process."""
     flags, tolerance = RESUMED[case]
     argv = workshop.argv(*flags, *STEADY, kind="wide", num_steps=len(RESHARDED))
     expected, _ = workshop.train(argv, whole=False)
     amaxes: dict = {}
-    for i, (name, nproc, layout) in enumerate(RESHARDED):
+    for i, (name, nproc, parallelism) in enumerate(RESHARDED):
         saving = ["--save", str(tmp_path), "--save-interval", "1", "--exit-interval", str(i + 1)]
         loading = ["--load", str(tmp_path)] if i else []
-        (step,), _ = workshop.train([*argv, *layout, *saving, *loading], nproc, whole=False)
+        (step,), _ = workshop.train([*argv, *parallelism, *saving, *loading], nproc, whole=False)
         error = _relative(step["loss"]["kl loss"], expected[i]["loss"]["kl loss"])
         print(f"{case} {name}: step {i + 1}, loss {error:.1e}")
         assert error <= tolerance, name
@@ -259,7 +258,7 @@ def test_a_checkpoint_resumes_in_another_layout(workshop, tmp_path, case):
         amaxes |= step["amaxes"]
 
 
-STREAMED = {
+OFFLOADED = {
     "one rank": (1, []),
     "tp2pp2": (4, TP2 + SP + PP2),
     "pp2 virtual2": (2, PP2 + VIRTUAL),
@@ -267,15 +266,15 @@ STREAMED = {
 }
 
 
-@pytest.mark.parametrize("axis", STREAMED)
-def test_a_teacher_on_the_host_changes_nothing(workshop, tmp_path, axis):
-    """Bit for bit; and each layer's weights come once a step, whatever the number of microbatches."""
-    nproc, flags = STREAMED[axis]
+@pytest.mark.parametrize("axis", OFFLOADED)
+def test_offloaded_teacher_gives_equal_results(workshop, tmp_path, axis):
+    """Losses and gradients are equal bit for bit. Each layer is copied once per step, for all microbatches."""
+    nproc, flags = OFFLOADED[axis]
     argv = workshop.argv("--qad-policy", "bf16", *flags, kind="llama", num_steps=2)
     argv += ["--qad-teacher", f"{workshop.directory}/large"]
     expected, _ = workshop.train(argv, nproc)
-    found, _ = workshop.train([*argv, "--qad-teacher-cpu-offload"], nproc)
-    for a, b in zip(found, expected, strict=True):
+    actual, _ = workshop.train([*argv, "--qad-teacher-cpu-offload"], nproc)
+    for a, b in zip(actual, expected, strict=True):
         assert a["loss"] == b["loss"]
         assert all(torch.equal(a["grads"][name], b["grads"][name]) for name in b["grads"])
     if nproc == 1:
@@ -284,8 +283,8 @@ def test_a_teacher_on_the_host_changes_nothing(workshop, tmp_path, axis):
         assert torch.load(tmp_path / "seen.rank0")["fetched"] == 2 * 6
 
 
-# Ranks, flags, and what the error says.
-REFUSED = [
+# Ranks, flags and error.
+REJECTED = [
     (
         2,
         ["--tensor-model-parallel-size", "3"],
@@ -295,10 +294,14 @@ REFUSED = [
     (
         1,
         ["--pipeline-model-parallel-size", "5"],
-        "5 pipeline stages x 1 virtual ones for 4 layers (*-*-) of the student",
+        "5 pipeline stages x 1 virtual stages for 4 layers (*-*-) of the student",
     ),
-    (2, [*PP2, "--num-virtual-stages-per-pipeline-rank", "3"], "2 pipeline stages x 3 virtual ones for 4 layers"),
-    (2, [*PP2, *VIRTUAL, "--global-batch-size", "6"], "virtual stages need a number of microbatches that PP 2 divides"),
+    (2, [*PP2, "--num-virtual-stages-per-pipeline-rank", "3"], "2 pipeline stages x 3 virtual stages for 4 layers"),
+    (
+        2,
+        [*PP2, *VIRTUAL, "--global-batch-size", "6"],
+        "number of microbatches that is divisible by PP 2; this job has 3",
+    ),
     (1, VIRTUAL, "virtual-stages-per-pipeline-rank 2 without pipeline parallelism"),
     (2, [*CP2, "--seq-length", "30"], "--seq-length 30 is not a multiple of 4, twice --context-parallel-size 2"),
     (2, ["--global-batch-size", "6"], "--global-batch-size 6 is not a multiple of 4, --micro-batch-size 2 x DP 2"),
@@ -311,10 +314,10 @@ REFUSED = [
 ]
 
 
-def test_layouts_that_cannot_work_are_refused(workshop):
-    for nproc, flags, says in REFUSED:
+def test_impossible_parallelism_is_rejected(workshop):
+    for nproc, flags, message in REJECTED:
         error = workshop.fail(workshop.argv(*flags, kind="llama"), nproc)
-        assert says in error and f"Layouts that would work on {nproc} rank(s): " in error, error
-    # A teacher is checked, too, before the student is built.
+        assert message in error and f"Parallelism that would work on {nproc} rank" in error, error
+    # The teacher is also checked before the student is built.
     error = workshop.fail(workshop.argv(*TP2, *PP4, "--qad-teacher", f"{workshop.directory}/shallow", kind="llama"), 8)
-    assert "4 pipeline stages x 1 virtual ones for 2 layers (*-) of the teacher" in error
+    assert "4 pipeline stages x 1 virtual stages for 2 layers (*-) of the teacher" in error

@@ -237,8 +237,8 @@ def test_conflicting_retention_flags_are_refused(jobs, tmp_path):
         ("--qad-keep-last", "0"): "--qad-keep-last 0: expected a number of checkpoints",
         ("--qad-keep-best", "1", "--eval-interval", "3"): "--save-interval 2 is not a multiple of --eval-interval 3",
         ("--qad-keep-last", "1", "--save-retain-interval", "4"): "--save-retain-interval removes checkpoints, too",
-        ("--qad-keep-best", "1", "--eval-iters", "0"): "--eval-iters 0 asks for none",
-        ("--qad-spike-factor", "3", "--no-save-optim"): "--no-save-optim leaves it out",
+        ("--qad-keep-best", "1", "--eval-iters", "0"): "--eval-iters 0 turns validation off",
+        ("--qad-spike-factor", "3", "--no-save-optim"): "which --no-save-optim leaves out",
         ("--qad-keep-best", "1", "--qad-loss", "ce"): None,
     }.items():
         argv = jobs.argv("--save", str(tmp_path / "refused"), *flags)
@@ -285,8 +285,8 @@ def test_job_survives_full_disk(small_disk, reference_run):
         assert len(errors) == 2, errors
         assert "iteration 4 could not be saved" in errors[0] and "free; the checkpoint before took" in errors[0]
         assert "could not be saved: rank 0: Worker failure" in errors[1], errors[1]
-        assert float(errors[1].split("disk: ")[1].split()[0]) < used / 1e6, "it did not fail for lack of space"
-        assert all("The last good one is 2" in line and "The job goes on" in line for line in errors)
+        assert float(errors[1].split("disk: ")[1].split()[0]) < used / 1e6, "it did not fail by want of room"
+        assert all("The last good one is 2" in line and "The job continues" in line for line in errors)
         if nproc == 1:
             assert_same(steps, reference_run[0])
         listed = jobs.server.run("surviving_jobs:list_files", 1, {"directory": str(run)})

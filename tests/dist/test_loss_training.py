@@ -2,7 +2,7 @@
 
 import pytest
 import records
-from test_training import LAYOUTS, TOLERANCE, workshop  # noqa: F401  the fixture
+from test_training import PARALLELISM, TOLERANCE, workshop  # noqa: F401  the fixture
 
 NAMES = ("kl", "reverse_kl", "jsd", "confidence_kl", "topk", "mse", "ce")
 ALL = "kl(temperature=2)+reverse_kl+jsd(beta=0.3)+0.1*confidence_kl+topk(k=8)+0.01*mse+linear(1, 0, 1, 4)*ce"
@@ -22,7 +22,7 @@ def test_every_loss_at_once_in_two_layouts(workshop):  # noqa: F811
     # Each step from TP1's parameters: Adam's first steps divide small gradients by themselves and so make last bits of
     # reverse_kl's into 2e-5 (measured, free running).
     follow = str(workshop.directory / f"record{workshop._number}")
-    nproc, flags = LAYOUTS["tp2pp2"]
+    nproc, flags = PARALLELISM["tp2pp2"]
     found, _ = workshop.train(argv + flags, nproc, follow=follow)
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=TOLERANCE)

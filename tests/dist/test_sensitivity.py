@@ -1,4 +1,4 @@
-"""tools/sensitivity.py on a tiny model: it measures what a job measures, and its proposal is a policy that fits."""
+"""tools/sensitivity.py on a tiny model: measured KLs, and a proposed policy within a byte budget."""
 
 import json
 
@@ -11,7 +11,7 @@ from megatron_qad.quantization import policy
 from megatron_qad.quantization.format_table import format_rows
 
 CONFIG = tiny_job.LLAMA | {"dtype": "bfloat16"}
-LAYOUTS = {
+PARALLELISM = {
     "tp1": (1, []),
     "tp2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "pp2": (2, ["--pipeline-model-parallel-size", "2"]),
@@ -26,24 +26,24 @@ def shop(tmp_path_factory, server):
     models = [(str(directory / "hf"), str(directory / "teacher"), "bfloat16")]
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
 
-    def run(output, *flags, layout="tp1", **more):
-        nproc, layout_flags = LAYOUTS[layout]
+    def run(output, *flags, parallelism="tp1", **more):
+        nproc, parallel_flags = PARALLELISM[parallelism]
         argv = [
             *("--output", str(output), "--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data"),
             *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8"),
-            *(*tiny_job.READ_HERE, *layout_flags, *flags),
+            *(*tiny_job.READ_HERE, *parallel_flags, *flags),
         ]
         return server.run("training_jobs:tool", nproc, {"name": "sensitivity", "argv": argv}, **more)
 
-    def counted() -> int:
-        """Tokens of the validation split that count. Arrays of the data are views of a file that closes with it."""
+    def num_counted_tokens() -> int:
+        """Return the number of counted tokens of the validation split. Arrays are views that close with the dataset."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         masks = IndexedDataset(f"{directory}/data_loss_mask")
         return sum(int(masks[i].sum()) for i in range(len(masks) // 2, len(masks)))
 
-    run.counted = counted
+    run.num_counted_tokens = num_counted_tokens
     return run
 
 
@@ -52,48 +52,48 @@ def bytes_of(formats) -> int:
     return sum(row.bytes_after for row in format_rows(linears, formats) if row.kind != "head")
 
 
-def test_the_proposal_fits_its_budget_and_errs_less(shop, tmp_path):
+def test_proposal_fits_the_budget_and_has_a_lower_kl(shop, tmp_path):
     linears = family_of(CONFIG).linears(CONFIG)
     smallest, largest = (bytes_of({x.megatron: fmt for x in linears}) for fmt in ("nvfp4", "bf16"))
     budget = (smallest + largest) // 2
     shop(tmp_path, "--formats", "nvfp4", "fp8", "--budget-mb", str(budget / 1e6))
-    found = json.loads((tmp_path / "sensitivity.json").read_text())
-    units = {(unit["name"], unit["format"]): unit["kl"] for unit in found["units"]}
+    report = json.loads((tmp_path / "sensitivity.json").read_text())
+    units = {(unit["name"], unit["format"]): unit["kl"] for unit in report["units"]}
     assert len(units) == 4 * 2 and all(kl > 0 for kl in units.values())
-    for layer in range(4):  # eight bits err less than four
+    for layer in range(4):  # eight bits have a lower KL than four
         assert units[f"decoder.layers.{layer}.*", "fp8"] < units[f"decoder.layers.{layer}.*", "nvfp4"]
-    assert found["everything"]["nvfp4"] > max(kl for (_, fmt), kl in units.items() if fmt == "nvfp4")
+    assert report["everything"]["nvfp4"] > max(kl for (_, fmt), kl in units.items() if fmt == "nvfp4")
     rules = policy.load(str(tmp_path / "policy.yaml"))
     formats = policy.resolve(rules, linears)
     assert formats["output_layer.weight"] == "bf16"
     assert smallest < bytes_of(formats) <= budget
-    assert found["proposal"]["kl"] < found["everything"]["nvfp4"] / 2
-    assert {fmt for name, fmt in formats.items() if "layers" in name} == set(found["proposal"]["formats"].values())
+    assert report["proposal"]["kl"] < report["everything"]["nvfp4"] / 2
+    assert {fmt for name, fmt in formats.items() if "layers" in name} == set(report["proposal"]["formats"].values())
     assert "every attention" in (tmp_path / "sensitivity.md").read_text()
     assert (tmp_path / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_layouts_measure_the_same(shop, tmp_path):
-    """Weights only, so that no last bit of an input becomes another code (docs/decisions/parallelism.md); bf16
-    sums in another order under tensor parallelism, which moves a KL of 0.01 by a few per cent."""
+def test_kls_do_not_depend_on_parallelism(shop, tmp_path):
+    """Quantizes weights only, so that the last bit of an input cannot change its code (docs/decisions/parallelism.md).
+    Tensor parallelism adds in another order in BF16, which changes a KL of 0.01 by a few per cent."""
     kls = {}
-    for layout in LAYOUTS:  # asked for more text than there is, each measures the whole validation split once
-        shop(tmp_path / layout, "--formats", "nvfp4-w4a16", "--num-microbatches", "1000", layout=layout)
-        kls[layout] = json.loads((tmp_path / layout / "sensitivity.json").read_text())
+    for parallelism in PARALLELISM:  # more microbatches than there are: all measure the whole validation split once
+        shop(tmp_path / parallelism, "--formats", "nvfp4-w4a16", "--num-microbatches", "1000", parallelism=parallelism)
+        kls[parallelism] = json.loads((tmp_path / parallelism / "sensitivity.json").read_text())
     one = kls["tp1"]["units"]
-    assert shop.counted() - kls["tp1"]["num_tokens"] in (0, 1)  # the first token of all is nobody's label
+    assert shop.num_counted_tokens() - kls["tp1"]["num_tokens"] in (0, 1)  # the first token of the data is not a label
     assert kls["pp2"]["units"] == one and kls["pp2"]["num_tokens"] == kls["tp1"]["num_tokens"]
-    for found, expected in zip(kls["tp2"]["units"], one, strict=True):
-        assert found["kl"] == pytest.approx(expected["kl"], rel=0.1), found["name"]
+    for actual, expected in zip(kls["tp2"]["units"], one, strict=True):
+        assert actual["kl"] == pytest.approx(expected["kl"], rel=0.1), actual["name"]
 
 
-def test_what_cannot_be_is_refused(shop, tmp_path):
+def test_small_budget_and_empty_policy_are_rejected(shop, tmp_path):
     assert "takes" not in (error := shop(tmp_path, "--budget-mb", "0.001", fails=True))
     assert "a budget of 1,000 bytes is below the" in error
     assert "quantizes nothing" in shop(tmp_path, "--qad-policy", "bf16", fails=True)
 
 
-def test_the_proposal_is_yaml_that_says_no_more_than_it_must(shop, tmp_path):
+def test_proposed_policy_has_the_fewest_rules(shop, tmp_path):
     shop(tmp_path, "--budget-mb", "1")  # room for everything
     document = yaml.safe_load((tmp_path / "policy.yaml").read_text())
     assert document == {

@@ -1,4 +1,4 @@
-"""tools/smooth.py on every kind of layer: the model stays what it is in transformers too, in every layout the same."""
+"""tools/smooth.py on all kinds of layers: the function of the model does not change, with any parallelism."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ MODELS = {
     "nemotron-nas": tiny_hybrids.NEMOTRON_NAS,
 }
 DTYPES = ("bfloat16", "float32")
-# What must be changed, if smoothing reaches what it is to reach.
+# Tensors that smoothing must change.
 CHANGED = ("*.[qkv]_proj.weight", "*.o_proj.weight", "*.up_proj.weight", "*.down_proj.weight")
 _MAMBA = ("*.layers.*.norm.weight", "*.mixer.norm.weight", "*.in_proj.weight", "*.out_proj.weight", "*.gate.weight")
 CHANGED_IN = {
@@ -35,9 +35,9 @@ CHANGED_IN = {
 }
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 EP2 = ["--expert-model-parallel-size", "2"]
-# Ranks, flags, and the models that each is run for: all in BF16 by one rank, and in float32 in every layout, where sums
-# in another order move no factor over a boundary.
-LAYOUTS = {
+# Ranks, flags and models of each case. All models run in BF16 on one rank. Parallelism is tested in float32, in which
+# sums in another order do not change a power-of-two factor.
+PARALLELISM = {
     "bf16": (1, ["--bf16"], list(MODELS)),
     "tp1": (1, [], list(MODELS)),
     "tp2": (2, TP2, ["qwen2", "nemotron-h", "nemotron-nas"]),
@@ -50,8 +50,7 @@ LAYOUTS = {
 
 
 def plant_outliers(directory: Path) -> None:
-    """One channel in each block of what layers' norms, values and up projections give, as post-trained models have a
-    few."""
+    """Scale one channel of each block in the outputs of norms, values and up projections, as in post-trained models."""
     tensors = load_file(directory / "model.safetensors")
     for name, tensor in tensors.items():
         if name.endswith(("layernorm.weight", ".norm.weight", "v_proj.weight", "up_proj.weight")) and "layers" in name:
@@ -70,13 +69,13 @@ def shop(tmp_path_factory, server):
     tiny_job.write_data(directory / "data", vocab_size=120)
     server.run("training_jobs:import_checkpoints", 1, {"models": imports})
 
-    def run(tool: str, output: Path, model: str, *flags, layout="bf16", **more):
-        nproc, layout_flags, _ = LAYOUTS[layout]
+    def run(tool: str, output: Path, model: str, *flags, parallelism="bf16", **more):
+        nproc, parallel_flags, _ = PARALLELISM[parallelism]
         argv = [
             *("--output", str(output), "--qad-teacher", f"{directory}/{model}", "--data-path", f"{directory}/data"),
             *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8"),
-            *(*tiny_job.READ_HERE, *layout_flags, *flags),
+            *(*tiny_job.READ_HERE, *parallel_flags, *flags),
         ]
         return server.run("training_jobs:tool", nproc, {"name": tool, "argv": argv}, **more)
 
@@ -86,62 +85,63 @@ def shop(tmp_path_factory, server):
 
 @pytest.fixture(scope="module")
 def smoothed(shop):
-    """Every model smoothed in its layouts and exported: layout -> model -> Hugging Face directory."""
-    found, exports = {}, []
-    for layout, (_, _, models) in LAYOUTS.items():
-        found[layout] = {}
+    """Hugging Face directories of all smoothed models, exported: parallelism -> model -> directory."""
+    directories, exports = {}, []
+    for parallelism, (_, _, models) in PARALLELISM.items():
+        directories[parallelism] = {}
         for model in models:
-            output = shop.directory / f"{model} {layout}"
-            source = f"{model} {DTYPES[layout != 'bf16']}"
-            said = shop("smooth", output, source, "--qad-calibration-samples", "8", layout=layout)
-            assert "what they were, bit for bit" in said, said[-2000:]
-            found[layout][model] = shop.directory / f"hf {model} {layout}"
-            exports.append([str(output), str(found[layout][model]), "bf16"])
+            output = shop.directory / f"{model} {parallelism}"
+            source = f"{model} {DTYPES[parallelism != 'bf16']}"
+            log = shop("smooth", output, source, "--qad-calibration-samples", "8", parallelism=parallelism)
+            assert "unchanged, bit for bit" in log, log[-2000:]
+            directories[parallelism][model] = shop.directory / f"hf {model} {parallelism}"
+            exports.append([str(output), str(directories[parallelism][model]), "bf16"])
     shop.server.run("hybrid_jobs:export", 1, {"exports": exports})
-    return found
+    return directories
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_transformers_computes_the_same_bit_for_bit(shop, smoothed, model):
-    original, after = shop.directory / f"hf {model}", smoothed["bf16"][model]
-    was, is_now = (load_file(path / "model.safetensors") for path in (original, after))
-    changed = {name for name in was if not torch.equal(was[name], is_now[name])}
-    for name in changed:  # by powers of two and by nothing else
-        ratio = (is_now[name].double() / was[name].double()).nan_to_num(nan=1.0)
+def test_logits_in_transformers_are_equal_bit_for_bit(shop, smoothed, model):
+    original_dir, smoothed_dir = shop.directory / f"hf {model}", smoothed["bf16"][model]
+    original, result = (load_file(path / "model.safetensors") for path in (original_dir, smoothed_dir))
+    changed = {name for name in original if not torch.equal(original[name], result[name])}
+    for name in changed:  # only by powers of two
+        ratio = (result[name].double() / original[name].double()).nan_to_num(nan=1.0)
         assert torch.equal(ratio.log2(), ratio.log2().round()), name
-    print(f"{model}: {len(changed)} of {len(was)} tensors changed")
-    for part in CHANGED + CHANGED_IN.get(model, ()):
-        reached = [name for name in was if fnmatch(name, part)]
-        left = [name for name in reached if name not in changed]
-        assert reached and not [name for name in left if ".experts." not in name], part
-        assert len(left) < len(reached) / 2, part  # experts that saw few tokens stay as they are
-    stays = ("embed", "lm_head", "norm_f", "model.norm", "conv1d", "q_norm", "dt_bias", "A_log", "e_score_correction")
-    assert not [name for name in changed if any(part in name for part in stays)]
+    print(f"{model}: {len(changed)} of {len(original)} tensors changed")
+    for pattern in CHANGED + CHANGED_IN.get(model, ()):
+        matching = [name for name in original if fnmatch(name, pattern)]
+        unchanged = [name for name in matching if name not in changed]
+        assert matching and not [name for name in unchanged if ".experts." not in name], pattern
+        assert len(unchanged) < len(matching) / 2, pattern  # experts that saw few tokens do not change
+    fixed = ("embed", "lm_head", "norm_f", "model.norm", "conv1d", "q_norm", "dt_bias", "A_log", "e_score_correction")
+    assert not [name for name in changed if any(part in name for part in fixed)]
     tokens = torch.randint(0, 120, (2, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        logits = [tiny_hybrids.by_transformers(path)(tokens, use_cache=False).logits for path in (original, after)]
+        paths = (original_dir, smoothed_dir)
+        logits = [tiny_hybrids.by_transformers(path)(tokens, use_cache=False).logits for path in paths]
     assert logits[0].std() > 0.3
     assert torch.equal(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout not in ("bf16", "tp1")])
-def test_layouts_find_the_same_factors(smoothed, layout):
-    for model, directory in smoothed[layout].items():
-        found, expected = (load_file(d / "model.safetensors") for d in (directory, smoothed["tp1"][model]))
-        assert found.keys() == expected.keys()
+@pytest.mark.parametrize("parallelism", [name for name in PARALLELISM if name not in ("bf16", "tp1")])
+def test_factors_do_not_depend_on_parallelism(smoothed, parallelism):
+    for model, directory in smoothed[parallelism].items():
+        actual, expected = (load_file(d / "model.safetensors") for d in (directory, smoothed["tp1"][model]))
+        assert actual.keys() == expected.keys()
         for name in expected:
-            assert torch.equal(found[name], expected[name]), f"{model}: {name}"
+            assert torch.equal(actual[name], expected[name]), f"{model}: {name}"
 
 
-def test_virtual_stages_take_whole_rounds(shop, tmp_path):
-    """Two stages take microbatches by twos: three of two sequences become four."""
-    said = shop("smooth", tmp_path / "a", "llama float32", "--qad-calibration-samples", "6", layout="virtual")
-    assert "smoothed on 8 sequences" in said
+def test_virtual_stages_round_microbatches_up(shop, tmp_path):
+    """Two stages need an even number of microbatches: three microbatches of two sequences become four."""
+    log = shop("smooth", tmp_path / "a", "llama float32", "--qad-calibration-samples", "6", parallelism="virtual")
+    assert "smoothed on 8 sequences" in log
 
 
-def test_quantization_costs_less(shop, smoothed, tmp_path):
-    """Sensitivity's "everything in NVFP4", of the same model before and after. A sixteenth of the channels is an
-    outlier, whose block has no bits left for the others."""
+def test_smoothing_lowers_the_kl_of_nvfp4(shop, smoothed, tmp_path):
+    """Compares the KL of everything in NVFP4 before and after. A sixteenth of the channels are outliers, so that the
+    others in their blocks lose precision."""
     kls = []
     for model in ("llama bfloat16", "llama bf16"):
         shop("sensitivity", tmp_path / model, model)
@@ -150,7 +150,7 @@ def test_quantization_costs_less(shop, smoothed, tmp_path):
     assert kls[1] < 0.75 * kls[0]
 
 
-def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_path):
+def test_job_records_how_its_weights_were_smoothed(shop, smoothed, tmp_path):
     record = json_records.read(shop.directory / "llama bf16" / "qad_smoothing.json")
     assert record["checkpoint"] == "llama bfloat16" and record["alpha"] == 0.5 and record["sequences"] == 8
     assert record["text"][-1] == "bfloat16"
@@ -171,18 +171,18 @@ def test_a_job_remembers_what_its_weights_were_smoothed_by(shop, smoothed, tmp_p
     shop.server.run("training_jobs:train", 1, {"argv": trained})
     trained[1] = f"{where}/llama bf16"
     error = shop.server.run("training_jobs:train", 1, {"argv": trained}, fails=True)
-    assert "is of a job whose weights were not smoothed as" in error
+    assert "its job started from weights that were smoothed differently from" in error
 
 
-def test_flags_of_training_are_left_out(shop, tmp_path):
-    """The pipeline's stage is given those of the job that follows."""
+def test_training_flags_are_ignored(shop, tmp_path):
+    """The smoothing stage of the job pipeline gets the flags of the training job that follows."""
     job = ["--train-samples", "64", "--lr", "1e-4", "--lr-decay-samples", "64", "--qad-keep-best", "2"]
     job += ["--qad-spike-factor", "5", "--wandb-project", "none", "--save", str(tmp_path / "run")]
     assert "bit for bit" in shop("smooth", tmp_path / "smoothed", "llama bfloat16", *job)
     assert [path.name for path in tmp_path.iterdir()] == ["smoothed"]
 
 
-def test_what_would_be_made_again_is_kept(shop, smoothed):
+def test_reuse_existing_keeps_an_equal_output(shop, smoothed):
     output = shop.directory / "llama bf16"
     before = (output / "latest_checkpointed_iteration.txt").stat().st_mtime_ns
     flags = ["--qad-calibration-samples", "8", "--reuse-existing"]
@@ -193,12 +193,12 @@ def test_what_would_be_made_again_is_kept(shop, smoothed):
     assert (output / "latest_checkpointed_iteration.txt").stat().st_mtime_ns == before
 
 
-def test_what_cannot_be_is_refused(shop, tmp_path):
+def test_invalid_flags_are_rejected(shop, tmp_path):
     def error(output: Path, *flags: str) -> str:
         return shop("smooth", output, "llama bfloat16", *flags, fails=True)
 
-    assert "--alpha 1.5: expected a number above 0, up to 1" in error(tmp_path / "a", "--alpha", "1.5")
-    assert "quantizes no input to NVFP4" in error(tmp_path / "a", "--qad-policy", "bf16")
+    assert "--alpha 1.5: expected a number above 0 and up to 1" in error(tmp_path / "a", "--alpha", "1.5")
+    assert "quantizes no activation to NVFP4" in error(tmp_path / "a", "--qad-policy", "bf16")
     assert "no --qad-student" in error(tmp_path / "a", "--qad-student", f"{shop.directory}/llama bfloat16")
     shutil.copytree(shop.directory / "hf llama", tmp_path / "b")
     assert "exists and is not empty" in error(tmp_path / "b")

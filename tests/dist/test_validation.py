@@ -1,4 +1,4 @@
-"""Validations that compare: each one reads the same tokens. Steps and validations without a counted token are said."""
+"""Every validation reads the same tokens; steps and validations without counted tokens are reported."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,9 @@ from fork_server import ForkServer
 from megatron_qad.engine.run_directory import json_records
 
 VOCAB = tiny_job.LLAMA["vocab_size"]
-# The weights stay what they are, so that all validations measure one model. Unquantized: amaxes come of training data.
-STILL = ["--lr", "0", "--min-lr", "0", "--qad-policy", "bf16"]
+# The weights do not change, so that all validations measure the same model. Unquantized, because amaxes depend on the
+# training data.
+FIXED = ["--lr", "0", "--min-lr", "0", "--qad-policy", "bf16"]
 
 
 def write_data(prefix: Path, masks: list) -> None:
@@ -33,7 +34,7 @@ class Shop:
         self.directory, self._server = directory, server
 
     def run(self, *flags: str, nproc: int = 1, num_steps: int = 4, data: str = "data", **more) -> str:
-        """The output of a job that validates every second step."""
+        """Run a job that validates every second step, and return its output."""
         d = self.directory
         argv = [
             *("--qad-teacher", f"{d}/teacher", "--qad-student", f"{d}/student", "--data-path", f"{d}/{data}"),
@@ -52,8 +53,8 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def masks() -> list[list[int]]:
-    """Of 60 documents. The first token never counts: of the first document it is nobody's label, and which one that is
-    depends on the order; between documents that are kept apart it is none either."""
+    """Loss masks of 60 documents. The first token of each never counts, because the first token of the data and of each
+    separate document is not a label."""
     rng = np.random.default_rng(3)
     return [[0, *(rng.random(int(rng.integers(20, 60))) < 0.5).astype(int)] for _ in range(60)]
 
@@ -61,16 +62,16 @@ def masks() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, server, masks):
     directory = tmp_path_factory.mktemp("validation")
-    for who, noise in (("teacher", 0.0), ("student", 0.3)):
-        tiny_job.write_hf(directory / f"hf_{who}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
+    for role, noise in (("teacher", 0.0), ("student", 0.3)):
+        tiny_job.write_hf(directory / f"hf_{role}", tiny_job.LLAMA | {"dtype": "bfloat16"}, noise=noise)
     write_data(directory / "data", masks)
-    models = [(f"{directory}/hf_{who}", f"{directory}/{who}", "float32") for who in ("teacher", "student")]
+    models = [(f"{directory}/hf_{role}", f"{directory}/{role}", "float32") for role in ("teacher", "student")]
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return Shop(directory, server)
 
 
 def validations(output: str) -> list[str]:
-    """What each validation says, behind its iteration."""
+    """Return the text of each validation after its iteration."""
     return re.findall(r"megatron_qad validation at iteration \d+ \| (.*)", output)
 
 
@@ -80,15 +81,15 @@ def num_tokens(line: str) -> int:
 
 @pytest.fixture(scope="module")
 def expected(shop, masks) -> str:
-    """What every validation of the unchanged student says; its run is in ``run``."""
-    lines = validations(shop.run(*STILL, "--save", f"{shop.directory}/run"))
+    """Text of every validation of the unchanged student, whose run is in ``run``."""
+    lines = validations(shop.run(*FIXED, "--save", f"{shop.directory}/run"))
     assert len(lines) == 3 and len(set(lines)) == 1, lines
     assert num_tokens(lines[0]) == sum(map(sum, masks[48:]))
     return lines[0]
 
 
 def test_every_validation_reads_the_same_tokens(shop, expected):
-    """At other seeds, batch sizes and numbers of ranks, by workers that read ahead, resumed, and without training."""
+    """With other seeds, batch sizes and numbers of ranks, with data workers, after a resume, and without training."""
     run = ["--load", f"{shop.directory}/run"]
     for flags, more in (
         (["--seed", "7", "--global-batch-size", "4", "--eval-interval", "3", "--num-workers", "2"], {}),
@@ -96,12 +97,12 @@ def test_every_validation_reads_the_same_tokens(shop, expected):
         ([*run, "--global-batch-size", "12", "--override-opt-param-scheduler"], {"num_steps": 6}),
         ([*run, "--skip-train"], {}),
     ):
-        lines = validations(shop.run(*STILL, *flags, **more))
+        lines = validations(shop.run(*FIXED, *flags, **more))
         assert lines and set(lines) == {expected}, flags
 
 
-def test_other_layouts_count_the_same_tokens(shop, expected):
-    """Their sums are added in another order, so that the last digits of the means may differ."""
+def test_other_parallelism_counts_the_same_tokens(shop, expected):
+    """Sums are added in another order, so that the last digits of the means may differ."""
 
     def numbers(line: str) -> list[float]:
         return [float(part.split(": ")[1]) for part in line.split(" | ")]
@@ -110,15 +111,15 @@ def test_other_layouts_count_the_same_tokens(shop, expected):
         (["--tensor-model-parallel-size", "2", "--context-parallel-size", "2"], 4),
         (["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"], 2),
     ):
-        lines = validations(shop.run(*STILL, *flags, nproc=nproc, num_steps=2))
+        lines = validations(shop.run(*FIXED, *flags, nproc=nproc, num_steps=2))
         assert len(lines) == 2 and len(set(lines)) == 1
         assert num_tokens(lines[0]) == num_tokens(expected)
         assert numbers(lines[0]) == pytest.approx(numbers(expected), rel=1e-5)
 
 
-def test_an_evaluation_that_calibrates_counts_the_same_tokens(shop, expected):
-    """A quantized student that no step calibrated: calibration reads ahead in the evaluation, also more than all of it,
-    and gives back what it read. In packed rows."""
+def test_evaluation_that_calibrates_counts_the_same_tokens(shop, expected):
+    """Without a training step, calibration reads ahead in the evaluation, even more than its data, and returns the
+    microbatches. Uses packed rows."""
     flags = ["--skip-train", "--dataloader-inter-document-masking", "--qad-policy", "nvfp4-all-linear"]
     for samples in ("8", "40"):
         (line,) = validations(shop.run(*flags, "--qad-calibration-samples", samples))
@@ -128,13 +129,13 @@ def test_an_evaluation_that_calibrates_counts_the_same_tokens(shop, expected):
 
 
 def test_fewer_iterations_read_a_prefix(shop, expected, masks, tmp_path):
-    """With which the whole set's validations are not ranked."""
-    output = shop.run(*STILL, "--eval-iters", "1", "--save", str(tmp_path))
+    """Validations on a prefix and on the whole set are not ranked together."""
+    output = shop.run(*FIXED, "--eval-iters", "1", "--save", str(tmp_path))
     assert "the first 8 of " in output
     lines = validations(output)
     assert len(set(lines)) == 1 and 0 < num_tokens(lines[0]) < num_tokens(expected)
     flags = ["--eval-iters", "50", "--save", str(tmp_path), "--override-opt-param-scheduler"]
-    output = shop.run(*STILL, *flags, num_steps=6)
+    output = shop.run(*FIXED, *flags, num_steps=6)
     num_samples = -(-(sum(map(len, masks[48:])) - 1) // 32)
     assert set(validations(output)) == {expected}
     assert f"--eval-iters 50 becomes {-(-num_samples // 8)}" in output
@@ -146,12 +147,12 @@ def test_fewer_iterations_read_a_prefix(shop, expected, masks, tmp_path):
 
 @pytest.fixture(scope="module")
 def mostly_masked(shop) -> str:
-    """Data in which tokens of one training document and of one validation document count."""
+    """Data in which only tokens of one training document and of one validation document count."""
     write_data(shop.directory / "masked", [[int(i in (30, 50))] * 40 for i in range(60)])
     return "masked"
 
 
-def test_a_step_in_which_no_token_counts_is_named(shop, mostly_masked):
+def test_step_without_counted_tokens_is_reported(shop, mostly_masked):
     flags = ["--global-batch-size", "2", "--eval-iters", "0"]
     output = shop.run(*flags, data=mostly_masked, fails=True)
     (error,) = {line for line in output.splitlines() if line.startswith("error: ")}
@@ -161,7 +162,7 @@ def test_a_step_in_which_no_token_counts_is_named(shop, mostly_masked):
     assert len(skipped) == 2 and "number of skipped iterations:   2" in output
 
 
-def test_a_validation_in_which_no_token_counts_is_never_the_best(shop, mostly_masked, tmp_path):
+def test_validation_without_counted_tokens_is_not_ranked(shop, mostly_masked, tmp_path):
     flags = ["--global-batch-size", "2", "--eval-iters", "1", "--qad-on-nan", "skip", "--save", str(tmp_path / "run")]
     lines = validations(shop.run(*flags, data=mostly_masked, num_steps=2))
     assert set(lines) == {
@@ -172,7 +173,7 @@ def test_a_validation_in_which_no_token_counts_is_never_the_best(shop, mostly_ma
     assert "no checkpoint with a validation" in shop.export_best(tmp_path / "run", tmp_path / "best", fails=True)
 
 
-def test_a_split_in_which_nothing_counts_is_refused_on_every_rank(shop):
+def test_split_without_counted_tokens_is_rejected_on_every_rank(shop):
     write_data(shop.directory / "nothing", [[int(i < 48)] * 40 for i in range(60)])
     output = shop.run("--tensor-model-parallel-size", "2", data="nothing", nproc=2, fails=True)
     assert output.count("error: The valid split of ") == 2 and "Traceback" not in output

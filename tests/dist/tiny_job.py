@@ -1,4 +1,4 @@
-"""What a tiny QAD job needs: Hugging Face directories of a teacher and another student, data with loss masks."""
+"""Makes the inputs of tiny QAD jobs: random models as Hugging Face directories, and data with loss masks."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from megatron_qad.models.families import family_of
 
-# 120 tokens: padded to 128 at TP1 and to 256 at TP2, where the second rank holds no real column of the vocabulary.
+# A vocabulary of 120, padded to 128 at TP1 and to 256 at TP2, where the second rank holds only padding.
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -26,24 +26,24 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 READ_HERE = ("--num-workers", "0")
-"""No processes that read the data: starting and ending them is an eighth of a tiny job and more. The jobs of
-test_checkpoints, test_numbers, test_preemption and test_kill have them."""
+"""Turns data worker processes off, whose start and end take an eighth of a tiny job or more. The jobs of
+test_checkpoints, test_numbers, test_preemption and test_kill use them."""
 
 
 def write_hf(
     directory: Path, config: dict, *, seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """A random model in Hugging Face layout; ``noise`` moves each weight by that share of its scale."""
+    """Write a random model as a Hugging Face directory; ``noise`` adds noise to each weight, relative to its scale."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    weights, moves = (torch.Generator().manual_seed(n) for n in (seed, seed + 1000))
+    weight_rng, noise_rng = (torch.Generator().manual_seed(n) for n in (seed, seed + 1000))
     tensors = {}
     for tensor_map in family_of(config).all_tensors(config):
         for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
-            # Larger than an initialization: distributions far from uniform, so that the KL is not near zero.
+            # Larger than usual initial values, so that distributions are not uniform and the KL is not near zero.
             scale = {"norm": 0.1, "embedding": 0.5}.get(tensor_map.kind, 0.15)
-            tensor = torch.randn(shape, generator=weights) * scale
-            tensor += torch.randn(shape, generator=moves) * scale * noise
+            tensor = torch.randn(shape, generator=weight_rng) * scale
+            tensor += torch.randn(shape, generator=noise_rng) * scale * noise
             tensor = tensor + 1 if tensor_map.kind == "norm" else tensor
             tensors[name] = tensor if tensor_map.is_float32 else tensor.to(dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -51,7 +51,7 @@ def write_hf(
 
 
 def write_data(prefix: Path, *, vocab_size: int, num_documents: int = 60, seed: int = 0) -> Path:
-    """Random tokens; each document counts another share of its tokens in the loss, some of them none."""
+    """Write random tokens with loss masks; documents count different shares of their tokens, some of them none."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     rng = np.random.default_rng(seed)

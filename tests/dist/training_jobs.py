@@ -1,7 +1,7 @@
-"""What the ranks of test_training run: pretrain_qad.py's ``main``, watched from outside.
+"""Functions that the ranks of test_training run: pretrain_qad.py's ``main`` with a callback that records each step.
 
-Watching takes nothing away: a callback copies gradients, parameters and masters of this rank before and after each
-update, whole tensors' names and shard axes beside them.
+The callback copies gradients, parameters and masters of this rank before and after each update, with the global names
+of the tensors and the axes along which they are sharded.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from megatron_qad.engine.events import Callback
 
 
 def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
-    """tools/import_hf.py for several models: source, target and dtype of each."""
+    """Run the import of tools/import_hf.py for several models: (source, target, dtype) of each."""
     from megatron_qad.checkpoint.import_hf import import_hf
     from megatron_qad.engine.distributed import init_process_group
 
@@ -26,7 +26,7 @@ def import_checkpoints(models: list[tuple[str, str, str]]) -> None:
 
 
 def export_checkpoint(checkpoint: str, outputs: dict[str, str], iteration: int | str | None = None) -> None:
-    """tools/export_hf.py for several layouts: layout and directory of each."""
+    """Run the export of tools/export_hf.py for several export layouts: layout -> directory."""
     from megatron_qad.checkpoint.export_hf import export_hf
     from megatron_qad.engine import QADError
     from megatron_qad.engine.distributed import init_process_group
@@ -46,13 +46,13 @@ def train(
     weights_only: bool = False,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """``pretrain_qad.py *argv``, with its errors printed as the script prints them.
+    """Run ``pretrain_qad.py *argv``; errors are printed as the script prints them.
 
     Args:
-        record: each rank writes what it saw to ``{record}.rank{r}``: a list of steps, see ``_Watch``.
-        follow: record of a one-rank float32 job; each step starts from the parameters that that job had there.
-        weights_only: input quantizers are switched off after the first step, which calibrates them.
-        callbacks: of the caller, told of the job's events after ``_Watch``.
+        record: each rank writes its list of steps (see ``_Watch``) to ``{record}.rank{r}``.
+        follow: record of a one-rank float32 job; each step starts from that job's parameters at this step.
+        weights_only: turn the input quantizers off after the first step, which calibrates them.
+        callbacks: additional callbacks, which run after ``_Watch``.
     """
     import pretrain_qad
     from megatron_qad.engine import QADError
@@ -68,7 +68,7 @@ def train(
 
 
 def compare_loop(argv: list[str], result: str) -> None:
-    """Train; write the names in the module of Megatron's loop that are other functions than before, meanwhile and
+    """Train; write the names of functions that are replaced in the module of Megatron's loop, during training and
     afterwards."""
     from megatron.training import training as megatron_loop
 
@@ -77,23 +77,23 @@ def compare_loop(argv: list[str], result: str) -> None:
     def changed() -> list[str]:
         after = vars(megatron_loop)
         names = sorted(n for n in before.keys() | after.keys() if after.get(n) is not before.get(n))
-        return [name for name in names if callable(after.get(name))]  # the rest is its own state
+        return [name for name in names if callable(after.get(name))]  # other names are the module's own state
 
-    class Compares(Callback):
+    class Compare(Callback):
         def step_begins(self, step, model):
             torch.save(changed(), f"{result}.meanwhile")
 
-    train(argv, callbacks=[Compares()])
+    train(argv, callbacks=[Compare()])
     torch.save(changed(), f"{result}.afterwards")
 
 
 _INSIDE = ("megatron_qad/engine/cpu/", "megatron_qad/formats/", "megatron_qad/quantization/", "megatron_qad/models/")
-"""What runs inside a model's layers, or instead of a GPU; the output layer is beside them."""
+"""Code that runs inside of a model's layers or replaces a GPU. The output layer, in models/, is not part of it."""
 
 
 def files_of_a_microbatch(argv: list[str], result: str, num_microbatches: int) -> None:
-    """Train; write the files of ours with a function that runs once a microbatch, or a multiple of that, from the
-    beginning of the second step to its gradients."""
+    """Train; write the names of our files with a function that is called once per microbatch (or a multiple of that)
+    from the beginning of the second step to its gradients."""
     calls: Counter = Counter()
     root = f"{os.getcwd()}/"
 
@@ -110,17 +110,17 @@ def files_of_a_microbatch(argv: list[str], result: str, num_microbatches: int) -
             sys.setprofile(None)
 
     train(argv, callbacks=[Profile()])
-    files = {file for (file, _), number in calls.items() if number % num_microbatches == 0}
+    files = {file for (file, _), num_calls in calls.items() if num_calls % num_microbatches == 0}
     files = {f for f in files if f == "megatron_qad/models/output_layer.py" or not f.startswith((*_INSIDE, "tests/"))}
     torch.save(sorted(f for f in files if not f.startswith(".venv")), result)
 
 
 class _Watch(Callback):
-    """Records of every step: loss (sum, count) on the last stage, grad_norm, and shards by global parameter name.
+    """Records each step: loss (sum, count) on the last stage, grad_norm, and shards by global parameter name.
 
-    A shard is (tensor, axis along which tensor parallelism cut it or None, what this rank has of each of the stacked
-    parts that were cut one by one, tensor-parallel rank).
-    "batches" has the microbatches that the student was trained on, "amaxes" those of its input quantizers.
+    A shard is (tensor, axis along which it is tensor-parallel or None, this rank's rows of each stacked part that is
+    sharded separately, tensor-parallel rank). "batches" are the microbatches of the student, "amaxes" those of its
+    input quantizers.
     """
 
     def __init__(self, follow: str | None, weights_only: bool):
@@ -133,7 +133,7 @@ class _Watch(Callback):
 
     def step_begins(self, step, model):
         if self.steps and self._followed:
-            _take_parameters(model, self._followed[len(self.steps) - 1]["params"], self._shards)
+            _set_parameters(model, self._followed[len(self.steps) - 1]["params"], self._shards)
         if self.steps and self._weights_only:
             for module in (module for chunk in model for module in chunk.modules()):
                 if hasattr(module, "input_quantizer"):
@@ -149,20 +149,20 @@ class _Watch(Callback):
             ]
 
     def before_update(self, update):
-        # None: frozen
+        # None for frozen parameters
         self.steps[-1]["grads"] = self._shards(update.model, lambda p: getattr(p, "main_grad", None))
 
     def step_ended(self, step):
-        now = self.steps[-1]
-        now["loss"] = {name: torch.as_tensor(value).tolist() for name, value in step.losses.items()}
-        now["grad_norm"] = None if step.grad_norm is None else float(step.grad_norm)  # None: the update was left out
-        now["params"] = self._shards(step.model, lambda p: p.data)
-        now["masters"] = self._shards(step.model, _master)
-        now["amaxes"] = _amaxes(step.model)
-        now["num_quantizations"] = self._job.weights.num_quantizations
+        record = self.steps[-1]
+        record["loss"] = {name: torch.as_tensor(value).tolist() for name, value in step.losses.items()}
+        record["grad_norm"] = None if step.grad_norm is None else float(step.grad_norm)  # None if skipped
+        record["params"] = self._shards(step.model, lambda p: p.data)
+        record["masters"] = self._shards(step.model, _master)
+        record["amaxes"] = _amaxes(step.model)
+        record["num_quantizations"] = self._job.weights.num_quantizations
 
     @staticmethod
-    def _shards(model, value_of, copy: bool = True) -> dict:
+    def _shards(model, get_value, copy: bool = True) -> dict:
         from megatron.core import mpu
         from megatron.training import get_args
 
@@ -171,33 +171,33 @@ class _Watch(Callback):
         args = get_args()
         is_tied = not args.untie_embeddings_and_output_weights
 
-        found = {}
+        shards = {}
         for chunk in model:
             for name, module in named_modules_globally(chunk):
-                if is_tied and name == "output_layer":  # the last stage's copy
+                if is_tied and name == "output_layer":  # the copy of the embedding on the last stage
                     name = "embedding.word_embeddings"
                 for kind, parameter in module.named_parameters(recurse=False):
-                    if (value := value_of(parameter)) is None:
+                    if (value := get_value(parameter)) is None:
                         continue
-                    is_cut = getattr(parameter, "tensor_model_parallel", False)
-                    axis = parameter.partition_dim if is_cut else None
-                    kind = kind.replace("conv1d_", "conv1d.")  # as in a checkpoint
+                    is_sharded = getattr(parameter, "tensor_model_parallel", False)
+                    axis = parameter.partition_dim if is_sharded else None
+                    kind = kind.replace("conv1d_", "conv1d.")  # the name in a checkpoint
                     is_expert = ".experts.experts." in name
                     rank = mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
                     value = value.clone() if copy else value
-                    found[f"{name}.{kind}"] = (value, axis, _parts(name, parameter, args.swiglu), rank)
-        return found
+                    shards[f"{name}.{kind}"] = (value, axis, _part_rows(name, parameter, args.swiglu), rank)
+        return shards
 
 
-def _parts(name: str, parameter, is_gated: bool) -> list[int] | None:
-    """Rows of each part that tensor parallelism cut by itself; None: there is one part."""
+def _part_rows(name: str, parameter, is_gated: bool) -> list[int] | None:
+    """Return the rows of each part that is sharded separately, or None if there is one part."""
     if is_gated and name.endswith("linear_fc1"):
         return [len(parameter) // 2] * 2
-    return getattr(parameter, "partition_sizes", None)  # Mamba's
+    return getattr(parameter, "partition_sizes", None)  # set by Mamba layers
 
 
-def _take_parameters(model, whole: dict, shards) -> None:
-    """Write this rank's part of a one-rank job's parameters; vocabulary padding, whose length differs, stays."""
+def _set_parameters(model, whole: dict, shards) -> None:
+    """Set this rank's shards to the parameters of a one-rank job, except vocabulary padding, whose length differs."""
     from megatron.core import mpu
 
     for name, (parameter, axis, parts, rank) in shards(model, lambda p: p.data, copy=False).items():
@@ -224,13 +224,13 @@ def _amaxes(model) -> dict[str, torch.Tensor]:
 
 
 def _master(parameter):
-    """The float32 master of a BF16 parameter, in its shape; None where data-parallel ranks hold a part of it each."""
+    """Return the float32 master of a BF16 parameter in its shape, or None if data-parallel ranks hold shards of it."""
     master = getattr(parameter, "main_param", None)
     return None if master is None or master.numel() != parameter.numel() else master.view(parameter.shape)
 
 
 def tool(name: str, argv: list[str]) -> None:
-    """tools/``name``.py, with its errors printed as the script prints them."""
+    """Run tools/``name``.py; errors are printed as the script prints them."""
     sys.path.insert(0, "tools")
     from megatron_qad.engine import QADError
 

@@ -1,4 +1,4 @@
-"""The house: rooms import from lower floors only, importing the package starts nothing, files stay pages."""
+"""Structure of the package: imports between rooms, length of files, module-level state, side effects of an import."""
 
 import ast
 import subprocess
@@ -26,8 +26,8 @@ MAX_LINES = 400
 
 
 def rooms_imported(source: str, module: str) -> set[str]:
-    """Rooms that a module's source names in any import, also inside functions and relative ones."""
-    found = set()
+    """Return the rooms that a module imports, including relative imports and imports inside of functions."""
+    rooms = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -44,18 +44,18 @@ def rooms_imported(source: str, module: str) -> set[str]:
         for name in names:
             parts = name.split(".")
             if parts[0] == "megatron_qad" and len(parts) > 1 and parts[1] in FLOORS:
-                found.add(parts[1])
-    return found
+                rooms.add(parts[1])
+    return rooms
 
 
-def test_every_room_has_a_floor():
+def test_each_room_has_a_floor():
     rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms == set(FLOORS)
     assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_go_down(file):
+def test_rooms_import_lower_floors_only(file):
     relative = file.relative_to(ROOT).with_suffix("")
     room = relative.parts[1] if len(relative.parts) > 2 else None
     imported = rooms_imported(file.read_text(), ".".join(relative.parts))
@@ -78,12 +78,12 @@ def test_imports_go_down(file):
         ("import megatron.training", set()),
     ],
 )
-def test_the_parser_sees_imports_of_every_form(source, expected):
+def test_imports_of_every_form_are_found(source, expected):
     assert rooms_imported(source, "megatron_qad.quantization.policy") == expected
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_files_are_pages(file):
+def test_files_are_short(file):
     assert len(file.read_text().splitlines()) <= MAX_LINES
 
 
@@ -94,23 +94,23 @@ def test_importing_the_package_loads_neither_torch_nor_megatron():
     assert done.stdout.strip() == "[]"
 
 
-def test_nobody_asks_megatron_for_its_global_arguments():
-    """Code outside of Megatron receives ``args`` as an argument."""
+def test_package_does_not_use_megatrons_global_arguments():
+    """Code receives ``args`` as an argument instead of calling Megatron's ``get_args``."""
     assert not [str(file) for file in FILES if "get_args(" in file.read_text()]
 
 
 STATE_OF_A_PROCESS = {
     "engine/run_directory/locks.py": {"_held"},  # the locks that this process holds
     "engine/run_directory/manifest.py": {"_verified"},  # checkpoints that it has read and found whole
-    "data/prepare.py": {"_worker"},  # what a tokenizing process works with
+    "data/prepare.py": {"_worker"},  # the tokenizer of a tokenizing process
 }
-"""State that belongs to a process. All other state is an attribute of a job's objects."""
+"""Module-level state that belongs to a process. All other state is in attributes of a job's objects."""
 
 
 def module_state(source: str) -> set[str]:
-    """Names of mutable module-level state: rebound with ``global``, or initialized with an empty container."""
+    """Return names of mutable module-level state: rebound with ``global``, or initialized with an empty container."""
     tree = ast.parse(source)
-    found = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    names = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
     for node in tree.body:
         if isinstance(node, ast.AnnAssign) and node.value is not None:
             targets, value = [node.target], node.value
@@ -121,15 +121,15 @@ def module_state(source: str) -> set[str]:
         is_empty = isinstance(value, (ast.Dict, ast.List)) and not (
             getattr(value, "elts", None) or getattr(value, "keys", None)
         )
-        made = getattr(getattr(value, "func", None), "id", "") if isinstance(value, ast.Call) and not value.args else ""
-        if is_empty or made in ("set", "dict", "list", "deque", "defaultdict", "count", "Counter"):
-            found |= {target.id for target in targets if isinstance(target, ast.Name)}
-    return found
+        call = getattr(getattr(value, "func", None), "id", "") if isinstance(value, ast.Call) and not value.args else ""
+        if is_empty or call in ("set", "dict", "list", "deque", "defaultdict", "count", "Counter"):
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
 
 
-def test_no_state_in_modules():
-    found = {str(f.relative_to(PACKAGE)): state for f in FILES if (state := module_state(f.read_text()))}
-    assert found == STATE_OF_A_PROCESS
+def test_modules_have_no_state():
+    states = {str(f.relative_to(PACKAGE)): state for f in FILES if (state := module_state(f.read_text()))}
+    assert states == STATE_OF_A_PROCESS
 
 
 @pytest.mark.parametrize(
@@ -141,5 +141,5 @@ def test_no_state_in_modules():
         ("TABLE = {'a': 1}\nNAMES = ('a',)", set()),
     ],
 )
-def test_the_parser_sees_state_of_every_form(source, names):
+def test_state_of_every_form_is_found(source, names):
     assert module_state(source) == names

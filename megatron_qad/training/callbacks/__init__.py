@@ -1,4 +1,4 @@
-"""What a job does beside training, one file each: classes that subscribe to its events (``engine.events``)."""
+"""Callbacks: optional parts of a job, one file each, as classes that subscribe to its events (``engine.events``)."""
 
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
@@ -16,8 +16,8 @@ from megatron_qad.training.callbacks.step_times import StepTimes
 from megatron_qad.training.callbacks.validation import Validation
 
 
-def callbacks_of(job) -> list[Callback]:
-    """A job's own callbacks, in the order in which they hear of an event. A new one is a line here."""
+def build_callbacks(job) -> list[Callback]:
+    """Build the callbacks of a job, in the order in which they receive events. Add a new callback to this list."""
     losses = job.config.losses
     best = BestCheckpoints(job)
     return [
@@ -31,5 +31,5 @@ def callbacks_of(job) -> list[Callback]:
         Validation(),
         CheckpointKeeper(job, best),
         Preemption(job),
-        HangWatchdog(job),  # after those that may leave an update out
+        HangWatchdog(job),  # after the callbacks that may skip an update
     ]

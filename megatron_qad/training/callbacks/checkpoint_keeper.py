@@ -1,7 +1,7 @@
-"""Keeps a run's checkpoints: goes on when one could not be saved, and removes those that are neither new nor good.
+"""Continues after a failed save, and deletes checkpoints that are neither among the newest nor among the best.
 
-Below it ``engine.run_directory.atomic_checkpoint`` makes a checkpoint complete or invisible. Left out: what is in a
-checkpoint, which is Megatron's.
+``engine.run_directory.atomic_checkpoint`` makes sure that a visible checkpoint is complete. Megatron writes its
+content.
 """
 
 import shutil
@@ -23,10 +23,10 @@ from megatron_qad.training.callbacks.best_checkpoints import BestCheckpoints
 
 
 class CheckpointKeeper(Callback):
-    """``--qad-keep-last`` and ``--qad-keep-best``, and saves that fail.
+    """Implements ``--qad-keep-last`` and ``--qad-keep-best``, and handles failed saves.
 
     Args:
-        best: ranks the checkpoints.
+        best: ranking of the checkpoints.
     """
 
     def __init__(self, job, best: BestCheckpoints):
@@ -34,7 +34,7 @@ class CheckpointKeeper(Callback):
         options = job.config.options
         self._last, self._best = options.qad_keep_last, options.qad_keep_best
         self.failed: str | None = None
-        """What is to be said of the newest save, if it failed."""
+        """Error message of the newest save if it failed, otherwise None."""
 
     @property
     def _root(self) -> Path:
@@ -42,64 +42,64 @@ class CheckpointKeeper(Callback):
 
     def save_begins(self, save: Save) -> None:
         if save.iteration is not None:
-            on_first_rank(lambda: _check_room(self._root, save.iteration))
+            on_first_rank(lambda: _check_free_space(self._root, save.iteration))
 
     def save_ended(self, save: Save) -> None:
         """
         Raises:
-            QADError: it failed where no other save follows.
+            QADError: the save failed and no other save follows.
         """
         if save.error is not None:
-            self._survive(save)
+            self._handle_failure(save)
             return
-        if save.iteration is not None:  # the wait for a save in the background says nothing of one that did not begin
+        if save.iteration is not None:  # None: a wait for background saves, also if an earlier save did not begin
             self.failed = None
         if torch.distributed.get_rank() == 0 and (self._last or self._best):
-            for directory in self._superfluous(self._root):
+            for directory in self._unneeded(self._root):
                 print_rank_0(f"megatron_qad: removing {directory.name}, neither among the last nor the best")
-                gone = directory.with_name(directory.name + atomic_checkpoint.REMOVED)
-                directory.rename(gone)  # at once; what follows may take a while
-                shutil.rmtree(gone)
+                removed = directory.with_name(directory.name + atomic_checkpoint.REMOVED)
+                directory.rename(removed)  # atomic, while the deletion may take long
+                shutil.rmtree(removed)
 
     def job_ends(self, is_done: bool) -> None:
         """
         Raises:
-            QADError: the job leaves early, and the save before that failed.
+            QADError: the job ends early, and its last save failed.
         """
         if not is_done and self.failed is not None:
-            raise QADError(f"{self.failed}. The job ends here and its last steps are not saved: make room, resume")
+            raise QADError(f"{self.failed}. The job ends here and its last steps are not saved. Free space and resume.")
 
-    def _survive(self, save: Save) -> None:
+    def _handle_failure(self, save: Save) -> None:
         root = self._root
-        on_first_rank(lambda: _remove_traces(root, save.iteration))
+        on_first_rank(lambda: _remove_partial_files(root, save.iteration))
         tracked = read_tracker(root) or "none"
-        what = "the checkpoint" if save.iteration is None else f"the checkpoint of iteration {save.iteration}"
+        name = "the checkpoint" if save.iteration is None else f"the checkpoint of iteration {save.iteration}"
         reason = _reason(save.error, self._job.saves)
-        self.failed = said = f"{what} could not be saved: {reason}. The last good one is {tracked}, in {root}"
+        self.failed = message = f"{name} could not be saved: {reason}. The last good one is {tracked}, in {root}"
         if save.is_last:
             raise QADError(
-                f"{said}. Training has ended and its last steps are not saved: make room, resume"
+                f"{message}. Training has ended and its last steps are not saved. Free space and resume."
             ) from save.error
-        print_rank_0(f"megatron_qad: ERROR: {said}. The job goes on; the next save is at the next interval")
+        print_rank_0(f"megatron_qad: ERROR: {message}. The job continues; the next save is at the next interval")
         save.is_survived = True
 
-    def _superfluous(self, root: Path) -> Iterator[Path]:
+    def _unneeded(self, root: Path) -> Iterator[Path]:
         if not (root / TRACKER).is_file():
             return
-        whole = [path for path in saved_iterations(root) if (path / manifest.FILE).is_file()]
-        ranked = self._ranking.ranked([iteration_of(path) for path in whole])
+        complete = [path for path in saved_iterations(root) if (path / manifest.FILE).is_file()]
+        ranked = self._ranking.ranked([iteration_of(path) for path in complete])
         if self._best and not self._last and len(ranked) < self._best:
-            return  # what was never validated is not worse than what was
-        keep = {int((root / TRACKER).read_text())} | {iteration_of(path) for path in whole[: self._last or 0]}
+            return  # checkpoints without a validation are not worse than others
+        keep = {int((root / TRACKER).read_text())} | {iteration_of(path) for path in complete[: self._last or 0]}
         keep |= set(ranked[: self._best or 0])
-        for path in whole:
-            # Newer than the tracker: of a run that was set back.
+        for path in complete:
+            # Checkpoints newer than the tracker are from before a rollback and stay.
             if iteration_of(path) not in keep and iteration_of(path) < max(keep):
                 yield path
 
 
-def _check_room(root: Path, iteration: int) -> None:
-    """Make the directory that Megatron would make on one rank, and refuse to start what cannot be finished."""
+def _check_free_space(root: Path, iteration: int) -> None:
+    """Create the directory of a checkpoint, and check that the disk has room for as many bytes as the one before."""
     (root / f"iter_{iteration:07d}").mkdir(parents=True, exist_ok=True)
     needed = max((manifest.num_bytes(path) for path in saved_iterations(root)[:2]), default=0)
     free = shutil.disk_usage(root).free
@@ -107,8 +107,8 @@ def _check_room(root: Path, iteration: int) -> None:
         raise SaveFailed(f"{root} has {free / 1e9:.3g} GB free; the checkpoint before took {needed / 1e9:.3g} GB")
 
 
-def _remove_traces(root: Path, iteration: int | None) -> None:
-    """What a failed save left takes the room that the next one needs. None: whichever asynchronous one it was."""
+def _remove_partial_files(root: Path, iteration: int | None) -> None:
+    """Remove the files of a failed save, whose space the next save needs. None: any asynchronous save."""
     atomic_checkpoint.clear_away(root, "" if iteration is None else f"iter_{iteration:07d}")
     for path in saved_iterations(root):
         if not any(path.iterdir()):
@@ -116,12 +116,12 @@ def _remove_traces(root: Path, iteration: int | None) -> None:
 
 
 def _reason(error: BaseException, saves: AtomicCheckpoints) -> str:
-    """The first line that says something, of torch's collection of every rank's traceback."""
+    """Return the message of the first failed rank, instead of torch's tracebacks of all ranks."""
     if not isinstance(error, CheckpointException):
         return str(error)
-    found = {rank: str(problem[0]) for rank, problem in error.failures.items()}
-    rank = min(found, default=None)
-    if not found:
-        return "another rank's writer failed, which the first rank names"
-    # torch does not say why a write failed.
-    return f"rank {rank}: {found[rank]} (disk: {saves.free_after_writing / 1e6:.3g} MB were free then)"
+    messages = {rank: str(failure[0]) for rank, failure in error.failures.items()}
+    rank = min(messages, default=None)
+    if not messages:
+        return "the writer of another rank failed; see the message of the first rank"
+    # torch's message does not give the cause, so the free space is added.
+    return f"rank {rank}: {messages[rank]} (disk: {saves.free_after_writing / 1e6:.3g} MB were free then)"

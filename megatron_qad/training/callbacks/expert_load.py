@@ -1,10 +1,9 @@
-"""Where tokens go: the load of every expert in teacher and student, and how many tokens are sent elsewhere.
+"""Measures the load of each expert in teacher and student, and the share of tokens whose experts differ between them.
 
-Measured in evaluations, from what the routers of both models decide for the same microbatches; training is left alone.
-A frozen router decides otherwise than the teacher's only because its input moved, so that the share of tokens whose
-experts changed says how far the student has drifted inside. Left out: a teacher with other layers or experts, which has
-no counterpart to compare with, and packed rows that the teacher takes in larger microbatches. Masked tokens are counted
-like others, also those that fill an evaluation's last batch.
+It compares the decisions of both models' routers for the same microbatches, in evaluations only. A frozen router
+decides differently from the teacher's only if its input has changed, so the share shows how far the student's hidden
+states have drifted. Not supported: teachers with other layers or experts, and packed rows in larger teacher
+microbatches. Masked tokens, and those that pad the last batch of an evaluation, count like all others.
 """
 
 from collections import defaultdict, deque
@@ -22,17 +21,17 @@ from megatron_qad.engine.run_directory.run_files import LOAD_FILE
 
 
 class ExpertLoad(Callback):
-    """Counts of the evaluation that is running, by global layer number."""
+    """Counts router decisions in the current evaluation, by global layer number."""
 
     def __init__(self, job):
         self._job = job
         self.is_measuring = False
-        self._of_teacher: dict[int, deque] = defaultdict(deque)  # decisions [s, b, experts] yet to be compared
+        self._teacher_decisions: dict[int, deque] = defaultdict(deque)  # [s, b, experts], not yet compared
         self._counts: dict[int, torch.Tensor] = {}  # int64 [2, experts + 1]: teacher, student; loads, tokens or changed
 
     def student_ready(self, student: Sequence[torch.nn.Module]) -> None:
         teacher = self._job.teacher
-        self.watch(teacher.chunks if teacher is not None else [], student)
+        self.add_hooks(teacher.chunks if teacher is not None else [], student)
 
     def forward_begins(self, batches, is_training: bool) -> None:
         self.is_measuring = not is_training
@@ -40,61 +39,64 @@ class ExpertLoad(Callback):
     def evaluation_ended(self, iteration: int, means: dict[str, float]) -> None:
         self.report(iteration)
 
-    def watch(self, teacher: Sequence[torch.nn.Module], student: Sequence[torch.nn.Module]) -> None:
-        """Listen to the routers of these model chunks; to the teacher's where the student has one in that layer."""
-        of_teacher, of_student = (
+    def add_hooks(self, teacher: Sequence[torch.nn.Module], student: Sequence[torch.nn.Module]) -> None:
+        """Add hooks to the routers of the student, and to those of the teacher in layers where the student has one."""
+        teacher_routers, student_routers = (
             [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
             for chunks in (teacher, student)
         )
-        compared = {router.layer_number for router in of_student}
-        for router in of_student:
-            router.register_forward_hook(self._student_decides)
-        for router in of_teacher:
+        compared = {router.layer_number for router in student_routers}
+        for router in student_routers:
+            router.register_forward_hook(self._count_student)
+        for router in teacher_routers:
             if router.layer_number in compared:
-                router.register_forward_hook(self._teacher_decides)
+                router.register_forward_hook(self._keep_teacher)
 
-    def _teacher_decides(self, router: TopKRouter, inputs, outputs) -> None:
+    def _keep_teacher(self, router: TopKRouter, inputs, outputs) -> None:
         if self.is_measuring:
-            self._of_teacher[router.layer_number].append(outputs[1].unflatten(0, inputs[0].shape[:2]))
+            self._teacher_decisions[router.layer_number].append(outputs[1].unflatten(0, inputs[0].shape[:2]))
 
-    def _student_decides(self, router: TopKRouter, inputs, outputs) -> None:
+    def _count_student(self, router: TopKRouter, inputs, outputs) -> None:
         if not self.is_measuring:
             return
-        decided = outputs[1].unflatten(0, inputs[0].shape[:2])
-        layer, experts = router.layer_number, decided.shape[-1]
+        student = outputs[1].unflatten(0, inputs[0].shape[:2])
+        layer, num_experts = router.layer_number, student.shape[-1]
         if layer not in self._counts:
-            self._counts[layer] = torch.zeros(2, experts + 1, dtype=torch.int64, device=decided.device)
+            self._counts[layer] = torch.zeros(2, num_experts + 1, dtype=torch.int64, device=student.device)
         counts = self._counts[layer]
-        counts[1, :experts] += decided.sum((0, 1))
-        waiting = self._of_teacher[layer]
+        counts[1, :num_experts] += student.sum((0, 1))
+        waiting = self._teacher_decisions[layer]
         if not waiting:
             return
-        of_teacher = waiting.popleft()
-        if of_teacher.shape[1] > decided.shape[1]:  # the teacher takes several of the student's microbatches at a time
-            waiting.appendleft(of_teacher[:, decided.shape[1] :])
-            of_teacher = of_teacher[:, : decided.shape[1]]
-        if of_teacher.shape == decided.shape:
-            counts[0, :experts] += of_teacher.sum((0, 1))
-            counts[0, experts] += decided.shape[0] * decided.shape[1]
-            counts[1, experts] += (of_teacher != decided).any(-1).sum()
+        teacher = waiting.popleft()
+        if teacher.shape[1] > student.shape[1]:  # a teacher microbatch holds several of the student's
+            waiting.appendleft(teacher[:, student.shape[1] :])
+            teacher = teacher[:, : student.shape[1]]
+        if teacher.shape == student.shape:
+            counts[0, :num_experts] += teacher.sum((0, 1))
+            counts[0, num_experts] += student.shape[0] * student.shape[1]
+            counts[1, num_experts] += (teacher != student).any(-1).sum()
 
     def take(self) -> dict[int, dict]:
-        """Of all ranks, by layer: "student" and "teacher" (tokens of each expert; teacher None where it was not
-        compared), "compared" tokens, and how many of them "changed" at least one of their experts. Called by all."""
-        found = {}
+        """Return and reset the counts of all ranks by layer. Collective.
+
+        "student" and "teacher": tokens of each expert (teacher None if nothing was compared). "compared": number of
+        compared tokens. "changed": how many of them have at least one other expert.
+        """
+        layers = {}
         for layer, counts in sorted(self._counts.items()):
             group = mpu.get_tensor_and_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(counts, group=group)
             (*teacher, compared), (*student, changed) = counts.tolist()
-            found[layer] = {"student": student, "teacher": teacher if compared else None}
-            found[layer] |= {"compared": compared, "changed": changed}
-        self._counts, self._of_teacher = {}, defaultdict(deque)
+            layers[layer] = {"student": student, "teacher": teacher if compared else None}
+            layers[layer] |= {"compared": compared, "changed": changed}
+        self._counts, self._teacher_decisions = {}, defaultdict(deque)
         stages: list[dict] = [{} for _ in range(mpu.get_pipeline_model_parallel_world_size())]
-        torch.distributed.all_gather_object(stages, found, group=mpu.get_pipeline_model_parallel_group())
+        torch.distributed.all_gather_object(stages, layers, group=mpu.get_pipeline_model_parallel_group())
         return {layer: counts for stage in stages for layer, counts in stage.items()}
 
     def report(self, iteration: int) -> None:
-        """Log and store the evaluation that just ran; nothing for a model without experts."""
+        """Log and store the counts of the latest evaluation; does nothing for a model without experts."""
         layers = self.take()
         compared = {layer: counts for layer, counts in layers.items() if counts["teacher"] is not None}
         if not layers:
@@ -108,7 +110,7 @@ class ExpertLoad(Callback):
             where = f" (layer {most - 1}: {changed[most]:.2%})"
         means["busiest_student"] = max(busiest(counts["student"]) for counts in layers.values())
         text = [f"tokens whose experts changed: {means['changed']:.2%}{where}"] if compared else []
-        text += [f"busiest expert, of a mean load, {who[8:]}: {means[who]:.2f}" for who in means if who != "changed"]
+        text += [f"busiest expert / mean load, {name[8:]}: {means[name]:.2f}" for name in means if name != "changed"]
         print_rank_last(f" megatron_qad experts at iteration {iteration} | " + " | ".join(text))
         if not is_last_rank():
             return
@@ -121,5 +123,5 @@ class ExpertLoad(Callback):
 
 
 def busiest(load: Sequence[int]) -> float:
-    """The largest load over the mean one; 1 if all are alike."""
+    """Return the largest load divided by the mean load: 1 if all experts have the same load."""
     return max(load) * len(load) / max(sum(load), 1)

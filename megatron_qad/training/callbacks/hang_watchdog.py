@@ -1,4 +1,4 @@
-"""Names the rank that is behind when nothing moves any more, and ends the job (``--qad-hang-timeout``)."""
+"""Ends a job without progress, and names the rank that is behind (``--qad-hang-timeout``)."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from megatron_qad.engine.heartbeat import Heartbeat
 
 
 class HangWatchdog(Callback):
-    """Every event is progress, and so is a microbatch of the student."""
+    """Reports each event, and each microbatch of the student, as progress to the heartbeat."""
 
     def __init__(self, job):
         self._job = job

@@ -1,9 +1,9 @@
-"""Hidden-state losses in training: the teacher's layers leave their outputs in the batch, the student's meet them.
+"""Hidden-state losses: compares outputs of the student's layers with those of the teacher's layers in training.
 
-Both are forward hooks, active during a training step only. Nothing is sent between stages: a layer's loss hangs on its
-own output (``attach_loss``), so the two layers of a pair must be on one pipeline rank. The teacher's outputs of all
-microbatches are kept until the student's layer has used them. The losses' sums join the others in the log after the
-step.
+Forward hooks on the teacher's layers store their outputs in the batch; hooks on the student's layers compute the loss.
+They are active in training steps only. The loss is attached to the output of its layer (``attach_loss``) and nothing is
+sent between stages, so both layers of a pair must be on the same pipeline rank. The teacher's outputs of all
+microbatches are stored until the student's layer has used them. The sums are added to the log after the step.
 """
 
 from collections import defaultdict, deque
@@ -27,7 +27,7 @@ class HiddenStateLosses(Callback):
         self._job = job
         self.terms = job.config.losses.terms_of_type(HiddenLoss)
         self._is_active = False
-        # By the student's layer: (term's number, teacher's layer, pairs of that term).
+        # Layer of the student -> (index of the term, layer of the teacher, number of pairs of that term).
         self._pairs: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         self._recomputed: dict[int, deque[Batch]] = defaultdict(deque)
 
@@ -35,23 +35,23 @@ class HiddenStateLosses(Callback):
         config, teacher = self._job.config, self._job.teacher.chunks
         self._config = get_model_config(student[0])
         self._sums = torch.zeros(len(self.terms), dtype=torch.float64, device=torch.cuda.current_device())
-        for number, term in enumerate(self.terms):
+        for term_index, term in enumerate(self.terms):
             pairs = term.loss.pairs(config.student.num_layers, config.teacher.num_layers)
-            for mine, theirs in pairs:
-                self._pairs[mine].append((number, theirs, len(pairs)))
-        wanted_by = defaultdict(list)
+            for student_layer, teacher_layer in pairs:
+                self._pairs[student_layer].append((term_index, teacher_layer, len(pairs)))
+        keys_by_layer = defaultdict(list)  # layer of the teacher -> keys of ``Batch.teacher_states``
         for index, layer in _layers(student):
             if index in self._pairs:
                 layer.register_forward_hook(lambda _layer, _args, output, i=index: self._compare(i, output))
-                for number, theirs, _ in self._pairs[index]:
-                    wanted_by[theirs].append((number, index))
+                for term_index, teacher_layer, _ in self._pairs[index]:
+                    keys_by_layer[teacher_layer].append((term_index, index))
         for index, layer in _layers(teacher):
-            if index in wanted_by:
-                keys = wanted_by[index]
+            if index in keys_by_layer:
+                keys = keys_by_layer[index]
                 layer.register_forward_hook(lambda _layer, _args, output, keys=keys: self._keep(keys, output))
 
     def forward_begins(self, batches, is_training: bool) -> None:
-        """In a training step the teacher's layers keep their outputs, and the student's are compared with them."""
+        """Activate the hooks for a training step."""
         self._is_active = is_training
 
     def forward_ended(self, reports: list[dict[str, Tensor]], is_training: bool) -> None:
@@ -61,24 +61,24 @@ class HiddenStateLosses(Callback):
 
     def _keep(self, keys: list[tuple[int, int]], output) -> None:
         if self._is_active:
-            # Another tensor of the same memory: Megatron's interleaved schedule empties the one that a stage has
-            # sent, also in a forward-only pass.
-            state = _hidden_of(output).detach()
+            # detach() makes another tensor with the same memory: Megatron's interleaved schedule empties tensors that
+            # a stage has sent, also in a forward-only pass.
+            state = _hidden_states(output).detach()
             self._job.forward.batch.teacher_states.update(dict.fromkeys(keys, state))
 
     def _compare(self, index: int, output):
         if not self._is_active:
             return None
-        if not torch.is_grad_enabled():  # activation recompute: the pass that counts comes within the backward pass
+        if not torch.is_grad_enabled():  # activation recompute: the loss is computed when the backward pass recomputes
             self._recomputed[index].append(self._job.forward.batch)
             return None
         batch = self._recomputed[index].popleft() if self._recomputed[index] else self._job.forward.batch
-        hidden, total = _hidden_of(output), 0.0
+        hidden, total = _hidden_states(output), 0.0
         weight, step = self._token_weights(batch), self._job.loop.step
-        for number, _, num_pairs in self._pairs[index]:
-            term, state = self.terms[number], batch.teacher_states.pop((number, index))
+        for term_index, _, num_pairs in self._pairs[index]:
+            term, state = self.terms[term_index], batch.teacher_states.pop((term_index, index))
             value = (term.loss.per_token(hidden, state) * weight).sum() / num_pairs
-            self._sums[number] += value.detach()
+            self._sums[term_index] += value.detach()
             total = total + term.weight.at(step) * value
         if self._config.grad_scale_func is not None:
             total = self._config.grad_scale_func(total)
@@ -86,14 +86,14 @@ class HiddenStateLosses(Callback):
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _token_weights(self, batch: Batch) -> Tensor:
-        """The loss mask as hidden states lie on this rank: [s, b], under sequence parallelism [s/tp, b]."""
+        """Return the loss mask in the shape of the hidden states: [s, b], or [s/tp, b] with sequence parallelism."""
         weight = batch.loss_mask.t()
         if self._config.sequence_parallel:
             weight = weight.chunk(mpu.get_tensor_model_parallel_world_size())[mpu.get_tensor_model_parallel_rank()]
         return weight
 
     def report(self, losses_reduced: list[dict[str, Tensor]]) -> None:
-        """Add this step's sums to the reports of its microbatches, which the last stage has. Collective."""
+        """Add the sums of this step to the reports of its microbatches on the last stage. Collective."""
         counts_once = self._config.sequence_parallel or mpu.get_tensor_model_parallel_rank() == 0
         sums = self._sums if counts_once else torch.zeros_like(self._sums)
         torch.distributed.all_reduce(sums, group=mpu.get_model_parallel_group())
@@ -104,11 +104,11 @@ class HiddenStateLosses(Callback):
 
 
 def _layers(chunks: Sequence[torch.nn.Module]):
-    """(place in the whole pattern, layer) of the layers on this rank."""
+    """Yield (index in the layer pattern, layer) for the layers on this rank."""
     for chunk in chunks:
         for layer in unwrap_model(chunk).decoder.layers:
             yield layer.layer_number - 1, layer
 
 
-def _hidden_of(output) -> Tensor:
+def _hidden_states(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output

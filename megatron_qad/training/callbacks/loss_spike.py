@@ -1,4 +1,4 @@
-"""Goes back to the last good checkpoint when the loss jumps (``--qad-spike-factor``)."""
+"""Rolls back to the last good checkpoint when the loss spikes (``--qad-spike-factor``)."""
 
 import json
 import statistics
@@ -18,19 +18,21 @@ _MIN_HISTORY = 8
 
 
 class LossSpike(Callback):
-    """A loss above the factor times the median of the last 64 is a spike: its update is left out, and between this step
-    and the next the job goes back."""
+    """Detects a spike: a loss above the factor times the median of the last 64 losses.
+
+    The update of the step is skipped, and the job rolls back before the next step.
+    """
 
     def __init__(self, job):
         self._job = job
         self._factor = job.config.options.qad_spike_factor
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._has_spiked = False
-        self._distrusted: set[int] = set()
-        """Checkpoints gone back to since the last good step: the next spike goes back further."""
+        self._rejected: set[int] = set()
+        """Checkpoints that a rollback since the last good step has used; the next spike rolls back further."""
 
     def job_begins(self, job, resumes_at: int) -> None:
-        """Take the losses that the job saw before the checkpoint it resumes from, and have them saved with the next."""
+        """Read the loss history of the checkpoint from which the job resumes, and register it for new checkpoints."""
         if self._factor is None:
             return
         args = self._job.args
@@ -55,11 +57,11 @@ class LossSpike(Callback):
     def after_update(self, update: Update) -> None:
         if not update.is_left_out:
             self._losses.append(update.loss)
-            self._distrusted.clear()
+            self._rejected.clear()
 
     def step_ended(self, step: TrainedStep) -> None:
         if self._has_spiked:
             self._has_spiked = False
             self._job.events.phase("rolling back", is_long=True)
-            self._distrusted |= roll_back(self._job.args, step.model, step.optimizer, step.scheduler, self._distrusted)
+            self._rejected |= roll_back(self._job.args, step.model, step.optimizer, step.scheduler, self._rejected)
             self._job.weights.were_loaded()

@@ -1,63 +1,66 @@
-"""Updates only from finite numbers, and only from batches in which a token counts.
+"""Stops the job, or skips the update, if the loss or a gradient is NaN or Inf or if no token counts (``--qad-on-nan``).
 
-A step whose loss or gradients are NaN or Inf, or in which no token counts, ends the job (``--qad-on-nan stop``) or
-leaves its update out (``skip``); the step, and of NaN rank and layer, are named.
+The message names the step, and for NaN and Inf the rank and the layer.
 """
 
 from megatron.training import print_rank_0
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Update
-from megatron_qad.training.nan_trace import Trace, trace_last_step
+from megatron_qad.training.nan_trace import NaNTrace, replay_last_step
 
 _MAX_SKIPS = 10
-_MAX_NAMED = 4
+_MAX_LISTED = 4
 
 
 class NaNGuard(Callback):
+    """Checks each step before its update."""
+
     def __init__(self, job):
         self._job = job
         self._on_nan = job.config.options.qad_on_nan
-        self._learns = not job.config.options.qad_ptq  # calibration alone learns from no batch
+        self._trains = not job.config.options.qad_ptq  # PTQ does not learn from the batch
         self._skips_in_a_row = 0
 
     def before_update(self, update: Update) -> None:
         """
         Raises:
-            QADError: on every rank, what is not finite, and where; or that no token of the step counts.
+            QADError: on every rank, if a value is not finite or no token of the step counts, and ``--qad-on-nan`` is
+                ``stop`` or too many steps were skipped.
         """
         if not update.is_finite:
-            self._not_finite(update)
-        elif not update.num_tokens and self._learns:
+            self._handle_nan(update)
+        elif not update.num_tokens and self._trains:
             self._stop_or_skip(
                 update,
                 f"step {update.step}: no token of its batch counts in the loss, so there is nothing to learn from it",
-                "Look at the loss masks of the data (tools/prepare_data.py), give longer or more sequences a step",
+                "Check the loss masks of the data (tools/prepare_data.py), use longer or more sequences per step",
             )
 
     def after_update(self, update: Update) -> None:
         if not update.is_left_out:
             self._skips_in_a_row = 0
 
-    def _not_finite(self, update: Update) -> None:
-        trace = Trace()
-        trace_last_step(self._job, update.model, trace)
-        trace.look_at_gradients(update.model, order=3)
-        found = [f"rank {rank}, {said}" for rank, said in trace.gathered()]
-        where = "; ".join(found[:_MAX_NAMED]) + (f"; and {len(found) - _MAX_NAMED} ranks" if found[_MAX_NAMED:] else "")
-        if not found:
-            where = "only the loss was: the same passes are finite now, so a device may have computed wrongly"
+    def _handle_nan(self, update: Update) -> None:
+        trace = NaNTrace()
+        replay_last_step(self._job, update.model, trace)
+        trace.check_gradients(update.model, order=3)
+        results = [f"rank {rank}, {message}" for rank, message in trace.gather()]
+        num_more = len(results) - _MAX_LISTED
+        where = "; ".join(results[:_MAX_LISTED]) + (f"; and {num_more} more ranks" if num_more > 0 else "")
+        if not results:
+            where = "nothing, the replay of the step was finite. This is not reproducible; suspect the hardware"
         self._stop_or_skip(
             update,
             f"step {update.step}: a loss or a gradient is NaN or Inf, and no weight was changed by it. Found: {where}",
-            "Look at that layer and at the batch, train in another precision",
+            "Check that layer and the batch, train in another precision",
         )
 
-    def _stop_or_skip(self, update: Update, said: str, advice: str) -> None:
+    def _stop_or_skip(self, update: Update, message: str, advice: str) -> None:
         self._skips_in_a_row += 1
         if self._on_nan == "stop":
-            raise QADError(f"{said}. {advice}, or go on without such batches by --qad-on-nan skip")
+            raise QADError(f"{message}. {advice}, or skip such steps with --qad-on-nan skip.")
         if self._skips_in_a_row == _MAX_SKIPS:
-            raise QADError(f"{said}. The {_MAX_SKIPS} steps before were like this one: skipping does not help")
-        print_rank_0(f"megatron_qad: WARNING: {said}. The step is skipped (--qad-on-nan skip)")
+            raise QADError(f"{message}. It is the {_MAX_SKIPS}th such step in a row: skipping does not help.")
+        print_rank_0(f"megatron_qad: WARNING: {message}. The step is skipped (--qad-on-nan skip)")
         update.is_left_out = True

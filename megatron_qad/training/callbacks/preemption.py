@@ -1,9 +1,9 @@
-"""A job that has to leave saves after the step it is in and exits with status 0.
+"""Preemption: a job that is asked to stop saves after the current step and exits with status 0.
 
-It is asked by SIGTERM on any rank or by the file ``stop`` in ``--qad-job-dir``, which a batch script writes when its
-time runs out: the warning of a scheduler reaches the script, not the ranks, and SIGUSR1 would end a torchrun agent. A
-rank that sees the file sends itself SIGTERM; Megatron's signal handler, whose answers it gathers over all ranks after
-each step, does the rest. Left out: what starts the job again (``launch/slurm.sbatch``).
+The request is SIGTERM on any rank, or a file ``stop`` in ``--qad-job-dir``, which a batch script writes when its time
+runs out: a scheduler's warning reaches the script but not the ranks, and SIGUSR1 would end a torchrun agent. A rank
+that sees the file sends itself SIGTERM. Megatron checks its signal handler on all ranks after each step, saves and
+exits. ``launch/slurm.sbatch`` restarts the job.
 """
 
 import os
@@ -16,53 +16,54 @@ from megatron.training.global_vars import get_signal_handler
 from megatron_qad.engine.events import Callback, TrainedStep
 
 _FAILED = object()
-_LOST = {
-    "stepped": "until this file can be written, the batch script takes a crash for one before the first step",
-    "stop": "requests to stop that come as a file are not seen meanwhile",
+_CONSEQUENCES = {
+    "stepped": "until this file can be written, the batch script treats a crash as one before the first step",
+    "stop": "while the directory cannot be read, a file 'stop' in it is not seen",
 }
-"""What it means that a file could not be written or looked for."""
+"""Consequence of a failure to write or look for a file, by its name."""
 _NOT_DONE = 75
-"""Exit status of a rank that saved and could not say so: EX_TEMPFAIL."""
+"""Exit status of a rank that has saved but could not write ``stopped``: EX_TEMPFAIL."""
 
 
 class Preemption(Callback):
-    """Files in ``--qad-job-dir``, seen and written by one rank of each node, whose directories need not be the same:
-    ``stop`` asks; ``stepped`` says that a step was completed since the start, so that a crash is worth another try;
-    ``stopped`` that the job has saved and leaves because it was asked to.
+    """Reads and writes files in ``--qad-job-dir`` on one rank per node; nodes may have different directories.
+
+    ``stop`` asks the job to stop. ``stepped`` means that a step was completed since the start, so that a restart after
+    a crash is worth trying. ``stopped`` means that the job has saved and exits because it was asked to.
     """
 
     def __init__(self, job):
         self._job = job
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-        self._directory: Path | None = job.config.job_dir if speaks else None
+        is_first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._directory: Path | None = job.config.job_dir if is_first_on_node else None
         self._signal = job.args.exit_signal if job.args.exit_signal_handler else None
-        self._is_asked = self._has_stepped = self._has_announced = False
-        self._said: set[str] = set()
+        self._must_stop = self._has_stepped = self._has_announced = False
+        self._logged_failures: set[str] = set()
 
     def job_begins(self, job, resumes_at: int) -> None:
         if self._signal is None:
             return
-        megatrons = signal.getsignal(self._signal)
+        megatron_handler = signal.getsignal(self._signal)
 
         def handler(number, frame) -> None:
-            self._is_asked = True
-            megatrons(number, frame)
+            self._must_stop = True
+            megatron_handler(number, frame)
 
         signal.signal(self._signal, handler)
 
     def step_ended(self, step: TrainedStep) -> None:
         if self._directory is not None and not self._has_stepped:
-            self._has_stepped = self._survive("stepped", Path.touch) is not _FAILED
-        self._look()
+            self._has_stepped = self._try("stepped", Path.touch) is not _FAILED
+        self._check_for_stop()
 
     def evaluation_ended(self, iteration: int, means: dict[str, float]) -> None:
-        self._look()  # between it and the end of the step Megatron asks the ranks
+        self._check_for_stop()  # Megatron checks the signal between an evaluation and the end of the step
 
-    def _look(self) -> None:
-        if self._directory is not None and self._signal is not None and not self._is_asked:
-            if self._survive("stop", Path.exists) is True:
+    def _check_for_stop(self) -> None:
+        if self._directory is not None and self._signal is not None and not self._must_stop:
+            if self._try("stop", Path.exists) is True:
                 os.kill(os.getpid(), self._signal)
-        if self._is_asked and not self._has_announced:
+        if self._must_stop and not self._has_announced:
             self._has_announced = True
             print("megatron_qad: asked to stop; saving after this step", flush=True)
 
@@ -70,28 +71,28 @@ class Preemption(Callback):
         if is_done or self._signal is None or not any(get_signal_handler().signals_received()):
             return
         if self._directory is not None:
-            self._job.loop.exit_status = self.say_stopped(self._directory)
+            self._job.loop.exit_status = self.write_stopped(self._directory)
 
     @staticmethod
-    def say_stopped(directory: Path) -> int | None:
-        """Status 0 without ``stopped`` is that of a job that is done: where the file cannot be written, the status that
-        says it instead."""
+    def write_stopped(directory: Path) -> int | None:
+        """Write the file ``stopped``. Returns an exit status if that fails: 0 would mean that the job is done."""
         try:
             (directory / "stopped").touch()
         except OSError as error:
             print(
-                f"megatron_qad: ERROR: --qad-job-dir: {error}. The job has saved and is not done: status {_NOT_DONE}",
+                f"megatron_qad: ERROR: --qad-job-dir: {error}. The job has saved but is not done: status {_NOT_DONE}",
                 flush=True,
             )
             return _NOT_DONE
         return None
 
-    def _survive(self, name: str, look: Callable[[Path], bool | None]) -> object:
-        """``look`` at a file of the directory; a full disk or one that is away is said once and ends no job."""
+    def _try(self, name: str, action: Callable[[Path], bool | None]) -> object:
+        """Call ``action`` on a file of the directory. A failure (full or missing disk) is logged once, not raised."""
         try:
-            return look(self._directory / name)
+            return action(self._directory / name)
         except OSError as error:
-            if name not in self._said:
-                self._said.add(name)
-                print(f"megatron_qad: ERROR: --qad-job-dir: {error}. The job goes on; {_LOST[name]}", flush=True)
+            if name not in self._logged_failures:
+                self._logged_failures.add(name)
+                consequence = _CONSEQUENCES[name]
+                print(f"megatron_qad: ERROR: --qad-job-dir: {error}. The job continues; {consequence}", flush=True)
             return _FAILED

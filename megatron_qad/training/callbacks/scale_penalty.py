@@ -1,8 +1,7 @@
-"""The penalty on scale growth in training: its gradient is added to the weights' own, once a step.
+"""Penalty on growing block scales: adds its gradient to the gradients of the weights, once per step.
 
-When a step's schedule begins, Megatron has just zeroed the gradient buffers. What is in them by then is summed over the
-data-parallel ranks and divided by the step's tokens like everything else: so each rank adds its share, times the
-tokens.
+When the schedule of a step begins, the gradient buffers are zero. Whatever is in them at the end is summed over the
+data-parallel ranks and divided by the number of tokens. So each rank adds its share of the gradient, times the tokens.
 """
 
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from megatron_qad.training.loss import add_to_reports
 
 
 class ScalePenalty(Callback):
-    """The ``scale_growth`` terms of one student."""
+    """Applies the ``scale_growth`` terms of the loss."""
 
     needs_initial_weights = True
-    """Growth is measured from what training started from; also where a job resumes."""
+    """Growth is measured relative to the weights from which training started, also after a resume."""
 
     def __init__(self, job):
         self._job = job
@@ -46,7 +45,10 @@ class ScalePenalty(Callback):
 
     @torch.no_grad()
     def add_gradient(self, batches: Sequence[Batch]) -> None:
-        """To ``main_grad`` of each weight. The weights must be on the grid. Collective."""
+        """Add the gradient of the penalty to ``main_grad`` of each weight. Collective.
+
+        The weights must hold their quantized values.
+        """
         step = self._job.loop.step
         factor = sum(term.weight.at(step) for term in self.terms)
         num_tokens = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
@@ -63,15 +65,15 @@ class ScalePenalty(Callback):
             value, gradient = scale_growth(weight, initial)
             weight.main_grad.add_(gradient.mul_(factor * num_tokens / group.size()))
             if is_expert:
-                # The log sums over tensor-parallel ranks and averages over data-parallel ones, between which experts
-                # are shared out in another way: each shard counts once.
+                # The log sums over tensor-parallel ranks and averages over data-parallel ranks. Experts are sharded
+                # differently over them; this factor makes each shard count once.
                 value = value * mpu.get_data_parallel_world_size(with_context_parallel=True) / group.size()
             elif not getattr(weight, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_rank() > 0:
-                value = torch.zeros_like(value)  # the same weight on every rank
+                value = torch.zeros_like(value)  # a replicated weight counts on the first rank only
             self._value += value
 
     def report(self, losses_reduced: list[dict[str, Tensor]]) -> None:
-        """Add the penalty, which is no mean over tokens, to the reports of the step's microbatches. Collective."""
+        """Add the penalty, which is not a mean over tokens, to the reports of the step's microbatches. Collective."""
         torch.distributed.all_reduce(self._value, group=mpu.get_model_parallel_group())
         step = self._job.loop.step
         for term in self.terms:

@@ -1,9 +1,9 @@
-"""How long each rank takes, at every log interval.
+"""Logs the step time of each rank at every log interval.
 
-Ranks wait for each other, so the whole step takes all of them the same time. What tells a slow one is the wait between
-the end of its own passes and the moment when all gradients are agreed on: the one that everybody waits for waits least.
-On a GPU the times are those of its stream, so that nothing is synchronized for them. Left out: waits within the passes,
-of tensor and pipeline parallelism.
+Ranks wait for each other, so a step takes the same time on all of them. A slow rank shows in the wait between the end
+of its own passes and the end of the gradient reduction: the rank that all others wait for has the shortest wait. On a
+GPU the times are measured by stream events, without synchronization. Not measured: waits within the passes, for tensor
+and pipeline parallelism.
 """
 
 import socket
@@ -17,22 +17,24 @@ from megatron_qad.engine.events import Callback, TrainedStep, Update
 
 
 class StepTimes(Callback):
+    """Measures the step time and the wait for the gradients on this rank."""
+
     def __init__(self, job):
         self._log_interval = job.args.log_interval
         self._steps: list[float] = []
         self._waits: list[float] = []
-        self._arrived: list = []
+        self._passes_ended: list = []
 
     def step_begins(self, step: int, model) -> None:
         self._began = time.perf_counter()
-        self._arrived = []
+        self._passes_ended = []
 
     def gradients_begin(self) -> None:
-        self._arrived = [_now()]
+        self._passes_ended = [_now()]
 
     def before_update(self, update: Update) -> None:
-        if self._arrived:
-            self._waits.append(_seconds_since(self._arrived.pop()))
+        if self._passes_ended:
+            self._waits.append(_seconds_since(self._passes_ended.pop()))
 
     def step_ended(self, step: TrainedStep) -> None:
         self._steps.append(time.perf_counter() - self._began)
@@ -40,10 +42,10 @@ class StepTimes(Callback):
             return
         size = torch.distributed.get_world_size()
         if size > 1 and self._waits:
-            mine = (_mean(self._steps), _mean(self._waits), socket.gethostname())
+            local = (_mean(self._steps), _mean(self._waits), socket.gethostname())
             ranks: list = [None] * size
-            torch.distributed.all_gather_object(ranks, mine)
-            print_rank_last(_line(step.number, len(self._steps), ranks))
+            torch.distributed.all_gather_object(ranks, local)
+            print_rank_last(_format_line(step.number, len(self._steps), ranks))
         self._steps, self._waits = [], []
 
 
@@ -67,17 +69,21 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _line(step: int, number: int, ranks: list[tuple[float, float, str]]) -> str:
-    """One line for any number of ranks: the slowest, and the one that the others wait for."""
+def _format_line(step: int, num_steps: int, ranks: list[tuple[float, float, str]]) -> str:
+    """Format one log line with the slowest rank and the rank that the others wait for.
+
+    Args:
+        ranks: mean step time, mean wait and host name of each rank.
+    """
     slowest = max(range(len(ranks)), key=lambda rank: ranks[rank][0])
     awaited = min(range(len(ranks)), key=lambda rank: ranks[rank][1])
     waits = sorted(wait for _, wait, _ in ranks)
     return " | ".join(
         (
             f" megatron_qad step times at iteration {step}",
-            f"mean of the last {number}",
+            f"mean of the last {num_steps}",
             f"slowest: rank {slowest} on {ranks[slowest][2]}, {ranks[slowest][0]:.4g} s",
-            f"fastest: {min(one[0] for one in ranks):.4g} s",
+            f"fastest: {min(seconds for seconds, _, _ in ranks):.4g} s",
             f"waited for: rank {awaited} on {ranks[awaited][2]}, which waits {ranks[awaited][1]:.4g} s",
             f"the median rank: {waits[len(waits) // 2]:.4g} s",
         )

@@ -1,7 +1,7 @@
-"""What an evaluation reports: KL to the teacher, cross entropies, top-1 agreement, each weighted by tokens.
+"""Logs the results of an evaluation: KL to the teacher, cross entropies and top-1 agreement, as means over tokens.
 
-Every evaluation reads the same tokens (``data.validation_set``) and says how many of them count. The log line,
-TensorBoard and wandb are written here: Megatron would print the exponential of each number as a perplexity.
+Every evaluation reads the same tokens (``data.validation_set``); the number of counted tokens is logged, too. This
+callback writes to the log, TensorBoard and wandb itself, because Megatron would print exponentials as perplexities.
 """
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank, print_rank_last
@@ -10,11 +10,13 @@ from megatron_qad.engine.events import Callback
 
 
 class Validation(Callback):
+    """Writes the means of each evaluation to the log, TensorBoard and wandb."""
+
     def evaluation_ended(self, iteration: int, means: dict[str, float]) -> None:
-        said = [f"{name}: {value if isinstance(value, int) else format(value, '.6g')}" for name, value in means.items()]
+        text = [f"{name}: {value if isinstance(value, int) else format(value, '.6g')}" for name, value in means.items()]
         if not means["num_tokens"]:
-            said.insert(0, "no token counted")
-        print_rank_last(f" megatron_qad validation at iteration {iteration} | " + " | ".join(said))
+            text.insert(0, "no token counted")
+        print_rank_last(f" megatron_qad validation at iteration {iteration} | " + " | ".join(text))
         if not is_last_rank():
             return
         if writer := get_tensorboard_writer():

@@ -1,4 +1,4 @@
-"""What a command line is checked for: pipeline stages, the vocabularies of the two models."""
+"""Checks of the command line: help, pipeline stages, tokenizers and the vocabularies of the two models."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from megatron_qad.engine import QADError, init_runtime
 
 init_runtime()
 
-from megatron_qad.config.parallelism import with_stages  # noqa: E402
+from megatron_qad.config.parallelism import split_into_stages  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.config.vocabulary import check_same_vocabulary  # noqa: E402
 from megatron_qad.config.yaml_file import expand  # noqa: E402
@@ -19,7 +19,7 @@ from megatron_qad.training.start import read_command_line  # noqa: E402
 
 
 def test_help(capsys):
-    """All of Megatron's flags and ours: one of Megatron's has a bare % in its help, which argparse stops at."""
+    """--help prints all flags, although the help of one of Megatron's has a bare %, on which argparse fails."""
     parser = make_parser(QADOptions)
     with pytest.raises(SystemExit) as ended:
         parser.parse_args(["--help"])
@@ -38,20 +38,21 @@ def test_help(capsys):
         ("*-*-*-*-*-", 4, "*-|*-*|-*-|*-"),
     ],
 )
-def test_stages(pattern, stages, expected):
-    found = with_stages(pattern, stages)
-    assert found == expected
-    assert found.replace("|", "") == pattern
-    sizes = [len(part) for part in found.split("|")]
+def test_layer_pattern_is_split_evenly(pattern, stages, expected):
+    split = split_into_stages(pattern, stages)
+    assert split == expected
+    assert split.replace("|", "") == pattern
+    sizes = [len(part) for part in split.split("|")]
     assert len(sizes) == stages and max(sizes) - min(sizes) <= 1
 
 
-def test_more_stages_than_layers():
-    with pytest.raises(QADError, match=r"5 pipeline stages for 4 layers \(\*-\*-\): at most one stage a layer"):
-        with_stages("*-*-", 5)
+def test_more_stages_than_layers_are_rejected():
+    message = r"5 pipeline stages for 4 layers \(\*-\*-\): expected at most one stage per layer"
+    with pytest.raises(QADError, match=message):
+        split_into_stages("*-*-", 5)
 
 
-def test_a_checkpoint_without_its_config(tmp_path):
+def test_checkpoint_without_config_is_rejected(tmp_path):
     with pytest.raises(QADError, match=r"no hf/config\.json; expected a checkpoint directory"):
         read_config(tmp_path)
 
@@ -81,13 +82,13 @@ def checkpoint(tmp_path):
 SIZE = {"vocab_size": 3}
 
 
-def test_vocabularies_of_different_sizes(checkpoint):
+def test_vocabularies_of_different_sizes_are_rejected(checkpoint):
     student, teacher = checkpoint("student", None), checkpoint("teacher", None)
     with pytest.raises(QADError, match=r"vocab_size is 4 in the teacher .*teacher and 3 in the student .*student;"):
         check_same_vocabulary(student, SIZE, teacher, {"vocab_size": 4})
 
 
-def test_tokenizers_with_other_pieces(checkpoint):
+def test_tokenizers_with_different_pieces_are_rejected(checkpoint):
     student, teacher = checkpoint("student", {"a": 0, "b": 1, "c": 2}), checkpoint("teacher", {"a": 0, "b": 2, "c": 1})
     with pytest.raises(QADError) as error:
         check_same_vocabulary(student, SIZE, teacher, SIZE)
@@ -95,11 +96,11 @@ def test_tokenizers_with_other_pieces(checkpoint):
     assert "the piece 'c' has id 2 in the student and 1 in the teacher" in str(error.value)
 
 
-def test_tokenizers_with_the_same_pieces(checkpoint):
+def test_tokenizers_with_equal_pieces_pass(checkpoint):
     pieces = {"a": 0, "b": 1, "c": 2}
     student, same = checkpoint("student", pieces), checkpoint("same", pieces)
-    written_anew, without = checkpoint("anew", pieces, indent=1), checkpoint("without", None)
-    for teacher in (student, same, written_anew, without):
+    rewritten, without_tokenizer = checkpoint("rewritten", pieces, indent=1), checkpoint("without", None)
+    for teacher in (student, same, rewritten, without_tokenizer):
         check_same_vocabulary(student, SIZE, teacher, SIZE)
 
 
@@ -112,26 +113,26 @@ def test_tokenizers_with_the_same_pieces(checkpoint):
         (["--tokenizer-type", "GPT2BPETokenizer"], "--tokenizer-type GPT2BPETokenizer: expected NullTokenizer"),
     ],
 )
-def test_tokenizers_that_bring_code_or_are_downloaded(flags, message):
+def test_tokenizers_with_code_or_from_the_hub_are_rejected(flags, message):
     with pytest.raises(QADError) as error:
         read_command_line(["--tokenizer-type", "HuggingFaceTokenizer", *flags])
     assert message in str(error.value)
 
 
-def test_no_remote_code_by_a_file_of_options(tmp_path):
+def test_remote_code_in_a_yaml_file_is_rejected(tmp_path):
     (tmp_path / "job.yaml").write_text("trust_remote_code: true\n")
     with pytest.raises(QADError, match="--trust-remote-code would run code"):
         read_command_line(["--config", str(tmp_path / "job.yaml")])
 
 
-def test_a_local_tokenizer_passes(checkpoint, tmp_path):
-    """The next check is what stops: no checkpoint was named."""
+def test_local_tokenizer_passes(checkpoint, tmp_path):
+    """The next check fails instead: no checkpoint is given."""
     local = checkpoint("teacher", {"a": 0, "b": 1})
     with pytest.raises(QADError, match="needs --qad-teacher"):
         read_command_line(["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{local}/hf"])
 
 
-def test_rules_of_file_and_flags_add_up(tmp_path):
+def test_policy_overrides_of_file_and_flags_add_up(tmp_path):
     (tmp_path / "job.yaml").write_text("qad-policy-override: [head=nvfp4, attention=fp8]\n")
     flags = [
         "--qad-policy-override",

@@ -1,4 +1,4 @@
-"""A command line becomes one frozen configuration: no Megatron, no side effect."""
+"""A command line is read into one frozen configuration, without Megatron and without side effects."""
 
 import argparse
 import dataclasses
@@ -21,28 +21,28 @@ ROOT = Path(__file__).parents[3]
 CPU = Capabilities("cpu", "gloo", "local", "torch", "torch", False, ())
 
 
-def flags_of(*kinds: type) -> argparse.ArgumentParser:
-    """A parser of the fields of these dataclasses, as Megatron's own makes them: enough for ``read_job_config``."""
+def parser_for(*option_classes: type) -> argparse.ArgumentParser:
+    """Return a parser with a flag for each field of the dataclasses, as Megatron's own parser has them."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    for kind in kinds:
-        hints = typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
+    for option_class in option_classes:
+        hints = typing.get_type_hints(option_class)
+        for field in dataclasses.fields(option_class):
             hint, name = str(hints[field.name]), f"--{field.name.replace('_', '-')}"
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
             if hints[field.name] is bool or "bool" in hint:
                 parser.add_argument(name, action="store_true", default=default)
             elif "list" in hint and "float" not in hint:
-                number = str if "str" in hint else int
-                parser.add_argument(name, nargs="+", type=number, default=default)
+                value_type = str if "str" in hint else int
+                parser.add_argument(name, nargs="+", type=value_type, default=default)
             else:
-                number = int if "int" in hint else float if "float" in hint else str
-                parser.add_argument(name, type=number, default=default)
+                value_type = int if "int" in hint else float if "float" in hint else str
+                parser.add_argument(name, type=value_type, default=default)
     return parser
 
 
 @pytest.fixture
 def checkpoint(tmp_path) -> str:
-    """What ``read_job_config`` reads of an imported model."""
+    """A checkpoint directory with the files that ``read_job_config`` reads."""
     hf = tmp_path / "model" / "hf"
     hf.mkdir(parents=True)
     (hf / "config.json").write_text(json.dumps(TINY_LLAMA))
@@ -52,18 +52,18 @@ def checkpoint(tmp_path) -> str:
 
 @pytest.fixture
 def read(checkpoint):
-    """read(*flags, world=1): the configuration of a job of the tiny model."""
+    """read(*flags, world=1) returns the configuration of a job with the tiny model."""
 
     def make(*flags, world: int = 1, teacher: str = checkpoint, **environ):
         sizes = ["--seq-length", "32", "--micro-batch-size", "2"]
         argv = ["--qad-teacher", teacher, *sizes, *flags]
-        parser = flags_of(MegatronFlags, QADOptions)
+        parser = parser_for(MegatronFlags, QADOptions)
         return read_job_config(argv, parser, CPU, {"WORLD_SIZE": str(world), **environ})
 
     return make
 
 
-def test_defaults_are_settled(read, checkpoint):
+def test_defaults_are_resolved(read, checkpoint):
     config = read("--bf16", "--dataloader-inter-document-masking", "--context-parallel-size", "2", world=4)
     assert (config.world_size, config.flags.global_batch_size) == (4, 4)  # two data-parallel ranks
     assert config.options.qad_pad_documents_to == 4 and config.layer_spec == "local"
@@ -73,31 +73,31 @@ def test_defaults_are_settled(read, checkpoint):
     assert "--transformer-impl" in config.megatron_argv and "--hybrid-layer-pattern" in config.megatron_argv
 
 
-def test_the_users_flags_come_last_and_win(read):
+def test_user_flags_come_last_and_win(read):
     argv = read("--save-interval", "7").megatron_argv
     values = [argv[i + 1] for i, word in enumerate(argv) if word == "--save-interval"]
     assert values == ["1000", "7"]
 
 
-def test_virtual_stages_are_in_the_pattern(read):
+def test_layer_pattern_contains_virtual_stages(read):
     flags = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
     config = read(*flags, "--global-batch-size", "8", world=2)
     pattern = config.megatron_argv[config.megatron_argv.index("--hybrid-layer-pattern") + 1]
     assert pattern.count("|") == 3 and "--num-virtual-stages-per-pipeline-rank" not in config.megatron_argv
 
 
-def test_a_job_that_has_saved_goes_on(read, tmp_path):
+def test_job_with_a_checkpoint_resumes(read, tmp_path):
     save = tmp_path / "run"
     assert read("--save", str(save)).flags.load is None
     (save / "iter_0000003").mkdir(parents=True)
     config = read("--save", str(save))
     assert config.flags.load == str(save) and config.megatron_argv[-2:] == ("--load", str(save))
     (save / "iter_0000003").rename(save / "iter_0000001")
-    assert read("--save", str(save), "--qad-ptq").flags.load is None  # calibration alone never resumes
+    assert read("--save", str(save), "--qad-ptq").flags.load is None  # PTQ never resumes
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "--global-batch-size 4 is not a multiple of 3"),
         (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
@@ -107,27 +107,27 @@ def test_a_job_that_has_saved_goes_on(read, tmp_path):
         (["--qad-loss", "topk(k=4096)"], "k is larger than the"),
         (["--qad-fused-linear-loss", "always", "--qad-loss", "jsd"], "jsd reads all logits twice"),
         (["--qad-job-dir", "/nowhere"], "--qad-job-dir /nowhere: no such directory"),
-        (["--qad-keep-best", "2", "--save", "run", "--eval-iters", "0"], "--eval-iters 0 asks for none"),
+        (["--qad-keep-best", "2", "--save", "run", "--eval-iters", "0"], "--eval-iters 0 turns validation off"),
         (["--qad-spike-factor", "5"], "--qad-spike-factor 5: expected more than 1, and --save"),
         (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: expected a number of 1 or more"),
         (["--qad-teacher-micro-batch-size", "0"], "--qad-teacher-micro-batch-size 0: expected a number of 1"),
         (["--make-vocab-size-divisible-by", "0"], "--make-vocab-size-divisible-by 0: expected a number of 1"),
-        (["--fp16"], "--fp16 leaves out steps whose gradients overflow"),
+        (["--fp16"], "--fp16 skips steps whose gradients overflow"),
         (["--ckpt-format", "torch"], "--ckpt-format torch is not supported"),
     ],
 )
-def test_what_cannot_be_is_refused(read, flags, says):
+def test_invalid_flags_are_rejected(read, flags, message):
     with pytest.raises(QADError) as error:
         read(*flags)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
-def test_a_job_without_the_shape_of_a_microbatch_is_refused(checkpoint):
-    with pytest.raises(QADError, match="--seq-length is not given"):
-        read_job_config(["--qad-teacher", checkpoint], flags_of(MegatronFlags, QADOptions), CPU, {})
+def test_missing_sequence_length_is_rejected(checkpoint):
+    with pytest.raises(QADError, match="--seq-length is not set"):
+        read_job_config(["--qad-teacher", checkpoint], parser_for(MegatronFlags, QADOptions), CPU, {})
 
 
-def test_it_is_frozen(read):
+def test_configuration_is_frozen(read):
     config = read()
     for part in (
         config,
@@ -142,34 +142,34 @@ def test_it_is_frozen(read):
             setattr(part, dataclasses.fields(part)[0].name, None)
 
 
-def test_defaults_are_megatrons():
+def test_defaults_equal_those_of_megatron():
     from megatron_qad.engine import init_runtime
 
     init_runtime()
     from megatron_qad.engine.megatron_args import make_parser
 
-    megatrons = MegatronFlags.from_args(make_parser(QADOptions).parse_args([]))
-    assert dataclasses.replace(megatrons, eval_iters=None) == MegatronFlags()
-    assert megatrons.eval_iters == 100  # for which ours has None: the user gave none
+    megatron_defaults = MegatronFlags.from_args(make_parser(QADOptions).parse_args([]))
+    assert dataclasses.replace(megatron_defaults, eval_iters=None) == MegatronFlags()
+    assert megatron_defaults.eval_iters == 100  # ours is None, which means that the user set none
 
 
 PURE = """
 import json, os, sys
 for package in ("megatron", "modelopt", "transformer_engine"):
-    sys.modules[package] = None  # an import of it fails
+    sys.modules[package] = None  # makes an import of it fail
 sys.path[:0] = [{tests!r}, {here!r}]
-from test_job_config import CPU, MegatronFlags, QADOptions, flags_of, read_job_config
+from test_job_config import CPU, MegatronFlags, QADOptions, parser_for, read_job_config
 before = dict(os.environ), list(sys.argv), sorted(os.listdir("."))
 argv = ["--qad-teacher", {checkpoint!r}, "--seq-length", "32", "--micro-batch-size", "2", "--save", "run", "--bf16",
         "--wandb-project", "p", "--tensorboard-dir", "events"]
-config = read_job_config(argv, flags_of(MegatronFlags, QADOptions), CPU, {{"WORLD_SIZE": "2"}})
+config = read_job_config(argv, parser_for(MegatronFlags, QADOptions), CPU, {{"WORLD_SIZE": "2"}})
 assert (dict(os.environ), list(sys.argv), sorted(os.listdir("."))) == before
 print(json.dumps(sorted(set(config.formats.values()))))
 """
 
 
-def test_reading_changes_nothing_and_needs_no_megatron(checkpoint, tmp_path):
-    """In a process that cannot import Megatron, in an empty directory that stays empty."""
+def test_reading_has_no_side_effects_and_needs_no_megatron(checkpoint, tmp_path):
+    """Runs in a process that cannot import Megatron, in an empty directory, which must stay empty."""
     empty = tmp_path / "empty"
     empty.mkdir()
     code = PURE.format(tests=str(ROOT / "tests"), here=str(Path(__file__).parent), checkpoint=checkpoint)

@@ -1,4 +1,4 @@
-"""The rule that chooses logits or hidden states, in numbers."""
+"""The output mode of a job: logits or hidden states, chosen by their sizes."""
 
 import pytest
 
@@ -24,40 +24,40 @@ def sizes(**changes) -> OutputSizes:
     return job(**changes)[1]
 
 
-# Job, loss, teacher's hidden size, outputs. 4096 tokens x 131072 x 2 bytes are 1 GiB of one model.
+# Job, loss, hidden size of the teacher, expected mode. The logits of one model are 4096 x 131072 x 2 bytes = 1 GiB.
 CASES = {
     "large": (job(), "kl", 4096, OutputMode(fused=True, teacher_hidden=True)),
     "large, but jsd": (job(), "kl+jsd", 4096, OutputMode(fused=False, teacher_hidden=True)),
     "large, but logits": (job(qad_teacher_output="logits"), "kl", 4096, OutputMode(False, False)),
     "exactly 1 GiB": (job(tokens=2048), "kl", 4096, OutputMode(False, True)),
-    "a token more": (job(tokens=2049), "kl", 4096, OutputMode(True, True)),
+    "one token more": (job(tokens=2049), "kl", 4096, OutputMode(True, True)),
     "1 GiB of one model": (job(), "ce", None, OutputMode(False, False)),
-    "few columns a rank": (job(tp=64), "kl", 4096, OutputMode(False, False)),
-    "few columns, hidden states shared out": (job(tp=64, sequence_parallel=True), "kl", 4096, OutputMode(False, True)),
-    "asked for": (job(tokens=8, qad_fused_linear_loss="always"), "kl", 1 << 20, OutputMode(True, True)),
-    "not asked for": (job(qad_fused_linear_loss="never"), "kl", 4096, OutputMode(False, True)),
+    "few columns per rank": (job(tp=64), "kl", 4096, OutputMode(False, False)),
+    "few columns, split hidden states": (job(tp=64, sequence_parallel=True), "kl", 4096, OutputMode(False, True)),
+    "always": (job(tokens=8, qad_fused_linear_loss="always"), "kl", 1 << 20, OutputMode(True, True)),
+    "never": (job(qad_fused_linear_loss="never"), "kl", 4096, OutputMode(False, True)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rule(case):
-    asked, loss, hidden_size, expected = CASES[case]
-    assert resolve_output_mode(*asked, parse_loss(loss), hidden_size) == expected
+def test_output_mode(case):
+    options_and_sizes, loss, hidden_size, expected = CASES[case]
+    assert resolve_output_mode(*options_and_sizes, parse_loss(loss), hidden_size) == expected
 
 
-def test_bytes():
-    """1000 columns are padded to 1024, a multiple of 128 for each of the four ranks."""
-    found = sizes(tokens=100, tp=4, vocabulary=1000, sequence_parallel=True)
-    assert (found.logits(), found.hidden(64)) == (100 * 256 * 2, 100 * 64 // 4 * 2)
+def test_bytes_of_logits_and_hidden_states():
+    """1000 columns are padded to 1024, so that each of the four ranks has a multiple of 128."""
+    output_sizes = sizes(tokens=100, tp=4, vocabulary=1000, sequence_parallel=True)
+    assert (output_sizes.logits(), output_sizes.hidden(64)) == (100 * 256 * 2, 100 * 64 // 4 * 2)
 
 
-def test_a_fused_output_layer_makes_its_gradient_in_the_forward_pass_where_that_is_small():
-    """That of one loss of 4096 tokens is no larger than both models' logits up to a hidden size of 4096."""
+def test_fused_output_layer_computes_a_small_gradient_in_the_forward_pass():
+    """For one loss and 4096 tokens it does so up to a hidden size of 4096: the gradient is as large as both logits."""
     assert sizes().fused(1, 4096)["gradient"] == 4 * 131072 * 4096
     assert sizes().fused(1, 4097)["gradient"] == sizes().fused(2, 4096)["gradient"] == 0
 
 
-def test_contradictions():
+def test_contradicting_flags_are_rejected():
     with pytest.raises(QADError, match="jsd reads all logits twice"):
         resolve_output_mode(*job(qad_fused_linear_loss="always"), parse_loss("jsd"), 64)
     with pytest.raises(QADError, match="needs the teacher's hidden states"):

@@ -1,4 +1,4 @@
-"""Flags that a job refuses; their names are those that Megatron's parser knows."""
+"""Flags that QAD rejects, read by Megatron's own parser."""
 
 import pytest
 
@@ -29,17 +29,17 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def parser():
-    megatrons = make_parser(QADOptions)
-    return lambda argv: MegatronFlags.from_args(megatrons.parse_args(argv))
+    megatron_parser = make_parser(QADOptions)
+    return lambda argv: MegatronFlags.from_args(megatron_parser.parse_args(argv))
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_an_optimizer_without_masters_is_refused(parser, flag):
+def test_optimizer_without_masters_is_rejected(parser, flag):
     with pytest.raises(QADError, match=f"{flag} .*--use-distributed-optimizer"):
         check_masters(parser([flag]))
 
 
-def test_the_others_pass(parser):
+def test_optimizer_with_masters_passes(parser):
     check_masters(parser([]))
     check_masters(parser(["--use-distributed-optimizer", "--overlap-param-gather", "--bf16"]))
 
@@ -55,51 +55,53 @@ def test_the_others_pass(parser):
     ],
     ids=lambda flags: flags[0],
 )
-def test_a_step_of_another_kind_is_refused(parser, flags):
+def test_unsupported_steps_are_rejected(parser, flags):
     check_step(parser([]))
     with pytest.raises(QADError, match=f"{flags[0]}.* is not supported"):
         check_step(parser(flags))
 
 
 @pytest.mark.parametrize(
-    "layout",
+    "parallelism",
     [
         {"pipeline_model_parallel_size": 4},
         {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
         {"tensor_model_parallel_size": 2, "dataloader_inter_document_masking": True},
     ],
 )
-def test_steps_that_megatron_cannot_skip_are_not_skipped(layout):
+def test_steps_that_megatron_cannot_skip_are_rejected(parallelism):
     options = QADOptions(qad_calibration_samples=8)
     with pytest.raises(QADError, match="--iterations-to-skip: Megatron does not read"):
-        check_skipped(MegatronFlags(iterations_to_skip=[9], load="a checkpoint", **layout), options)
-    check_skipped(MegatronFlags(global_batch_size=8, **layout), options)
+        check_skipped(MegatronFlags(iterations_to_skip=[9], load="a checkpoint", **parallelism), options)
+    check_skipped(MegatronFlags(global_batch_size=8, **parallelism), options)
 
 
-@pytest.mark.parametrize("skipped, refused", [([], None), ([1], None), ([7], None), ([3], 3), ([1, 7], 7), ([5, 9], 5)])
-def test_steps_whose_data_calibration_reads_are_not_skipped(skipped, refused):
-    options = QADOptions(qad_calibration_samples=36)  # five steps' data, with the next one's to be sure
+@pytest.mark.parametrize(
+    "skipped, rejected", [([], None), ([1], None), ([7], None), ([3], 3), ([1, 7], 7), ([5, 9], 5)]
+)
+def test_skipping_steps_whose_data_calibration_reads_is_rejected(skipped, rejected):
+    options = QADOptions(qad_calibration_samples=36)  # the data of five steps, rounded up to whole batches
     flags = {"iterations_to_skip": skipped, "global_batch_size": 8}
-    if refused is None:
+    if rejected is None:
         return check_skipped(MegatronFlags(**flags), options)
-    with pytest.raises(QADError, match=rf"--iterations-to-skip {refused}: "):
+    with pytest.raises(QADError, match=rf"--iterations-to-skip {rejected}: "):
         check_skipped(MegatronFlags(**flags), options)
     check_skipped(MegatronFlags(**flags, load="a checkpoint with calibrated quantizers"), options)
 
 
-def test_flags_that_wandb_cannot_start_with():
+def test_flags_with_which_wandb_cannot_start_are_rejected():
     with pytest.raises(QADError, match="--wandb-exp-name ''"):
         check_wandb(MegatronFlags(wandb_project="p", wandb_exp_name=""))
     with pytest.raises(QADError, match="--wandb-project needs a directory"):
         check_wandb(MegatronFlags(wandb_project="p"))
 
 
-def test_calibration_alone_does_not_set_a_training_run_back(tmp_path):
+def test_ptq_does_not_reset_a_training_run(tmp_path):
     refuse_training_run(None)
     refuse_training_run(str(tmp_path / "new"))
-    (tmp_path / "iter_0000001").mkdir()  # an earlier calibration, done again
+    (tmp_path / "iter_0000001").mkdir()  # an earlier PTQ job, which is repeated
     refuse_training_run(str(tmp_path))
-    (tmp_path / "iter_0000001.0f3a.partial").mkdir()  # and one that was killed
+    (tmp_path / "iter_0000001.0f3a.partial").mkdir()  # an earlier PTQ job that was killed
     refuse_training_run(str(tmp_path))
     (tmp_path / "iter_0000200").mkdir()
     with pytest.raises(QADError, match="holds a training run"):

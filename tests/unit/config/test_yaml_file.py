@@ -1,4 +1,4 @@
-"""--config FILE: keys of both spellings become flags before the others; a wrong key names the nearest right one."""
+"""--config FILE: YAML options become flags; an unknown key suggests the nearest valid one."""
 
 import argparse
 import dataclasses
@@ -34,7 +34,7 @@ def parse(parser, tmp_path):
     return parse
 
 
-def test_both_spellings(parse):
+def test_keys_with_dashes_or_underscores(parse):
     args = parse("train-iters: 7\nseq_length: 32\n")
     assert (args.train_iters, args.seq_length) == (7, 32)
     assert parse("train_iters: 8\n").train_iters == 8
@@ -56,39 +56,39 @@ def test_negated_options(parse):
     assert parse("no-log-progress: true\n", "--log-progress").log_progress is True
 
 
-def test_numbers_below_zero_and_exponents_without_a_point(parse):
-    """YAML reads 5e-5 as text; argparse takes it as the number that was meant. A minus sign starts no flag."""
+def test_negative_numbers_and_exponents_without_a_decimal_point(parse):
+    """YAML reads 5e-5 as a string, which argparse converts to a number. A minus sign is not read as a flag."""
     assert parse("lr: 5e-5\n").lr == 5e-5
     assert parse("lr: -0.5\n").lr == -0.5
 
 
-def test_flags_win_wherever_they_stand(parse, parser, tmp_path):
+def test_flags_override_a_file_in_any_order(parse, parser, tmp_path):
     assert parse("train-iters: 7\nlr: 1.0\n", "--train-iters", "9").train_iters == 9
     file = tmp_path / "job.yaml"
     args = parser.parse_args(expand(["--train-iters", "9", "--config", str(file)], parser))
     assert (args.train_iters, args.lr) == (9, 1.0)
 
 
-def test_a_later_file_wins(parser, tmp_path):
+def test_later_file_wins(parser, tmp_path):
     for name, value in (("a", 1.0), ("b", 2.0)):
         (tmp_path / f"{name}.yaml").write_text(f"lr: {value}\nbf16: true\n")
     argv = [f"--config={tmp_path}/a.yaml", "--config", f"{tmp_path}/b.yaml"]
     assert parser.parse_args(expand(argv, parser)).lr == 2.0
 
 
-def test_without_a_file_nothing_changes(parser):
+def test_without_config_flags_are_unchanged(parser):
     assert expand(["--lr", "1"], parser) == ["--lr", "1"]
 
 
 @pytest.mark.parametrize(
     "key, nearest", [("train-iter", "train-iters"), ("trian_iters", "train-iters"), ("seq-lenght", "seq_length")]
 )
-def test_an_unknown_key_names_the_nearest(parse, key, nearest):
+def test_unknown_key_suggests_the_nearest(parse, key, nearest):
     with pytest.raises(QADError, match=rf"job\.yaml: unknown key '{key}'; did you mean '{nearest}'\?"):
         parse(f"{key}: 3\n")
 
 
-def test_an_unknown_key_like_nothing(parse):
+def test_unknown_key_without_a_similar_one(parse):
     with pytest.raises(QADError, match="unknown key 'zzzzzz'$"):
         parse("zzzzzz: 3\n")
 
@@ -96,12 +96,12 @@ def test_an_unknown_key_like_nothing(parse):
 @pytest.mark.parametrize(
     "text, message", [("- a\n", "expected a mapping.*found list"), ("", "found NoneType"), ("a: [}", "not valid YAML")]
 )
-def test_no_mapping(parse, text, message):
+def test_invalid_yaml_is_rejected(parse, text, message):
     with pytest.raises(QADError, match=message):
         parse(text)
 
 
-def test_a_missing_file(parser, tmp_path):
+def test_missing_file_is_rejected(parser, tmp_path):
     with pytest.raises(QADError, match=r"--config .*none\.yaml: no such file"):
         expand(["--config", str(tmp_path / "none.yaml")], parser)
 
@@ -111,7 +111,7 @@ def test_to_flags():
     assert to_flags(options) == ["--a", "1", "--b", "--e", "x", "--f", "0"]
 
 
-def test_every_option_is_a_qad_flag_with_a_default():
+def test_all_options_start_with_qad_and_have_a_default():
     fields = dataclasses.fields(QADOptions)
     assert all(field.name.startswith("qad_") for field in fields)
     QADOptions()

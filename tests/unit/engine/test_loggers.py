@@ -234,13 +234,13 @@ def test_job_directory_cannot_be_written(tmp_path, capfd):
     for _ in range(2):
         preemption.step_ended(None)
     (said,) = [line for line in capfd.readouterr().out.splitlines() if "ERROR" in line]
-    assert "Not a directory" in said and "crash for one before the first step" in said
+    assert "Not a directory" in said and "treats a crash as one before the first step" in said
     # The batch script must see that the job is not done: by the file, or else by the status.
-    assert Preemption.say_stopped(tmp_path / "file") == 75
-    assert "has saved and is not done: status 75" in capfd.readouterr().out
+    assert Preemption.write_stopped(tmp_path / "file") == 75
+    assert "has saved but is not done: status 75" in capfd.readouterr().out
     (tmp_path / "file").unlink()
     (tmp_path / "file").mkdir()
-    assert Preemption.say_stopped(tmp_path / "file") is None
+    assert Preemption.write_stopped(tmp_path / "file") is None
     assert (tmp_path / "file" / "stopped").exists()
 
 

@@ -5,7 +5,7 @@ import tiny_models
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_qad.config.parallelism import possible_tensor_parallel, with_stages
+from megatron_qad.config.parallelism import possible_tensor_parallel, split_into_stages
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of
 from megatron_qad.models.rope import llama3_inv_freq
@@ -114,8 +114,8 @@ def test_tensor_parallel_sizes_that_divide_the_model():
 
 
 def test_pipeline_stages_cut_the_pattern_evenly():
-    assert with_stages("*-*-*-", 1) == "*-*-*-"
-    assert with_stages("*-*-*-", 2) == "*-*|-*-"
-    assert with_stages("*-*-", 4) == "*|-|*|-"
-    with pytest.raises(QADError, match="at most one stage a layer"):
-        with_stages("*-", 3)
+    assert split_into_stages("*-*-*-", 1) == "*-*-*-"
+    assert split_into_stages("*-*-*-", 2) == "*-*|-*-"
+    assert split_into_stages("*-*-", 4) == "*|-|*|-"
+    with pytest.raises(QADError, match="at most one stage per layer"):
+        split_into_stages("*-", 3)

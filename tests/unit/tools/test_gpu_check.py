@@ -1,6 +1,6 @@
-"""tools/gpu_check.py without a GPU: the real command with tiny sizes; checks that fail, hang or no longer fit.
+"""tools/gpu_check.py without a GPU: all checks with tiny sizes, failed and hanging checks, and the time limit.
 
-The first test computes all rows, two training jobs among them: half a minute on two cores.
+The first test runs all checks, including two training jobs: half a minute on two cores.
 """
 
 import os
@@ -19,7 +19,7 @@ import gpu_check  # noqa: E402
 
 
 def run(*flags: str) -> tuple[int, str, list[list[str]]]:
-    """Exit status, header, and cells of each row."""
+    """Run the tool. Returns its exit status, the header, and the cells of each row."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -30,14 +30,14 @@ def run(*flags: str) -> tuple[int, str, list[list[str]]]:
     return done.returncode, lines[0], rows
 
 
-def test_the_whole_table_on_a_cpu():
+def test_all_checks_on_a_cpu():
     status, header, rows = run("--device", "cpu")
     failed = [row for row in rows if row[6] == "fail"]
     assert (status, failed) == (0, [])
     assert "no GPU" in header and "torch 2." in header and "nvidia-modelopt 0." in header and "tiny sizes" in header
     by_kernel = [row[0] for row in rows if row[2] == "needs a GPU"]
     assert len(by_kernel) == 2 and "NVFP4 kernel" in by_kernel[0] and "torch.compile" in by_kernel[1]
-    # Bits and errors are judged at any size, speeds and memory are not.
+    # Bits and errors have a verdict at any size; speed and memory have none at tiny sizes.
     judged = [row[0].partition(";")[0] for row in rows if row[6] == "pass"]
     assert [judged.count(what) for what in dict.fromkeys(judged)] == [1, 2, 4, 2, 1], judged
     assert all(row[6] == "-" for row in rows if "copy's rate" in row[0] or "memory" in row[0] or "fast" in row[5])
@@ -46,13 +46,13 @@ def test_the_whole_table_on_a_cpu():
     (step,) = (row for row in rows if row[0] == "training step; modelopt's")
     assert float(step[2].split()[0]) > 0 < float(step[3].split()[0])
     (dry_run,) = (row for row in rows if "--qad-dry-run" in row[0])
-    # Of a model of 94,528 parameters: weights of two, gradients, optimizer state, 20 bytes of each; outputs are less.
+    # 20 bytes for each of 94,528 parameters: weights of two models, gradients, optimizer state. Outputs take less.
     assert float(dry_run[3].removesuffix(" MiB")) == pytest.approx(94_528 * 20 / 2**20, rel=0.5)
 
 
-def test_a_check_that_fails_is_a_row_and_the_others_run():
+def test_failed_check_is_a_row_and_other_checks_run():
     if capabilities().device == "cuda":
-        pytest.skip("needs a machine without a GPU: there the checks fail that ask for one")
+        pytest.skip("needs a machine without a GPU, on which checks that need one fail")
     names = ("fused output layer", "KL, torch.compile")
     status, _, rows = run("--device", "cuda", "--tiny", "--only", *names)
     assert status == 1 and [row[0] for row in rows] == list(names)
@@ -60,7 +60,7 @@ def test_a_check_that_fails_is_a_row_and_the_others_run():
         assert row[2].startswith("failed: ") and "NVIDIA driver" in row[2] and row[6] == "fail"
 
 
-def test_checks_that_no_longer_fit_are_left_out():
+def test_checks_that_exceed_the_time_limit_are_left_out():
     status, _, rows = run("--device", "cpu", "--seconds", "46")
     assert status == 0
     names = [check.name for check in gpu_check.CHECKS if check.seconds > 46]
@@ -68,11 +68,11 @@ def test_checks_that_no_longer_fit_are_left_out():
     assert [row[0] for row in rows if row[2] == "left out: no time"] == names
 
 
-def test_all_checks_fit():
+def test_all_checks_fit_into_eight_minutes():
     assert sum(check.seconds for check in gpu_check.CHECKS) <= 480
 
 
-def test_a_check_that_hangs_ends_with_all_that_it_started():
+def test_end_kills_a_check_and_all_its_child_processes():
     process = subprocess.Popen(["sh", "-c", "setsid sleep 600 & sleep 600"])
     children = []
     while len(children) < 2:

@@ -1,4 +1,4 @@
-"""A process whose data workers are still there ends without an error."""
+"""A process with running data workers ends without an error."""
 
 import subprocess
 import sys
@@ -15,8 +15,8 @@ next(batches)
 """
 
 
-def test_data_workers_that_are_left_end_with_the_process_and_say_nothing():
-    # torch's handler would raise in whatever Python code runs next.
+def test_running_data_workers_end_with_the_process_without_errors():
+    # torch's handler of SIGCHLD would raise in the Python code that runs next.
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""The dry run's count of a rank's parameters where experts are spread over ranks."""
+"""Parameters per rank in the plan of a dry run with expert parallelism."""
 
 import json
 from argparse import Namespace
@@ -18,15 +18,15 @@ CONFIG = json.loads((Path(__file__).parents[1] / "quantization/configs/nemotron-
 PARAMETERS = 31_577_940_288
 """Number of parameters of the published checkpoint."""
 EXPERTS = 23 * 128 * 2 * 2688 * 1856
-"""23 layers of 128 experts of two linears."""
+"""Parameters in experts: 23 layers of 128 experts with two linears each."""
 
 
-@pytest.mark.parametrize(("tp", "ep", "etp", "parts"), [(1, 1, 1, 1), (1, 8, 1, 8), (2, 4, 2, 8), (2, 8, 1, 8)])
-def test_experts_are_divided_by_their_own_parallelism(tp, ep, etp, parts):
+@pytest.mark.parametrize(("tp", "ep", "etp", "num_shards"), [(1, 1, 1, 1), (1, 8, 1, 8), (2, 4, 2, 8), (2, 8, 1, 8)])
+def test_experts_are_divided_by_expert_parallelism(tp, ep, etp, num_shards):
     family = family_of(CONFIG)
     sizes = {"tensor_model_parallel_size": tp, "expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
     args = Namespace(**sizes, pipeline_model_parallel_size=1, untie_embeddings_and_output_weights=True)
     dense, experts = _largest_stage(args, family.tensors(CONFIG), family.layer_pattern(CONFIG))
-    assert experts * parts == EXPERTS
-    # Norms and routers, 0.4 % of the rest, are whole on every tensor-parallel rank.
+    assert experts * num_shards == EXPERTS
+    # Norms and routers, 0.4 % of the other parameters, are replicated on every tensor-parallel rank.
     assert 0 <= dense * tp - (PARAMETERS - EXPERTS) <= 0.005 * (tp - 1) * (PARAMETERS - EXPERTS)

@@ -1,4 +1,4 @@
-"""The settings for the models of the report: each is a job that this program takes, as large as its comment says."""
+"""The settings for the paper's models: each passes a dry run and has the paper's tokens and learning rate."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ from megatron_qad.engine.run_directory import manifest
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "examples" / "paper_models").glob("*.yaml"))
 CONFIGS = ROOT / "tests" / "unit" / "quantization" / "configs"
-# Tokens in billions and learning rate, from the report's table; ranks that its comment is for.
-REPORT = {
+# Tokens in billions and learning rate, from the paper's table; number of ranks, from the file's comment.
+PAPER = {
     "acereason_nemotron_7b": (0.8, 1e-5, 8),
     "llama_nemotron_super_49b": (0.3, 1e-6, 32),
     "nemotron_3_nano_30b_a3b": (2.5, 1e-5, 32),
@@ -27,8 +27,8 @@ def config_of(recipe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory, server):
-    """What the dry run of each recipe prints, its model's config.json alone at hand."""
-    directory, found = tmp_path_factory.mktemp("recipes"), {}
+    """Output of a dry run of each recipe, which only needs the config.json of its model."""
+    directory, outputs = tmp_path_factory.mktemp("recipes"), {}
     for recipe in RECIPES:
         checkpoint = directory / recipe.stem
         (checkpoint / "hf").mkdir(parents=True)
@@ -36,22 +36,22 @@ def plans(tmp_path_factory, server):
         manifest.write_manifest(checkpoint / "hf")
         argv = ["--config", str(recipe), "--qad-teacher", str(checkpoint), "--data-path", "d", "--save", "run"]
         arguments = {"path": "pretrain_qad.py", "argv": [*argv, "--qad-dry-run"], "directory": str(directory)}
-        found[recipe.stem] = server.run("script_jobs:script", 1, arguments | {"ranks": REPORT[recipe.stem][2]})
-    return found
+        outputs[recipe.stem] = server.run("script_jobs:script", 1, arguments | {"ranks": PAPER[recipe.stem][2]})
+    return outputs
 
 
-def test_every_model_of_the_report_has_one():
-    assert {recipe.stem for recipe in RECIPES} == set(REPORT)
+def test_each_model_of_the_paper_has_a_recipe():
+    assert {recipe.stem for recipe in RECIPES} == set(PAPER)
     assert {config_of(recipe) for recipe in RECIPES} == set(CONFIGS.glob("*.json"))
 
 
-@pytest.mark.parametrize("name", REPORT)
-def test_a_recipe_is_the_reports(plans, name):
-    tokens, lr, ranks = REPORT[name]
+@pytest.mark.parametrize("name", PAPER)
+def test_recipe_equals_the_papers(plans, name):
+    tokens, lr, ranks = PAPER[name]
     settings, plan = yaml.safe_load((ROOT / "examples" / "paper_models" / f"{name}.yaml").read_text()), plans[name]
     assert float(settings["lr"]) == lr and settings["qad-policy"] == name.replace("_", "-")
     trained = int(re.search(r"iterations = ([\d,]+) tokens", plan)[1].replace(",", ""))
     assert trained == pytest.approx(tokens * 1e9, rel=0.01)
-    assert re.search(rf"layout +{ranks} ranks", plan)
-    # Weights, gradients and states leave a fifth of 80 GB to activations.
+    assert re.search(rf"parallelism +{ranks} ranks", plan)
+    # Weights, gradients and optimizer states leave a fifth of 80 GB for activations.
     assert int(re.search(r"  sum +([\d,]+)", plan)[1].replace(",", "")) < 64e9

@@ -1,4 +1,4 @@
-"""The list of the best checkpoints, in one process."""
+"""The ranking of checkpoints by their validation KL, in one process."""
 
 import math
 
@@ -17,7 +17,7 @@ from megatron_qad.training.callbacks.best_checkpoints import BestCheckpoints  # 
 
 @pytest.fixture
 def started(tmp_path):
-    """``started(iteration)``: the list in tmp_path, of a job that starts there."""
+    """``started(iteration)`` returns the ranking in tmp_path of a job that starts at that iteration."""
 
     def start(iteration=0):
         init_process_group()
@@ -28,26 +28,26 @@ def started(tmp_path):
     return start
 
 
-def listed(tmp_path) -> list[dict]:
+def entries(tmp_path) -> list[dict]:
     return json_records.read(tmp_path / BEST_FILE)
 
 
-def test_a_validation_that_is_not_a_number_is_the_worst(started, tmp_path):
+def test_nan_is_ranked_last(started, tmp_path):
     best = started()
     for iteration, kl in ((100, math.nan), (200, 0.3), (300, 0.1), (400, math.inf)):
         best.add(iteration, kl, 64)
     assert best.ranked([100, 200, 300, 400]) == [300, 200, 100, 400]
-    assert listed(tmp_path)[0] == {"iteration": 300, "kl_to_teacher": 0.1, "num_tokens": 64}
+    assert entries(tmp_path)[0] == {"iteration": 300, "kl_to_teacher": 0.1, "num_tokens": 64}
     assert list(validated_kl(tmp_path)) == [300, 200, 100, 400]
 
 
-def test_a_validation_in_which_no_token_counted_is_none(started, tmp_path):
+def test_validation_without_counted_tokens_is_ignored(started, tmp_path):
     best = started()
     best.add(100, math.nan, 0)
     assert best.ranked([100]) == [] and not (tmp_path / BEST_FILE).exists()
 
 
-def test_validations_on_other_tokens_are_not_ranked_against_each_other(started, tmp_path, capsys):
+def test_validations_on_different_tokens_are_not_compared(started, tmp_path, capsys):
     best = started()
     best.add(100, 0.1, 64)
     best.add(200, 0.2, 64)
@@ -59,16 +59,16 @@ def test_validations_on_other_tokens_are_not_ranked_against_each_other(started, 
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no longer ranked" in line]
     assert "iteration 300 was validated on 128 tokens, 100, 200 on 64" in line
     assert best.ranked([100, 200, 300, 400]) == [400, 300]
-    assert [(entry["iteration"], entry["num_tokens"]) for entry in listed(tmp_path)] == [(400, 128), (300, 128)]
+    assert [(entry["iteration"], entry["num_tokens"]) for entry in entries(tmp_path)] == [(400, 128), (300, 128)]
 
 
-def test_the_same_iteration_again_on_other_tokens_is_measured_anew(started, tmp_path):
+def test_new_validation_of_an_iteration_on_other_tokens_replaces_the_old(started, tmp_path):
     started().add(100, 0.1, 64)
     started(100).add(100, 0.3, 128)
-    assert listed(tmp_path) == [{"iteration": 100, "kl_to_teacher": 0.3, "num_tokens": 128}]
+    assert entries(tmp_path) == [{"iteration": 100, "kl_to_teacher": 0.3, "num_tokens": 128}]
 
 
-def test_entries_of_older_versions_say_nothing_of_their_tokens(started, tmp_path, capsys):
+def test_entries_of_older_versions_have_no_token_count(started, tmp_path, capsys):
     json_records.write(tmp_path / BEST_FILE, [{"iteration": 100, "kl_to_teacher": 0.1}])
     best = started(100)
     assert best.ranked([100]) == [100]

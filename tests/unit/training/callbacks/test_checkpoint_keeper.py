@@ -1,4 +1,4 @@
-"""Failed saves, without a job. tests/dist/test_checkpoints.py has the same in jobs."""
+"""Failed saves, without a job. tests/dist/test_checkpoints.py tests them in jobs."""
 
 import types
 
@@ -29,8 +29,8 @@ def failed(iteration: int, is_last: bool = False) -> Save:
     return Save(iteration, is_last, error=SaveFailed("the disk is full"))
 
 
-def test_a_save_that_fails_is_survived_and_said_when_the_job_leaves(keeper, capsys):
-    """With --async-save Megatron waits for a pending save before it exits, even if none is pending."""
+def test_failed_save_is_logged_and_raised_when_the_job_ends_early(keeper, capsys):
+    """With --async-save, Megatron waits for pending saves before it exits, even if there are none."""
     save = failed(4)
     keeper.save_ended(save)
     assert save.is_survived and "the checkpoint of iteration 4 could not be saved" in capsys.readouterr().out
@@ -39,12 +39,12 @@ def test_a_save_that_fails_is_survived_and_said_when_the_job_leaves(keeper, caps
         keeper.job_ends(is_done=False)
 
 
-def test_the_next_save_makes_up_for_it(keeper):
+def test_successful_save_clears_the_failure(keeper):
     keeper.save_ended(failed(4))
     keeper.save_ended(Save(8, is_last=False))
     keeper.job_ends(is_done=False)
 
 
-def test_where_no_other_save_follows_the_job_ends(keeper):
+def test_failed_last_save_ends_the_job(keeper):
     with pytest.raises(QADError, match="Training has ended and its last steps are not saved"):
         keeper.save_ended(failed(8, is_last=True))
