@@ -32,12 +32,12 @@ def main() -> None:
     init_runtime()
 
     from megatron_qad.checkpoint import provenance
-    from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of
+    from megatron_qad.checkpoint.export_hf import export_hf, export_provenance
     from megatron_qad.engine.distributed import init_process_group
 
     if options.reuse_existing and (Path(options.output) / "config.json").is_file():
-        asked = would_be_made_of(options.checkpoint, options.layout, options.iteration)
-        provenance.require_same(Path(options.output), EXPORT_FILE, asked)
+        asked = export_provenance(options.checkpoint, options.layout, options.iteration)
+        provenance.check_same_provenance(Path(options.output), EXPORT_FILE, asked)
         return print(f"{options.output} is there already")
     init_process_group()
     shard_bytes = int(options.max_shard_gb * 1e9)

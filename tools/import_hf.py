@@ -27,7 +27,7 @@ def main() -> None:
 
     if options.reuse_existing and (Path(options.output) / TRACKER).is_file():
         asked = provenance.model_provenance(Path(options.hf_model), options.dtype)
-        provenance.require_same(Path(options.output), IMPORT_FILE, asked)
+        provenance.check_same_provenance(Path(options.output), IMPORT_FILE, asked)
         return print(f"{options.output} is there already")
     init_process_group()
     tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))

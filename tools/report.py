@@ -26,7 +26,7 @@ def main() -> None:
         "error",
     )
     options = parser.parse_args()
-    runs = named_runs(options.run)
+    runs = parse_runs(options.run)
     init_runtime()
 
     from megatron_qad.engine.distributed import init_process_group
@@ -40,7 +40,7 @@ def main() -> None:
     print(f"wrote report.md, report.png and results.json to {options.output}")
 
 
-def named_runs(pairs: list[str]) -> dict[str, str]:
+def parse_runs(pairs: list[str]) -> dict[str, str]:
     """["PTQ=DIR", ...] -> {"PTQ": "DIR", ...}."""
     runs = {}
     for pair in pairs:

@@ -96,7 +96,7 @@ def _refuse_formats_without_layout(checkpoint: Path, formats: set[str], layout: 
         )
 
 
-def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
+def export_provenance(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
     """The record that ``export_hf`` with the same arguments would write (``provenance``); reads no weights."""
     directory, job = _iteration_and_job(Path(checkpoint), layout, iteration)
     return provenance.iteration_provenance(directory, layout, job)

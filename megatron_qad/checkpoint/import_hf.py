@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_qad.checkpoint import provenance
 from megatron_qad.checkpoint.hf_reader import ASSETS, PASSTHROUGH_FILE, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.checkpoint.release import all_or_none, owned, write_release
+from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
@@ -37,9 +37,9 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
             that exists and is not empty or is a mount point, a full disk.
     """
     source, rank, size = Path(source), *rank_and_size()
-    with owned(target):
-        target = all_or_none(lambda: new_directory(target))
-        sharded, passthrough, count = all_or_none(lambda: _read(source, dtype, rank, size))
+    with lock_output(target):
+        target = run_on_all_ranks(lambda: new_directory(target))
+        sharded, passthrough, count = run_on_all_ranks(lambda: _read(source, dtype, rank, size))
         write_release(target, sharded, lambda aside: _finish(source, aside, passthrough, dtype))
     return count
 

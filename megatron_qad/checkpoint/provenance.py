@@ -59,7 +59,7 @@ def iteration_sha256(directory: Path) -> str:
     return _sum(_of_iteration(directory))
 
 
-def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> None:
+def check_same_provenance(output: Path, record_name: str, expected: dict[str, Any]) -> None:
     """Refuse to keep ``output`` unless its record is ``expected`` and all its files are as they were written.
 
     Raises:

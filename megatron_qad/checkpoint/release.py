@@ -58,14 +58,14 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 
 
 @contextmanager
-def owned(output: str | Path) -> Iterator[None]:
+def lock_output(output: str | Path) -> Iterator[None]:
     """Own ``output`` (``locks.writing``) inside the ``with``; what stops that on the first rank stops all."""
     with ExitStack() as stack:
         atomic_checkpoint.on_first_rank(lambda: stack.enter_context(locks.writing(output)))
         yield
 
 
-def all_or_none(work: Callable):
+def run_on_all_ranks(work: Callable):
     """``work()`` on every rank. What stops one stops all, with its message, before any of them has written."""
     result, problem = None, None
     try:

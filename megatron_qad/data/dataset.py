@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
-from megatron_qad.data.packing import keep_documents_apart
+from megatron_qad.data.packing import separate_documents
 from megatron_qad.engine.errors import QADError
 
 # No token has this id, so what carries it is padding and nothing else. GPTDataset would take the tokenizer's pad token,
@@ -83,7 +83,7 @@ class QADDataset(GPTDataset):
                 lengths[-1] -= 1  # the extra token is a label only
             # The last is 0 if its document starts right behind the row.
             lengths = [n for n in lengths[:-1] if n] + lengths[-1:]
-            return keep_documents_apart(sample, lengths, self.config.pad_documents_to)
+            return separate_documents(sample, lengths, self.config.pad_documents_to)
         return sample
 
     def has_counted_tokens(self) -> bool:

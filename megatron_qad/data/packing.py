@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def keep_documents_apart(sample: dict[str, Tensor], lengths: Sequence[int], multiple: int) -> dict[str, Tensor]:
+def separate_documents(sample: dict[str, Tensor], lengths: Sequence[int], multiple: int) -> dict[str, Tensor]:
     """A sample whose documents start at multiples of ``multiple`` and whose positions start anew in each.
 
     Args:

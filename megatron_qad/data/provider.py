@@ -30,7 +30,7 @@ from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.data.validation_set import (
     DEFAULT_TOKENS,
     ValidationSet,
-    one_split,
+    config_for_split,
     ordered_samples,
     samples_per_iteration,
 )
@@ -75,7 +75,7 @@ class DatasetsProvider:
         num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
         is_built = partial(_is_built_on_rank, vp_stage)
         train, _, _ = BlendedMegatronDatasetBuilder(
-            QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
+            QADDataset, [num_train, 0, 0], is_built, config_for_split(config, Split.train)
         ).build()
         if not args.skip_train:
             _check_that_something_counts(train, Split.train, config)

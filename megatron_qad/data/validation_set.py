@@ -95,7 +95,7 @@ def samples_per_iteration(args: argparse.Namespace) -> int:
     return args.eval_global_batch_size // at_once * at_once
 
 
-def one_split(config: QADDatasetConfig, split: Split) -> QADDatasetConfig:
+def config_for_split(config: QADDatasetConfig, split: Split) -> QADDatasetConfig:
     """``config`` for a builder of this split and no other."""
     config = copy.copy(config)
     if config.blend is not None:
@@ -114,7 +114,7 @@ def ordered_samples(config: QADDatasetConfig, is_built_on_rank: Callable[[], boo
     Args:
         limit: samples of a blend with weights that anyone is going to ask for.
     """
-    config = one_split(config, Split.valid)
+    config = config_for_split(config, Split.valid)
     config.random_seed = _SEED
     config.drop_last_partial_validation_sequence = False
     blend = config.blend if config.blend is not None else config.blend_per_split[Split.valid.value]

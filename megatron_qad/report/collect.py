@@ -13,7 +13,7 @@ from megatron_qad.engine.run_directory.iterations import smoothing_record
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.report.runs import Run
-from megatron_qad.report.weight_errors import LinearError, linear_errors, linears_of, same_shape
+from megatron_qad.report.weight_errors import LinearError, have_same_linears, linear_errors, untied_linears
 
 # Two means of the teacher's cross entropy closer than this (relative) count as one: on the same tokens they are equal
 # bits in the same parallel layout, and in another a BF16 logit moves by some 1e-2 at random, which over 20,000 tokens
@@ -48,7 +48,7 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, 
     for run in read:
         if run.job is None:
             continue
-        if not same_shape(read_config(run.directory), config):
+        if not have_same_linears(read_config(run.directory), config):
             notes.append(f"{run.name}: its model has other layers than the teacher; its weights are not compared.")
             continue
         if smoothing_record(run.directory) != smoothing_record(teacher):
@@ -75,7 +75,7 @@ def _model_facts(config: dict) -> dict:
         "hidden_size": text.get("hidden_size"),
         "vocab_size": text.get("vocab_size"),
         "num_weights": sum(math.prod(tensor.shape) for tensor in family_of(config).all_tensors(config)),
-        "num_linears": len(linears_of(config)),
+        "num_linears": len(untied_linears(config)),
     }
 
 
@@ -90,7 +90,7 @@ def _notes_of(run: Run) -> list[str]:
             notes.append("evaluated without a teacher, so KL and agreement are not measured.")
         if evaluated < run.num_iterations:
             notes.append(f"its last evaluation is of iteration {evaluated}, training went on to {run.num_iterations}.")
-    if run.counts_nothing:
+    if run.has_no_counted_tokens:
         notes.append("no token counted in its last evaluation, so nothing was measured (null in results.json).")
     elif bad := [name for name, value in run.validation.items() if not math.isfinite(value)]:
         notes.append(f"not finite in the last evaluation: {', '.join(bad)} (null in results.json).")

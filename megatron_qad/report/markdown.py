@@ -53,7 +53,7 @@ def _validation_table(runs: Sequence[Run]) -> str:
         kl = get("kl_to_teacher")
 
         def cell(value: float | None, spec: str, run: Run = run) -> str:
-            return "no token counted" if run.counts_nothing and value is not None else _number(value, spec)
+            return "no token counted" if run.has_no_counted_tokens and value is not None else _number(value, spec)
 
         row = [run.name, cell(kl, ".4g")]
         if against:

@@ -7,7 +7,7 @@ from megatron_qad.distillation.loss_registry import training_losses
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.checkpoint_config import read_job
 from megatron_qad.report.expert_table import Experts
-from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
+from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_metrics
 from megatron_qad.report.weight_errors import has_checkpoint
 
 
@@ -35,7 +35,7 @@ class Run:
         saved = None
         if has_checkpoint(directory):
             saved = iteration_to_read(directory).name.removeprefix("iter_").lstrip("0")
-        experts, validation = Experts.read(directory), validation_of(scalars)
+        experts, validation = Experts.read(directory), validation_metrics(scalars)
         return cls(name, str(directory), scalars, validation, read_job(directory), saved, experts, tuple(notes))
 
     @property
@@ -50,7 +50,7 @@ class Run:
         return bool(self.training_loss[1]) and (rates is None or any(rate > 0 for _, rate in rates))
 
     @property
-    def counts_nothing(self) -> bool:
+    def has_no_counted_tokens(self) -> bool:
         """Whether no token counted in the last evaluation, so that its means say nothing."""
         return self.validation.get("num_tokens") == 0
 

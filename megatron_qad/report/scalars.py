@@ -66,7 +66,7 @@ def last_validation(run_dir: str | Path) -> dict[str, float]:
     Raises:
         QADError: as ``read_scalars``, or the run never evaluated.
     """
-    metrics = validation_of(read_scalars(run_dir))
+    metrics = validation_metrics(read_scalars(run_dir))
     if not metrics:
         raise QADError(
             f"{run_dir}: no evaluation is recorded (no scalar {VALIDATION}...); run the job with --eval-iters and a "
@@ -75,7 +75,7 @@ def last_validation(run_dir: str | Path) -> dict[str, float]:
     return metrics
 
 
-def validation_of(scalars: dict[str, Curve]) -> dict[str, float]:
+def validation_metrics(scalars: dict[str, Curve]) -> dict[str, float]:
     """``last_validation`` of scalars that are read already; empty where no evaluation is recorded."""
     curves = {name.removeprefix(VALIDATION): curve for name, curve in scalars.items() if name.startswith(VALIDATION)}
     if not curves:

@@ -54,14 +54,15 @@ def has_checkpoint(directory: str | Path) -> bool:
     return (Path(directory) / TRACKER).is_file() or bool(saved_iterations(directory))
 
 
-def linears_of(config: dict) -> list[ParamMapping]:
+def untied_linears(config: dict) -> list[ParamMapping]:
     """The linears that have a weight of their own: all but a tied head."""
     return [linear for linear in family_of(config).linears(config) if not linear.is_tied]
 
 
-def same_shape(one: dict, other: dict) -> bool:
+def have_same_linears(one: dict, other: dict) -> bool:
     """Whether two Hugging Face configs give linears of equal names and shapes, so that weights can be compared."""
-    return [(m.megatron, m.shape) for m in linears_of(one)] == [(m.megatron, m.shape) for m in linears_of(other)]
+    first, second = ([(m.megatron, m.shape) for m in untied_linears(config)] for config in (one, other))
+    return first == second
 
 
 def linear_errors(
@@ -82,7 +83,7 @@ def linear_errors(
         QADError: a missing, wrong-shaped or non-finite tensor; named.
     """
     rules = rules or {}
-    linears = linears_of(read_config(teacher))
+    linears = untied_linears(read_config(teacher))
     weight_formats = {
         run: {name: FORMATS[fmt].weight_in_place for name, fmt in of_run.items()} for run, of_run in formats.items()
     }
