@@ -100,8 +100,8 @@ def test_truncated_data_files_are_an_error(args_for, chats):
 
 @pytest.fixture
 def null_tokenizer_args(args_for):
-    """``null_tokenizer_args(checkpoint, "--data-path", prefix)``: (arguments, checkpoint) of a job with the NullTokenizer,
-    which is the default."""
+    """``null_tokenizer_args(checkpoint, "--data-path", prefix)``: (arguments, checkpoint) of a job with the default
+    NullTokenizer."""
 
     def make(checkpoint, *flags):
         args = args_for("--tokenizer-type", "NullTokenizer", "--vocab-size", "512", *flags)
