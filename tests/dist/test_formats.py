@@ -176,7 +176,7 @@ def test_int4_trains_and_is_not_exported(shop, tmp_path):
     assert not steps[0]["amaxes"]
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "out")}}
     error = shop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
-    assert "gives linears the format int4-w4a16, which no layout holds" in error
+    assert "gives linears the format int4-w4a16, which no layout supports" in error
 
 
 def test_the_fp8_cache_alone(shop, tmp_path):
