@@ -1,4 +1,4 @@
-"""torch_dist -> Hugging Face: ``python tools/export_hf.py --checkpoint DIR --output DIR --layout modelopt``."""
+"""Export to Hugging Face: ``python tools/export_hf.py --checkpoint DIR --output DIR --layout modelopt``."""
 
 import argparse
 import sys
@@ -8,13 +8,13 @@ from pathlib import Path
 from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
-REUSE = "if --output is complete already and of this iteration and layout, leave it and succeed; of another, fail"
+REUSE = "succeed without exporting if --output is a complete export of this iteration in this layout; otherwise fail"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="directory that pretrain_qad.py saved")
-    parser.add_argument("--output", required=True, help="Hugging Face directory to write; must be empty or new")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint directory of pretrain_qad.py")
+    parser.add_argument("--output", required=True, help="Hugging Face directory to write; must be new or empty")
     parser.add_argument(
         "--layout",
         choices=("modelopt", "compressed-tensors", "bf16"),
@@ -22,9 +22,11 @@ def main() -> None:
         help="modelopt: vLLM, SGLang, TensorRT-LLM. compressed-tensors: vLLM, transformers. bf16: unpacked",
     )
     parser.add_argument(
-        "--iteration", help="number of the iteration to export, or 'best' by validation KL; default: the newest"
+        "--iteration", help="iteration to export: a number, or 'best' by validation KL; default: the newest"
     )
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="bound on a safetensors file, in 10^9 bytes")
+    parser.add_argument(
+        "--max-shard-gb", type=float, default=5.0, help="maximum size of a safetensors file, in 10^9 bytes"
+    )
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     if options.iteration not in (None, "best") and not options.iteration.isdigit():
@@ -32,13 +34,13 @@ def main() -> None:
     init_runtime()
 
     from megatron_qad.checkpoint import provenance
-    from megatron_qad.checkpoint.export_hf import export_hf, would_be_made_of
+    from megatron_qad.checkpoint.export_hf import export_hf, export_provenance
     from megatron_qad.engine.distributed import init_process_group
 
     if options.reuse_existing and (Path(options.output) / "config.json").is_file():
-        asked = would_be_made_of(options.checkpoint, options.layout, options.iteration)
-        provenance.require_same(Path(options.output), EXPORT_FILE, asked)
-        return print(f"{options.output} is there already")
+        expected = export_provenance(options.checkpoint, options.layout, options.iteration)
+        provenance.check_same_provenance(Path(options.output), EXPORT_FILE, expected)
+        return print(f"{options.output} already exists and is up to date")
     init_process_group()
     shard_bytes = int(options.max_shard_gb * 1e9)
     written = export_hf(options.checkpoint, options.output, options.layout, shard_bytes, options.iteration)

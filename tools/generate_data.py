@@ -1,4 +1,4 @@
-"""A model writes training text for its own student, as JSONL for tools/prepare_data.py.
+"""Sample training text from a model, as JSONL for tools/prepare_data.py.
 
 python tools/generate_data.py --model my_model/ --output data/own.jsonl --num-documents 1000
 python tools/generate_data.py --model my_model/ --prompts prompts.txt --output data/answers.jsonl
@@ -20,9 +20,11 @@ def main() -> int:
     defaults = GenerateOptions(num_documents=1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory with model and tokenizer")
-    parser.add_argument("--output", required=True, help="JSONL file; a run that is started again goes on in it")
-    parser.add_argument("--prompts", help="text file, one user prompt a line; without it the model starts from BOS")
-    parser.add_argument("--num-documents", type=int, help="lines to write; default: the number of prompts")
+    parser.add_argument("--output", required=True, help="JSONL file to write; a restarted run resumes it")
+    parser.add_argument(
+        "--prompts", help="text file with one user prompt per line; without it the model starts from BOS"
+    )
+    parser.add_argument("--num-documents", type=int, help="number of lines to write; default: the number of prompts")
     for name in ("max_new_tokens", "batch_size", "temperature", "top_p", "seed"):
         default = getattr(defaults, name)
         parser.add_argument(
@@ -30,19 +32,19 @@ def main() -> int:
         )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=defaults.dtype, help="default %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    given = vars(parser.parse_args())
-    model, output, prompts_file, device = (given.pop(k) for k in ("model", "output", "prompts", "device"))
+    arguments = vars(parser.parse_args())
+    model, output, prompts_file, device = (arguments.pop(k) for k in ("model", "output", "prompts", "device"))
     try:
         prompts = read_prompts(prompts_file) if prompts_file else None
-        if given["num_documents"] is None:
+        if arguments["num_documents"] is None:
             if prompts is None:
-                raise QADError("--num-documents is needed where no --prompts are given.")
-            given["num_documents"] = len(prompts)
-        written = generate_documents(model, prompts, output, GenerateOptions(**given), device=device)
+                raise QADError("--num-documents is needed without --prompts. Give a number.")
+            arguments["num_documents"] = len(prompts)
+        written = generate_documents(model, prompts, output, GenerateOptions(**arguments), device=device)
     except QADError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{output}: {written} documents written, {given['num_documents']} in all")
+    print(f"{output}: {written} documents written, {arguments['num_documents']} in total")
     return 0
 
 

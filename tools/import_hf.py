@@ -1,4 +1,4 @@
-"""Hugging Face -> torch_dist: ``python tools/import_hf.py --hf-model DIR --output CHECKPOINT [--dtype bfloat16]``."""
+"""Import a Hugging Face model: ``python tools/import_hf.py --hf-model DIR --output CHECKPOINT [--dtype bfloat16]``."""
 
 import argparse
 import sys
@@ -8,14 +8,14 @@ from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE, TRACKER
 
 DTYPES = ("bfloat16", "float32")
-REUSE = "if --output is complete already and of this model, leave it and succeed; of another, fail"
+REUSE = "succeed without importing if --output is a complete import of this model; otherwise fail"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf-model", required=True, help="Hugging Face model directory (config.json, *.safetensors)")
-    parser.add_argument("--output", required=True, help="checkpoint directory to write; must be empty or new")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of the stored weights")
+    parser.add_argument("--output", required=True, help="checkpoint directory to write; must be new or empty")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stored weights")
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     init_runtime()
@@ -26,13 +26,13 @@ def main() -> None:
     from megatron_qad.engine.distributed import init_process_group
 
     if options.reuse_existing and (Path(options.output) / TRACKER).is_file():
-        asked = provenance.model_provenance(Path(options.hf_model), options.dtype)
-        provenance.require_same(Path(options.output), IMPORT_FILE, asked)
-        return print(f"{options.output} is there already")
+        expected = provenance.model_provenance(Path(options.hf_model), options.dtype)
+        provenance.check_same_provenance(Path(options.output), IMPORT_FILE, expected)
+        return print(f"{options.output} already exists and is up to date")
     init_process_group()
-    tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))
+    num_tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))
     if torch.distributed.get_rank() == 0:
-        print(f"wrote {tensors} tensors to {options.output}")
+        print(f"wrote {num_tensors} tensors to {options.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text and JSONL -> Megatron's .bin/.idx, with loss masks for chat. ``--help`` says how; the logic is in the data room.
+"""Prepare text and JSONL files as Megatron's .bin/.idx, with loss masks for chats (see ``megatron_qad.data.prepare``).
 
 python tools/prepare_data.py --input chats.jsonl --tokenizer my_model/ --output data/chats --workers 8
 """
@@ -14,16 +14,17 @@ from megatron_qad.data.sources import JSON_KEYS  # noqa: E402
 from megatron_qad.engine import QADError, init_runtime  # noqa: E402
 
 EPILOG = """
-A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, with "tools" if any), rendered through
-the tokenizer's chat template; only what the assistant wrote counts in the loss. EOD ends each document.
-With "finish": "length", as generate_data.py writes for a text that it cut off, the end does not count.
-Bad lines are listed in OUTPUT.bad.txt and left out. Exit status: 0 if they are at most --max-bad-fraction of all
-records; 1 otherwise, and then no data is written. Written: OUTPUT.bin, .idx, .json, and OUTPUT_loss_mask.bin, .idx
-where some token does not count.
+A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, optionally with "tools"). Messages are
+rendered with the tokenizer's chat template, and only the assistant's tokens count in the loss. EOD ends each document.
+With "finish": "length", which generate_data.py writes for truncated text, the end does not count.
+Bad lines are skipped and listed in OUTPUT.bad.txt. Exit status: 0 if they are at most --max-bad-fraction of all
+records; otherwise 1, and no data is written. Output files: OUTPUT.bin, .idx, .json, and OUTPUT_loss_mask.bin, .idx
+if some token does not count.
 """
 
 
-def arguments() -> PrepareOptions:
+def parse_options() -> PrepareOptions:
+    """Parse the command line."""
     defaults = PrepareOptions(inputs=[], tokenizer="", output="")
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -32,45 +33,53 @@ def arguments() -> PrepareOptions:
     parser.add_argument(
         "--tokenizer", required=True, help="Hugging Face tokenizer directory or sentencepiece .model file"
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the files to write")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="prefix of the output files")
     parser.add_argument(
         "--format",
         choices=["auto", "text", "jsonl"],
         default=defaults.format,
-        help="auto: .jsonl and .ndjson are JSONL, other files are text",
+        help="input format; auto: .jsonl and .ndjson are JSONL, other files are text",
     )
     parser.add_argument(
-        "--json-key", choices=JSON_KEYS, default=defaults.json_key, help="auto: the one of the two that a line has"
+        "--json-key",
+        choices=JSON_KEYS,
+        default=defaults.json_key,
+        help="key of the JSONL lines to use; auto: the one that a line has",
     )
     parser.add_argument(
         "--split-on",
         metavar="REGEX",
-        help="what stands between two documents of a text file, or 'blank'; without it a file is one document",
+        help="separator of the documents in a text file, or 'blank' for blank lines; default: one document per file",
     )
     parser.add_argument(
-        "--prepend-bos", action="store_true", help="put BOS first where the tokenizer does not (sentencepiece)"
+        "--prepend-bos", action="store_true", help="prepend BOS if the tokenizer does not do so (sentencepiece)"
     )
     parser.add_argument(
-        "--max-bad-fraction", type=float, default=defaults.max_bad_fraction, help="default %(default)s; 0 allows none"
+        "--max-bad-fraction",
+        type=float,
+        default=defaults.max_bad_fraction,
+        help="largest accepted fraction of bad records, default %(default)s; 0 accepts none",
     )
-    parser.add_argument("--workers", type=int, default=defaults.workers, help="processes, default %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=defaults.workers, help="number of processes, default %(default)s"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     return PrepareOptions(**vars(parser.parse_args()))
 
 
 def main() -> int:
-    options = arguments()
+    options = parse_options()
     try:
-        init_runtime()  # Megatron, whose index writer is used, is imported after this
-        done = prepare_data(options)
+        init_runtime()  # must run before Megatron, whose index writer is used, is imported
+        metadata = prepare_data(options)
     except QADError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{options.output}: {done.documents} documents ({done.chat_documents} chats), {done.tokens} tokens, "
-        f"{done.supervised_tokens} of them count in the loss, {done.unknown_tokens} unknown; vocabulary "
-        f"{done.vocab_size} ({done.tokenizer_name}); {done.blank_lines} blank lines, {done.bad_lines} bad lines"
-        + (f", listed in {options.output}.bad.txt" if done.bad_lines else "")
+        f"{options.output}: {metadata.documents} documents ({metadata.chat_documents} chats), {metadata.tokens} "
+        f"tokens, {metadata.supervised_tokens} of them count in the loss, {metadata.unknown_tokens} unknown; "
+        f"vocabulary {metadata.vocab_size} ({metadata.tokenizer_name}); {metadata.blank_lines} blank lines, "
+        f"{metadata.bad_lines} bad lines" + (f", listed in {options.output}.bad.txt" if metadata.bad_lines else "")
     )
     return 0
 

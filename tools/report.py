@@ -1,4 +1,4 @@
-"""Report of runs: ``python tools/report.py --run PTQ=DIR --run QAD=DIR --teacher CHECKPOINT --output DIR``."""
+"""Write a run report: ``python tools/report.py --run PTQ=DIR --run QAD=DIR --teacher CHECKPOINT --output DIR``."""
 
 import argparse
 import sys
@@ -13,20 +13,21 @@ def main() -> None:
         action="append",
         required=True,
         metavar="NAME=DIR",
-        help="a run's --save directory, its TensorBoard events in DIR/tensorboard or DIR itself; repeat for each run, "
-        "the one to compare with first",
+        help="a run's --save directory, with TensorBoard events in DIR/tensorboard or DIR; repeat for each run, "
+        "with the baseline first",
     )
-    parser.add_argument("--teacher", required=True, help="checkpoint of the BF16 teacher, made by tools/import_hf.py")
+    parser.add_argument(
+        "--teacher", required=True, help="checkpoint of the BF16 teacher, written by tools/import_hf.py"
+    )
     parser.add_argument("--output", required=True, help="directory for report.md, report.png and results.json")
-    parser.add_argument("--title", help="the report's heading")
+    parser.add_argument("--title", help="title of the report")
     parser.add_argument(
         "--accept-gaps",
         action="store_true",
-        help="report what is left of runs whose event files are damaged or missing, and say so; without it that is an "
-        "error",
+        help="turn damaged or missing event files into notes instead of errors, and report the remaining data",
     )
     options = parser.parse_args()
-    runs = named_runs(options.run)
+    runs = parse_runs(options.run)
     init_runtime()
 
     from megatron_qad.engine.distributed import init_process_group
@@ -40,15 +41,15 @@ def main() -> None:
     print(f"wrote report.md, report.png and results.json to {options.output}")
 
 
-def named_runs(pairs: list[str]) -> dict[str, str]:
-    """["PTQ=DIR", ...] -> {"PTQ": "DIR", ...}."""
+def parse_runs(pairs: list[str]) -> dict[str, str]:
+    """Parse ["PTQ=DIR", ...] to {"PTQ": "DIR", ...}."""
     runs = {}
     for pair in pairs:
         name, _, directory = pair.partition("=")
         if not name or not directory:
-            raise QADError(f"--run {pair!r}: expected NAME=DIR, such as QAD=runs/qad")
+            raise QADError(f"--run {pair!r}: expected NAME=DIR, such as QAD=runs/qad.")
         if name in runs:
-            raise QADError(f"--run {pair!r}: the name {name!r} is given twice; each run needs its own")
+            raise QADError(f"--run {pair!r}: the name {name!r} is given twice. Give each run its own name.")
         runs[name] = directory
     return runs
 

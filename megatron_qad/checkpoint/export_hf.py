@@ -1,9 +1,8 @@
-"""torch_dist -> Hugging Face, in BF16 or NVFP4: one layer at a time, with no model and no GPU.
+"""Export torch_dist checkpoints to Hugging Face, in BF16 or quantized, one layer at a time, without a model or a GPU.
 
-The checkpoint says what it is: ``hf/config.json`` the architecture and ``qad.json`` the format of every linear. A
-weight that the job saved on the NVFP4 grid packs to exactly itself; one saved between an optimizer step and its
-quantization is rounded here, by the same arithmetic and with the same global scale, to what the next forward pass would
-have used.
+The architecture comes from ``hf/config.json``, the format of every linear from ``qad.json``. A weight that was saved
+quantized is packed exactly. A weight that was saved between an optimizer step and its quantization is quantized here,
+with the same arithmetic and global scale as in the next forward pass.
 """
 
 from collections.abc import Iterator
@@ -40,19 +39,28 @@ def export_hf(
 ) -> Written:
     """Write an iteration of ``checkpoint`` as the Hugging Face directory ``output``.
 
+    torch.distributed must be initialized. Tensors that are not packed are written in the dtype declared in
+    ``config.json``, which servers expect, also if the job trained in float32. If the config declares none, packed
+    layouts use bfloat16.
+
     Args:
-        checkpoint: a directory that a QAD job saved or, for layout "bf16", one that ``import_hf`` wrote.
-        layout: "bf16", "modelopt" or "compressed-tensors". In "bf16" quantized weights are written as the values on
-            their grid that the packed layouts decode to.
+        checkpoint: a directory saved by a QAD job or, for layout "bf16", one written by ``import_hf``.
+        output: a new or empty directory.
+        layout: "bf16", "modelopt" or "compressed-tensors". With "bf16" quantized weights are written as the values
+            that the packed layouts decode to.
+        max_shard_bytes: maximum size of the tensor data of a safetensors file.
         iteration: a number, "best" (by validation KL) or None for the newest.
 
-    Tensors that are not packed are written in the dtype that ``config.json`` declares, which is what servers expect; a
-    job that trained in float32 is rounded here. A packed layout of a config that declares none gets bfloat16.
-
     Raises:
-        QADError: a damaged checkpoint, missing tensors or amaxes (named), no ``qad.json``, or what the writer refuses.
+        QADError: a damaged checkpoint, missing tensors or amaxes, no ``qad.json``, or an error of the writer.
+
+    Example::
+
+        init_process_group()  # megatron_qad.engine.distributed
+        written = export_hf("runs/qad", "exports/qad-nvfp4", "modelopt")
+        print(written.num_tensors, written.excluded)
     """
-    checkpoint, output = Path(checkpoint), new_directory(output)  # refused before gigabytes are checked and read
+    checkpoint, output = Path(checkpoint), new_directory(output)  # fails before gigabytes are verified and read
     config = read_config(checkpoint)
     manifest.verify_directory(checkpoint / "hf", "config.json")
     family = family_of(config)
@@ -60,14 +68,14 @@ def export_hf(
     formats = job.get("formats", {})
     kv_cache = job.get("kv_cache", UNQUANTIZED.name) if layout != "bf16" else UNQUANTIZED.name
     if layout != "bf16":
-        _refuse_formats_without_layout(checkpoint, set(formats.values()), layout)
+        _check_formats_exportable(checkpoint, set(formats.values()), layout)
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     if layout != "bf16" and declared_dtype(config) is None:
         config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
     passthrough = read_passthrough(checkpoint / "hf")
     if family.passthrough_tensors(config) and not passthrough:
         raise QADError(
-            f"{checkpoint}: no hf/{PASSTHROUGH_FILE}, which the import writes for all tensors outside the language "
+            f"{checkpoint}: no hf/{PASSTHROUGH_FILE}, to which the import writes all tensors outside the language "
             "model. Copy it from the imported checkpoint."
         )
     reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
@@ -78,7 +86,7 @@ def export_hf(
         output,
         config=config,
         layout=layout,
-        linear_modules=[*family.linear_modules(config), *_linears_among(passthrough)],
+        linear_modules=[*family.linear_modules(config), *_passthrough_linears(passthrough)],
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
@@ -86,51 +94,54 @@ def export_hf(
     )
 
 
-def _refuse_formats_without_layout(checkpoint: Path, formats: set[str], layout: LayoutName) -> None:
-    held = exported_formats(layout)
-    for fmt in sorted(formats - set(held)):
-        which = f"layout {layout!r} does not hold" if FORMATS[fmt].stored else "no layout holds"
+def _check_formats_exportable(checkpoint: Path, formats: set[str], layout: LayoutName) -> None:
+    supported = exported_formats(layout)
+    for fmt in sorted(formats - set(supported)):
+        reason = f"layout {layout!r} does not support" if FORMATS[fmt].stored else "no layout supports"
         raise QADError(
-            f"{checkpoint}: its policy gives linears the format {fmt}, which {which}; exported are "
-            f"{', '.join(held)}. With layout 'bf16' its weights can be written unpacked"
+            f"{checkpoint}: its policy gives linears the format {fmt}, which {reason}; expected one of "
+            f"{', '.join(supported)}. Export with layout 'bf16' to write its weights unpacked."
         )
 
 
-def would_be_made_of(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
-    """The record that ``export_hf`` with the same arguments would write (``provenance``); reads no weights."""
+def export_provenance(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
+    """Return the provenance record that ``export_hf`` with the same arguments would write; reads no weights."""
     directory, job = _iteration_and_job(Path(checkpoint), layout, iteration)
     return provenance.iteration_provenance(directory, layout, job)
 
 
 def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | str | None) -> tuple[Path, dict]:
-    """Layout bf16 also takes what import_hf wrote, which has no formats."""
+    """Return the iteration's directory and qad.json; layout bf16 also accepts imports, which have no qad.json."""
     if layout != "bf16" and read_job(checkpoint) is None:
-        raise QADError(f"{checkpoint}: no {JOB_FILE}; only what pretrain_qad.py saved can be exported as NVFP4")
+        raise QADError(
+            f"{checkpoint}: no {JOB_FILE}; only checkpoints of pretrain_qad.py can be exported quantized. Use "
+            "layout 'bf16'."
+        )
     directory = iteration_to_read(checkpoint, iteration)
     return directory, read_job(checkpoint, directory) or {}
 
 
 def read_passthrough(assets: Path) -> dict[str, torch.Tensor]:
-    """Tensors that the import carried along, by Hugging Face name."""
+    """Return the passthrough tensors that the import stored, by Hugging Face name."""
     file = assets / PASSTHROUGH_FILE
     try:
         return load_file(file) if file.is_file() else {}
     except SafetensorError as error:
         raise QADError(
-            f"{file}: not a whole safetensors file ({error}); copy it from the imported checkpoint"
+            f"{file}: not a complete safetensors file ({error}). Copy it from the imported checkpoint."
         ) from error
 
 
-def _linears_among(passthrough: dict[str, torch.Tensor]) -> list[str]:
-    """Modules that a server may take for linears, which a packed checkpoint must then exclude: matrices, but no router
-    or embedding."""
+def _passthrough_linears(passthrough: dict[str, torch.Tensor]) -> list[str]:
+    """Return passthrough modules that a server may build as linears and that a packed checkpoint must exclude: those
+    with a matrix, except routers and embeddings."""
     names = [name for name, tensor in passthrough.items() if name.endswith(".weight") and tensor.dim() == 2]
     return [name.removesuffix(".weight") for name in names if ".gate." not in name and "embed" not in name]
 
 
 @dataclass(frozen=True)
 class Export:
-    """One checkpoint on its way to Hugging Face names."""
+    """Conversion of one checkpoint to tensors with Hugging Face names."""
 
     reader: TorchDistReader
     layout: LayoutName
@@ -138,12 +149,12 @@ class Export:
     kv_cache: str
     scale_rule: str
     dtype: torch.dtype | None
-    """Of what is not packed; None: as stored."""
+    """dtype of tensors that are not packed. None means the stored dtype."""
     amaxes: dict[str, torch.Tensor]
-    """Of inputs, keys and values, by the names of their quantizers' buffers."""
+    """Amaxes of inputs, keys and values by the names of the quantizers' buffers."""
 
     def items(self, maps: list[ParamMapping]) -> Iterator[HFTensor]:
-        """Every tensor, a layer at a time, in the order of ``maps``; KV cache scales after the projections' weights."""
+        """Yield every tensor layer by layer in the order of ``maps``; KV cache scales follow the projection weights."""
         kv_format = KV_CACHE_FORMATS[self.kv_cache]
         for tensor_map, tensor in self.reader.layers(maps):
             fmt = self.formats.get(tensor_map.megatron, UNQUANTIZED.name)
@@ -155,12 +166,12 @@ class Export:
                     dtype = part.dtype if tensor_map.is_float32 else self.dtype or part.dtype
                     yield HFTensor(name, part.to(dtype).contiguous())
             else:
-                yield from self._quantized(tensor_map, tensor, fmt)
+                yield from self._pack(tensor_map, tensor, fmt)
             if kv_format is not None and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
                 yield from self._kv_scales(tensor_map, kv_format)
 
-    def _quantized(self, tensor_map: ParamMapping, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
-        """One Megatron weight is what a server fuses (q, k, v; gate, up): its parts share their scales."""
+    def _pack(self, tensor_map: ParamMapping, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
+        """Yield the parts of one Megatron weight, which servers fuse (q, k, v; gate, up), with shared scales."""
         name = tensor_map.megatron
         linear_format, input_scale = FORMATS[fmt], None
         if linear_format.input is not None:
@@ -189,5 +200,7 @@ class Export:
 
     def _amax(self, name: str) -> torch.Tensor:
         if name not in self.amaxes:
-            raise QADError(f"{self.reader.directory}: no {name}; the job saved this checkpoint before it calibrated")
+            raise QADError(
+                f"{self.reader.directory}: no {name}: the checkpoint was saved before calibration. Export a later one."
+            )
         return self.amaxes[name]

@@ -1,7 +1,7 @@
-"""Reads the shards of an HF checkpoint directory without loading tensors: headers, index, truncation.
+"""Read and check the shards of an HF checkpoint directory without loading tensors: headers, index, truncation.
 
-The safetensors header is parsed here (eight bytes of length, JSON, data), because a damaged file must become a list of
-issues and not an exception of a library at the first of them. Left out: any knowledge of models or quantization.
+The safetensors header (eight bytes of length, JSON, data) is parsed here because damage must be reported as a list of
+issues, not as an exception of the library for the first one. This module does not depend on models or quantization.
 """
 
 import json
@@ -28,30 +28,30 @@ ITEM_BYTES = {
     "BOOL": 1,
 }
 
-AddIssue = Callable[[str, str], None]  # (name of the tensor or file, what is wrong and what was expected)
+AddIssue = Callable[[str, str], None]  # (name of the tensor or file, value found and value expected)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One entry of a shard's header."""
+    """One tensor entry in a shard's header."""
 
     file: Path
-    dtype: str  # safetensors' name: "U8", "F8_E4M3", "F32", "BF16", ...
+    dtype: str  # dtype name of safetensors: "U8", "F8_E4M3", "F32", "BF16", ...
     shape: tuple[int, ...]
     num_bytes: int
 
 
 @dataclass
 class Shards:
-    """All tensors of a directory."""
+    """All tensors of a checkpoint directory."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     num_bytes: int = 0
-    readable: set[Path] = field(default_factory=set)  # files whose data is complete
+    readable: set[Path] = field(default_factory=set)  # files with complete data
 
 
 def read_shards(directory: Path, issue: AddIssue) -> Shards:
-    """Headers of every shard of ``directory``, checked against the index if there is one. Issues go to ``issue``."""
+    """Read the header of every shard and compare it with the index, if there is one. Report issues to ``issue``."""
     shards = Shards()
     index_path, single = directory / INDEX_NAME, directory / SINGLE_NAME
     present = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -59,15 +59,18 @@ def read_shards(directory: Path, issue: AddIssue) -> Shards:
     if index_path.exists():
         weight_map = _read_index(index_path, issue)
         if single.exists():
-            issue(SINGLE_NAME, f"stands beside {INDEX_NAME}; loaders disagree on which they read, expected one of them")
+            issue(
+                SINGLE_NAME,
+                f"exists together with {INDEX_NAME}; expected only one, because loaders differ in which they read",
+            )
     elif not single.exists():
-        issue(str(directory), f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; found shards {present}")
+        issue(str(directory), f"has neither {SINGLE_NAME} nor {INDEX_NAME}; found shards {present}")
     listed = set(weight_map.values()) if weight_map is not None else {SINGLE_NAME} & set(present)
     for name in sorted(set(present) - listed - {SINGLE_NAME}):
-        issue(name, "is a shard that the index does not name")
+        issue(name, "is a shard that is not in the index")
     for name in sorted(listed):
         if not (directory / name).is_file():
-            issue(name, f"is named by {INDEX_NAME} and missing")
+            issue(name, f"is listed in {INDEX_NAME}, but missing")
             continue
         for tensor, stored in _read_header(directory / name, shards, issue).items():
             if tensor in shards.tensors:
@@ -80,17 +83,17 @@ def read_shards(directory: Path, issue: AddIssue) -> Shards:
 
 
 def read_json(path: Path, issue: AddIssue) -> dict[str, Any] | None:
-    """The JSON object in ``path``; None, and an issue, if it is missing or no object."""
+    """Return the JSON object in ``path``; None, and an issue, if it is missing or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         issue(path.name, "is missing")
         return None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        issue(path.name, f"is no valid JSON: {error}")
+        issue(path.name, f"is not valid JSON: {error}")
         return None
     if not isinstance(value, dict):
-        issue(path.name, f"holds a {type(value).__name__}, expected a JSON object")
+        issue(path.name, f"is a {type(value).__name__}, expected a JSON object")
         return None
     return value
 
@@ -99,7 +102,7 @@ def _read_index(path: Path, issue: AddIssue) -> dict[str, str]:
     index = read_json(path, issue) or {}
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        issue(path.name, "has no weight_map from tensor names to file names")
+        issue(path.name, "has no weight_map, expected a map from tensor names to file names")
         return {}
     return weight_map
 
@@ -108,17 +111,17 @@ def _compare_with_index(weight_map: dict[str, str], shards: Shards, issue: AddIs
     for tensor, name in weight_map.items():
         stored = shards.tensors.get(tensor)
         if stored is None:
-            issue(tensor, f"is named by {INDEX_NAME}, but {name} does not hold it")
+            issue(tensor, f"is listed in {INDEX_NAME}, but not in {name}")
         elif stored.file.name != name:
-            issue(tensor, f"is in {stored.file.name}; {INDEX_NAME} says {name}")
+            issue(tensor, f"is in {stored.file.name}, but {INDEX_NAME} lists {name}")
     for tensor in sorted(set(shards.tensors) - set(weight_map)):
-        issue(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}: loaders will not see it")
+        issue(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}, so loaders will not find it")
     if shards.tensors:
         directory = next(iter(shards.tensors.values())).file.parent
         metadata = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8")).get("metadata")
         total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total is not None and total != shards.num_bytes:
-            issue(INDEX_NAME, f"says total_size {total}; the shards hold {shards.num_bytes} bytes of tensors")
+            issue(INDEX_NAME, f"has total_size {total}, but the tensors of the shards have {shards.num_bytes} bytes")
 
 
 def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, StoredTensor]:
@@ -127,7 +130,7 @@ def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, Store
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if length == 0 or 8 + length > size:
-            issue(path.name, f"is truncated or no safetensors file: {size} bytes, too few for its header")
+            issue(path.name, f"is truncated or not a safetensors file: {size} bytes are too few for its header")
             return {}
         try:
             header = json.loads(file.read(length))
@@ -148,10 +151,12 @@ def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, Store
             return {}
         end = max(end, last)
         if dtype in ITEM_BYTES and math.prod(shape) * ITEM_BYTES[dtype] != last - first:
-            issue(tensor, f"{dtype} {list(shape)} does not fit the {last - first} bytes stored for it in {path.name}")
+            issue(
+                tensor, f"is {dtype} {list(shape)}, which does not match the {last - first} bytes stored in {path.name}"
+            )
         tensors[tensor] = StoredTensor(path, dtype, shape, last - first)
     if 8 + length + end != size:
-        issue(path.name, f"is {size} bytes long, its header needs {8 + length + end}: truncated or written twice")
+        issue(path.name, f"has {size} bytes, expected {8 + length + end} by its header: truncated or written twice")
     else:
         shards.readable.add(path)
     return tensors

@@ -1,8 +1,8 @@
-"""Writes an HF checkpoint directory from a stream of tensors: bounded shards, index, configs, tokenizer files.
+"""Write an HF checkpoint directory from a stream of tensors: shards of bounded size, index, configs, tokenizer files.
 
-Everything goes to a hidden sibling directory that is renamed into place at the very end, so that a failure (an
-exception, a full disk, a killed process) leaves nothing that looks complete. At most one shard is held in memory. Left
-out: where the tensors come from, and gathering them over ranks; one process calls this.
+Everything is written to a hidden sibling directory that is renamed at the end, so a failure (an exception, a full disk,
+a killed process) never leaves a directory that looks complete. At most one shard is held in memory. One process calls
+this; tensors are not gathered over ranks here.
 """
 
 import errno
@@ -32,7 +32,7 @@ from megatron_qad.engine.run_directory import json_records, locks, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 
-# What a server or tokenizer needs beside weights and config.json; *.py for models that carry their own code.
+# Files needed by servers and tokenizers in addition to weights and config.json; *.py for models with their own code.
 COPIED_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -50,23 +50,23 @@ COPIED_FILES = (
     "video_preprocessor_config.json",
     "*.py",
     "LICENSE*",
-    "NOTICE*",  # with the next, what Llama's licence wants passed on
+    "NOTICE*",  # this and the next are required by Llama's licence
     "USE_POLICY*",
 )
-DEFAULT_SHARD_BYTES = 5_000_000_000  # the hub's own default
+DEFAULT_SHARD_BYTES = 5_000_000_000  # the Hub's default
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written."""
+    """Summary of a written checkpoint."""
 
     directory: Path
     num_tensors: int
-    num_bytes: int  # of tensor data
+    num_bytes: int  # size of tensor data
     shards: tuple[str, ...]  # file names
     quantized: dict[str, str]  # module -> format
-    excluded: tuple[str, ...]  # linears left as they are
+    excluded: tuple[str, ...]  # linears that are not quantized
 
 
 def write_hf_checkpoint(
@@ -84,20 +84,21 @@ def write_hf_checkpoint(
     """Write ``items``, in their order, as the HF checkpoint ``directory``.
 
     Args:
-        items: the model's tensors in HF names, each name once. Tied heads are left out by the caller, who must not
-            write into a tensor after yielding it: it may wait in memory until its shard is full.
-        directory: must not exist, or be empty; may be a link to such a one.
-        config: becomes config.json, with ``quantization_config`` added for packed layouts.
+        items: the model's tensors by HF name, each name once, without tied heads. The caller must not modify a tensor
+            after yielding it, because it is held in memory until its shard is full.
+        directory: a new or empty directory, or a link to one.
+        config: contents of config.json, with ``quantization_config`` added for packed layouts.
         layout: "bf16", "modelopt" or "compressed-tensors".
-        linear_modules: names of all linears of the model, ``lm_head`` included; those not quantized become the
-            exclusions.
-        source: HF directory whose tokenizer, chat template and generation config are copied; None copies nothing.
-        max_shard_bytes: bound on a shard's tensor data; a larger single tensor gets a shard of its own.
-        kv_cache: one of ``KV_CACHE_FORMATS``, whose scales are among the items; the configurations announce it.
-        record: what the checkpoint was made of; written beside it with the sums of all its files.
+        linear_modules: names of all linears of the model, including ``lm_head``; those that are not quantized are
+            excluded in the configurations.
+        source: HF directory whose tokenizer, chat template and generation config are copied; None: nothing is copied.
+        max_shard_bytes: maximum size of a shard's tensor data; a larger tensor gets its own shard.
+        kv_cache: one of ``KV_CACHE_FORMATS``, whose scales are among ``items``; recorded in the configurations.
+        record: provenance of the checkpoint; written to it together with the hashes of all its files.
 
-    Raises QADError for a used directory or a mount point, a full disk, a name given twice, and whatever
-    ``stored_tensors`` refuses.
+    Raises:
+        QADError: a non-empty directory or a mount point, a full disk, a duplicate name, and errors of
+            ``stored_tensors``.
     """
     check_layout(layout)
     directory = new_directory(directory)
@@ -106,7 +107,7 @@ def write_hf_checkpoint(
         raise QADError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes.")
     if "quantization_config" in config:
         raise QADError(
-            "config.json already has a quantization_config; expected that of a BF16 model. Remove the entry."
+            "config.json already has a quantization_config; expected the config of a BF16 model. Remove the entry."
         )
     aside = directory.parent / f".{directory.name}.partial"
     shards = _Shards(aside, max_shard_bytes)
@@ -114,16 +115,16 @@ def write_hf_checkpoint(
         stack.enter_context(locks.lock_output(directory))
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
         aside.mkdir()
-        stack.callback(shutil.rmtree, aside, ignore_errors=True)  # gone already if all went well
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)  # does nothing after a successful rename
         try:
             formats = {
                 item.module: item.fmt
-                for item in _added(items, shards, layout)
+                for item in _write_items(items, shards, layout)
                 if item.fmt != UNQUANTIZED.name and layout != "bf16"
             }
             shards.finish()
             excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
-            _carry(source, aside)
+            _copy_assets(source, aside)
             _write_configs(aside, config, layout, excluded, formats, kv_cache)
             if record is not None:
                 sums = manifest.sums_of(aside, manifest.files_in(aside))
@@ -139,19 +140,20 @@ def write_hf_checkpoint(
     return Written(directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), formats, tuple(excluded))
 
 
-def _added(items: Iterable[HFTensor], shards: "_Shards", layout: LayoutName) -> Iterable[HFTensor]:
+def _write_items(items: Iterable[HFTensor], shards: "_Shards", layout: LayoutName) -> Iterable[HFTensor]:
+    """Add the items to the shards and yield them again."""
     for item in items:
         shards.add(stored_tensors(item, layout))
         yield item
 
 
 class _Shards:
-    """Collects tensors into shard files. Their final names need the number of shards, so they are given at the end."""
+    """Writes tensors to shard files. Final file names depend on the number of shards, so they are set at the end."""
 
     def __init__(self, directory: Path, max_bytes: int):
         self.directory, self.max_bytes = directory, max_bytes
         self.pending: dict[str, Tensor] = {}
-        self._places: set[int] = set()  # of pending tensors in memory
+        self._data_ptrs: set[int] = set()  # of pending tensors
         self.pending_bytes = self.num_bytes = 0
         self.weight_map: dict[str, int | str] = {}  # tensor name -> shard number, at the end -> file name
         self.names: list[str] = []  # file names, temporary until finish()
@@ -159,26 +161,26 @@ class _Shards:
     def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if name in self.weight_map or name in self.pending:
-                raise QADError(f"{name}: given twice to the checkpoint writer; each name may be written once.")
+                raise QADError(f"{name}: given twice to the checkpoint writer. Give each name once.")
             if self.pending and self.pending_bytes + tensor.nbytes > self.max_bytes:
                 self._flush()
-            self.pending[name] = tensor = _own(tensor, self._places)
-            self._places.add(tensor.data_ptr())
+            self.pending[name] = tensor = _own_storage(tensor, self._data_ptrs)
+            self._data_ptrs.add(tensor.data_ptr())
             self.pending_bytes += tensor.nbytes
 
     def finish(self) -> None:
         if self.pending or not self.names:
             self._flush()
         if not self.weight_map:
-            raise QADError("No tensor was given to the checkpoint writer; the model's export produced nothing.")
-        total = len(self.names)
-        final = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-        final = final if total > 1 else ["model.safetensors"]
-        for old, new in zip(self.names, final, strict=True):
+            raise QADError("No tensor was given to the checkpoint writer. Check the export that calls it.")
+        num_shards = len(self.names)
+        final_names = [f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors" for i in range(num_shards)]
+        final_names = final_names if num_shards > 1 else ["model.safetensors"]
+        for old, new in zip(self.names, final_names, strict=True):
             os.rename(self.directory / old, self.directory / new)
-        self.names = final
-        self.weight_map = {name: final[number] for name, number in self.weight_map.items()}
-        if total > 1:
+        self.names = final_names
+        self.weight_map = {name: final_names[shard] for name, shard in self.weight_map.items()}
+        if num_shards > 1:
             index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(self.weight_map.items()))}
             _write_json(self.directory / "model.safetensors.index.json", index)
 
@@ -187,53 +189,51 @@ class _Shards:
         path = self.directory / file_name
         try:
             save_file(self.pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # the library wraps the operating system's error and drops its number
-            if number := next((n for n in _DISK_FULL if f"(os error {n})" in str(error)), None):
-                raise OSError(number, os.strerror(number), str(path)) from error
+        except SafetensorError as error:  # the library wraps the operating system's error without its errno
+            if code := next((n for n in _DISK_FULL if f"(os error {n})" in str(error)), None):
+                raise OSError(code, os.strerror(code), str(path)) from error
             raise
         manifest.sync(path)
         self.weight_map.update(dict.fromkeys(self.pending, len(self.names)))
         self.names.append(file_name)
         self.num_bytes += self.pending_bytes
-        self.pending, self._places, self.pending_bytes = {}, set(), 0
+        self.pending, self._data_ptrs, self.pending_bytes = {}, set(), 0
 
 
-def _own(tensor: Tensor, taken: set[int]) -> Tensor:
-    """Contiguous, with a storage of its own: safetensors refuses shared ones, and a view would keep the whole alive."""
+def _own_storage(tensor: Tensor, data_ptrs: set[int]) -> Tensor:
+    """Return a contiguous tensor with its own storage: safetensors rejects shared ones, and views keep theirs alive."""
     tensor = tensor.contiguous()
     is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-    is_shared = tensor.nbytes > 0 and tensor.data_ptr() in taken
+    is_shared = tensor.nbytes > 0 and tensor.data_ptr() in data_ptrs
     return tensor.clone() if is_view or is_shared else tensor
 
 
 def new_directory(path: str | Path) -> Path:
-    """Where a directory can appear at once, by a rename from beside it: ``path`` with its links followed.
+    """Return ``path`` with links resolved, after checking that a directory can be renamed to it.
 
     Raises:
-        QADError: a mount point, over which nothing can be renamed; a file or a directory that is not empty.
+        QADError: a mount point, which cannot be replaced by a rename; a file or a directory that is not empty.
     """
     directory = Path(path).resolve()
     if directory.is_mount():
         raise QADError(
-            f"{directory}: is a mount point, and what is written appears by a rename, which cannot replace one. Give a "
+            f"{directory}: is a mount point, which cannot be replaced by renaming the finished output. Give a "
             "directory inside it."
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise QADError(
-            f"{directory}: exists and is not empty. Give a new directory, or remove this one; nothing is overwritten."
+            f"{directory}: exists and is not empty. Give a new directory or remove this one; it is not overwritten."
         )
     return directory
 
 
 def _check_source(source: str | Path | None) -> Path | None:
     if source is not None and not Path(source).is_dir():
-        raise QADError(
-            f"{source}: is no directory; expected the HF checkpoint whose tokenizer and configs are to be copied."
-        )
+        raise QADError(f"{source}: is not a directory. Give the HF checkpoint with the tokenizer and configs to copy.")
     return None if source is None else Path(source)
 
 
-def _carry(source: Path | None, directory: Path) -> None:
+def _copy_assets(source: Path | None, directory: Path) -> None:
     if source is None:
         return
     for path in sorted({path for pattern in COPIED_FILES for path in source.glob(pattern)}):
@@ -249,7 +249,7 @@ def _write_configs(
     if layout != "bf16":
         if not formats:
             raise QADError(
-                f"Layout {layout!r} was asked for, but no tensor is NVFP4 or FP8. Check the policy, or write "
+                f"Layout {layout!r} needs quantized tensors, but no tensor is NVFP4 or FP8. Check the policy, or use "
                 "layout 'bf16'."
             )
         config = {**config, "quantization_config": quantization_config(layout, excluded, formats, kv_cache)}
@@ -267,6 +267,6 @@ def _disk_full(directory: Path, shards: _Shards) -> QADError:
     free = shutil.disk_usage(directory.parent).free
     return QADError(
         f"{directory}: the disk is full or a quota is reached. At least {needed} bytes were needed up to shard "
-        f"{len(shards.names) + 1}; {free} bytes are free now, with {shards.num_bytes} bytes of finished shards about "
-        "to be removed. Nothing was left behind. Free space or choose another file system."
+        f"{len(shards.names) + 1}; {free} bytes are free, plus {shards.num_bytes} bytes of finished shards, which are "
+        "removed. Free space or choose another file system."
     )

@@ -1,7 +1,7 @@
-"""The configurations beside the weights of a packed layout: what each server reads to know how to load them.
+"""Quantization configurations of the packed layouts, which tell servers how to load the weights.
 
-``config.json``'s ``quantization_config`` in both layouts, and ``hf_quant_config.json`` in modelopt's. A checkpoint
-whose quantized linears all have one format names it; one of several formats is MIXED_PRECISION and lists each linear's.
+``quantization_config`` in config.json for both layouts, and ``hf_quant_config.json`` for modelopt. With one format for
+all quantized linears the configuration names that format; with several it is MIXED_PRECISION and lists each linear.
 
 Sources: modelopt 0.47 ``convert_hf_quant_config_format`` and ``process_layer_quant_config``; vLLM 0.33
 ``ModelOptMixedPrecisionConfig``; compressed-tensors 0.20 ``QuantizationConfig``.
@@ -23,7 +23,7 @@ CT_MIXED = "mixed-precision"
 def quantization_config(
     layout: LayoutName, exclude: list[str], formats: Mapping[str, str], kv_cache: str = "bf16"
 ) -> dict[str, Any]:
-    """The ``quantization_config`` entry of config.json for a packed layout.
+    """Return the ``quantization_config`` entry of config.json for a packed layout.
 
     Args:
         exclude: linears that are not quantized, by exact name.
@@ -40,7 +40,7 @@ def quantization_config(
             "config_groups": _config_groups(layout, formats),
             "ignore": exclude,
             "quant_algo": algo,
-            "kv_cache_quant_algo": _kv_cache_algo(kv_cache),  # vLLM reads the scheme, others this
+            "kv_cache_quant_algo": _kv_cache_algo(kv_cache),  # read by servers other than vLLM, which reads the scheme
             "group_size": _group_size(formats),
             "producer": _producer(),
             "quant_method": "modelopt",
@@ -61,11 +61,11 @@ def quantization_config(
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
         }
-    raise QADError(f"Layout {layout!r} holds no quantized tensors and has no quantization_config.")
+    raise QADError(f"Layout {layout!r} has no quantized tensors and no quantization_config. Use a packed layout.")
 
 
 def hf_quant_config(exclude: list[str], formats: Mapping[str, str], kv_cache: str = "bf16") -> dict[str, Any]:
-    """The contents of modelopt's hf_quant_config.json, which TensorRT-LLM reads; it wants all keys present."""
+    """Return the contents of modelopt's hf_quant_config.json; TensorRT-LLM reads it and requires all keys."""
     algo = _one_algo(formats)
     quantization: dict[str, Any] = {
         "quant_algo": algo,
@@ -79,8 +79,8 @@ def hf_quant_config(exclude: list[str], formats: Mapping[str, str], kv_cache: st
 
 
 def _one_algo(formats: Mapping[str, str]) -> str:
-    found = _algos("modelopt", formats)
-    return found.pop() if len(found) == 1 else MIXED
+    algos = _algos("modelopt", formats)
+    return algos.pop() if len(algos) == 1 else MIXED
 
 
 def _algos(layout: LayoutName, formats: Mapping[str, str]) -> set[str]:
@@ -93,7 +93,7 @@ def _kv_cache_algo(kv_cache: str) -> str | None:
 
 
 def _group_size(formats: Mapping[str, str]) -> int | None:
-    """Of the formats that have blocks; the smallest where they differ, since the key holds one number."""
+    """Return the block size of the formats that have blocks; the smallest if they differ (the key has one number)."""
     return min((size for fmt in formats.values() if (size := FORMATS[fmt].block_size) > 1), default=None)
 
 
@@ -105,7 +105,7 @@ def _config_groups(layout: LayoutName, formats: Mapping[str, str]) -> dict[str, 
 
 
 def _targets(formats: Mapping[str, str]) -> dict[str, list[str]]:
-    """Format -> what its group names: every linear if it is the only one, exact names otherwise."""
+    """Return format -> targets of its group: "Linear" for a single format, exact module names otherwise."""
     by_format: dict[str, list[str]] = {}
     for module, fmt in formats.items():
         by_format.setdefault(fmt, []).append(module)
@@ -123,8 +123,8 @@ def _quantized_layers(formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _producer() -> dict[str, str]:
-    # Servers branch on the name, and on the version of modelopt whose layout this is.
+    # Servers branch on this name and on the modelopt version of the layout.
     try:
         return {"name": "modelopt", "version": version("nvidia-modelopt")}
     except PackageNotFoundError:
-        return {"name": "modelopt", "version": "0.47.0"}  # the version whose layout was implemented
+        return {"name": "modelopt", "version": "0.47.0"}  # the version whose layout is implemented here

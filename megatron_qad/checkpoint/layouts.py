@@ -1,10 +1,10 @@
-"""The layouts of an HF checkpoint on disk: plain, modelopt and compressed-tensors; tensors of one linear in each.
+"""Export layouts of an HF checkpoint (bf16, modelopt, compressed-tensors) and the tensors of one linear in each.
 
-Both packed layouts hold the same codes and block scales. They differ in names, in the shape of the per-tensor scales,
-in which of scale and reciprocal is stored, and in the configuration beside the weights (``layout_configs``). What
-depends on the number format stands with the format (``formats.format.StoredLinear``). This module turns one tensor in
-HF names into what lies on disk. Left out: files (``hf_writer``), checks of a directory (``validate``), names
-(``models``), and the sharing of scales within q/k/v and gate/up, which the caller has done.
+Both packed layouts have the same codes and block scales. They differ in tensor names, in the shape of per-tensor
+scales, in whether a scale or its reciprocal is stored, and in the configuration files (``layout_configs``). Properties
+of a number format are in ``formats.format.StoredLinear``. This module turns one tensor with an HF name into its stored
+tensors. Files are written by ``hf_writer``, directories checked by ``validate``, names defined in ``models``; the
+caller must already have shared the scales within q/k/v and gate/up.
 
 Sources: modelopt 0.47's exporters; compressed-tensors 0.20, formats nvfp4-pack-quantized and float-quantized.
 """
@@ -26,48 +26,46 @@ LAYOUT_NAMES: tuple[LayoutName, ...] = ("bf16", "modelopt", "compressed-tensors"
 
 @dataclass(frozen=True)
 class HFTensor:
-    """One tensor of a model in HF names, on its way to disk."""
+    """One tensor of a model with its HF name, to be stored."""
 
     name: str  # HF tensor name, for a linear "<module>.weight"
-    tensor: Tensor  # what is stored, or for a quantized linear the float weight [N, K]
-    module: str | None = None  # the linear it belongs to; needed for quantized ones
-    fmt: str = "bf16"  # one of exported_formats(); "bf16" means stored as it is, whatever its dtype
-    weight_scale: Tensor | None = None  # float32 scalar of the weight group, by the format's scale_from_amax
-    input_scale: Tensor | None = None  # float32 scalar of the group's input, likewise; None where inputs stay in BF16
-    is_fake_quantized: bool = (
-        True  # the weight is fake-quantized and packs exactly, or else stops; False rounds a plain weight,
-    )
-    scale_rule: str = "max"  # then with this rule for block scales
-    codes: Mapping[str, Tensor] | None = None  # the weight's codes (NumberFormat), if the caller has packed it already
+    tensor: Tensor  # stored tensor, or the float weight [N, K] of a quantized linear
+    module: str | None = None  # its linear; required if quantized
+    fmt: str = "bf16"  # one of exported_formats(); "bf16" means stored unchanged, whatever its dtype
+    weight_scale: Tensor | None = None  # float32 scalar of the weight group, from the format's scale_from_amax
+    input_scale: Tensor | None = None  # float32 scalar of the group's input; None if inputs stay in BF16
+    is_fake_quantized: bool = True  # True: the weight must pack exactly; False: it is quantized here with scale_rule
+    scale_rule: str = "max"  # rule for block scales
+    codes: Mapping[str, Tensor] | None = None  # the weight's codes (NumberFormat), if already packed by the caller
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """A layout that holds quantized linears."""
+    """An export layout for quantized linears."""
 
     name: LayoutName
-    scalar_shape: tuple[int, ...]  # of per-tensor scales
+    scalar_shape: tuple[int, ...]  # shape of per-tensor scales
 
     @property
     def formats(self) -> dict[str, StoredLinear]:
-        """How each format that the layout holds is stored, by the format's name."""
+        """Storage of each format that the layout supports, by format name."""
         return {name: fmt.stored[self.name] for name, fmt in FORMATS.items() if self.name in fmt.stored}
 
     def stored(self, fmt: str) -> StoredLinear:
-        """How a linear of the format ``fmt`` is stored here."""
+        """Return how a linear of the format ``fmt`` is stored in this layout."""
         return FORMATS[fmt].stored[self.name]
 
     def parts(self, fmt: str) -> Mapping[str, tuple[str, str]]:
-        """What a linear of ``fmt`` has on disk: role -> (last part of the name, safetensors dtype)."""
+        """Return the stored tensors of a linear of ``fmt``: role -> (last part of the name, safetensors dtype)."""
         return self.stored(fmt).parts
 
     def expected(self, fmt: str, rows: int, columns: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What a linear [rows, columns] of ``fmt`` has on disk: last part of the name -> safetensors dtype, shape."""
+        """Return the stored tensors of a linear [rows, columns] of ``fmt``: last part of the name -> (dtype, shape)."""
         shapes = FORMATS[fmt].weight.shapes(rows, columns)
         return {part: (dtype, shapes.get(role, self.scalar_shape)) for role, (part, dtype) in self.parts(fmt).items()}
 
     def store_scalar(self, scale: Tensor, *, is_reciprocal: bool = False) -> Tensor:
-        """float32 scalar -> what is stored of it or of its reciprocal: float32 of ``scalar_shape``."""
+        """Return a float32 scalar or its reciprocal in the stored shape, ``scalar_shape``."""
         scale = scale.detach().float().cpu().reshape(())
         return (1.0 / scale if is_reciprocal else scale).reshape(self.scalar_shape).clone()
 
@@ -78,15 +76,18 @@ PACKED_LAYOUTS = {layout.name: layout for layout in (MODELOPT, COMPRESSED_TENSOR
 
 
 def stored_tensors(item: HFTensor, layout: LayoutName) -> dict[str, Tensor]:
-    """The CPU tensors that ``item`` becomes on disk, by name: one, or up to four for a quantized linear.
+    """Return the stored CPU tensors of ``item`` by name: one, or up to four for a quantized linear.
 
-    In the layout "bf16" a quantized item is stored as its float values. Raises QADError, naming the tensor, for missing
-    or unusable scales, a weight that is not [N, K], and a weight that should be on its format's grid and is not.
+    In the layout "bf16" a quantized item is stored as its float values.
+
+    Raises:
+        QADError: a missing or invalid scale, a weight that is not [N, K], or a weight that should be fake-quantized but
+            is not representable in its format.
     """
     check_layout(layout)
-    held = exported_formats(None if layout == "bf16" else layout)
-    if item.fmt not in held:
-        raise QADError(f"{item.name}: format {item.fmt!r} cannot be exported; expected {', '.join(held)}.")
+    supported = exported_formats(None if layout == "bf16" else layout)
+    if item.fmt not in supported:
+        raise QADError(f"{item.name}: format {item.fmt!r} cannot be exported; expected {', '.join(supported)}.")
     if item.fmt == UNQUANTIZED.name or layout == "bf16":
         return {item.name: item.tensor.detach().cpu()}
     if item.module is None or item.name != f"{item.module}.weight" or item.tensor.dim() != 2:
@@ -112,7 +113,7 @@ def stored_tensors(item: HFTensor, layout: LayoutName) -> dict[str, Tensor]:
 def kv_scales(
     k_proj: str, v_proj: str, k_amax: Tensor, v_amax: Tensor, layout: LayoutName, kv_format: KVCacheFormat
 ) -> list[HFTensor]:
-    """The KV cache's two scales of one attention layer: what training multiplied with, unclamped.
+    """Return the two KV cache scales of one attention layer, as used in training and without clamping.
 
     Args:
         k_proj, v_proj: HF names of the two projections.
@@ -128,10 +129,12 @@ def kv_scales(
 
 
 def exclusions(linear_modules: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """Sorted exact names of the linears (``lm_head`` included) that are not quantized.
+    """Return the sorted exact names of the linears (including ``lm_head``) that are not quantized.
 
-    Exact names, no wildcards: the only form that vLLM, SGLang and TensorRT-LLM read alike. Raises QADError if a
-    quantized module is no linear of the model.
+    Exact names without wildcards are the only form that vLLM, SGLang and TensorRT-LLM interpret equally.
+
+    Raises:
+        QADError: a quantized module is not a linear of the model.
     """
     linears, quantized = set(linear_modules), set(quantized)
     unknown = sorted(quantized - linears)
@@ -148,17 +151,17 @@ def check_layout(layout: str) -> None:
         raise QADError(f"Layout {layout!r} is unknown; expected one of {', '.join(LAYOUT_NAMES)}.")
 
 
-def _checked_scale(item: HFTensor, which: str) -> Tensor:
-    scale = getattr(item, which)
+def _checked_scale(item: HFTensor, role: str) -> Tensor:
+    scale = getattr(item, role)
     if scale is None or scale.numel() != 1 or scale.dtype != torch.float32:
-        found = "nothing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+        actual = "missing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
         raise QADError(
-            f"{item.name}: its {which} is {found}; a quantized linear needs a float32 scalar. "
-            "Calibrate the model before export; servers compute garbage from a missing scale without a word."
+            f"{item.name}: its {role} is {actual}; a quantized linear needs a float32 scalar. "
+            "Calibrate the model before export; with a missing scale servers silently compute garbage."
         )
     value = scale.item()
     if not 0 < value < float("inf"):
         raise QADError(
-            f"{item.name}: its {which} is {value}, expected a finite number > 0. Calibrate again on clean data."
+            f"{item.name}: its {role} is {value}, expected a finite number > 0. Calibrate again on clean data."
         )
     return scale

@@ -1,8 +1,8 @@
-"""Provenance records: what an import, a smoothing or an export was made from (for ``--reuse-existing``).
+"""Provenance records of imports, smoothed checkpoints and exports, which allow ``--reuse-existing``.
 
-A model is known by its small files and by samples of its weights, a saved iteration by its manifest, which has a sum of
-every file: both cost well under a second, however large the weights. Names stand in the record for people, and the
-sum of what came out for comparisons; what counts is the rest.
+A model is identified by its small files and samples of its weights, a saved iteration by its manifest, which has a hash
+of every file. Both take well under a second for weights of any size. Names in a record are for information only, and
+hashes of the output are used to detect damage; the remaining entries must match for an output to be reused.
 """
 
 import hashlib
@@ -18,111 +18,114 @@ from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
-_NOT_ASKED = ("model", "checkpoint", "result", "files")
+_INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files")
 
 
 def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
-    """The record of an import of the Hugging Face directory ``source``."""
-    return {"model": source.resolve().name, "dtype": dtype, "sha256": _sum(_of_hf(source))}
+    """Return the provenance record of an import of the Hugging Face directory ``source``."""
+    return {"model": source.resolve().name, "dtype": dtype, "sha256": _digest(_hf_parts(source))}
 
 
 def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, Any]:
-    """The record of an export.
+    """Return the provenance record of an export.
 
     Args:
-        directory: of the iteration, beside whose checkpoint directory's ``hf/`` it stands.
-        job: what ``qad.json`` says of the formats.
+        directory: directory of the iteration, next to ``hf/`` in the checkpoint directory.
+        job: contents of ``qad.json``.
     """
     formats = json.dumps([job.get(key) for key in ("formats", "kv_cache", "scale_rule")], sort_keys=True).encode()
     return {
         "checkpoint": directory.parent.resolve().name,
         "iteration": directory.name,
         "layout": layout,
-        "sha256": _sum([*_of_iteration(directory), formats, *_of_hf(directory.parent / "hf")]),
+        "sha256": _digest([*_iteration_parts(directory), formats, *_hf_parts(directory.parent / "hf")]),
     }
 
 
 def smoothing_provenance(directory: Path, settings: dict[str, Any], formats: dict[str, str]) -> dict[str, Any]:
-    """The record of a smoothed checkpoint.
+    """Return the provenance record of a smoothed checkpoint.
 
     Args:
-        directory: of the iteration that it is made of.
-        settings: what was asked for, small and in words and numbers.
-        formats: of every linear, by Megatron weight name: they say what is smoothed.
+        directory: directory of the iteration that was smoothed.
+        settings: requested settings, as short strings and numbers.
+        formats: format of every linear by Megatron weight name, which determines the smoothed layers.
     """
-    what = json.dumps(formats, sort_keys=True).encode()
+    encoded_formats = json.dumps(formats, sort_keys=True).encode()
     names = {"checkpoint": directory.parent.resolve().name, "iteration": directory.name}
-    return names | settings | {"sha256": _sum([*_of_iteration(directory), what])}
+    return names | settings | {"sha256": _digest([*_iteration_parts(directory), encoded_formats])}
 
 
 def iteration_sha256(directory: Path) -> str:
-    return _sum(_of_iteration(directory))
+    """Return a hash that identifies a saved iteration."""
+    return _digest(_iteration_parts(directory))
 
 
-def require_same(output: Path, record_name: str, expected: dict[str, Any]) -> None:
-    """Refuse to keep ``output`` unless its record is ``expected`` and all its files are as they were written.
+def check_same_provenance(output: Path, record_name: str, expected: dict[str, Any]) -> None:
+    """Check that the record of ``output`` matches ``expected`` and that none of its files is damaged.
 
     Raises:
-        QADError: says what it was made of and what was asked for, or which file is damaged.
+        QADError: the output has other provenance, or a file is damaged.
     """
     file = output / record_name
-    found = json_records.read(file) if file.is_file() else {}
-    if _asked(found) != _asked(expected):
-        was = f"was made of {_described(found)}" if found else f"has no {record_name} that says what it was made of"
+    record = json_records.read(file) if file.is_file() else {}
+    if _identity(record) != _identity(expected):
+        actual = f"was made from {_describe(record)}" if record else f"has no provenance record ({record_name})"
         raise QADError(
-            f"--reuse-existing: {output} {was}; asked for now is {_described(expected)}. Remove it, or choose another "
+            f"--reuse-existing: {output} {actual}; expected {_describe(expected)}. Remove it, or choose another "
             "--output."
         )
     if record_name == EXPORT_FILE:
-        wrong = [f"{name} {what}" for name, what in find_export_problems(output).items()]
+        problems = [f"{name} {problem}" for name, problem in find_export_problems(output).items()]
     else:
-        wrong = [
+        problems = [
             *manifest.find_problems(output / "release"),
             *manifest.find_problems(output / "hf", needed=["config.json"]),
         ]
-    if wrong:
+    if problems:
         raise QADError(
-            f"--reuse-existing: {output} is damaged: {'; '.join(wrong[:3])}. Remove it, and it is made again."
+            f"--reuse-existing: {output} is damaged: {'; '.join(problems[:3])}. Remove it to create it again."
         )
 
 
 def find_export_problems(output: Path, only: str = "*") -> dict[str, str]:
-    """Files of an export that are not what was written, with a phrase each; none where its record has no sums.
+    """Return {file: problem} for the damaged files of an export; empty if its record has no hashes.
 
     Args:
-        only: pattern of the files' names that are looked at.
+        only: pattern of the file names to check.
     """
     file = output / EXPORT_FILE
     sums = json_records.read(file).get("files", {}) if file.is_file() else {}
     sums = {name: (size, digest) for name, (size, digest) in sums.items() if fnmatch(name, only)}
     missing = [name for name in sums if not (output / name).is_file()]
-    found = manifest.sums_of(output, [name for name in sums if name not in missing])
-    changed = {name: "is not as it was written" for name in found if found[name] != sums[name]}
+    actual = manifest.sums_of(output, [name for name in sums if name not in missing])
+    changed = {name: "has changed since it was written" for name in actual if actual[name] != sums[name]}
     return dict.fromkeys(missing, "is missing") | changed
 
 
-def _asked(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in _NOT_ASKED}
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a record that must match."""
+    return {key: value for key, value in record.items() if key not in _INFORMATIVE_KEYS}
 
 
-def _described(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any]) -> str:
     short = {
         key: value[:12] if key in ("sha256", "result") else value for key, value in record.items() if key != "files"
     }
     return ", ".join(f"{key} {value}" for key, value in short.items())
 
 
-def _of_iteration(directory: Path) -> list[bytes]:
-    sums = directory / manifest.FILE
-    if sums.is_file():
-        return [sums.read_bytes()]
-    # Saved by something else: a copy counts as another.
+def _iteration_parts(directory: Path) -> list[bytes]:
+    """Return data that identifies a saved iteration."""
+    manifest_file = directory / manifest.FILE
+    if manifest_file.is_file():
+        return [manifest_file.read_bytes()]
+    # Saved by other software without a manifest: file times are included, so a copy has another identity.
     stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
     return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
 
 
-def _of_hf(directory: Path) -> Iterable[bytes]:
-    """Small files whole; of each file of weights name, size and samples from begin to end."""
+def _hf_parts(directory: Path) -> Iterable[bytes]:
+    """Yield data that identifies a Hugging Face directory: small files, and name, size and samples of weight files."""
     files = {path for pattern in (*ASSETS, "*.safetensors*") for path in directory.glob(pattern)}
     for path in sorted(part for file in files for part in ([file] if file.is_file() else file.rglob("*"))):
         if not path.is_file():
@@ -138,6 +141,6 @@ def _of_hf(directory: Path) -> Iterable[bytes]:
                     yield stream.read(_SAMPLE_BYTES)
 
 
-def _sum(parts: Iterable[bytes]) -> str:
-    """Of the parts' own sums, so that no two lists of parts run together."""
+def _digest(parts: Iterable[bytes]) -> str:
+    """Return the SHA-256 of the parts' hashes, so that different lists of parts never give the same input."""
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

@@ -1,4 +1,4 @@
-"""Writes a checkpoint that no training made: ``release/`` in torch_dist format, whole or not at all."""
+"""Write a checkpoint outside training: ``release/`` in torch_dist format, atomically."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,18 +16,17 @@ from megatron_qad.engine.run_directory.run_files import TRACKER
 
 
 def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -> None:
-    """Save the sharded tensors of all ranks under ``target``. Every rank calls this.
+    """Save the sharded tensors of all ranks to ``target``. Every rank calls this.
 
     Args:
-        target: a directory that is new or empty (``hf_writer.new_directory``).
-        sharded: a sharded state dict, each rank its part.
-        finish: called on the first rank with the directory, under the name that it has until it is whole, to write
-            what stands beside the weights.
+        target: a new or empty directory (``hf_writer.new_directory``).
+        sharded: sharded state dict with the part of this rank.
+        finish: called on the first rank with the temporary directory, to write the files next to the weights.
 
     Raises:
-        QADError: a full disk or another problem of writing; nothing is left.
+        QADError: a full disk or another write error; nothing is left behind.
     """
-    aside = target.parent / f".{target.name}.partial"  # renamed when whole: one that is killed leaves no target
+    aside = target.parent / f".{target.name}.partial"  # renamed when complete, so a killed process leaves no target
     is_first = torch.distributed.get_rank() == 0
     if is_first:
         shutil.rmtree(aside, ignore_errors=True)
@@ -35,14 +34,14 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
     save_checkpoints_in_this_process()
     atomic_checkpoint.AtomicCheckpoints().install()
 
-    def describe() -> None:
+    def write_description() -> None:
         finish(aside)
         manifest.write_manifest(aside / "hf")
         manifest.write_atomically(aside / TRACKER, "release")
 
     try:
         dist_checkpointing.save(sharded, str(aside / "release"))
-        atomic_checkpoint.on_first_rank(describe)
+        atomic_checkpoint.on_first_rank(write_description)
     except (atomic_checkpoint.SaveFailed, CheckpointException) as error:
         free = shutil.disk_usage(target.parent).free
         torch.distributed.barrier()
@@ -50,7 +49,8 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
             shutil.rmtree(aside, ignore_errors=True)
         reason = str(error) if isinstance(error, QADError) else "a rank could not write its files"
         raise QADError(
-            f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Nothing is left of it"
+            f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Free space, or choose another "
+            "directory."
         ) from error
     if is_first:
         aside.rename(target)  # replaces an empty directory
@@ -58,22 +58,22 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
 
 
 @contextmanager
-def owned(output: str | Path) -> Iterator[None]:
-    """Own ``output`` (``locks.lock_output``) inside the ``with``; what stops that on the first rank stops all."""
+def lock_output(output: str | Path) -> Iterator[None]:
+    """Hold the write lock of ``output`` on the first rank; an error there is raised on all ranks."""
     with ExitStack() as stack:
         atomic_checkpoint.on_first_rank(lambda: stack.enter_context(locks.lock_output(output)))
         yield
 
 
-def all_or_none(work: Callable):
-    """``work()`` on every rank. What stops one stops all, with its message, before any of them has written."""
-    result, problem = None, None
+def run_on_all_ranks(work: Callable):
+    """Return ``work()`` of this rank; a QADError of any rank is raised on all ranks."""
+    result, message = None, None
     try:
         result = work()
     except QADError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems, problem)
-    if first := next((found for found in problems if found), None):
+        message = str(error)
+    messages: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(messages, message)
+    if first := next((message for message in messages if message), None):
         raise QADError(first)
     return result

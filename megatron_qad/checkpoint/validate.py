@@ -1,9 +1,9 @@
-"""Checks an exported NVFP4 directory on its own, as the strictest of its consumers would, and names every issue.
+"""Validate an exported quantized directory, as strictly as the strictest server, and report every issue.
 
-Needs no model and no GPU: config.json says what must be there (``expected_tensors``), the shard headers say what is
-(``hf_directory``), ``validate_config`` compares the configurations, and the scales are read. It covers what servers
-accept and compute garbage from: a missing scale, block scales stored as U8, scales that differ within a fused group,
-exclusions that do not match. Left out: whether the weights are good ones.
+Needs no model and no GPU. The expected tensors come from config.json (``expected_tensors``), the stored tensors from
+the shard headers (``hf_directory``); ``validate_config`` checks the configurations, and scales are read and checked.
+This covers damage that servers accept silently: a missing scale, block scales stored as U8, scales that differ within a
+fused group, exclusions that do not match. The quality of the weights is not checked.
 """
 
 from collections import Counter, defaultdict
@@ -29,7 +29,7 @@ _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class ValidationIssue:
-    """One thing wrong: ``name`` of the tensor, module or file, and ``text``: what was found and what was expected."""
+    """One issue of a checkpoint: name of the tensor, module or file, and the value found and the value expected."""
 
     name: str
     text: str
@@ -40,22 +40,24 @@ class ValidationIssue:
 
 @dataclass
 class ValidationResult:
-    """The result of a validation; no issue means valid."""
+    """Result of a validation; the checkpoint is valid if ``issues`` is empty."""
 
     directory: Path
     layout: str = "unknown"
     num_tensors: int = 0
     num_bytes: int = 0
     quantized: dict[str, str] = field(default_factory=dict)
-    """Format of each quantized linear."""
+    """Format of each quantized linear, by module name."""
     kv_cache: str = UNQUANTIZED.name
     num_linears: int = 0
     issues: list[ValidationIssue] = field(default_factory=list)
 
     def add(self, name: str, text: str) -> None:
+        """Add an issue."""
         self.issues.append(ValidationIssue(name, text))
 
     def summary(self) -> str:
+        """Return a summary in one line."""
         verdict = f"{len(self.issues)} issues" if self.issues else "valid"
         return (
             f"{self.directory}: {verdict}; layout {self.layout}, {self.num_tensors} tensors, "
@@ -68,13 +70,19 @@ class ValidationResult:
 
 
 def validate_nvfp4(directory: str | Path) -> ValidationResult:
-    """Check the HF NVFP4 checkpoint ``directory``, in the modelopt or the compressed-tensors layout.
+    """Validate the quantized HF checkpoint ``directory`` in the modelopt or the compressed-tensors layout.
 
-    Never raises for what is wrong with the checkpoint; every issue is in the result, with the tensor's name.
+    Does not raise for a damaged or invalid checkpoint; every issue is in the result.
+
+    Example::
+
+        result = validate_nvfp4("exports/qad-nvfp4")
+        print(result.summary())
+        assert not result.issues, result.issues[0]
     """
     result = ValidationResult(Path(directory))
     if not result.directory.is_dir():
-        result.add(str(directory), "is no directory; expected an exported checkpoint")
+        result.add(str(directory), "is not a directory; expected an exported checkpoint")
         return result
     config = read_json(result.directory / "config.json", result.add)
     shards = read_shards(result.directory, result.add)
@@ -98,22 +106,22 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
     check_config(result.directory, config, layout, model, result.quantized, result.kv_cache, result.add)
     _check_names_and_shapes(config, layout, model, shards, result)
     _check_values(layout, model, shards, result)
-    _check_sums(result)
+    _check_hashes(result)
     return result
 
 
-def _check_sums(result: ValidationResult) -> None:
-    """Weights against the sums that the exporter wrote. The small files may be edited: a chat template, a licence."""
+def _check_hashes(result: ValidationResult) -> None:
+    """Compare weight files with the exporter's hashes. Small files may be edited, such as a chat template."""
     try:
-        for name, what in find_export_problems(result.directory, only="*.safetensors").items():
-            result.add(name, what)
+        for name, problem in find_export_problems(result.directory, only="*.safetensors").items():
+            result.add(name, problem)
     except QADError as error:
         result.add(EXPORT_FILE, str(error))
 
 
 def _passthrough_linears(model: Inventory, shards: Shards) -> list[str]:
-    """Linears that a server builds beside the language model, which must be excluded: matrices, but no router or
-    embedding."""
+    """Return passthrough linears that a server builds next to the language model and that must be excluded: modules
+    with a matrix, except routers and embeddings."""
     matrices = [
         name.removesuffix(".weight")
         for name, stored in shards.tensors.items()
@@ -123,8 +131,8 @@ def _passthrough_linears(model: Inventory, shards: Shards) -> list[str]:
 
 
 def _find_layout(config: dict[str, Any], result: ValidationResult) -> PackedLayout | None:
-    found = config.get("quantization_config")
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in tuple(PACKED_LAYOUTS):
         result.add(
             "config.json", f"quantization_config.quant_method is {method!r}, expected {' or '.join(PACKED_LAYOUTS)}"
@@ -135,33 +143,33 @@ def _find_layout(config: dict[str, Any], result: ValidationResult) -> PackedLayo
 
 
 def _stored_format(module: str, layout: PackedLayout, declared: str | None, shards: Shards) -> str | None:
-    """The format of a linear by what is stored of it, also where a part is missing; None: it is not quantized.
+    """Return the format of a linear inferred from its stored tensors, even if one is missing; None if not quantized.
 
-    The dtype of the weight decides where one format alone has it; the parts beside it where many have it (U8). Where
-    these leave a doubt, such as whether an input scale is missing or was never there, the configuration's word counts.
+    The dtype of the weight decides if only one format uses it; otherwise (U8) the other stored parts decide. If these
+    are ambiguous, for example if an input scale is absent, the format declared in the configuration is used.
     """
     weight = shards.tensors.get(f"{module}.weight")
     dtype = None if weight is None else weight.dtype
-    held = layout.formats
-    of_dtype = [name for name, stored in held.items() if stored.parts["weight"][1] == dtype]
-    if known := [name for name in of_dtype if held[name].is_known_by_dtype]:
-        return declared if declared in known else known[0]
-    by_parts = [name for name, stored in held.items() if not stored.is_known_by_dtype]
-    parts = {part for name in by_parts for part, _ in held[name].parts.values()} - {"weight"}
-    found = {part for part in parts if f"{module}.{part}" in shards.tensors}
-    if not of_dtype and not found:
+    formats = layout.formats
+    same_dtype = [name for name, stored in formats.items() if stored.parts["weight"][1] == dtype]
+    if candidates := [name for name in same_dtype if formats[name].is_known_by_dtype]:
+        return declared if declared in candidates else candidates[0]
+    by_parts = [name for name, stored in formats.items() if not stored.is_known_by_dtype]
+    parts = {part for name in by_parts for part, _ in formats[name].parts.values()} - {"weight"}
+    present = {part for part in parts if f"{module}.{part}" in shards.tensors}
+    if not same_dtype and not present:
         return None
-    if declared in held and found <= {part for part, _ in held[declared].parts.values()}:
-        return declared  # parts of it may be missing or of another type
+    if declared in formats and present <= {part for part, _ in formats[declared].parts.values()}:
+        return declared  # its other parts may be missing or of another dtype
     for name in by_parts:
-        part, part_dtype = held[name].parts["weight"]
+        part, part_dtype = formats[name].parts["weight"]
         if (stored := shards.tensors.get(f"{module}.{part}")) is not None and stored.dtype == part_dtype:
             return name
     return by_parts[0]
 
 
 def _stored_kv_cache(layout: PackedLayout, model: Inventory, shards: Shards) -> str:
-    """The KV cache's format by the scales that are stored."""
+    """Return the KV cache format inferred from the stored scales."""
     for name, kv_format in KV_CACHE_FORMATS.items():
         pairs = model.attentions if kv_format is not None else ()
         if any(scale in shards.tensors for pair in pairs for scale in kv_format.scale_names(layout.name, *pair)):
@@ -169,14 +177,14 @@ def _stored_kv_cache(layout: PackedLayout, model: Inventory, shards: Shards) -> 
     return UNQUANTIZED.name
 
 
-def _expected(
+def _expected_tensors(
     config: dict, layout: PackedLayout, model: Inventory, result: ValidationResult
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> dtype and shape of every tensor that must be there."""
-    named = config.get("dtype", config.get("torch_dtype"))
-    plain = _PLAIN_DTYPES.get(str(named).removeprefix("torch."))
+    """Return name -> (dtype, shape) of every tensor that must be stored."""
+    dtype_name = config.get("dtype", config.get("torch_dtype"))
+    plain = _PLAIN_DTYPES.get(str(dtype_name).removeprefix("torch."))
     if plain is None:
-        result.add("config.json", f"dtype is {named!r}, expected one of {', '.join(_PLAIN_DTYPES)}")
+        result.add("config.json", f"dtype is {dtype_name!r}, expected one of {', '.join(_PLAIN_DTYPES)}")
         plain = "BF16"
     tensors = {name: ("F32" if name in model.float32 else plain, shape) for name, shape in model.tensors.items()}
     for module, (rows, columns) in model.linears.items():
@@ -185,7 +193,7 @@ def _expected(
             tensors[f"{module}.weight"] = (plain, (rows, columns))
             continue
         if columns % (block_size := FORMATS[fmt].block_size):
-            result.add(module, f"is quantized with {columns} input columns, which is no multiple of {block_size}")
+            result.add(module, f"is quantized with {columns} input columns, which is not a multiple of {block_size}")
         for part, dtype_and_shape in layout.expected(fmt, rows, columns).items():
             tensors[f"{module}.{part}"] = dtype_and_shape
     if (kv_format := KV_CACHE_FORMATS[result.kv_cache]) is not None:
@@ -197,11 +205,11 @@ def _expected(
 def _check_names_and_shapes(
     config: dict[str, Any], layout: PackedLayout, model: Inventory, shards: Shards, result: ValidationResult
 ) -> None:
-    expected = _expected(config, layout, model, result)
+    expected = _expected_tensors(config, layout, model, result)
     head = f"{model.head}.weight"
     if model.tied_head:
         if model.head in result.quantized:
-            result.add(model.head, "is quantized, but tied to the embedding (tie_word_embeddings), which cannot be")
+            result.add(model.head, "is quantized, but tied to the embedding (tie_word_embeddings); expected BF16")
         elif head not in shards.tensors:
             del expected[head]
     for name, (dtype, shape) in expected.items():
@@ -215,22 +223,25 @@ def _check_names_and_shapes(
     quantized_dtypes = {stored.parts["weight"][1] for stored in layout.formats.values()}
     for name in sorted(set(shards.tensors) - set(expected)):
         if not model.is_passthrough(name):
-            result.add(name, "is unknown; expected no such tensor in this model")
+            result.add(name, "is not a tensor of this model")
         elif (dtype := shards.tensors[name].dtype) in quantized_dtypes:
-            result.add(name, f"is {dtype}; what is no part of the language model is not quantized")
+            result.add(name, f"is {dtype}; expected an unquantized tensor outside the language model")
     for prefix in model.required:
         if not any(name.startswith(prefix) for name in shards.tensors):
-            result.add(f"{prefix}*", "is missing; expected tensors of what this model has beside its language model")
+            result.add(f"{prefix}*", "is missing; expected tensors with this prefix outside the language model")
     for group in model.fused:
         parts = [module for module in group if module in result.quantized]
         if 0 < len(parts) < len(group):
-            rest = ", ".join(module for module in group if module not in parts)
+            unquantized = ", ".join(module for module in group if module not in parts)
             result.add(
-                parts[0], f"is quantized and {rest} not; servers fuse {len(group)} linears here and refuse a part"
+                parts[0], f"is quantized, but {unquantized} not; expected all or none of {len(group)} fused linears"
             )
         for module in parts[1:]:
             if result.quantized[module] != (first := result.quantized[parts[0]]):
-                result.add(module, f"is {result.quantized[module]} and {parts[0]} {first}; servers fuse them")
+                result.add(
+                    module,
+                    f"is {result.quantized[module]}, but {parts[0]} is {first}; expected one format, servers fuse them",
+                )
 
 
 def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result: ValidationResult) -> None:
@@ -252,7 +263,7 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result
         try:
             opened = safe_open(path, framework="pt")
         except SafetensorError as error:
-            result.add(path.name, f"is refused by the safetensors library: {error}")
+            result.add(path.name, f"cannot be read by the safetensors library: {error}")
             continue
         with opened as file:
             for name in names:
@@ -268,17 +279,17 @@ def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result
                     if (shape := tuple(tensor.flatten().tolist())) != tuple(shapes[name]):
                         result.add(name, f"is {list(shape)}, expected {list(shapes[name])}, the shape of the weight")
                 elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    result.add(name, f"holds {int((~torch.isfinite(tensor.float())).sum())} values that are NaN or Inf")
+                    result.add(name, f"has {int((~torch.isfinite(tensor.float())).sum())} NaN or Inf values")
                 if model.tied_head and name in (model.embedding, f"{model.head}.weight"):
                     tied[name] = tensor
     if len(tied) == 2 and not torch.equal(*tied.values()):
-        result.add(f"{model.head}.weight", f"differs from {model.embedding}, to which config.json ties it")
+        result.add(f"{model.head}.weight", f"differs from {model.embedding}, but config.json ties them")
     _check_fused(layout, model, scalars, result)
 
 
 def _check_scalar(name: str, tensor: Tensor, result: ValidationResult) -> None:
     if tensor.numel() != 1 or not tensor.is_floating_point():
-        return  # shape and dtype are reported already
+        return  # shape and dtype are already reported
     value = tensor.float().item()
     if not 0 < value < float("inf"):
         result.add(name, f"is {value}, expected a finite number > 0")
@@ -292,22 +303,22 @@ def _check_block_scale(name: str, tensor: Tensor, result: ValidationResult) -> N
             result.add(name, f"holds {count} group scales that are not finite numbers > 0")
         return
     if tensor.element_size() != 1:
-        return  # dtype is reported already
+        return  # the dtype is already reported
     codes = tensor.view(torch.uint8)
     magnitude = codes & 0x7F
     if count := int((magnitude == 0x7F).sum()):
-        result.add(name, f"holds {count} NaN block scales (E4M3 0x7F or 0xFF)")
+        result.add(name, f"has {count} NaN block scales (E4M3 0x7F or 0xFF)")
     if count := int((magnitude == 0).sum()):
-        result.add(name, f"holds {count} block scales that are zero; expected > 0, also for blocks of zeros")
+        result.add(name, f"has {count} block scales that are zero; expected > 0, also for blocks of zeros")
     if count := int(((codes > 0x80) & (codes != 0xFF)).sum()):
-        result.add(name, f"holds {count} negative block scales")
+        result.add(name, f"has {count} negative block scales")
 
 
 def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], result: ValidationResult) -> None:
     for group in model.fused:
         formats = {result.quantized[module] for module in group if module in result.quantized}
         if len(formats) != 1:
-            continue  # nothing is quantized, or reported already
+            continue  # nothing is quantized, or it is already reported
         roles = layout.parts(formats.pop())
         for part in (roles[role][0] for role in ("weight_scale", "input_scale") if role in roles):
             present = [name for module in group if (name := f"{module}.{part}") in scalars]
@@ -318,8 +329,9 @@ def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tens
                     or other.dtype != torch.float32
                     or (first.numel(), other.numel()) != (1, 1)
                 ):
-                    continue  # reported already
-                if first.view(torch.int32).item() != other.view(torch.int32).item():  # bits: a NaN equals nothing
+                    continue  # already reported
+                if first.view(torch.int32).item() != other.view(torch.int32).item():  # compare bits, because NaN != NaN
                     result.add(
-                        name, f"is {other.item()!r}, {present[0]} is {first.item()!r}; servers fuse them, must be equal"
+                        name,
+                        f"is {other.item()!r}, but {present[0]} is {first.item()!r}; must be equal, servers fuse them",
                     )

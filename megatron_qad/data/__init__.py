@@ -1,7 +1,7 @@
-"""Floor 2: text and chat become Megatron's .bin/.idx with loss masks, and samples for the training loop.
+"""Floor 2: data preparation (text and chats to Megatron's .bin/.idx with loss masks) and datasets for training.
 
-``prepare`` reads ``sources`` and drives the ``writer``, ``metadata`` says what was written, ``tokenizer`` and ``chat``
-turn text into ids and masks,
-``dataset`` and ``provider`` feed Megatron's ``pretrain`` with data of the run's own tokenizer (``run_tokenizer``),
-``generate`` lets a teacher write its own training text.
+``prepare`` reads the records of ``sources`` and passes them to the ``writer``; ``metadata`` describes the output.
+``tokenizer`` and ``chat`` turn text into token ids and loss masks. ``dataset`` and ``provider`` feed Megatron's
+``pretrain``; ``run_tokenizer`` checks that the data was made with the run's tokenizer. ``generate`` samples training
+text from the teacher.
 """

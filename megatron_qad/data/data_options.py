@@ -1,17 +1,17 @@
-"""What a job asks of its data beside Megatron's flags."""
+"""Data options of a job in addition to Megatron's flags."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Plain values: a configuration can be made where Megatron is not installed."""
+    """Data options as plain values, usable where Megatron is not installed."""
 
     calibration_samples: int
-    """Sequences that calibration reads ahead."""
+    """Number of training sequences that calibration reads ahead."""
     eval_iters: int | None = None
-    """As the user gave them; None: not at all, and an evaluation reads the whole set."""
+    """The user's ``--eval-iters``. None means that the flag was not given: an evaluation reads the whole set."""
     pad_documents_to: int = 1
-    """Documents of packed rows start at multiples of so many tokens."""
+    """Documents of packed rows start at multiples of this many tokens."""
     checkpoints: tuple[str | None, ...] = ()
-    """Directories of the models, one of which may hold the tokenizer that the data was made with."""
+    """Model directories that are searched for the tokenizer that the data must have been made with."""

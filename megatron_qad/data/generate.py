@@ -1,9 +1,9 @@
-"""Training text that the teacher writes itself, sampled with plain transformers.
+"""Sampling of training text from the teacher, with plain transformers.
 
-From BOS alone the model writes whole documents, ``{"text": ...}``; from prompts it answers as the assistant,
-``{"messages": [user, assistant]}``. Lines are written batch by batch, and a run that is started again goes on after the
-last whole batch with the same text that an uninterrupted run would have written. Left out: several GPUs, serving
-engines (vLLM is faster by far where it is installed), filters by correctness.
+From BOS alone the model writes documents, ``{"text": ...}``; from prompts it writes the assistant's answers,
+``{"messages": [user, assistant]}``. Lines are written batch by batch. A restarted run resumes after the last complete
+batch and writes the same text as an uninterrupted run. Not supported: several GPUs, serving engines (vLLM is much
+faster where it is installed), filtering by correctness.
 """
 
 import hashlib
@@ -24,22 +24,22 @@ from megatron_qad.engine.run_directory import locks
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How text is sampled; all of it must be the same when a run goes on."""
+    """Sampling options. A resumed run must use the same values, except for ``num_documents``."""
 
     num_documents: int
-    """Lines of the finished file. More than there are prompts: the prompts go round, each time with other samples."""
+    """Number of lines of the finished file. If it exceeds the number of prompts, they are reused with new samples."""
     max_new_tokens: int = 512
-    """Longest document or answer, in tokens."""
+    """Maximum length of a document or an answer, in tokens."""
     batch_size: int = 16
-    """Documents sampled at a time; part of what a seed means."""
+    """Number of documents sampled at a time; the output of a seed depends on it."""
     temperature: float = 1.0
-    """Above 0; 1 is the model's own distribution."""
+    """Sampling temperature, above 0; 1 samples from the model's own distribution."""
     top_p: float = 1.0
-    """Smallest probability mass to sample from; 1 turns it off."""
+    """Probability mass of the most likely tokens to sample from (top-p); 1 disables the limit."""
     seed: int = 1234
-    """Batch b is sampled with seed + b."""
+    """Random seed; batch b is sampled with seed + b."""
     dtype: str = "bfloat16"
-    """"bfloat16" or "float32"."""
+    """dtype of the model: "bfloat16" or "float32"."""
 
 
 def generate_documents(
@@ -51,12 +51,12 @@ def generate_documents(
 ) -> int:
     """Sample documents into a JSONL file that ``tools/prepare_data.py`` reads.
 
-    Each line has ``"finish"``: "eos" where the model ended the text, "length" where ``max_new_tokens`` did.
+    Each line has ``"finish"``: "eos" if the model ended the text, "length" if ``max_new_tokens`` was reached.
 
     Args:
         hf_model_dir: Hugging Face directory of a causal language model with its tokenizer.
-        prompts: what the user says, one string a document, through the chat template; None starts from BOS alone.
-        output: JSONL file. Beside it, OUTPUT.settings.json says how it was made.
+        prompts: user messages, one per document, rendered with the chat template; None starts from BOS alone.
+        output: JSONL file. The options are recorded next to it in OUTPUT.settings.json.
         options: see ``GenerateOptions``.
         device: torch device of the model.
 
@@ -64,10 +64,15 @@ def generate_documents(
         Number of lines written by this call.
 
     Raises:
-        QADError: bad options, no such model, no BOS or chat template where one is needed, or an output that was begun
-            with other settings.
+        QADError: invalid options, a missing model, a missing BOS or chat template where one is needed, or an output
+            that was started with other settings.
+
+    Example::
+
+        options = GenerateOptions(num_documents=2, max_new_tokens=64)
+        generate_documents("my_model", ["What is a class?", "And an instance?"], "answers.jsonl", options)  # 2
     """
-    _check(options, prompts)
+    _check_options(options, prompts)
     with locks.lock_output(output):
         return _generate(hf_model_dir, prompts, Path(output), options, device)
 
@@ -99,23 +104,25 @@ def _generate(
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines are none.
+    """Read the prompts of a text file, one per line; blank lines are skipped.
 
     Raises:
         QADError: the file is missing, not UTF-8, or empty.
     """
     try:
-        # Not splitlines(), nor text mode: those end a line at other characters, too (U+2028, \x0b, a lone \r).
+        # splitlines() and text mode would also end a line at other characters (U+2028, \x0b, a lone \r).
         lines = Path(path).read_bytes().decode("utf-8").split("\n")
         prompts = [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise QADError(f"--prompts {path} cannot be read: {error}. Expected UTF-8 text, one prompt a line.") from error
+        raise QADError(
+            f"--prompts {path} cannot be read: {error}. Expected UTF-8 text, one prompt per line."
+        ) from error
     if not prompts:
-        raise QADError(f"--prompts {path} holds no prompt. Expected one a line.")
+        raise QADError(f"--prompts {path} has no prompt. Expected one prompt per line.")
     return prompts
 
 
-def _check(options: GenerateOptions, prompts: Sequence[str] | None) -> None:
+def _check_options(options: GenerateOptions, prompts: Sequence[str] | None) -> None:
     if prompts is not None and not prompts:
         raise QADError("The list of prompts is empty. Give prompts, or None to start from BOS.")
     if min(options.num_documents, options.max_new_tokens, options.batch_size) < 1:
@@ -129,31 +136,34 @@ def _check(options: GenerateOptions, prompts: Sequence[str] | None) -> None:
 
 
 def _resume(output: Path, options: GenerateOptions, model_dir: str | Path, prompts: Sequence[str] | None) -> int:
-    """Cut the output back to whole batches and return its number of lines; note the settings if it is new."""
+    """Truncate the output to complete batches and return its number of lines; write the settings if it is new."""
     settings_path = Path(f"{output}.settings.json")
-    settings = {"model": str(Path(model_dir).resolve()), "prompts": None if prompts is None else _fingerprint(prompts)}
-    settings |= {k: v for k, v in asdict(options).items() if k != "num_documents"}  # a longer file begins the same way
+    settings = {
+        "model": str(Path(model_dir).resolve()),
+        "prompts": None if prompts is None else _prompts_digest(prompts),
+    }
+    settings |= {k: v for k, v in asdict(options).items() if k != "num_documents"}  # does not change earlier lines
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return 0
     if not settings_path.is_file():
-        raise QADError(f"{output} exists without {settings_path.name}, so it cannot be continued. Choose another file.")
-    found = json.loads(settings_path.read_text(encoding="utf-8"))
-    differing = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
+        raise QADError(f"{output} exists without {settings_path.name}, so it cannot be resumed. Choose another file.")
+    recorded = json.loads(settings_path.read_text(encoding="utf-8"))
+    differing = sorted(k for k in settings.keys() | recorded.keys() if settings.get(k) != recorded.get(k))
     if differing:
         raise QADError(
-            f"{output} was begun with other settings: {', '.join(differing)} differ from {settings_path.name}. Give "
-            "the same settings to continue it, or choose another file."
+            f"{output} was started with other settings: {', '.join(differing)} differ from {settings_path.name}. Give "
+            "the same settings to resume it, or choose another file."
         )
-    lines = output.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off while being written
-    whole = len(lines) - len(lines) % options.batch_size if len(lines) < options.num_documents else len(lines)
+    lines = output.read_bytes().split(b"\n")[:-1]  # a line after the last newline is incomplete
+    complete = len(lines) - len(lines) % options.batch_size if len(lines) < options.num_documents else len(lines)
     with output.open("r+b") as stream:
-        stream.truncate(sum(len(line) + 1 for line in lines[:whole]))
-    return whole
+        stream.truncate(sum(len(line) + 1 for line in lines[:complete]))
+    return complete
 
 
-def _fingerprint(prompts: Sequence[str]) -> str:
+def _prompts_digest(prompts: Sequence[str]) -> str:
     return f"{len(prompts)} prompts, SHA-256 {hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()}"
 
 
@@ -164,8 +174,10 @@ def _load(model_dir: str | Path, dtype: str, device: str):
     from megatron_qad.engine.cpu.speedups.grouped_attention import register
 
     if not Path(model_dir).is_dir():
-        raise QADError(f"--model {model_dir} is not a directory. Expected a Hugging Face model; none is downloaded.")
-    # An MLP layer of a Nemotron-H keeps as little as one of experts: nothing. transformers 5.14 knows only the latter.
+        raise QADError(
+            f"--model {model_dir} is not a directory. Expected a local Hugging Face model; nothing is downloaded."
+        )
+    # MLP layers of Nemotron-H have no cache, like its expert layers; transformers 5.14 maps only the latter.
     DYNAMIC_LAYER_TYPE_MAPPING.setdefault("mlp", DYNAMIC_LAYER_TYPE_MAPPING["moe"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
@@ -173,20 +185,20 @@ def _load(model_dir: str | Path, dtype: str, device: str):
             str(model_dir),
             local_files_only=True,
             trust_remote_code=False,
-            use_safetensors=True,  # other files are pickles, which run code
+            use_safetensors=True,  # other files are pickles, which can run code
             dtype=getattr(torch, dtype),
         )
         if torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(register())
     except (OSError, ValueError, KeyError) as error:
         raise QADError(f"--model {model_dir}: transformers cannot load it: {error}") from error
-    # Of what its makers advise for serving only the end stays: a repetition penalty would make it another model's text.
+    # Only the EOS ids of generation_config.json are kept: a repetition penalty would change the model's distribution.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return model.to(device).eval(), tokenizer
 
 
 def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, options: GenerateOptions) -> list[dict]:
-    """``size`` JSONL lines; prompts are padded on the left, so that all begin to write at the same column."""
+    """Sample ``size`` JSONL lines; prompts are padded on the left so that all answers start at the same column."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     from megatron_qad.engine.cpu.speedups.preallocated_kv_cache import preallocated_cache
@@ -195,14 +207,16 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     ends = set(end if isinstance(end, list) else [end]) | {tokenizer.eos_token_id}
     ends.discard(None)
     if not ends:
-        raise QADError(f"The model {model.name_or_path} has no EOS id: it would not know when a document ends.")
+        raise QADError(
+            f"The model {model.name_or_path} has no EOS id, so documents would not end. Set eos_token_id in its config."
+        )
     starts = _start_ids(tokenizer, prompts, size)
     width = max(len(ids) for ids in starts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in starts])
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in starts])
     config = GenerationConfig(
-        do_sample=False,  # the sampler's scores leave one token
+        do_sample=False,  # Sampler draws: it leaves one token per row
         max_new_tokens=options.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
@@ -218,10 +232,10 @@ def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, option
     lines = []
     for i, row in enumerate(sequences[:, width:].tolist()):
         stop = next((place for place, token in enumerate(row) if token in ends), None)
-        written = row if stop is None else row[:stop]
-        # From BOS the text keeps its special tokens: they are part of what the model wrote, and the tokenizer reads
-        # them back. In an answer the chat template writes them.
-        text = tokenizer.decode(written, skip_special_tokens=prompts is not None, clean_up_tokenization_spaces=False)
+        new_tokens = row if stop is None else row[:stop]
+        # A document from BOS keeps its special tokens: the model wrote them, and tokenizing the text restores them. In
+        # an answer the chat template adds them.
+        text = tokenizer.decode(new_tokens, skip_special_tokens=prompts is not None, clean_up_tokenization_spaces=False)
         line = {"finish": "length" if stop is None else "eos"}
         if prompts is None:
             lines.append({"text": text, **line})
@@ -235,11 +249,11 @@ def _start_ids(tokenizer, prompts: list[str] | None, size: int) -> list[list[int
     if prompts is None:
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
-            raise QADError(f"{tokenizer.name_or_path} has neither BOS nor EOS to start from. Give prompts.")
+            raise QADError(f"{tokenizer.name_or_path} has neither a BOS nor an EOS token to start from. Give prompts.")
         return [[start]] * size
     if not tokenizer.chat_template:
         raise QADError(
-            f"{tokenizer.name_or_path} has no chat template for the prompts. Leave them out to start from BOS."
+            f"{tokenizer.name_or_path} has no chat template for the prompts. Omit the prompts to start from BOS."
         )
     return [
         list(

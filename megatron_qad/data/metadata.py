@@ -1,7 +1,7 @@
-"""PREFIX.json: what ``prepare_data`` wrote beside PREFIX.bin and PREFIX.idx, and the names of all those files.
+"""PREFIX.json, the metadata that ``prepare_data`` writes next to PREFIX.bin/.idx, and the names of all output files.
 
-The loss mask is a second indexed dataset, PREFIX_loss_mask.bin/.idx: uint8, one value a token, the same documents. It
-exists only where some token does not count, so that plain text is nothing but what Megatron itself would write.
+The loss mask is a second indexed dataset, PREFIX_loss_mask.bin/.idx: uint8, one value per token, the same documents. It
+exists only if some token does not count, so that prepared plain text has exactly the files that Megatron writes.
 """
 
 import dataclasses
@@ -18,33 +18,33 @@ class DataMetadata:
     """The contents of PREFIX.json."""
 
     tokenizer_name: str
-    """Last part of the path that was given."""
+    """Last part of the path given by the user."""
     tokenizer_kind: str
-    """"huggingface" or "sentencepiece"."""
+    """Kind of tokenizer: "huggingface" or "sentencepiece"."""
     tokenizer_files_sha256: dict[str, str]
     """File name -> SHA-256 of its bytes."""
     vocab_sha256: str
-    """Hash of the map piece -> id; what ``provider`` compares."""
+    """Hash of the map piece -> id, which ``run_tokenizer`` compares."""
     vocab_size: int
     """Largest id of the tokenizer + 1."""
     eod: int
-    """Id that ends each document."""
+    """Token id that ends each document."""
     documents: int
     chat_documents: int
-    """How many of them were chat messages."""
+    """Number of documents that were chat messages."""
     tokens: int
-    """All tokens, EOD included."""
+    """Number of tokens, EOD included."""
     supervised_tokens: int
-    """Tokens that count in the loss when they are the label."""
+    """Number of tokens that count in the loss when they are the label."""
     unknown_tokens: int
-    """Tokens that are the tokenizer's <unk>."""
+    """Number of tokens that are the tokenizer's <unk>."""
     bad_lines: int
     blank_lines: int
-    """Empty lines of JSONL files and empty pieces of split text."""
+    """Number of empty lines in JSONL files and of empty pieces of split text."""
     loss_mask: bool
     """Whether PREFIX_loss_mask.bin/.idx exists."""
     sha256: dict[str, str]
-    """File suffix ("bin", "loss_mask.bin") -> SHA-256; names the content for Megatron's index cache."""
+    """File suffix ("bin", "loss_mask.bin") -> SHA-256; part of the cache key of Megatron's indices."""
     format_version: int = FORMAT_VERSION
 
     def save(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class DataMetadata:
 
 
 def loss_mask_prefix(prefix: str) -> str:
-    """The prefix of the loss mask's indexed dataset."""
+    """Return the prefix of the loss mask's indexed dataset."""
     return f"{prefix}_loss_mask"
 
 
@@ -61,28 +61,32 @@ def metadata_path(prefix: str) -> Path:
 
 
 def output_files(prefix: str) -> list[Path]:
-    """Every file that a finished preparation may have, the metadata last: it is written when the rest is in place."""
+    """Return every file that an output may have. The metadata is last: it is put in place after the others."""
     mask = loss_mask_prefix(prefix)
     return [Path(f) for f in (f"{mask}.bin", f"{mask}.idx", f"{prefix}.bin", f"{prefix}.idx", f"{prefix}.json")]
 
 
 def load_metadata(prefix: str) -> DataMetadata | None:
-    """PREFIX.json, or None where the data was made by something else and has none.
+    """Read PREFIX.json. None means that it does not exist, because another tool prepared the data.
 
     Raises:
-        QADError: the file is not what this version writes.
+        QADError: the file was not written by this version.
     """
     path = metadata_path(prefix)
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["format_version"]
+        version = content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise QADError(f"{path} is not the metadata that tools/prepare_data.py writes ({error!r}).") from error
-    if found != FORMAT_VERSION:
-        raise QADError(f"{path} has format version {found}, expected {FORMAT_VERSION}. Prepare the data again.")
+        raise QADError(
+            f"{path} is not metadata of tools/prepare_data.py ({error!r}). Prepare the data again."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise QADError(f"{path} has format version {version}, expected {FORMAT_VERSION}. Prepare the data again.")
     try:
         return DataMetadata(**content)
     except TypeError as error:
-        raise QADError(f"{path} has other fields than format version {FORMAT_VERSION}: {error}.") from error
+        raise QADError(
+            f"{path} does not have the fields of format version {FORMAT_VERSION}: {error}. Prepare the data again."
+        ) from error

@@ -1,8 +1,8 @@
-"""Text and JSONL files -> Megatron's PREFIX.bin/.idx, the loss mask beside it, and PREFIX.json.
+"""Prepare text and JSONL files as Megatron's PREFIX.bin/.idx with a loss mask and metadata (PREFIX.json).
 
-Order is kept: document n of the output is the n-th good record of the input. Everything is written aside and renamed
-when it is complete, so that a prefix is whole or absent. No input is dropped without a word: each bad record is named
-in PREFIX.bad.txt with its line and reason, and too many of them stop the preparation.
+The order is kept: document n of the output is the n-th valid record of the input. Files are written under a temporary
+prefix and renamed when complete, so an output is either complete or absent. No record is dropped silently: each bad
+record is listed in PREFIX.bad.txt with its line and the reason, and too many of them are an error.
 """
 
 import collections
@@ -26,52 +26,57 @@ from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import locks
 
 _BATCH_RECORDS = 64
-_BATCH_BYTES = 1 << 20  # a batch is what travels to a worker: large enough to hide the trip, small enough to hold many
+_BATCH_BYTES = 1 << 20  # a batch is sent to a worker: large enough to hide the transfer, small enough to hold several
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What ``prepare_data`` is asked to do."""
+    """Options of ``prepare_data``."""
 
     inputs: Sequence[str]
-    """Files, in the order of the output."""
+    """Input files, in the order of the output."""
     tokenizer: str
     """Hugging Face tokenizer directory or sentencepiece .model file."""
     output: str
-    """Prefix of the files written."""
+    """Prefix of the output files."""
     format: str = "auto"
-    """"text", "jsonl", or "auto": JSONL for .jsonl and .ndjson, text for the rest."""
+    """Input format: "text", "jsonl", or "auto" (JSONL for .jsonl and .ndjson, text otherwise)."""
     json_key: str = "auto"
-    """"text", "messages", or "auto": whichever one a line has."""
+    """Key of the JSONL lines to use: "text", "messages", or "auto" (the one that a line has)."""
     split_on: str | None = None
-    """Regular expression between two documents of a text file, "blank" for blank lines; None: a file is a document."""
+    """Separator between documents of a text file: a regular expression or "blank". None: one document per file."""
     prepend_bos: bool = False
-    """Put BOS first where the tokenizer does not do so itself."""
+    """Prepend BOS to documents if the tokenizer does not do so itself."""
     max_bad_fraction: float = 0.01
-    """Bad records / all records above which nothing is written; 0 allows none."""
+    """Largest accepted fraction of bad records; above it no data is written. 0 accepts none."""
     workers: int = 1
-    """Processes that tokenize; 1 works in this process."""
+    """Number of processes that tokenize. 1 means this process."""
     force: bool = False
-    """Replace what is there."""
+    """Whether to replace an existing output."""
 
 
 def prepare_data(options: PrepareOptions) -> DataMetadata:
-    """Tokenize ``options.inputs`` into ``options.output``.bin/.idx/.json (and the loss mask where it says something).
+    """Tokenize ``options.inputs`` into ``options.output``.bin/.idx/.json, and a loss mask if some token does not count.
 
     Token ids are uint16 below a vocabulary of 65500, else int32 (Megatron's own rule); masks are uint8.
 
     Returns:
-        The metadata that was written.
+        The metadata of the output.
 
     Raises:
-        QADError: missing input, existing output, unreadable tokenizer, no document at all, no token that counts in
-            the loss, more bad records than allowed (they are in PREFIX.bad.txt then, and nothing else is), or a failed
-            write.
+        QADError: a missing input, an existing output, an unreadable tokenizer, no document, no token that counts in the
+            loss, more bad records than allowed (then only PREFIX.bad.txt is written), or a failed write.
+
+    Example::
+
+        init_runtime()  # megatron_qad.engine: before Megatron is imported
+        metadata = prepare_data(PrepareOptions(inputs=["chats.jsonl"], tokenizer="my_model", output="data/chats"))
+        print(metadata.documents, metadata.supervised_tokens)
     """
-    _check(options)
+    _check_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
     if options.prepend_bos and tokenizer.bos is None:
-        raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Leave the flag out.")
+        raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Omit the flag.")
     with locks.lock_output(options.output):
         return _prepare(options, tokenizer)
 
@@ -79,7 +84,7 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
 def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
     bad_path = Path(f"{options.output}.bad.txt")
     bad_path.unlink(missing_ok=True)
-    _remove_left_overs(options.output)
+    _remove_leftovers(options.output)
     aside = f"{options.output}.incomplete-{os.getpid()}"
     try:
         writer = DocumentWriter(aside, tokenizer)
@@ -87,12 +92,12 @@ def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
             writer.blank_lines += blank
             writer.add(results, bad_path)
         metadata = writer.finish()
-        _judge(writer, options, bad_path)
+        _check_documents(writer, options, bad_path)
         metadata.save(metadata_path(aside))
         publish(aside, options.output)
     except OSError as error:
         raise QADError(
-            f"Preparing {options.output} failed: {error}. Nothing was put in place. If the disk is full, free space or "
+            f"Preparing {options.output} failed: {error}. No data was written. If the disk is full, free space or "
             "choose another --output."
         ) from error
     finally:
@@ -101,38 +106,40 @@ def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
     return metadata
 
 
-def _remove_left_overs(prefix: str) -> None:
-    """What preparations of the same output left when they were killed; none is running, as this one has the lock."""
-    ending = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-\d+(_loss_mask)?\.(bin|idx|json)")
+def _remove_leftovers(prefix: str) -> None:
+    """Remove files of killed preparations of the same output. None can be running: this process has the lock."""
+    leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-\d+(_loss_mask)?\.(bin|idx|json)")
     for path in Path(prefix).parent.iterdir():
-        if ending.fullmatch(path.name):
+        if leftover.fullmatch(path.name):
             path.unlink()
 
 
-def _check(options: PrepareOptions) -> None:
-    """Problems that can be known before any work."""
+def _check_options(options: PrepareOptions) -> None:
+    """Check everything that can be checked before reading the inputs."""
     missing = [f for f in options.inputs if not Path(f).is_file()]
     if missing or not options.inputs:
-        raise QADError(
-            f"--input: {', '.join(missing) or 'nothing given'} is not a file. Give existing text or JSONL files."
-        )
+        raise QADError(f"--input: {', '.join(missing) or '(none)'} is not a file. Give existing text or JSONL files.")
     for file in options.inputs:
         file_format(Path(file), options.format)
     if not 0 <= options.max_bad_fraction <= 1:
-        raise QADError(f"--max-bad-fraction {options.max_bad_fraction} is not between 0 and 1.")
+        raise QADError(f"--max-bad-fraction {options.max_bad_fraction} is not between 0 and 1. Give such a fraction.")
     try:
         re.compile(options.split_on or "")
     except re.error as error:
-        raise QADError(f"--split-on {options.split_on!r} is not a regular expression: {error}.") from error
+        raise QADError(
+            f"--split-on {options.split_on!r} is not a regular expression: {error}. Escape special characters."
+        ) from error
     if options.workers < 1:
-        raise QADError(f"--workers {options.workers} is less than 1.")
+        raise QADError(f"--workers {options.workers} is less than 1. Give 1 or more.")
     existing = [str(p) for p in output_files(options.output) if p.exists()]
     if existing and not options.force:
-        raise QADError(f"--output: {', '.join(existing)} exists. Choose another prefix, or replace it with --force.")
+        raise QADError(
+            f"--output: {', '.join(existing)} already exists. Choose another prefix, or give --force to replace it."
+        )
 
 
 def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[tuple[list[Encoded | BadLine], int]]:
-    """(results, number of blank records) batch after batch, in input order, with a progress bar over input bytes."""
+    """Yield (results, number of blank records) batch by batch in input order, with a progress bar over input bytes."""
     split_on = BLANK_LINES if options.split_on == "blank" else options.split_on
     total = sum(Path(f).stat().st_size for f in options.inputs)
     blanks = collections.deque()
@@ -153,7 +160,7 @@ def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[t
         blanks.append(blank)
         yield batch
 
-    # disable=None: no bar where stderr is not a terminal, so that logs stay readable.
+    # disable=None: no bar if stderr is not a terminal, to keep logs readable.
     with tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for results, size in _ordered_map(batches(), options, tokenizer):
             bar.update(size)
@@ -163,29 +170,29 @@ def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[t
 def _ordered_map(
     batches: Iterable[list[Record]], options: PrepareOptions, tokenizer: DataTokenizer
 ) -> Iterator[tuple[list[Encoded | BadLine], int]]:
-    """Encode batches in this process or in worker processes; at most four batches a worker are held at a time."""
+    """Encode batches in this process or in worker processes; at most four batches per worker are held at a time."""
     if options.workers == 1:
         for batch in batches:
             yield _encode_batch(batch, tokenizer, options), sum(len(r.data) for r in batch)
         return
-    # spawn: the parent has threads (tokenizers, torch), and a fork of a process with threads may deadlock.
+    # spawn: the parent has threads (tokenizers, torch), and forking a process with threads may deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.workers, context, initializer=_start_worker, initargs=(options, os.getpid()))
     with pool:
-        waiting = collections.deque()
+        pending = collections.deque()
         try:
             for batch in batches:
-                waiting.append((pool.submit(_work, batch), sum(len(r.data) for r in batch)))
-                if len(waiting) >= 4 * options.workers:
-                    future, size = waiting.popleft()
+                pending.append((pool.submit(_encode_in_worker, batch), sum(len(r.data) for r in batch)))
+                if len(pending) >= 4 * options.workers:
+                    future, size = pending.popleft()
                     yield future.result(), size
-            while waiting:
-                future, size = waiting.popleft()
+            while pending:
+                future, size = pending.popleft()
                 yield future.result(), size
         except BrokenProcessPool as error:
             raise QADError(
-                "A worker process died (often: out of memory). Nothing was written. Run with fewer --workers; with "
-                "--workers 1 the problem shows in this process."
+                "A worker process died, often because memory ran out. No data was written. Use fewer --workers, or "
+                "--workers 1 to see the error in this process."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -199,31 +206,33 @@ _worker: tuple[DataTokenizer, PrepareOptions]
 
 
 def _start_worker(options: PrepareOptions, parent: int) -> None:
-    """Runs once in each worker: a tokenizer cannot always be pickled, so each worker reads its own."""
+    """Load the tokenizer in a worker; it cannot always be pickled, so each worker loads its own."""
     global _worker
-    end_with_parent(parent)  # which may have died while this process imported
+    end_with_parent(parent)  # also if the parent died while this process imported
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     _worker = (load_tokenizer(options.tokenizer), options)
 
 
-def _work(batch: list[Record]) -> list[Encoded | BadLine]:
+def _encode_in_worker(batch: list[Record]) -> list[Encoded | BadLine]:
     return _encode_batch(batch, *_worker)
 
 
-def _judge(writer: DocumentWriter, options: PrepareOptions, bad_path: Path) -> None:
-    """Stop before anything is put in place if too much of the input was bad."""
+def _check_documents(writer: DocumentWriter, options: PrepareOptions, bad_path: Path) -> None:
+    """Check, before the output is put in place, the number of bad records, documents and counted tokens."""
     records = writer.documents + writer.bad_lines
     if writer.bad_lines > options.max_bad_fraction * records:
         first = bad_path.read_text(encoding="utf-8").split("\n", 1)[0]
         raise QADError(
             f"{writer.bad_lines} of {records} records are bad, more than --max-bad-fraction {options.max_bad_fraction} "
-            f"allows. The first: {first}. All are listed in {bad_path}. Nothing else was written; mend the lines or "
+            f"allows. The first: {first}. All are listed in {bad_path}. No data was written. Fix the records or "
             "allow a larger fraction."
         )
     if not writer.documents:
-        raise QADError(f"--input {' '.join(options.inputs)} holds no document ({writer.blank_lines} blank lines).")
+        raise QADError(
+            f"--input {' '.join(options.inputs)} has no document ({writer.blank_lines} blank lines). Give other files."
+        )
     if not writer.supervised:
         raise QADError(
             f"--input {' '.join(options.inputs)}: none of the {writer.num_tokens} tokens of its {writer.documents} "
-            "documents would count in the loss. In chats only what the assistant says counts: give chats with answers."
+            "documents would count in the loss. In chats only the assistant's tokens count; give such chats."
         )

@@ -1,8 +1,8 @@
-"""The train, validation and test data of ``pretrain()``: ``--data-path`` and its kin, through ``QADDataset``.
+"""Provider of the training and validation datasets of ``pretrain()``, built from ``--data-path`` and similar flags.
 
-Checks what Megatron leaves to chance: that each prefix exists, that its ids fit the model's vocabulary, that it was
-made with the tokenizer of this run (``run_tokenizer``), and that some token of each split counts in the loss. Left out:
-mock data, fill-in-the-middle, Megatron's own ``--sft`` packing, data in object storage.
+In addition to Megatron's checks: each prefix exists, its ids fit the model's vocabulary, it was made with the tokenizer
+of this run (``run_tokenizer``), and some token of each split counts in the loss. Not supported: mock data,
+fill-in-the-middle, Megatron's ``--sft`` packing, data in object storage.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.data.validation_set import (
     DEFAULT_TOKENS,
     ValidationSet,
-    one_split,
+    config_for_split,
     ordered_samples,
     samples_per_iteration,
 )
@@ -38,14 +38,14 @@ from megatron_qad.engine.errors import QADError
 
 
 class DatasetsProvider:
-    """What ``pretrain`` calls for its data, on every rank.
+    """Dataset provider that ``pretrain`` calls on every rank.
 
     Args:
-        args: Megatron's global arguments. ``eval_iters`` and ``consumed_valid_samples`` are set in them.
+        args: Megatron's global arguments; ``eval_iters`` and ``consumed_valid_samples`` are modified.
     """
 
     is_distributed = True
-    """Read by megatron.training: every rank calls the provider, and the builder decides who holds data."""
+    """Tells Megatron that every rank calls the provider; the builder decides which ranks hold data."""
 
     def __init__(self, args: argparse.Namespace, options: DataOptions):
         self.args, self._options = args, options
@@ -54,90 +54,87 @@ class DatasetsProvider:
         """Build the datasets.
 
         Args:
-            train_val_test_num_samples: samples wanted of each split; only that of the first is heard, because every
-                evaluation reads the same ones.
+            train_val_test_num_samples: number of samples requested of each split; only that of the training split is
+                used, because every evaluation reads the same samples.
             vp_stage: virtual pipeline stage of the caller.
 
         Returns:
-            (train, valid, None): datasets, or None where a split has no data or this rank needs none; a test split is
-            not evaluated.
+            (train, valid, None): datasets, or None if a split has no data or this rank needs none; a test split is not
+            evaluated.
 
         Raises:
-            QADError: no data given, a prefix that does not exist, data of another tokenizer or vocabulary, or a split
-                in which no token counts.
+            QADError: no data, a prefix that does not exist, data of another tokenizer or vocabulary, or a split in
+                which no token counts.
         """
         args, options = self.args, self._options
         config = dataset_config(args, options)
         check_data(args, config, options)
         print_rank_0("megatron_qad: building the training and validation datasets")
         num_train = train_val_test_num_samples[0]
-        # Calibration reads ahead, more than a short job trains on; a blend holds no more than it is asked for.
+        # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.
         num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
         is_built = partial(_is_built_on_rank, vp_stage)
         train, _, _ = BlendedMegatronDatasetBuilder(
-            QADDataset, [num_train, 0, 0], is_built, one_split(config, Split.train)
+            QADDataset, [num_train, 0, 0], is_built, config_for_split(config, Split.train)
         ).build()
         if not args.skip_train:
-            _check_that_something_counts(train, Split.train, config)
+            _check_has_counted_tokens(train, Split.train, config)
         valid = _validation_set(args, options.eval_iters, config, is_built) if args.eval_iters else None
         if valid is not None and vp_stage in (None, 0):
             print_rank_0(
-                f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, the same ones "
-                f"each time (--eval-iters {args.eval_iters})"
+                f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, always the same "
+                f"samples (--eval-iters {args.eval_iters})"
             )
-        # Megatron would evaluate a test split after the last validation and report it in the validation's place.
+        # Megatron would evaluate a test split after the last validation and report it as the validation.
         return train, valid, None
 
 
 def _validation_set(
     args: argparse.Namespace, eval_iters: int | None, config: QADDatasetConfig, is_built: Callable[[], bool]
 ) -> ValidationSet | None:
-    """The held-out samples of every evaluation. Sets ``args.eval_iters`` to what reads them once, on every rank, and
-    Megatron's place in them to their beginning."""
+    """Build the validation set. Sets ``args.eval_iters`` on every rank to the number of iterations that reads it once,
+    and resets Megatron's position in it."""
     per_iteration = samples_per_iteration(args)
     if eval_iters is not None:
         limit = eval_iters * per_iteration
     else:
         limit = max(1, DEFAULT_TOKENS // args.seq_length)
     samples = ordered_samples(config, is_built, limit)
-    _check_that_something_counts(samples, Split.valid, config)
-    num_samples = _agreed(0 if samples is None else min(limit, len(samples)))
+    _check_has_counted_tokens(samples, Split.valid, config)
+    num_samples = _max_over_ranks(0 if samples is None else min(limit, len(samples)))
     args.consumed_valid_samples = 0
     if num_samples == 0:  # a virtual stage whose ranks read no data
         return None
-    covers = -(-num_samples // per_iteration)
-    if eval_iters is not None and covers < args.eval_iters:
+    needed_iters = -(-num_samples // per_iteration)
+    if eval_iters is not None and needed_iters < args.eval_iters:
         print_rank_0(
-            f"megatron_qad: --eval-iters {args.eval_iters} becomes {covers}, which read the whole validation set"
+            f"megatron_qad: --eval-iters {args.eval_iters} becomes {needed_iters}, which reads the whole validation set"
         )
-    args.eval_iters = covers
+    args.eval_iters = needed_iters
     return None if samples is None else ValidationSet(samples, num_samples, args.eval_iters * per_iteration)
 
 
-def _check_that_something_counts(dataset, split: Split, config: QADDatasetConfig) -> None:
-    """Every rank calls this, with what it holds of a split."""
+def _check_has_counted_tokens(dataset, split: Split, config: QADDatasetConfig) -> None:
+    """Check that some token of a split counts in the loss. Every rank calls this with its dataset of the split."""
     parts = [] if dataset is None else getattr(dataset, "datasets", [dataset])
-    # 0: this rank knows of none; 1: nothing counts; 2: something does.
-    state = _agreed(0 if not parts else 1 + any(part.has_counted_tokens() for part in parts))
+    # 0: no data on this rank; 1: no token counts; 2: some token counts.
+    state = _max_over_ranks(0 if not parts else 1 + any(part.has_counted_tokens() for part in parts))
     if state != 1:
         return
     prefixes, _ = config.blend if config.blend is not None else config.blend_per_split[split.value]
-    where, advice = ", ".join(prefixes), "Give other data"
+    names, advice = ", ".join(prefixes), "Give other data"
     if config.blend is not None:
         advice = f"Change --split (now {config.split!r}) or give other data"
     if split == Split.valid:
         advice += ", or --eval-iters 0 for no validation"
-    raise QADError(
-        f"The {split.name} split of {where}: no token of it counts in the loss, because its loss mask is zero "
-        f"everywhere. {advice}."
-    )
+    raise QADError(f"The {split.name} split of {names}: no token counts in the loss, the mask is all zeros. {advice}.")
 
 
-def _agreed(number: int) -> int:
-    """The largest ``number`` of all ranks: those without data learn what the others found."""
-    found = torch.tensor(number, dtype=torch.int64, device=torch.cuda.current_device())
-    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-    return int(found)
+def _max_over_ranks(value: int) -> int:
+    """Return the largest ``value`` of all ranks, so that ranks without data get the result of the others."""
+    result = torch.tensor(value, dtype=torch.int64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(result, op=torch.distributed.ReduceOp.MAX)
+    return int(result)
 
 
 def _has_validation(split: str | None, blend, blend_per_split) -> bool:
@@ -147,41 +144,41 @@ def _has_validation(split: str | None, blend, blend_per_split) -> bool:
 
 
 def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
-    """The dataset configuration that Megatron's flags ask for.
+    """Return the dataset configuration given by Megatron's flags.
 
     Raises:
-        QADError: the flags name no data, or ask for data of another kind.
+        QADError: the flags give no data or request an unsupported kind of data.
     """
     for flag in ("sft", "mock_data"):
         if getattr(args, flag, False):
             raise QADError(
-                f"--{flag.replace('_', '-')} is for other data than QAD's. Prepare the data with tools/prepare_data.py "
-                "(chat data gets its loss mask there) and give it with --data-path."
+                f"--{flag.replace('_', '-')} is not supported. Prepare the data with tools/prepare_data.py (it adds "
+                "the loss mask of chat data) and give it with --data-path."
             )
     for flag in ("reset_position_ids", "reset_attention_mask"):
-        # Megatron would look for the EOD of its NullTokenizer, and build masks that nobody reads.
+        # Megatron would look for the EOD of its NullTokenizer and build masks that are not used.
         if getattr(args, flag):
             raise QADError(
-                f"--{flag.replace('_', '-')} does not keep the documents of a row apart here. Give "
-                "--dataloader-inter-document-masking instead, which does, for positions and attention."
+                f"--{flag.replace('_', '-')} does not separate the documents of a row here. Give "
+                "--dataloader-inter-document-masking instead, which separates positions and attention."
             )
     if args.dataloader_type not in (None, "single"):
         raise QADError(
-            f"--dataloader-type {args.dataloader_type} would read the validation set in another order each time; leave "
-            "it out. The training data is shuffled all the same."
+            f"--dataloader-type {args.dataloader_type} would read the validation set in a different order each time. "
+            "Omit it; the training data is shuffled anyway."
         )
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend is None and not any(blend_per_split or []):
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
     if args.full_validation or args.multiple_validation_sets:
         raise QADError(
-            "--full-validation and --multiple-validation-sets, which needs it, are not supported. Leave them out: "
-            "without --eval-iters an evaluation reads the whole validation set, up to 2^20 tokens. Give one blend"
+            "--full-validation and --multiple-validation-sets (which needs it) are not supported. Omit them: without "
+            "--eval-iters an evaluation reads the whole validation set, up to 2^20 tokens. Give one blend."
         )
     if args.eval_iters and not _has_validation(args.split, blend, blend_per_split):
         raise QADError(
-            "No validation data was given, and Megatron would fail when it evaluates. Give some (--valid-data-path, or "
-            "a share in --split), or --eval-iters 0"
+            "No validation data was given, so the first evaluation would fail. Give --valid-data-path or a validation "
+            "share in --split, or --eval-iters 0 for no validation."
         )
     return QADDatasetConfig(
         random_seed=args.seed,
@@ -196,7 +193,7 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=args.eod_mask_loss,
-        # Megatron's batch code on the other side reads the same flag; attention is causal without a mask too.
+        # Megatron's batch code reads the same flag; attention is causal without a mask as well.
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         sequences_per_dataset=_sequences_per_dataset(args),
@@ -212,14 +209,14 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
 
 
 def check_data(args, config: GPTDatasetConfig, options: DataOptions) -> None:
-    """Compare every prefix of the blends with the file system, the model's vocabulary and the run's tokenizer.
+    """Check every prefix of the blends: its files, the model's vocabulary and the run's tokenizer.
 
     Args:
         args: needs ``padded_vocab_size``, ``tokenizer_model`` and ``tokenizer_type``.
-        config: its blends name the prefixes.
+        config: dataset configuration whose blends give the prefixes.
 
     Raises:
-        QADError: names the prefix, what was found and what was expected.
+        QADError: with the prefix, the value found and the value expected.
     """
     blends = [config.blend] if config.blend is not None else config.blend_per_split
     prefixes = list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
@@ -228,37 +225,36 @@ def check_data(args, config: GPTDatasetConfig, options: DataOptions) -> None:
         missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
         if missing:
             raise QADError(
-                f"--data-path {prefix}: {' and '.join(missing)} not found. Expected the prefix that was "
-                "tools/prepare_data.py's --output (without .bin), or 'WEIGHT PREFIX' pairs."
+                f"--data-path {prefix}: {' and '.join(missing)} not found. Expected the --output prefix of "
+                "tools/prepare_data.py (without .bin), or 'WEIGHT PREFIX' pairs."
             )
-        if not config.fast_cache_load:  # that flag promises that no index is read at the start
+        if not config.fast_cache_load:  # with that flag no index is read at startup
             _check_index(prefix)
         metadata = load_metadata(prefix)
         if metadata is None:
             if config.eod_mask_loss and args.tokenizer_type == "NullTokenizer" and args.null_tokenizer_eod_id is None:
                 raise QADError(
-                    f"--eod-mask-loss: without {prefix}.json, which tools/prepare_data.py writes, nothing says which "
-                    "id ends a document. Prepare the data with that, or give --null-tokenizer-eod-id."
+                    f"--eod-mask-loss needs the id of EOD, but {prefix}.json, which tools/prepare_data.py writes, does "
+                    "not exist. Prepare the data with that tool, or give --null-tokenizer-eod-id."
                 )
             continue
         if metadata.supervised_tokens == 0:
             raise QADError(
                 f"--data-path {prefix}: none of its {metadata.tokens} tokens counts in the loss ({prefix}.json, "
-                "supervised_tokens). Leave it out, or prepare data in which something is to be learnt, such as chats "
-                "with answers."
+                "supervised_tokens). Omit it, or prepare data with tokens that count."
             )
         if args.padded_vocab_size is not None and metadata.vocab_size > args.padded_vocab_size:
             raise QADError(
-                f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name} of {metadata.vocab_size} "
-                f"ids, but the model has {args.padded_vocab_size} (padding included). Prepare the data with the "
-                "model's tokenizer."
+                f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name}, which has "
+                f"{metadata.vocab_size} ids, but the model has {args.padded_vocab_size} (padding included). Prepare "
+                "the data with the model's tokenizer."
             )
         if tokenizer is not None:
             tokenizer.check(prefix, metadata)
 
 
 def _check_index(prefix: str) -> None:
-    """The index must be readable and the data as long as it says: a broken-off copy is found here, not at step n."""
+    """Check that the index is readable and matches the size of the data, to detect an incomplete copy at startup."""
     try:
         # Without mmap: an empty .bin cannot be mapped.
         data = IndexedDataset(prefix, mmap=False)
@@ -267,21 +263,21 @@ def _check_index(prefix: str) -> None:
             f"--data-path {prefix}: {prefix}.idx cannot be read ({error}). Prepare the data again."
         ) from error
     expected = int(data.sequence_lengths.sum(dtype="int64")) * data.index.dtype_size
-    found = Path(f"{prefix}.bin").stat().st_size
-    if found != expected or not len(data):
+    actual = Path(f"{prefix}.bin").stat().st_size
+    if actual != expected or not len(data):
         raise QADError(
-            f"--data-path {prefix}: {prefix}.bin has {found} bytes; its index of {len(data)} documents says "
-            f"{expected}, and there must be at least one document. Copy or prepare the data again."
+            f"--data-path {prefix}: {prefix}.bin has {actual} bytes, but its index of {len(data)} documents implies "
+            f"{expected}; at least one document is required. Copy or prepare the data again."
         )
 
 
 def _sequences_per_dataset(args) -> dict | None:
-    """The counts of ``--per-dataset-sequences-path``, which spare Megatron a read of each index's header."""
+    """Return the counts of ``--per-dataset-sequences-path``, so that Megatron need not read each index's header."""
     if args.per_dataset_sequences_path is None:
         return None
     return json.loads(Path(args.per_dataset_sequences_path).read_text(encoding="utf-8"))
 
 
 def _is_built_on_rank(vp_stage: int | None) -> bool:
-    """Tensor-parallel rank 0 of the first and last pipeline stages reads data: tokens enter there, labels end there."""
+    """Whether this rank reads data: tensor-parallel rank 0 of the first (tokens) and last (labels) pipeline stage."""
     return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(vp_stage)

@@ -1,7 +1,7 @@
-"""The tokenizer that a run's data must have been made with, and whether it was.
+"""Check that a run's data was made with the run's tokenizer.
 
-That is the one of ``--tokenizer-model`` or else the one that the student's or the teacher's checkpoint carries in
-``hf/``. Hashes of files are compared first; a tokenizer is loaded only where they differ.
+That is the tokenizer of ``--tokenizer-model``, or else the one in ``hf/`` of the student's or the teacher's checkpoint.
+File hashes are compared first; a tokenizer is loaded only if they differ.
 """
 
 from collections.abc import Iterable
@@ -16,21 +16,21 @@ from megatron_qad.engine.errors import QADError
 
 @dataclass
 class RunTokenizer:
-    """A Hugging Face directory or a sentencepiece ``.model`` file."""
+    """The tokenizer of a run: a Hugging Face directory or a sentencepiece ``.model`` file."""
 
     path: Path
     name: str
-    """For messages: the flag, or the checkpoint's directory."""
+    """Name for messages: the flag, or the checkpoint's directory."""
     _vocabularies: dict[Path, str] = field(default_factory=dict)
-    """Hashes of what had to be loaded, once for all prefixes of a blend."""
+    """Vocabulary hashes of the tokenizers loaded so far, by path."""
 
     @classmethod
     def from_checkpoints(cls, args, checkpoints: Iterable[str | None]) -> "RunTokenizer | None":
-        """None where neither the flags nor the checkpoints hold a tokenizer.
+        """Return the run's tokenizer, or None if neither the flags nor the checkpoints have one.
 
         Args:
-            args: Megatron's, with ``tokenizer_type`` and ``tokenizer_model``.
-            checkpoints: directories of the models, the first with a tokenizer wins.
+            args: Megatron's arguments, with ``tokenizer_type`` and ``tokenizer_model``.
+            checkpoints: model directories; the first one with a tokenizer is used.
         """
         model = args.tokenizer_model
         if args.tokenizer_type != "NullTokenizer" and model is not None and Path(model).exists():
@@ -42,12 +42,12 @@ class RunTokenizer:
         return None
 
     def check(self, prefix: str, metadata: DataMetadata) -> None:
-        """Refuse data whose ids mean other pieces.
+        """Check that the token ids of the data stand for the same pieces in this tokenizer.
 
         Raises:
-            QADError: names the data's tokenizer and the run's.
+            QADError: they do not; with the names of both tokenizers.
         """
-        if self._has_files_of(metadata):
+        if self._files_match(metadata):
             return
         is_piece_model = metadata.tokenizer_kind == "sentencepiece" and (self.path / "tokenizer.model").is_file()
         path = self.path / "tokenizer.model" if is_piece_model else self.path
@@ -57,25 +57,25 @@ class RunTokenizer:
                 self._vocabularies[path] = load_tokenizer(path).vocab_sha256()
         except QADError as error:
             raise QADError(
-                f"{made_with}, whose files are not those of {self.name}, and that one cannot be loaded to compare "
-                f"their ids: {error} Name the run's tokenizer with --tokenizer-type and --tokenizer-model."
+                f"{made_with}, whose files differ from those of {self.name}, which cannot be loaded to compare the "
+                f"ids: {error} Give the run's tokenizer with --tokenizer-type and --tokenizer-model."
             ) from error
-        found = self._vocabularies[path]
-        if found != metadata.vocab_sha256:
+        vocabulary = self._vocabularies[path]
+        if vocabulary != metadata.vocab_sha256:
             raise QADError(
-                f"{made_with} (vocabulary {metadata.vocab_sha256[:12]}), but {self.name} maps other pieces to its ids "
-                f"(vocabulary {found[:12]}). Prepare the data with the model's tokenizer."
+                f"{made_with} (vocabulary {metadata.vocab_sha256[:12]}), but {self.name} maps the ids to other pieces "
+                f"(vocabulary {vocabulary[:12]}). Prepare the data with the model's tokenizer."
             )
 
-    def _has_files_of(self, metadata: DataMetadata) -> bool:
-        """Whether the files that map pieces to ids are the data's, byte by byte."""
+    def _files_match(self, metadata: DataMetadata) -> bool:
+        """Whether the files that map pieces to ids are byte-identical to those that the data was made with."""
         if metadata.tokenizer_kind == "sentencepiece":  # one file, of any name
-            return bool(set(self._sums.values()) & set(metadata.tokenizer_files_sha256.values()))
+            return bool(set(self._file_hashes.values()) & set(metadata.tokenizer_files_sha256.values()))
         made_with = {k: v for k, v in metadata.tokenizer_files_sha256.items() if k in VOCABULARY_FILES}
-        return bool(made_with) and self._sums == made_with
+        return bool(made_with) and self._file_hashes == made_with
 
     @cached_property
-    def _sums(self) -> dict[str, str]:
-        """{file name: SHA-256} of what maps pieces to ids."""
+    def _file_hashes(self) -> dict[str, str]:
+        """{file name: SHA-256} of the files that map pieces to ids."""
         files = [self.path / name for name in VOCABULARY_FILES] if self.path.is_dir() else [self.path]
         return files_sha256(file for file in files if file.is_file())

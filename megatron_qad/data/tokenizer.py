@@ -1,7 +1,6 @@
-"""The two kinds of tokenizer that data is prepared with: Hugging Face directories and sentencepiece models.
+"""Tokenizers for data preparation: Hugging Face directories and sentencepiece models behind one interface.
 
-One small interface over both (``encode``, ``encode_chat``, ids, fingerprints). Nothing is downloaded and no code from a
-tokenizer's directory is run. Left out: tiktoken, BERT word pieces.
+Nothing is downloaded, and no code from a tokenizer's directory is run. Not supported: tiktoken, BERT word pieces.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ from megatron_qad.data.chat import encode_chat
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 
-# The files that decide how text becomes ids; the first group is Hugging Face's, by the names it gives them.
+# The files of a Hugging Face tokenizer, which determine how text becomes ids.
 _HF_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -25,27 +24,27 @@ _HF_FILES = (
     "chat_template.jinja",
 )
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
-"""The files that map pieces to ids. Settings and templates may differ: they touch how text is read, not what ids
-mean."""
+"""The files that map pieces to ids. Settings and templates may differ: they change how text is split, not the meaning
+of ids."""
 
 
 def files_sha256(files: Iterable[Path]) -> dict[str, str]:
-    """{file name: SHA-256 of its bytes}."""
+    """Return {file name: SHA-256 of its bytes}."""
     return {file.name: manifest.sum_of(file)[1] for file in files}
 
 
 class DataTokenizer:
-    """Text -> ids. Subclasses set the attributes below.
+    """Base class of tokenizers. Subclasses set the attributes below.
 
     Attributes:
-        name: what the user gave, shortened to its last part.
+        name: last part of the path given by the user.
         kind: "huggingface" or "sentencepiece".
         files: the files that define it.
         vocab: {piece: id}, added tokens included.
         vocab_size: ids are 0 .. vocab_size - 1.
         eod: id that ends each document (the tokenizer's EOS, as Megatron's tokenizers have it).
         bos, unk: ids or None.
-        special: ids that are no text, ``eod`` among them.
+        special: ids of special tokens, including ``eod``.
     """
 
     name: str
@@ -59,25 +58,25 @@ class DataTokenizer:
     special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a plain document, opened as the tokenizer opens it (some put BOS first), without EOD."""
+        """Return the ids of a plain document without EOD; BOS comes first if the tokenizer adds it."""
         raise NotImplementedError
 
     def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
-        """Ids and loss mask of a conversation, without EOD; see ``chat.encode_chat``."""
+        """Return the ids and loss mask of a conversation without EOD; see ``chat.encode_chat``."""
         raise NotImplementedError
 
     def vocab_sha256(self) -> str:
-        """Hash of the map piece -> id: equal vocabularies are equal here, however their files were written."""
+        """Return a hash of the map piece -> id, which does not depend on how the files were written."""
         pieces = json.dumps(sorted((id_, piece) for piece, id_ in self.vocab.items()), ensure_ascii=True)
         return hashlib.sha256(pieces.encode("ascii")).hexdigest()
 
     def files_sha256(self) -> dict[str, str]:
-        """{file name: SHA-256 of its bytes} of the defining files."""
+        """Return {file name: SHA-256 of its bytes} of the tokenizer's files."""
         return files_sha256(self.files)
 
 
 class HFTokenizer(DataTokenizer):
-    """A directory that ``AutoTokenizer`` reads."""
+    """Tokenizer of a Hugging Face directory, loaded with ``AutoTokenizer``."""
 
     kind = "huggingface"
 
@@ -93,13 +92,13 @@ class HFTokenizer(DataTokenizer):
             ) from error
         if self.hf.eos_token_id is None:
             raise QADError(
-                f"--tokenizer {directory} has no EOS token, and documents end with it. Set eos_token in its "
+                f"--tokenizer {directory} has no EOS token, which must end each document. Set eos_token in its "
                 "tokenizer_config.json."
             )
         self.name = directory.resolve().name
         self.files = [directory / name for name in _HF_FILES if (directory / name).is_file()]
         self.vocab = self.hf.get_vocab()
-        # Ids may have holes; the model's rows must reach the largest, so the size is counted from it.
+        # Ids may have gaps; the model needs a row for the largest id.
         self.vocab_size = max(self.vocab.values()) + 1
         self.eod, self.bos, self.unk = self.hf.eos_token_id, self.hf.bos_token_id, self.hf.unk_token_id
         added = {id_ for id_, token in self.hf.added_tokens_decoder.items() if token.special}
@@ -112,7 +111,7 @@ class HFTokenizer(DataTokenizer):
         if not self.hf.chat_template:
             raise QADError(
                 f"The input has chat messages, but the tokenizer {self.name} has no chat template. Add "
-                "chat_template.jinja to its directory, or give plain text."
+                "chat_template.jinja to its directory, or use plain text."
             )
         if not self.hf.is_fast:
             raise QADError(
@@ -123,7 +122,7 @@ class HFTokenizer(DataTokenizer):
 
 
 class SentencePieceTokenizer(DataTokenizer):
-    """A sentencepiece ``.model`` file. It puts no BOS first; ``--prepend-bos`` does."""
+    """Tokenizer of a sentencepiece ``.model`` file. It adds no BOS; ``--prepend-bos`` does."""
 
     kind = "sentencepiece"
 
@@ -133,10 +132,12 @@ class SentencePieceTokenizer(DataTokenizer):
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         except (OSError, RuntimeError) as error:
-            raise QADError(f"--tokenizer {model_file}: sentencepiece cannot read it as a model: {error}") from error
+            raise QADError(
+                f"--tokenizer {model_file}: sentencepiece cannot read it: {error}. Expected a .model file."
+            ) from error
         if self.sp.eos_id() < 0:
             raise QADError(
-                f"--tokenizer {model_file} has no EOS piece, and documents end with it. Train it with eos_id >= 0."
+                f"--tokenizer {model_file} has no EOS piece, needed to end documents. Train it with eos_id >= 0."
             )
         self.name = model_file.name
         self.files = [model_file]
@@ -158,21 +159,21 @@ class SentencePieceTokenizer(DataTokenizer):
 
 
 def load_tokenizer(path: str | Path) -> DataTokenizer:
-    """A Hugging Face directory or a sentencepiece ``.model`` file.
+    """Load the tokenizer of a Hugging Face directory or a sentencepiece ``.model`` file.
 
     Raises:
-        QADError: the path does not exist, cannot be read as either, or has no EOS.
+        QADError: the path does not exist, is not a readable tokenizer, or has no EOS.
     """
     path = Path(path)
     if path.is_dir():
         if not any((path / name).is_file() for name in _HF_FILES):
-            raise QADError(f"--tokenizer {path} holds no tokenizer file (looked for {', '.join(_HF_FILES)}).")
+            raise QADError(f"--tokenizer {path} has no tokenizer file; expected one of {', '.join(_HF_FILES)}.")
         return HFTokenizer(path)
     if path.is_file():
         if path.name == "tokenizer.json":
-            raise QADError(f"--tokenizer {path} is one file of a Hugging Face tokenizer; give its directory.")
+            raise QADError(f"--tokenizer {path} is one file of a Hugging Face tokenizer. Give its directory.")
         return SentencePieceTokenizer(path)
     raise QADError(
         f"--tokenizer {path} does not exist. Expected a Hugging Face tokenizer directory or a sentencepiece .model "
-        "file; names on the hub are not downloaded."
+        "file; names on the Hub are not downloaded."
     )

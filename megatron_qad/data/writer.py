@@ -1,4 +1,4 @@
-"""Documents -> the indexed datasets of tokens and loss mask at one prefix, and their move to the final names."""
+"""Write documents to the indexed datasets of tokens and loss mask, and rename them to their final prefix."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from megatron_qad.engine.run_directory import manifest
 
 
 class DocumentWriter:
-    """Collects documents into indexed datasets at a temporary prefix and counts what goes by."""
+    """Writes documents to indexed datasets at a temporary prefix and counts them."""
 
     def __init__(self, prefix: str, tokenizer: DataTokenizer):
         # Imported here so that worker processes, which write nothing, do not load Megatron.
@@ -49,7 +49,7 @@ class DocumentWriter:
             self.unknown += 0 if self.tokenizer.unk is None else int((ids == self.tokenizer.unk).sum())
 
     def finish(self) -> DataMetadata:
-        """Close the data files, drop a mask that says nothing, and describe the whole."""
+        """Close the data files, remove a mask of all ones, and return the metadata."""
         mask_prefix = loss_mask_prefix(self.prefix)
         self.tokens.finalize(f"{self.prefix}.idx")
         self.mask.finalize(f"{mask_prefix}.idx")
@@ -82,15 +82,15 @@ class DocumentWriter:
 def publish(aside: str, prefix: str) -> None:
     """Rename the finished files of the prefix ``aside`` to ``prefix``.
 
-    Index and metadata of a former output go first and the new ones come last, so that an interruption leaves a prefix
-    that is missing rather than one that mixes two outputs.
+    The index and metadata of an earlier output are removed first and the new ones renamed last, so that an interruption
+    leaves an incomplete output rather than a mixture of two.
     """
     metadata_path(prefix).unlink(missing_ok=True)
     Path(f"{prefix}.idx").unlink(missing_ok=True)
     for source, target in zip(output_files(aside), output_files(prefix), strict=True):
         if source.exists():
             os.replace(source, target)
-        else:  # a loss mask that this preparation does not have, left by the one it replaces
+        else:  # the replaced output may have a loss mask although this one has none
             with contextlib.suppress(FileNotFoundError):
                 target.unlink()
 

@@ -1,5 +1,5 @@
-"""Floor 5: what runs left behind, as a Markdown report with a picture and machine-readable results.
+"""Floor 5: run reports (Markdown, figures and JSON) and policy reports.
 
-``scalars`` reads TensorBoard, ``weight_errors`` checkpoints; ``report.write_report`` writes. Import that one after
-``engine.init_runtime()``: reading checkpoints needs Megatron.
+``scalars`` reads TensorBoard files, ``weight_errors`` reads checkpoints, ``report.write_report`` writes the report.
+Import ``report`` after ``engine.init_runtime()``: reading checkpoints needs Megatron.
 """

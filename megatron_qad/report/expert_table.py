@@ -1,6 +1,6 @@
-"""What a run says of its experts: their load in its last evaluation, and those that calibration hardly reached.
+"""Expert statistics of a run: load in the last evaluation, and experts that saw few tokens in calibration.
 
-Read from ``expert_load.json`` and ``calibration.json``, which a job leaves beside its checkpoints; empty for a model
+Read from ``expert_load.json`` and ``calibration.json``, which a job writes next to its checkpoints; empty for a model
 without experts.
 """
 
@@ -13,11 +13,12 @@ from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE, LOAD_F
 
 @dataclass(frozen=True)
 class Experts:
-    """Of one run. ``layers``: as ``ExpertLoad.take`` has them, by index in the layer pattern."""
+    """Expert statistics of one run."""
 
     layers: dict[int, dict] = field(default_factory=dict)
+    """Token counts as returned by ``ExpertLoad.take``, by index in the layer pattern."""
     few_tokens: dict[str, dict] = field(default_factory=dict)
-    """Linears of experts that saw few tokens in calibration: "tokens", and "amax_of", whose amax they took."""
+    """Expert linears that saw few tokens in calibration: "tokens" is their number, "amax_of" the source of the amax."""
 
     @classmethod
     def read(cls, directory: str | Path) -> "Experts":
@@ -27,8 +28,8 @@ class Experts:
 
 
 def expert_rows(name: str, experts: Experts) -> list[list[str]]:
-    """Rows of the report's table, one a layer: run, layer, share of tokens whose experts changed, the busiest and the
-    idlest expert's load over the mean, in teacher and student."""
+    """Return one table row per layer: run, layer, share of tokens whose experts changed, and the loads of the busiest
+    and least busy expert relative to the mean, in teacher and student."""
     rows = []
     for layer, counts in sorted(experts.layers.items()):
         teacher, student = counts["teacher"], counts["student"]

@@ -1,6 +1,6 @@
-"""What a policy does to a model, from its ``config.json`` alone: the table, the bytes, the exclusion list.
+"""Policy report: formats, sizes and exclusion list of a model under a policy, computed from ``config.json`` alone.
 
-The formats are resolved as a job resolves them, and the exclusions are those that the export writes: the same code.
+Formats are resolved with the code of a job, exclusions with the code of the export.
 """
 
 import dataclasses
@@ -20,31 +20,31 @@ from megatron_qad.quantization.format_table import BF16_BYTES, Row, format_rows,
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """A policy resolved on a model."""
+    """A policy resolved for a model."""
 
     architecture: str
     layer_pattern: str
     num_weights: int
-    """All tensors of the model, embeddings, norms and vision encoder included."""
+    """Number of elements of all tensors, including embeddings, norms and the vision encoder."""
     policy: policies.Policy
     rows: list[Row]
-    """Every linear that a policy reaches, in model order."""
+    """Every linear that a policy can select, in model order."""
     exclude_modules: list[str]
-    """Exact Hugging Face names, as the packed layouts' configurations have them."""
+    """Excluded modules by exact Hugging Face name, as in the configurations of the packed layouts."""
     hf_config: dict
 
     @property
     def bytes_before(self) -> int:
-        """The whole model in BF16."""
+        """Size of the model in BF16."""
         return BF16_BYTES * self.num_weights
 
     @property
     def bytes_after(self) -> int:
-        """The whole model with packed linears. Counted as BF16: what is no quantized linear, whatever its dtype."""
+        """Size of the model with packed linears. Every other tensor counts as BF16, whatever its dtype."""
         return self.bytes_before - sum(row.bytes_before - row.bytes_after for row in self.rows)
 
     def lines(self) -> Iterator[str]:
-        """For a terminal."""
+        """Yield the lines of the report for a terminal."""
         yield f"model       {self.architecture}, {self.num_weights:,} weights, layers {self.layer_pattern}"
         yield f"policy      {self.policy.name}: " + "; ".join(map(str, self.policy.rules))
         yield f"KV cache    {self.policy.kv_cache}"
@@ -54,7 +54,7 @@ class PolicyReport:
         share = self.bytes_after / self.bytes_before
         yield (
             f"model       {self.bytes_before:,} bytes in BF16, {self.bytes_after:,} bytes after ({share:.1%}), "
-            "embeddings, norms and all else included"
+            "including embeddings, norms and all other tensors"
         )
         for name in sorted({row.format for row in self.rows} - {UNQUANTIZED.name}):
             if len(layouts := tuple(FORMATS[name].stored)) < len(PACKED_LAYOUTS):
@@ -64,7 +64,7 @@ class PolicyReport:
         yield from (f"  {name}" for name in self.exclude_modules)
 
     def as_json(self) -> dict:
-        """All of it, every expert on its own, as plain data."""
+        """Return the report as JSON data, with a row for every expert."""
         return {
             "architecture": self.architecture,
             "layer_pattern": self.layer_pattern,
@@ -83,23 +83,30 @@ class PolicyReport:
 
 
 def report_policy(hf_model: str | Path, policy: str, overrides: Sequence[str] = ()) -> PolicyReport:
-    """Resolve a policy on a model, of which only the configuration is read.
+    r"""Resolve a policy for a model, reading only its configuration.
 
     Args:
-        hf_model: a Hugging Face directory, or a ``config.json`` itself, under whatever name.
-        policy: a shipped policy's name or a YAML file. ``overrides``: rules as text, as on ``--qad-policy-override``.
+        hf_model: a Hugging Face directory, or a ``config.json`` file of any name.
+        policy: name of a shipped policy, or a YAML file.
+        overrides: additional rules as text, as in ``--qad-policy-override``.
 
     Raises:
-        QADError: no such file, an unsupported architecture, or whatever is wrong with the policy.
+        QADError: a missing file, an unsupported architecture, or an invalid policy.
+
+    Example::
+
+        report = report_policy("my_model", "nvfp4-all-linear", ["head=fp8"])
+        print("\n".join(report.lines()))
+        print(report.bytes_after / report.bytes_before)
     """
     file = Path(hf_model) if Path(hf_model).is_file() else Path(hf_model) / "config.json"
     if not file.is_file():
-        raise QADError(f"{hf_model}: no config.json; expected the directory of a Hugging Face model, or that file")
+        raise QADError(f"{hf_model}: no config.json. Give the directory of a Hugging Face model, or that file.")
     return resolve_report(read_json(file), policies.load(policy, overrides, flag="--rule"))
 
 
 def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
-    """The same, from a parsed config."""
+    """Resolve a policy for a model given its parsed config; see ``report_policy``."""
     family = family_of(hf_config)
     linears = family.linears(hf_config)
     formats = policies.resolve(policy, linears, family.layer_kinds(hf_config))

@@ -1,6 +1,6 @@
-"""The report of one or several runs from one teacher: report.md, report.png and results.json in a directory.
+"""Write the report of one or several runs from one teacher: report.md, report.png and results.json.
 
-Left out: benchmarks, and anything about the machine.
+Not included: benchmarks and information about the machine.
 """
 
 import dataclasses
@@ -25,18 +25,24 @@ def write_report(
     *,
     accept_gaps: bool = False,
 ) -> Results:
-    """Write report.md, report.png and results.json into ``output`` (made if need be; an earlier report is replaced).
+    """Write report.md, report.png and results.json into ``output`` (created if missing; replaces a report).
 
     torch.distributed must be initialized (``engine.distributed.init_process_group``).
 
     Args:
-        runs: name -> directory, in the order of the table's rows; the first is what the others' KL is compared with.
+        runs: name -> directory, in the order of the table's rows; the others' KL is compared with that of the first.
         teacher: checkpoint directory of the BF16 teacher.
-        accept_gaps: damaged and missing event files become notes.
+        accept_gaps: turn damaged and missing event files into notes.
 
     Raises:
-        QADError: a run without events, a damaged or missing event file, a damaged checkpoint, a teacher that is no
-            checkpoint.
+        QADError: a run without events, a damaged or missing event file, a damaged checkpoint, or a teacher that is not
+            a checkpoint.
+
+    Example::
+
+        init_process_group()  # megatron_qad.engine.distributed
+        results = write_report({"PTQ": "runs/ptq", "QAD": "runs/qad"}, "checkpoints/teacher", "reports/qad")
+        print(results.notes)
     """
     results = collect(runs, teacher, title, accept_gaps=accept_gaps)
     output = Path(output)
@@ -44,12 +50,12 @@ def write_report(
         output.mkdir(parents=True, exist_ok=True)
         write_png(output / "report.png", results.title, results.runs, results.linears)
         (output / "report.md").write_text(markdown(results))
-        (output / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n")
+        (output / "results.json").write_text(json.dumps(_to_json(results), indent=1, allow_nan=False) + "\n")
     return results
 
 
-def _plain(results: Results) -> dict:
-    """``results`` as JSON knows it: numbers that are not finite become null, of the scalars only the drawn curves."""
+def _to_json(results: Results) -> dict:
+    """Return ``results`` as JSON data with only the plotted curves; non-finite numbers become null."""
     runs = {}
     for run in results.runs:
         loss_name, loss = run.training_loss
@@ -65,7 +71,7 @@ def _plain(results: Results) -> dict:
             "validation_curves": {metric: run.validation_curve(metric) for metric in metrics},
         }
     linears = [dataclasses.asdict(linear) for linear in results.linears]
-    return _finite(
+    return _replace_non_finite(
         {
             "title": results.title,
             "teacher": results.teacher,
@@ -77,11 +83,12 @@ def _plain(results: Results) -> dict:
     )
 
 
-def _finite(value):
+def _replace_non_finite(value):
+    """Replace non-finite floats with None, recursively."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_replace_non_finite(item) for item in value]
     return value

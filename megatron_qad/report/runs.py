@@ -1,4 +1,4 @@
-"""One run as the report sees it: its curves, its last evaluation, what its job was."""
+"""Data of one run for the report: curves, last evaluation and job record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,57 +7,62 @@ from megatron_qad.distillation.loss_registry import training_losses
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.checkpoint_config import read_job
 from megatron_qad.report.expert_table import Experts
-from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_of
+from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_metrics
 from megatron_qad.report.weight_errors import has_checkpoint
 
 
 @dataclass
 class Run:
+    """The files of one run, read for the report."""
+
     name: str
     directory: str
-    """As the user wrote it."""
+    """Directory as given by the user."""
     scalars: dict[str, Curve]
     validation: dict[str, float]
-    """``last_validation``; empty if the run never evaluated."""
+    """Metrics of the last evaluation (``last_validation``); empty if the run never evaluated."""
     job: dict | None
-    """``qad.json``; None if there is none."""
+    """Contents of ``qad.json``; None if the file does not exist."""
     checkpoint_iteration: str | None
-    """What latest_checkpointed_iteration.txt says; None if no checkpoint was saved."""
+    """Iteration of latest_checkpointed_iteration.txt; None if no checkpoint was saved."""
     experts: Experts = Experts()
     event_notes: tuple[str, ...] = ()
-    """What is to be said of its event files; sentences."""
+    """Notes about the event files, as sentences."""
 
     @classmethod
     def read(cls, name: str, directory: str | Path, accept_gaps: bool = False) -> "Run":
-        """Raises QADError as ``read_scalars`` does."""
+        """Read a run. Raises QADError as ``read_scalars`` does."""
         notes: list[str] = []
         scalars = read_scalars(directory, accept_gaps=accept_gaps, notes=notes)
-        saved = None
+        saved_iteration = None
         if has_checkpoint(directory):
-            saved = iteration_to_read(directory).name.removeprefix("iter_").lstrip("0")
-        experts, validation = Experts.read(directory), validation_of(scalars)
-        return cls(name, str(directory), scalars, validation, read_job(directory), saved, experts, tuple(notes))
+            saved_iteration = iteration_to_read(directory).name.removeprefix("iter_").lstrip("0")
+        experts, validation = Experts.read(directory), validation_metrics(scalars)
+        return cls(
+            name, str(directory), scalars, validation, read_job(directory), saved_iteration, experts, tuple(notes)
+        )
 
     @property
     def training_loss(self) -> tuple[str, Curve]:
-        """(TensorBoard name, curve) of the loss that was trained, the total of a sum; ("", []) if none was."""
+        """(TensorBoard name, curve) of the training loss, for a sum of losses its total; ("", []) if there is none."""
         return next(((name, self.scalars[name]) for name in training_losses(self.scalars)), ("", []))
 
     @property
     def is_trained(self) -> bool:
-        """Whether any iteration had a learning rate above 0. Post-training quantization runs one at 0, to calibrate."""
+        """Whether any iteration had a learning rate above 0. PTQ runs one iteration at 0, to calibrate."""
         rates = self.scalars.get("learning-rate")
         return bool(self.training_loss[1]) and (rates is None or any(rate > 0 for _, rate in rates))
 
     @property
-    def counts_nothing(self) -> bool:
-        """Whether no token counted in the last evaluation, so that its means say nothing."""
+    def has_no_counted_tokens(self) -> bool:
+        """Whether no token counted in the last evaluation, so that its means are undefined."""
         return self.validation.get("num_tokens") == 0
 
     @property
     def num_iterations(self) -> int:
-        """Iterations that changed weights: the last one that reported a loss."""
+        """Number of training iterations: the last one that reported a loss."""
         return self.training_loss[1][-1][0] if self.is_trained else 0
 
     def validation_curve(self, metric: str) -> Curve:
+        """Return the curve of a validation metric; empty if it was not recorded."""
         return self.scalars.get(VALIDATION + metric, [])

@@ -1,4 +1,4 @@
-"""What ``tools/sensitivity.py`` writes: a table, a picture and the numbers of a sensitivity measurement."""
+"""Output of ``tools/sensitivity.py``: a table, a figure and the numbers of a sensitivity measurement."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from megatron_qad.training.sensitivity import Sensitivities
 
 
 def write_sensitivity(
-    found: Sensitivities,
+    sensitivities: Sensitivities,
     formats: Sequence[str],
     output: Path,
     *,
@@ -19,70 +19,72 @@ def write_sensitivity(
     proposal_kl: float | None = None,
     budget_bytes: int | None = None,
 ) -> None:
-    """sensitivity.md, .png and .json in ``output``; with the proposed format of each unit, if there is one."""
+    """Write sensitivity.md, .png and .json to ``output``, with the proposed format of each unit if there is one."""
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(found, output / "sensitivity.json", chosen, proposal_kl)
-    (output / "sensitivity.md").write_text(_markdown(found, formats, title, chosen, proposal_kl, budget_bytes))
-    _draw(found, formats, output / "sensitivity.png", title, chosen)
+    _write_json(sensitivities, output / "sensitivity.json", chosen, proposal_kl)
+    (output / "sensitivity.md").write_text(_markdown(sensitivities, formats, title, chosen, proposal_kl, budget_bytes))
+    _draw(sensitivities, formats, output / "sensitivity.png", title, chosen)
 
 
-def _markdown(found: Sensitivities, formats, title, chosen, proposal_kl, budget_bytes) -> str:
+def _markdown(sensitivities: Sensitivities, formats, title, chosen, proposal_kl, budget_bytes) -> str:
     names = " | ".join(f"KL as {fmt}" for fmt in formats)
     lines = [f"# {title}", ""]
     lines += [
-        f"KL(unquantized || quantized) in nats a token over {found.num_tokens:,} held-out tokens; one unit quantized "
-        "at a time.",
+        f"KL(unquantized || quantized) in nats per token over {sensitivities.num_tokens:,} held-out tokens, with one "
+        "unit quantized at a time.",
         "",
         f"| quantized | {names} |",
         "|---" * (1 + len(formats)) + "|",
     ]
-    lines.append("| everything | " + " | ".join(f"{found.everything[fmt]:.5g}" for fmt in formats) + " |")
-    for kind in dict.fromkeys(unit.kind for unit in found.units):
-        lines.append(f"| every {kind} | " + " | ".join(f"{found.by_kind[kind, fmt]:.5g}" for fmt in formats) + " |")
-    total = " | ".join(f"{sum(found.by_unit[u.name, fmt] for u in found.units):.5g}" for fmt in formats)
+    lines.append("| everything | " + " | ".join(f"{sensitivities.everything[fmt]:.5g}" for fmt in formats) + " |")
+    for kind in dict.fromkeys(unit.kind for unit in sensitivities.units):
+        lines.append(
+            f"| every {kind} | " + " | ".join(f"{sensitivities.by_kind[kind, fmt]:.5g}" for fmt in formats) + " |"
+        )
+    total = " | ".join(f"{sum(sensitivities.by_unit[u.name, fmt] for u in sensitivities.units):.5g}" for fmt in formats)
     lines += [f"| sum of the units below | {total} |", ""]
     if chosen is not None:
-        size = sum(unit.bytes_as(chosen[unit.name]) for unit in found.units)
+        size = sum(unit.bytes_as(chosen[unit.name]) for unit in sensitivities.units)
         lines += [
-            f"Proposed under {budget_bytes:,} bytes: {size:,} bytes, KL {proposal_kl:.5g} (policy.yaml; before any "
-            "training).",
+            f"Proposal for a budget of {budget_bytes:,} bytes: {size:,} bytes, KL {proposal_kl:.5g} before any "
+            "training (policy.yaml).",
             "",
         ]
     lines += [f"| layer | kind | {names} | proposed |", "|---" * (3 + len(formats)) + "|"]
-    for unit in found.units:
-        kls = " | ".join(f"{found.by_unit[unit.name, fmt]:.3g}" for fmt in formats)
+    for unit in sensitivities.units:
+        kls = " | ".join(f"{sensitivities.by_unit[unit.name, fmt]:.3g}" for fmt in formats)
         layer = unit.name if unit.layer is None else unit.layer
         lines.append(f"| {layer} | {unit.kind} | {kls} | {chosen[unit.name] if chosen else ''} |")
     return "\n".join(lines) + "\n"
 
 
-def _write_json(found: Sensitivities, file: Path, chosen, proposal_kl) -> None:
+def _write_json(sensitivities: Sensitivities, file: Path, chosen, proposal_kl) -> None:
     document = {
-        "num_tokens": found.num_tokens,
-        "everything": found.everything,
-        "kinds": [{"kind": kind, "format": fmt, "kl": kl} for (kind, fmt), kl in found.by_kind.items()],
-        "units": [{"name": name, "format": fmt, "kl": kl} for (name, fmt), kl in found.by_unit.items()],
+        "num_tokens": sensitivities.num_tokens,
+        "everything": sensitivities.everything,
+        "kinds": [{"kind": kind, "format": fmt, "kl": kl} for (kind, fmt), kl in sensitivities.by_kind.items()],
+        "units": [{"name": name, "format": fmt, "kl": kl} for (name, fmt), kl in sensitivities.by_unit.items()],
         "proposal": None if chosen is None else {"formats": dict(chosen), "kl": proposal_kl},
     }
     file.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _draw(found: Sensitivities, formats, file: Path, title: str, chosen) -> None:
-    """One group of bars for each format; what the proposal keeps out of the smallest format is marked."""
-    figure = Figure(figsize=(max(8, 0.22 * len(found.units)), 4.5 * len(formats)), layout="constrained")
+def _draw(sensitivities: Sensitivities, formats, file: Path, title: str, chosen) -> None:
+    """Draw the KL of each unit in each format; mark units for which the proposal has a larger format."""
+    figure = Figure(figsize=(max(8, 0.22 * len(sensitivities.units)), 4.5 * len(formats)), layout="constrained")
     figure.suptitle(title)
-    kinds = list(dict.fromkeys(unit.kind for unit in found.units))
+    kinds = list(dict.fromkeys(unit.kind for unit in sensitivities.units))
     for axes, fmt in zip(figure.subplots(len(formats), 1, squeeze=False).flat, formats, strict=True):
         for i, kind in enumerate(kinds):
-            places = [place for place, unit in enumerate(found.units) if unit.kind == kind]
-            heights = [found.by_unit[found.units[place].name, fmt] for place in places]
-            axes.bar(places, heights, color=f"C{i}", label=kind)
-        kept = [place for place, unit in enumerate(found.units) if chosen and chosen[unit.name] != fmt]
-        tops = [found.by_unit[found.units[place].name, fmt] for place in kept]
-        if kept:
-            axes.plot(kept, tops, "kv", markersize=5, label="proposed in a larger format")
-        axes.set(title=f"only this layer in {fmt}", xlabel="layer", ylabel="KL, nats a token", yscale="log")
-        labels = [unit.name if unit.layer is None else str(unit.layer) for unit in found.units]
+            positions = [i_unit for i_unit, unit in enumerate(sensitivities.units) if unit.kind == kind]
+            heights = [sensitivities.by_unit[sensitivities.units[i_unit].name, fmt] for i_unit in positions]
+            axes.bar(positions, heights, color=f"C{i}", label=kind)
+        larger = [i_unit for i_unit, unit in enumerate(sensitivities.units) if chosen and chosen[unit.name] != fmt]
+        tops = [sensitivities.by_unit[sensitivities.units[i_unit].name, fmt] for i_unit in larger]
+        if larger:
+            axes.plot(larger, tops, "kv", markersize=5, label="proposed in a larger format")
+        axes.set(title=f"only this layer in {fmt}", xlabel="layer", ylabel="KL, nats per token", yscale="log")
+        labels = [unit.name if unit.layer is None else str(unit.layer) for unit in sensitivities.units]
         step = max(1, len(labels) // 40)
         axes.set_xticks(range(0, len(labels), step), labels[::step], fontsize="small")
         axes.grid(axis="y", alpha=0.3)

@@ -1,6 +1,6 @@
-"""A dry export: every tensor of the checkpoint that a policy would give, from the model's config.json alone.
+"""List every tensor that an export under a policy would write, from the model's config.json alone.
 
-Names, dtypes and shapes are those of the writer: the same name maps, formats and layouts. Values are not needed.
+Names, dtypes and shapes come from the exporter's own name maps, formats and layouts.
 """
 
 import math
@@ -26,13 +26,13 @@ class ExportedTensor:
 
     name: str
     dtype: str
-    """safetensors' name."""
+    """dtype name of safetensors, such as "U8"."""
     shape: tuple[int, ...]
     num_bytes: int
 
 
 def exported_tensors(report: PolicyReport, layout: str) -> list[ExportedTensor]:
-    """All of them, in the export's order.
+    """Return the tensors of an export, in its order.
 
     Args:
         layout: "modelopt" or "compressed-tensors".
@@ -41,25 +41,25 @@ def exported_tensors(report: PolicyReport, layout: str) -> list[ExportedTensor]:
     kv_format = KV_CACHE_FORMATS[report.policy.kv_cache]
     formats = {f"{row.module}.weight": row.format for row in report.rows if not row.is_tied}
     plain = _DTYPES.get(str(declared_dtype(config)), "BF16")
-    found = []
+    exported = []
     for tensor in family_of(config).all_tensors(config):
         fmt = formats.get(tensor.megatron, UNQUANTIZED.name)
         for name, shape in zip(tensor.hf, tensor.hf_shapes(), strict=True):
             if FORMATS[fmt].quantizes:
-                found += _quantized(name.removesuffix(".weight"), shape, fmt, packed)
+                exported += _quantized_tensors(name.removesuffix(".weight"), shape, fmt, packed)
             else:
-                found.append(_tensor(name, "F32" if tensor.is_float32 else plain, shape))
+                exported.append(_tensor(name, "F32" if tensor.is_float32 else plain, shape))
         if kv_format is not None and tensor.megatron.endswith("self_attention.linear_qkv.weight"):
-            found += _kv_scales(tensor, packed, kv_format)
-    return found
+            exported += _kv_scale_tensors(tensor, packed, kv_format)
+    return exported
 
 
-def _quantized(module: str, shape: tuple[int, ...], fmt: str, layout: PackedLayout) -> Iterator[ExportedTensor]:
+def _quantized_tensors(module: str, shape: tuple[int, ...], fmt: str, layout: PackedLayout) -> Iterator[ExportedTensor]:
     for part, (dtype, stored_shape) in layout.expected(fmt, *shape).items():
         yield _tensor(f"{module}.{part}", dtype, stored_shape)
 
 
-def _kv_scales(tensor: ParamMapping, layout: PackedLayout, kv_format: KVCacheFormat) -> Iterator[ExportedTensor]:
+def _kv_scale_tensors(tensor: ParamMapping, layout: PackedLayout, kv_format: KVCacheFormat) -> Iterator[ExportedTensor]:
     _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor.hf)
     for name in kv_format.scale_names(layout.name, k_proj, v_proj):
         yield _tensor(name, "F32", layout.scalar_shape)
@@ -70,15 +70,15 @@ def _tensor(name: str, dtype: str, shape: tuple[int, ...]) -> ExportedTensor:
 
 
 def render_inventory(tensors: Sequence[ExportedTensor]) -> Iterator[str]:
-    """A line a tensor, then what they add up to by dtype."""
+    """Yield one line per tensor, then the totals by dtype."""
     width = max(len(tensor.name) for tensor in tensors)
     for tensor in tensors:
         shape = " x ".join(map(str, tensor.shape)) or "scalar"
         yield f"{tensor.name:<{width}}  {tensor.dtype:<7}  {shape:<16}  {tensor.num_bytes:>15,}"
     yield ""
-    numbers, sizes = Counter(tensor.dtype for tensor in tensors), Counter()
+    counts, sizes = Counter(tensor.dtype for tensor in tensors), Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.num_bytes
-    for dtype in numbers:
-        yield f"{numbers[dtype]:>8,} tensors  {dtype:<7}  {sizes[dtype]:>18,} bytes"
-    yield f"{len(tensors):>8,} tensors  {'in all':<7}  {sum(sizes.values()):>18,} bytes"
+    for dtype in counts:
+        yield f"{counts[dtype]:>8,} tensors  {dtype:<7}  {sizes[dtype]:>18,} bytes"
+    yield f"{len(tensors):>8,} tensors  {'total':<7}  {sum(sizes.values()):>18,} bytes"

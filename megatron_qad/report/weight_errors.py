@@ -1,7 +1,6 @@
-"""What quantization does to each linear's weight, and how far training moved it: read from checkpoints layer by layer.
+"""Quantization error and training distance of each linear's weight, read from checkpoints layer by layer.
 
-Needs no model and no GPU, but an initialized torch.distributed. Left out: activations, of which only the
-calibrated amax is read.
+Needs no model and no GPU, but torch.distributed must be initialized. Of activations only the calibrated amax is read.
 """
 
 from dataclasses import dataclass, field
@@ -25,43 +24,43 @@ class RunWeight:
     """One run's part of a ``LinearError``."""
 
     distance: float
-    """||W_run - W_teacher|| / ||W_teacher||, W_run on its format's grid as it is exported."""
+    """||W_run - W_teacher|| / ||W_teacher||, with W_run quantized as in an export."""
     input_amax: float | None
-    """Calibrated amax of the linear's input; None if the checkpoint has none."""
+    """Calibrated amax of the linear's input; None if it is not in the checkpoint."""
 
 
 @dataclass
 class LinearError:
-    """One linear, by its Megatron name (q, k, v and gate, up are one weight there)."""
+    """Errors of one linear of Megatron, where q, k, v are one weight and gate, up are one weight."""
 
     name: str
     layer: int | None
     """Index in the layer pattern; None outside the decoder (the head)."""
     shape: tuple[int, ...]
     ptq_error: float
-    """||fake_quant(W) - W|| / ||W|| of the teacher's weight W as stored, in the format of the first run that quantizes
-    it."""
+    """||fake_quant(W) - W|| / ||W|| of the teacher's weight W, in the format of the first run that quantizes it."""
     runs: dict[str, RunWeight] = field(default_factory=dict)
 
     @property
     def projection(self) -> str:
-        """ "linear_qkv", "linear_fc2", "output_layer": the module's own name."""
+        """The module's own name, such as "linear_qkv", "linear_fc2" or "output_layer"."""
         return self.name.split(".")[-2]
 
 
 def has_checkpoint(directory: str | Path) -> bool:
-    """Whether a job saved anything there; a save that is damaged counts, and reading it raises."""
+    """Whether a job saved a checkpoint there. A damaged checkpoint counts too; reading it raises an error."""
     return (Path(directory) / TRACKER).is_file() or bool(saved_iterations(directory))
 
 
-def linears_of(config: dict) -> list[ParamMapping]:
-    """The linears that have a weight of their own: all but a tied head."""
+def untied_linears(config: dict) -> list[ParamMapping]:
+    """Return all linears except a tied head."""
     return [linear for linear in family_of(config).linears(config) if not linear.is_tied]
 
 
-def same_shape(one: dict, other: dict) -> bool:
-    """Whether two Hugging Face configs give linears of equal names and shapes, so that weights can be compared."""
-    return [(m.megatron, m.shape) for m in linears_of(one)] == [(m.megatron, m.shape) for m in linears_of(other)]
+def have_same_linears(one: dict, other: dict) -> bool:
+    """Whether the linears of two Hugging Face configs have equal names and shapes, so that weights can be compared."""
+    first, second = ([(m.megatron, m.shape) for m in untied_linears(config)] for config in (one, other))
+    return first == second
 
 
 def linear_errors(
@@ -74,44 +73,44 @@ def linear_errors(
 
     Args:
         teacher: checkpoint directory of the BF16 teacher.
-        formats: by run, the format of each linear by Megatron weight name (``qad.json``).
-        rules: by run, the rule of NVFP4's block scales; "max" where a run is not named.
-        checkpoints: by run, the directory of a checkpoint with the teacher's shapes; runs without one are left out.
+        formats: run -> format of each linear by Megatron weight name (from ``qad.json``).
+        checkpoints: run -> directory of a checkpoint with the teacher's shapes; other runs are not measured.
+        rules: run -> rule of NVFP4's block scales; "max" for runs that are not listed.
 
     Raises:
-        QADError: a missing, wrong-shaped or non-finite tensor; named.
+        QADError: a missing, wrong-shaped or non-finite tensor; the message has its name.
     """
     rules = rules or {}
-    linears = linears_of(read_config(teacher))
+    linears = untied_linears(read_config(teacher))
     weight_formats = {
-        run: {name: FORMATS[fmt].weight for name, fmt in of_run.items()} for run, of_run in formats.items()
+        run: {name: FORMATS[fmt].weight for name, fmt in run_formats.items()} for run, run_formats in formats.items()
     }
     quantizes = {m.megatron: [run for run in formats if weight_formats[run].get(m.megatron)] for m in linears}
-    wanted = [m for m in linears if quantizes[m.megatron]]
-    found = []
-    for linear, weight in TorchDistReader(teacher).layers(wanted):
+    quantized = [m for m in linears if quantizes[m.megatron]]
+    errors = []
+    for linear, weight in TorchDistReader(teacher).layers(quantized):
         name = linear.megatron
         run = quantizes[name][0]
         number_format = weight_formats[run][name]
         scale = number_format.scale_from_amax(tensor_amax(weight), name=name)
         rounded = number_format.rounded(weight, scale, name=name, rule=rules.get(run, "max"))
-        found.append(LinearError(name, linear.layer, linear.shape, relative_distance(rounded, weight)))
+        errors.append(LinearError(name, linear.layer, linear.shape, relative_distance(rounded, weight)))
     for run, checkpoint in checkpoints.items():
-        own = [m for m in wanted if run in quantizes[m.megatron]]
-        by_name = {error.name: error for error in found}
+        run_linears = [m for m in quantized if run in quantizes[m.megatron]]
+        by_name = {error.name: error for error in errors}
         reader = TorchDistReader(checkpoint)
         amaxes = reader.read_amaxes()
-        pairs = zip(TorchDistReader(teacher).layers(own), reader.layers(own), strict=True)
-        for (linear, of_teacher), (_, of_run) in pairs:
+        pairs = zip(TorchDistReader(teacher).layers(run_linears), reader.layers(run_linears), strict=True)
+        for (linear, teacher_weight), (_, run_weight) in pairs:
             number_format = weight_formats[run][linear.megatron]
-            exported = number_format.as_exported(of_run, name=linear.megatron, rule=rules.get(run, "max"))
-            distance = relative_distance(exported, of_teacher)
+            exported = number_format.as_exported(run_weight, name=linear.megatron, rule=rules.get(run, "max"))
+            distance = relative_distance(exported, teacher_weight)
             by_name[linear.megatron].runs[run] = RunWeight(distance, _input_amax(amaxes, linear))
-    return found
+    return errors
 
 
 def relative_distance(weight: Tensor, reference: Tensor) -> float:
-    """||weight - reference|| / ||reference||, Frobenius norms in float64. 0 between zeros, inf from zero."""
+    """Return ||weight - reference|| / ||reference|| (Frobenius, float64); 0 if both are 0, inf if only reference is."""
     difference = weight.float() - reference.float()
     distance, size = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (difference, reference))
     if size == 0:

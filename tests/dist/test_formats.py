@@ -176,7 +176,7 @@ def test_int4_trains_and_ships_what_it_trained(shop, tmp_path):
     assert not steps[0]["amaxes"]
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "out")}}
     error = shop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
-    assert "the format int4-w4a16, which layout 'modelopt' does not hold" in error
+    assert "the format int4-w4a16, which layout 'modelopt' does not support" in error
     output = tmp_path / "hf"
     arguments["outputs"] = {"compressed-tensors": str(output)}
     shop.server.run("training_jobs:export_checkpoint", 1, arguments)

@@ -287,7 +287,9 @@ def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
     save_file(load_file(source / "model.safetensors") | heads, source / "model.safetensors")
     arguments = {"models": [(str(source), str(tmp_path / "imported"), "bfloat16")]}
     output = workshop.server.run("training_jobs:import_checkpoints", 1, arguments)
-    assert "4 tensors (mtp.layers.0.eh_proj.weight, ...) are carried along: not trained, not quantized" in output
+    assert (
+        "4 tensors (mtp.layers.0.eh_proj.weight, ...) are passed through unchanged, not trained or quantized" in output
+    )
     flags = [*BF16, *POLICY, "--save", str(tmp_path / "run"), "--qad-teacher", str(tmp_path / "imported")]
     flags += ["--qad-student", str(tmp_path / "imported"), "--qad-ptq"]
     workshop.train(workshop.argv(*flags, kind="bf16"), whole=False)
@@ -320,7 +322,7 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
         models.append((str(source), str(tmp_path / who), "bfloat16"))
     output = workshop.server.run("training_jobs:import_checkpoints", 1, {"models": models})
     # A class token, positions, the patches' linear; four linears with biases and two norms of a block; the projector.
-    assert "18 tensors (mlp1.0.weight, ...) are carried along: not trained, not quantized" in output
+    assert "18 tensors (mlp1.0.weight, ...) are passed through unchanged, not trained or quantized" in output
     model = ["--qad-teacher", str(tmp_path / "teacher"), "--qad-student", str(tmp_path / "student")]
     flags = [*BF16, *TP2EP2, *POLICY, *model, "--save", str(tmp_path / "run"), "--lr", "1e-2"]
     steps, _ = workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), 4)
@@ -358,7 +360,7 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
         file.write_text(file.read_text().replace(f'"{qkv}",', ""))
     save_file({n: t for n, t in stored.items() if not n.startswith("mlp1.")}, tmp_path / "out" / "model.safetensors")
     problems = "\n".join(map(str, validate_nvfp4(tmp_path / "out").issues))
-    assert f"{qkv}: is not quantized and missing from" in problems and "mlp1.*: is missing" in problems
+    assert f"{qkv}: is not quantized, but missing from" in problems and "mlp1.*: is missing" in problems
 
 
 def test_what_cannot_be_is_one_error(workshop, tmp_path):

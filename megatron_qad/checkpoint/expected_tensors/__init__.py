@@ -1,8 +1,7 @@
-"""What a Hugging Face checkpoint must hold, from its config.json alone: tensors with shapes, linears, fused groups.
+"""Expected contents of a Hugging Face checkpoint, from its config.json alone: tensors, linears and fused groups.
 
-One file a family, under the name that the family has in ``models.families``.
-Written down independently of the name maps in ``models``, so that the validator does not repeat an exporter's mistake:
-nothing here imports ``models``.
+There is one file per model family, named as in ``models.families``. The files are written independently of the name
+maps in ``models`` and do not import them, so that the validator does not repeat a mistake of the exporter.
 """
 
 from collections.abc import Callable
@@ -21,19 +20,20 @@ EXPECTED_TENSORS: dict[str, Callable[[dict[str, Any]], Inventory]] = {
     "nemotron-nas": decilm.expected_tensors,
     "NemotronH_Nano_VL_V2": nemotron_vl.expected_tensors,
 }
-"""By the entry ``model_type`` of config.json."""
+"""Functions that return the inventory, by ``model_type`` of config.json."""
 
 
 def inventory(config: dict[str, Any]) -> Inventory:
-    """The inventory of the model that ``config`` (config.json) describes.
+    """Return the inventory of the model described by ``config`` (config.json).
 
-    Raises QADError for an unsupported family, listing those supported, and for a missing or senseless entry.
+    Raises:
+        QADError: an unsupported family, or a missing or invalid entry.
     """
     model_type = config.get("model_type")
     if model_type not in tuple(EXPECTED_TENSORS):  # a tuple, because a damaged file may hold an unhashable value
-        known = ", ".join(sorted(EXPECTED_TENSORS))
+        supported = ", ".join(sorted(EXPECTED_TENSORS))
         raise QADError(
-            f"config.json: model_type is {model_type!r}; the inventory is known for {known}. "
-            "docs/howto/add_a_family.md says how to add one."
+            f"config.json: model_type is {model_type!r}, expected one of {supported}. "
+            "docs/howto/add_a_family.md explains how to add a family."
         )
     return EXPECTED_TENSORS[model_type](config)

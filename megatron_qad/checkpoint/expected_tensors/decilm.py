@@ -1,4 +1,4 @@
-"""Llama blocks after an architecture search: attention or MLP missing, one square linear, or of its own width."""
+"""Expected tensors of DeciLM (Llama with NAS): blocks without attention or MLP, or with replaced or resized parts."""
 
 import math
 from typing import Any
@@ -9,12 +9,15 @@ from megatron_qad.engine.errors import QADError
 
 
 def expected_tensors(config: dict[str, Any]) -> Inventory:
+    """Return the inventory of a DeciLM model, whose blocks differ as described in ``block_configs``."""
     hidden, heads, blocks = positive_integer(config, "hidden_size"), positive_integer(config, "num_attention_heads"), []
     if isinstance(config.get("block_configs"), list):
         blocks = [block for block in config["block_configs"] if _is_block(block)]
     if len(blocks) != positive_integer(config, "num_hidden_layers"):
-        raise QADError(f"config.json: block_configs describes {len(blocks)} blocks, expected num_hidden_layers")
-    # Every block as if it were whole, then those parts replaced that are not.
+        raise QADError(
+            f"config.json: block_configs describes {len(blocks)} blocks, expected num_hidden_layers of them."
+        )
+    # Start from standard Llama blocks, then replace the parts that differ.
     model = llama.expected_tensors(config | {"num_key_value_heads": heads, "intermediate_size": 1})
     for index, block in enumerate(blocks):
         layer = f"model.layers.{index}"

@@ -1,4 +1,4 @@
-"""The tensors of a dense decoder, as Llama and its kin have them."""
+"""Expected tensors of a dense decoder, shared by Llama and similar families."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, 
 def dense_decoder(
     config: dict[str, Any], *, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bool, head_dim: int | None = None
 ) -> Inventory:
-    """The common shape of Llama and its kin: pre-norm, GQA, gated MLP."""
+    """Return the inventory of a dense decoder: pre-norm, grouped-query attention, gated MLP."""
     hidden, heads = positive_integer(config, "hidden_size"), positive_integer(config, "num_attention_heads")
     kv_heads = positive_integer(config, "num_key_value_heads", heads)
     head_dim = positive_integer(config, "head_dim", head_dim or hidden // heads)

@@ -1,4 +1,4 @@
-"""``Inventory``: tensors, linears and fused groups that a Hugging Face checkpoint must hold."""
+"""The ``Inventory`` dataclass: tensors, linears and fused groups that a Hugging Face checkpoint must have."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,34 +8,40 @@ from megatron_qad.engine.errors import QADError
 
 @dataclass
 class Inventory:
-    """Tensors and linears of a model, as transformers names them."""
+    """Expected tensors and linears of a model, by their names in transformers."""
 
-    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)  # stored as they are: norms, embeddings, biases
-    linears: dict[str, tuple[int, int]] = field(default_factory=dict)  # module -> [N, K]; may be quantized
-    fused: list[tuple[str, ...]] = field(
-        default_factory=list
-    )  # linears that a server merges and that share their scales
-    never_quantized: list[str] = field(default_factory=list)  # linear to a server, never quantized
-    float32: set[str] = field(default_factory=set)  # of ``tensors``, those that stay in float32
-    passthrough_prefixes: tuple[
-        str, ...
-    ] = ()  # what names of tensors begin with that no inventory lists and that stay as they were
-    required: tuple[str, ...] = ()  # those of ``carried`` that must be there
-    attentions: list[tuple[str, str]] = field(default_factory=list)  # key and value projection of each attention layer
-    tied_head: bool = False  # lm_head.weight is model.embed_tokens.weight and need not be stored
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tensors that are never quantized (norms, embeddings, biases): name -> shape."""
+    linears: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Linears that may be quantized: module -> [N, K]."""
+    fused: list[tuple[str, ...]] = field(default_factory=list)
+    """Groups of linears that servers fuse and that must share their scales."""
+    never_quantized: list[str] = field(default_factory=list)
+    """Modules that servers build as linears but that are never quantized."""
+    float32: set[str] = field(default_factory=set)
+    """Names in ``tensors`` that stay in float32."""
+    passthrough_prefixes: tuple[str, ...] = ()
+    """Prefixes of tensor names that are not listed here and are passed through unchanged."""
+    required: tuple[str, ...] = ()
+    """Prefixes in ``passthrough_prefixes`` for which tensors must exist."""
+    attentions: list[tuple[str, str]] = field(default_factory=list)
+    """Key and value projection of each attention layer."""
+    tied_head: bool = False
+    """Whether lm_head.weight is model.embed_tokens.weight and need not be stored."""
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head"
 
     def is_passthrough(self, name: str) -> bool:
+        """Whether a tensor or module is passed through unchanged."""
         return name.startswith(self.passthrough_prefixes)
 
     def excluded(self, quantized) -> set[str]:
-        """What the configurations must exclude where these linears are quantized."""
+        """Return the modules that the configurations must exclude if the given linears are quantized."""
         return (set(self.linears) | set(self.never_quantized)) - set(quantized)
 
 
 def positive_integer(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    """An entry of config.json that must be a positive integer; ``default`` where it is missing or null."""
+    """Return a positive integer entry of config.json; ``default`` if it is missing or null."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:

@@ -1,4 +1,4 @@
-"""Nemotron-H: one mixer a layer, by the pattern: Mamba-2, attention, MLP or experts."""
+"""Expected tensors of Nemotron-H: each layer is Mamba-2, attention, MLP or experts, as given by the pattern."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from megatron_qad.engine.errors import QADError
 
 
 def expected_tensors(config: dict[str, Any], prefix: str = "") -> Inventory:
-    """The hub's names, after ``prefix``."""
+    """Return the inventory with the tensor names of the Hub, prepended with ``prefix``."""
     hidden, vocab = positive_integer(config, "hidden_size"), positive_integer(config, "vocab_size")
     model = Inventory(
         tied_head=bool(config.get("tie_word_embeddings", False)),
@@ -26,13 +26,13 @@ def expected_tensors(config: dict[str, Any], prefix: str = "") -> Inventory:
 
 
 def _mixers(config: dict) -> list[Callable]:
-    """What each layer is: a letter of ``hybrid_override_pattern``, a name in ``layers_block_type`` of newer files."""
+    """Return a function per layer, from ``hybrid_override_pattern`` or, in newer files, ``layers_block_type``."""
     key, add = "hybrid_override_pattern", {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
     if config.get(key) is None and config.get("layers_block_type") is not None:
         key, add = "layers_block_type", {"mamba": _mamba, "attention": _attention, "mlp": _mlp, "moe": _experts}
         add |= {"linear_attention": _mamba, "full_attention": _attention}
-    layers, known = config.get(key), tuple(add)  # a tuple, because a damaged file may hold an unhashable value
-    if not isinstance(layers, str if "M" in known else list) or any(layer not in known for layer in layers):
+    layers, supported = config.get(key), tuple(add)  # a tuple, because a damaged file may hold an unhashable value
+    if not isinstance(layers, str if "M" in supported else list) or any(layer not in supported for layer in layers):
         raise QADError(f"config.json: {key} is {layers!r}, expected one of {', '.join(add)} for each layer.")
     return [add[layer] for layer in layers]
 
@@ -69,14 +69,14 @@ def _mlp(model: Inventory, config: dict, mixer: str, hidden: int, width: int | N
 
 
 def _experts(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
-    number, width = positive_integer(config, "n_routed_experts"), positive_integer(config, "moe_intermediate_size")
+    num_experts, width = positive_integer(config, "n_routed_experts"), positive_integer(config, "moe_intermediate_size")
     latent = config.get("moe_latent_size")
     bias = f"{mixer}.gate.e_score_correction_bias"
-    model.tensors |= {f"{mixer}.gate.weight": (number, hidden), bias: (number,)}
+    model.tensors |= {f"{mixer}.gate.weight": (num_experts, hidden), bias: (num_experts,)}
     model.float32.add(bias)
     if latent:
         model.linears |= {f"{mixer}.fc1_latent_proj": (latent, hidden), f"{mixer}.fc2_latent_proj": (hidden, latent)}
-    for index in range(number):
+    for index in range(num_experts):
         _mlp(model, config, f"{mixer}.experts.{index}", latent or hidden, width)
     if config.get("n_shared_experts", 1):
         _mlp(

@@ -1,4 +1,4 @@
-"""Nemotron Nano VL: a Nemotron-H behind a vision encoder, which is whatever it was."""
+"""Expected tensors of Nemotron Nano VL: a Nemotron-H model, and a vision encoder passed through unchanged."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from megatron_qad.engine.errors import QADError
 
 
 def expected_tensors(config: dict[str, Any]) -> Inventory:
+    """Return the inventory of a model of this family."""
     inner = config.get("llm_config") or config.get("text_config")
     if not isinstance(inner, dict):
         raise QADError(f"config.json: llm_config is {inner!r:.100}, expected the language model's config.")

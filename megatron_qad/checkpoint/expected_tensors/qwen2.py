@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases of q, k and v."""
+"""Expected tensors of Qwen2 and Qwen2.5: Llama with biases on q, k and v."""
 
 from typing import Any
 
@@ -7,4 +7,5 @@ from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory
 
 
 def expected_tensors(config: dict[str, Any]) -> Inventory:
+    """Return the inventory of a model of this family."""
     return dense_decoder(config, qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False)

@@ -1,4 +1,4 @@
-"""A tiny dense model as export would stream it, for the tests of layouts, writer and validator."""
+"""Helpers that export a tiny dense model, for the tests of layouts, writer and validator."""
 
 import json
 
@@ -28,8 +28,8 @@ FAMILIES = {
 
 
 def items(config=CONFIG, unquantized=("lm_head",), seed=0, format_of=lambda module: "nvfp4", kv_layout=None):
-    """The model's tensors, bfloat16; every linear but ``unquantized`` fake-quantized, with scales shared in fused
-    groups. ``format_of`` gives each linear's format; with ``kv_layout`` there are scales of an FP8 KV cache."""
+    """Yield the model's tensors in bfloat16; every linear except ``unquantized`` is fake-quantized, with shared scales
+    in fused groups. ``format_of`` returns a linear's format; ``kv_layout`` adds the scales of an FP8 KV cache."""
     generator = torch.Generator().manual_seed(seed)
     model = inventory(config)
     for name, shape in model.tensors.items():
@@ -44,12 +44,12 @@ def items(config=CONFIG, unquantized=("lm_head",), seed=0, format_of=lambda modu
             continue
         group = group_of.get(module, (module,))
         fmt = format_of(module)
-        to_scale, quantized = (
+        scale_from_amax, quantize = (
             (fp8.scale_from_amax, fp8.fake_quant) if fmt == "fp8" else (global_scale_from_amax, fake_quant)
         )
-        scale = to_scale(torch.stack([tensor_amax(weights[m]) for m in group]).amax())
-        input_scale = None if fmt == "nvfp4-w4a16" else to_scale(torch.tensor(1.0 + len(group[0])))
-        yield HFTensor(f"{module}.weight", quantized(weight, scale), module, fmt, scale, input_scale)
+        scale = scale_from_amax(torch.stack([tensor_amax(weights[m]) for m in group]).amax())
+        input_scale = None if fmt == "nvfp4-w4a16" else scale_from_amax(torch.tensor(1.0 + len(group[0])))
+        yield HFTensor(f"{module}.weight", quantize(weight, scale), module, fmt, scale, input_scale)
     if kv_layout is not None:
         for i, (k_proj, v_proj) in enumerate(model.attentions):
             amaxes = torch.tensor([1.0 + i]), torch.tensor([500.0])
@@ -60,9 +60,9 @@ def linears(config=CONFIG):
     return list(inventory(config).linears)
 
 
-def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **more):
+def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **kwargs):
     stream = items(config, unquantized)
-    write_hf_checkpoint(stream, directory, config=config, layout=layout, linear_modules=linears(config), **more)
+    write_hf_checkpoint(stream, directory, config=config, layout=layout, linear_modules=linears(config), **kwargs)
     return directory
 
 
@@ -93,7 +93,7 @@ def put(name, value):
 
 
 def poke(name, code):
-    """One E4M3 byte of a block scale."""
+    """Return a change that sets the first E4M3 byte of a block scale."""
 
     def change(tensors):
         tensors[name].view(torch.uint8)[0, 0] = code

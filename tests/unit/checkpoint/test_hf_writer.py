@@ -1,4 +1,4 @@
-"""The writer: shards and index, carried files, and nothing left behind by any failure."""
+"""HF checkpoint writer: shards, index, copied files, and no output after a failure."""
 
 import json
 import resource
@@ -16,12 +16,12 @@ from megatron_qad.checkpoint.layouts import HFTensor, stored_tensors
 from megatron_qad.engine.errors import QADError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exported import CONFIG, items, linears  # noqa: E402  (a helper beside the tests)
+from exported import CONFIG, items, linears  # noqa: E402  (a helper module in this directory)
 
 
-def write(directory, layout="modelopt", stream=None, **more):
+def write(directory, layout="modelopt", stream=None, **kwargs):
     stream = items() if stream is None else stream
-    return write_hf_checkpoint(stream, directory, config=CONFIG, layout=layout, linear_modules=linears(), **more)
+    return write_hf_checkpoint(stream, directory, config=CONFIG, layout=layout, linear_modules=linears(), **kwargs)
 
 
 def contents(directory):
@@ -30,16 +30,16 @@ def contents(directory):
 
 @pytest.mark.parametrize("layout", ["bf16", "modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 3000, 1])
-def test_what_is_read_back_is_what_was_given(tmp_path, layout, max_shard_bytes):
+def test_stored_tensors_are_read_back(tmp_path, layout, max_shard_bytes):
     written = write(tmp_path / "out", layout, max_shard_bytes=max_shard_bytes)
     expected = {k: v for item in items() for k, v in stored_tensors(item, layout).items()}
-    found = contents(tmp_path / "out")
-    assert found.keys() == expected.keys() and len(expected) == written.num_tensors
+    actual = contents(tmp_path / "out")
+    assert actual.keys() == expected.keys() and len(expected) == written.num_tensors
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), (
-            name
-        )
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape
+        assert torch.equal(
+            actual[name].contiguous().view(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        ), name
     assert written.num_bytes == sum(t.nbytes for t in expected.values())
     config = json.loads((tmp_path / "out/config.json").read_text())
     if layout == "bf16":
@@ -51,7 +51,7 @@ def test_what_is_read_back_is_what_was_given(tmp_path, layout, max_shard_bytes):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_shards_are_bounded_named_and_indexed(tmp_path):
+def test_shards_have_bounded_size_names_and_index(tmp_path):
     written = write(tmp_path / "out", max_shard_bytes=3000)
     total = len(written.shards)
     assert total > 2 and written.shards[-1] == f"model-{total:05d}-of-{total:05d}.safetensors"
@@ -65,7 +65,7 @@ def test_shards_are_bounded_named_and_indexed(tmp_path):
     assert one.shards == ("model.safetensors",) and not (tmp_path / "one/model.safetensors.index.json").exists()
 
 
-def test_tokenizer_and_generation_files_are_carried_and_weights_are_not(tmp_path):
+def test_tokenizer_and_generation_files_are_copied_but_not_weights(tmp_path):
     source = tmp_path / "source"
     (source / "additional_chat_templates").mkdir(parents=True)
     (source / "additional_chat_templates/tool.jinja").write_text("t")
@@ -83,17 +83,19 @@ def test_tokenizer_and_generation_files_are_carried_and_weights_are_not(tmp_path
     assert (tmp_path / "out/tokenizer.model").read_text() == "tokenizer.model"
 
 
-def test_views_of_one_storage_are_written_apart(tmp_path):
+def test_views_of_one_storage_are_written_separately(tmp_path):
     fused = torch.arange(64, dtype=torch.bfloat16).view(8, 8)
     stream = [HFTensor("q", fused[:4]), HFTensor("k", fused[4:]), HFTensor("same", fused), HFTensor("again", fused)]
     write(tmp_path / "out", "bf16", [*stream, HFTensor("t", fused.t())])
-    found = contents(tmp_path / "out")
+    actual = contents(tmp_path / "out")
     assert (
-        torch.equal(found["k"], fused[4:]) and torch.equal(found["again"], fused) and torch.equal(found["t"], fused.t())
+        torch.equal(actual["k"], fused[4:])
+        and torch.equal(actual["again"], fused)
+        and torch.equal(actual["t"], fused.t())
     )
 
 
-def test_a_used_directory_is_refused_and_an_empty_one_is_filled(tmp_path):
+def test_non_empty_directory_is_an_error_and_empty_one_is_used(tmp_path):
     used = tmp_path / "used"
     used.mkdir()
     (used / "notes.txt").write_text("mine")
@@ -107,8 +109,8 @@ def test_a_used_directory_is_refused_and_an_empty_one_is_filled(tmp_path):
     assert (tmp_path / "empty/config.json").exists()
 
 
-def test_a_link_is_followed_and_a_mount_point_refused(tmp_path):
-    """What is written appears by a rename, which would replace the link and cannot replace a mount point."""
+def test_link_is_followed_and_mount_point_is_an_error(tmp_path):
+    """The finished output is renamed, which would replace a link and cannot replace a mount point."""
     (tmp_path / "there").mkdir()
     for name, target in (("empty", tmp_path / "there"), ("dangling", tmp_path / "not" / "yet")):
         link = tmp_path / name
@@ -120,8 +122,8 @@ def test_a_link_is_followed_and_a_mount_point_refused(tmp_path):
 
 
 def broken_stream():
-    for number, item in enumerate(items()):
-        if number == 12:
+    for i, item in enumerate(items()):
+        if i == 12:
             raise ValueError("a rank was lost")
         yield item
 
@@ -135,13 +137,13 @@ def broken_stream():
         (lambda: [HFTensor("a", torch.ones(2))], QADError, "no tensor is NVFP4"),
     ],
 )
-def test_a_failure_leaves_nothing(tmp_path, stream, error, text):
+def test_failure_leaves_no_files(tmp_path, stream, error, text):
     with pytest.raises(error, match=text):
         write(tmp_path / "out", stream=stream(), max_shard_bytes=2000)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_senseless_arguments_are_refused(tmp_path):
+def test_invalid_arguments_are_errors(tmp_path):
     with pytest.raises(QADError, match="already has a quantization_config"):
         write_hf_checkpoint(
             items(), tmp_path / "o", config={"quantization_config": {}}, layout="modelopt", linear_modules=linears()
@@ -150,7 +152,7 @@ def test_senseless_arguments_are_refused(tmp_path):
         write(tmp_path / "o", "awq")
     with pytest.raises(QADError, match="max_shard_bytes"):
         write(tmp_path / "o", max_shard_bytes=0)
-    with pytest.raises(QADError, match="no directory"):
+    with pytest.raises(QADError, match="not a directory"):
         write(tmp_path / "o", source=tmp_path / "missing")
     assert list(tmp_path.iterdir()) == []
 
@@ -165,7 +167,7 @@ FULL_DISK = """
 """
 
 
-def test_a_full_disk_says_how_much_was_needed_and_leaves_nothing(tmp_path):
+def test_full_disk_reports_the_needed_bytes_and_leaves_no_files(tmp_path):
     """A limit on file size makes the operating system refuse the write, as a quota or a full disk does."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     here = Path(__file__).parent

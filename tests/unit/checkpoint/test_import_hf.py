@@ -1,4 +1,4 @@
-"""Damaged or foreign Hugging Face directories: one clear error each, and nothing written."""
+"""Import and export: errors for damaged or unsupported models, reuse of outputs, and no output after a failure."""
 
 import json
 import runpy
@@ -35,20 +35,20 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("hf") / "whole"
+def complete(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("hf") / "complete"
     tiny_models.make("llama", directory, torch.bfloat16)
     return directory
 
 
 @pytest.fixture
-def damaged(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "damaged"))
+def damaged(complete, tmp_path):
+    return Path(shutil.copytree(complete, tmp_path / "damaged"))
 
 
 @pytest.fixture
 def refuses(tmp_path):
-    """``refuses(directory, pattern)``: the import stops with that message and leaves no target behind."""
+    """``refuses(directory, pattern)``: check that the import fails with that message and leaves no target."""
     init_process_group()
 
     def check(directory, pattern):
@@ -71,59 +71,59 @@ def change_config(directory: Path, **changes) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **changes}))
 
 
-def test_a_model_that_can_only_be_inspected(damaged, refuses):
+def test_model_with_unsupported_blocks_is_an_error(damaged, refuses):
     blocks = [{"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
     change_config(damaged, architectures=["DeciLMForCausalLM"], num_hidden_layers=1, block_configs=blocks)
     refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'; such blocks can be inspected.*not imported")
 
 
-def test_no_directory_or_config(damaged, refuses, tmp_path):
+def test_missing_directory_and_invalid_config_are_errors(damaged, refuses, tmp_path):
     refuses(tmp_path / "nowhere", "nowhere: no config.json")
     (damaged / "config.json").write_text("{")
     refuses(damaged, "config.json: not valid JSON")
 
 
-def test_no_safetensors(damaged, refuses):
+def test_missing_safetensors_are_an_error(damaged, refuses):
     (damaged / WEIGHTS).rename(damaged / "pytorch_model.bin")
     refuses(damaged, "no .safetensors file")
 
 
-def test_index_that_names_a_missing_file(damaged, refuses):
+def test_index_with_a_missing_file_is_an_error(damaged, refuses):
     index = {"weight_map": {NORM: "model-00002-of-00002.safetensors"}}
     (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(damaged, f"{NORM} is said to be in model-00002-of-00002.safetensors, which is missing")
+    refuses(damaged, f"{NORM} is listed in model-00002-of-00002.safetensors, which is missing")
 
 
 @pytest.mark.parametrize("keep", [4, 200, -1])
-def test_truncated_safetensors(damaged, refuses, keep):
-    """Cut in the length of the header, in the header, and one byte short of the end."""
+def test_truncated_safetensors_are_an_error(damaged, refuses, keep):
+    """Truncated in the header length, in the header, and by one byte."""
     data = (damaged / WEIGHTS).read_bytes()
     (damaged / WEIGHTS).write_bytes(data[:keep])
-    refuses(damaged, "model.safetensors: not a whole safetensors file")
+    refuses(damaged, "model.safetensors: not a complete safetensors file")
 
 
-def test_missing_tensor(damaged, refuses):
+def test_missing_tensor_is_an_error(damaged, refuses):
     change_weights(damaged, lambda weights: weights.pop(NORM))
     refuses(damaged, f"1 tensors are missing, first '{NORM}'")
 
 
-def test_left_over_tensor(damaged, refuses):
+def test_unexpected_tensor_is_an_error(damaged, refuses):
     change_weights(damaged, lambda weights: weights.update({"model.layers.9.extra.weight": torch.ones(2)}))
-    refuses(damaged, "1 tensors have no place in the model, first 'model.layers.9.extra.weight'")
+    refuses(damaged, "1 tensors are not part of the model, first 'model.layers.9.extra.weight'")
 
 
-def test_wrong_shape(damaged, refuses):
+def test_wrong_shape_is_an_error(damaged, refuses):
     change_weights(damaged, lambda weights: weights.update({Q_PROJ: weights[Q_PROJ][:-1].contiguous()}))
-    refuses(damaged, rf"{Q_PROJ} has shape \[95, 144\], config.json implies \[96, 144\]")
+    refuses(damaged, rf"{Q_PROJ} has shape \[95, 144\], but config.json implies \[96, 144\]")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite(damaged, refuses, bad):
+def test_non_finite_weights_are_an_error(damaged, refuses, bad):
     change_weights(damaged, lambda weights: weights[Q_PROJ].view(-1)[-1:].fill_(bad))
-    refuses(damaged, f"{Q_PROJ} holds NaN or Inf")
+    refuses(damaged, f"{Q_PROJ} has NaN or Inf values")
 
 
-def test_unsupported_family_and_rope(damaged, refuses):
+def test_unsupported_family_and_rope_are_errors(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
     refuses(
         damaged, "'MambaForCausalLM', which is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH"
@@ -132,25 +132,25 @@ def test_unsupported_family_and_rope(damaged, refuses):
     refuses(damaged, "rope type 'yarn'; supported: default, llama3")
 
 
-def test_target_that_is_not_empty(whole, tmp_path):
+def test_non_empty_target_is_an_error(complete, tmp_path):
     init_process_group()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for target in ("full", "file"):
         with pytest.raises(QADError, match=f"{target}: exists and is not empty"):
-            import_hf(whole, tmp_path / target)
+            import_hf(complete, tmp_path / target)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["mine.txt"]
     torch.distributed.destroy_process_group()
 
 
-def test_a_target_that_is_a_link_or_a_mount_point(whole, tmp_path):
+def test_target_link_is_followed_and_mount_point_is_an_error(complete, tmp_path):
     init_process_group()
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there")
-    import_hf(whole, tmp_path / "link")
+    import_hf(complete, tmp_path / "link")
     with pytest.raises(QADError, match="/proc: is a mount point, .* Give a directory inside it"):
-        import_hf(whole, "/proc")
+        import_hf(complete, "/proc")
     torch.distributed.destroy_process_group()
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "there" / "latest_checkpointed_iteration.txt").read_text() == "release"
@@ -158,7 +158,7 @@ def test_a_target_that_is_a_link_or_a_mount_point(whole, tmp_path):
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """``tool("import_hf", *flags)``: what it printed; run here, and not as a process of its own, for the time."""
+    """``tool("import_hf", *flags)``: run the tool in this process, to save time, and return its output."""
 
     def run(name, *flags):
         monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
@@ -172,17 +172,15 @@ def tool(monkeypatch, capsys):
     return run
 
 
-def test_an_import_is_kept_only_for_the_same_model(damaged, tmp_path, tool):
+def test_import_is_reused_only_for_the_same_model(damaged, tmp_path, tool):
     target = tmp_path / "target"
     flags = ("--hf-model", damaged, "--output", target, "--reuse-existing")
     assert "wrote" in tool("import_hf", *flags)
-    assert tool("import_hf", *flags) == f"{target} is there already\n"
-    moved = damaged.rename(tmp_path / "moved")  # what counts is the content
+    assert tool("import_hf", *flags) == f"{target} already exists and is up to date\n"
+    moved = damaged.rename(tmp_path / "moved")  # only the content is compared
     flags = ("--hf-model", moved, *flags[2:])
-    assert "is there already" in tool("import_hf", *flags)
-    with pytest.raises(
-        QADError, match="was made of .*dtype bfloat16, .* asked for now is .*dtype float32, .* Remove it"
-    ):
+    assert "is up to date" in tool("import_hf", *flags)
+    with pytest.raises(QADError, match="was made from .*dtype bfloat16, .* expected .*dtype float32, .* Remove it"):
         tool("import_hf", *flags, "--dtype", "float32")
     config = (target / "hf" / "config.json").read_text()
     (target / "hf" / "config.json").write_text(config.replace("10000", "10001"))
@@ -190,15 +188,15 @@ def test_an_import_is_kept_only_for_the_same_model(damaged, tmp_path, tool):
         tool("import_hf", *flags)
     (target / "hf" / "config.json").write_text(config)
     change_weights(moved, lambda weights: weights[Q_PROJ].view(-1)[:8].neg_())
-    with pytest.raises(QADError, match=r"was made of model damaged, .*asked for now is model moved, .* Remove it"):
+    with pytest.raises(QADError, match=r"was made from model damaged, .*expected model moved, .* Remove it"):
         tool("import_hf", *flags)
     (target / "qad_import.json").unlink()
-    with pytest.raises(QADError, match=r"target has no qad_import.json that says what it was made of"):
+    with pytest.raises(QADError, match=r"target has no provenance record \(qad_import.json\)"):
         tool("import_hf", *flags)
 
 
-def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
-    """A run that trains on has another newest iteration; what was exported of it before is old."""
+def test_export_is_reused_only_for_the_same_weights(damaged, tmp_path, tool):
+    """After more training the newest iteration differs, so the earlier export must not be reused."""
     run, output = tmp_path / "run", tmp_path / "out"
 
     def train(iteration):
@@ -212,32 +210,34 @@ def test_an_export_is_kept_only_for_the_same_weights(damaged, tmp_path, tool):
     train(2)
     flags = ("--checkpoint", run, "--output", output, "--layout", "bf16", "--reuse-existing")
     assert "wrote" in tool("export_hf", *flags)
-    assert tool("export_hf", *flags) == f"{output} is there already\n"
-    transformers.AutoModelForCausalLM.from_pretrained(output)  # does not mind the record
+    assert tool("export_hf", *flags) == f"{output} already exists and is up to date\n"
+    transformers.AutoModelForCausalLM.from_pretrained(output)  # ignores the provenance record
     weights = (output / "model.safetensors").read_bytes()
     (output / "model.safetensors").write_bytes(weights[:-1] + b"\0")
-    with pytest.raises(QADError, match="damaged: model.safetensors is not as it was written. Remove it, and it is"):
+    with pytest.raises(
+        QADError, match="damaged: model.safetensors has changed since it was written. Remove it to create"
+    ):
         tool("export_hf", *flags)
     (output / "model.safetensors").write_bytes(weights)
     train(4)
-    with pytest.raises(QADError, match="was made of .*iter_0000002, .* asked for now is .*iter_0000004, .* Remove it"):
+    with pytest.raises(QADError, match="was made from .*iter_0000002, .* expected .*iter_0000004, .* Remove it"):
         tool("export_hf", *flags)
-    assert "is there already" in tool("export_hf", *flags, "--iteration", "2")
+    assert "is up to date" in tool("export_hf", *flags, "--iteration", "2")
     shutil.rmtree(run / "iter_0000002")
-    train(2)  # begun anew: the same number, other weights
-    with pytest.raises(QADError, match="was made of .*iter_0000002, .* asked for now is .*iter_0000002, .* Remove it"):
+    train(2)  # restarted: the same iteration number, other weights
+    with pytest.raises(QADError, match="was made from .*iter_0000002, .* expected .*iter_0000002, .* Remove it"):
         tool("export_hf", *flags, "--iteration", "2")
     config = json.loads((run / "hf" / "config.json").read_text())
     formats = {linear.megatron: "nvfp4" for linear in family_of(config).linears(config)}
     json_records.write(run / "qad.json", {"formats": formats})
-    with pytest.raises(QADError, match="layout bf16, .* asked for now is .*layout modelopt"):
+    with pytest.raises(QADError, match="layout bf16, .* expected .*layout modelopt"):
         tool("export_hf", *flags, "--layout", "modelopt", "--iteration", "2")
     with pytest.raises(QADError, match="names 2, but iter_0000004 is newer. Name the iteration"):
         tool("export_hf", *flags)
 
 
-def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeypatch):
-    """Interrupted once its weights are written; the next import does not mind what that one left aside."""
+def test_interrupted_import_leaves_no_target(complete, tmp_path, monkeypatch):
+    """Interrupted after writing the weights; the next import removes the temporary directory."""
     from megatron_qad.checkpoint import import_hf as module
 
     def interrupt(*_):
@@ -247,34 +247,34 @@ def test_an_import_that_is_interrupted_leaves_no_target(whole, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(module, "copy_assets", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            import_hf(whole, tmp_path / "target")
+            import_hf(complete, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == [".target.partial"]
-    import_hf(whole, tmp_path / "target")
+    import_hf(complete, tmp_path / "target")
     torch.distributed.destroy_process_group()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert (tmp_path / "target" / "latest_checkpointed_iteration.txt").read_text() == "release"
 
 
 @pytest.mark.parametrize(
-    ("limit", "said"),
+    ("limit", "message"),
     [(40, "File too large"), (17 << 10, "a rank could not write its files")],
     ids=["start", "weights"],
 )
-def test_a_full_disk_is_said_and_leaves_nothing(limit, said, tmp_path, server):
-    """The disk's place is taken by a limit on the size of a file, in KiB; a save begins with a file of 16 MiB."""
+def test_full_disk_is_an_error_and_leaves_no_files(limit, message, tmp_path, server):
+    """A limit on the file size, in KiB, simulates a full disk; a save starts with a file of 16 MiB."""
     tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA | {"vocab_size": 160_000})
     argv = ["--hf-model", f"{tmp_path}/hf", "--output", f"{tmp_path}/o"]
     arguments = {"path": "tools/import_hf.py", "argv": argv, "file_kib": limit}
     output = server.run("script_jobs:script", 1, arguments, fails=True)
     assert "Traceback" not in output, output
     error = output.splitlines()[-1]
-    assert error.startswith(f"error: {tmp_path}/o: not written: ") and said in error, error
+    assert error.startswith(f"error: {tmp_path}/o: not written: ") and message in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize("case", ["nemotron-h", "qwen3-moe"])
-def test_what_transformers_saves_is_read_as_the_hubs(case, tmp_path):
-    """A model that somebody trained further: transformers 5 renames a tensor of the first and a key of the second."""
+def test_models_saved_by_transformers_import_like_those_of_the_hub(case, tmp_path):
+    """transformers 5 saves the first with a renamed tensor and the second with a renamed config key."""
     tiny_job.write_hf(tmp_path / "hub", tiny_hybrids.CASES[case])
     tiny_hybrids.by_transformers(tmp_path / "hub").save_pretrained(tmp_path / "saved")
     hub, saved = (_read(tmp_path / name, torch.float32, 0, 1)[0] for name in ("hub", "saved"))
@@ -282,27 +282,27 @@ def test_what_transformers_saves_is_read_as_the_hubs(case, tmp_path):
     assert all(torch.equal(hub[name].data, saved[name].data) for name in hub)
 
 
-def test_assets_are_files_and_folders_but_no_weights(whole, tmp_path):
-    source = Path(shutil.copytree(whole, tmp_path / "source"))
+def test_assets_are_copied_without_weights(complete, tmp_path):
+    source = Path(shutil.copytree(complete, tmp_path / "source"))
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text("x")
     copy_assets(source, tmp_path / "hf")
     copied = {str(p.relative_to(tmp_path / "hf")) for p in (tmp_path / "hf").rglob("*") if p.is_file()}
-    given = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
-    assert copied == given - {WEIGHTS}
+    expected = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+    assert copied == expected - {WEIGHTS}
 
 
-def test_reader_names_a_tensor_that_is_not_there(whole):
+def test_reading_a_missing_tensor_is_an_error(complete):
     with pytest.raises(QADError, match="no tensor 'lm_head.bias'"):
-        HFReader(whole).read("lm_head.bias")
+        HFReader(complete).read("lm_head.bias")
 
 
-def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
+def test_export_without_config_job_file_or_tracker_is_an_error(complete, tmp_path):
     with pytest.raises(QADError, match="no hf/config.json; expected a checkpoint directory that import_hf.py"):
-        export_hf(whole, tmp_path / "out", "bf16")
-    copy_assets(whole, tmp_path / "checkpoint" / "hf")
+        export_hf(complete, tmp_path / "out", "bf16")
+    copy_assets(complete, tmp_path / "checkpoint" / "hf")
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")
-    with pytest.raises(QADError, match="no qad.json; only what pretrain_qad.py saved"):
+    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
     with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "bf16")
@@ -310,8 +310,8 @@ def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["import_hf", "export_hf"])
-def test_the_tools_print_one_line_and_fail(whole, tmp_path, tool, server):
-    copy_assets(whole, tmp_path / "checkpoint" / "hf")
+def test_command_lines_print_one_error_line(complete, tmp_path, tool, server):
+    copy_assets(complete, tmp_path / "checkpoint" / "hf")
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")
     flags = {
         "import_hf": ["--hf-model", str(tmp_path / "checkpoint" / "hf"), "--output", str(tmp_path / "out")],

@@ -1,4 +1,4 @@
-"""One linear on disk in each layout; configs equal to what modelopt writes and compressed-tensors parses."""
+"""Stored tensors of a linear in each layout, and configurations compared with modelopt and compressed-tensors."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def test_compressed_tensors_has_the_same_bytes_and_reciprocal_scales(item):
         assert stored[f"{NAME}.{part}"].shape == (1,) and stored[f"{NAME}.{part}"][0] == 1 / scale
 
 
-def test_plain_layout_and_plain_tensors_are_stored_as_they_are(item):
+def test_bf16_layout_and_unquantized_tensors_are_stored_unchanged(item):
     assert torch.equal(stored_tensors(item, "bf16")[item.name], item.tensor)
     norm = HFTensor("model.norm.weight", torch.ones(32))
     for layout in ("bf16", "modelopt", "compressed-tensors"):
@@ -54,7 +54,7 @@ def test_plain_layout_and_plain_tensors_are_stored_as_they_are(item):
         assert list(stored) == [norm.name] and stored[norm.name].dtype == torch.float32
 
 
-def test_a_plain_weight_is_rounded_only_when_asked(item):
+def test_unquantized_weight_is_quantized_only_on_request(item):
     plain = dataclasses.replace(item, tensor=item.tensor + 0.01)
     plain = dataclasses.replace(plain, weight_scale=global_scale_from_amax(tensor_amax(plain.tensor)))
     with pytest.raises(QADError, match=rf"{NAME}.weight: .* blocks"):
@@ -65,8 +65,8 @@ def test_a_plain_weight_is_rounded_only_when_asked(item):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"weight_scale": None}, "weight_scale is nothing"),
-        ({"input_scale": None}, "input_scale is nothing"),
+        ({"weight_scale": None}, "weight_scale is missing"),
+        ({"input_scale": None}, "input_scale is missing"),
         ({"input_scale": torch.tensor(0.0)}, "input_scale is 0.0"),
         ({"weight_scale": torch.tensor(float("nan"))}, "weight_scale is nan"),
         ({"weight_scale": torch.ones((), dtype=torch.bfloat16)}, "bfloat16"),
@@ -75,13 +75,13 @@ def test_a_plain_weight_is_rounded_only_when_asked(item):
         ({"fmt": "int4-w4a16"}, "'int4-w4a16' cannot be exported"),
     ],
 )
-def test_unusable_items_are_refused_by_name(item, change, text):
+def test_invalid_items_are_errors(item, change, text):
     with pytest.raises(QADError, match=text) as error:
         stored_tensors(dataclasses.replace(item, **change), "modelopt")
     assert str(error.value).startswith(item.name)
 
 
-def test_exclusions_are_the_sorted_rest_and_strangers_are_refused():
+def test_exclusions_are_sorted_and_unknown_modules_are_errors():
     assert exclusions(["lm_head", "b", "a"], ["a"]) == ["b", "lm_head"]
     with pytest.raises(QADError, match="embed"):
         exclusions(["a"], ["a", "embed"])
@@ -101,22 +101,22 @@ def test_exclusions_are_the_sorted_rest_and_strangers_are_refused():
     ],
     ids=lambda formats: "+".join(formats.values()),
 )
-def test_modelopt_config_holds_all_that_modelopts_exporter_writes(formats, kv_cache):
+def test_modelopt_config_matches_modelopts_exporter(formats, kv_cache):
     convert = pytest.importorskip("modelopt.torch.export.convert_hf_config")
     ours = quantization_config("modelopt", ["lm_head"], formats, kv_cache)
-    theirs = convert.convert_hf_quant_config_format(hf_quant_config(["lm_head"], formats, kv_cache))
-    # modelopt numbers the groups in the order of its layers and writes an FP8 group's own bits the same way.
-    groups, their_groups = ours.pop("config_groups"), theirs.pop("config_groups")
-    assert sorted(map(str, map(_sorted, groups.values()))) == sorted(map(str, map(_sorted, their_groups.values())))
-    assert {key: ours[key] for key in theirs} == theirs
-    assert set(ours) - set(theirs) == {"group_size", "kv_cache_quant_algo"}  # vLLM reads them here too
+    expected = convert.convert_hf_quant_config_format(hf_quant_config(["lm_head"], formats, kv_cache))
+    # Compared without order: modelopt numbers the groups in the order of its layers.
+    groups, expected_groups = ours.pop("config_groups"), expected.pop("config_groups")
+    assert sorted(map(str, map(_sorted, groups.values()))) == sorted(map(str, map(_sorted, expected_groups.values())))
+    assert {key: ours[key] for key in expected} == expected
+    assert set(ours) - set(expected) == {"group_size", "kv_cache_quant_algo"}  # also read by vLLM
 
 
 def _sorted(group: dict) -> list:
     return sorted((key, sorted(v.items()) if isinstance(v, dict) else v) for key, v in group.items())
 
 
-def test_compressed_tensors_config_parses_to_its_own_nvfp4_preset():
+def test_compressed_tensors_config_matches_its_nvfp4_preset():
     quantization = pytest.importorskip("compressed_tensors.quantization")
     scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     config = quantization_config("compressed-tensors", ["lm_head"], {"a": "nvfp4"})
@@ -128,7 +128,7 @@ def test_compressed_tensors_config_parses_to_its_own_nvfp4_preset():
     assert (parsed.ignore, parsed.quantization_status, group.targets) == (["lm_head"], "compressed", ["Linear"])
 
 
-def test_compressed_tensors_config_of_several_formats_parses_with_a_group_each():
+def test_compressed_tensors_config_has_one_group_per_format():
     quantization = pytest.importorskip("compressed_tensors.quantization")
     scheme = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
     formats = {"b": "nvfp4", "a": "nvfp4", "c": "fp8", "d": "nvfp4-w4a16"}
@@ -146,13 +146,13 @@ def test_compressed_tensors_config_of_several_formats_parses_with_a_group_each()
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_w4a16_has_no_input_scale(item, layout):
-    both = stored_tensors(item, layout)
+    w4a4 = stored_tensors(item, layout)
     stored = stored_tensors(dataclasses.replace(item, fmt="nvfp4-w4a16", input_scale=None), layout)
-    assert stored.keys() < both.keys() and [name for name in both if name not in stored][0].endswith(
+    assert stored.keys() < w4a4.keys() and [name for name in w4a4 if name not in stored][0].endswith(
         {"modelopt": "input_scale", "compressed-tensors": "input_global_scale"}[layout]
     )
     for name, value in stored.items():
-        assert torch.equal(value.reshape(-1).view(torch.uint8), both[name].reshape(-1).view(torch.uint8))
+        assert torch.equal(value.reshape(-1).view(torch.uint8), w4a4[name].reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("layout, shape", [("modelopt", ()), ("compressed-tensors", (1,))])
@@ -168,7 +168,7 @@ def test_fp8_names_dtypes_shapes_and_values(layout, shape):
         ".input_scale": (torch.float32, shape),
     }
     assert torch.equal(fp8.dequantize(stored[".weight"], stored[".weight_scale"], torch.bfloat16), quantized)
-    assert stored[".input_scale"].item() == 0.25  # multiplies in both layouts
+    assert stored[".input_scale"].item() == 0.25  # not inverted in either layout
 
 
 @pytest.mark.parametrize(

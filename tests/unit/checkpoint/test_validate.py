@@ -1,4 +1,4 @@
-"""Good directories of every family and layout are valid; each silent issue of the facts is caught and named."""
+"""Validator: exports of every family and layout are valid, and every kind of damage is reported."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine.errors import QADError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exported import (  # noqa: E402  (a helper beside the tests)
+from exported import (  # noqa: E402  (a helper module in this directory)
     CONFIG,
     DOWN,
     FAMILIES,
@@ -38,20 +38,20 @@ NEMOTRON_H |= {"model_type": "nemotron_h", "head_dim": 16}
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_good_directories_are_valid(tmp_path, layout, family):
+def test_exports_are_valid(tmp_path, layout, family):
     config = FAMILIES[family]
-    for name, more in (("one", {}), ("many", {"max_shard_bytes": 3000})):
-        report = validate_nvfp4(export(tmp_path / name, layout, config, **more))
-        assert not report.issues, "\n".join(map(str, report.issues))
-        assert report.layout == layout and len(report.quantized) == 14 and report.num_linears == 15
-        assert "valid" in report.summary() and str(report.num_bytes) in report.summary()
+    for name, kwargs in (("one", {}), ("many", {"max_shard_bytes": 3000})):
+        result = validate_nvfp4(export(tmp_path / name, layout, config, **kwargs))
+        assert not result.issues, "\n".join(map(str, result.issues))
+        assert result.layout == layout and len(result.quantized) == 14 and result.num_linears == 15
+        assert "valid" in result.summary() and str(result.num_bytes) in result.summary()
     mixed = export(tmp_path / "mixed", layout, config, ("lm_head", *linears(config)[1:8], DOWN))
     assert issues(mixed) == []
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_inventory_is_what_transformers_builds(family):
-    """Names and shapes of the independent inventory against the model classes themselves."""
+def test_inventory_matches_transformers(family):
+    """Names and shapes of the inventory are those of transformers' model classes."""
     transformers = pytest.importorskip("transformers")
     from megatron_qad.checkpoint.expected_tensors import inventory
 
@@ -59,21 +59,21 @@ def test_inventory_is_what_transformers_builds(family):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
     ours = inventory(config)
-    named = {**ours.tensors, **{f"{module}.weight": shape for module, shape in ours.linears.items()}}
-    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert named == theirs
+    expected_shapes = {**ours.tensors, **{f"{module}.weight": shape for module, shape in ours.linears.items()}}
+    model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert expected_shapes == model_shapes
     assert set(ours.linears) == {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
 
 
-MODELOPT_FAULTS = {
-    # What vLLM lets through silently.
+MODELOPT_DAMAGE = {
+    # Accepted silently by vLLM.
     "weight_scale_2 missing": (drop(f"{DOWN}.weight_scale_2"), f"{DOWN}.weight_scale_2: is missing"),
     "input_scale missing": (drop(f"{DOWN}.input_scale"), f"{DOWN}.input_scale: is missing"),
     "weight_scale as U8": (
         put(f"{DOWN}.weight_scale", lambda t: t.view(torch.uint8)),
         f"{DOWN}.weight_scale: is U8, expected F8_E4M3",
     ),
-    # Equality of what servers fuse.
+    # Scales of fused linears must be equal.
     "q differs from k and v": (put(f"{K}.weight_scale_2", lambda t: t * 1.0000002), f"{K}.weight_scale_2: is "),
     "v input differs": (put(f"{V}.input_scale", lambda t: t * 1.5), f"{V}.input_scale: is "),
     "up differs from gate": (put(f"{UP}.weight_scale_2", lambda t: t * 2), f"{UP}.weight_scale_2: is "),
@@ -87,17 +87,17 @@ MODELOPT_FAULTS = {
         f"{DOWN}.weight_scale_2: has shape [1], expected []",
     ),
     "scale BF16": (put(f"{DOWN}.input_scale", lambda t: t.bfloat16()), f"{DOWN}.input_scale: is BF16, expected F32"),
-    "block scale 0x7F": (poke(f"{DOWN}.weight_scale", 0x7F), f"{DOWN}.weight_scale: holds 1 NaN"),
-    "block scale 0xFF": (poke(f"{DOWN}.weight_scale", 0xFF), f"{DOWN}.weight_scale: holds 1 NaN"),
+    "block scale 0x7F": (poke(f"{DOWN}.weight_scale", 0x7F), f"{DOWN}.weight_scale: has 1 NaN"),
+    "block scale 0xFF": (poke(f"{DOWN}.weight_scale", 0xFF), f"{DOWN}.weight_scale: has 1 NaN"),
     "block scale zero": (
         poke(f"{DOWN}.weight_scale", 0x00),
-        f"{DOWN}.weight_scale: holds 1 block scales that are zero",
+        f"{DOWN}.weight_scale: has 1 block scales that are zero",
     ),
     "block scale minus zero": (
         poke(f"{DOWN}.weight_scale", 0x80),
-        f"{DOWN}.weight_scale: holds 1 block scales that are",
+        f"{DOWN}.weight_scale: has 1 block scales that are",
     ),
-    "block scale negative": (poke(f"{DOWN}.weight_scale", 0xB8), f"{DOWN}.weight_scale: holds 1 negative"),
+    "block scale negative": (poke(f"{DOWN}.weight_scale", 0xB8), f"{DOWN}.weight_scale: has 1 negative"),
     "block scales transposed": (
         put(f"{DOWN}.weight_scale", lambda t: t.t().contiguous()),
         f"{DOWN}.weight_scale: has shape [3, 32], expected [32, 3]",
@@ -108,21 +108,24 @@ MODELOPT_FAULTS = {
         put(f"{DOWN}.weight", lambda t: torch.cat([t, t], 1)),
         f"{DOWN}.weight: has shape [32, 48], expected [32, 24]",
     ),
-    "weight left BF16 beside scales": (
+    "weight in BF16 with scales": (
         put(f"{DOWN}.weight", torch.zeros(32, 48, dtype=torch.bfloat16)),
         f"{DOWN}.weight: is BF16, expected U8",
     ),
     "norm missing": (drop("model.norm.weight"), "model.norm.weight: is missing"),
     "norm NaN": (
         put("model.norm.weight", lambda t: t * float("nan")),
-        "model.norm.weight: holds 32 values that are NaN",
+        "model.norm.weight: has 32 NaN",
     ),
     "norm F32": (put("model.norm.weight", lambda t: t.float()), "model.norm.weight: is F32, expected BF16"),
     "embedding padded": (
         put("model.embed_tokens.weight", lambda t: torch.cat([t, t[:8]])),
         "model.embed_tokens.weight: has shape [48, 32], expected [40, 32]",
     ),
-    "unknown tensor": (put("model.layers.1.mlp.down_proj.bias", torch.zeros(32)), f"{DOWN}.bias: is unknown"),
+    "unknown tensor": (
+        put("model.layers.1.mlp.down_proj.bias", torch.zeros(32)),
+        f"{DOWN}.bias: is not a tensor of this model",
+    ),
     "third layer": (
         put("model.layers.2.input_layernorm.weight", torch.zeros(32)),
         "model.layers.2.input_layernorm.weight",
@@ -130,13 +133,13 @@ MODELOPT_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", MODELOPT_FAULTS)
-def test_a_damaged_tensor_is_named(tmp_path, case):
+@pytest.mark.parametrize("case", MODELOPT_DAMAGE)
+def test_damaged_tensor_is_reported(tmp_path, case):
     directory = export(tmp_path / "out", "modelopt")
-    change, text = MODELOPT_FAULTS[case]
+    change, text = MODELOPT_DAMAGE[case]
     edit(directory, change)
-    found = issues(directory)
-    assert any(issue.startswith(text) for issue in found), found
+    reported = issues(directory)
+    assert any(issue.startswith(text) for issue in reported), reported
 
 
 def unpack_k(tensors):
@@ -146,29 +149,29 @@ def unpack_k(tensors):
     tensors[f"{K}.weight"] = torch.zeros(16, 32, dtype=torch.bfloat16)
 
 
-def test_a_fused_layer_quantized_in_part_is_named(tmp_path):
+def test_partly_quantized_fused_group_is_reported(tmp_path):
     directory = export(tmp_path / "out", "modelopt")
     edit(directory, unpack_k)
-    found = issues(directory)
-    assert any(issue.startswith(f"{Q}: is quantized and {K} not") for issue in found), found
-    assert any(issue.startswith(f"{K}: is not quantized and missing from config.json ignore") for issue in found)
+    reported = issues(directory)
+    assert any(issue.startswith(f"{Q}: is quantized, but {K} not") for issue in reported), reported
+    assert any(issue.startswith(f"{K}: is not quantized, but missing from config.json ignore") for issue in reported)
 
 
 @pytest.mark.parametrize("part", ["weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"])
-def test_compressed_tensors_missing_companions_are_named(tmp_path, part):
+def test_compressed_tensors_missing_parts_are_reported(tmp_path, part):
     directory = export(tmp_path / "out", "compressed-tensors")
     edit(directory, drop(f"{DOWN}.{part}"))
-    found = issues(directory)
-    assert len(found) == 1 and found[0].startswith(f"{DOWN}.{part}: is missing"), found
+    reported = issues(directory)
+    assert len(reported) == 1 and reported[0].startswith(f"{DOWN}.{part}: is missing"), reported
 
 
-def test_compressed_tensors_fused_scales_and_names(tmp_path):
+def test_compressed_tensors_fused_scales_and_unknown_names_are_reported(tmp_path):
     directory = export(tmp_path / "out", "compressed-tensors")
     edit(directory, put(f"{V}.weight_global_scale", lambda t: t * 2))
-    edit(directory, put(f"{DOWN}.weight_scale_2", torch.tensor(1.0)))  # modelopt's name in the other layout
-    found = issues(directory)
-    assert any(issue.startswith(f"{V}.weight_global_scale: is") and "servers fuse them" in issue for issue in found)
-    assert any(issue.startswith(f"{DOWN}.weight_scale_2: is unknown") for issue in found)
+    edit(directory, put(f"{DOWN}.weight_scale_2", torch.tensor(1.0)))  # a name of the modelopt layout
+    reported = issues(directory)
+    assert any(issue.startswith(f"{V}.weight_global_scale: is") and "servers fuse them" in issue for issue in reported)
+    assert any(issue.startswith(f"{DOWN}.weight_scale_2: is not a tensor") for issue in reported)
 
 
 def config_change(*keys_and_value):
@@ -186,11 +189,11 @@ def config_change(*keys_and_value):
 
 
 QC = "quantization_config"
-CONFIG_FAULTS = {
-    "layer missing from both": ("modelopt", None, [], "lm_head: is not quantized and missing from config.json ignore"),
-    "quantized layer excluded": ("modelopt", None, ["lm_head", DOWN], f"{DOWN}: is quantized and stands in"),
-    "wildcard": ("modelopt", None, ["lm_head", "model.layers.1*"], "model.layers.1*: stands in config.json ignore"),
-    "embedding excluded": ("modelopt", None, ["lm_head", "model.embed_tokens"], "model.embed_tokens: stands in"),
+CONFIG_DAMAGE = {
+    "layer missing from both": ("modelopt", None, [], "lm_head: is not quantized, but missing from config.json ignore"),
+    "quantized layer excluded": ("modelopt", None, ["lm_head", DOWN], f"{DOWN}: is quantized, but listed in"),
+    "wildcard": ("modelopt", None, ["lm_head", "model.layers.1*"], "model.layers.1*: is listed in config.json ignore"),
+    "embedding excluded": ("modelopt", None, ["lm_head", "model.embed_tokens"], "model.embed_tokens: is listed in"),
     "lists differ": ("modelopt", config_change(QC, "ignore", []), None, "hf_quant_config.json: exclude_modules and"),
     "algorithm": (
         "modelopt",
@@ -261,41 +264,41 @@ CONFIG_FAULTS = {
         "compressed-tensors",
         config_change(QC, "ignore", []),
         None,
-        "lm_head: is not quantized and missing",
+        "lm_head: is not quantized, but missing",
     ),
 }
 
 
-@pytest.mark.parametrize("case", CONFIG_FAULTS)
-def test_a_wrong_configuration_is_named(tmp_path, case):
-    layout, change, exclude, text = CONFIG_FAULTS[case]
+@pytest.mark.parametrize("case", CONFIG_DAMAGE)
+def test_wrong_configuration_is_reported(tmp_path, case):
+    layout, change, exclude, text = CONFIG_DAMAGE[case]
     directory = export(tmp_path / "out", layout)
     if exclude is not None:  # in both files
         edit_json(directory / "config.json", config_change(QC, "ignore", exclude))
         edit_json(directory / "hf_quant_config.json", config_change("quantization", "exclude_modules", exclude))
     else:
         edit_json(directory / "config.json", change)
-    found = issues(directory)
-    assert any(issue.startswith(text) for issue in found), found
+    reported = issues(directory)
+    assert any(issue.startswith(text) for issue in reported), reported
 
 
 @pytest.mark.parametrize("key", ["quant_algo", "kv_cache_quant_algo", "exclude_modules", "group_size"])
-def test_hf_quant_config_needs_each_of_its_keys(tmp_path, key):
+def test_missing_keys_of_hf_quant_config_are_reported(tmp_path, key):
     directory = export(tmp_path / "out", "modelopt")
     edit_json(directory / "hf_quant_config.json", config_change("quantization", key, None))
-    assert any(issue.startswith(f"hf_quant_config.json: lacks quantization.{key}") for issue in issues(directory))
+    assert any(issue.startswith(f"hf_quant_config.json: has no quantization.{key}") for issue in issues(directory))
     (directory / "hf_quant_config.json").unlink()
     assert issues(directory) == ["hf_quant_config.json: is missing"]
 
 
-def test_damaged_files_are_named(tmp_path):
+def test_damaged_files_are_reported(tmp_path):
     def fresh(name):
         directory = export(tmp_path / name, "modelopt", max_shard_bytes=3000)
         return directory, sorted(directory.glob("*.safetensors"))
 
     directory, shards = fresh("truncated")
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    assert any(issue.startswith(f"{shards[1].name}: is ") and "truncated" in issue for issue in issues(directory))
+    assert any(issue.startswith(f"{shards[1].name}: has ") and "truncated" in issue for issue in issues(directory))
     header = shards[1].read_bytes()[:200]
     for offset, junk in ((8, b"["), (8, b'{"a":1}'.ljust(190)), (0, b"\xff" * 8)):
         shards[1].write_bytes(header[:offset] + junk + header[offset + len(junk) :])
@@ -306,40 +309,40 @@ def test_damaged_files_are_named(tmp_path):
 
     directory, shards = fresh("missing")
     shards[0].unlink()
-    found = issues(directory)
-    assert f"{shards[0].name}: is named by {INDEX} and missing" in found
-    assert any(issue.startswith("model.embed_tokens.weight: is named by") for issue in found)
+    reported = issues(directory)
+    assert f"{shards[0].name}: is listed in {INDEX}, but missing" in reported
+    assert any(issue.startswith("model.embed_tokens.weight: is listed in") for issue in reported)
 
     directory, shards = fresh("index")
     edit_json(directory / INDEX, lambda index: index["weight_map"].pop("model.norm.weight"))
-    assert any("model.norm.weight: is in" in f and "loaders will not see it" in f for f in issues(directory))
+    assert any("model.norm.weight: is in" in f and "loaders will not find it" in f for f in issues(directory))
     edit_json(directory / INDEX, lambda index: index["metadata"].update(total_size=7))
-    assert any(f.startswith(f"{INDEX}: says total_size 7") for f in issues(directory))
+    assert any(f.startswith(f"{INDEX}: has total_size 7") for f in issues(directory))
     (directory / INDEX).write_text("{")
-    assert any(f.startswith(f"{INDEX}: is no valid JSON") for f in issues(directory))
+    assert any(f.startswith(f"{INDEX}: is not valid JSON") for f in issues(directory))
     (directory / INDEX).unlink()
-    assert any("holds neither" in f for f in issues(directory))
+    assert any("has neither" in f for f in issues(directory))
 
     directory, shards = fresh("stray")
     save_file({"x": torch.zeros(1)}, directory / "old.safetensors")
     save_file({"x": torch.zeros(1)}, directory / "model.safetensors")
-    found = issues(directory)
-    assert "old.safetensors: is a shard that the index does not name" in found
-    assert any(f.startswith("model.safetensors: stands beside") for f in found)
+    reported = issues(directory)
+    assert "old.safetensors: is a shard that is not in the index" in reported
+    assert any(f.startswith("model.safetensors: exists together with") for f in reported)
 
 
-def test_a_quantized_tied_head_is_a_issue(tmp_path):
+def test_quantized_tied_head_is_reported(tmp_path):
     config = {**CONFIG, "tie_word_embeddings": True}
     directory = export(tmp_path / "out", "modelopt", unquantized=())
     edit_json(directory / "config.json", lambda value: value.update(tie_word_embeddings=True))
     assert any(issue.startswith("lm_head: is quantized, but tied") for issue in issues(directory))
-    # A stored copy of the embedding is fine.
+    # A stored copy of the embedding is valid.
     directory = export(tmp_path / "copy", "modelopt", config)
     edit(directory, lambda t: t.__setitem__("lm_head.weight", t["model.embed_tokens.weight"].clone()))
     assert issues(directory) == []
 
 
-def test_command_line_prints_faults_and_exits_1(tmp_path):
+def test_command_line_prints_issues_and_exits_with_1(tmp_path):
     root = Path(__file__).resolve().parents[3]
     directory = export(tmp_path / "out", "modelopt")
 
@@ -348,13 +351,15 @@ def test_command_line_prints_faults_and_exits_1(tmp_path):
         environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
-    good = run(directory)
-    assert good.returncode == 0 and "valid; layout modelopt" in good.stdout, good.stderr
+    valid = run(directory)
+    assert valid.returncode == 0 and "valid; layout modelopt" in valid.stdout, valid.stderr
     edit(directory, drop(f"{DOWN}.input_scale"))
-    bad = run(directory)
-    assert bad.returncode == 1 and f"ISSUE {DOWN}.input_scale: is missing" in bad.stdout
-    assert "1 issues" in bad.stdout
-    assert issues(tmp_path / "nowhere") == [f"{tmp_path / 'nowhere'}: is no directory; expected an exported checkpoint"]
+    damaged = run(directory)
+    assert damaged.returncode == 1 and f"ISSUE {DOWN}.input_scale: is missing" in damaged.stdout
+    assert "1 issues" in damaged.stdout
+    assert issues(tmp_path / "nowhere") == [
+        f"{tmp_path / 'nowhere'}: is not a directory; expected an exported checkpoint"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -362,19 +367,19 @@ def test_command_line_prints_faults_and_exits_1(tmp_path):
     [["mamba", "moe", "attention", "mlp"], ["linear_attention", "moe", "full_attention", "mlp"]],
     ids=["hub", "transformers"],
 )
-def test_a_hybrid_whose_layers_have_names_is_what_the_pattern_says(blocks):
-    """transformers 5 writes ``layers_block_type`` and no ``hybrid_override_pattern``; import and export take both."""
+def test_layers_block_type_matches_hybrid_override_pattern(blocks):
+    """transformers 5 writes ``layers_block_type`` instead of ``hybrid_override_pattern``; both are supported."""
     from megatron_qad.checkpoint.expected_tensors import inventory
 
     pattern = NEMOTRON_H | {"hybrid_override_pattern": "ME*-"}
-    named = {k: v for k, v in NEMOTRON_H.items() if k != "head_dim"}
-    named |= {"layers_block_type": blocks, "attention_head_dim": 16}
-    assert inventory(named) == inventory(pattern)
-    assert inventory(named).linears["backbone.layers.2.mixer.k_proj"] == (2 * 16, 32)
+    block_types = {k: v for k, v in NEMOTRON_H.items() if k != "head_dim"}
+    block_types |= {"layers_block_type": blocks, "attention_head_dim": 16}
+    assert inventory(block_types) == inventory(pattern)
+    assert inventory(block_types).linears["backbone.layers.2.mixer.k_proj"] == (2 * 16, 32)
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({}, "hybrid_override_pattern is None"),
         ({"hybrid_override_pattern": "MX"}, "hybrid_override_pattern is 'MX', expected one of M, "),
@@ -383,18 +388,18 @@ def test_a_hybrid_whose_layers_have_names_is_what_the_pattern_says(blocks):
         ({"layers_block_type": "mamba"}, "layers_block_type is 'mamba'"),
     ],
 )
-def test_layers_of_a_hybrid_that_nobody_knows(changes, named):
+def test_unknown_layers_of_a_hybrid_are_an_error(changes, message):
     from megatron_qad.checkpoint.expected_tensors import inventory
 
-    with pytest.raises(QADError, match=named):
+    with pytest.raises(QADError, match=message):
         inventory(NEMOTRON_H | changes)
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_the_record_of_an_export_is_no_fault_and_knows_its_weights(tmp_path, layout):
+def test_provenance_record_is_accepted_and_detects_changed_weights(tmp_path, layout):
     assert issues(export(tmp_path / "out", layout, record={"iteration": 1})) == []
     file = tmp_path / "out" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert issues(tmp_path / "out") == ["model.safetensors: is not as it was written"]
+    assert issues(tmp_path / "out") == ["model.safetensors: has changed since it was written"]

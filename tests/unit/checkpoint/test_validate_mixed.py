@@ -1,4 +1,4 @@
-"""Checkpoints of several formats and of an FP8 KV cache: good ones are valid, each issue is named."""
+"""Validator with several formats and an FP8 KV cache: exports are valid, and every kind of damage is reported."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
 from megatron_qad.checkpoint.validate import validate_nvfp4
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exported import (  # noqa: E402  (a helper beside the tests)
+from exported import (  # noqa: E402  (a helper module in this directory)
     CONFIG,
     DOWN,
     UP,
@@ -29,7 +29,7 @@ from exported import (  # noqa: E402  (a helper beside the tests)
 
 
 def mixed_format(module):
-    """FP8 attention, NVFP4 gate and up, weight-only down."""
+    """Return FP8 for attention, NVFP4 for gate and up, and weight-only NVFP4 for down."""
     return "fp8" if "self_attn" in module else "nvfp4-w4a16" if module.endswith("down_proj") else "nvfp4"
 
 
@@ -42,12 +42,12 @@ def export_mixed(directory, layout, format_of=mixed_format, kv_cache="fp8"):
 
 @pytest.mark.parametrize("kv_cache", ["bf16", "fp8"])
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_mixed_directories_are_valid(tmp_path, layout, kv_cache):
+def test_mixed_exports_are_valid(tmp_path, layout, kv_cache):
     for name, format_of in (("mixed", mixed_format), ("fp8", lambda m: "fp8"), ("w4a16", lambda m: "nvfp4-w4a16")):
-        report = validate_nvfp4(export_mixed(tmp_path / name, layout, format_of, kv_cache))
-        assert not report.issues, "\n".join(map(str, report.issues))
-        assert report.quantized == {module: format_of(module) for module in linears() if module != "lm_head"}
-        assert report.kv_cache == kv_cache
+        result = validate_nvfp4(export_mixed(tmp_path / name, layout, format_of, kv_cache))
+        assert not result.issues, "\n".join(map(str, result.issues))
+        assert result.quantized == {module: format_of(module) for module in linears() if module != "lm_head"}
+        assert result.kv_cache == kv_cache
     assert f"8 fp8, 4 nvfp4, 2 nvfp4-w4a16, KV cache {kv_cache}" in validate_nvfp4(tmp_path / "mixed").summary()
 
 
@@ -55,7 +55,7 @@ def drop_layer(config):
     del config["quantization_config"]["quantized_layers"][DOWN]
 
 
-MIXED_FAULTS = {
+MIXED_DAMAGE = {
     "fp8 input scale missing": (drop(f"{Q}.input_scale"), f"{Q}.input_scale: is missing"),
     "fp8 weight scale missing": (drop(f"{Q}.weight_scale"), f"{Q}.weight_scale: is missing"),
     "fp8 weight missing": (drop(f"{Q}.weight"), f"{Q}.weight: is missing"),
@@ -63,7 +63,7 @@ MIXED_FAULTS = {
         put(f"{Q}.weight", lambda t: t.float().bfloat16()),
         f"{Q}.weight: is BF16, expected F8_E4M3",
     ),
-    "fp8 weight NaN": (poke(f"{Q}.weight", 0x7F), f"{Q}.weight: holds 1 values that are NaN"),
+    "fp8 weight NaN": (poke(f"{Q}.weight", 0x7F), f"{Q}.weight: has 1 NaN"),
     "fp8 weight half": (put(f"{Q}.weight", lambda t: t[:, :16].clone()), f"{Q}.weight: has shape [32, 16]"),
     "fp8 fused scales differ": (put(f"{K}.weight_scale", lambda t: t * 2), f"{K}.weight_scale: is "),
     "fp8 fused input scales differ": (put(f"{V}.input_scale", lambda t: t * 2), f"{V}.input_scale: is "),
@@ -76,13 +76,13 @@ MIXED_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("case", MIXED_FAULTS)
-def test_a_damaged_mixed_directory_is_named(tmp_path, case):
-    change, text = MIXED_FAULTS[case]
+@pytest.mark.parametrize("case", MIXED_DAMAGE)
+def test_damaged_mixed_export_is_reported(tmp_path, case):
+    change, text = MIXED_DAMAGE[case]
     directory = export_mixed(tmp_path / "out", "modelopt")
     edit(directory, change)
-    found = issues(directory)
-    assert any(issue.startswith(text) for issue in found), found
+    reported = issues(directory)
+    assert any(issue.startswith(text) for issue in reported), reported
 
 
 def set_in(*path_and_value):
@@ -138,14 +138,14 @@ def set_in(*path_and_value):
         ),
     ],
 )
-def test_a_wrong_mixed_configuration_is_named(tmp_path, layout, file, change, text):
+def test_wrong_mixed_configuration_is_reported(tmp_path, layout, file, change, text):
     directory = export_mixed(tmp_path / "out", layout)
     edit_json(directory / file, change)
-    found = issues(directory)
-    assert any(issue.startswith(text) for issue in found), found
+    reported = issues(directory)
+    assert any(issue.startswith(text) for issue in reported), reported
 
 
-def test_an_announced_cache_without_scales_is_a_issue(tmp_path):
+def test_declared_kv_cache_without_scales_is_reported(tmp_path):
     directory = export_mixed(tmp_path / "out", "modelopt")
     for name in (f"model.layers.{i}.self_attn.{x}_proj.{x}_scale" for i in (0, 1) for x in "kv"):
         edit(directory, drop(name))
@@ -153,10 +153,10 @@ def test_an_announced_cache_without_scales_is_a_issue(tmp_path):
     assert "no k_scale and v_scale are stored" in issue
 
 
-def test_a_fused_layer_of_two_formats_is_a_issue(tmp_path):
+def test_fused_group_of_two_formats_is_reported(tmp_path):
     directory = export_mixed(
         tmp_path / "out", "modelopt", lambda m: "fp8" if m.endswith(("q_proj", "up_proj")) else "nvfp4"
     )
-    found = issues(directory)
-    assert f"{K}: is nvfp4 and {Q} fp8; servers fuse them" in found
-    assert any(f.startswith(f"{UP}: is fp8 and ") for f in found)
+    reported = issues(directory)
+    assert f"{K}: is nvfp4, but {Q} is fp8; expected one format, servers fuse them" in reported
+    assert any(f.startswith(f"{UP}: is fp8, but ") for f in reported)

@@ -1,4 +1,4 @@
-"""Real tokenizers, trained here on text that every CPython carries, and files made with them."""
+"""Fixtures: tokenizers trained on CPython's help text, data files prepared with them, and Megatron's arguments."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine import init_runtime
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-init_runtime()  # the test modules import megatron, and are imported after this file
+init_runtime()  # must run before the test modules import megatron
 
 from megatron_qad.data.provider import DatasetsProvider  # noqa: E402
 
@@ -28,7 +28,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# {{ '\\n' }}: a newline right after a block is dropped by jinja as transformers sets it up.
+# {{ '\\n' }}: with transformers' settings jinja drops a newline directly after a block.
 CHATML_TAGGED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
@@ -43,7 +43,7 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def sp_model(tmp_path_factory):
-    """A sentencepiece .model file of 400 pieces that keeps white space and falls back to bytes."""
+    """Path of a sentencepiece .model file with 400 pieces that keeps white space and falls back to bytes."""
     directory = tmp_path_factory.mktemp("sp")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line for text in CORPUS[:10] for line in text.splitlines() if line),
@@ -62,7 +62,7 @@ def sp_model(tmp_path_factory):
 
 def _hf_tokenizer(directory, template, eos="<|im_end|>"):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # trim_offsets=True is what GPT-2's and SmolLM2's files have: white space is cut from the offsets.
+    # trim_offsets=True as in the files of GPT-2 and SmolLM2: offsets exclude white space.
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -94,7 +94,7 @@ def hf_tagged_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_hf_dir(tmp_path_factory):
-    """``make_hf_dir(template, eos=...)`` saves another tokenizer."""
+    """``make_hf_dir(template, eos=...)``: save a tokenizer with this template and return its directory."""
     return lambda template, **kwargs: _hf_tokenizer(tmp_path_factory.mktemp("hf") / "other", template, **kwargs)
 
 
@@ -110,7 +110,7 @@ def hf_tagged(hf_tagged_dir):
 
 @pytest.fixture
 def write_jsonl(tmp_path):
-    """``write_jsonl(lines, name)``: dicts become JSON, strings stay as they are."""
+    """``write_jsonl(lines, name)``: write a JSONL file; dicts become JSON, strings are written unchanged."""
 
     def write(lines, name="input.jsonl"):
         path = tmp_path / name
@@ -122,7 +122,7 @@ def write_jsonl(tmp_path):
 
 @pytest.fixture
 def prepared(tmp_path):
-    """``prepared(inputs, tokenizer, **options)`` -> (prefix, metadata)."""
+    """``prepared(inputs, tokenizer, **options)``: prepare data and return (prefix, metadata)."""
 
     def run(inputs, tokenizer, name="out", **options):
         prefix = str(tmp_path / name)
@@ -134,7 +134,7 @@ def prepared(tmp_path):
 
 @pytest.fixture
 def args_for(monkeypatch, hf_dir):
-    """``args_for("--data-path", prefix)``: Megatron's arguments as its parser leaves them."""
+    """``args_for("--data-path", prefix)``: Megatron's parsed arguments."""
     from megatron.training.arguments import parse_args
 
     def make(*flags):
@@ -143,7 +143,7 @@ def args_for(monkeypatch, hf_dir):
         tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(hf_dir)]
         monkeypatch.setattr(sys, "argv", ["test", *common, *tokenizer, *flags])
         args = parse_args()
-        # What validate_args derives; it would also demand a whole model here.
+        # Set here because validate_args, which derives these, also needs the arguments of a model.
         args.data_parallel_size, args.padded_vocab_size, args.tensor_model_parallel_size = 1, 512, 1
         args.micro_batch_size = 2
         args.eval_micro_batch_size, args.eval_global_batch_size, args.consumed_valid_samples = 2, 4, 0
@@ -154,7 +154,7 @@ def args_for(monkeypatch, hf_dir):
 
 @pytest.fixture
 def provider_for(args_for):
-    """``provider_for(*flags, ...)``: the provider of a job of these flags, whose ``--eval-iters`` it was told."""
+    """``provider_for(*flags, **changes)``: the datasets provider of a job with these flags."""
 
     def make(*flags, **changes):
         args = args_for(*flags)

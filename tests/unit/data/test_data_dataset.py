@@ -1,4 +1,4 @@
-"""QADDataset and the provider on real files, under Megatron's blend builder."""
+"""QADDataset on real files, built by Megatron's blend builder."""
 
 import os
 
@@ -44,7 +44,7 @@ def build(megatron_tokenizer):
 
 @pytest.fixture
 def chats(write_jsonl, prepared, hf_dir):
-    """Prefix of 40 chats: users write capital letters, the assistant digits."""
+    """Prefix of 40 chats in which users write capital letters and the assistant writes digits."""
     lines = [
         {
             "messages": [
@@ -64,7 +64,7 @@ def texts(write_jsonl, prepared, hf_dir):
 
 
 def stream(dataset, prefix):
-    """(tokens, mask) of all documents end to end in the order of this split: what samples are cut from."""
+    """Return (tokens, mask) of all documents of this split, concatenated in its order: samples are cut from these."""
     order = dataset.document_index
     tokens = np.concatenate([dataset.dataset[int(d)] for d in order]).astype(np.int64)
     if not IndexedDataset.exists(loss_mask_prefix(prefix)):
@@ -82,48 +82,48 @@ def check_sample(dataset, prefix, index, sample):
     assert sample["position_ids"].tolist() == list(range(SEQUENCE))
 
 
-def test_a_blend_gives_the_mask_of_the_labels_across_documents(build, chats, texts, hf_tokenizer):
+def test_loss_mask_of_a_blend_refers_to_labels_across_documents(build, chats, texts, hf_tokenizer):
     train, valid, test = build(([chats, texts], [0.6, 0.4]), [60, 12, 0])
     assert test is None and len(train) >= 60
-    prefixes, seen, crossings = [chats, texts], set(), 0
+    prefixes, seen, num_crossings = [chats, texts], set(), 0
     for blended in (train, valid):
         for i in range(len(blended)):
             sample = dict(blended[i])
-            which = int(sample.pop("dataset_id"))
+            dataset_id = int(sample.pop("dataset_id"))
             assert set(sample) == {"tokens", "labels", "loss_mask", "position_ids"}
             assert sample["loss_mask"].dtype == torch.float32
-            check_sample(blended.datasets[which], prefixes[which], blended.dataset_sample_index[i], sample)
-            seen.add(which)
-            crossings += int((sample["tokens"] == hf_tokenizer.eod).any())
-            if which == 0:
+            check_sample(blended.datasets[dataset_id], prefixes[dataset_id], blended.dataset_sample_index[i], sample)
+            seen.add(dataset_id)
+            num_crossings += int((sample["tokens"] == hf_tokenizer.eod).any())
+            if dataset_id == 0:
                 counted = hf_tokenizer.hf.decode(sample["labels"][sample["loss_mask"] == 1])
                 assert set(counted.replace("<|im_end|>", "")) <= set("0123456789")
-    assert seen == {0, 1} and crossings > 10, "the test must see both parts and samples over document boundaries"
+    assert seen == {0, 1} and num_crossings > 10, "the test needs both parts and samples across document boundaries"
 
 
-def test_train_and_valid_share_no_document(build, chats):
+def test_train_and_valid_splits_share_no_document(build, chats):
     train, valid, _ = build(([chats], None), [20, 5, None])
     assert not set(train.document_index.tolist()) & set(valid.document_index.tolist())
 
 
-def test_plain_data_equals_gpt_dataset(build, texts):
+def test_data_without_mask_matches_gpt_dataset(build, texts):
     ours = build(([texts], None), [20, 5, None])[0]
-    theirs = build(([texts], None), [20, 5, None], cls=GPTDataset)[0]
+    megatron = build(([texts], None), [20, 5, None], cls=GPTDataset)[0]
     for i in range(20):
-        mine, his = ours[i], theirs[i]
-        assert mine.keys() == his.keys()
-        # the tokenizer's pad is its EOS, so GPTDataset pads with -1 as well and nothing differs
-        assert all(torch.equal(mine[k], his[k]) for k in mine)
+        actual, expected = ours[i], megatron[i]
+        assert actual.keys() == expected.keys()
+        # The tokenizer's pad is its EOS, so GPTDataset pads with -1 as well and nothing differs.
+        assert all(torch.equal(actual[k], expected[k]) for k in actual)
 
 
-def test_padding_never_counts_and_does_not_leak_into_other_samples(build, texts):
+def test_padding_never_counts_and_does_not_affect_other_samples(build, texts):
     changes = {"drop_last_partial_validation_sequence": False}
     valid = build(([texts], None), [None, None, None], split="0,100,0", **changes)[1]
     tokens, _ = stream(valid, texts)
     last = int(np.argmax(valid.shuffle_index))
     real = (len(tokens) - 1) % SEQUENCE
-    assert real, "choose texts whose last sample is not full"
-    padded = valid[last]  # asked for first, on purpose: what GPTDataset caches then is the padded mask
+    assert real, "the test needs texts whose last sample is not full"
+    padded = valid[last]  # read first on purpose: GPTDataset would cache the padded mask
     assert padded["loss_mask"].tolist() == [1.0] * real + [0.0] * (SEQUENCE - real)
     for i in range(len(valid)):
         if i != last:
@@ -131,22 +131,22 @@ def test_padding_never_counts_and_does_not_leak_into_other_samples(build, texts)
     assert valid[None]["loss_mask"].sum() == 0
 
 
-def test_eod_mask_loss_and_one_token_less(build, chats, hf_tokenizer):
+def test_eod_mask_loss_and_samples_without_extra_token(build, chats, hf_tokenizer):
     plain = build(([chats], None), [20, 5, None])[0]
     masked = build(([chats], None), [20, 5, None], eod_mask_loss=True)[0]
     for i in range(20):
-        want = plain[i]["loss_mask"] * (plain[i]["tokens"] != hf_tokenizer.eod)
-        assert torch.equal(masked[i]["loss_mask"], want)
+        expected = plain[i]["loss_mask"] * (plain[i]["tokens"] != hf_tokenizer.eod)
+        assert torch.equal(masked[i]["loss_mask"], expected)
     short = build(([chats], None), [20, 5, None], add_extra_token_to_sequence=False)[0]
     tokens, mask = stream(short, chats)
     for i in range(20):
         begin = int(short.shuffle_index[i]) * SEQUENCE
-        want = [*mask[begin + 1 : begin + SEQUENCE], 0]
-        assert short[i]["loss_mask"].tolist() == want and short[i]["tokens"][0] == tokens[begin]
+        expected = [*mask[begin + 1 : begin + SEQUENCE], 0]
+        assert short[i]["loss_mask"].tolist() == expected and short[i]["tokens"][0] == tokens[begin]
 
 
-def test_packed_samples_hold_the_same_tokens(build, chats):
-    """Documents kept apart: the tokens of before, positions that start anew, and no label from the next document."""
+def test_packed_samples_have_the_same_tokens(build, chats):
+    """Separated documents: same tokens, positions that restart, and no label from the next document."""
     plain = build(([chats], None), [20, 5, None])[0]
     packed = build(([chats], None), [20, 5, None], inter_document_masking=True)[0]
     num_documents = 0
@@ -164,8 +164,8 @@ def test_packed_samples_hold_the_same_tokens(build, chats):
     assert num_documents > 30
 
 
-def test_a_document_that_ends_with_its_row_does_not_count_the_next_ones_token(build, tmp_path):
-    """Every document is as long as a row, so that each row's last label is another document's first token."""
+def test_label_from_the_next_document_does_not_count_at_the_row_end(build, tmp_path):
+    """Every document is as long as a row, so each row's last label is the first token of another document."""
     builder = IndexedDatasetBuilder(f"{tmp_path}/rows.bin", dtype=np.int32)
     for i in range(40):
         builder.add_document(torch.arange(i, i + SEQUENCE), [SEQUENCE])
@@ -176,7 +176,7 @@ def test_a_document_that_ends_with_its_row_does_not_count_the_next_ones_token(bu
         assert packed[i]["loss_mask"].tolist() == [1] * (SEQUENCE - 1) + [0]
 
 
-def test_data_prepared_anew_is_not_cut_by_the_cached_indices(build, texts, write_jsonl, prepared, hf_dir):
+def test_data_prepared_again_does_not_use_cached_indices(build, texts, write_jsonl, prepared, hf_dir):
     build(([texts], None), [20, 5, None])
     lines = [{"text": "other " * (40 - i)} for i in range(30)]
     prepared(write_jsonl(lines, "other.jsonl"), hf_dir, name="texts", force=True)
@@ -185,19 +185,19 @@ def test_data_prepared_anew_is_not_cut_by_the_cached_indices(build, texts, write
         check_sample(train, texts, i, train[i])
 
 
-def test_a_split_without_documents_is_named(build, write_jsonl, prepared, hf_dir):
+def test_split_without_documents_is_an_error(build, write_jsonl, prepared, hf_dir):
     prefix, _ = prepared(write_jsonl([{"text": "only one"}]), hf_dir)
     with pytest.raises(QADError, match=r"valid split of .*out has 0 of 1 documents.*--split"):
         build(([prefix], None), [4, 4, None], split="90,10,0")
 
 
-def test_a_lost_or_foreign_mask_is_named(build, chats, texts):
+def test_missing_or_mismatched_loss_mask_is_an_error(build, chats, texts):
     for suffix in (".bin", ".idx"):
         source = loss_mask_prefix(chats) + suffix
         with open(source, "rb") as stream_, open(loss_mask_prefix(texts) + suffix, "wb") as target:
             target.write(stream_.read())
-    with pytest.raises(QADError, match=r"texts_loss_mask does not fit"):
+    with pytest.raises(QADError, match=r"texts_loss_mask does not match"):
         build(([texts], None), [4, 4, None])
     os.remove(loss_mask_prefix(chats) + ".bin")
-    with pytest.raises(QADError, match=r"chats.json says that there is a loss mask"):
+    with pytest.raises(QADError, match=r"chats.json records a loss mask"):
         build(([chats], None), [4, 4, None])

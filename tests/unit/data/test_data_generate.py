@@ -1,4 +1,4 @@
-"""Text sampled from a tiny random Llama: shape of the lines, resuming, and the way into prepare_data."""
+"""Text generation with tiny random models: output lines, resuming, and use in prepare_data."""
 
 import json
 import runpy
@@ -31,7 +31,7 @@ def model_dir(tmp_path_factory, hf_tokenizer):
         eos_token_id=hf_tokenizer.eod,
     )
     model = LlamaForCausalLM(config)
-    # Rare EOS would leave "finish": "eos" untested; this makes it one token in about ten.
+    # Flatter logits: otherwise EOS would be too rare to test "finish": "eos".
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)
     return write(directory, model, hf_tokenizer)
@@ -47,7 +47,7 @@ def read(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def test_from_bos_and_on_to_prepare(model_dir, tmp_path, prepared, hf_dir):
+def test_documents_from_bos_can_be_prepared(model_dir, tmp_path, prepared, hf_dir):
     path = tmp_path / "own.jsonl"
     assert generate_documents(model_dir, None, path, OPTIONS) == 6
     lines = read(path)
@@ -69,56 +69,56 @@ def test_prompts_become_chats(model_dir, tmp_path, prepared, hf_dir):
     assert metadata.chat_documents == 6
 
 
-def test_a_run_that_was_killed_goes_on_with_the_same_text(model_dir, tmp_path):
-    generate_documents(model_dir, None, tmp_path / "whole.jsonl", OPTIONS)
-    whole = (tmp_path / "whole.jsonl").read_bytes()
+def test_killed_run_resumes_with_the_same_text(model_dir, tmp_path):
+    generate_documents(model_dir, None, tmp_path / "complete.jsonl", OPTIONS)
+    complete = (tmp_path / "complete.jsonl").read_bytes()
     generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS)
-    third_line = whole.index(b"\n", whole.index(b"\n") + 1) + 1
-    # two whole lines, then a third and half of a fourth, as if killed while writing the second batch
-    fourth_line = whole.index(b"\n", third_line) + 1
-    (tmp_path / "cut.jsonl").write_bytes(whole[: fourth_line + 5])
+    third_line = complete.index(b"\n", complete.index(b"\n") + 1) + 1
+    # Three lines and part of a fourth, as if killed while writing the second batch.
+    fourth_line = complete.index(b"\n", third_line) + 1
+    (tmp_path / "cut.jsonl").write_bytes(complete[: fourth_line + 5])
     assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 4
-    assert (tmp_path / "cut.jsonl").read_bytes() == whole
+    assert (tmp_path / "cut.jsonl").read_bytes() == complete
     assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 0
 
 
-def test_what_the_makers_advise_for_serving_changes_nothing(model_dir, tmp_path):
-    """transformers would take a repetition penalty from generation_config.json, as Qwen2.5 has one."""
-    advised = Path(shutil.copytree(model_dir, tmp_path / "advised"))
-    config = json.loads((advised / "generation_config.json").read_text())
-    # Logits of this model are near 0; a penalty near 1 would change no token of so few.
-    advice = {"repetition_penalty": 0.001, "top_k": 2, "do_sample": True, "min_length": 9}
-    (advised / "generation_config.json").write_text(json.dumps(config | advice))
-    for directory, name in ((model_dir, "a"), (advised, "b")):
+def test_sampling_settings_of_generation_config_are_ignored(model_dir, tmp_path):
+    """transformers would apply the repetition penalty of generation_config.json, which Qwen2.5 has, for example."""
+    changed = Path(shutil.copytree(model_dir, tmp_path / "changed"))
+    config = json.loads((changed / "generation_config.json").read_text())
+    # The logits of this model are near 0, so only a strong penalty would change some of the few tokens.
+    settings = {"repetition_penalty": 0.001, "top_k": 2, "do_sample": True, "min_length": 9}
+    (changed / "generation_config.json").write_text(json.dumps(config | settings))
+    for directory, name in ((model_dir, "a"), (changed, "b")):
         generate_documents(directory, None, tmp_path / f"{name}.jsonl", OPTIONS)
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "b.jsonl")
 
 
-def test_other_settings_do_not_continue_a_file(model_dir, tmp_path):
+def test_resuming_with_other_settings_is_an_error(model_dir, tmp_path):
     generate_documents(model_dir, None, tmp_path / "a.jsonl", OPTIONS)
     other = GenerateOptions(**{**vars(OPTIONS), "seed": 6, "num_documents": 8})
     with pytest.raises(QADError, match="other settings: seed differ"):
         generate_documents(model_dir, None, tmp_path / "a.jsonl", other)
 
 
-def test_bad_options_and_prompts(model_dir, tmp_path):
+def test_invalid_options_and_prompts_are_errors(model_dir, tmp_path):
     with pytest.raises(QADError, match="temperature must be above 0"):
         generate_documents(model_dir, None, tmp_path / "x", GenerateOptions(num_documents=1, temperature=0))
     with pytest.raises(QADError, match="not a directory"):
         generate_documents(tmp_path / "nowhere", None, tmp_path / "x", OPTIONS)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(QADError, match="holds no prompt"):
+    with pytest.raises(QADError, match="has no prompt"):
         read_prompts(tmp_path / "empty.txt")
 
 
-def test_prompts_end_at_newlines_only(tmp_path):
-    """str.splitlines() would also break at characters that may stand inside a prompt."""
+def test_prompts_are_split_at_newlines_only(tmp_path):
+    """str.splitlines() would also split at characters that may occur inside a prompt."""
     prompts = ["one\u2028prompt", "one\x85prompt", "one\x0b\x0c\x1cprompt", "one\rprompt"]
     (tmp_path / "prompts.txt").write_bytes("\r\n".join(["", *prompts, ""]).encode())
     assert read_prompts(tmp_path / "prompts.txt") == prompts
 
 
-def test_a_model_of_pickles_is_refused(model_dir, tmp_path):
+def test_model_with_pickled_weights_is_rejected(model_dir, tmp_path):
     """transformers would otherwise fall back to pytorch_model.bin."""
     pickled = Path(shutil.copytree(model_dir, tmp_path / "pickled"))
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
@@ -140,8 +140,8 @@ def test_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
     assert exit_.value.code == 0 and len(read(tmp_path / "o.jsonl")) == 2
 
 
-def test_a_hybrid_with_mlp_layers_writes_what_its_whole_passes_say(tmp_path, hf_tokenizer):
-    """transformers 5.14 has no cache for these layers, and without one a token costs a whole pass."""
+def test_cached_generation_of_a_hybrid_matches_uncached_passes(tmp_path, hf_tokenizer):
+    """transformers 5.14 has no cache type for MLP layers; ``generate`` registers one."""
     torch.manual_seed(0)
     config = NemotronHConfig(
         hybrid_override_pattern="M-*E",
@@ -164,7 +164,7 @@ def test_a_hybrid_with_mlp_layers_writes_what_its_whole_passes_say(tmp_path, hf_
     model = NemotronHForCausalLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(3 if weight.dim() > 1 else 1)  # likeliest tokens that stand out
+            weight.mul_(3 if weight.dim() > 1 else 1)  # clear maxima
     directory = write(tmp_path / "model", model, hf_tokenizer)
     nearly_greedy = GenerateOptions(num_documents=2, max_new_tokens=10, batch_size=2, temperature=1e-4, dtype="float32")
     generate_documents(directory, None, tmp_path / "own.jsonl", nearly_greedy)

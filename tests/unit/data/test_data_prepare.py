@@ -1,4 +1,4 @@
-"""Text and JSONL -> .bin/.idx: round trips, named bad lines, whole or absent outputs."""
+"""Data preparation: round trips, lists of bad lines, complete or absent outputs."""
 
 import json
 import resource
@@ -32,14 +32,14 @@ def test_text_files_round_trip_through_sentencepiece(tmp_path, corpus, sp_model,
         files.append(str(tmp_path / f"{i}.txt"))
     prefix, metadata = prepared(files, sp_model)
     tokenizer = load_tokenizer(sp_model)
-    found = documents(prefix)
-    assert [tokenizer.sp.decode(ids[:-1]) for ids in found] == corpus[:3]
-    assert {ids[-1] for ids in found} == {tokenizer.eod}
+    encoded = documents(prefix)
+    assert [tokenizer.sp.decode(ids[:-1]) for ids in encoded] == corpus[:3]
+    assert {ids[-1] for ids in encoded} == {tokenizer.eod}
     assert metadata == load_metadata(prefix)
-    assert (metadata.documents, metadata.tokens) == (3, sum(map(len, found)))
+    assert (metadata.documents, metadata.tokens) == (3, sum(map(len, encoded)))
     assert metadata.supervised_tokens == metadata.tokens and not metadata.loss_mask
-    assert not IndexedDataset.exists(loss_mask_prefix(prefix)), "a mask of ones says nothing"
-    assert IndexedDataset(prefix).index.dtype == np.uint16, "400 ids fit 16 bits"
+    assert not IndexedDataset.exists(loss_mask_prefix(prefix)), "a mask of all ones is not written"
+    assert IndexedDataset(prefix).index.dtype == np.uint16, "400 ids fit into 16 bits"
     assert metadata.vocab_size == 400 and metadata.tokenizer_files_sha256.keys() == {"tiny.model"}
 
 
@@ -55,7 +55,7 @@ def test_any_unicode_text_round_trips(tmp_path_factory, hf_dir, hf_tokenizer, te
     assert decoded == texts
 
 
-def test_chat_and_text_in_one_file(write_jsonl, prepared, hf_dir, hf_tokenizer):
+def test_file_with_chats_and_texts(write_jsonl, prepared, hf_dir, hf_tokenizer):
     chat = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": "the answer"}]
     path = write_jsonl([{"messages": chat}, {"text": "plain"}, {"messages": chat, "id": 7}])
     prefix, metadata = prepared(path, hf_dir)
@@ -68,12 +68,12 @@ def test_chat_and_text_in_one_file(write_jsonl, prepared, hf_dir, hf_tokenizer):
         "the answer<|im_end|>",
     ]
     assert all(ids[-1] == hf_tokenizer.eod for ids in tokens)
-    assert mask[0][-1] == 0, "the turn had its end already; the EOD after the template's newline is not the model's"
+    assert mask[0][-1] == 0, "the turn has an end of its own; the EOD after the template's newline does not count"
     assert metadata.loss_mask and metadata.chat_documents == 2
     assert metadata.supervised_tokens == sum(map(sum, mask))
 
 
-def test_eod_counts_where_the_template_leaves_the_answer_open(make_hf_dir):
+def test_eod_counts_if_the_template_does_not_end_the_answer(make_hf_dir):
     tokenizer = load_tokenizer(make_hf_dir("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"))
     line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     encoded = encode_record(Record("f", 1, True, json.dumps(line).encode()), tokenizer)
@@ -95,39 +95,39 @@ BAD = [
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_end_of_a_text_that_was_cut_off_does_not_count(chat, hf_tokenizer):
+def test_end_of_truncated_text_does_not_count(chat, hf_tokenizer):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it"}]
     line = {"messages": turns} if chat else {"text": "Because it"}
-    whole, cut = (
+    complete, truncated = (
         encode_record(Record("f", 1, True, json.dumps(line | finish).encode()), hf_tokenizer)
         for finish in ({"finish": "eos"}, {"finish": "length"})
     )
-    assert cut.ids == whole.ids
-    counts = whole.mask or [1] * len(whole.ids)
-    (end,) = (i for i, (a, b) in enumerate(zip(counts, cut.mask, strict=True)) if a != b)
-    assert (counts[end], cut.mask[end], whole.ids[end]) == (1, 0, hf_tokenizer.eod)
-    assert hf_tokenizer.hf.decode([i for i, m in zip(cut.ids, cut.mask, strict=True) if m]) == "Because it"
+    assert truncated.ids == complete.ids
+    counts = complete.mask or [1] * len(complete.ids)
+    (end,) = (i for i, (a, b) in enumerate(zip(counts, truncated.mask, strict=True)) if a != b)
+    assert (counts[end], truncated.mask[end], complete.ids[end]) == (1, 0, hf_tokenizer.eod)
+    assert hf_tokenizer.hf.decode([i for i, m in zip(truncated.ids, truncated.mask, strict=True) if m]) == "Because it"
 
 
-def test_bad_lines_are_named_with_their_reason(write_jsonl, prepared, hf_dir):
+def test_bad_lines_are_listed_with_reasons(write_jsonl, prepared, hf_dir):
     lines = [{"text": "good one"}, *[line for line, _ in BAD], "", {"text": "good two"}]
     path = write_jsonl(lines)
     prefix, metadata = prepared(path, hf_dir, max_bad_fraction=0.9)
     listed = Path(f"{prefix}.bad.txt").read_text(encoding="utf-8").splitlines()
     assert len(listed) == len(BAD)
-    for number, (found, (_, reason)) in enumerate(zip(listed, BAD, strict=True), start=2):
-        assert found.startswith(f"{path}:{number}: ") and reason in found
+    for line_number, (entry, (_, reason)) in enumerate(zip(listed, BAD, strict=True), start=2):
+        assert entry.startswith(f"{path}:{line_number}: ") and reason in entry
     assert (metadata.documents, metadata.bad_lines, metadata.blank_lines) == (2, len(BAD), 1)
 
 
-def test_too_many_bad_lines_write_nothing_but_their_list(tmp_path, write_jsonl, prepared, hf_dir):
+def test_too_many_bad_lines_write_only_their_list(tmp_path, write_jsonl, prepared, hf_dir):
     path = write_jsonl([{"text": "good"}, "broken"])
     with pytest.raises(QADError, match=r"1 of 2 records are bad.*input.jsonl:2: not JSON"):
         prepared(path, hf_dir)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.jsonl", "out.bad.txt"]
 
 
-def test_bytes_that_are_not_utf8_are_named_by_line(tmp_path, sp_model):
+def test_invalid_utf8_is_reported_with_its_line(tmp_path, sp_model):
     (tmp_path / "x.txt").write_bytes(b"one\ntwo\nthr\xff\n")
     (record,) = read_records(tmp_path / "x.txt", "text", None)
     bad = encode_record(record, load_tokenizer(sp_model))
@@ -144,7 +144,7 @@ def test_splitting_keeps_line_numbers(tmp_path):
         list(read_records(tmp_path / "x.txt", "text", "z*"))
 
 
-def test_workers_keep_the_order(write_jsonl, prepared, sp_model):
+def test_several_workers_keep_the_order(write_jsonl, prepared, sp_model):
     lines = [{"text": f"document {i} " * (i % 7 + 1)} if i % 50 else "bad" for i in range(400)]
     path = write_jsonl(lines)
     one, metadata_one = prepared(path, sp_model, name="one", max_bad_fraction=0.1)
@@ -154,7 +154,7 @@ def test_workers_keep_the_order(write_jsonl, prepared, sp_model):
         assert Path(one + suffix).read_bytes() == Path(two + suffix).read_bytes()
 
 
-def test_an_existing_output_is_kept_unless_forced(write_jsonl, prepared, hf_dir):
+def test_existing_output_is_replaced_only_with_force(write_jsonl, prepared, hf_dir):
     chat = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]}
     prefix, _ = prepared(write_jsonl([chat]), hf_dir)
     before = {p: p.read_bytes() for p in output_files(prefix)}
@@ -163,13 +163,17 @@ def test_an_existing_output_is_kept_unless_forced(write_jsonl, prepared, hf_dir)
         prepared(text, hf_dir)
     with pytest.raises(QADError, match="records are bad"):
         prepared(write_jsonl(["broken"], "broken.jsonl"), hf_dir, force=True)
-    assert {p: p.read_bytes() for p in output_files(prefix)} == before, "a failed replacement must change nothing"
+    assert {p: p.read_bytes() for p in output_files(prefix)} == before, (
+        "a failed replacement must not change the output"
+    )
     prepared(text, hf_dir, force=True)
-    assert not IndexedDataset.exists(loss_mask_prefix(prefix)), "the old mask must not stay beside new tokens"
+    assert not IndexedDataset.exists(loss_mask_prefix(prefix)), "the old mask must be removed"
 
 
-def test_a_full_disk_leaves_no_output(tmp_path, write_jsonl, prepared, sp_model):
-    path = write_jsonl([{"text": "some text " * 50}] * 2000)  # more than a file may have below, and than is buffered
+def test_full_disk_leaves_no_output(tmp_path, write_jsonl, prepared, sp_model):
+    path = write_jsonl(
+        [{"text": "some text " * 50}] * 2000
+    )  # larger than the file size limit below and than the buffers
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -180,7 +184,7 @@ def test_a_full_disk_leaves_no_output(tmp_path, write_jsonl, prepared, sp_model)
     assert [p.name for p in tmp_path.iterdir()] == ["input.jsonl"]
 
 
-def test_bos_is_prepended_once(write_jsonl, prepared, sp_model):
+def test_prepend_bos_adds_one_bos(write_jsonl, prepared, sp_model):
     prefix, _ = prepared(write_jsonl([{"text": "a"}]), sp_model, prepend_bos=True)
     tokenizer = load_tokenizer(sp_model)
     assert documents(prefix)[0] == [tokenizer.bos, *tokenizer.encode("a"), tokenizer.eod]
@@ -190,14 +194,14 @@ def test_bos_is_prepended_once(write_jsonl, prepared, sp_model):
     ("change", "message"),
     [
         ({"inputs": ["nowhere.jsonl"]}, "nowhere.jsonl is not a file"),
-        ({"tokenizer": "org/name"}, "names on the hub are not downloaded"),
+        ({"tokenizer": "org/name"}, "names on the Hub are not downloaded"),
         ({"split_on": "("}, "--split-on '\\(' is not a regular expression"),
         ({"workers": 0}, "--workers 0"),
         ({"max_bad_fraction": 2}, "--max-bad-fraction 2"),
         ({"json_key": "messages"}, "has no chat template"),
     ],
 )
-def test_wrong_options_are_named(tmp_path, write_jsonl, sp_model, change, message):
+def test_invalid_options_are_errors(tmp_path, write_jsonl, sp_model, change, message):
     path = write_jsonl([{"messages": [{"role": "assistant", "content": "x"}]}])
     options = {"inputs": [path], "tokenizer": str(sp_model), "output": str(tmp_path / "out"), **change}
     with pytest.raises(QADError, match=message):
@@ -205,7 +209,7 @@ def test_wrong_options_are_named(tmp_path, write_jsonl, sp_model, change, messag
 
 
 def test_an_empty_input_is_an_error(write_jsonl, prepared, sp_model):
-    with pytest.raises(QADError, match="holds no document"):
+    with pytest.raises(QADError, match="has no document"):
         prepared(write_jsonl(["", " "]), sp_model)
 
 
@@ -224,8 +228,8 @@ def test_the_command_line(tmp_path, write_jsonl, sp_model, monkeypatch, capsys):
     assert "1 documents (0 chats)" in capsys.readouterr().out
 
 
-def test_data_in_which_nothing_counts_is_refused(prepared, write_jsonl, hf_dir, tmp_path):
-    """Answers that were cut off before their first word."""
+def test_data_without_counted_tokens_is_an_error(prepared, write_jsonl, hf_dir, tmp_path):
+    """Every answer is truncated before its first word."""
     messages = [{"role": "user", "content": "Who answers?"}, {"role": "assistant", "content": "<|im_end|>"}]
     questions = write_jsonl([{"messages": messages, "finish": "length"}] * 3)
     with pytest.raises(QADError, match=r"none of the \d+ tokens of its 3 documents would count in the loss"):

@@ -1,4 +1,4 @@
-"""Validation sets of the provider, in one process: one order, every sample once, and what is refused."""
+"""Validation sets of the provider in one process: fixed order, every sample once, and errors."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SEQUENCE = 16
 
 @pytest.fixture
 def write(tmp_path):
-    """``write(name, masks)``: documents of random tokens with these masks, as Megatron's files; the prefix."""
+    """``write(name, masks)``: write documents of random tokens with these masks and return the prefix."""
 
     def make(name, masks, seed=0):
         prefix, rng = f"{tmp_path}/{name}", np.random.default_rng(seed)
@@ -32,14 +32,14 @@ def write(tmp_path):
 
 @pytest.fixture
 def some(write):
-    """40 documents whose first token, which is the label of no other, never counts."""
+    """40 documents whose first tokens never count, because the first token of the split is not a label."""
     rng = np.random.default_rng(3)
     return write("some", [[0, *(rng.random(int(rng.integers(5, 40))) < 0.5)] for _ in range(40)])
 
 
 @pytest.fixture
 def provided(provider_for, one_process):
-    """``provided(*flags, eval_global_batch_size=4)``: (training dataset, validation set, the job's arguments)."""
+    """``provided(*flags, eval_global_batch_size=4)``: (training dataset, validation set, arguments of the job)."""
 
     def run(*flags, **changes):
         provider = provider_for(*flags, **changes)
@@ -49,20 +49,20 @@ def provided(provider_for, one_process):
     return run
 
 
-def read(valid, number) -> list[tuple]:
-    """What ``number`` samples hold, as tuples that compare."""
-    samples = [valid[i] for i in range(number)]
+def read(valid, num_samples) -> list[tuple]:
+    """Return the contents of the first ``num_samples`` samples as tuples that can be compared."""
+    samples = [valid[i] for i in range(num_samples)]
     return [tuple(tuple(s[k].tolist()) for k in ("tokens", "labels", "loss_mask")) for s in samples]
 
 
 def counted(prefix: str, share: float = 0.8) -> int:
-    """Counted tokens of the documents of the validation split, from the files."""
+    """Return the number of counted tokens in the documents of the validation split, read from the files."""
     masks = IndexedDataset(f"{prefix}_loss_mask")
     return sum(int(masks[i].sum()) for i in range(round(share * len(masks)), len(masks)))
 
 
-def test_an_evaluation_counts_every_token_of_the_set_once(provided, some):
-    """In an order that neither the seed nor the batch size moves; a resumed job begins with the first, too."""
+def test_an_evaluation_counts_every_token_once(provided, some):
+    """The order depends neither on the seed nor on the batch size, and a resumed job starts at the first sample."""
     _, valid, args = provided("--data-path", some)
     first, total = read(valid, valid.num_samples), valid.samples_per_evaluation
     assert len(first) == len(set(first)) == len(valid.samples)
@@ -76,67 +76,67 @@ def test_an_evaluation_counts_every_token_of_the_set_once(provided, some):
         assert other.samples_per_evaluation % batch == 0 and other.samples_per_evaluation - len(first) < batch
 
 
-def test_the_rest_of_a_batch_counts_nothing_and_the_next_evaluation_begins_anew():
+def test_fillers_do_not_count_and_the_next_evaluation_restarts():
     samples = [{"tokens": torch.full((4,), i), "loss_mask": torch.ones(4)} for i in range(5)]
     valid = ValidationSet(samples, 3, 8)
-    found = [(int(valid[i]["tokens"][0]), int(valid[i]["loss_mask"].sum())) for i in range(8 * 100 + 8)]
-    assert found[:8] == [(0, 4), (1, 4), (2, 4), (0, 0), (1, 0), (2, 0), (0, 0), (1, 0)]
-    assert found[8:16] == found[800:] == found[:8]
+    read_samples = [(int(valid[i]["tokens"][0]), int(valid[i]["loss_mask"].sum())) for i in range(8 * 100 + 8)]
+    assert read_samples[:8] == [(0, 4), (1, 4), (2, 4), (0, 0), (1, 0), (2, 0), (0, 0), (1, 0)]
+    assert read_samples[8:16] == read_samples[800:] == read_samples[:8]
     assert all(sample["loss_mask"].all() for sample in samples)  # fillers are copies
 
 
-def test_fewer_iterations_read_a_prefix_and_more_are_not_run(provided, some, capsys):
-    _, whole, args = provided("--data-path", some)
+def test_eval_iters_selects_a_prefix_and_is_limited_to_the_set(provided, some, capsys):
+    _, full, args = provided("--data-path", some)
     needed = args.eval_iters
-    assert f"every evaluation reads all {whole.num_samples} validation samples" in capsys.readouterr().out
+    assert f"every evaluation reads all {full.num_samples} validation samples" in capsys.readouterr().out
     _, part, args = provided("--data-path", some, "--eval-iters", "2")
     assert (args.eval_iters, part.num_samples, part.samples_per_evaluation) == (2, 8, 8)
-    assert read(part, 8) == read(whole, 8)
-    assert f"the first 8 of {whole.num_samples} validation samples" in capsys.readouterr().out
-    _, all_of_it, args = provided("--data-path", some, "--eval-iters", "1000")
-    assert args.eval_iters == needed and all_of_it.num_samples == whole.num_samples
+    assert read(part, 8) == read(full, 8)
+    assert f"the first 8 of {full.num_samples} validation samples" in capsys.readouterr().out
+    _, limited, args = provided("--data-path", some, "--eval-iters", "1000")
+    assert args.eval_iters == needed and limited.num_samples == full.num_samples
     assert f"--eval-iters 1000 becomes {needed}" in capsys.readouterr().out
 
 
-def test_of_a_large_set_a_prefix_of_so_many_tokens_is_read(provided, some, monkeypatch):
+def test_default_number_of_tokens_limits_a_large_set(provided, some, monkeypatch):
     monkeypatch.setattr(provider, "DEFAULT_TOKENS", 6 * SEQUENCE + 1)
     for batch in (4, 8):
         _, valid, args = provided("--data-path", some, eval_global_batch_size=batch)
         assert valid.num_samples == 6 and args.eval_iters == -(-6 // batch)
 
 
-def test_a_set_shorter_than_a_row_is_one_padded_sample(provided, write):
+def test_set_shorter_than_a_row_is_one_padded_sample(provided, write):
     prefix = write("short", [[0, 1, 1, 1, 1]] * 10)
     _, valid, _ = provided("--data-path", prefix, "--split", "90,10,0")
     assert valid.num_samples == 1 and valid[0]["loss_mask"].sum() == 4
 
 
-def test_a_blend_is_taken_whole_or_in_its_proportions(provided, some, write):
+def test_blend_is_read_completely_or_in_proportion_to_its_weights(provided, some, write):
     other = write("other", [[0] + [1] * 20] * 40, seed=5)
-    _, whole, _ = provided("--data-path", some, other)
-    samples = read(whole, whole.num_samples)
-    assert len(set(samples)) == len(samples) == sum(len(part) for part in whole.samples.datasets)
+    _, full, _ = provided("--data-path", some, other)
+    samples = read(full, full.num_samples)
+    assert len(set(samples)) == len(samples) == sum(len(part) for part in full.samples.datasets)
     assert sum(sum(mask) for *_, mask in samples) == counted(some) + counted(other)
     given = ["--train-data-path", some, "--valid-data-path", "0.25", some, "0.75", other]
-    found = []
+    runs = []
     for seed, batch in (("1", 4), ("2", 8)):
         _, valid, _ = provided(*given, "--seed", seed, eval_global_batch_size=batch)
         samples = read(valid, valid.num_samples)
         sizes = [len(part) for part in valid.samples.datasets]
         assert len(set(samples)) == len(samples)
-        of_other = int(valid.samples._which[: len(samples)].sum())
-        assert of_other == sizes[1] and abs(of_other / len(samples) - 0.75) < 0.02  # until that one ends
-        found.append(samples)
-    assert found[0] == found[1] and valid.describe() == f"all {len(found[0])} validation samples"
+        num_other = int(valid.samples._dataset_index[: len(samples)].sum())
+        assert num_other == sizes[1] and abs(num_other / len(samples) - 0.75) < 0.02  # until ``other`` is exhausted
+        runs.append(samples)
+    assert runs[0] == runs[1] and valid.describe() == f"all {len(runs[0])} validation samples"
     _, valid, _ = provided(*given, "--eval-iters", "1")
-    assert read(valid, 4) == found[0][:4] and valid.describe() == "the first 4 validation samples"
+    assert read(valid, 4) == runs[0][:4] and valid.describe() == "the first 4 validation samples"
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
-def test_a_split_in_which_nothing_counts_is_refused(provided, write, split):
+def test_split_without_counted_tokens_is_an_error(provided, write, split):
     masks = [[1 if (i < 32) == (split == "valid") else 0] * 20 for i in range(40)]
     prefix = write("half", masks)
-    with pytest.raises(QADError, match=f"The {split} split of .*half: no token of it counts in the loss"):
+    with pytest.raises(QADError, match=f"The {split} split of .*half: no token counts in the loss"):
         provided("--data-path", prefix)
     masks[32 if split == "valid" else 31][-1] = 1
     provided("--data-path", write("enough", masks))
@@ -144,6 +144,6 @@ def test_a_split_in_which_nothing_counts_is_refused(provided, write, split):
         provided("--data-path", prefix, "--eval-iters", "0")
 
 
-def test_another_order_each_time_is_refused(provided, some):
-    with pytest.raises(QADError, match="--dataloader-type cyclic would read the validation set in another order"):
+def test_cyclic_dataloader_is_an_error(provided, some):
+    with pytest.raises(QADError, match="--dataloader-type cyclic would read the validation set in a different order"):
         provided("--data-path", some, "--dataloader-type", "cyclic")

@@ -1,4 +1,4 @@
-"""Real event files and real tiny checkpoints, in one process."""
+"""Fixtures: event files and tiny checkpoints, written in one process."""
 
 import json
 import os
@@ -25,13 +25,13 @@ METRICS = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agre
 
 @pytest.fixture(autouse=True)
 def process_group():
-    """Checkpoints are read and written through torch.distributed, here with one process."""
+    """A process group of one process: checkpoints are read and written through torch.distributed."""
     init_process_group()
 
 
 @pytest.fixture
 def write_events():
-    """write_events(directory, {name: [(step, value), ...]}): one event file, as one job writes it."""
+    """write_events(directory, {name: [(step, value), ...]}): write one event file, as one start of a job does."""
 
     def write(directory, scalars):
         writer = SummaryWriter(str(directory), filename_suffix=f".{len(list(directory.glob('*')))}")
@@ -45,7 +45,7 @@ def write_events():
 
 @pytest.fixture
 def evaluations():
-    """evaluations({step: (kl, ce, teacher_ce, top1, tokens)}): the scalars that callbacks.validation writes."""
+    """evaluations({step: (kl, ce, teacher_ce, top1, tokens)}): the scalars as callbacks.validation writes them."""
 
     def scalars(by_step):
         return {
@@ -58,7 +58,7 @@ def evaluations():
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A random tiny Llama, saved by transformers and imported as BF16. Its hf.pt holds the Hugging Face weights."""
+    """Checkpoint of a tiny random Llama, imported as BF16; hf.pt in its parent has the Hugging Face weights."""
     import transformers
 
     init_process_group()
@@ -82,7 +82,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def formats(teacher):
-    """The policy nvfp4-all-linear of the tiny model: every linear but the head."""
+    """Formats of the policy nvfp4-all-linear for the tiny model: every linear except the head."""
     config = json.loads((teacher / "hf" / "config.json").read_text())
     linears = family_of(config).linears(config)
     return {m.megatron: "bf16" if m.kind == "head" else "nvfp4" for m in linears}
@@ -90,7 +90,7 @@ def formats(teacher):
 
 @pytest.fixture
 def save_checkpoint():
-    """save_checkpoint(directory, iteration, tensors): a torch_dist checkpoint by Megatron's own writer."""
+    """save_checkpoint(directory, iteration, tensors): save a torch_dist checkpoint with Megatron's own writer."""
 
     def save(directory, iteration, tensors):
         target = directory / f"iter_{iteration:07d}"

@@ -1,4 +1,4 @@
-"""Damaged, cut off, missing and swapped event files: the same report or an error, never another report."""
+"""Damaged, truncated, missing and swapped event files give the same scalars or an error."""
 
 import hashlib
 import json
@@ -15,24 +15,24 @@ from megatron_qad.report.scalars import read_scalars
 LOSS = [(i, 1.0 / i) for i in range(1, 7)]
 
 
-def record_in(run, target="iter_0000006"):
+def write_record(run, target="iter_0000006"):
     (run / target).mkdir(exist_ok=True)
     (run / target / "event_files.json").write_text(EventRecord(run / "tensorboard", run).text())
 
 
-def files_of(run):
-    """In the order in which ``write_events`` wrote them, whose number ends their names."""
+def event_files(run):
+    """Return the event files in the order in which ``write_events`` wrote them (the suffix of their names)."""
     return sorted((run / "tensorboard").glob("events.*"), key=lambda file: int(file.name.rsplit(".", 1)[1]))
 
 
 @pytest.fixture
 def run(tmp_path, write_events):
-    """Two starts of one job, the second from iteration 3 on, with a checkpoint after each."""
+    """Two starts of one job, the second one resumed at iteration 3, with a checkpoint after each."""
     run = tmp_path / "run"
     write_events(run / "tensorboard", {"job/start": [(0, 0)], "kl loss": LOSS[:4]})
-    record_in(run, "iter_0000003")
+    write_record(run, "iter_0000003")
     write_events(run / "tensorboard", {"job/start": [(3, 1)], "kl loss": LOSS[3:]})
-    record_in(run)
+    write_record(run)
     return run
 
 
@@ -58,102 +58,102 @@ def zero(begin, end=None):
     return damage
 
 
-DAMAGES = {
-    "a length": flip(0),
-    "a length's checksum": flip(9),
-    "an event": flip(30),
-    "an event's checksum": flip(-1),
-    "the middle": flip(150),
+DAMAGE = {
+    "length": flip(0),
+    "checksum of a length": flip(9),
+    "event": flip(30),
+    "checksum of an event": flip(-1),
+    "middle": flip(150),
     "zeros in the middle": zero(100, 160),
     "zeros at the end": zero(-40),
     "all zeros": zero(0),
-    "cut in a length": cut(-45),
-    "cut in the last record": cut(-7),
-    "cut in the first record": cut(5),
+    "truncated in a length": cut(-45),
+    "truncated in the last record": cut(-7),
+    "truncated in the first record": cut(5),
     "empty": cut(0),
-    "cut by a half": lambda file: cut(file.stat().st_size // 2)(file),
+    "truncated to half": lambda file: cut(file.stat().st_size // 2)(file),
     "deleted": lambda file: file.unlink(),
 }
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["first", "last"])
-@pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_file_is_named(run, case, which):
-    file = files_of(run)[which]
-    DAMAGES[case](file)
-    with pytest.raises(QADError, match=f"{file}: .*Restore the file from a copy, or accept the gap: --accept-gaps"):
+@pytest.mark.parametrize("index", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_file_is_an_error_unless_gaps_are_accepted(run, case, index):
+    file = event_files(run)[index]
+    DAMAGE[case](file)
+    with pytest.raises(QADError, match=f"{file}: .*Restore the file from a copy, or accept the gap with --accept-gaps"):
         read_scalars(run)
     with pytest.raises(QADError, match=file.name):
-        read_scalars(run / "tensorboard")  # the same, named otherwise
+        read_scalars(run / "tensorboard")  # the same files, given by their directory
     notes = []
     read_scalars(run, accept_gaps=True, notes=notes)
     assert any(file.name in note and "accepted" in note for note in notes)
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     [
-        ("a length", "damaged: the length of record 1, at byte 0, has another checksum"),
-        ("an event's checksum", "damaged: record 6, at byte .*, has another checksum"),
+        ("length", "damaged: the length of record 1 at byte 0 does not match its checksum"),
+        ("checksum of an event", "damaged: record 6 at byte .* does not match its checksum"),
         ("all zeros", "damaged: the length of record 1"),
     ],
 )
-def test_checksums_are_checked_without_a_record(tmp_path, write_events, case, said):
+def test_checksums_are_verified_without_a_record(tmp_path, write_events, case, message):
     write_events(tmp_path, {"kl loss": LOSS[:5]})
-    DAMAGES[case](next(tmp_path.iterdir()))
-    with pytest.raises(QADError, match=said):
+    DAMAGE[case](next(tmp_path.iterdir()))
+    with pytest.raises(QADError, match=message):
         read_scalars(tmp_path)
 
 
-def test_swapped_files_are_noticed(run):
-    first, second = files_of(run)
+def test_swapped_files_are_an_error(run):
+    first, second = event_files(run)
     first.rename(run / "aside")
     second.rename(first)
     (run / "aside").rename(second)
-    with pytest.raises(QADError, match="cut off|changed"):
+    with pytest.raises(QADError, match="truncated|changed"):
         read_scalars(run)
 
 
-def test_a_cut_record_after_the_newest_checkpoint_is_a_kill(run, write_events):
+def test_truncated_record_after_the_newest_checkpoint_is_a_note(run, write_events):
     write_events(run / "tensorboard", {"job/start": [(6, 2)], "kl loss": [(7, 0.5), (8, 0.25)]})
-    cut(-7)(files_of(run)[2])
+    cut(-7)(event_files(run)[2])
     notes = []
     assert read_scalars(run, notes=notes)["kl loss"][-1] == (7, 0.5)
-    assert len(notes) == 1 and notes[0].startswith(f"{files_of(run)[2].name} ends within a record")
-    # The next checkpoint records it as it is, and the job goes on.
+    assert len(notes) == 1 and notes[0].startswith(f"{event_files(run)[2].name} ends within a record")
+    # The next checkpoint records the truncated file, and the job continues.
     write_events(run / "tensorboard", {"job/start": [(6, 3)], "kl loss": [(7, 0.5), (8, 0.25)]})
-    record_in(run, "iter_0000008")
+    write_record(run, "iter_0000008")
     assert read_scalars(run)["kl loss"][-1] == (8, 0.25)
-    cut(-1)(files_of(run)[2])
-    with pytest.raises(QADError, match=r"cut off: it has .* \(iter_0000008/event_files.json\)"):
+    cut(-1)(event_files(run)[2])
+    with pytest.raises(QADError, match=r"truncated: it has .* \(iter_0000008/event_files.json\)"):
         read_scalars(run)
 
 
-def test_the_end_of_a_job_is_recorded_beside_its_checkpoints(run, write_events):
+def test_record_of_the_end_of_a_job_is_used(run, write_events):
     write_events(run / "tensorboard", {"job/start": [(6, 2)], "validation/kl_to_teacher": [(6, 0.5)]})
     (run / "event_files.json").write_text(EventRecord(run / "tensorboard", run).text())
     assert read_scalars(run)["validation/kl_to_teacher"] == [(6, 0.5)]
-    files_of(run)[2].unlink()
-    with pytest.raises(QADError, match=r"missing; it had .* \(event_files.json\)"):
+    event_files(run)[2].unlink()
+    with pytest.raises(QADError, match=r"missing; expected .* \(event_files.json\)"):
         read_scalars(run)
 
 
-def test_a_record_that_cannot_be_read_is_named(run):
+def test_invalid_record_is_an_error(run):
     (run / "iter_0000006" / "event_files.json").write_text("{")
-    with pytest.raises(QADError, match="iter_0000006/event_files.json: not readable as a record"):
+    with pytest.raises(QADError, match="iter_0000006/event_files.json: not a valid record"):
         read_scalars(run)
 
 
-def test_a_moved_run_is_checked(run, tmp_path, write_events):
+def test_moved_run_is_verified(run, tmp_path, write_events):
     moved = run.rename(tmp_path / "moved")
     assert len(read_scalars(moved)["kl loss"]) == 6
     (moved / "tensorboard").rename(moved / "kept")
-    write_events(moved / "tensorboard", {"kl loss": LOSS})  # something else under the name of what was recorded
-    with pytest.raises(QADError, match=r"missing; it had .* And 1 more\."):
+    write_events(moved / "tensorboard", {"kl loss": LOSS})  # another directory under the recorded name
+    with pytest.raises(QADError, match=r"missing; expected .* And 1 more\."):
         read_scalars(moved)
 
 
-def test_a_record_of_another_directory_is_said(run, write_events):
+def test_record_of_another_directory_is_a_note(run, write_events):
     (run / "tensorboard").rename(run / "events")
     (run / "iter_0000006" / "event_files.json").write_text(EventRecord(run / "events", run).text())
     write_events(run / "tensorboard", {"kl loss": LOSS})
@@ -167,41 +167,41 @@ def test_a_record_of_another_directory_is_said(run, write_events):
         read_scalars(run / "events")
 
 
-def test_a_record_hashes_only_what_is_new(run):
-    record, file = EventRecord(run / "tensorboard", run), files_of(run)[0]
+def test_record_hashes_only_new_bytes(run):
+    record, file = EventRecord(run / "tensorboard", run), event_files(run)[0]
     record.text()
     old = file.read_bytes()
     file.write_bytes(bytes(len(old)) + b"more")
-    found = json.loads(record.text())["files"][file.name]
-    assert found == {"bytes": len(old) + 4, "sha256": hashlib.sha256(old + b"more").hexdigest()}
+    entry = json.loads(record.text())["files"][file.name]
+    assert entry == {"bytes": len(old) + 4, "sha256": hashlib.sha256(old + b"more").hexdigest()}
 
 
-def test_any_damage_gives_the_same_scalars_or_an_error(run):
+def test_random_damage_gives_the_same_scalars_or_an_error(run):
     expected = read_scalars(run)
     (run / "event_files.json").write_text(EventRecord(run / "tensorboard", run).text())
-    whole = {file: file.read_bytes() for file in files_of(run)}
+    contents = {file: file.read_bytes() for file in event_files(run)}
     random_ = random.Random(1)
     outcomes = {"same": 0, "error": 0}
     for _ in range(400):
-        for file in random_.sample(list(whole), random_.choice((1, 1, 2))):
-            size = len(whole[file])
-            at, length = random_.randrange(size), random_.randrange(1, 60)
+        for file in random_.sample(list(contents), random_.choice((1, 1, 2))):
+            size = len(contents[file])
+            start, length = random_.randrange(size), random_.randrange(1, 60)
             kind = random_.choice(("bit", "cut", "zeros", "random", "drop", "twice", "delete", "swap", "append"))
-            content = bytearray(whole[file])
+            content = bytearray(contents[file])
             if kind == "bit":
-                content[at] ^= 1 << random_.randrange(8)
+                content[start] ^= 1 << random_.randrange(8)
             elif kind == "cut":
-                del content[at:]
+                del content[start:]
             elif kind == "zeros":
-                content[at : at + length] = bytes(len(content[at : at + length]))
+                content[start : start + length] = bytes(len(content[start : start + length]))
             elif kind == "random":
-                content[at : at + length] = random_.randbytes(len(content[at : at + length]))
+                content[start : start + length] = random_.randbytes(len(content[start : start + length]))
             elif kind == "drop":
-                del content[at : at + length]
+                del content[start : start + length]
             elif kind == "twice":
-                content[at:at] = content[at : at + length]
+                content[start:start] = content[start : start + length]
             elif kind == "swap":
-                content = random_.choice(list(whole.values()))
+                content = random_.choice(list(contents.values()))
             elif kind == "append":
                 content += random_.randbytes(length)
             file.write_bytes(content)
@@ -212,7 +212,7 @@ def test_any_damage_gives_the_same_scalars_or_an_error(run):
             outcomes["same"] += 1
         except QADError:
             outcomes["error"] += 1
-        for file, content in whole.items():
+        for file, content in contents.items():
             file.write_bytes(content)
     assert outcomes["error"] > 300 and outcomes["same"] > 0
 
@@ -227,19 +227,19 @@ def write_at(directory, time, scalars, monkeypatch):
     monkeypatch.undo()
 
 
-def test_a_clock_that_went_back_does_not_bring_back_abandoned_steps(tmp_path, monkeypatch):
+def test_abandoned_steps_stay_out_if_the_clock_went_back(tmp_path, monkeypatch):
     first = {"job/start": [(0, 0)], "kl loss": [(i, 1.0) for i in range(1, 9)], "experts/changed": [(4, 1.0), (8, 1.0)]}
     write_at(tmp_path, 2000.0, first, monkeypatch)
     second = {"job/start": [(4, 1)], "kl loss": [(i, 2.0) for i in range(5, 7)], "kl loss vs samples": [(40, 2.0)]}
     write_at(tmp_path, 1000.0, second, monkeypatch)
-    found = read_scalars(tmp_path)
-    assert found["kl loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
-    assert found["experts/changed"] == [(4, 1.0)]  # of iteration 8 nothing is left, though no later value is there
-    assert found["kl loss vs samples"] == [(40, 2.0)]  # its steps are no iterations
-    assert "job/start" not in found
+    scalars = read_scalars(tmp_path)
+    assert scalars["kl loss"] == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
+    assert scalars["experts/changed"] == [(4, 1.0)]  # iteration 8 is abandoned although no later value replaces it
+    assert scalars["kl loss vs samples"] == [(40, 2.0)]  # its steps are samples
+    assert "job/start" not in scalars
 
 
-def test_files_without_a_start_come_first_by_time(tmp_path, monkeypatch):
+def test_files_without_a_start_are_sorted_first_by_time(tmp_path, monkeypatch):
     write_at(tmp_path, 3000.0, {"kl loss": [(1, 1.0), (2, 1.0)]}, monkeypatch)
     write_at(tmp_path, 4000.0, {"kl loss": [(2, 2.0)]}, monkeypatch)
     write_at(tmp_path, 1000.0, {"job/start": [(2, 2)], "kl loss": [(3, 3.0)]}, monkeypatch)

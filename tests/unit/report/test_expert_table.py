@@ -1,4 +1,4 @@
-"""What the report says of experts, from the two files that a job leaves."""
+"""Expert table of the run report, from expert_load.json and calibration.json."""
 
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.report.collect import Results
@@ -13,13 +13,13 @@ LAYERS = {
 FEW = {f"decoder.layers.3.mlp.experts.experts.{i}.linear_fc1": {"tokens": i, "amax_of": "another"} for i in range(12)}
 
 
-def report_of(experts: Experts) -> str:
+def render_report(experts: Experts) -> str:
     model = {"architecture": "X", "num_hidden_layers": 1, "hidden_size": 1, "vocab_size": 1, "num_weights": 1}
     run = Run("QAD", "somewhere", {}, {}, None, None, experts)
     return markdown(Results("a title", "a teacher", model, [run], [], []))
 
 
-def test_load_and_few_tokens(tmp_path):
+def test_report_has_expert_load_and_experts_with_few_tokens(tmp_path):
     json_records.write(tmp_path / "expert_load.json", {"iteration": 7, "layers": LAYERS})
     json_records.write(tmp_path / "calibration.json", {"few_tokens": FEW})
     experts = Experts.read(tmp_path)
@@ -27,13 +27,13 @@ def test_load_and_few_tokens(tmp_path):
         ["QAD", "1", "not compared", "not compared", "not compared", "4.00", "0.00"],
         ["QAD", "3", "5.00%", "1.50", "0.50", "1.60", "0.40"],
     ]
-    text = report_of(experts)
+    text = render_report(experts)
     assert "| QAD | 3 | 5.00% | 1.50 | 0.50 | 1.60 | 0.40 |" in text
-    assert "12 linears of experts saw too few tokens" in text
+    assert "12 expert linears saw too few tokens" in text
     assert "experts.0.linear_fc1` (0 tokens)" in text and "experts.9.linear_fc1` (9 tokens)" in text
-    assert "experts.10." not in text  # the ten fewest
+    assert "experts.10." not in text  # only the ten with the fewest tokens are listed
 
 
-def test_a_model_without_experts_has_no_section(tmp_path):
+def test_model_without_experts_has_no_section(tmp_path):
     assert Experts.read(tmp_path) == Experts()
-    assert "Experts" not in report_of(Experts.read(tmp_path))
+    assert "Experts" not in render_report(Experts.read(tmp_path))

@@ -1,4 +1,4 @@
-"""Shipped policies on the five models of the paper, the printed table, its bytes, and the command line."""
+"""Shipped policies for the five models of the paper, the printed table, sizes, and the command line."""
 
 import json
 import subprocess
@@ -31,16 +31,16 @@ def report(name: str, policy: str | None = None, rules=()):
     return resolve_report(read(name), load(policy or name, rules))
 
 
-def kept(found) -> dict[str, set[int | None]]:
-    """Layers that stay in BF16, by kind."""
+def bf16_layers(policy_report) -> dict[str, set[int | None]]:
+    """Return the layers that stay in BF16, by kind."""
     layers: dict[str, set] = {}
-    for row in found.rows:
+    for row in policy_report.rows:
         if row.format == "bf16":
             layers.setdefault(row.kind, set()).add(row.layer)
     return layers
 
 
-def test_every_model_has_its_policy_and_its_config():
+def test_every_model_has_a_policy_and_a_config():
     assert len(MODELS) == 5 and all((SHIPPED / f"{name}.yaml").is_file() for name in MODELS)
     assert GENERAL == [
         "bf16", "fp8-all-linear", "nvfp4-all-linear", "nvfp4-mlp-fp8-attention", "nvfp4-mlp-only", "w4a16-all-linear",
@@ -49,10 +49,11 @@ def test_every_model_has_its_policy_and_its_config():
 
 @pytest.mark.parametrize("policy", GENERAL)
 @pytest.mark.parametrize("name", MODELS)
-def test_general_policies_fit_dense_hybrid_and_expert_models(name, policy):
-    found = report(name, policy)
+def test_general_policies_apply_to_dense_hybrid_and_expert_models(name, policy):
+    resolved = report(name, policy)
     by_kind = {
-        kind: {row.format for row in found.rows if row.kind == kind} for kind in Counter(r.kind for r in found.rows)
+        kind: {row.format for row in resolved.rows if row.kind == kind}
+        for kind in Counter(r.kind for r in resolved.rows)
     }
     mlp, mixer = {
         "bf16": ("bf16", "bf16"),
@@ -67,51 +68,51 @@ def test_general_policies_fit_dense_hybrid_and_expert_models(name, policy):
 
 
 @pytest.mark.parametrize("name", ["llama-nemotron-super-49b", "acereason-nemotron-7b", "nemotron-nano-12b-v2-vl"])
-def test_all_gemms_of_the_decoder(name):
-    found = report(name)
-    assert kept(found) == {"head": {None}} and found.policy.kv_cache == "bf16"
-    assert {row.format for row in found.rows} == {"bf16", "nvfp4"}
+def test_all_decoder_linears_are_quantized(name):
+    resolved = report(name)
+    assert bf16_layers(resolved) == {"head": {None}} and resolved.policy.kv_cache == "bf16"
+    assert {row.format for row in resolved.rows} == {"bf16", "nvfp4"}
 
 
-def test_nano_9b_keeps_attention_and_two_layers_at_each_end():
-    found = report("nemotron-nano-9b-v2")
-    pattern = found.layer_pattern
+def test_nano_9b_keeps_attention_and_two_layers_at_each_end_in_bf16():
+    resolved = report("nemotron-nano-9b-v2")
+    pattern = resolved.layer_pattern
     attention = {i for i, symbol in enumerate(pattern) if symbol == "*"}
     assert attention == {14, 21, 30, 39}
-    assert kept(found) == {"attention": attention, "mamba": {0, 54}, "mlp": {1, 55}, "head": {None}}
+    assert bf16_layers(resolved) == {"attention": attention, "mamba": {0, 54}, "mlp": {1, 55}, "head": {None}}
 
 
-def test_nano_30b_keeps_attention_and_the_mamba_layer_before_each():
-    found = report("nemotron-3-nano-30b-a3b")
-    attention = {i for i, symbol in enumerate(found.layer_pattern) if symbol == "*"}
+def test_nano_30b_keeps_attention_and_the_preceding_mamba_layers_in_bf16():
+    resolved = report("nemotron-3-nano-30b-a3b")
+    attention = {i for i, symbol in enumerate(resolved.layer_pattern) if symbol == "*"}
     assert len(attention) == 6
-    assert kept(found) == {"attention": attention, "mamba": {i - 1 for i in attention}, "head": {None}}
-    assert {found.layer_pattern[i - 1] for i in attention} == {"M"}
-    assert found.policy.kv_cache == "fp8"
+    assert bf16_layers(resolved) == {"attention": attention, "mamba": {i - 1 for i in attention}, "head": {None}}
+    assert {resolved.layer_pattern[i - 1] for i in attention} == {"M"}
+    assert resolved.policy.kv_cache == "fp8"
     backbone = "backbone.layers"
-    conv = [f"{backbone}.{i}.mixer.conv1d" for i, symbol in enumerate(found.layer_pattern) if symbol == "M"]
+    conv = [f"{backbone}.{i}.mixer.conv1d" for i, symbol in enumerate(resolved.layer_pattern) if symbol == "M"]
     mamba = [f"{backbone}.{i - 1}.mixer.{p}" for i in attention for p in ("in_proj", "out_proj")]
     qkvo = [f"{backbone}.{i}.mixer.{p}_proj" for i in attention for p in "qkvo"]
-    assert found.exclude_modules == sorted([*conv, *mamba, *qkvo, "lm_head"])
+    assert resolved.exclude_modules == sorted([*conv, *mamba, *qkvo, "lm_head"])
 
 
-def test_a_runs_report_tells_of_the_language_model_and_of_all_weights():
-    found = report("nemotron-nano-12b-v2-vl")
-    facts = _model_facts(found.hf_config)
-    assert facts["num_weights"] == found.num_weights
+def test_model_facts_have_language_model_sizes_but_count_all_weights():
+    resolved = report("nemotron-nano-12b-v2-vl")
+    facts = _model_facts(resolved.hf_config)
+    assert facts["num_weights"] == resolved.num_weights == 13_171_366_912  # vision encoder and projector included
     assert (facts["num_hidden_layers"], facts["hidden_size"], facts["vocab_size"]) == (62, 5120, 131072)
 
 
-def test_the_vision_encoder_is_excluded_and_untouched():
-    found = report("nemotron-nano-12b-v2-vl")
-    vision = [name for name in found.exclude_modules if not name.startswith("language_model.")]
+def test_vision_encoder_is_excluded():
+    resolved = report("nemotron-nano-12b-v2-vl")
+    vision = [name for name in resolved.exclude_modules if not name.startswith("language_model.")]
     assert len(vision) == 32 * 4 + 1 + 2  # blocks, patch embedding, projector
-    assert {name.rsplit(".", 1)[-1] for name in found.exclude_modules if name not in vision} == {"conv1d", "lm_head"}
-    assert not any(row.hf[0].startswith("vision") for row in found.rows)
+    assert {name.rsplit(".", 1)[-1] for name in resolved.exclude_modules if name not in vision} == {"conv1d", "lm_head"}
+    assert not any(row.hf[0].startswith("vision") for row in resolved.rows)
 
 
 def test_sizes_of_the_packed_models():
-    """In 10^9 bytes. The 9B by hand: 1,972 M weights stay, 6,916 M become 9/16 of a byte: 3.94 + 3.89 = 7.8."""
+    """In 10^9 bytes. For the 9B: 1,972 M weights in BF16 and 6,916 M at 9/16 of a byte give 3.94 + 3.89 = 7.8."""
     sizes = {name: round(report(name).bytes_after / 1e9, 1) for name in MODELS}
     assert sizes == {
         "acereason-nemotron-7b": 5.9,
@@ -124,13 +125,13 @@ def test_sizes_of_the_packed_models():
 
 @pytest.mark.parametrize("fmt", ["bf16", "nvfp4", "nvfp4-w4a16", "fp8"])
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_bytes_after_are_those_that_the_export_writes(fmt, layout):
+def test_bytes_after_match_the_exported_tensors(fmt, layout):
     config = {**read("acereason-nemotron-7b"), "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1,
               "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 32}  # fmt: skip
     linears = family_of(config).linears(config)
     scale = torch.tensor(1e-2)
     for linear, row in zip(linears, format_rows(linears, {x.megatron: fmt for x in linears}), strict=True):
-        written = 0
+        num_bytes = 0
         for name, shape in zip(linear.hf, linear.hf_shapes(), strict=True):
             item = HFTensor(
                 name,
@@ -141,29 +142,29 @@ def test_bytes_after_are_those_that_the_export_writes(fmt, layout):
                 input_scale=scale if fmt in ("nvfp4", "fp8") else None,
                 is_fake_quantized=False,
             )
-            written += sum(t.numel() * t.element_size() for t in stored_tensors(item, layout).values())
-        assert row.bytes_after == written
+            num_bytes += sum(t.numel() * t.element_size() for t in stored_tensors(item, layout).values())
+        assert row.bytes_after == num_bytes
 
 
-def test_a_format_needs_whole_blocks():
+def test_number_of_columns_must_be_a_multiple_of_the_block_size():
     config = {**read("acereason-nemotron-7b"), "num_hidden_layers": 1, "intermediate_size": 18944 + 16}
-    report_of = lambda rule: resolve_report(config, load("bf16", [rule]))  # noqa: E731
-    report_of("mlp=nvfp4")
+    resolve_rule = lambda rule: resolve_report(config, load("bf16", [rule]))  # noqa: E731
+    resolve_rule("mlp=nvfp4")
     with pytest.raises(QADError, match="linear_fc2.weight has 18960 columns, and int4-w4a16 needs a multiple of 128"):
-        report_of("mlp=int4-w4a16")
+        resolve_rule("mlp=int4-w4a16")
     config["intermediate_size"] += 8
     with pytest.raises(QADError, match="has 18968 columns, and nvfp4 needs a multiple of 16"):
-        report_of("mlp=nvfp4")
+        resolve_rule("mlp=nvfp4")
 
 
-def test_a_tied_head_is_no_tensor_and_is_excluded():
+def test_tied_head_has_no_size_and_is_excluded():
     config = {**read("acereason-nemotron-7b"), "tie_word_embeddings": True}
-    found = resolve_report(config, load("acereason-nemotron-7b"))
-    assert (found.rows[-1].kind, found.rows[-1].bytes_before, found.rows[-1].bytes_after) == ("head", 0, 0)
-    assert found.exclude_modules == ["lm_head"]
-    assert "output_layer (tied to the embedding)" in "\n".join(found.lines())
+    resolved = resolve_report(config, load("acereason-nemotron-7b"))
+    assert (resolved.rows[-1].kind, resolved.rows[-1].bytes_before, resolved.rows[-1].bytes_after) == ("head", 0, 0)
+    assert resolved.exclude_modules == ["lm_head"]
+    assert "output_layer (tied to the embedding)" in "\n".join(resolved.lines())
     untied = report("acereason-nemotron-7b")
-    assert untied.bytes_after - found.bytes_after == 2 * 152064 * 3584
+    assert untied.bytes_after - resolved.bytes_after == 2 * 152064 * 3584
 
 
 def test_formats_that_not_every_layout_holds_are_pointed_out():
@@ -177,7 +178,7 @@ def expert(index: int, fmt: str = "nvfp4", layer: int = 3) -> Row:
     return Row(layer, "expert", name, (f"e{index}",), (32, 16), fmt, 1024, 296)
 
 
-def test_experts_that_differ_only_in_their_index_are_one_row():
+def test_experts_that_differ_only_in_index_share_a_row():
     rows = [*(expert(i, "bf16" if i == 2 else "nvfp4") for i in range(6)), expert(0, layer=4)]
     folded = fold_experts(rows)
     assert [(row.layer, row.module.split("experts.experts.")[1], row.num) for row in folded] == [
@@ -190,14 +191,14 @@ def test_experts_that_differ_only_in_their_index_are_one_row():
     assert "5 x 32 x 16" in "\n".join(render(rows))
 
 
-def test_the_table_of_a_big_model_is_short_and_the_json_whole():
-    found = report("nemotron-3-nano-30b-a3b")
-    lines = list(found.lines())
+def test_table_of_a_large_model_is_folded_and_json_is_complete():
+    resolved = report("nemotron-3-nano-30b-a3b")
+    lines = list(resolved.lines())
     assert len(lines) < 250
     assert sum("experts.experts.{0..127}.linear_fc1" in line for line in lines) == 23
-    data = json.loads(json.dumps(found.as_json()))
-    assert len(data["linears"]) == len(found.rows) == 2 * (23 + 128 * 23 + 23 + 6) + 1
-    assert data["exclude_modules"] == found.exclude_modules and data["kv_cache"] == "fp8"
+    data = json.loads(json.dumps(resolved.as_json()))
+    assert len(data["linears"]) == len(resolved.rows) == 2 * (23 + 128 * 23 + 23 + 6) + 1
+    assert data["exclude_modules"] == resolved.exclude_modules and data["kv_cache"] == "fp8"
     assert sum(line["bytes_after"] for line in data["linears"]) == sum(
         t["bytes_after"] for t in data["totals"].values()
     )
@@ -209,7 +210,7 @@ def tool(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def test_the_tool_needs_only_a_config(tmp_path):
+def test_command_line_needs_only_a_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(read("nemotron-nano-9b-v2")))
     model = ("--hf-model", str(tmp_path), "--policy", "nemotron-nano-9b-v2")
     done = tool(*model, "--json", "--rule", "head=fp8", "kv_cache=fp8")
@@ -222,6 +223,6 @@ def test_the_tool_needs_only_a_config(tmp_path):
     assert "error: --rule kind:mamba,before:atention=bf16: unknown kind of layer 'atention'" in failed.stderr
 
 
-def test_no_config(tmp_path):
-    with pytest.raises(QADError, match="no config.json; expected the directory of a Hugging Face model"):
+def test_missing_config_is_an_error(tmp_path):
+    with pytest.raises(QADError, match="no config.json. Give the directory of a Hugging Face model"):
         report_policy(tmp_path, "bf16")

@@ -1,4 +1,4 @@
-"""The whole report: three runs from one teacher, and runs that lack something."""
+"""The run report: three runs from one teacher, runs with missing data, and the command line."""
 
 import json
 import math
@@ -22,13 +22,13 @@ RATES = [(i, 1e-4) for i in range(1, 5)]
 
 @pytest.fixture
 def make_run(tmp_path, teacher, formats, write_events):
-    """make_run(name, scalars, loss=...): a run's directory with events, hf/ and qad.json."""
+    """make_run(name, scalars, loss=...): create a run directory with events, hf/ and qad.json."""
 
-    def make(name, scalars, loss="kl", of_formats=formats):
+    def make(name, scalars, loss="kl", job_formats=formats):
         directory = tmp_path / name
         write_events(directory / "tensorboard", scalars)
         shutil.copytree(teacher / "hf", directory / "hf")
-        job = {"policy": "nvfp4-all-linear", "rules": ["head=bf16"], "loss": loss, "formats": of_formats}
+        job = {"policy": "nvfp4-all-linear", "rules": ["head=bf16"], "loss": loss, "formats": job_formats}
         json_records.write(directory / "qad.json", job)
         return directory
 
@@ -46,12 +46,14 @@ def three_runs(make_run, evaluations, teacher, save_checkpoint):
         "QAD": make_run("qad", qad | {"kl loss": LOSS, "learning-rate": RATES}),
     }
     names = [name for name, fmt in json_records.read(runs["QAD"] / "qad.json")["formats"].items() if fmt == "nvfp4"]
-    save_checkpoint(runs["QAD"], 4, TorchDistReader(teacher).read(names))  # an untrained student, not yet rounded
+    save_checkpoint(
+        runs["QAD"], 4, TorchDistReader(teacher).read(names)
+    )  # an untrained student, saved before quantization
     return runs
 
 
 def row_of(text, name):
-    """The first table row of a run, as cells."""
+    """Return the cells of the first table row of a run."""
     line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.strip("|").split(" | ")]
 
@@ -81,14 +83,14 @@ def test_report_of_three_runs(three_runs, teacher, tmp_path):
     assert results["model"]["num_weights"] == 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64 + 2 * 64) + 2 * 120 * 64 + 64
     assert len(results["linears"]) == 8
     for linear in results["linears"]:
-        # The student is the teacher before rounding, so that export would round it to exactly the PTQ weight.
+        # The student is the unquantized teacher, so an export would quantize it to exactly the PTQ weight.
         assert linear["runs"]["QAD"]["distance"] == linear["ptq_error"] > 0
         assert linear["runs"]["QAD"]["input_amax"] is None
     with Image.open(out / "report.png") as image:
         assert image.format == "PNG" and image.width > 1000 and len(image.convert("RGB").getcolors(2**20)) > 50
 
 
-def test_the_worst_ten_lead(three_runs, teacher, tmp_path, formats):
+def test_ten_largest_errors_are_listed_first(three_runs, teacher, tmp_path, formats):
     results = write_report(three_runs, teacher, tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     listed = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `decoder")]
@@ -96,7 +98,7 @@ def test_the_worst_ten_lead(three_runs, teacher, tmp_path, formats):
     assert listed == [linear.name.removesuffix(".weight") for linear in expected]
 
 
-def test_what_is_missing_is_said(make_run, write_events, evaluations, teacher, tmp_path):
+def test_missing_data_becomes_notes(make_run, write_events, evaluations, teacher, tmp_path):
     bare = tmp_path / "bare"
     write_events(bare, {"ce loss": LOSS})
     no_teacher = make_run("ce", {"validation/cross_entropy": [(2, 2.5)], "ce loss": LOSS}, loss="ce")
@@ -106,15 +108,15 @@ def test_what_is_missing_is_said(make_run, write_events, evaluations, teacher, t
     assert "bare: no evaluation is recorded" in text and "bare: no qad.json" in text
     assert row_of(text, "bare")[1:] == [*["not measured"] * 5, "4"]
     assert "alone: evaluated without a teacher" in text
-    assert "alone: its last evaluation is of iteration 2, training went on to 4." in text
+    assert "alone: its last evaluation is at iteration 2, but training continued to iteration 4." in text
     assert row_of(text, "alone")[1:3] == ["not measured", "2.5000"]
     assert "nan: not finite in the last evaluation: kl_to_teacher" in text and row_of(text, "nan")[1] == "nan"
-    assert "distances and input amaxes are left out" in text
+    assert "distances and input amaxes are omitted" in text
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["runs"]["nan"]["validation"]["kl_to_teacher"] is None
 
 
-def test_an_evaluation_in_which_no_token_counted_is_shown_as_such(make_run, evaluations, teacher, tmp_path):
+def test_evaluation_without_counted_tokens_is_shown(make_run, evaluations, teacher, tmp_path):
     nothing = make_run("nothing", evaluations({4: (math.nan, math.nan, math.nan, math.nan, 0)}))
     some = make_run("some", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}))
     write_report({"some": some, "nothing": nothing}, teacher, tmp_path / "out")
@@ -128,36 +130,39 @@ def test_an_evaluation_in_which_no_token_counted_is_shown_as_such(make_run, eval
     )
 
 
-def test_without_any_job_file_there_are_no_weight_errors(write_events, teacher, tmp_path):
+def test_without_job_files_there_are_no_weight_errors(write_events, teacher, tmp_path):
     write_events(tmp_path / "bare", {"ce loss": LOSS})
     results = write_report({"bare": tmp_path / "bare"}, teacher, tmp_path / "out")
     assert (
-        results.linears == [] and "No run says which linears are quantized" in (tmp_path / "out/report.md").read_text()
+        results.linears == []
+        and "No run has a qad.json with its quantized linears" in (tmp_path / "out/report.md").read_text()
     )
 
 
-def test_another_student_shape_is_not_compared(make_run, evaluations, teacher, tmp_path):
+def test_student_of_another_shape_is_not_compared(make_run, evaluations, teacher, tmp_path):
     config = json.loads((teacher / "hf" / "config.json").read_text()) | {"num_hidden_layers": 1}
     formats = {linear.megatron: "nvfp4" for linear in family_of(config).linears(config)}
-    run = make_run("small", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}), of_formats=formats)
+    run = make_run("small", evaluations({4: (0.5, 2.0, 2.0, 0.5, 10)}), job_formats=formats)
     (run / "hf" / "config.json").write_text(json.dumps(config))
     manifest.write_manifest(run / "hf")
     results = write_report({"small": run}, teacher, tmp_path / "out")
-    assert results.linears == [] and any("other layers than the teacher" in note for note in results.notes)
+    assert results.linears == [] and any(
+        "its linears differ from the teacher's in names or shapes" in note for note in results.notes
+    )
 
 
-def test_a_run_that_was_smoothed_otherwise_is_not_compared(three_runs, teacher, tmp_path):
-    """Its weights differ from the teacher's by the factors that smoothing moved, not by an error."""
+def test_differently_smoothed_run_is_not_compared(three_runs, teacher, tmp_path):
+    """Its weights differ from the teacher's by smoothing factors, not by quantization errors."""
     record = {"alpha": 0.5, "weights_sha256": "0" * 64}
     json_records.write(three_runs["QAD"] / "qad_smoothing.json", record)
     results = write_report(three_runs, teacher, tmp_path / "out")
-    assert any("QAD: its weights and the teacher's are not smoothed alike" in note for note in results.notes)
+    assert any("QAD: its weights are smoothed differently from the teacher's" in note for note in results.notes)
     assert results.linears and not any("QAD" in linear.runs for linear in results.linears)
     json_records.write(teacher / "qad_smoothing.json", record)
     try:
         results = write_report(three_runs, teacher, tmp_path / "again")
     finally:
-        (teacher / "qad_smoothing.json").unlink()  # other tests have this teacher, too
+        (teacher / "qad_smoothing.json").unlink()  # the teacher is shared with other tests
     assert all("QAD" in linear.runs for linear in results.linears)
 
 
@@ -169,22 +174,22 @@ def test_a_run_that_was_smoothed_otherwise_is_not_compared(three_runs, teacher, 
         ((0.2, 2.0, 2.0 + 1e-6, 0.5, 1024), None),
     ],
 )
-def test_runs_on_different_tokens_are_noticed(make_run, evaluations, teacher, tmp_path, second, warning):
+def test_runs_evaluated_on_different_tokens_get_a_note(make_run, evaluations, teacher, tmp_path, second, warning):
     one = make_run("one", evaluations({4: (0.5, 2.0, 2.0, 0.5, 1024)}))
     two = make_run("two", evaluations({4: second}))
     notes = write_report({"one": one, "two": two}, teacher, tmp_path / "out").notes
-    found = [note for note in notes if "held-out" in note]
-    assert found == [] if warning is None else warning in found[0]
+    warnings = [note for note in notes if "held-out" in note]
+    assert warnings == [] if warning is None else warning in warnings[0]
 
 
-def test_a_checkpoint_of_another_iteration_is_noticed(three_runs, teacher, tmp_path):
+def test_checkpoint_of_another_iteration_gets_a_note(three_runs, teacher, tmp_path):
     (three_runs["QAD"] / "iter_0000004").rename(three_runs["QAD"] / "iter_0000003")
     (three_runs["QAD"] / "latest_checkpointed_iteration.txt").write_text("3")
     notes = write_report(three_runs, teacher, tmp_path / "out").notes
     assert "QAD: its checkpoint is of iteration 3, its last evaluation of 4." in notes
 
 
-def test_errors(three_runs, teacher, tmp_path):
+def test_invalid_runs_and_teachers_are_errors(three_runs, teacher, tmp_path):
     with pytest.raises(QADError, match="at least one run"):
         write_report({}, teacher, tmp_path / "out")
     with pytest.raises(QADError, match="no hf/config.json"):
@@ -192,12 +197,12 @@ def test_errors(three_runs, teacher, tmp_path):
     (three_runs["QAD"] / "latest_checkpointed_iteration.txt").write_text("9")
     with pytest.raises(QADError, match="names 9"):
         write_report(three_runs, teacher, tmp_path / "out")
-    assert not (tmp_path / "out").exists()  # nothing half-written
+    assert not (tmp_path / "out").exists()  # no partial output
 
 
 @pytest.fixture
 def tool(monkeypatch):
-    """tool(*arguments): tools/report.py run in this process, as its command line would."""
+    """tool(*arguments): run tools/report.py in this process."""
     source = Path(__file__).parents[3] / "tools" / "report.py"
 
     def call(*arguments):
@@ -207,7 +212,7 @@ def tool(monkeypatch):
     return call
 
 
-def test_command_line(tool, three_runs, teacher, tmp_path, capsys):
+def test_command_line_writes_the_report(tool, three_runs, teacher, tmp_path, capsys):
     runs = [word for name, directory in three_runs.items() for word in ("--run", f"{name}={directory}")]
     tool(*runs, "--teacher", teacher, "--output", tmp_path / "out", "--title", "By hand")
     assert "note: PTQ: no saved checkpoint" in capsys.readouterr().out
@@ -215,7 +220,7 @@ def test_command_line(tool, three_runs, teacher, tmp_path, capsys):
     assert (tmp_path / "out" / "report.png").is_file() and (tmp_path / "out" / "results.json").is_file()
 
 
-def test_a_damaged_event_file_is_an_error_until_its_gap_is_accepted(tool, three_runs, teacher, tmp_path, capsys):
+def test_damaged_event_file_is_an_error_unless_gaps_are_accepted(tool, three_runs, teacher, tmp_path, capsys):
     (file,) = (three_runs["QAT"] / "tensorboard").iterdir()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -227,7 +232,7 @@ def test_a_damaged_event_file_is_an_error_until_its_gap_is_accepted(tool, three_
     assert str(stopped.value).startswith(f"error: {file}: damaged: record ") and not (tmp_path / "out").exists()
     tool(*arguments, "--accept-gaps")
     assert f"note: QAT: {file}: damaged" in capsys.readouterr().out
-    assert "was accepted (--accept-gaps)" in (tmp_path / "out" / "report.md").read_text()
+    assert "The gap was accepted (--accept-gaps)" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(

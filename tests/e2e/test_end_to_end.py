@@ -1,6 +1,7 @@
-"""The whole job through the command lines a user types: Hugging Face BF16 in, QAD on two ranks, validated NVFP4 out.
+"""End-to-end test through the command lines: Hugging Face BF16, import, QAD on two ranks, export, validation.
 
-What training left in place, what the exporter packs and what modelopt packs of the same tensor are compared bit by bit.
+The weights of the checkpoint, those of the exporter and those that modelopt packs from the same tensors must be
+bitwise equal.
 """
 
 import json
@@ -16,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-# train-iters is no multiple of save-interval: the last save follows an optimizer step with no validation between, so
-# that the checkpoint holds the weights as they were before the next quantization.
+# train-iters is not a multiple of save-interval, so the last save directly follows an optimizer step, without a
+# validation between them, and the checkpoint has the weights before the next quantization.
 TRAIN = """
 tensor_model_parallel_size: 2
 sequence-parallel: true
@@ -45,8 +46,7 @@ def run(*command) -> str:
 
 @pytest.fixture(scope="session")
 def script(server):
-    """``script(path, argument, ...)``: the same command line in a process that has its imports; for what a test runs
-    again in another way."""
+    """``script(path, argument, ...)``: run a command line in a forked process that has its imports (faster)."""
 
     def call(path: str, *argv, fails: bool = False) -> str:
         arguments = {"path": path, "argv": [str(argument) for argument in argv]}
@@ -57,8 +57,8 @@ def script(server):
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, script) -> Path:
-    """HF model -> import -> data -> four steps of QAD -> exports, all under one directory."""
-    d = tmp_path_factory.mktemp("spine")
+    """Directory with an HF model, its import, data, four steps of QAD, and the exports."""
+    d = tmp_path_factory.mktemp("end_to_end")
     torch.manual_seed(3)
     shape = dict(
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -66,7 +66,7 @@ def job(tmp_path_factory, script) -> Path:
     config = LlamaConfig(vocab_size=300, max_position_embeddings=128, tie_word_embeddings=False, **shape)
     LlamaForCausalLM(config).bfloat16().save_pretrained(d / "hf")
     declared = json.loads((d / "hf" / "config.json").read_text())
-    del declared["dtype"]  # as some files on the hub have none
+    del declared["dtype"]  # some models on the Hub declare none
     (d / "hf" / "config.json").write_text(json.dumps(declared))
     (d / "text.txt").write_text("\n".join(f"the number {i} is followed by {i + 1}" for i in range(900)))
     import sentencepiece
@@ -83,7 +83,7 @@ def job(tmp_path_factory, script) -> Path:
     )
     (d / "train.yaml").write_text(TRAIN)
     run("tools/import_hf.py", "--hf-model", d / "hf", "--output", d / "teacher")
-    # A line of text a document: the split needs some in each part.
+    # One document per line, because every part of the split needs documents.
     (d / "lines.jsonl").write_text(
         "".join(json.dumps({"text": f"{i} comes before {i + 1} " * 20}) + "\n" for i in range(60))
     )
@@ -120,7 +120,7 @@ save_file({n: p.contiguous() for m, t in layers for n, p in zip(m.hf, m.to_hf(t)
 
 @pytest.fixture(scope="module")
 def saved(job, server) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights as they lie there, in Hugging Face names."""
+    """The checkpoint's weights as stored, with Hugging Face names."""
     (job / "saved").mkdir()
     server.run("script_jobs:code", 1, {"text": SAVED, "argv": [str(job / "run"), str(job / "saved")]})
     return tensors(job / "saved")
@@ -128,37 +128,37 @@ def saved(job, server) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def in_place(job, saved) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights as the next step's schedule would use them: fake-quantized per Megatron tensor (q, k, v
+    """The checkpoint's weights as the next training step would use them: fake-quantized per Megatron tensor (q, k, v
     fused; gate, up fused)."""
     from megatron_qad.formats import nvfp4
     from megatron_qad.models.families import family_of
 
     config = json.loads((job / "hf" / "config.json").read_text())
-    found = {}
+    weights = {}
     for tensor_map in family_of(config).tensors(config):
         parts = [saved[name] for name in tensor_map.hf]
         if tensor_map.is_linear and tensor_map.kind != "head":
             scale = nvfp4.global_scale_from_amax(torch.stack([nvfp4.tensor_amax(p) for p in parts]).amax())
             parts = [nvfp4.fake_quant(p, scale) for p in parts]
-        found |= dict(zip(tensor_map.hf, parts, strict=True))
-    return found
+        weights |= dict(zip(tensor_map.hf, parts, strict=True))
+    return weights
 
 
-def test_the_bf16_export_is_the_in_place_weights(job, saved, in_place):
+def test_bf16_export_has_the_in_place_weights(job, saved, in_place):
     exported = tensors(job / "bf16")
     assert exported.keys() == in_place.keys()
     assert all(torch.equal(exported[name], in_place[name]) for name in in_place)
-    moved = [name for name in saved if not torch.equal(saved[name], exported[name])]
-    assert len(moved) == 2 * 7, "saved off the grid: each linear of the two blocks, and nothing else, was rounded"
+    changed = [name for name in saved if not torch.equal(saved[name], exported[name])]
+    assert len(changed) == 2 * 7, "the export must quantize exactly the linears of the two blocks"
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_every_export_validates(job, script, layout):
+def test_exports_are_valid(job, script, layout):
     call = run if layout == "modelopt" else script
     assert ": valid" in call("tools/validate_nvfp4.py", job / layout)
 
 
-def test_each_exported_weight_decodes_to_the_in_place_weight(job, in_place):
+def test_exported_weights_decode_to_the_in_place_weights(job, in_place):
     from megatron_qad.formats import nvfp4
 
     stored = tensors(job / "modelopt")
@@ -171,9 +171,9 @@ def test_each_exported_weight_decodes_to_the_in_place_weight(job, in_place):
         assert torch.equal(stored[name], in_place[name]), name
 
 
-def test_bytes_equal_modelopts(job, saved):
-    """On the same input, which is the checkpoint's tensor. (Codes may differ in the sign of zero from modelopt's of the
-    fake-quantized tensor, where a small negative weight has become a zero without sign.)"""
+def test_exported_bytes_match_modelopt(job, saved):
+    """modelopt packs the checkpoint's tensor. (Packing the fake-quantized tensor could give other signs of zero: small
+    negative weights have become zeros without sign.)"""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     stored, weights = tensors(job / "modelopt"), saved
@@ -185,17 +185,17 @@ def test_bytes_equal_modelopts(job, saved):
         assert torch.equal(scale.view(torch.uint8), stored[f"{name}_scale"].view(torch.uint8)), name
 
 
-def test_both_layouts_hold_the_same_bytes(job):
-    ours, theirs = tensors(job / "modelopt"), tensors(job / "compressed-tensors")
-    for name in (n.removesuffix("_scale_2") for n in ours if n.endswith("weight_scale_2")):
-        assert torch.equal(ours[name], theirs[f"{name}_packed"])
-        assert torch.equal(ours[f"{name}_scale"].view(torch.uint8), theirs[f"{name}_scale"].view(torch.uint8))
-        assert theirs[f"{name}_global_scale"].item() == (1 / ours[f"{name}_scale_2"]).item()
+def test_both_layouts_have_the_same_bytes(job):
+    modelopt, compressed = tensors(job / "modelopt"), tensors(job / "compressed-tensors")
+    for name in (n.removesuffix("_scale_2") for n in modelopt if n.endswith("weight_scale_2")):
+        assert torch.equal(modelopt[name], compressed[f"{name}_packed"])
+        assert torch.equal(modelopt[f"{name}_scale"].view(torch.uint8), compressed[f"{name}_scale"].view(torch.uint8))
+        assert compressed[f"{name}_global_scale"].item() == (1 / modelopt[f"{name}_scale_2"]).item()
 
 
-def test_transformers_loads_the_export_and_agrees_with_training(job):
-    """KL(teacher || export), both run by transformers, is the KL that validation reported: other tokens of the same
-    kind, and bf16 rounded at other places, so equal within a third; a wrongly scaled export is far outside."""
+def test_kl_of_the_loaded_export_matches_validation(job):
+    """KL(teacher || export), both in transformers, matches the reported validation KL within a third: the tokens are
+    different but similar, and BF16 rounds elsewhere. A wrongly scaled export would be far outside."""
     line = [line for line in (job / "log.txt").read_text().splitlines() if "kl_to_teacher" in line][-1]
     reported = float(line.split("kl_to_teacher: ")[1].split()[0])
     from megatron_qad.data.tokenizer import load_tokenizer
@@ -214,6 +214,6 @@ def test_transformers_loads_the_export_and_agrees_with_training(job):
     assert measured == pytest.approx(reported, rel=1 / 3)
 
 
-def test_an_export_never_overwrites(job, script):
+def test_export_never_overwrites(job, script):
     output = script("tools/export_hf.py", "--checkpoint", job / "run", "--output", job / "modelopt", fails=True)
     assert output.strip().splitlines()[-1].startswith("error: ")
