@@ -199,8 +199,8 @@ def check_saving(flags: MegatronFlags, options: QADOptions, has_teacher: bool) -
         )
     if best and (not flags.eval_interval or flags.save_interval % flags.eval_interval):
         raise QADError(
-            f"--qad-keep-best needs a validation at each checkpoint: --save-interval {flags.save_interval} must be a "
-            f"multiple of --eval-interval {flags.eval_interval}."
+            f"--qad-keep-best needs a validation at each checkpoint: --save-interval {flags.save_interval} is not a "
+            f"multiple of --eval-interval {flags.eval_interval}. Change one of them."
         )
 
 
