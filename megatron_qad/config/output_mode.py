@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses
-from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_of_chunk
+from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_per_chunk
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS
 
@@ -72,7 +72,7 @@ class OutputSizes:
         Args:
             num_losses: of logits. hidden_size: the student's.
         """
-        chunk = min(tokens_of_chunk(self.columns, self.element_bytes, "cuda"), self.tokens)
+        chunk = min(tokens_per_chunk(self.columns, self.element_bytes, "cuda"), self.tokens)
         in_forward = makes_gradient_in_forward(num_losses, self.tokens, hidden_size, self.element_bytes)
         return {
             "chunk": 2 * chunk * self.columns * self.element_bytes,

@@ -8,7 +8,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_qad.distillation import LogitLoss, Metrics, Term, VocabShard, WeightedLosses, compare, logit_losses
-from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
+from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_per_chunk
 from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.training.batch import Batch
 
@@ -30,7 +30,7 @@ class Loss:
 
     def begin_step(self, step: int) -> None:
         """The weights of the terms are those of ``step``, counted from 1."""
-        self._weights = [term.weight.at(step) for term in self._terms]
+        self._weights = [term.weight.at_step(step) for term in self._terms]
 
     def __call__(self, batch: Batch, model: torch.nn.Module, output: Tensor) -> tuple[Tensor, Tensor, dict]:
         """The loss of one microbatch.
@@ -75,7 +75,7 @@ def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, valu
     """One more part of the loss in each microbatch's report, (sum, tokens); and in its "total loss"."""
     for report, value in zip(reports, values, strict=False):  # no reports but on the last stage
         report[f"{term.name} loss"] = torch.stack((value, report["total loss"][1]))
-        report["total loss"][0] += term.weight.at(step) * value
+        report["total loss"][0] += term.weight.at_step(step) * value
 
 
 def compute_losses(
@@ -108,7 +108,7 @@ def compute_metrics(
     hidden = student.hidden().flatten(0, 1)
     of_teacher = None if teacher is None else teacher.hidden().flatten(0, 1)
     labels, weight = labels.flatten(), weight.flatten()
-    step = tokens_of_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
+    step = tokens_per_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         logits = None if of_teacher is None else of_teacher[rows] @ teacher.weight.t()

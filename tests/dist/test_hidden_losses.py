@@ -135,8 +135,8 @@ def test_what_cannot_be_compared_is_refused(workshop):  # noqa: F811
     assert "hidden states of 64 and 96 elements" in error(
         "kl+hidden_mse", "--qad-teacher", f"{workshop.directory}/wide"
     )
-    assert "the student has 4 layers, none at position 4" in error("kl+hidden_mse(layers=[4])")
-    assert "expected a loss of the logits" in error("hidden_mse")
+    assert "layer 4 is out of range for the student, which has 4 layers" in error("kl+hidden_mse(layers=[4])")
+    assert "no loss of the logits among its terms" in error("hidden_mse")
     deep_teacher = ["--qad-teacher", f"{workshop.directory}/deep", *PP2]
     says = error("kl+hidden_mse(layers=[2])", *deep_teacher, nproc=2)
     assert "layer 2 of the student, on pipeline rank 1, with layer 2 of the teacher, on rank 0" in says

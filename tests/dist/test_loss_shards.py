@@ -54,7 +54,7 @@ def test_top_k_of_more_than_a_shard_is_refused(results):
     for case in of(results, "refusals"):
         if case["size"] == 4:
             (text,) = case["texts"]
-            assert "topk(k=17): k is larger than the 16 columns of one rank's shard" in text
+            assert "topk(k=17): k must not exceed the 16 columns of one rank's shard" in text
         else:
             assert case["texts"] == []
 

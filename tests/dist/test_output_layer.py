@@ -95,4 +95,4 @@ def test_contradictions_are_refused(workshop):  # noqa: F811
     assert "needs the teacher's hidden states" in error
     # Before a weight is built: a dry run says it, too.
     error = workshop.fail(workshop.argv("--qad-loss", "topk(k=129)", "--qad-dry-run", *TP2), 2)
-    assert "topk(k=129): k is larger than the 128 columns of one rank's shard" in error
+    assert "topk(k=129): k must not exceed the 128 columns of one rank's shard" in error

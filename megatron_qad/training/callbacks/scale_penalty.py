@@ -48,7 +48,7 @@ class ScalePenalty(Callback):
     def add_gradient(self, batches: Sequence[Batch]) -> None:
         """To ``main_grad`` of each weight. The weights must be on the grid. Collective."""
         step = self._job.loop.step
-        factor = sum(term.weight.at(step) for term in self.terms)
+        factor = sum(term.weight.at_step(step) for term in self.terms)
         num_tokens = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
         torch.distributed.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
         self._value.zero_()
