@@ -74,7 +74,7 @@ def change_config(directory: Path, **changes) -> None:
 def test_a_model_that_can_only_be_inspected(damaged, refuses):
     blocks = [{"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
     change_config(damaged, architectures=["DeciLMForCausalLM"], num_hidden_layers=1, block_configs=blocks)
-    refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'; such blocks can be inspected.*not imported")
+    refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'. Such blocks can be inspected.*not imported")
 
 
 def test_no_directory_or_config(damaged, refuses, tmp_path):
@@ -125,11 +125,9 @@ def test_weights_that_are_not_finite(damaged, refuses, bad):
 
 def test_unsupported_family_and_rope(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
-    refuses(
-        damaged, "'MambaForCausalLM', which is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH"
-    )
+    refuses(damaged, "'MambaForCausalLM' is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH")
     change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
-    refuses(damaged, "rope type 'yarn'; supported: default, llama3")
+    refuses(damaged, "rope type 'yarn' is not supported. Expected default or llama3")
 
 
 def test_target_that_is_not_empty(whole, tmp_path):
@@ -298,7 +296,7 @@ def test_reader_names_a_tensor_that_is_not_there(whole):
 
 
 def test_export_needs_a_checkpoint_that_describes_itself(whole, tmp_path):
-    with pytest.raises(QADError, match="no hf/config.json; expected a checkpoint directory that import_hf.py"):
+    with pytest.raises(QADError, match="no hf/config.json. Expected a checkpoint directory written by import_hf.py"):
         export_hf(whole, tmp_path / "out", "bf16")
     copy_assets(whole, tmp_path / "checkpoint" / "hf")
     manifest.seal(tmp_path / "checkpoint" / "hf")
