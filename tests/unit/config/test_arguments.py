@@ -52,7 +52,7 @@ def test_more_stages_than_layers():
 
 
 def test_a_checkpoint_without_its_config(tmp_path):
-    with pytest.raises(QADError, match=r"no hf/config\.json; expected a checkpoint directory"):
+    with pytest.raises(QADError, match=r"no hf/config\.json. Expected a checkpoint directory"):
         read_config(tmp_path)
 
 
