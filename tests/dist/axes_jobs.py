@@ -7,7 +7,7 @@ import torch
 
 def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
     """Logits of a packed row's documents, and of each document by itself: largest difference, and logits' spread."""
-    from layout import job
+    from worker_job import job
 
     from megatron_qad.models.context_parallel import Documents
     from megatron_qad.training.batch import Batch

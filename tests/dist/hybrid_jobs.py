@@ -10,7 +10,7 @@ def logits(cases: list[dict], flags: list[str], result: str) -> None:
     ``expected`` is a safetensors file with "tokens" and "logits".
     """
     import worker_models
-    from layout import job
+    from worker_job import job
 
     errors = {}
     for case in cases:
@@ -26,7 +26,7 @@ def logits(cases: list[dict], flags: list[str], result: str) -> None:
 def save(cases: list[dict], flags: list[str]) -> None:
     """Load and save each case {checkpoint, target} in BF16 as the training loop does."""
     import worker_models
-    from layout import job
+    from worker_job import job
 
     for case in cases:
         sizes = ["--seq-length", "8", "--micro-batch-size", "1", "--global-batch-size", "8"]
@@ -57,7 +57,7 @@ def _sizes_of(flags: list[str]) -> tuple[int, int]:
 def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: bool, result: str) -> None:
     """Save the largest logit error of a job's float32 checkpoint, with weights quantized as in a training step."""
     import worker_models
-    from layout import job
+    from worker_job import job
 
     from megatron_qad.quantization.in_place_weights import InPlaceWeights
 

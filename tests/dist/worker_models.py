@@ -11,7 +11,7 @@ from launch import report
 
 
 def cases(arguments: dict) -> list:
-    from layout import job  # first, because it initializes the runtime
+    from worker_job import job  # first, because it initializes the runtime
 
     import torch  # isort: skip
     from safetensors.torch import load_file
