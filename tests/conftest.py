@@ -1,19 +1,29 @@
-"""What the folders share: the fork server, and which process of pytest-xdist runs what (``make test`` has two)."""
+"""Shared by all tests: the fork server, and how test files are distributed to the processes of pytest-xdist."""
 
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
-# In the order in which they are given out: what takes longest first, small files last, which fill the gaps.
-LONGEST = ("dist/test_axes.py", "slurm", "dist/test_checkpoints.py", "dist/test_hybrid", "dist", "e2e", "gpu", "unit")
-# Session fixtures that take long to make: the cluster and its undisturbed job; the models of tests/dist/conftest.py.
-TOGETHER = {"slurm": "slurm/", "models": ("dist/test_conversion.py", "dist/test_model_parity.py")}
+# Scheduling order: the longest files first, short ones last to fill the gaps.
+SCHEDULING_ORDER = (
+    "dist/test_axes.py",
+    "slurm",
+    "dist/test_checkpoints.py",
+    "dist/test_hybrid",
+    "dist",
+    "e2e",
+    "gpu",
+    "unit",
+)
+# Files that share an expensive session fixture: the Slurm cluster with its reference job, and the models of
+# tests/dist/conftest.py.
+SHARED_FIXTURES = {"slurm": "slurm/", "models": ("dist/test_conversion.py", "dist/test_model_parity.py")}
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """Runs jobs of several ranks without their ten seconds of imports (tests/dist/fork_server.py)."""
+    """Server that runs multi-rank jobs without repeating ten seconds of imports (tests/dist/fork_server.py)."""
     from fork_server import ForkServer
 
     with ForkServer(tmp_path_factory.mktemp("server")) as server:
@@ -22,23 +32,23 @@ def server(tmp_path_factory):
 
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _rank(item.path.relative_to(HERE).as_posix()))
+        items.sort(key=lambda item: _position(item.path.relative_to(HERE).as_posix()))
 
 
-def _rank(file: str) -> int:
-    return next((i for i, start in enumerate(LONGEST) if file.startswith(start)), len(LONGEST))
+def _position(file: str) -> int:
+    return next((i for i, start in enumerate(SCHEDULING_ORDER) if file.startswith(start)), len(SCHEDULING_ORDER))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """A file is run by one process, and the files that share a session's fixtures by the same one."""
+    """Run each file in one process, and files that share a session fixture in the same process."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            within = file.removeprefix("tests/")
-            return next((name for name, starts in TOGETHER.items() if within.startswith(starts)), file)
+            path = file.removeprefix("tests/")
+            return next((name for name, starts in SHARED_FIXTURES.items() if path.startswith(starts)), file)
 
-    config.option.loadscopereorder = False  # not by the number of tests
+    config.option.loadscopereorder = False  # keep our order instead of ordering by the number of tests
     return Scheduling(config, log)

@@ -1,4 +1,4 @@
-"""The pages in docs/howto as data, for tests that run their code."""
+"""Reads the code blocks of the pages in docs/howto for tests that run them."""
 
 import re
 import textwrap
@@ -9,19 +9,19 @@ _BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 
 
 def code_of(page: str) -> dict[str, str]:
-    """The Python blocks of a page by the file that a block's first line names, and its other blocks by language."""
-    found = {}
+    """Return the code blocks of a page: Python by the file named in the first line, others by language."""
+    blocks = {}
     for language, block in _BLOCK.findall((HOWTO / page).read_text()):
         block = textwrap.dedent(block)
-        first, _, rest = block.partition("\n")
-        key, block = (first.removeprefix("# "), rest) if language == "python" else (language, block)
-        assert key not in found, f"{page}: two blocks of {key}"
-        found[key] = block
-    return found
+        first, _, body = block.partition("\n")
+        key, block = (first.removeprefix("# "), body) if language == "python" else (language, block)
+        assert key not in blocks, f"{page}: two blocks for {key}"
+        blocks[key] = block
+    return blocks
 
 
-def run(code: str, name: str, **given) -> dict:
-    """The names that a block defines; ``name`` stands for its file in a traceback."""
-    namespace = {"__name__": name, **given}
+def run(code: str, name: str, **variables) -> dict:
+    """Execute a block and return the names it defines. ``name`` is the file name in tracebacks."""
+    namespace = {"__name__": name, **variables}
     exec(compile(code, name, "exec"), namespace)
     return namespace

@@ -1,4 +1,4 @@
-"""Every loss written plainly in float64 over the whole vocabulary, its gradient by autograd."""
+"""Reference implementations of all losses in float64 over the full vocabulary, with gradients by autograd."""
 
 import math
 
@@ -18,7 +18,10 @@ def expected(
     teacher_temperature: float | None = None,
     **settings,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each token times its weight, and the gradient of their sum in the student's logits, float64 [..., V]."""
+    """Return the weighted loss of each token [...] and the gradient of the sum, both float64.
+
+    The gradient is with respect to the student's logits [..., V]. ``columns``: vocabulary size without padding.
+    """
     z = student.detach().double().requires_grad_()
     z_s, z_t = z[..., :columns], teacher.detach().double()[..., :columns]
     if name in ("ce", "mse"):
@@ -46,8 +49,8 @@ def topk(log_s: Tensor, log_t: Tensor, k: int = 64) -> Tensor:
     kept_s, kept_t = log_s.gather(-1, index), log_t.gather(-1, index)
     if k == log_s.shape[-1]:
         return kl(kept_t, kept_s)
-    rest = torch.ones_like(log_s).scatter(-1, index, 0.0)
-    tail_s, tail_t = ((log.exp() * rest).sum(-1, keepdim=True).log() for log in (log_s, log_t))
+    is_tail = torch.ones_like(log_s).scatter(-1, index, 0.0)
+    tail_s, tail_t = ((log.exp() * is_tail).sum(-1, keepdim=True).log() for log in (log_s, log_t))
     return kl(torch.cat((kept_t, tail_t), -1), torch.cat((kept_s, tail_s), -1))
 
 

@@ -1,4 +1,4 @@
-"""Configurations of tiny models that tests of several rooms read."""
+"""Configs of tiny models, shared by the tests of several packages."""
 
 TINY_HYBRID = {
     "architectures": ["NemotronHForCausalLM"],
@@ -20,7 +20,7 @@ TINY_HYBRID = {
     "moe_intermediate_size": 16,
     "moe_shared_expert_intermediate_size": 80,
 }
-"""A Nemotron-H of every kind of layer."""
+"""A Nemotron-H with every kind of layer."""
 
 TINY_LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -70,4 +70,4 @@ TINY_OF_FAMILY = {
         "vision_config": _RADIO,
     },
 }
-"""One config of each family, by the name of the family's file."""
+"""One config per family, by the file name of the family."""

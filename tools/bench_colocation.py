@@ -1,13 +1,14 @@
-"""Teacher and student on every rank: our training step beside modelopt's distillation, same models, batch and layout.
+"""Benchmark of our training step against modelopt's distillation: teacher and student on every rank, same parallelism.
 
     python tools/bench_colocation.py [--repeat 2] [--hidden 256] [--layers 4] [--vocab 8192] [--seq-length 256] ...
 
-Both are whole jobs in Megatron's own loop, BF16 with the distributed optimizer, run in turn on this machine. Ours is
-pretrain_qad.py's. The peer is modelopt's real code: ``modelopt.torch.distill`` with its Megatron plugin (teacher inside
-the student's module, both hidden states concatenated between stages, ``LogitsKLLoss``) and weight and input quantizers
-in every forward pass: on a GPU by modelopt's kernels, on the CPU, where it has none, by ours. Printed: median seconds
-of Megatron's ``train_step`` (the slowest rank), growth of a rank's peak memory, resident or the GPU's, from where the
-student's bare weights stand (the largest rank), and bytes that all ranks send between pipeline stages in a step.
+Both are complete jobs in Megatron's training loop, in BF16 with the distributed optimizer and with the same models and
+batches, run in turn on this machine. Ours is pretrain_qad.py. The other is modelopt's code: ``modelopt.torch.distill``
+with its Megatron plugin (teacher inside the student's module, hidden states of both concatenated between stages,
+``LogitsKLLoss``) and weight and input quantizers in every forward pass, with modelopt's kernels on a GPU and with ours
+on the CPU, for which modelopt has none. The results are the median time of Megatron's ``train_step`` (slowest rank),
+the growth of the peak memory (resident or GPU) after the student's weights are allocated (largest rank), and the bytes
+that all ranks send between pipeline stages per step.
 """
 
 import argparse
@@ -27,7 +28,7 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 LAYOUTS = {"one rank": (1, []), "TP2": (2, TP2), "PP2": (2, PP2), "TP2xPP2": (4, TP2 + PP2)}
 RECOMPUTE = ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-WARM_UP = 2  # steps: the first one calibrates
+WARM_UP = 2  # steps; the first one also calibrates
 
 
 def main() -> None:
@@ -36,44 +37,48 @@ def main() -> None:
     if sys.argv[1:2] == ["--write-inputs"]:
         return write_inputs(Path(sys.argv[2]), argparse.Namespace(**json.loads(sys.argv[3])))
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--repeat", type=int, default=2, help="jobs of each side and layout, in turn")
+    parser.add_argument("--repeat", type=int, default=2, help="number of jobs per side and parallelism")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--head-dim", type=int, default=32, help="of attention; half as many key-value heads")
+    parser.add_argument(
+        "--head-dim", type=int, default=32, help="head dimension; there are half as many key-value heads as heads"
+    )
     parser.add_argument("--layers", type=int, default=4, help="blocks of attention and MLP")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--recompute", action="store_true", help="full activation recompute")
     parser.add_argument("--layouts", nargs="+", default=[x for x in LAYOUTS if x != "one rank"], choices=LAYOUTS)
-    own = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        flags = prepare_inputs(Path(directory), own)
-        found = {(layout, side): [] for layout in own.layouts for side in SIDES}
-        for layout in own.layouts:
-            for _ in range(own.repeat):
+        flags = prepare_inputs(Path(directory), args)
+        results = {(layout, side): [] for layout in args.layouts for side in SIDES}
+        for layout in args.layouts:
+            for _ in range(args.repeat):
                 for side in SIDES:
-                    found[layout, side].append(run(layout, side, flags, Path(directory)))
-    report(found, own)
+                    results[layout, side].append(run(layout, side, flags, Path(directory)))
+    report(results, args)
 
 
-def prepare_inputs(directory: Path, own) -> list[str]:
-    """A teacher and a student of random weights, random data; the flags of a job that uses them."""
-    checked("the inputs", [sys.executable, __file__, "--write-inputs", str(directory), json.dumps(vars(own))])
+def prepare_inputs(directory: Path, args) -> list[str]:
+    """Create a teacher and a student with random weights, and random data. Returns the flags of a job with them."""
+    run_checked(
+        "writing the inputs", [sys.executable, __file__, "--write-inputs", str(directory), json.dumps(vars(args))]
+    )
     return [
         *("--qad-teacher", f"{directory}/teacher", "--qad-student", f"{directory}/student"),
         *("--data-path", f"{directory}/data", "--data-cache-path", f"{directory}/cache", "--split", "100,0,0"),
-        *("--seq-length", str(own.seq_length), "--micro-batch-size", "1"),
-        *("--global-batch-size", str(own.microbatches), "--train-iters", str(own.steps), "--lr", "1e-5"),
+        *("--seq-length", str(args.seq_length), "--micro-batch-size", "1"),
+        *("--global-batch-size", str(args.microbatches), "--train-iters", str(args.steps), "--lr", "1e-5"),
         *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1"),
-        *("--qad-calibration-samples", str(own.microbatches)),
+        *("--qad-calibration-samples", str(args.microbatches)),
         *("--bf16", "--use-distributed-optimizer"),
-        *(RECOMPUTE if own.recompute else ()),
+        *(RECOMPUTE if args.recompute else ()),
     ]
 
 
-def write_inputs(directory: Path, own) -> None:
-    """In a process of its own: what it leaves in memory, the host's and the GPU's, is none of a job's."""
+def write_inputs(directory: Path, args) -> None:
+    """Write models and data. Runs in a separate process, so that its memory does not count for any job."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "dist")]
     import tiny_job
     import torch
@@ -86,63 +91,65 @@ def write_inputs(directory: Path, own) -> None:
 
     init_process_group()
     config = tiny_job.LLAMA | {
-        "hidden_size": own.hidden,
-        "intermediate_size": 3 * own.hidden,
-        "num_attention_heads": own.hidden // own.head_dim,
-        "num_key_value_heads": max(own.hidden // own.head_dim // 2, 2),
-        "head_dim": own.head_dim,
-        "num_hidden_layers": own.layers,
-        "vocab_size": own.vocab,
-        "max_position_embeddings": own.seq_length,
+        "hidden_size": args.hidden,
+        "intermediate_size": 3 * args.hidden,
+        "num_attention_heads": args.hidden // args.head_dim,
+        "num_key_value_heads": max(args.hidden // args.head_dim // 2, 2),
+        "head_dim": args.head_dim,
+        "num_hidden_layers": args.layers,
+        "vocab_size": args.vocab,
+        "max_position_embeddings": args.seq_length,
     }
-    for who, noise in (("teacher", 0.0), ("student", 0.1)):
-        source = tiny_job.write_hf(directory / f"hf_{who}", config, noise=noise, dtype=torch.bfloat16)
-        import_hf(source, directory / who)
-    documents = 30 + own.seq_length * own.microbatches * (own.steps + 6) // 40
-    tiny_job.write_data(directory / "data", vocab_size=own.vocab, num_documents=documents)
+    for role, noise in (("teacher", 0.0), ("student", 0.1)):
+        source = tiny_job.write_hf(directory / f"hf_{role}", config, noise=noise, dtype=torch.bfloat16)
+        import_hf(source, directory / role)
+    documents = 30 + args.seq_length * args.microbatches * (args.steps + 6) // 40
+    tiny_job.write_data(directory / "data", vocab_size=args.vocab, num_documents=documents)
 
 
 def run(layout: str, side: str, flags: list[str], directory: Path) -> list[dict]:
-    """One job; what each of its ranks measured."""
+    """Run one job. Returns the measurements of each rank."""
     nproc, layout_flags = LAYOUTS[layout]
     result = directory / f"result_{side}_{time.monotonic_ns()}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc), __file__]
     command += ["--rank-of", side, str(result), *flags, *layout_flags]
-    checked(f"{side} at {layout}", command)
+    run_checked(f"{side} with {layout}", command)
     return [json.loads(Path(f"{result}.rank{rank}").read_text()) for rank in range(nproc)]
 
 
-def checked(what: str, command: list[str]) -> None:
+def run_checked(what: str, command: list[str]) -> None:
+    """Run a command, or exit with its output if it fails."""
     path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        ours = done.stderr.split("torch/distributed/elastic")[0]  # before the launcher's own traceback
-        sys.exit(f"error: {what} failed:\n{done.stdout[-1000:]}\n{ours[-3000:]}")
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if completed.returncode:
+        errors = completed.stderr.split("torch/distributed/elastic")[0]  # without the launcher's traceback
+        sys.exit(f"error: {what} failed:\n{completed.stdout[-1000:]}\n{errors[-3000:]}")
 
 
-def report(found: dict, own) -> None:
+def report(results: dict, args) -> None:
+    """Print a table of the measurements."""
     print(
-        f"hidden {own.hidden}, {own.layers} blocks, vocabulary {own.vocab}, {own.microbatches} microbatches of "
-        f"{own.seq_length} tokens"
+        f"hidden {args.hidden}, {args.layers} blocks, vocabulary {args.vocab}, {args.microbatches} microbatches of "
+        f"{args.seq_length} tokens"
     )
     columns = (
         "layout",
         "side",
-        "seconds a step",
-        "peak MiB a rank",
-        "bytes between stages a step",
+        "seconds per step",
+        "peak MiB per rank",
+        "bytes between stages per step",
         "loss, first and last",
     )
     print("| " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|")
-    for layout in own.layouts:
-        numbers = {}
+    for layout in args.layouts:
+        summaries = {}
         for side in SIDES:
-            jobs = found[layout, side]
+            jobs = results[layout, side]
             seconds, memory = medians(jobs)
             sent = sum(rank["sent"] for rank in jobs[0])
-            numbers[side] = seconds, memory / 2**20, sent
+            summaries[side] = seconds, memory / 2**20, sent
             losses = next(rank["losses"] for rank in jobs[0] if rank["losses"])
             row = (
                 layout,
@@ -153,19 +160,19 @@ def report(found: dict, own) -> None:
                 f"{losses[0]:.4f}, {losses[-1]:.4f}",
             )
             print("| " + " | ".join(row) + " |")
-        ours, peer = numbers["ours"], numbers["modelopt"]
+        ours, peer = summaries["ours"], summaries["modelopt"]
         sent = f"{ours[2] / peer[2]:.2f}" if peer[2] else "-"
         print(f"| {layout} | ratio | {peer[0] / ours[0]:.2f}x faster | {ours[1] / peer[1]:.2f} | {sent} | |")
 
 
 def medians(jobs: list[list[dict]]) -> tuple[float, float]:
-    """Seconds a step, of the slowest rank, and growth of the peak memory in bytes, of the largest."""
+    """Return seconds per step of the slowest rank, and growth of the peak memory in bytes of the largest rank."""
     steps = [max(times) for job in jobs for times in zip(*(rank["seconds"] for rank in job), strict=True)]
     return statistics.median(steps), statistics.median(max(rank["memory"] for rank in job) for job in jobs)
 
 
 def run_rank(side: str, argv: list[str], result: str) -> None:
-    import pretrain_qad  # noqa: I001  first: it prepares the backend
+    import pretrain_qad  # noqa: I001  first, because it initializes the backend
     import torch
 
     from megatron_qad.engine.events import Callback
@@ -174,7 +181,7 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
     measured = {"seconds": [], "memory": 0, "sent": 0, "losses": []}
     sent = count_sends()
 
-    class Measures(Callback):
+    class Measurements(Callback):
         def job_begins(self, job, resumes_at):
             measured["plan"] = list(plan(job.config, job.args))  # as --qad-dry-run prints it
             reset_peak(measured)
@@ -192,9 +199,9 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
                 measured["losses"].append(float(torch.as_tensor(value).reshape(-1)[0]))
 
     if side == "modelopt":
-        train_peer(argv, [Measures()])
+        train_peer(argv, [Measurements()])
     else:
-        pretrain_qad.main(argv, [Measures()])
+        pretrain_qad.main(argv, [Measurements()])
     measured["seconds"] = measured["seconds"][WARM_UP:]
     measured["before"], measured["memory"] = measured["memory"], peak_memory() - measured["memory"]
     Path(f"{result}.rank{os.environ['RANK']}").write_text(json.dumps(measured))
@@ -218,7 +225,7 @@ def status_bytes(name: str) -> int:
 
 
 def reset_peak(measured: dict) -> None:
-    """The student's bare weights stand already, of the same size on both sides; everything after this counts."""
+    """Reset the peak after the student's weights are allocated, whose size is the same on both sides."""
     import torch
 
     if on_gpu():
@@ -230,22 +237,22 @@ def reset_peak(measured: dict) -> None:
 
 
 def count_sends() -> list[int]:
-    """Bytes that this rank sends to other pipeline stages, in a list of one."""
+    """Count the bytes that this rank sends to other pipeline stages, in a list with one element."""
     import torch
 
-    made, total = torch.distributed.P2POp, [0]
+    original, total = torch.distributed.P2POp, [0]
 
     def counted(operation, tensor, *args, **kwargs):
         if operation is torch.distributed.isend:
             total[0] += tensor.numel() * tensor.element_size()
-        return made(operation, tensor, *args, **kwargs)
+        return original(operation, tensor, *args, **kwargs)
 
     torch.distributed.P2POp = counted
     return total
 
 
 def train_peer(argv: list[str], callbacks: list) -> None:
-    """Train with modelopt's distillation, on the same command line, data and loop as ours."""
+    """Train with modelopt's distillation, with the same command line, data and training loop as ours."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -266,7 +273,7 @@ def train_peer(argv: list[str], callbacks: list) -> None:
 
 
 def prepare_peer(job, chunks):
-    """modelopt's way: quantizers of weights and inputs in the student, the teacher inside it, concatenated shapes."""
+    """Set up modelopt's distillation: quantizers in the student, the teacher inside it, concatenated tensors."""
     import modelopt.torch.distill as mtd
     from megatron.core.utils import unwrap_model
     from modelopt.torch.distill.plugins import megatron as plugin
@@ -292,7 +299,7 @@ def prepare_peer(job, chunks):
             module.weight_quantizer.set_from_attribute_config(input_attributes(NVFP4))
             if on_gpu():
                 for quantizer in (module.weight_quantizer, module.input_quantizer):
-                    quantizer.backend = None  # modelopt's own
+                    quantizer.backend = None  # modelopt's kernels
             module.weight_quantizer.amax = amaxes[f"{name}.weight"].view(1)
             quantizers.append(module.weight_quantizer)
     assert quantizers, "no weight quantizer on this rank"
@@ -302,7 +309,7 @@ def prepare_peer(job, chunks):
     kd = {"teacher_model": teacher, "criterion": config.criterion, "loss_balancer": config.loss_balancer}
     student = mtd.convert(student, mode=[("kd_loss", kd)])
     plugin.adjust_distillation_model_for_mcore(student, config)
-    # What remains of our step: calibrate the inputs once, of unquantized weights, and read the microbatches.
+    # Parts of our step that are still used: one calibration with unquantized weights, and reading microbatches.
     calibration = CalibrationPass(job)
     is_calibrated = False
 
@@ -328,18 +335,18 @@ def prepare_peer(job, chunks):
         batches = iterators(batches, data_iterator)
         return schedule(data_iterator=batches, num_microbatches=num_microbatches, **call, **shape)
 
-    # No guard of ours in their step: only the schedule is another, and the step is timed.
+    # modelopt's step does not use our step guard. Only the schedule is replaced, and the step is timed.
     def timed(upstream):
-        def train_step(forward, data_iterator, model, optimizer, scheduler, *rest, **named):
+        def train_step(forward, data_iterator, model, optimizer, scheduler, *args, **kwargs):
             job.events.step_begins(job.loop.step, model)
-            found = upstream(forward, data_iterator, model, optimizer, scheduler, *rest, **named)
-            job.events.step_ended(TrainedStep(job.loop.step, found[0], found[5], model, optimizer, scheduler))
-            return found
+            outputs = upstream(forward, data_iterator, model, optimizer, scheduler, *args, **kwargs)
+            job.events.step_ended(TrainedStep(job.loop.step, outputs[0], outputs[5], model, optimizer, scheduler))
+            return outputs
 
         return train_step
 
     def schedules(upstream):
-        return lambda *given, **named: partial(run_step, upstream(*given, **named))
+        return lambda *args, **kwargs: partial(run_step, upstream(*args, **kwargs))
 
     replace("megatron.training.training:get_forward_backward_func", schedules)
     replace("megatron.training.training:train_step", timed)
@@ -353,7 +360,7 @@ def peer_forward_step(batches, model):
 
 
 def peer_loss(batch, model, output):
-    """As Megatron's post-training loss function does it: masked sums, the KL summed over the vocabulary's shards."""
+    """Loss as in Megatron's post-training: masked sums, with the KL summed over the vocabulary shards."""
     import torch
     from megatron.core import mpu
     from megatron.core.utils import unwrap_model

@@ -1,15 +1,15 @@
-"""The KL loss, forward and backward, beside modelopt's LogitsKLLoss, TRL's GKD loss, plain torch and torch.compile of
-the same; and output layer with loss beside Liger's.
+"""Benchmark of the KL loss, forward and backward, against modelopt, TRL, plain torch and torch.compile, and of the
+fused output layer and loss against Liger.
 
     python tools/bench_loss.py [--repeat 5] [--sizes 512x32000,2048x32000,512x131072] [--dtype bfloat16]
 
-All variants get the same logits, in turn, in one process a rank with one thread. Times are medians. Memory is what the
-allocator handed out during one call above what was there, on the CPU counted from the profiler's events: "peak" at its
-highest, gradient of the logits included where it is a tensor of its own; "kept" between the forward and the backward
-pass. Errors are against float64. The C library is told to keep freed pages, because fresh ones would double the peers'
-times. Where a GPU is there, a rank runs on one; "ms" is the time of its events behind a filled queue, as in a training
-step, "host ms" what the CPU takes to fill it; and the rate of ours is given as a share of a copy's, counting 10 bytes
-an element in bfloat16.
+All variants run in turn on the same logits, in one process per rank with one thread. Times are medians. Memory is the
+allocation during one call, measured on the CPU from the profiler's events. "peak" is its maximum, including the
+gradient of the logits if that is a separate tensor; "kept" is the memory between forward and backward pass. Errors are
+relative to float64. The C library is configured to keep freed pages, because new pages would double the times of the
+other variants. With GPUs, each rank uses one: "ms" is the time between events behind a filled queue, as in a training
+step, and "host ms" the CPU time to fill it. Our bandwidth is reported as a fraction of that of a copy, counting 10
+bytes per element in bfloat16.
 """
 
 import argparse
@@ -39,22 +39,27 @@ KLS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeat", type=int, default=5, help="timed calls of each variant")
-    parser.add_argument("--sizes", default="512x32000,2048x32000,512x131072", help="tokens x vocabulary, with commas")
     parser.add_argument(
-        "--tp", default="1,2", help="numbers of ranks, with commas; each needs a GPU where one is there"
+        "--sizes", default="512x32000,2048x32000,512x131072", help="tokens x vocabulary, comma-separated"
+    )
+    parser.add_argument(
+        "--tp", default="1,2", help="numbers of ranks, comma-separated; on a GPU machine each rank needs one"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--fused-sizes", default="1024x32000", help="the same with the output layer; '' leaves it out")
-    parser.add_argument("--hidden", type=int, default=1024, help="hidden size of both models there")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--fused-sizes", default="1024x32000", help="sizes with the output layer; '' skips them")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size of both models for --fused-sizes")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument(
         "--trim",
         action="store_true",
-        help="give freed pages back before each variant of --sizes, which then runs once untimed: for sizes whose "
-        "variants do not fit into memory beside what the others left in pieces",
+        help="return freed pages to the system before each variant of --sizes, which then runs once untimed: for sizes "
+        "that do not fit next to the fragmented memory of other variants",
     )
     parser.add_argument(
-        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: of the process, where others use the machine too"
+        "--clock",
+        default="wall",
+        choices=("wall", "cpu"),
+        help="cpu: CPU time of the process, for machines that are in use",
     )
     parser.add_argument("--result", help=argparse.SUPPRESS)  # this process is a rank
     args = parser.parse_args()
@@ -64,30 +69,34 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             result = Path(directory) / "result.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", tp, __file__]
-            done = subprocess.run(
+            completed = subprocess.run(
                 [*command, *sys.argv[1:], "--result", str(result)],
                 env={**os.environ, **ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
                 capture_output=True,
                 text=True,
             )
-            if done.returncode:
-                sys.exit(f"error: the bench of {tp} ranks failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-            print("".join(line for line in done.stderr.splitlines(True) if line.startswith("left out")), end="")
-            found = json.loads(result.read_text())
-        where = found["device"] or f"{args.clock} time"
-        print(f"\nTP {tp}, {args.dtype}, {where}\n\n{table(found['cases'])}", flush=True)
-        for case in found["cases"]:
+            if completed.returncode:
+                output = f"{completed.stdout[-2000:]}\n{completed.stderr[-6000:]}"
+                sys.exit(f"error: benchmark with {tp} ranks failed:\n{output}")
+            print("".join(line for line in completed.stderr.splitlines(True) if line.startswith("skipped")), end="")
+            results = json.loads(result.read_text())
+        device = results["device"] or f"{args.clock} time"
+        print(f"\nTP {tp}, {args.dtype}, {device}\n\n{table(results['cases'])}", flush=True)
+        for case in results["cases"]:
             if copy := case["copy_ms"]:
                 share = copy / case["variants"]["ours"]["ms"]
-                print(f"{case['size']}: a copy of as many bytes takes {copy:.2f} ms; ours has {share:.0%} of its rate")
-        if found["fused"]:
-            print(f"\nHidden size {args.hidden}, output layers included\n\n{table(found['fused'])}", flush=True)
-        if found["errors"]:
-            print(f"\n{error_table(found['errors'])}", flush=True)
+                print(
+                    f"{case['size']}: a copy of the same size takes {copy:.2f} ms; "
+                    f"ours has {share:.0%} of its bandwidth"
+                )
+        if results["fused"]:
+            print(f"\nHidden size {args.hidden}, including output layers\n\n{table(results['fused'])}", flush=True)
+        if results["errors"]:
+            print(f"\n{error_table(results['errors'])}", flush=True)
 
 
 def table(cases: list[dict]) -> str:
-    columns = ("tokens x vocabulary", "loss", "ms", "host ms", "times ours", "peak MB", "bytes an element", "kept MB")
+    columns = ("tokens x vocabulary", "loss", "ms", "host ms", "times ours", "peak MB", "bytes per element", "kept MB")
     columns += ("collectives",)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for case in cases:
@@ -128,8 +137,8 @@ def run_rank(args: argparse.Namespace) -> None:
     fused = []
     for size in args.fused_sizes.split(",") if args.fused_sizes and tp == 1 else ():
         tokens, vocab = map(int, size.split("x"))
-        found = measure_fused(fused_variants(losses["ours"], vocab, args.hidden), tokens, vocab, args)
-        fused.append({"size": size.replace("x", " x "), "elements": tokens * vocab, "variants": found})
+        measured = measure_fused(fused_variants(losses["ours"], vocab, args.hidden), tokens, vocab, args)
+        fused.append({"size": size.replace("x", " x "), "elements": tokens * vocab, "variants": measured})
     if torch.distributed.get_rank() == 0:
         device = torch.cuda.get_device_name() if on_gpu else None
         result = {"cases": cases, "fused": fused, "errors": errors, "device": device}
@@ -137,10 +146,12 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def start_rank(**group) -> bool:
-    """Device, process group and tensor parallelism over all ranks, of which torchrun or ``group`` tells; whether there
-    is a GPU."""
+    """Set up device, process group and tensor parallelism over all ranks. Returns whether there is a GPU.
+
+    ``group``: arguments of ``init_process_group``, for ranks that torchrun did not start.
+    """
     import torch
-    from megatron.core import parallel_state  # without our CPU backend: inductor would take its "cuda" for a GPU
+    from megatron.core import parallel_state  # our CPU backend is not used: inductor would mistake its "cuda" for a GPU
 
     torch.set_num_threads(1)
     on_gpu = torch.cuda.is_available()
@@ -153,21 +164,21 @@ def start_rank(**group) -> bool:
 
 
 def variants(tp: int, *, compiled: bool) -> dict:
-    """name -> (student logits [t, 1, V/tp], teacher's) -> loss of each token."""
+    """Return functions (student logits [t, 1, V/tp], teacher logits) -> loss of each token, by name."""
     import torch
 
-    found = ours_and_modelopts(tp)
+    losses = ours_and_modelopts(tp)
     if tp == 1:
-        found["plain torch"] = plain_kl
+        losses["plain torch"] = plain_kl
         if trl := _trl():
-            found["TRL"] = trl
+            losses["TRL"] = trl
         if compiled:
-            found["torch.compile"] = torch.compile(plain_kl, dynamic=False)
-    return found
+            losses["torch.compile"] = torch.compile(plain_kl, dynamic=False)
+    return losses
 
 
 def ours_and_modelopts(tp: int) -> dict:
-    """The part of ``variants`` that needs nothing but what the project depends on."""
+    """Return the variants that need only the project's dependencies."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
@@ -180,15 +191,15 @@ def ours_and_modelopts(tp: int) -> dict:
         width = student.shape[-1]
         return per_token_loss("kl", student, teacher, None, VocabShard(group.rank() * width, width, group))
 
-    def modelopt(path_of):
-        config = SimpleNamespace(tensor_model_parallel_size=path_of, sequence_parallel=False)
+    def modelopt(code_path_tp):
+        config = SimpleNamespace(tensor_model_parallel_size=code_path_tp, sequence_parallel=False)
         loss = LogitsKLLoss(config)
         if tp == 1:
             return lambda student, teacher: loss(student, teacher)[0]
         return lambda student, teacher: reduce_from_tensor_model_parallel_region(loss(student, teacher)[0])
 
-    found = {"ours": ours, "modelopt, TP>1 path": modelopt(2)}
-    return found | ({"modelopt, TP=1 path": modelopt(1)} if tp == 1 else {})
+    losses = {"ours": ours, "modelopt, TP>1 path": modelopt(2)}
+    return losses | ({"modelopt, TP=1 path": modelopt(1)} if tp == 1 else {})
 
 
 def plain_kl(student, teacher):
@@ -199,23 +210,23 @@ def plain_kl(student, teacher):
 
 
 def _trl():
-    """TRL's generalized Jensen-Shannon divergence at its limit KL(teacher || student), where TRL is installed."""
+    """Return TRL's generalized Jensen-Shannon divergence at its limit KL(teacher || student), or None without TRL."""
     try:
         from trl.experimental.gkd import GKDTrainer
     except ModuleNotFoundError as missing:
-        print(f"left out: TRL ({missing})", file=sys.stderr)
+        print(f"skipped: TRL ({missing})", file=sys.stderr)
         return None
     return lambda student, teacher: GKDTrainer.generalized_jsd_loss(student, teacher, beta=0.0, reduction="sum")
 
 
 def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
-    """name -> (hidden [t, H], weight [V, H], teacher's hidden, teacher's weight) -> sum of the loss."""
+    """Return functions (hidden [t, H], weight [V, H], teacher hidden, teacher weight) -> sum of the loss, by name."""
     import torch
 
     from megatron_qad.distillation import LOSSES, VocabShard
     from megatron_qad.distillation.fused_linear import fused_linear_losses
 
-    main_grad = torch.zeros(vocab, hidden_size)  # as Megatron's DDP has it
+    main_grad = torch.zeros(vocab, hidden_size)  # as with Megatron's DDP
 
     def fused(hidden, weight, teacher_hidden, teacher_weight):
         weight.main_grad = main_grad
@@ -229,7 +240,7 @@ def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
         return ours(hidden @ weight.t(), teacher).sum()
 
     class OnlyGEMMs(torch.autograd.Function):
-        """With the student's logits in the place of their gradient."""
+        """The four GEMMs with the student's logits in place of their gradient."""
 
         @staticmethod
         def forward(ctx, hidden, weight, teacher_hidden, teacher_weight):
@@ -242,29 +253,29 @@ def fused_variants(ours, vocab: int, hidden_size: int) -> dict:
             hidden, weight, logits = ctx.saved_tensors
             return logits @ weight, logits.t() @ hidden, None, None
 
-    found = {"ours": fused, "ours, output layers apart": separate, "the four GEMMs, no loss": OnlyGEMMs.apply}
+    losses = {"ours": fused, "ours, separate output layers": separate, "the four GEMMs, no loss": OnlyGEMMs.apply}
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ModuleNotFoundError as missing:
-        print(f"left out: Liger ({missing})", file=sys.stderr)
-        return found
+        print(f"skipped: Liger ({missing})", file=sys.stderr)
+        return losses
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
 
     def liger(hidden, weight, teacher_hidden, teacher_weight):
         return loss(hidden, weight, teacher_hidden, teacher_weight, torch.zeros(len(hidden), dtype=torch.int64))
 
-    return found | {"Liger": liger}
+    return losses | {"Liger": liger}
 
 
 def fused_inputs(tokens: int, vocab: int, args) -> list:
-    """Hidden states and output weights of the student, which take gradients, and of the teacher."""
+    """Return hidden states and output weights of the student (with gradients) and of the teacher."""
     import torch
 
     generator, dtype = _generator(0), getattr(torch, args.dtype)
     hidden = torch.randn(tokens, args.hidden, generator=generator)
     weight = torch.randn(vocab, args.hidden, generator=generator) * 3 / args.hidden**0.5
-    move = torch.randn(hidden.shape, generator=generator) * 0.03
-    inputs = [x.to(dtype) for x in (hidden, weight, hidden + move, weight)]
+    noise = torch.randn(hidden.shape, generator=generator) * 0.03
+    inputs = [x.to(dtype) for x in (hidden, weight, hidden + noise, weight)]
     inputs[0].requires_grad_()
     inputs[1] = inputs[1].clone().requires_grad_()
     return inputs
@@ -281,9 +292,9 @@ def measure_fused(losses: dict, tokens: int, vocab: int, args) -> dict:
     times = {name: [] for name in losses}
     for turn in range(args.repeat + 1):
         for name, loss in losses.items():
-            found = _seconds(lambda loss=loss: call(loss), args)
+            seconds = _seconds(lambda loss=loss: call(loss), args)
             if turn:
-                times[name].append(found)
+                times[name].append(seconds)
     return {
         name: _medians(times[name])
         | {
@@ -316,21 +327,21 @@ def measure(losses: dict, tokens: int, vocab: int, args) -> dict:
             if args.trim:
                 _trim()
                 seconds(loss)
-            found = seconds(loss)
-            if turn:  # the first compiles and pages in
-                times[name].append(found)
-    found = {}
+            call_seconds = seconds(loss)
+            if turn:  # the first turn compiles and touches new pages
+                times[name].append(call_seconds)
+    results = {}
     for name, loss in losses.items():
         if args.trim:
             _trim()
         counts = _collectives(loss, leaf, student, teacher)
-        found[name] = _medians(times[name]) | {"collectives": counts}
-        found[name] |= _memory(loss, leaf, student, teacher)
-    return found
+        results[name] = _medians(times[name]) | {"collectives": counts}
+        results[name] |= _memory(loss, leaf, student, teacher)
+    return results
 
 
 def copy_ms(elements: int, args) -> float:
-    """What a copy would take that reads and writes as many bytes as the KL: in bfloat16 10 an element."""
+    """Return the time of a copy that reads and writes as many bytes as the KL, 10 per element in bfloat16."""
     import torch
 
     source = torch.ones(elements, dtype=getattr(torch, args.dtype))
@@ -353,19 +364,19 @@ def _medians(times: list[tuple[float, float | None]]) -> dict[str, float | None]
 
 
 def _seconds(call, args) -> tuple[float, float | None]:
-    """Of a call, and on a GPU of its launches alone."""
+    """Return the time of a call and, on a GPU, the host time of its launches."""
     from gpu_timing import call_seconds
 
     return call_seconds(call, time.process_time if args.clock == "cpu" else time.perf_counter)
 
 
 def _trim() -> None:
-    """glibc gives the pages of freed memory back, those between pieces in use, too."""
+    """Make glibc return the pages of freed memory to the system, including those between blocks in use."""
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def _as_output(leaf, values):
-    """Logits as a model returns them: no leaf, so that they may be overwritten."""
+    """Return logits that are not a leaf, as a model's output, so that they may be overwritten."""
     import torch
 
     logits = leaf * 1
@@ -396,7 +407,7 @@ def _collectives(loss, leaf, student, teacher) -> dict:
 
 
 def _memory(loss, leaf, student, teacher) -> dict:
-    """Bytes above those before the call: the most at any moment, and after the forward pass."""
+    """Return the bytes allocated after the forward pass and at the peak, relative to those before the call."""
     import torch
 
     logits = _as_output(leaf, student)
@@ -407,7 +418,7 @@ def _memory(loss, leaf, student, teacher) -> dict:
 
 
 def _allocated(call) -> tuple[int, int]:
-    """Bytes above those before the call: after it, with what it returns, and at its highest."""
+    """Return the bytes allocated after the call (with its result) and at the peak, relative to those before it."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -420,21 +431,23 @@ def _allocated(call) -> tuple[int, int]:
         return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
-    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())]
+    allocations = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(allocations, key=lambda e: e.start_ns())]
     del kept
     totals = list(itertools.accumulate(sizes))
     return totals[-1], max(totals)
 
 
 def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000, dtype: str = "float32") -> dict:
-    """Root mean square error of the loss and relative error of the gradient, mean KL near ``kl`` before the logits are
-    rounded to ``dtype``."""
+    """Return the RMS error of the loss and the relative error of the gradient of each variant.
+
+    The mean KL is near ``kl`` before the logits are rounded to ``dtype``.
+    """
     import torch
 
     generator = _generator(1)
     teacher = torch.randn(tokens, 1, vocab, generator=generator).mul_(3)
-    move = torch.randn(teacher.shape, generator=generator)
+    noise = torch.randn(teacher.shape, generator=generator)
 
     def exact(student):
         z = student.double().requires_grad_()
@@ -443,11 +456,11 @@ def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000, dty
         return loss.detach().flatten(), torch.autograd.grad(loss.sum(), z)[0]
 
     scale = (2 * kl) ** 0.5
-    for _ in range(3):  # KL is nearly quadratic in the move
-        scale *= (kl / exact(teacher + scale * move)[0].mean().item()) ** 0.5
-    student, teacher = (z.to(getattr(torch, dtype)) for z in (teacher + scale * move, teacher))
+    for _ in range(3):  # KL is nearly quadratic in the noise
+        scale *= (kl / exact(teacher + scale * noise)[0].mean().item()) ** 0.5
+    student, teacher = (z.to(getattr(torch, dtype)) for z in (teacher + scale * noise, teacher))
     loss_64, grad_64 = exact(student)
-    found = {}
+    errors = {}
     for name, loss in losses.items():
         logits = _as_output(torch.empty_like(student).requires_grad_(), student)
         out = loss(logits, teacher)
@@ -456,8 +469,8 @@ def errors_at(losses: dict, kl: float, tokens: int = 64, vocab: int = 32000, dty
             error = abs(out.item() / tokens - loss_64.mean().item())
         else:
             error = (out.detach().double().flatten() - loss_64).square().mean().sqrt().item()
-        found[name] = (error, ((grad.double() - grad_64).norm() / grad_64.norm()).item())
-    return found
+        errors[name] = (error, ((grad.double() - grad_64).norm() / grad_64.norm()).item())
+    return errors
 
 
 if __name__ == "__main__":

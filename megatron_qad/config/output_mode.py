@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses
-from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_of_chunk
+from megatron_qad.distillation.fused_linear import makes_gradient_in_forward, tokens_per_chunk
 from megatron_qad.engine.errors import QADError
 
 # "auto" fuses the output layer and the loss if the logits of one microbatch of both models are larger than this. A GPU
@@ -74,7 +74,7 @@ class OutputSizes:
             "chunk": logits of both models that exist at a time. "gradient": float32 gradient of the output weight, if
             the forward pass computes it, otherwise 0.
         """
-        chunk = min(tokens_of_chunk(self.columns, self.element_bytes, "cuda"), self.tokens)
+        chunk = min(tokens_per_chunk(self.columns, self.element_bytes, "cuda"), self.tokens)
         in_forward = makes_gradient_in_forward(num_losses, self.tokens, hidden_size, self.element_bytes)
         return {
             "chunk": 2 * chunk * self.columns * self.element_bytes,

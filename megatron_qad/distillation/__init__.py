@@ -1,5 +1,4 @@
-"""Floor 2: the losses between teacher and student, over logits whose vocabulary is sharded across tensor-parallel
-ranks."""
+"""Floor 2: losses between teacher and student, computed on vocab-parallel logits."""
 
 from megatron_qad.distillation.loss_parser import parse_loss
 from megatron_qad.distillation.loss_registry import LOSSES, per_token_loss

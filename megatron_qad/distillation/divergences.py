@@ -1,11 +1,11 @@
-"""Divergences between the two models' distributions: KL either way, confidence-weighted KL, Jensen-Shannon.
+"""Divergences between teacher and student distributions: forward, reverse and confidence-weighted KL, Jensen-Shannon.
 
-KL(t || s) of distributions cut into shards is E[KL within a shard] + KL between the shards' masses, the expectation
-over the teacher's masses. Within a shard, with x = (z_s - max z_s) - (z_t - max z_t), KL = log(D_s / D_t) - E_t[x].
-Late in QAD the KL is small and D_s / D_t close to 1, so their difference is summed term by term without cancellation:
-e^a - e^b = e^b (e^(a - b) - 1), or (e^a + e^b) tanh((a - b) / 2), which never overflows. What remains is an error of a
-few 1e-8 of E_t|x|, where the difference of two log-sum-exps has 1e-7 of the logits. Five numbers a rank, merged in
-float64.
+KL(t || s) of sharded distributions is E[KL within a shard] + KL between the shard masses, where the expectation is over
+the teacher's shard masses. Within a shard, with x = (z_s - max z_s) - (z_t - max z_t), KL = log(D_s / D_t) - E_t[x].
+Late in QAD the KL is small and D_s / D_t is close to 1, so D_s - D_t is summed term by term to avoid cancellation:
+e^a - e^b = e^b (e^(a - b) - 1), or (e^a + e^b) tanh((a - b) / 2), which never overflows. The remaining error is a few
+1e-8 of E_t|x|; subtracting two log-sum-exps instead would have an error of 1e-7 of the logits. Each rank sends five
+values per token, which are merged in float64.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,14 @@ from megatron_qad.formats.common import triton_serves
 
 
 def kl_stats(p: Tensor, q: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
-    """Logits of p and q and two scratch tensors, float32 [t, columns], all overwritten -> the state of KL(p || q) in
-    this shard, [t, 5]: max p, max q, D_p = sum e^(p - max p), log(D_q / D_p), KL between the renormalized shards."""
+    """Return the statistics of KL(p || q) in this shard, float32 [tokens, 5].
+
+    They are max p, max q, D_p = sum e^(p - max p), log(D_q / D_p), and the KL between the renormalized shards.
+
+    Args:
+        p, q: logits, float32 [tokens, columns]; overwritten.
+        x, scratch: tensors of the same shape and dtype for intermediate results; overwritten.
+    """
     if p.shape[1] == 0:
         return p.new_tensor([LOWEST, LOWEST, 0, 0, 0]).expand(p.shape[0], 5)
     max_p, max_q = p.amax(dim=1), q.amax(dim=1)
@@ -30,8 +36,8 @@ def kl_stats(p: Tensor, q: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
     e_p = torch.exp(p, out=scratch)
     sum_p = e_p.sum(dim=1)
     mean = torch.linalg.vecdot(e_p, x) / sum_p
-    # expm1 is cheaper than exp and tanh. It serves tokens in which no q hides behind a p that underflows, and D_q / D_p
-    # is not near 0, where 1 would cancel. Asking a GPU would stop it.
+    # expm1 is cheaper than exp and tanh, but fails where e^p underflows under a large q, and cancels where D_q / D_p is
+    # near 0. The check would synchronize with a GPU, so only the CPU takes this path.
     if x.device.type == "cpu":
         is_near = x.amax(dim=1) < 40
         growth = x.expm1_().mul_(e_p).sum(dim=1) / sum_p  # D_q / D_p - 1
@@ -45,7 +51,7 @@ def kl_stats(p: Tensor, q: Tensor, x: Tensor, scratch: Tensor) -> Tensor:
 
 
 def _log_ratio(p: Tensor, q: Tensor, x: Tensor, e_p: Tensor, sum_p: Tensor) -> Tensor:
-    """log(D_q / D_p) whatever the logits, which are less their maxima; ``x`` and ``q`` are overwritten."""
+    """Return log(D_q / D_p) for any ``p`` and ``q``, which are relative to their maxima. Overwrites ``x`` and ``q``."""
     torch.sub(q, p, out=x).mul_(0.5).tanh_()
     sum_q = q.exp_().sum(dim=1)
     growth = q.add_(e_p).mul_(x).sum(dim=1) / sum_p
@@ -53,7 +59,7 @@ def _log_ratio(p: Tensor, q: Tensor, x: Tensor, e_p: Tensor, sum_p: Tensor) -> T
 
 
 def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [ranks, t, 5] -> KL(p || q), log Z_p, log Z_q, each float64 [t]."""
+    """Merge float32 [ranks, tokens, 5] into KL(p || q), log Z_p and log Z_q, each float64 [tokens]."""
     max_p, max_q, sum_p, log_ratio, within = stats.double().unbind(dim=2)
     top = max_p.amax(dim=0)
     mass = sum_p * (max_p - top).exp()
@@ -63,13 +69,13 @@ def merge_kl(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean_shift = (mass * shift).sum(dim=0)
     between = (mass.log() + shift - mean_shift).logsumexp(dim=0)
     log_z_p = top + total.log()
-    kl = ((mass * within).sum(dim=0) + between).clamp(min=0)  # rounding may leave -1e-9 of nothing
+    kl = ((mass * within).sum(dim=0) + between).clamp(min=0)  # rounding may turn 0 into -1e-9
     return kl, log_z_p, log_z_p + mean_shift + between
 
 
 @dataclass(frozen=True, kw_only=True)
 class KL(LogitLoss):
-    """KL(teacher || student); the gradient is (p_s - p_t) / temperature."""
+    """Forward KL divergence, KL(teacher || student). Its gradient is (p_s - p_t) / temperature."""
 
     def kernels(self, logits: Tensor):
         if not triton_serves(logits):
@@ -79,18 +85,18 @@ class KL(LogitLoss):
         return kl_triton
 
     def kernel_factor(self, saved, factor: Tensor) -> Tensor:
-        """What a token's gradient is multiplied by, beside the numbers that the kernel reads; 0 where it was."""
+        """Return the factor [tokens] of each token's gradient for ``kernels().write_gradient``; zeros stay zero."""
         return factor
 
     def shard_stats(self, tile: Tile):
-        return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()
+        return kl_stats(tile.z_t, tile.z_s, tile.scratch_a, tile.scratch_b), ()
 
     def merge(self, stats, local, rank):
         if (kernels := self.kernels(stats)) is not None:
             return kernels.merge(stats)
         kl, log_t, log_s = merge_kl(stats)
-        # softmax(z) = e^(z - m) r with m the largest logit and r = e^m / Z: likely tokens then have exponents near 0,
-        # which float32 keeps better than z - log Z. The ratio of both r is 1 where the models agree.
+        # softmax(z) = e^(z - m) r, where m is the largest logit and r = e^m / Z. Likely tokens then have exponents near
+        # 0, which float32 represents more precisely than z - log Z. Where the models agree, the ratio of their r is 1.
         max_t, max_s = stats[..., 0].double().amax(dim=0), stats[..., 1].double().amax(dim=0)
         log_r_s, log_r_t = max_s - log_s, max_t - log_t
         return kl, tuple(v.float() for v in (max_s, max_t, (log_r_s - log_r_t).exp(), log_r_t.exp()))
@@ -103,10 +109,10 @@ class KL(LogitLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class ConfidenceKL(KL):
-    """KL(teacher || student), each token scaled by the teacher's highest probability to the ``power``.
+    """Forward KL with each token scaled by the teacher's highest probability raised to ``power``.
 
-    1 trusts tokens of which the teacher is sure; a negative power stresses those of which it is not, which is what
-    token-scaled logit distillation does (Kim et al. 2023, arXiv 2308.06744, there by the teacher's cross entropy).
+    A positive power emphasizes tokens on which the teacher is confident, a negative one those on which it is not.
+    Token-scaled logit distillation (Kim et al. 2023, arXiv 2308.06744) does the latter by the teacher's cross entropy.
     """
 
     power: float = 1.0
@@ -117,7 +123,7 @@ class ConfidenceKL(KL):
         return kl * scale, (*saved, scale.float())
 
     def kernel_factor(self, saved, factor: Tensor) -> Tensor:
-        return torch.where(factor == 0, 0.0, factor * saved[4])  # a token that does not count may have infinity there
+        return torch.where(factor == 0, 0.0, factor * saved[4])  # masked tokens may be infinite
 
     def gradient(self, tile: Tile, saved, factor):
         return super().gradient(tile, saved, self.kernel_factor(saved, factor))
@@ -125,10 +131,10 @@ class ConfidenceKL(KL):
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(LogitLoss):
-    """KL(student || teacher); the gradient is p_s (log(p_s / p_t) - KL) / temperature."""
+    """Reverse KL divergence, KL(student || teacher). Its gradient is p_s (log(p_s / p_t) - KL) / temperature."""
 
     def shard_stats(self, tile: Tile):
-        return kl_stats(tile.z_s, tile.z_t, tile.a, tile.b), ()
+        return kl_stats(tile.z_s, tile.z_t, tile.scratch_a, tile.scratch_b), ()
 
     def merge(self, stats, local, rank):
         kl, log_s, log_t = merge_kl(stats)
@@ -136,15 +142,17 @@ class ReverseKL(LogitLoss):
 
     def gradient(self, tile: Tile, saved, factor):
         log_s, shift = saved
-        centred = torch.sub(tile.z_s, tile.z_t, out=tile.a).add_(shift[:, None])
+        centred = torch.sub(tile.z_s, tile.z_t, out=tile.scratch_a).add_(shift[:, None])
         return tile.z_s.sub_(log_s[:, None]).exp_().mul_(centred).mul_(factor[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
 class JSD(LogitLoss):
-    """beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student (generalized
-    Jensen-Shannon divergence as in GKD, Agarwal et al. 2023, arXiv 2306.13649). Two collectives: m needs the whole
-    vocabulary's normalizers first."""
+    """Generalized Jensen-Shannon divergence as in GKD (Agarwal et al. 2023, arXiv 2306.13649).
+
+    beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student. It takes two
+    collectives, because m needs the normalizers over the full vocabulary first.
+    """
 
     beta: float = 0.5
 
@@ -154,15 +162,15 @@ class JSD(LogitLoss):
         super().__post_init__()
         if not 0 < self.beta < 1:
             raise ValueError(
-                f"jsd(beta={self.beta}): expected a number between 0 and 1; its limits are kl and reverse_kl"
+                f"jsd(beta={self.beta}): expected a number between 0 and 1. Use kl or reverse_kl for the limits."
             )
 
     def shard_stats(self, tile: Tile):
-        return kl_stats(tile.z_t, tile.z_s, tile.a, tile.b), ()
+        return kl_stats(tile.z_t, tile.z_s, tile.scratch_a, tile.scratch_b), ()
 
     def merge(self, stats, local, rank):
         _, log_t, log_s = merge_kl(stats)
-        # One shift for both, so that y = log p_s - log p_t loses nothing to the size of the normalizers.
+        # The difference is taken in float64, so y = log p_s - log p_t keeps its precision for large normalizers.
         return None, (log_s.float(), log_t.float(), (log_t - log_s).float())
 
     def second_stats(self, tile: Tile, saved):
@@ -179,9 +187,9 @@ class JSD(LogitLoss):
         return y.sub_(log_m).sub_(saved[3][:, None]).mul_(p_s).mul_(((1 - self.beta) * factor)[:, None])
 
     def _parts(self, tile: Tile, saved):
-        """p_s, p_t, y = log(p_s / p_t) and log(m / p_t) = log1p((1 - beta) expm1(y)), in the tile's tensors."""
+        """Return p_s, p_t, y = log(p_s / p_t) and log(m / p_t) = log1p((1 - beta) expm1(y)), in the tile's memory."""
         log_s, log_t, shift = saved
-        # Beyond e^80 of one model's probability there is none of the other's to weigh.
-        y = torch.sub(tile.z_s, tile.z_t, out=tile.a).add_(shift[:, None]).clamp_(-80, 80)
+        # Where the ratio exceeds e^80, the smaller probability is zero in float32.
+        y = torch.sub(tile.z_s, tile.z_t, out=tile.scratch_a).add_(shift[:, None]).clamp_(-80, 80)
         p_s, p_t = tile.z_s.sub_(log_s[:, None]).exp_(), tile.z_t.sub_(log_t[:, None]).exp_()
-        return p_s, p_t, y, torch.expm1(y, out=tile.b).mul_(1 - self.beta).log1p_()
+        return p_s, p_t, y, torch.expm1(y, out=tile.scratch_b).mul_(1 - self.beta).log1p_()

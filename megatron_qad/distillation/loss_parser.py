@@ -1,10 +1,10 @@
-"""``--qad-loss``: a short string or a YAML file -> ``WeightedLosses``.
+"""Parses ``--qad-loss``, a short string or a YAML file, into ``WeightedLosses``.
 
     kl      kl + 0.5*ce      jsd(beta=0.5)      topk(k=64, temperature=2)      kl + cosine(1, 0, 100, 500)*ce
     kl + 0.1*hidden_mse(layers=[3, -1])         kl + 1e-4*scale_growth
 
-A weight is a number, or linear(FROM, TO, START, END) or cosine(FROM, TO, START, END): FROM until step START, TO from
-step END on. The same in YAML, a list:
+A weight is a number, linear(FROM, TO, START, END) or cosine(FROM, TO, START, END). A schedule is FROM until step START
+and TO from step END on. The same in YAML is a list:
 
     - loss: kl
       temperature: 2
@@ -19,120 +19,128 @@ from pathlib import Path
 
 import yaml
 
-from megatron_qad.distillation.loss_registry import REGISTRY, Loss, losses_of_kind
+from megatron_qad.distillation.loss_registry import REGISTRY, Loss, losses_of_type
 from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, did_you_mean
 from megatron_qad.engine.errors import QADError
 
 
 def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
-    """Read ``--qad-loss``.
+    """Parse ``--qad-loss``.
 
     Args:
-        text: see the top of this file; a name ending in .yaml or .yml is a file.
-        temperature: of the losses that have one and do not give it.
+        text: a loss as described in this module's docstring; a name ending in .yaml or .yml is read as a file.
+        temperature: default temperature of the losses that have one.
 
     Raises:
-        QADError: an unknown loss, setting or schedule (the nearest is named), a value a loss refuses, or bad syntax.
+        QADError: an unknown loss, setting or schedule (with the nearest valid name), an invalid value, or bad syntax.
+
+    Example::
+
+        losses = parse_loss("kl(temperature=2) + 0.5*ce")
+        [term.name for term in losses.terms]  # ["kl", "ce"]
+        [term.weight.at_step(1) for term in losses.terms]  # [1.0, 0.5]
     """
     try:
-        terms = _read_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _read_string(text)
-        built = [(name, _build(name, settings, temperature), weight) for name, settings, weight in terms]
+        parsed = _read_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _read_string(text)
+        built = [(name, _build(name, settings, temperature), weight) for name, settings, weight in parsed]
     except (QADError, ValueError, TypeError) as error:
         raise QADError(f"--qad-loss {text!r}: {error}") from error
-    found: list[Term] = []
+    terms: list[Term] = []
     for name, loss, weight in built:
-        number = sum(other.name.split()[0] == name for other in found)
-        found.append(Term(f"{name} {number + 1}" if number else name, loss, weight))
-    losses = WeightedLosses(tuple(found))
+        num_earlier = sum(term.name.split()[0] == name for term in terms)
+        terms.append(Term(f"{name} {num_earlier + 1}" if num_earlier else name, loss, weight))
+    losses = WeightedLosses(tuple(terms))
     if not losses.terms_of_type(LogitLoss):
-        of_logits = ", ".join(losses_of_kind(LogitLoss))
-        raise QADError(f"--qad-loss {text!r}: expected a loss of the logits ({of_logits}) among its parts")
+        logit_losses = ", ".join(losses_of_type(LogitLoss))
+        raise QADError(f"--qad-loss {text!r}: no loss of the logits among its terms. Add one of {logit_losses}.")
     return losses
 
 
-_ReadTerm = tuple[str, dict, Weight]
+_ParsedTerm = tuple[str, dict, Weight]  # name, settings, weight
 
 
 def _build(name: str, settings: dict, temperature: float) -> Loss:
     if name not in REGISTRY:
-        raise QADError(f"unknown loss {name!r}{did_you_mean(name, REGISTRY)}; expected one of {', '.join(REGISTRY)}")
+        raise QADError(f"unknown loss {name!r}, expected one of {', '.join(REGISTRY)}{did_you_mean(name, REGISTRY)}")
     loss = REGISTRY[name].loss
     valid = {field.name for field in fields(loss) if field.init}
     for key in settings:
         if key not in valid:
             raise QADError(
-                f"{name} has no setting {key!r}{did_you_mean(key, valid)}; it has {', '.join(sorted(valid)) or 'none'}"
+                f"{name} has no setting {key!r}, its settings are {', '.join(sorted(valid)) or 'none'}"
+                f"{did_you_mean(key, valid)}"
             )
     default = {"temperature": temperature} if "temperature" in valid else {}
     return loss(**(default | settings))
 
 
-def _read_string(text: str) -> list[_ReadTerm]:
+def _read_string(text: str) -> list[_ParsedTerm]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as error:
-        raise QADError("expected losses joined by +, such as kl+0.5*ce or jsd(beta=0.5)") from error
-    terms = []
+        raise QADError("expected losses joined by +, such as kl+0.5*ce or jsd(beta=0.5).") from error
+    nodes = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
-        terms.append(tree.right)
+        nodes.append(tree.right)
         tree = tree.left
-    return [_term(node) for node in [tree, *reversed(terms)]]
+    return [_parse_term(node) for node in [tree, *reversed(nodes)]]
 
 
-def _term(node: ast.expr) -> _ReadTerm:
+def _parse_term(node: ast.expr) -> _ParsedTerm:
     weight = Weight()
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        weight, node = _weight(node.left), node.right
+        weight, node = _parse_weight(node.left), node.right
     if isinstance(node, ast.Name):
         return node.id, {}, weight
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.args:
-            raise QADError(f"{ast.unparse(node)}: settings need their names, such as jsd(beta=0.5)")
-        return node.func.id, {keyword.arg: _value(keyword.value) for keyword in node.keywords}, weight
-    raise QADError(f"{ast.unparse(node)}: expected [WEIGHT *] LOSS or LOSS(setting=value)")
+            raise QADError(f"{ast.unparse(node)}: expected settings with names, such as jsd(beta=0.5).")
+        return node.func.id, {keyword.arg: _literal(keyword.value) for keyword in node.keywords}, weight
+    raise QADError(f"{ast.unparse(node)}: expected [WEIGHT *] LOSS or [WEIGHT *] LOSS(setting=value).")
 
 
-def _weight(node: ast.expr) -> Weight:
+def _parse_weight(node: ast.expr) -> Weight:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if len(node.args) != 4 or node.keywords:
-            raise QADError(f"{ast.unparse(node)}: expected {node.func.id}(FROM, TO, START, END)")
-        return Weight(*(_value(arg) for arg in node.args), schedule=node.func.id)
-    return _constant(_value(node))
+            raise QADError(f"{ast.unparse(node)}: expected {node.func.id}(FROM, TO, START, END).")
+        return Weight(*(_literal(arg) for arg in node.args), schedule=node.func.id)
+    return _constant_weight(_literal(node))
 
 
-def _constant(value) -> Weight:
+def _constant_weight(value) -> Weight:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise QADError(f"weight {value!r}: expected a number or a schedule")
+        raise QADError(f"weight {value!r}: expected a number or a schedule.")
     return Weight(start_weight=float(value))
 
 
-def _value(node: ast.expr):
+def _literal(node: ast.expr):
     try:
         return ast.literal_eval(node)
     except ValueError as error:
-        raise QADError(f"{ast.unparse(node)}: expected a number") from error
+        raise QADError(f"{ast.unparse(node)}: expected a number.") from error
 
 
-def _read_yaml(file: Path) -> list[_ReadTerm]:
+def _read_yaml(file: Path) -> list[_ParsedTerm]:
     if not file.is_file():
-        raise QADError("no such file")
+        raise QADError("no such file.")
     try:
-        terms = yaml.safe_load(file.read_text())
+        entries = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise QADError(f"not valid YAML: {error}") from error
-    if not (isinstance(terms, list) and terms and all(isinstance(t, Mapping) and "loss" in t for t in terms)):
-        raise QADError("expected a list of mappings, each with the key 'loss'")
-    found = []
-    for term in terms:
-        settings = {key: value for key, value in term.items() if key not in ("loss", "weight")}
-        weight = term.get("weight", 1.0)
+    if not (isinstance(entries, list) and entries and all(isinstance(e, Mapping) and "loss" in e for e in entries)):
+        raise QADError("expected a list of mappings, each with the key 'loss'.")
+    terms = []
+    for entry in entries:
+        settings = {key: value for key, value in entry.items() if key not in ("loss", "weight")}
+        weight = entry.get("weight", 1.0)
         if isinstance(weight, Mapping):
             valid = [name for name in Weight.__dataclass_fields__]
             if unknown := [key for key in weight if key not in valid]:
-                raise QADError(f"weight has no key {unknown[0]!r}{did_you_mean(unknown[0], valid)}")
+                nearest = did_you_mean(unknown[0], valid)
+                raise QADError(f"weight has no key {unknown[0]!r}, its keys are {', '.join(valid)}{nearest}")
             weight = Weight(**({"schedule": "linear"} | weight))
         else:
-            weight = _constant(weight)
-        found.append((str(term["loss"]), settings, weight))
-    return found
+            weight = _constant_weight(weight)
+        terms.append((str(entry["loss"]), settings, weight))
+    return terms

@@ -1,4 +1,4 @@
-"""What validation reports of a student beside its teacher: sums over tokens, divided once, at the end."""
+"""Validation metrics of a student compared with its teacher, as sums over tokens that are divided once at the end."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ from megatron_qad.distillation.tiles import VocabShard
 from megatron_qad.distillation.vocab_parallel import all_gather, logit_losses
 
 NAMES = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement")
-"""KL(teacher || student) and the cross entropies in nats a token; the share of tokens with the same most likely
-token."""
+"""Names of the metrics. KL(teacher || student) and the cross entropies are in nats per token; top-1 agreement is the
+fraction of tokens for which both models have the same most likely token."""
 
 
 @dataclass
 class Metrics:
-    """Sums over tokens, float64, and their count. Add across microbatches, then all-reduce, then ``means``."""
+    """Sums of metrics over tokens. Add microbatches with ``+=``, then call ``all_reduce`` and ``means``."""
 
     sums: Tensor
-    """[len(NAMES)]."""
+    """Sums in the order of ``NAMES``, float64 [len(NAMES)]."""
     num_tokens: Tensor
-    """[]: tokens that count."""
+    """Sum of the token weights, float64 []."""
 
     @classmethod
     def zero(cls, device=None) -> "Metrics":
@@ -42,8 +42,10 @@ class Metrics:
         return Metrics(packed[:-1], packed[-1])
 
     def means(self, *, has_teacher: bool = True) -> dict[str, float]:
-        """Means per token, and ``num_tokens``; NaN where no token counts. Without a teacher only the student's cross
-        entropy means anything."""
+        """Return the means per token, and ``num_tokens``. Means are NaN if there is no token.
+
+        Without a teacher, only the student's cross entropy is returned.
+        """
         values = dict(zip(NAMES, (self.sums / self.num_tokens).tolist(), strict=True))
         if not has_teacher:
             values = {"cross_entropy": values["cross_entropy"]}
@@ -52,19 +54,26 @@ class Metrics:
 
 @torch.no_grad()
 def compare(student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: Tensor, shard: VocabShard) -> Metrics:
-    """Metrics of one microbatch.
+    """Compute the metrics of one microbatch.
 
     Args:
-        student, teacher: logits [..., V/tp]; not changed. ``teacher`` None: its metrics are zero.
-        labels: int64 [...]; loss_mask: float [...], the weight of each token, 0 leaves it out.
+        student, teacher: logits [..., V/tp]; not modified. If ``teacher`` is None, its metrics are zero.
+        labels: token ids, int64 [...].
+        loss_mask: weight of each token, float [...]; 0 leaves the token out.
+
+    Example::
+
+        logits, labels = torch.randn(2, 4, 8), torch.randint(8, (2, 4))
+        metrics = compare(logits, logits, labels, torch.ones(2, 4), VocabShard(0, 8)).means()
+        metrics["top1_agreement"]  # 1.0
     """
     weight = loss_mask.reshape(-1).double()
     per_token = [torch.zeros_like(weight)] * len(NAMES)
     if teacher is None:
         (per_token[1],) = logit_losses([CrossEntropy()], student, None, labels, shard, weight=loss_mask)
     else:
-        found = logit_losses([KL(), CrossEntropy()], student, teacher, labels, shard, weight=loss_mask)
-        per_token[0], per_token[1] = found
+        losses = [KL(), CrossEntropy()]
+        per_token[0], per_token[1] = logit_losses(losses, student, teacher, labels, shard, weight=loss_mask)
         (per_token[2],) = logit_losses([CrossEntropy()], teacher, None, labels, shard, weight=loss_mask)
         agreement = _most_likely_token(student, shard) == _most_likely_token(teacher, shard)
         per_token[3] = agreement.double() * weight
@@ -73,7 +82,7 @@ def compare(student: Tensor, teacher: Tensor | None, labels: Tensor, loss_mask: 
 
 
 def _most_likely_token(logits: Tensor, shard: VocabShard) -> Tensor:
-    """[..., V/tp] -> token ids [tokens], over the whole vocabulary; the lowest id wins a tie."""
+    """Return the most likely token ids over the full vocabulary, [tokens]. The lowest id wins a tie."""
     flat = logits.reshape(-1, logits.shape[-1])[:, : shard.num_columns]
     if shard.num_columns:
         value, index = flat.max(dim=1)

@@ -1,4 +1,4 @@
-"""Losses of logits that are no divergence of whole distributions: cross entropy, mean squared error, top-k KL."""
+"""Logit losses other than full-distribution divergences: cross entropy, mean squared error, top-k KL."""
 
 from dataclasses import dataclass, field
 
@@ -12,7 +12,7 @@ from megatron_qad.engine.errors import QADError
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy(LogitLoss):
-    """Cross entropy against the labels at temperature 1, which is QAT; needs no teacher."""
+    """Cross entropy against the labels at temperature 1 (QAT). Needs no teacher."""
 
     temperature: float = field(default=1.0, init=False)
     teacher_temperature: float = field(default=1.0, init=False)
@@ -48,11 +48,11 @@ class CrossEntropy(LogitLoss):
 
 @dataclass(frozen=True, kw_only=True)
 class MSE(LogitLoss):
-    """Mean over the real vocabulary of (z_s - z_t)^2, of the logits themselves: no temperature.
+    """Mean of (z_s - z_t)^2 over the unpadded vocabulary. It uses the raw logits, without a temperature.
 
     Args:
-        centred: of logits whose mean over the vocabulary is taken away first, which changes no distribution. A common
-            offset of one model then costs nothing.
+        centred: subtract each model's mean logit first. This changes no distribution, and a constant offset between the
+            models then costs nothing.
     """
 
     centred: bool = True
@@ -61,32 +61,33 @@ class MSE(LogitLoss):
 
     def shard_stats(self, tile: Tile):
         difference = tile.z_s.sub_(tile.z_t)
-        number = difference.shape[1]
-        mean = difference.sum(dim=1) / max(number, 1)
+        num_columns = difference.shape[1]
+        mean = difference.sum(dim=1) / max(num_columns, 1)
         squares = difference.sub_(mean[:, None]).square_().sum(dim=1)
-        return torch.stack((torch.full_like(mean, number), mean, squares), dim=1), ()
+        return torch.stack((torch.full_like(mean, num_columns), mean, squares), dim=1), ()
 
     def merge(self, stats, local, rank):
-        number, means, squares = stats.double().unbind(dim=2)
-        total = number.sum(dim=0)
-        mean = (number * means).sum(dim=0) / total
-        loss = (squares + number * (means - mean).square()).sum(dim=0) / total
+        counts, means, squares = stats.double().unbind(dim=2)
+        total = counts.sum(dim=0)
+        mean = (counts * means).sum(dim=0) / total
+        loss = (squares + counts * (means - mean).square()).sum(dim=0) / total
         if not self.centred:
             loss, mean = loss + mean.square(), torch.zeros_like(mean)
         return loss, (mean.float(), (2 / total).float())
 
     def gradient(self, tile: Tile, saved, factor):
-        mean, two_over_number = saved
-        return tile.z_s.sub_(tile.z_t).sub_(mean[:, None]).mul_((two_over_number * factor)[:, None])
+        mean, two_over_count = saved
+        return tile.z_s.sub_(tile.z_t).sub_(mean[:, None]).mul_((two_over_count * factor)[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKL(LogitLoss):
-    """KL(teacher || student) over k + 1 outcomes: the teacher's k most likely tokens of the whole vocabulary, and all
-    others as one. Each rank gathers the logits of its own k most likely tokens, 2 k + 4 numbers a token.
+    """KL(teacher || student) over k + 1 outcomes: the teacher's top-k tokens and all other tokens as one.
+
+    The top k are those of the full vocabulary. Each rank sends its own top-k logits, 2 k + 4 values per token.
 
     Args:
-        k: at most V/tp, because one rank may hold all of them.
+        k: number of tokens; at most V/tp, because one rank may hold all of them.
     """
 
     k: int = 64
@@ -99,26 +100,26 @@ class TopKL(LogitLoss):
     def check(self, width: int) -> None:
         if self.k > width:
             raise QADError(
-                f"topk(k={self.k}): k is larger than the {width} columns of one rank's shard; each rank gathers its "
-                f"own k most likely tokens. Choose k <= {width} or fewer tensor-parallel ranks"
+                f"topk(k={self.k}): k must not exceed the {width} columns of one rank's shard, because each rank "
+                f"gathers its own top-k tokens. Choose k <= {width} or fewer tensor-parallel ranks."
             )
 
     def shard_stats(self, tile: Tile):
         z_s, z_t = tile.z_s, tile.z_t
-        rows, here = len(z_s), min(self.k, z_s.shape[1])
+        rows, num_kept = len(z_s), min(self.k, z_s.shape[1])
         stats = z_s.new_zeros(rows, 4 + 2 * self.k)
-        stats[:, 4:] = LOWEST  # what a shard of fewer real columns lacks: logits of no probability
+        stats[:, 4:] = LOWEST  # a shard with fewer than k real columns is filled with zero probability
         index = torch.zeros(rows, self.k, dtype=torch.int64, device=z_s.device)
-        if here == 0:
+        if num_kept == 0:
             stats[:, :2] = LOWEST
             return stats, (index,)
-        top, index[:, :here] = z_t.topk(here, dim=1)
-        stats[:, 4 : 4 + here] = top
-        stats[:, 4 + self.k : 4 + self.k + here] = z_s.gather(1, index[:, :here])
+        top, index[:, :num_kept] = z_t.topk(num_kept, dim=1)
+        stats[:, 4 : 4 + num_kept] = top
+        stats[:, 4 + self.k : 4 + self.k + num_kept] = z_s.gather(1, index[:, :num_kept])
         for i, z in enumerate((z_s, z_t)):
             stats[:, i] = z.amax(dim=1)
-            rest = z.sub_(stats[:, i, None]).exp_().scatter_(1, index[:, :here], 0.0)
-            stats[:, 2 + i] = rest.sum(dim=1)  # of what is not gathered
+            tail = z.sub_(stats[:, i, None]).exp_().scatter_(1, index[:, :num_kept], 0.0)
+            stats[:, 2 + i] = tail.sum(dim=1)  # mass of the tokens that are not gathered
         return stats, (index,)
 
     def merge(self, stats, local, rank):
@@ -134,28 +135,31 @@ class TopKL(LogitLoss):
         kept = (torch.where(real, p_t, 0.0) * log_ratio).sum(dim=1)
         ratio = torch.where(tail_t > 0, tail_t / tail_s.clamp(min=1e-30), 0.0)
         tail = torch.where(tail_t > 0, tail_t * ratio.clamp(min=1e-300).log(), 0.0)
-        mine = slice(rank * self.k, (rank + 1) * self.k)
-        saved = (log_s.float(), log_t.float(), (1 - ratio).float(), *local, real[:, mine])
+        local_columns = slice(rank * self.k, (rank + 1) * self.k)
+        saved = (log_s.float(), log_t.float(), (1 - ratio).float(), *local, real[:, local_columns])
         return (kept + tail).clamp(min=0), saved
 
     @staticmethod
-    def _outcomes(z: Tensor, maxima: Tensor, rest: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalizer, probabilities of all candidates, and the mass of what is not chosen. The masses sum to 1 in
-        float64, whatever rounded the rest: the divergence cannot tell the two models' rounding for a difference."""
+    def _outcomes(z: Tensor, maxima: Tensor, tails: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the log normalizer, the probabilities of all candidates, and the mass of the tokens not chosen.
+
+        The probabilities sum to 1 in float64 although the tails are rounded, so the rounding of the two models does not
+        look like a divergence.
+        """
         top = maxima.amax(dim=0)
         exp = (z - top[:, None]).exp()
-        tail = (rest * (maxima - top).exp()).sum(dim=0) + (exp * ~chosen).sum(dim=1)
+        tail = (tails * (maxima - top).exp()).sum(dim=0) + (exp * ~chosen).sum(dim=1)
         total = (exp * chosen).sum(dim=1) + tail
         return top + total.log(), exp / total[:, None], tail / total
 
     def gradient(self, tile: Tile, saved, factor):
         log_s, log_t, tail_factor, index, real = saved
         p_s = tile.z_s.sub_(log_s[:, None]).exp_()
-        if (here := min(self.k, p_s.shape[1])) == 0:
+        if (num_kept := min(self.k, p_s.shape[1])) == 0:
             return p_s
-        index = index[:, :here]
+        index = index[:, :num_kept]
         chosen = p_s.gather(1, index)
         p_t = tile.z_t.gather(1, index).sub_(log_t[:, None]).exp_()
         p_s.mul_(tail_factor[:, None])
-        values = torch.where(real[:, :here], chosen - p_t, chosen * tail_factor[:, None])
+        values = torch.where(real[:, :num_kept], chosen - p_t, chosen * tail_factor[:, None])
         return p_s.scatter_(1, index, values).mul_(factor[:, None])

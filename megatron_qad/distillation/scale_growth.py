@@ -1,8 +1,8 @@
-"""A penalty on NVFP4 blocks whose scale has grown since training began.
+"""Penalty on NVFP4 blocks whose scale has grown since the start of training.
 
-A block's scale is its largest magnitude over 6, and the step between its codes is in proportion to it: one weight that
-grows makes the 15 beside it coarser. The penalty is the sum over blocks of max(0, amax / initial amax - 1)^2, both of
-the weights on the grid. Like weight decay it is a sum, so that its pull on a weight does not depend on the model's
+A block's scale is its amax divided by 6, and the quantization step is proportional to the scale, so one growing weight
+makes the other 15 coarser. The penalty is the sum over blocks of max(0, amax / initial amax - 1)^2, where both amaxes
+are those of quantized weights. Like weight decay it is a sum, so the force on a weight does not depend on the model
 size.
 """
 
@@ -16,24 +16,26 @@ from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 @dataclass(frozen=True)
 class ScaleGrowth:
-    """The term ``scale_growth`` of ``--qad-loss``. Of NVFP4 weights only; blocks that were zero stay out."""
+    """The term ``scale_growth`` of ``--qad-loss``. It covers NVFP4 weights only and skips blocks that were zero."""
 
     needs_teacher = False
 
 
 def block_amaxes(weight: Tensor) -> Tensor:
-    """[..., n] -> [..., n / 16]: the largest magnitude of each block, in the weight's dtype."""
+    """Return the largest magnitude of each block of ``weight`` [..., n]: [..., n / 16], in the weight's dtype."""
     return weight.unflatten(-1, (-1, BLOCK_SIZE)).abs().amax(dim=-1)
 
 
 def scale_growth(weight: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """The penalty of one weight (or shard) and its gradient.
+    """Return the penalty of one weight (or shard) and its gradient.
 
     Args:
-        weight: [..., n], on the NVFP4 grid. initial: [..., n / 16], ``block_amaxes`` of the weight before training.
+        weight: quantized NVFP4 weight [..., n].
+        initial: ``block_amaxes`` of the weight before training, [..., n / 16].
 
     Returns:
-        float32 [] and [..., n]. A block's gradient goes to its largest elements, in equal parts where several are.
+        The penalty, float32 [], and its gradient, float32 [..., n]. The gradient of a block goes to its largest element
+        and is split equally between ties.
     """
     blocks = weight.detach().float().unflatten(-1, (-1, BLOCK_SIZE))
     start = initial.float()

@@ -1,65 +1,67 @@
-"""The vocabulary shard of a rank, and walks over its logits in float32 tiles that stay in a cache."""
+"""The vocabulary shard of a rank, and iteration over its logits in cache-sized float32 tiles."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron_qad.distillation.vocab_parallel import LogitLoss
 
-# Elements of one tile. Four tiles of 1 MiB: on one machine tiles of 512 KiB were 1.2 times faster than tiles of 2 MiB,
-# because they stay in a core's second-level cache, on another 1.2 times slower, because torch's calls cost more.
+# Elements of one tile: four tensors of 1 MiB. On one machine 512 KiB was 1.2 times faster than 2 MiB, because the tile
+# stays in a core's L2 cache; on another it was 1.2 times slower, because torch's call overhead weighs more.
 TILE_ELEMENTS = 1 << 18
-# On a GPU a tile is a few launches: 32 MiB each. Not tuned: no GPU was at hand.
+# 32 MiB each on a GPU, where a tile costs a few launches. Not tuned.
 GPU_TILE_ELEMENTS = 1 << 23
-# Stands for minus infinity in maxima: a rank whose columns are all padding merges as a zero, never as NaN.
+# Replaces minus infinity in maxima, so that a rank with only padding columns contributes zero and not NaN.
 LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Which part of the vocabulary the logits of this rank cover."""
+    """The part of the vocabulary that this rank's logits cover."""
 
     first_column: int
     """Token id of the first column."""
     num_columns: int
-    """Columns that are real tokens; those after them are padding."""
+    """Number of columns that are real tokens. The columns after them are padding."""
     group: object = None
-    """Tensor-parallel process group; None is one rank."""
+    """Tensor-parallel process group. None means one rank."""
 
     @classmethod
     def for_rank(cls, width: int, vocab_size: int, group=None) -> "VocabShard":
-        """The shard of this rank, whose logits are ``width`` wide, in a vocabulary of ``vocab_size`` unpadded."""
+        """Return this rank's shard: ``width`` columns of a vocabulary with ``vocab_size`` tokens before padding."""
         first = width * (group.rank() if group is not None else 0)
         return cls(first, min(max(vocab_size - first, 0), width), group)
 
 
 @dataclass
 class Tile:
-    """Some tokens of this rank's shard, float32 [rows, num_columns], in memory that a loss may overwrite."""
+    """The logits of some tokens of this rank's shard, float32 [rows, num_columns]. A loss may overwrite them."""
 
     z_s: Tensor
-    """The student's logits over its temperature."""
+    """Student logits divided by the student's temperature."""
     z_t: Tensor | None
-    """The teacher's over its own; None where the loss needs no teacher."""
-    a: Tensor
-    b: Tensor
-    """Scratch."""
+    """Teacher logits divided by the teacher's temperature. None if the loss needs no teacher."""
+    scratch_a: Tensor
+    scratch_b: Tensor
+    """Scratch tensors of the same shape."""
     column: Tensor | None
-    """int64 [rows]: the label's column in this shard; negative or >= num_columns where another rank has it."""
+    """Column of each label in this shard, int64 [rows]. Negative or >= num_columns if another rank holds it."""
 
 
 def token_tiles(num_tokens: int, num_columns: int, elements: int) -> Iterator[slice]:
+    """Yield slices of tokens whose logits have at most ``elements`` elements each, and at least one token."""
     step = max(1, elements // max(1, num_columns))
     for start in range(0, num_tokens, step):
         yield slice(start, min(start + step, num_tokens))
 
 
 class Tiles:
-    """Walks over tokens tile by tile, with memory allocated once."""
+    """Iterates over tokens tile by tile and reuses one allocation."""
 
     def __init__(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, shard: VocabShard):
         self.student, self.teacher, self.columns = student, teacher, shard.num_columns
@@ -68,18 +70,22 @@ class Tiles:
         self.slices = list(token_tiles(student.shape[0], self.columns, elements))
         self._memory: Tensor | None = None
 
-    def live(self, scale: Tensor) -> list[tuple[slice, bool]]:
-        """The tiles in which a token counts, and whether all do. One synchronization with the device."""
+    def active_tiles(self, scale: Tensor) -> list[tuple[slice, bool]]:
+        """Return the tiles that have a token of nonzero scale, and whether all their tokens do.
+
+        Synchronizes with the device once.
+        """
         if not self.slices:
             return []
-        rows, missing = self.slices[0].stop, self.slices[-1].start + self.slices[0].stop - len(scale)
-        some, every = (torch.nn.functional.pad(scale != 0, (0, missing), value=v).view(-1, rows) for v in (False, True))
-        found = torch.stack((some.any(dim=1), every.all(dim=1)), dim=1).tolist()
-        return [(rows, every) for rows, (some, every) in zip(self.slices, found, strict=True) if some]
+        tile_rows, padding = self.slices[0].stop, self.slices[-1].start + self.slices[0].stop - len(scale)
+        counts = scale != 0
+        any_counts, all_count = (F.pad(counts, (0, padding), value=v).view(-1, tile_rows) for v in (False, True))
+        flags = torch.stack((any_counts.any(dim=1), all_count.all(dim=1)), dim=1).tolist()
+        return [(rows, every) for rows, (some, every) in zip(self.slices, flags, strict=True) if some]
 
     def load(self, rows: slice, loss: "LogitLoss", z_s: Tensor | None = None) -> Tile:
-        """A fresh tile for one loss. ``z_s``: the student's float32 logits themselves, to be overwritten."""
-        if self._memory is None:  # kernels need none
+        """Load a tile for one loss. ``z_s``: float32 student logits to scale in place; None: copy them."""
+        if self._memory is None:  # allocated on first use, because kernels need none
             shape = (3 if self.teacher is None else 4, self.slices[0].stop, self.columns)
             self._memory = torch.empty(shape, dtype=torch.float32, device=self.student.device)
         memory = self._memory[:, : rows.stop - rows.start]

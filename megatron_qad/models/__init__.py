@@ -1,5 +1,5 @@
-"""Floor 2: Hugging Face configs and weights as Megatron's ``HybridModel``: families with their name maps, layer specs.
+"""Floor 2: model families, and the layers and weights of Megatron's ``HybridModel`` for Hugging Face checkpoints.
 
-``families`` holds one file a family and needs neither Megatron nor a GPU; the modules that build models
-(``specs``, ``local_layers``, ``builder``) import Megatron and come after ``engine.init_runtime()``.
+``families`` has one file per family and needs neither Megatron nor a GPU. The modules that build models (``specs``,
+``local_layers``, ``builder``) import Megatron and must be imported after ``engine.init_runtime()``.
 """

@@ -1,11 +1,12 @@
-"""The core attention of the local layer spec, over torch's ``scaled_dot_product_attention``.
+"""Core attention of the local layer spec, using torch's ``scaled_dot_product_attention``.
 
-Megatron's own torch attention keeps all scores, [b, heads, s, s], and refuses context parallelism and packed sequences;
-Transformer Engine has both and needs its GPU kernels. This one has both on any device and equals Megatron's where that
-works (tests/dist/test_attention.py). Left out: sliding windows, softmax offsets, attention masks other than causal.
+Megatron's own torch attention stores all scores, [b, heads, s, s], and supports neither context parallelism nor packed
+sequences. Transformer Engine supports both, but needs its GPU kernels. This module supports both on any device, and
+equals Megatron's attention where that applies (tests/dist/test_attention.py). Not supported: sliding windows, softmax
+offsets, masks other than causal ones.
 
-Under context parallelism (``context_parallel`` says who holds which tokens) keys and values, small under grouped
-queries, are gathered over the group, and each of a rank's chunks attends to what lies before its end.
+Under context parallelism (see ``context_parallel`` for the token order) keys and values, which are small with grouped
+queries, are gathered over the group, and each chunk of a rank attends to all tokens before its end.
 """
 
 from contextlib import nullcontext
@@ -24,20 +25,20 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.models.context_parallel import document_lengths, gather_in_order, spans
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
-# Not cuDNN's, which plans anew for each length: documents have lengths of their own.
-_FOR_ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Without cuDNN's backend, which builds a new plan for every document length.
+_VARLEN_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class CoreAttention(MegatronModule):
-    """softmax(q k^T * scale) v, causal, with grouped queries. No parameters.
+    """Causal softmax(q k^T * scale) v with grouped queries. It has no parameters.
 
     Args:
-        config, layer_number, attn_mask_type, attention_type, softmax_scale, pg_collection: as Megatron gives them to
-            every core attention; ``pg_collection`` needs ``cp``.
-        cp_comm_type: ignored; K and V are always gathered.
+        config, layer_number, attn_mask_type, attention_type, softmax_scale, pg_collection: the arguments that Megatron
+            passes to every core attention. ``pg_collection`` needs ``cp``.
+        cp_comm_type: ignored; keys and values are always gathered.
 
     Raises:
-        QADError: the config asks for an attention that this is not.
+        QADError: the config needs a kind of attention that is not supported.
     """
 
     def __init__(
@@ -55,14 +56,14 @@ class CoreAttention(MegatronModule):
         for name, expected in {"window_size": None, "softmax_type": "vanilla"}.items():
             if getattr(config, name, expected) != expected:
                 raise QADError(
-                    f"attention with {name}={getattr(config, name)!r} is not in the local layer spec, which has "
-                    f"{name}={expected!r}; use Transformer Engine's (--qad-layer-spec te)"
+                    f"attention: {name}={getattr(config, name)!r} is not supported by the local layer spec, which "
+                    f"needs {name}={expected!r}. Use Transformer Engine (--qad-layer-spec te)."
                 )
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
         self.cp_group = groups.cp
-        # Query and key scaling by the layer's number, which Megatron divides out before its softmax, changes nothing.
+        # Query-key layer scaling is ignored: Megatron cancels it before the softmax, so it does not change the result.
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -76,13 +77,14 @@ class CoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params=None,
     ) -> Tensor:
-        """One layer's attention on this rank.
+        """Compute one layer's attention on this rank.
 
         Args:
             query, key, value: [s/cp, b, heads or groups, head dim]; packed: [t/cp, heads or groups, head dim].
-            attention_mask: must be None or Megatron's causal one, which says nothing new.
-            packed_seq_params: documents of a packed row: ``cu_seqlens_q`` int [documents + 1], global token offsets,
-                each length a multiple of ``2 * cp`` under context parallelism. None: every row is one sequence.
+            attention_mask: None or Megatron's causal mask; it is not read.
+            packed_seq_params: documents of a packed row, with global token offsets ``cu_seqlens_q`` int
+                [documents + 1]. Under context parallelism each length must be a multiple of ``2 * cp``. None means that
+                every row is one sequence.
 
         Returns:
             [s/cp, b, heads * head dim], contiguous; packed: [t/cp, heads * head dim].
@@ -90,7 +92,8 @@ class CoreAttention(MegatronModule):
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         if mask_type not in _CAUSAL or attention_bias is not None:
             raise QADError(
-                f"attention of type {mask_type} or with a bias is not in the local layer spec, which is causal"
+                f"attention: mask type {mask_type} or an attention bias is not supported by the local layer spec, "
+                "which is causal. Use Transformer Engine (--qad-layer-spec te)."
             )
         is_packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         if is_packed:
@@ -100,9 +103,9 @@ class CoreAttention(MegatronModule):
         if size > 1:
             key, value = gather_in_order(key, value, lengths, self.cp_group)
         dropout = self.dropout if self.training else 0.0
-        # Ranks that hold other heads must drop other scores; under sequence parallelism the default state is their own.
+        # Tensor-parallel ranks must drop different scores. Under sequence parallelism their default RNG states differ.
         forked = dropout and not self.config.sequence_parallel
-        kernels = sdpa_kernel(_FOR_ANY_LENGTH) if is_packed else nullcontext()
+        kernels = sdpa_kernel(_VARLEN_BACKENDS) if is_packed else nullcontext()
         with get_cuda_rng_tracker().fork() if forked else nullcontext(), kernels:
             parts = [
                 _attend(query[a:b], key[c:d], value[c:d], self.softmax_scale, dropout)
@@ -114,7 +117,7 @@ class CoreAttention(MegatronModule):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
-    """[s_q, b, heads, head dim]; the last query sees all keys, the one before it all but one, and so on."""
+    """Return attention [s_q, b, heads, head dim]. The last query sees all keys, the one before it all but one, etc."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     is_square = q.shape[2] == k.shape[2]
     out = scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""How a model is built: Megatron's ``HybridModelConfig`` with what a Hugging Face config adds to it."""
+"""Building models: Megatron's ``HybridModelConfig`` extended with llama3 rope scaling."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,15 +12,15 @@ from megatron_qad.models.rope import llama3_inv_freq
 
 @dataclass(kw_only=True)
 class QADModelConfig(HybridModelConfig):
-    """A ``HybridModelConfig`` with llama3 rope scaling, which upstream's has no field for."""
+    """``HybridModelConfig`` with llama3 rope scaling, for which Megatron has no field."""
 
     builder: ClassVar[str] = "megatron_qad.models.builder.QADModelBuilder"
     rope_scaling: dict | None = None
-    """The ``rope_scaling`` entry of the Hugging Face config where its type is "llama3"; None: plain rope."""
+    """The ``rope_scaling`` entry of the Hugging Face config if its type is "llama3". None means plain rope."""
 
 
 class QADModelBuilder(HybridModelBuilder):
-    """Builds a ``HybridModel`` stage and gives its rotary embedding the scaled frequencies."""
+    """Builds a ``HybridModel`` stage and sets the scaled frequencies of its rotary embedding."""
 
     def build_model(self, *args, **kwargs):
         model = super().build_model(*args, **kwargs)
@@ -34,12 +34,12 @@ class QADModelBuilder(HybridModelBuilder):
 
 
 def build_chunks(config: QADModelConfig) -> list[torch.nn.Module]:
-    """This rank's chunks of a model in the job's parallel layout, one a virtual stage, without DDP's wrapper."""
+    """Build this rank's model chunks, one per virtual pipeline stage, without wrapping them in DDP."""
     return config.get_builder_cls()(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
 
 
 def freeze(model: torch.nn.Module) -> torch.nn.Module:
-    """Evaluation mode, no gradients: what a teacher is."""
+    """Put a model into evaluation mode without gradients, as a teacher needs it. Returns the model."""
     return model.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Mixtures of experts, for both layer specs: a router that may be frozen, experts that are stored one by one.
+"""Mixture-of-experts layers for both layer specs: a router that can be frozen, and experts that are stored separately.
 
-Frozen is the rule in QAD: the student is to send each token where the teacher sends it. That takes two things, since
-the router's bias (``expert_bias``) moves without a gradient, by counting tokens. Left out: grouped GEMMs; each expert
-is an MLP of its own, whose input has an amax of its own.
+The router is frozen by default in QAD, so that the student routes tokens as the teacher does. Freezing the weight is
+not enough: the router's bias (``expert_bias``) is updated from token counts, without a gradient, so it is frozen too.
+Not supported: grouped GEMMs. Each expert is a separate MLP, so that each expert input has its own amax.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from megatron_qad.models.local_layers import DuplicatedLinear
 
 
 class Router(TopKRouter):
-    """Megatron's top-k router; ``is_frozen``: neither its weight nor its bias moves."""
+    """Megatron's top-k router. With ``is_frozen``, neither its weight nor its bias is updated."""
 
     def __init__(self, *args, is_frozen: bool, **kwargs):
         super().__init__(*args, **kwargs)
@@ -27,8 +27,8 @@ class Router(TopKRouter):
             self.frozen_expert_bias = True
 
     def _apply(self, fn, recurse=True):
-        # A model that is made BF16 takes its buffers along; the bias would come back to float32 (upstream sees to that
-        # before each pass) rounded.
+        # Converting a model to BF16 also converts its buffers. Megatron converts the bias back to float32 before each
+        # pass, but by then it would be rounded.
         bias = self.expert_bias
         super()._apply(fn, recurse)
         if bias is not None and self.expert_bias.dtype != bias.dtype:
@@ -37,11 +37,11 @@ class Router(TopKRouter):
 
 
 class Experts(SequentialMLP):
-    """The experts of this rank, one MLP each, every one stored under its global index whatever the layout."""
+    """The experts of this rank as separate MLPs, each saved under its global index for any parallelism."""
 
     def forward(self, *args, **kwargs):
-        # modelopt knows a class by its forward pass. It would put its own in SequentialMLP's place, which refuses
-        # tensor and expert parallelism together; the experts' linears are all that is to be replaced.
+        # modelopt identifies classes by their forward method and would replace SequentialMLP by its own class, which
+        # does not support tensor and expert parallelism together. Only the experts' linears should be replaced.
         return super().forward(*args, **kwargs)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -49,17 +49,17 @@ class Experts(SequentialMLP):
 
 
 class LocalMoELayer(moe_layer.MoELayer):
-    """``MoELayer`` without Transformer Engine: the projections into and out of the narrower space that experts may work
-    in (``moe_latent_size``) are torch's."""
+    """``MoELayer`` without Transformer Engine. The projections to and from the latent space of the experts
+    (``moe_latent_size``) are torch linears."""
 
     def __init__(self, *args, **kwargs):
-        # Upstream's constructor takes them from these names of its module, and nowhere else.
+        # Megatron's constructor looks the projections up under these module-level names only.
         with patch.multiple(moe_layer, HAVE_TE=True, TELinear=DuplicatedLinear):
             super().__init__(*args, **kwargs)
 
 
 def moe_mlp(layer: type, column_parallel_linear: type, row_parallel_linear: type, *, trains_router: bool) -> partial:
-    """What a layer of experts builds as its MLP: ``layer``, a ``MoELayer``, of these linears."""
+    """Return the constructor of the MLP of an expert layer: ``layer``, a ``MoELayer`` class, with these linears."""
     linears = MLPSubmodules(linear_fc1=column_parallel_linear, linear_fc2=row_parallel_linear)
     return partial(
         layer,

@@ -1,7 +1,7 @@
-"""Torch layers for the local layer spec: what Megatron takes from Transformer Engine where that is not installed.
+"""Torch layers of the local layer spec, which replace Transformer Engine's where it is not installed.
 
-Only what Megatron has no torch version of: a norm that works with sequence parallelism, a hybrid stack whose final norm
-is that norm, and a linear that every tensor-parallel rank holds whole. Other linears are Megatron's own.
+They cover what Megatron has no torch version of: a norm that supports sequence parallelism, a hybrid stack with that
+norm as its final norm, and a linear that is replicated on every tensor-parallel rank. Other linears are Megatron's.
 """
 
 import torch
@@ -10,10 +10,10 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_data_paralle
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last axis, any floating dtype, statistics in float32.
+    """Root-mean-square norm over the last dimension, for any floating dtype, with float32 statistics.
 
-    Megatron's ``WrappedTorchNorm`` refuses sequence parallelism; this marks its weight ``sequence_parallel`` so that
-    Megatron all-reduces the weight's gradient over the tensor-parallel group, as Transformer Engine's does.
+    Megatron's ``WrappedTorchNorm`` does not support sequence parallelism. Like Transformer Engine's norm, this one
+    marks its weight ``sequence_parallel``, so that Megatron all-reduces the gradient over the tensor-parallel group.
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_unused_by_rms_norm):
@@ -29,8 +29,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class LocalHybridStack(HybridStack):
-    """``HybridStack`` without Transformer Engine: the final norm, which upstream fixes to ``TENorm``, is
-    ``RMSNorm``."""
+    """``HybridStack`` without Transformer Engine. Its final norm is ``RMSNorm`` instead of Megatron's ``TENorm``."""
 
     def __init__(self, config, *args, post_layer_norm: bool = True, **kwargs):
         super().__init__(config, *args, post_layer_norm=False, **kwargs)
@@ -40,16 +39,16 @@ class LocalHybridStack(HybridStack):
 
 
 class DuplicatedLinear(torch.nn.Linear):
-    """Transformer Engine's ``TELinear`` in its mode "duplicated": [..., in] -> ([..., out], None), any floating dtype.
+    """Replicated linear like Transformer Engine's ``TELinear`` in mode "duplicated", for any floating dtype.
 
-    Every tensor-parallel rank holds the whole weight. Under sequence parallelism each sees its own tokens, so the
-    weight is marked for Megatron to all-reduce its gradient over the tensor-parallel group.
+    It maps [..., in] to ([..., out], None). Every tensor-parallel rank holds the full weight. Under sequence
+    parallelism ranks see different tokens, so the weight is marked for Megatron to all-reduce its gradient.
     """
 
-    def __init__(self, input_size: int, output_size: int, *, config, init_method, bias: bool, **_of_other_modes):
+    def __init__(self, input_size: int, output_size: int, *, config, init_method, bias: bool, **_unused_in_this_mode):
         device = torch.cuda.current_device()
         super().__init__(input_size, output_size, bias=bias, device=device, dtype=config.params_dtype)
-        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # alike on all of them
+        with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):  # the same values on all ranks
             init_method(self.weight)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel

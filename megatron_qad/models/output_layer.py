@@ -1,8 +1,7 @@
-"""What a model leaves of a microbatch: logits, or final hidden states and, beside them, the layer that turns them into
-logits.
+"""Model output of one microbatch: logits, or final hidden states plus the output layer.
 
-Hidden states are smaller than logits wherever H < V/tp, and a loss that is fused with the output layer needs nothing
-else. ``stopped_before_output_layer`` makes a last stage return them; ``ModelOutput`` goes on from there.
+Hidden states are smaller than logits if H < V/tp, and a loss that is fused with the output layer needs nothing else.
+``stopped_before_output_layer`` makes the last stage return them, and ``ModelOutput`` computes logits from them.
 """
 
 from collections.abc import Iterator
@@ -17,10 +16,12 @@ from torch import Tensor
 
 @contextmanager
 def stopped_before_output_layer(model: torch.nn.Module) -> Iterator[None]:
-    """A last stage returns its final hidden states, after the final norm: [s, b, H], under sequence parallelism
-    [s/tp, b, H]. Other stages return what they always do."""
+    """Context manager in which the last stage returns its final hidden states, after the final norm.
+
+    They are [s, b, H], or [s/tp, b, H] under sequence parallelism. Other stages are not affected.
+    """
     stage = unwrap_model(model)
-    before, stage.post_process = stage.post_process, False  # of the model only: the stack still ends with its norm
+    before, stage.post_process = stage.post_process, False  # of the model only: the stack still applies its final norm
     try:
         yield
     finally:
@@ -29,33 +30,36 @@ def stopped_before_output_layer(model: torch.nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """A last stage's output of one microbatch."""
+    """Output of the last stage for one microbatch."""
 
     tensor: Tensor
-    """Logits [b, s, V/tp], or final hidden states as ``stopped_before_output_layer`` leaves them."""
+    """Logits [b, s, V/tp], or final hidden states as in ``stopped_before_output_layer``."""
     model: torch.nn.Module | None = None
-    """Of hidden states: the last stage that they are from. None: ``tensor`` are logits."""
+    """Last stage that computed the hidden states. None means that ``tensor`` contains logits."""
 
     @property
     def width(self) -> int:
-        """V/tp, padding included."""
+        """Number of logits per token on this rank, V/tp, including vocabulary padding."""
         return self.tensor.shape[-1] if self.model is None else len(self.weight)
 
     @property
     def weight(self) -> Tensor:
-        """The output layer's [V/tp, H]; the embedding's where the two are tied."""
+        """Weight of the output layer, [V/tp, H]; the embedding's weight if they are tied."""
         return self._shared_weight if self._is_tied else self.model.output_layer.weight
 
     def logits(self) -> Tensor:
-        """[b, s, V/tp]."""
+        """Return the logits, [b, s, V/tp]."""
         if self.model is None:
             return self.tensor
         logits, _ = self.model.output_layer(self.tensor, weight=self._shared_weight if self._is_tied else None)
         return logits.transpose(0, 1).contiguous()
 
     def hidden(self) -> Tensor:
-        """The output layer's input [b, s, H], whole on every tensor-parallel rank, and quantized where that layer's
-        input is. Under sequence parallelism the gradient of this is summed over the ranks by its own backward pass."""
+        """Return the input of the output layer, [b, s, H], complete on every tensor-parallel rank.
+
+        It is quantized if that layer's input is. Under sequence parallelism its backward pass sums the gradient over
+        the ranks.
+        """
         layer, hidden = self.model.output_layer, self.tensor
         if layer.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=layer.tp_group)
@@ -65,7 +69,7 @@ class ModelOutput:
 
     @property
     def sums_hidden_grad(self) -> bool:
-        """Whether the gradient of ``hidden`` is summed over tensor-parallel ranks by ``hidden`` itself."""
+        """Whether the backward pass of ``hidden`` sums the gradient over tensor-parallel ranks."""
         return self.model.output_layer.sequence_parallel
 
     @property

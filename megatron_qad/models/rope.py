@@ -1,4 +1,4 @@
-"""Rotary frequencies that Megatron's ``HybridModel`` has no argument for."""
+"""Rotary frequencies with llama3 scaling, for which Megatron's ``HybridModel`` has no argument."""
 
 import math
 
@@ -6,16 +6,17 @@ import torch
 
 
 def llama3_inv_freq(dim: int, base: float, scaling: dict) -> torch.Tensor:
-    """Inverse frequencies of Llama 3.1's rope scaling, float32 [dim / 2].
+    """Return the inverse frequencies of Llama 3.1's rope scaling, float32 [dim / 2].
 
-    Wavelengths longer than the original context are stretched by ``factor``, those shorter than
-    ``original / high_freq_factor`` are kept, and between the two the stretch is interpolated linearly in frequency.
+    Wavelengths longer than ``original / low_freq_factor`` are multiplied by ``factor``, those shorter than
+    ``original / high_freq_factor`` are unchanged, and in between the scaling is interpolated linearly in frequency.
+    Source: Llama 3.1 model card, transformers' ``modeling_rope_utils``.
 
     Args:
-        dim: rotary dimension, one head's size.
+        dim: rotary dimension, the size of one head.
         base: ``rope_theta``.
-        scaling: ``factor``, ``low_freq_factor``, ``high_freq_factor``, ``original_max_position_embeddings``, as the
-            Hugging Face config names them (Llama 3.1 model card; transformers' ``modeling_rope_utils``).
+        scaling: Hugging Face config entry with ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
+            ``original_max_position_embeddings``.
     """
     original = scaling["original_max_position_embeddings"]
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]

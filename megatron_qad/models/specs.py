@@ -1,6 +1,6 @@
-"""Layer specs for ``HybridModel``: Transformer Engine's where it is installed, Megatron's torch layers where not.
+"""Layer specs for ``HybridModel``: "te" uses Transformer Engine's layers, "local" Megatron's torch layers.
 
-Both write and read the same checkpoints: the local spec maps its separate norms to the names of TE's fused ones
+Both write and read the same checkpoints: the local spec maps its separate norms to the names of TE's fused norms
 (``linear_qkv.layer_norm_weight``).
 """
 
@@ -32,24 +32,24 @@ from megatron_qad.models.variable_width_mlp import VariableWidthMLPLayer
 
 LAYER_SPECS = ("te", "local")
 
-# Where the local spec's norms stand in a checkpoint: under the names of TE's fused LayerNorm + linear.
-_NORMS_AS_TE_NAMES_THEM = {
+# Checkpoint names of the local spec's norms: those of TE's fused LayerNorm + linear.
+_TE_NORM_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-_MAMBA_NORM_AS_TE_NAMES_IT = {"norm.": "mixer.in_proj.layer_norm_"}
+_TE_MAMBA_NORM_NAME = {"norm.": "mixer.in_proj.layer_norm_"}
 
 
 def hybrid_stack_spec(
     layer_spec: str, *, qk_layernorm: bool, trains_router: bool = False, mlp_widths: Sequence[int] | None = None
 ) -> ModuleSpec:
-    """The stack of one model.
+    """Return the spec of a model's layer stack.
 
     Args:
-        layer_spec: "te" or "local" (``engine.capabilities().layer_spec`` says which fits this machine).
-        qk_layernorm: whether attention normalizes each head's query and key (Qwen3).
-        trains_router: whether the routers of expert layers learn.
-        mlp_widths: inner width of the MLP of every layer of the whole model; None: the config's.
+        layer_spec: "te" or "local". ``engine.capabilities().layer_spec`` is the choice for this machine.
+        qk_layernorm: normalize each head's query and key (Qwen3).
+        trains_router: train the routers of expert layers.
+        mlp_widths: inner MLP width of every layer of the full model. None means the config's width.
     """
     spec = (_te_spec if layer_spec == "te" else _local_spec)(qk_layernorm, trains_router)
     if mlp_widths is None:
@@ -65,14 +65,14 @@ def _te_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as upstream
 
     layers = upstream.submodules
-    # Upstream's experts are one grouped GEMM, whose inputs share a quantizer.
+    # Megatron's TE experts are one grouped GEMM, in which all expert inputs would share one quantizer.
     mlp = moe_mlp(MoELayer, TEColumnParallelLinear, TERowParallelLinear, trains_router=trains_router)
-    changed = {"moe_layer": _with_submodules(layers.moe_layer, mlp=mlp)}
-    if qk_layernorm:  # upstream's attention has no QK norm
+    layer_specs = {"moe_layer": _with_submodules(layers.moe_layer, mlp=mlp)}
+    if qk_layernorm:  # Megatron's attention spec has no QK norm
         attention = layers.attention_layer.submodules.self_attention
         normed = _with_submodules(attention, q_layernorm=TENorm, k_layernorm=TENorm)
-        changed["attention_layer"] = _with_submodules(layers.attention_layer, self_attention=normed)
-    return _with_submodules(upstream, **changed)
+        layer_specs["attention_layer"] = _with_submodules(layers.attention_layer, self_attention=normed)
+    return _with_submodules(upstream, **layer_specs)
 
 
 def _with_submodules(spec: ModuleSpec, **submodules) -> ModuleSpec:
@@ -97,7 +97,7 @@ def _local_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_NORMS_AS_TE_NAMES_THEM,
+            sharded_state_dict_keys_map=_TE_NORM_NAMES,
         ),
     )
     mlp_layer = ModuleSpec(
@@ -109,7 +109,7 @@ def _local_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
                 submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_NORMS_AS_TE_NAMES_THEM,
+            sharded_state_dict_keys_map=_TE_NORM_NAMES,
         ),
     )
     mamba_layer = ModuleSpec(
@@ -121,7 +121,7 @@ def _local_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
                 submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
             ),
             mamba_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=_MAMBA_NORM_AS_TE_NAMES_IT,
+            sharded_state_dict_keys_map=_TE_MAMBA_NORM_NAME,
         ),
     )
     moe_layer = ModuleSpec(

@@ -7,13 +7,13 @@ from megatron.core.ssm.mlp_layer import MLPLayer
 
 
 class VariableWidthMLPLayer(MLPLayer):
-    """Megatron's MLP layer with a config of its own.
+    """Megatron's MLP layer with an inner width that depends on the layer number.
 
     Args:
-        widths: inner width of each layer of the whole model, in the order of the layer pattern.
+        widths: inner width of each layer of the full model, in the order of the layer pattern.
     """
 
     def __init__(self, config, submodules, layer_number: int, *, widths: Sequence[int], **kwargs):
-        own = copy.copy(config)
-        own.ffn_hidden_size = widths[layer_number - 1]  # counted from 1, over all pipeline stages
-        super().__init__(own, submodules, layer_number, **kwargs)
+        layer_config = copy.copy(config)
+        layer_config.ffn_hidden_size = widths[layer_number - 1]  # layer_number counts from 1 over all pipeline stages
+        super().__init__(layer_config, submodules, layer_number, **kwargs)

@@ -1,7 +1,7 @@
-"""Loads the weights of a torch_dist checkpoint into a model of any parallel layout.
+"""Loading the weights of a torch_dist checkpoint into a model with any parallelism.
 
-For checkpoints made by ``tools/import_hf.py`` or saved by a QAD job. Only weights are read: optimizer state and the
-quantizers' amaxes of a job that resumes are Megatron's ``load_checkpoint``'s to load.
+Checkpoints come from ``tools/import_hf.py`` or from a QAD job. Only weights are read. When a job resumes, Megatron's
+``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,77 +18,83 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_dir
 
-# Megatron's training loop stores gate and up of a gated MLP as two tensors with these endings (the metadata key
-# "singleton_local_shards"); the importer, as Megatron's default, as the two halves of one.
+# Megatron's training loop saves gate and up of a gated MLP as two tensors with these endings (metadata key
+# "singleton_local_shards"). The importer saves them as the halves of one tensor, which is Megatron's default.
 GATED_HALVES = ("_w", "_v")
-_EXTRA_STATE = "_extra_state"  # of Transformer Engine's and modelopt's modules: made anew, never loaded
+_EXTRA_STATE = "_extra_state"  # of Transformer Engine and modelopt modules; recreated, never loaded
 _QUANTIZER = "_quantizer."
 AMAX = "_quantizer._amax"
 
 
 def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
-    """Global shape of every tensor in a checkpoint, by name."""
+    """Return the global shape of every tensor in a checkpoint by name."""
     metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint)))
     return {name: tuple(tensor.global_shape) for name, tensor in metadata.items()}
 
 
 def has_amaxes(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint holds calibrated quantizers, of inputs or of the KV cache."""
+    """Whether a checkpoint contains calibrated quantizers of inputs or of the KV cache."""
     return any(name.endswith(AMAX) for name in stored_shapes(checkpoint))
 
 
 def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False) -> None:
-    """Fill the model chunks (one a virtual stage) with the weights of ``checkpoint``.
+    """Load the weights of ``checkpoint`` into model chunks, one per virtual pipeline stage.
 
     Args:
-        with_amaxes: also the input quantizers' amaxes, whose buffers must be there (``expect_amax``).
+        with_amaxes: also load the amaxes of the input quantizers, whose buffers must exist (``expect_amax``).
 
     Raises:
-        QADError: a damaged checkpoint; a tensor of the model that it lacks, or one of another shape; named.
+        QADError: the checkpoint is damaged, lacks a tensor of the model, or has a tensor of another shape.
+
+    Example::
+
+        chunks = build_chunks(model_config(job.config, job.args, job.config.student))
+        load_weights(chunks, job.config.student.checkpoint)
     """
     manifest.verify_checkpoint(iteration_dir(checkpoint))
     stored = stored_shapes(checkpoint)
-    left_out = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
-    # Experts are always stored like that, and say nothing of the other MLPs.
-    dense = [name for name in stored if ".experts.experts." not in name]
-    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in dense)}
+    skipped = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
+    # Experts are always saved as two tensors, so they do not show how the other MLPs are saved.
+    non_expert = [name for name in stored if ".experts.experts." not in name]
+    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in non_expert)}
     for chunk in unwrap_model(list(chunks)):
         sharded = {
             name: tensor
             for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
-            if not any(part in name for part in left_out)
+            if not any(part in name for part in skipped)
         }
-        _check(sharded, stored, checkpoint)
+        _check_shapes(sharded, stored, checkpoint)
         loaded = dist_checkpointing.load(sharded, str(iteration_dir(checkpoint)))
         loaded = {name: loaded[name] for name in sharded}  # a job's checkpoint also has args, iteration, ...
         missing, unexpected = chunk.load_state_dict(loaded, strict=False)
-        wrong = [n for n in missing if not any(part in n for part in (_EXTRA_STATE, _QUANTIZER))] + list(unexpected)
-        if wrong:
-            raise QADError(f"{checkpoint}: tensors that the model and the checkpoint do not share: {wrong[:5]}")
+        not_shared = [n for n in missing if not any(part in n for part in (_EXTRA_STATE, _QUANTIZER))] + list(
+            unexpected
+        )
+        if not_shared:
+            raise QADError(f"{checkpoint}: tensors that are not in both model and checkpoint: {not_shared[:5]}.")
 
 
 def weights_to_save(chunks: Sequence[torch.nn.Module]) -> dict:
-    """The sharded state dict of the chunks' weights, gate and up as the halves of one tensor, as the importer has
-    them."""
-    found = {}
+    """Return the sharded state dict of the chunks' weights, with gate and up as the halves of one tensor."""
+    weights = {}
     for i, chunk in enumerate(unwrap_model(list(chunks))):
         sharded = chunk.sharded_state_dict(metadata={"singleton_local_shards": False})
-        found |= {f"{i}.{name}": x for name, x in sharded.items() if _EXTRA_STATE not in name}
-    return found
+        weights |= {f"{i}.{name}": x for name, x in sharded.items() if _EXTRA_STATE not in name}
+    return weights
 
 
-def _check(sharded: dict, stored: dict[str, tuple[int, ...]], checkpoint) -> None:
+def _check_shapes(sharded: dict, stored: dict[str, tuple[int, ...]], checkpoint) -> None:
     for tensor in _tensors(sharded):
         key, shape = tensor.key, tuple(tensor.global_shape)
         if key not in stored:
-            raise QADError(f"{checkpoint}: no tensor {key!r}; the checkpoint is of another architecture")
-        # Rows of vocabulary padding differ with the tensor-parallel size and may.
+            raise QADError(f"{checkpoint}: no tensor {key!r}. The checkpoint has another architecture than the model.")
+        # Vocabulary padding depends on the tensor-parallel size, so it may differ.
         if not tensor.allow_shape_mismatch and shape != stored[key]:
-            raise QADError(f"{checkpoint}: {key} has shape {list(stored[key])}, the model expects {list(shape)}")
+            raise QADError(f"{checkpoint}: {key} has shape {list(stored[key])}, the model expects {list(shape)}.")
 
 
 def _tensors(sharded: dict) -> Iterator[ShardedTensor]:
-    """The tensors of a sharded state dict, those included that are stored in parts (gate and up, Mamba's rows)."""
+    """Yield the tensors of a sharded state dict, including those saved in parts (gate and up, Mamba components)."""
     for value in sharded.values():
-        built = value.build() if isinstance(value, ShardedTensorFactory) else value
-        yield from (leaf for leaf in nested_values([built]) if isinstance(leaf, ShardedTensor))
+        tensors = value.build() if isinstance(value, ShardedTensorFactory) else value
+        yield from (leaf for leaf in nested_values([tensors]) if isinstance(leaf, ShardedTensor))

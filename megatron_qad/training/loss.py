@@ -8,7 +8,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_qad.distillation import LogitLoss, Metrics, Term, VocabShard, WeightedLosses, compare, logit_losses
-from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_of_chunk
+from megatron_qad.distillation.fused_linear import fused_linear_losses, tokens_per_chunk
 from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.training.batch import Batch
 
@@ -30,7 +30,7 @@ class Loss:
 
     def begin_step(self, step: int) -> None:
         """Set the weights of the loss terms to those of ``step``, counted from 1."""
-        self._weights = [term.weight.at(step) for term in self._terms]
+        self._weights = [term.weight.at_step(step) for term in self._terms]
 
     def __call__(self, batch: Batch, model: torch.nn.Module, output: Tensor) -> tuple[Tensor, Tensor, dict]:
         """Compute the loss of one microbatch.
@@ -77,7 +77,7 @@ def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, valu
     """Add a loss term to the report of each microbatch, as (sum, token count), and to its "total loss"."""
     for report, value in zip(reports, values, strict=False):  # only the last stage has reports
         report[f"{term.name} loss"] = torch.stack((value, report["total loss"][1]))
-        report["total loss"][0] += term.weight.at(step) * value
+        report["total loss"][0] += term.weight.at_step(step) * value
 
 
 def compute_losses(
@@ -110,7 +110,7 @@ def compute_metrics(
     hidden = student.hidden().flatten(0, 1)
     teacher_hidden = None if teacher is None else teacher.hidden().flatten(0, 1)
     labels, weight = labels.flatten(), weight.flatten()
-    step = tokens_of_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
+    step = tokens_per_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         teacher_logits = None if teacher_hidden is None else teacher_hidden[rows] @ teacher.weight.t()

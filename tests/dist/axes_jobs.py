@@ -7,7 +7,7 @@ import torch
 
 def packed_logits(checkpoint: str, lengths: list[int], result: str) -> None:
     """Save the differences between a packed row's logits and those of each single document, and the logits' spread."""
-    from layout import job
+    from worker_job import job
 
     from megatron_qad.models.context_parallel import Documents
     from megatron_qad.training.batch import Batch

@@ -1,30 +1,32 @@
-"""What the ranks of test_hybrids run beside training_jobs: logits of many models in one layout, saves, exports."""
+"""Jobs of test_hybrids other than training: logits of many models with one parallelism, saves and exports."""
 
 import torch
 from safetensors.torch import load_file
 
 
 def logits(cases: list[dict], flags: list[str], result: str) -> None:
-    """For each case {checkpoint, expected}: the largest error of the logits against those of a safetensors file with
-    "tokens" and "logits", over all ranks."""
-    import worker_models
-    from layout import job
+    """Save the largest logit error over all ranks for each case {checkpoint, expected}.
 
-    found = {}
+    ``expected`` is a safetensors file with "tokens" and "logits".
+    """
+    import worker_models
+    from worker_job import job
+
+    errors = {}
     for case in cases:
         expected = load_file(case["expected"])
         sizes = worker_models._sizes(expected["tokens"].shape)
         with job(case["checkpoint"], *_sizes_of(flags), *sizes, *flags) as started:
-            of_model = worker_models._logits(started, expected["tokens"])
-            found[case["checkpoint"]] = worker_models._compare(of_model, expected["logits"])
+            actual = worker_models._logits(started, expected["tokens"])
+            errors[case["checkpoint"]] = worker_models._compare(actual, expected["logits"])
     if torch.distributed.get_rank() == 0:
-        torch.save(found, result)
+        torch.save(errors, result)
 
 
 def save(cases: list[dict], flags: list[str]) -> None:
-    """Each case {checkpoint, target} loaded and saved as the training loop does, in BF16."""
+    """Load and save each case {checkpoint, target} in BF16 as the training loop does."""
     import worker_models
-    from layout import job
+    from worker_job import job
 
     for case in cases:
         sizes = ["--seq-length", "8", "--micro-batch-size", "1", "--global-batch-size", "8"]
@@ -34,7 +36,7 @@ def save(cases: list[dict], flags: list[str]) -> None:
 
 
 def export(exports: list[list[str]]) -> None:
-    """[checkpoint, output, layout] each."""
+    """Export each [checkpoint, output, export layout]."""
     from megatron_qad.checkpoint.export_hf import export_hf
     from megatron_qad.engine.distributed import init_process_group
 
@@ -44,27 +46,27 @@ def export(exports: list[list[str]]) -> None:
 
 
 def _sizes_of(flags: list[str]) -> tuple[int, int]:
-    """Tensor- and pipeline-parallel size; they may stand a second time in ``flags``."""
+    """Return the tensor- and pipeline-parallel sizes in ``flags``, where they may appear again."""
 
-    def of(flag: str) -> int:
+    def size(flag: str) -> int:
         return int(flags[flags.index(flag) + 1]) if flag in flags else 1
 
-    return of("--tensor-model-parallel-size"), of("--pipeline-model-parallel-size")
+    return size("--tensor-model-parallel-size"), size("--pipeline-model-parallel-size")
 
 
 def weight_only(checkpoint: str, expected: str, flags: list[str], quantizes: bool, result: str) -> None:
-    """Largest error of the logits of a job's float32 checkpoint, its weights put on the grid as a step would."""
+    """Save the largest logit error of a job's float32 checkpoint, with weights quantized as in a training step."""
     import worker_models
-    from layout import job
+    from worker_job import job
 
     from megatron_qad.quantization.in_place_weights import InPlaceWeights
 
-    wanted = load_file(expected)
-    with job(checkpoint, 1, 1, *worker_models._sizes(wanted["tokens"].shape), *flags) as started:
+    reference = load_file(expected)
+    with job(checkpoint, 1, 1, *worker_models._sizes(reference["tokens"].shape), *flags) as started:
 
-        def quantized(teacher):
+        def quantize(teacher):
             if quantizes:
                 InPlaceWeights(teacher.chunks, started.config.formats).quantize_()
 
-        found = worker_models._logits(started, wanted["tokens"], quantized)
-        torch.save(worker_models._compare(found, wanted["logits"]), result)
+        actual = worker_models._logits(started, reference["tokens"], quantize)
+        torch.save(worker_models._compare(actual, reference["logits"]), result)

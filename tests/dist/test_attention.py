@@ -1,9 +1,11 @@
-"""The local spec's core attention equals Megatron's, values and gradients: grouped queries, a scale of its own,
-documents kept apart, context parallelism of 1, 2 and 4, and keeps no scores."""
+"""The local spec's core attention has the values and gradients of Megatron's and does not store the scores.
+
+Covers grouped queries, a custom scale, packed documents, and context parallelism of 1, 2 and 4.
+"""
 
 import pytest
 
-# float64: sums in another order, and Megatron's softmax, which goes through float32 only where asked to.
+# float64: sums are in another order. Megatron's softmax uses float32 only on request.
 TOLERANCE = 1e-12
 
 
@@ -12,13 +14,13 @@ def results(server):
     return server.results("worker_attention", 4)
 
 
-def test_equals_megatrons(results):
+def test_equals_megatron(results):
     assert len(results) == 15
     for result in results:
         assert result["error"] <= TOLERANCE, result
 
 
-def test_keeps_no_scores(results):
-    """All scores of a row would be length / head dim = 4 or 8 times as large as its queries."""
+def test_scores_are_not_stored(results):
+    """The scores of a row would be length / head dim = 4 or 8 times as large as its queries."""
     for result in results:
         assert result["kept"] <= 1, result

@@ -1,4 +1,4 @@
-"""Losses of hidden states and the penalty on scale growth inside Megatron's loop."""
+"""Hidden-state losses and the scale-growth penalty inside Megatron's training loop."""
 
 import pytest
 import records
@@ -8,7 +8,7 @@ from test_axes import CP2, PACKED, PP2, PP4, SP, STEADY, TP2, VIRTUAL
 from test_training import RECOMPUTE, TOLERANCE, workshop  # noqa: F401  the fixture
 
 LOSS = "kl+0.3*hidden_mse+linear(1, 0, 1, 3)*hidden_cosine(layers=[1, -1])"
-# Ranks and flags; compared with one process on the same data.
+# Name: ranks and flags. Each is compared with one process on the same data.
 AXES = {
     "tp2": (2, TP2),
     "tp2 sp": (2, TP2 + SP),
@@ -42,54 +42,55 @@ def test_axes_agree(workshop):  # noqa: F811
 def test_packed_rows_agree(workshop):  # noqa: F811
     argv = workshop.argv("--qad-policy", "bf16", "--qad-loss", LOSS, *STEADY, *PACKED, num_steps=2)
     expected, _ = workshop.train(argv)
-    joined = ["--qad-teacher-micro-batch-size", "4"]
-    _check(workshop, argv, expected, {"cp2 pp2": (4, CP2 + PP2), "tp2 sp, joined": (2, TP2 + SP + joined)})
+    combined = ["--qad-teacher-micro-batch-size", "4"]
+    _check(workshop, argv, expected, {"cp2 pp2": (4, CP2 + PP2), "tp2 sp, joined": (2, TP2 + SP + combined)})
 
 
 def _check(workshop, argv, expected, axes):  # noqa: F811
-    wrong = {}
+    failed = {}
     for axis, (nproc, flags) in axes.items():
-        found, _ = workshop.train(argv + flags, nproc)
+        steps, _ = workshop.train(argv + flags, nproc)
         errors = [
-            max(abs(a["loss"][n] / b["loss"][n] - 1) for n in b["loss"]) for a, b in zip(found, expected, strict=True)
+            max(abs(a["loss"][n] / b["loss"][n] - 1) for n in b["loss"]) for a, b in zip(steps, expected, strict=True)
         ]
-        errors += [records.largest_error(found, expected, what)[0] for what in ("grads", "params")]
+        errors += [records.largest_error(steps, expected, what)[0] for what in ("grads", "params")]
         print(f"{axis}: " + " ".join(f"{error:.1e}" for error in errors))
         if max(errors) > TOLERANCE:
-            wrong[axis] = errors
-    assert not wrong, wrong
+            failed[axis] = errors
+    assert not failed, failed
 
 
-def test_against_transformers(workshop):  # noqa: F811
-    """Values and the embedding's gradient of one step, from transformers' hidden states and autograd."""
+def test_equals_transformers(workshop):  # noqa: F811
+    """Compare the loss and the embedding's gradient of one step with transformers' hidden states and autograd."""
     from transformers import AutoModelForCausalLM
 
-    # A block of a Llama is two places of the pattern: its MLP's output is what transformers calls a hidden state.
+    # A Llama block is two layers of the pattern. The output of its MLP is a hidden state of transformers.
     argv = workshop.argv("--qad-policy", "bf16", "--qad-loss", "kl+0.3*hidden_mse(layers=[1])", num_steps=1)
     (step,), _ = workshop.train(argv)
     models = [
-        AutoModelForCausalLM.from_pretrained(workshop.directory / f"hf_untied_{w}") for w in ("teacher", "student")
+        AutoModelForCausalLM.from_pretrained(workshop.directory / f"hf_untied_{role}")
+        for role in ("teacher", "student")
     ]
     teacher, student = (model.float() for model in models)
     kl = mse = tokens = 0
     for batch in step["batches"]:
         with torch.no_grad():
             expected = teacher(batch["tokens"], output_hidden_states=True)
-        found = student(batch["tokens"], output_hidden_states=True)
-        p, q = expected.logits.log_softmax(-1), found.logits.log_softmax(-1)
+        actual = student(batch["tokens"], output_hidden_states=True)
+        p, q = expected.logits.log_softmax(-1), actual.logits.log_softmax(-1)
         kl = kl + ((p.exp() * (p - q)).sum(-1) * batch["loss_mask"]).sum()
-        h_t, h_s = expected.hidden_states[1], found.hidden_states[1]
+        h_t, h_s = expected.hidden_states[1], actual.hidden_states[1]
         mse = mse + ((h_s - h_t).square().sum(-1) / h_t.square().sum(-1) * batch["loss_mask"]).sum()
         tokens += batch["loss_mask"].count_nonzero()
     ((kl + 0.3 * mse) / tokens).backward()
     assert step["loss"]["hidden_mse loss"] == pytest.approx((mse / tokens).item(), rel=1e-5)
     gradient = step["grads"]["embedding.word_embeddings.weight"]
-    # Megatron's layers against transformers': logits differ by 6e-6 (test_model_parity).
+    # The logits of Megatron and transformers differ by 6e-6 (test_model_parity).
     assert records.relative_error(gradient, student.get_input_embeddings().weight.grad) < 2e-5
 
 
 def test_scale_growth(workshop, tmp_path):  # noqa: F811
-    """The same at two layouts, zero before the first step, and continued by a job that resumes."""
+    """The penalty is zero at the first step, equal with two kinds of parallelism, and unchanged by resuming."""
     argv = workshop.argv("--qad-loss", "kl+10*scale_growth", "--lr", "1e-2", "--min-lr", "1e-2", num_steps=4)
     expected, _ = workshop.train(argv)
     free, _ = workshop.train(workshop.argv("--lr", "1e-2", "--min-lr", "1e-2", num_steps=4))
@@ -102,9 +103,9 @@ def test_scale_growth(workshop, tmp_path):  # noqa: F811
     growth = [_largest_growth(steps) for steps in (expected, free)]
     assert growth[0] < growth[1], growth
     follow = str(workshop.directory / f"record{workshop._number - 1}")
-    for nproc, flags in ((2, PP2), (2, [])):  # the sums of one rank's microbatches in another order, if at all
-        found, _ = workshop.train(argv + flags, nproc, follow=follow)
-        for a, b in zip(found, expected, strict=True):
+    for nproc, flags in ((2, PP2), (2, [])):  # microbatches may be summed in another order
+        steps, _ = workshop.train(argv + flags, nproc, follow=follow)
+        for a, b in zip(steps, expected, strict=True):
             assert a["loss"]["scale_growth loss"] == pytest.approx(b["loss"]["scale_growth loss"], rel=TOLERANCE)
             assert records.largest_error([a], [b], "grads")[0] <= TOLERANCE
     saving = ["--save", str(tmp_path), "--save-interval", "2"]
@@ -120,7 +121,7 @@ def _largest_growth(steps) -> float:
     return sum((amax[1][name] / amax[0][name] - 1).clamp(min=0).square().sum().item() for name in names)
 
 
-def test_what_cannot_be_compared_is_refused(workshop):  # noqa: F811
+def test_layers_that_cannot_be_compared_raise(workshop):  # noqa: F811
     large = tiny_job.LLAMA | {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "head_dim": 32}
     deep = tiny_job.LLAMA | {"num_hidden_layers": 4}
     models = []
@@ -135,11 +136,11 @@ def test_what_cannot_be_compared_is_refused(workshop):  # noqa: F811
     assert "hidden states of 64 and 96 elements" in error(
         "kl+hidden_mse", "--qad-teacher", f"{workshop.directory}/wide"
     )
-    assert "the student has 4 layers, none at position 4" in error("kl+hidden_mse(layers=[4])")
-    assert "expected a loss of the logits" in error("hidden_mse")
+    assert "layer 4 is out of range for the student, which has 4 layers" in error("kl+hidden_mse(layers=[4])")
+    assert "no loss of the logits among its terms" in error("hidden_mse")
     deep_teacher = ["--qad-teacher", f"{workshop.directory}/deep", *PP2]
-    says = error("kl+hidden_mse(layers=[2])", *deep_teacher, nproc=2)
-    assert "layer 2 of the student, on pipeline rank 1, with layer 2 of the teacher, on rank 0" in says
+    message = error("kl+hidden_mse(layers=[2])", *deep_teacher, nproc=2)
+    assert "layer 2 of the student, on pipeline rank 1, with layer 2 of the teacher, on rank 0" in message
     argv = workshop.argv("--qad-policy", "bf16", *deep_teacher, num_steps=1)
     (step,), _ = workshop.train([*argv, "--qad-loss", "kl+hidden_mse(layers=[1, 3], teacher_layers=[3, 7])"], 2)
     assert step["loss"]["hidden_mse loss"] > 0

@@ -1,27 +1,27 @@
-"""Imported models give transformers' logits, whatever the family and the parallel layout (float32, CPU)."""
+"""Imported models have the logits of transformers for all families and parallelism (float32, CPU)."""
 
 import math
 
 import pytest
 import tiny_models
-from made_models import LAYOUTS
+from made_models import PARALLELISM
 
-# float32 has 24 bits (6e-8). The logits are of order one and pass through sums of up to 200 products in another order
-# than transformers', three blocks deep: 3e-6 to 6e-6 here. A wrong rope, norm, bias or head order changes them by 1e-2.
+# float32 has 24 bits (6e-8). Logits are of order one; sums of up to 200 products in three blocks are in another order
+# than in transformers: 3e-6 to 6e-6 here. A wrong rope, norm, bias or head order changes logits by 1e-2.
 TOLERANCE = 2e-5
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("parallelism", PARALLELISM)
 @pytest.mark.parametrize("case", tiny_models.CASES)
-def test_logits_equal_transformers(made, case, layout):
-    (result,) = [r for r in made.logits if (r["case"], r["layout"]) == (case, layout)]
+def test_logits_equal_transformers(made, case, parallelism):
+    (result,) = [r for r in made.logits if (r["case"], r["parallelism"]) == (case, parallelism)]
     assert result["error"] <= TOLERANCE, result
-    assert result["sequence_parallel"] == ("--sequence-parallel" in LAYOUTS[layout][1])
+    assert result["sequence_parallel"] == ("--sequence-parallel" in PARALLELISM[parallelism][1])
     assert result["std"] > 0.3, "logits too flat to tell models apart"
     assert result["padded_vocab"] > tiny_models.config_of(case).vocab_size, "no vocabulary padding to drop"
 
 
-def test_the_cases_reach_what_they_are_for():
+def test_cases_cover_the_variants():
     configs = {case: tiny_models.config_of(case) for case in tiny_models.CASES}
     assert any(c.num_key_value_heads < c.num_attention_heads for c in configs.values())
     assert any(c.num_key_value_heads == c.num_attention_heads for c in configs.values())

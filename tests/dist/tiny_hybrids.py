@@ -1,7 +1,7 @@
-"""Tiny Nemotron-H, Qwen3-MoE and Nemotron-NAS models under the hub's names, and transformers' models of the same files.
+"""Tiny Nemotron-H, Qwen3-MoE and Nemotron-NAS models with the hub's tensor names, and their transformers models.
 
-Every layer kind stands alone once, and together in whole patterns. Sizes are such that two tensor-parallel ranks have
-whole heads, groups and 16-element blocks each, and four expert-parallel ranks an expert or more.
+There are models with a single layer kind and models with full patterns. Sizes can be split over two tensor-parallel
+ranks (heads, groups and 16-element blocks) and over four expert-parallel ranks.
 """
 
 import json
@@ -43,7 +43,7 @@ NEMOTRON_H = {
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": False,
     "max_position_embeddings": 512,
-    # transformers sums over the wrong axis where a sequence has several chunks, and clamps small steps: neither here.
+    # transformers sums over the wrong axis if a sequence has several chunks, and clamps small time steps. Avoid both.
     "chunk_size": 256,
     "time_step_min": 0.0,
     "torch_dtype": "float32",
@@ -101,7 +101,7 @@ CASES = WHOLE | {
     "qwen3-moe, softmax over all": QWEN3_MOE | {"norm_topk_prob": False, "mlp_only_layers": [1]},
 }
 SEQ_LENGTH = 160
-"""More than one of the 128-token chunks that Megatron's Mamba layers scan."""
+"""Longer than one 128-token chunk of the scan in Megatron's Mamba layers."""
 
 
 def has_experts(case: str) -> bool:
@@ -109,20 +109,20 @@ def has_experts(case: str) -> bool:
 
 
 def by_transformers(directory: str | Path) -> transformers.PreTrainedModel:
-    """transformers' model of a directory with the hub's names; it must know all of them and need no other."""
+    """Load a directory with the hub's tensor names in transformers, without missing or unexpected tensors."""
     config = json.loads((Path(directory) / "config.json").read_text())
     if config["model_type"] == "nemotron-nas":
-        return _searched_llama(config, load_file(Path(directory) / "model.safetensors"))
+        return _nas_llama(config, load_file(Path(directory) / "model.safetensors"))
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
-    left = {what: list(names) for what, names in info.items() if names}
-    assert not left, left
+    mismatches = {what: list(names) for what, names in info.items() if names}
+    assert not mismatches, mismatches
     return model.eval()
 
 
-class _Nothing(torch.nn.Module):
-    """In the place of a part that a block does not have: it adds zero to the residual."""
+class _Zero(torch.nn.Module):
+    """Replaces the attention or MLP that a block lacks, and adds zero to the residual."""
 
     def __init__(self, returns_weights: bool):
         super().__init__()
@@ -133,32 +133,32 @@ class _Nothing(torch.nn.Module):
         return (zero, None) if self.returns_weights else zero
 
 
-def _searched_llama(config: dict, tensors: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:
-    """The hub's model comes with code of its own; this is transformers' Llama with other MLPs, and parts taken out."""
+def _nas_llama(config: dict, tensors: dict[str, torch.Tensor]) -> transformers.PreTrainedModel:
+    """Build the model from transformers' Llama with other MLPs and removed parts. The hub's model has custom code."""
     blocks = config["block_configs"]
-    of_llama = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
-    of_llama |= {"num_key_value_heads": config["num_attention_heads"] // 2, "intermediate_size": 256}
-    settings = transformers.LlamaConfig(**of_llama, attn_implementation="eager")
+    llama_config = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    llama_config |= {"num_key_value_heads": config["num_attention_heads"] // 2, "intermediate_size": 256}
+    settings = transformers.LlamaConfig(**llama_config, attn_implementation="eager")
     model = transformers.LlamaForCausalLM(settings)
     for block, layer in zip(blocks, model.model.layers, strict=True):
         if block["attention"].get("no_op"):
-            layer.input_layernorm, layer.self_attn = torch.nn.Identity(), _Nothing(returns_weights=True)
+            layer.input_layernorm, layer.self_attn = torch.nn.Identity(), _Zero(returns_weights=True)
         if block["ffn"].get("no_op"):
-            layer.post_attention_layernorm, layer.mlp = torch.nn.Identity(), _Nothing(returns_weights=False)
-        elif block["ffn"]["ffn_mult"] == 8.0:  # two thirds of 8 * 64 is 341, the next multiple of 256 is 512
-            layer.mlp = type(layer.mlp)(transformers.LlamaConfig(**of_llama | {"intermediate_size": 512}))
+            layer.post_attention_layernorm, layer.mlp = torch.nn.Identity(), _Zero(returns_weights=False)
+        elif block["ffn"]["ffn_mult"] == 8.0:  # 2/3 of 8 * 64 is 341, rounded up to 512
+            layer.mlp = type(layer.mlp)(transformers.LlamaConfig(**llama_config | {"intermediate_size": 512}))
     model.load_state_dict(tensors)
     return model.float().eval()
 
 
 def tokens(case: str, rows: int) -> torch.Tensor:
-    """int64 [rows, SEQ_LENGTH]."""
+    """Return random token ids, int64 [rows, SEQ_LENGTH]."""
     generator = torch.Generator().manual_seed(len(case))
     return torch.randint(0, CASES[case]["vocab_size"], (rows, SEQ_LENGTH), generator=generator)
 
 
 def gradients(model: transformers.PreTrainedModel, batches: list[dict]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Cross entropy per counted token over the microbatches, and its gradients by the hub's tensor names."""
+    """Return the cross entropy per unmasked token over the microbatches, and its gradients by hub tensor names."""
     model.zero_grad()
     count = sum(batch["loss_mask"].sum() for batch in batches)
     total = 0.0
@@ -168,14 +168,14 @@ def gradients(model: transformers.PreTrainedModel, batches: list[dict]) -> tuple
         loss = (losses * batch["loss_mask"].flatten()).sum() / count
         loss.backward()
         total += loss.item()
-    found = {}
+    grads = {}
     for name, parameter in model.named_parameters():
-        found |= on_the_hub(model.config.model_type, name, parameter.grad)
-    return total, found
+        grads |= hub_names(model.config.model_type, name, parameter.grad)
+    return total, grads
 
 
-def on_the_hub(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A tensor of transformers' model under the hub's names: another prefix, experts apart, gate and up apart."""
+def hub_names(model_type: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Convert a transformers tensor to the hub's names: another prefix, separate experts, separate gate and up."""
     if model_type == "nemotron_h":
         name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
     if ".experts." not in name:

@@ -1,8 +1,8 @@
-"""Tiny random models of every dense family, as transformers saves them, for tests of conversion and of logits.
+"""Tiny random models of every dense family, saved by transformers, for tests of conversion and of logits.
 
-Sizes come from the seed: head sizes that are not hidden / heads, grouped queries, vocabularies that divide by nothing,
-and an odd number of blocks, so that two pipeline stages part inside a block. All parameters are random: norm weights
-and biases too, which transformers starts at one and zero, where a lost or swapped one changes nothing.
+Sizes are drawn from the seed: head sizes other than hidden / heads, grouped queries, vocabulary sizes without small
+factors, and odd numbers of blocks, so that two pipeline stages split a block. All parameters are random, including norm
+weights and biases: with transformers' ones and zeros, a lost or swapped one would go unnoticed.
 """
 
 import random
@@ -18,7 +18,7 @@ SEQ_LENGTH = 96
 
 @dataclass(frozen=True)
 class Tiny:
-    """One case: a family, tied or not, with rope scaling or not."""
+    """A test case: a family, with or without tied embeddings and rope scaling."""
 
     config_class: type
     seed: int
@@ -39,13 +39,13 @@ CASES = {
 
 
 def config_of(case: str) -> transformers.PretrainedConfig:
-    """The case's config: any sizes that two tensor-parallel ranks divide into whole heads and 16-element blocks."""
+    """Return the case's config. Two tensor-parallel ranks can split its heads and 16-element blocks."""
     tiny = CASES[case]
     draw = random.Random(tiny.seed)
     groups = draw.choice((2, 4))
     heads = groups * draw.choice((1, 2, 3))
-    # Qwen2 has no head_dim of its own: its hidden size is heads * head_dim. The others' is unlike that; Llama's must be
-    # a multiple of its heads, and NVFP4's of 16.
+    # Qwen2 has no head_dim: its hidden size is heads * head_dim. For others it differs from that, and is a multiple of
+    # the heads (for Llama) and of 16 (for NVFP4).
     head_dim = draw.choice((16, 32))
     if tiny.config_class is transformers.Qwen2Config:
         sizes = {"hidden_size": heads * head_dim}
@@ -54,7 +54,7 @@ def config_of(case: str) -> transformers.PretrainedConfig:
         sizes = {"hidden_size": draw.choice(possible), "head_dim": head_dim}
     rope = {"rope_type": "default", "rope_theta": draw.choice((10000.0, 500000.0, 1000000.0))}
     if tiny.llama3_rope:
-        # Wavelengths below 64/4 are kept, above 64/1 stretched, between them mixed; the sequences are longer than 64.
+        # Wavelengths below 64/4 are unchanged, above 64/1 scaled, in between interpolated. Sequences exceed 64 tokens.
         rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": draw.choice((8.0, 32.0))}
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     return tiny.config_class(
@@ -74,7 +74,7 @@ def config_of(case: str) -> transformers.PretrainedConfig:
 
 
 def make(case: str, directory: str | Path, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
-    """Save the case's model, a tokenizer and a generation config in ``directory``; return the model, in ``dtype``."""
+    """Save the case's model in ``dtype``, a tokenizer and a generation config in ``directory``. Returns the model."""
     config = config_of(case)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(CASES[case].seed)
@@ -85,7 +85,7 @@ def make(case: str, directory: str | Path, dtype: torch.dtype = torch.float32) -
                 parameter.copy_(1 + 0.3 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.3 * noise)
-            else:  # each GEMM keeps its input's size, so that scores and logits are of order one
+            else:  # each GEMM preserves the scale of its input, so scores and logits are of order one
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
     model = model.to(dtype)
     model.generation_config.max_length, model.generation_config.eos_token_id = 77, [2, 5]
@@ -95,7 +95,7 @@ def make(case: str, directory: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 def tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
-    """A word for every id; it has a chat template, so that there is one to carry along."""
+    """Return a tokenizer with one word per id, and with a chat template that must be passed through."""
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2", unk_token="w0")
     fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -103,7 +103,7 @@ def tokenizer(vocab_size: int) -> transformers.PreTrainedTokenizerFast:
 
 
 def tokens(case: str, rows: int) -> torch.Tensor:
-    """int64 [rows, SEQ_LENGTH], every id of the vocabulary possible, the last among them."""
+    """Return random token ids, int64 [rows, SEQ_LENGTH]. The first column has the last id of the vocabulary."""
     generator = torch.Generator().manual_seed(CASES[case].seed + 1000)
     vocab = config_of(case).vocab_size
     drawn = torch.randint(0, vocab, (rows, SEQ_LENGTH), generator=generator)

@@ -1,14 +1,14 @@
-"""Worker: the local spec's core attention beside Megatron's on four ranks, context-parallel groups of 1, 2 and 4.
+"""Worker: compares the local spec's core attention with Megatron's, on context-parallel groups of 1, 2 and 4 ranks.
 
-A result a case: largest relative errors of output and gradients over the ranks, and the largest tensor kept for the
-backward pass as a multiple of the query's size.
+The result of a case has the largest relative error of output and gradients over the ranks, and the size of the largest
+tensor saved for the backward pass, divided by the query's size.
 """
 
 from types import SimpleNamespace
 
 HEADS, DIM = 4, 16
 CASES = [
-    # groups of the keys, rows, softmax scale, document lengths (None: not packed, the row's length)
+    # query groups, rows, softmax scale, document lengths (None: not packed), length of a row
     {"groups": 4, "rows": 2, "scale": None, "documents": None, "length": 128},
     {"groups": 2, "rows": 3, "scale": None, "documents": None, "length": 64},
     {"groups": 1, "rows": 1, "scale": 0.37, "documents": None, "length": 64},
@@ -52,34 +52,34 @@ def _compare(group, size: int, case: dict) -> list[float]:
     def random(heads):
         return torch.randn(case["length"], case["rows"], heads, DIM, generator=generator, dtype=torch.float64)
 
-    whole = [random(HEADS), random(case["groups"]), random(case["groups"])]
+    inputs = [random(HEADS), random(case["groups"]), random(case["groups"])]
     weight = random(HEADS).flatten(2)
-    # Megatron's, document by document, on the whole row.
-    for tensor in whole:
+    # Megatron's attention on the full row, document by document.
+    for tensor in inputs:
         tensor.requires_grad_()
     upstream = _build(DotProductAttention, case, size=1, group=None)
-    parts = zip(*(tensor.split(lengths) for tensor in whole), strict=True)
+    parts = zip(*(tensor.split(lengths) for tensor in inputs), strict=True)
     expected = torch.cat([upstream(*part, None) for part in parts])
     torch.autograd.backward((expected * weight).sum())
-    # Ours, on this rank's chunks.
+    # Our attention on this rank's chunks.
     rank = group.rank()
 
-    def mine(tensor):  # the rank's tokens; [s, b, ...] to [b, s, ...] and back
+    def local_chunks(tensor):  # [s, b, ...] -> this rank's tokens; take_chunks needs [b, s, ...]
         return take_chunks(tensor.detach().transpose(0, 1), lengths, rank, size).transpose(0, 1).contiguous()
 
-    local = [mine(tensor).requires_grad_() for tensor in whole]
+    local = [local_chunks(tensor).requires_grad_() for tensor in inputs]
     ours = _build(CoreAttention, case, size=size, group=group)
     packed = Documents.from_lengths(lengths) if case["documents"] else None
-    inputs = [tensor.squeeze(1) for tensor in local] if packed else local
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        found = ours(*inputs, None, packed_seq_params=packed)
-    loss = (found.reshape(mine(weight).shape) * mine(weight)).sum()
+    local_inputs = [tensor.squeeze(1) for tensor in local] if packed else local
+    saved_sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved_sizes.append(t.numel()) or t, lambda t: t):
+        actual = ours(*local_inputs, None, packed_seq_params=packed)
+    loss = (actual.reshape(local_chunks(weight).shape) * local_chunks(weight)).sum()
     torch.autograd.backward(loss)
-    pairs = [(found.reshape(mine(weight).shape), mine(expected))]
-    pairs += [(a.grad, mine(b.grad)) for a, b in zip(local, whole, strict=True)]
+    pairs = [(actual.reshape(local_chunks(weight).shape), local_chunks(expected))]
+    pairs += [(a.grad, local_chunks(b.grad)) for a, b in zip(local, inputs, strict=True)]
     errors = [((a - b).norm() / b.norm()).item() for a, b in pairs]
-    return [*errors, max(kept) / whole[0].numel()]
+    return [*errors, max(saved_sizes) / inputs[0].numel()]
 
 
 def _build(kind, case: dict, *, size: int, group):

@@ -1,4 +1,4 @@
-"""Worker: every loss over a vocabulary cut across 1, 2 and 4 ranks, beside float64 autograd over the whole."""
+"""Worker: compares every loss on a vocabulary sharded over 1, 2 and 4 ranks with float64 autograd without shards."""
 
 import sys
 from pathlib import Path
@@ -11,12 +11,12 @@ init_runtime()
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference_losses import expected  # noqa: E402
-from worker_sharded import _Counts  # noqa: E402
+from worker_sharded import CollectiveCounter  # noqa: E402
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses  # noqa: E402
 from megatron_qad.distillation.fused_linear import fused_linear_losses  # noqa: E402
 
-PADDED, REAL, SHAPE = 64, 30, (3, 7)  # the second half of the ranks has no real column, one has some
+PADDED, REAL, SHAPE = 64, 30, (3, 7)  # of 4 ranks, two have only padding, one has some
 CASES = {
     "kl": [("kl", {})],
     "kl, temperatures": [("kl", {"temperature": 2.0, "teacher_temperature": 0.5})],
@@ -33,9 +33,9 @@ CASES = {
 }
 
 
-def given(dtype, closeness: float):
+def make_inputs(dtype, closeness: float):
     generator = torch.Generator().manual_seed(0)
-    # Multiples of 1/4, all different, also in BF16: which of two equal logits is among the top k is nobody's business.
+    # Distinct multiples of 1/4, which are exact in BF16, so that there are no ties in the top k.
     order = torch.rand(*SHAPE, PADDED, generator=generator).argsort(dim=-1)
     teacher = (order - PADDED / 2) / 4.0
     student = teacher + torch.randn(*SHAPE, PADDED, generator=generator) * closeness + 2
@@ -48,29 +48,29 @@ def given(dtype, closeness: float):
 
 
 def case(name: str, dtype, closeness: float, group) -> dict:
-    """The loss's and gradient's largest errors against float64, this rank's share of the gradient in the whole."""
-    student, teacher, labels, weight = given(dtype, closeness)
+    """Return the largest errors of loss and gradient against float64, for this rank's shard, and the collectives."""
+    student, teacher, labels, weight = make_inputs(dtype, closeness)
     width = PADDED // group.size()
-    mine = slice(group.rank() * width, (group.rank() + 1) * width)
+    columns = slice(group.rank() * width, (group.rank() + 1) * width)
     shard = VocabShard.for_rank(width, REAL, group)
     losses = [LOSSES[part](**settings) for part, settings in CASES[name]]
-    leaf = student[..., mine].clone().requires_grad_()
-    with _Counts() as forward:
-        found = logit_losses(losses, leaf * 1, teacher[..., mine].clone(), labels, shard, weight=weight)
-    with _Counts() as backward:
-        sum((i + 1) * out.sum() for i, out in enumerate(found)).backward()
+    leaf = student[..., columns].clone().requires_grad_()
+    with CollectiveCounter() as forward:
+        actual = logit_losses(losses, leaf * 1, teacher[..., columns].clone(), labels, shard, weight=weight)
+    with CollectiveCounter() as backward:
+        sum((i + 1) * out.sum() for i, out in enumerate(actual)).backward()
     counted = weight * (labels != -100)
-    wanted, gradient = [], 0
+    expected_losses, gradient = [], 0
     for i, (part, settings) in enumerate(CASES[name]):
         loss, grad = expected(part, student, teacher, labels.clamp(min=0), counted, columns=REAL, **settings)
-        wanted.append(loss)
+        expected_losses.append(loss)
         gradient = gradient + (i + 1) * grad
-    gradient = gradient[..., mine]
+    gradient = gradient[..., columns]
     error = (leaf.grad.double() - gradient).abs()
     return {
-        "loss_error": max((a.double() - b).abs().max().item() for a, b in zip(found, wanted, strict=True)),
-        "loss": wanted[0].sum().item(),
-        # What BF16 itself rounds is no error of ours.
+        "loss_error": max((a.double() - b).abs().max().item() for a, b in zip(actual, expected_losses, strict=True)),
+        "loss": expected_losses[0].sum().item(),
+        # Without the rounding of the gradient to BF16.
         "grad_error": (error - gradient.abs() * (2.0**-8 if dtype == torch.bfloat16 else 0)).max().item(),
         "grad": gradient.abs().max().item(),
         "dead": leaf.grad[counted == 0].count_nonzero().item()
@@ -83,42 +83,42 @@ def case(name: str, dtype, closeness: float, group) -> dict:
 
 
 def fused(name: str, group, in_forward: bool) -> dict:
-    """The fused output layer: errors of losses, hidden states' gradient and this rank's part of the weights'."""
+    """Return the errors of the fused output layer: losses, and gradients of hidden states and of this rank's weight."""
     generator = torch.Generator().manual_seed(1)
     hidden, teacher_hidden = (torch.randn(*SHAPE, size, generator=generator) for size in (8, 12))
     weight, teacher_weight = (torch.randn(PADDED, size, generator=generator) for size in (8, 12))
-    *_, labels, token_weight = given(torch.float32, 1.0)
+    *_, labels, token_weight = make_inputs(torch.float32, 1.0)
     h, w = (t.double().requires_grad_() for t in (hidden, weight))
     logits, teacher = h @ w.t(), teacher_hidden.double() @ teacher_weight.double().t()
-    counted, gradient, wanted = token_weight * (labels != -100), 0, []
+    counted, gradient, expected_losses = token_weight * (labels != -100), 0, []
     for i, (part, settings) in enumerate(CASES[name]):
         loss, grad = expected(part, logits, teacher, labels.clamp(min=0), counted, columns=REAL, **settings)
-        wanted.append(loss)
+        expected_losses.append(loss)
         gradient = gradient + (i + 1) * grad
     logits.backward(gradient)
 
     width = PADDED // group.size()
-    mine = slice(group.rank() * width, (group.rank() + 1) * width)
+    columns = slice(group.rank() * width, (group.rank() + 1) * width)
     shard = VocabShard.for_rank(width, REAL, group)
     losses = [LOSSES[part](**settings) for part, settings in CASES[name]]
     hidden.requires_grad_()
-    weight = weight[mine].clone().requires_grad_()
-    inputs = (hidden, weight, teacher_hidden, teacher_weight[mine], labels, shard)
-    with _Counts() as forward:
+    weight = weight[columns].clone().requires_grad_()
+    inputs = (hidden, weight, teacher_hidden, teacher_weight[columns], labels, shard)
+    with CollectiveCounter() as forward:
         settings = {"token_weight": token_weight, "chunk_tokens": 5, "gradient_in_forward": in_forward}
-        found = fused_linear_losses(losses, *inputs, **settings)
-    with _Counts() as backward:
-        sum((i + 1) * out.sum() for i, out in enumerate(found)).backward()
-    whole = hidden.grad.clone()
+        actual = fused_linear_losses(losses, *inputs, **settings)
+    with CollectiveCounter() as backward:
+        sum((i + 1) * out.sum() for i, out in enumerate(actual)).backward()
+    hidden_grad = hidden.grad.clone()
     hidden.grad = None
     partial = fused_linear_losses(losses, *inputs, **settings, reduce_hidden_grad=False)
     sum((i + 1) * out.sum() for i, out in enumerate(partial)).backward()
     torch.distributed.all_reduce(hidden.grad, group=group)
     return {
-        "loss_error": max((a.double() - b).abs().max().item() for a, b in zip(found, wanted, strict=True)),
-        "hidden_error": (whole.double() - h.grad).abs().max().item(),
-        "weight_error": (weight.grad.double() / 2 - w.grad[mine]).abs().max().item(),  # of both calls
-        "partial_error": (hidden.grad - whole).abs().max().item(),
+        "loss_error": max((a.double() - b).abs().max().item() for a, b in zip(actual, expected_losses, strict=True)),
+        "hidden_error": (hidden_grad.double() - h.grad).abs().max().item(),
+        "weight_error": (weight.grad.double() / 2 - w.grad[columns]).abs().max().item(),  # accumulated over both calls
+        "partial_error": (hidden.grad - hidden_grad).abs().max().item(),
         "scale": h.grad.abs().max().item(),
         "chunks": -(-int((counted != 0).sum()) // 5),
         "forward": forward,
@@ -126,20 +126,22 @@ def fused(name: str, group, in_forward: bool) -> dict:
     }
 
 
-def nothing_counts(name: str, group) -> dict:
-    student, teacher, labels, weight = given(torch.float32, 1.0)
+def all_masked(name: str, group) -> dict:
+    """Return the sums of the losses and of the gradient if all tokens have weight 0."""
+    student, teacher, labels, weight = make_inputs(torch.float32, 1.0)
     width = PADDED // group.size()
-    mine = slice(group.rank() * width, (group.rank() + 1) * width)
+    columns = slice(group.rank() * width, (group.rank() + 1) * width)
     losses = [LOSSES[part](**settings) for part, settings in CASES[name]]
-    leaf = student[..., mine].clone().requires_grad_()
+    leaf = student[..., columns].clone().requires_grad_()
     shard = VocabShard.for_rank(width, REAL, group)
-    found = logit_losses(losses, leaf * 1, teacher[..., mine].clone(), labels, shard, weight=weight * 0)
-    sum(out.sum() for out in found).backward()
-    return {"loss": sum(out.abs().sum().item() for out in found), "grad": leaf.grad.abs().sum().item()}
+    actual = logit_losses(losses, leaf * 1, teacher[..., columns].clone(), labels, shard, weight=weight * 0)
+    sum(out.sum() for out in actual).backward()
+    return {"loss": sum(out.abs().sum().item() for out in actual), "grad": leaf.grad.abs().sum().item()}
 
 
-def refusals(group) -> list[str]:
-    student, teacher, labels, _ = given(torch.float32, 1.0)
+def top_k_errors(group) -> list[str]:
+    """Return the error of a top-k loss with k larger than a shard, if there is one."""
+    student, teacher, labels, _ = make_inputs(torch.float32, 1.0)
     width = PADDED // group.size()
     shard = VocabShard.for_rank(width, REAL, group)
     try:
@@ -160,12 +162,12 @@ def cases(arguments: dict) -> list:
                     for closeness in (1.0, 0.01):
                         what = {"what": "loss", "name": name, "size": size, "dtype": str(dtype), "closeness": closeness}
                         results.append(what | case(name, dtype, closeness, group))
-                results.append({"what": "nothing", "name": name, "size": size} | nothing_counts(name, group))
+                results.append({"what": "nothing", "name": name, "size": size} | all_masked(name, group))
             for name in ("kl", "ce", "five"):
                 for in_forward in (False, True):
                     what = {"what": "fused", "name": name, "size": size, "in_forward": in_forward}
                     results.append(what | fused(name, group, in_forward))
-            results.append({"what": "refusals", "size": size, "texts": refusals(group)})
-    everyone = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, results)
-    return [result | {"rank": r} for r, found in enumerate(everyone) for result in found]
+            results.append({"what": "refusals", "size": size, "texts": top_k_errors(group)})
+    all_results = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(all_results, results)
+    return [result | {"rank": r} for r, rank_results in enumerate(all_results) for result in rank_results]

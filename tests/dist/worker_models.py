@@ -1,8 +1,8 @@
 """Worker: imports, logits, saves and exports of many models in one launch.
 
-``arguments`` may hold each of these lists; they are worked off in this order, and what each yields is listed in order:
-``imports`` [source, target, dtype]; ``logits`` and ``saves`` {model fields, layout fields, "flags"}; ``exports``
-[checkpoint, output, layout, max_shard_bytes].
+``arguments`` may contain each of these lists. They are processed in this order, and the results are in the same order:
+``imports`` [source, target, dtype]; ``logits`` and ``saves`` {model fields, "parallel", "flags"}; ``exports``
+[checkpoint, output, export layout, max_shard_bytes].
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from launch import report
 
 
 def cases(arguments: dict) -> list:
-    from layout import job  # first: it prepares the machine
+    from worker_job import job  # first, because it initializes the runtime
 
     import torch  # isort: skip
     from safetensors.torch import load_file
@@ -24,12 +24,12 @@ def cases(arguments: dict) -> list:
     results: list = [import_hf(*paths, getattr(torch, dtype)) for *paths, dtype in arguments.get("imports", ())]
     for case in arguments.get("logits", ()):
         expected = load_file(case["expected"])
-        with job(case["checkpoint"], *case["parallel"], *_sizes(expected["tokens"].shape), *case["flags"]) as job_of:
-            found = _logits(job_of, expected["tokens"])
-            in_shards = job_of.args.sequence_parallel
-            results.append({**case, "sequence_parallel": in_shards, **_compare(found, expected["logits"])})
+        with job(case["checkpoint"], *case["parallel"], *_sizes(expected["tokens"].shape), *case["flags"]) as started:
+            actual = _logits(started, expected["tokens"])
+            sequence_parallel = started.args.sequence_parallel
+            results.append({**case, "sequence_parallel": sequence_parallel, **_compare(actual, expected["logits"])})
     for case in arguments.get("saves", ()):
-        # Unquantized: the export would put the weights of a quantizing policy on their grid.
+        # Without quantization, because the export would quantize the weights of a quantizing policy.
         policy = ["--qad-policy", "bf16"]
         flags = ["--bf16", "--save", case["target"], "--save-interval", "1", *_sizes((2, 8)), *policy, *case["flags"]]
         with job(case["checkpoint"], *case["parallel"], *flags) as started:
@@ -39,14 +39,17 @@ def cases(arguments: dict) -> list:
 
 
 def _sizes(shape) -> list[str]:
-    """Megatron flags for two microbatches of half of ``shape`` [rows, length]."""
+    """Return Megatron flags for two microbatches, each half of ``shape`` [rows, length]."""
     rows, length = shape
     sizes = {"seq-length": length, "micro-batch-size": rows // 2, "global-batch-size": rows}
     return [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
 
 
 def _logits(job, tokens, prepare=None):
-    """[rows, s, V] on the last stage, gathered over the tensor-parallel ranks; None elsewhere. Two microbatches."""
+    """Return the logits of two microbatches on the last stage, [rows, s, V], and None on other stages.
+
+    They are gathered over the tensor-parallel ranks. ``prepare(teacher)`` runs before the forward pass.
+    """
     import torch
     from megatron.core import mpu
 
@@ -71,20 +74,20 @@ def _logits(job, tokens, prepare=None):
     return torch.cat(shards, dim=-1)
 
 
-def _compare(found, expected) -> dict:
-    """Over all ranks: the largest error, the padded vocabulary, the spread of the expected logits."""
+def _compare(actual, expected) -> dict:
+    """Return the largest error over all ranks, the padded vocabulary size, and the spread of the expected logits."""
     import torch
 
     numbers = torch.zeros(2)
-    if found is not None:
-        error = (found[..., : expected.shape[-1]] - expected).abs().max()
-        numbers = torch.stack((error.nan_to_num(nan=torch.inf), torch.tensor(float(found.shape[-1]))))
+    if actual is not None:
+        error = (actual[..., : expected.shape[-1]] - expected).abs().max()
+        numbers = torch.stack((error.nan_to_num(nan=torch.inf), torch.tensor(float(actual.shape[-1]))))
     torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
     return {"error": numbers[0].item(), "padded_vocab": int(numbers[1]), "std": expected.std().item()}
 
 
 def _save(job) -> None:
-    """Load the checkpoint and save it as the training loop does, with what export needs beside it."""
+    """Load the checkpoint and save it as the training loop does, with the files that an export needs."""
     from megatron.training.checkpointing import save_checkpoint
 
     from megatron_qad.training.models import build_teacher
@@ -93,7 +96,7 @@ def _save(job) -> None:
     save = Path(job.args.save)
     chunks = build_teacher(job.config, job.args, job.forward).chunks
     if job.args.rank == 0:
-        save.mkdir(parents=True, exist_ok=True)  # the lock is in it
+        save.mkdir(parents=True, exist_ok=True)  # for the lock file
         describe_run(job.config, save)
     job.saves.install()
     save_checkpoint(3, chunks, None, None, 0)

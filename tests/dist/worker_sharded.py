@@ -1,4 +1,4 @@
-"""Worker: losses, metrics and quantizers over vocabulary and weights cut across 1, 2 and 4 ranks."""
+"""Worker: metrics and quantizers with vocabulary and weights sharded over 1, 2 and 4 ranks."""
 
 import torch
 
@@ -20,11 +20,11 @@ COLLECTIVES = (
     "broadcast",
     "all_to_all_single",
 )
-PADDED, REAL, TOKENS = 64, 30, 21  # the second half of the ranks has no real column, one has some
+PADDED, REAL, TOKENS = 64, 30, 21  # of 4 ranks, two have only padding, one has some
 
 
-class _Counts:
-    """Counts the collectives of a block by name; they run as ever."""
+class CollectiveCounter:
+    """Context manager that counts collectives by name without changing them."""
 
     def __enter__(self):
         self.calls = {}
@@ -45,10 +45,10 @@ class _Counts:
             setattr(torch.distributed, name, original)
 
 
-def _given(dtype):
+def _make_inputs(dtype):
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, TOKENS // 3, PADDED, generator=generator).mul(3).to(dtype) for _ in range(2))
-    student[0, 0, [4, 20]] = 30.0  # the two best tokens, on two ranks of four, are equal
+    student[0, 0, [4, 20]] = 30.0  # a tie of the two most likely tokens, which are on different ranks of four
     teacher[0, 0, 4] = 30.0
     student[0, 1, [4, 20]] = 30.0
     teacher[0, 1, 20] = 30.0
@@ -57,19 +57,19 @@ def _given(dtype):
 
 
 def _metrics(dtype, group) -> dict:
-    student, teacher, labels, weight = _given(dtype)
+    student, teacher, labels, weight = _make_inputs(dtype)
     width = PADDED // group.size()
-    mine = slice(group.rank() * width, (group.rank() + 1) * width)
+    columns = slice(group.rank() * width, (group.rank() + 1) * width)
     shard = VocabShard.for_rank(width, REAL, group)
-    found = compare(student[..., mine], teacher[..., mine], labels, (weight > 0.3).float(), shard)
+    metrics = compare(student[..., columns], teacher[..., columns], labels, (weight > 0.3).float(), shard)
     mask = torch.zeros_like(weight)
     mask[0, :2] = 1
-    ties = compare(student[..., mine], teacher[..., mine], labels, mask, shard)
-    return {"means": found.means(), "ties": ties.means()["top1_agreement"]}
+    ties = compare(student[..., columns], teacher[..., columns], labels, mask, shard)
+    return {"means": metrics.means(), "ties": ties.means()["top1_agreement"]}
 
 
-def _stack(weight: torch.Tensor) -> torch.nn.Module:
-    """A model chunk of one linear, as far as naming goes."""
+def _one_linear(weight: torch.Tensor) -> torch.nn.Module:
+    """Return a module with one linear, named as in a model chunk."""
     chunk, layer = torch.nn.Module(), torch.nn.Module()
     layer.layer_number = 1
     layer.linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -83,20 +83,20 @@ NAME = "decoder.layers.0.linear"
 
 
 def _weights(axis: int, group) -> dict:
-    whole = torch.randn(32, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
-    whole[0, 0] = 40.0  # on the first rank only: the others would choose a smaller scale
-    chunk = _stack(whole.chunk(group.size(), dim=axis)[group.rank()].contiguous())
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight[0, 0] = 40.0  # on the first rank only, so that the others alone would choose a smaller scale
+    chunk = _one_linear(weight.chunk(group.size(), dim=axis)[group.rank()].contiguous())
     weights = InPlaceWeights([chunk], {f"{NAME}.weight": "nvfp4"}, group)
-    with _Counts() as calls:
+    with CollectiveCounter() as calls:
         weights.quantize_()
     parts = [torch.empty_like(chunk.decoder.layers[0].linear.weight.data) for _ in range(group.size())]
     torch.distributed.all_gather(parts, chunk.decoder.layers[0].linear.weight.data, group=group)
-    expected = nvfp4.fake_quant(whole, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(whole)))
+    expected = nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(nvfp4.tensor_amax(weight)))
     return {"equal": torch.equal(torch.cat(parts, dim=axis), expected), "calls": calls}
 
 
 def _inputs(group, value: float) -> dict:
-    chunk = _stack(torch.ones(16, 32))
+    chunk = _one_linear(torch.ones(16, 32))
     inputs = ActivationQuantizers([chunk], {f"{NAME}.weight": "nvfp4"}, groups=(group,))
     try:
         with inputs.calibrating():

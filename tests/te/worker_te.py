@@ -13,7 +13,7 @@ SPECS = ("local", "te")
 
 def cases(arguments: dict) -> list[dict]:
     """``imports`` [source, target, dtype] first; then each of ``models`` {case, checkpoint, saved} at ``tp``."""
-    from layout import job
+    from worker_job import job
 
     import torch  # isort: skip
 

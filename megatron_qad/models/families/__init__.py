@@ -1,5 +1,5 @@
-"""One file a family: its Hugging Face config as Megatron arguments, its weights' names on both sides, what is never
-quantized. ``dense_decoder`` and ``router_options`` hold what several families share. Needs no Megatron."""
+"""Model families, one file each: Megatron arguments from the Hugging Face config, weight names on both sides, and
+weights that are never quantized. ``dense_decoder`` and ``router_options`` have the shared parts. Needs no Megatron."""
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import decilm, llama, nemotron_h, nemotron_vl, qwen2, qwen3, qwen3_moe
@@ -17,25 +17,30 @@ FAMILIES: dict[str, Family] = {
         decilm.FAMILY,
     )
 }
-"""By the entry ``architectures`` of config.json."""
+"""Families by their entry in ``architectures`` of config.json."""
 
 
 def family_of(hf_config: dict) -> Family:
-    """The family of a Hugging Face ``config.json``, by its ``architectures`` entry.
+    """Return the family of a Hugging Face ``config.json`` by its ``architectures`` entry.
 
     Raises:
-        QADError: the architecture is not supported; the message lists those that are.
+        QADError: the architecture is not supported. The message lists the supported ones.
+
+    Example::
+
+        config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2}
+        family_of(config).architecture  # "LlamaForCausalLM"
+        family_of(config).layer_pattern(config)  # "*-*-"
     """
-    found = hf_config.get("architectures") or ["(no architectures entry)"]
-    for architecture in found:
+    architectures = hf_config.get("architectures") or ["(no architectures entry)"]
+    for architecture in architectures:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
     raise QADError(
-        f"config.json names the architecture {found[0]!r}, which is not supported. Supported: "
-        f"{', '.join(sorted(FAMILIES))}"
+        f"config.json: architecture {architectures[0]!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
     )
 
 
 def text_config(hf_config: dict) -> dict:
-    """The config of the language model that Megatron builds: ``hf_config`` itself, or what a wrapper's holds."""
+    """Return the config of the language model that Megatron builds: ``hf_config`` or, in a wrapper, a part of it."""
     return family_of(hf_config).text_config(hf_config)

@@ -1,7 +1,7 @@
-"""What a family declares, and the tensor maps it declares it with.
+"""The ``Family`` interface, and the mappings between Megatron and Hugging Face tensors.
 
-A map relates one Megatron tensor, by its name in a torch_dist checkpoint (global, unsharded), to the Hugging Face
-tensors it holds. Both directions are exact: they copy values and never compute. No Megatron is imported here.
+A mapping relates one Megatron tensor, by its global (unsharded) name in a torch_dist checkpoint, to the Hugging Face
+tensors it is made of. Both directions are exact: they copy values and never compute. Megatron is not imported here.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,54 +14,66 @@ from megatron_qad.engine.errors import QADError
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One Megatron tensor and the Hugging Face tensors it holds, in order.
+    """Mapping between one Megatron tensor and the Hugging Face tensors it is made of, in order.
 
-    ``kind`` says what the tensor is to a quantization policy: "attention", "mamba", "mlp", "expert", "shared_expert",
-    "router", "head", "embedding", "norm", "conv1d" or "vision"; ``layer`` is the index in the layer pattern, None
-    outside the decoder.
+    Example::
+
+        mapping = ParamMapping("decoder.final_norm.weight", ("model.norm.weight",), "norm", (64,))
+        weight = mapping.to_megatron([torch.ones(64)])
+        mapping.to_hf(weight)  # a list of one tensor, for "model.norm.weight"
     """
 
     megatron: str
     hf: tuple[str, ...]
     kind: str
+    """Kind of the tensor for quantization policies: "attention", "mamba", "mlp", "expert", "shared_expert", "router",
+    "head", "embedding", "norm", "conv1d" or "vision"."""
     shape: tuple[int, ...]
-    """Global shape of the Megatron tensor, vocabulary unpadded."""
+    """Global shape of the Megatron tensor without vocabulary padding."""
     layer: int | None = None
+    """Index in the layer pattern. None outside the decoder."""
     is_linear: bool = False
-    """A GEMM's weight [out, in]: what a policy may quantize."""
+    """Whether the tensor is the weight [out, in] of a GEMM, which a policy may quantize."""
     is_tied: bool = False
-    """The output head of a model whose head is its embedding: a GEMM without a tensor of its own."""
+    """Whether the tensor is an output head that shares the embedding's weight."""
     is_float32: bool = False
-    """Kept in float32 whatever the model's precision (a router's correction bias)."""
+    """Whether the tensor is float32 in a model of any precision (a router's correction bias)."""
     never_quantized: bool = False
-    """Linear to a server and quantized by no policy (conv1d, Qwen3-MoE's router, the vision encoder): a packed
-    checkpoint's exclusion list names it."""
+    """Whether servers load the weight as a linear, but no policy quantizes it (conv1d, Qwen3-MoE's router, the vision
+    encoder). The exclusion list of a quantized checkpoint names it."""
 
     def hf_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the Hugging Face tensors."""
         return [self.shape]
 
     def to_megatron(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Return the Megatron tensor for the Hugging Face tensors."""
         return tensors[0]
 
     def to_hf(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the Hugging Face tensors for the Megatron tensor."""
         return [tensor]
 
     @property
     def checkpoint_splits(self) -> dict[str, int]:
-        """How a torch_dist checkpoint holds the tensor: rows by ending of the name, one entry a part that is sharded by
-        itself."""
+        """Parts in which a torch_dist checkpoint stores the tensor: name suffix -> number of rows.
+
+        Each part is sharded separately.
+        """
         return {"": self.shape[0]}
 
     @property
     def megatron_module(self) -> str:
+        """Name of the Megatron module that owns the tensor."""
         return self.megatron.rsplit(".", 1)[0]
 
 
 @dataclass(frozen=True)
 class GatedMLPMapping(ParamMapping):
-    """Hugging Face tensors stacked along the rows: gate and up in ``linear_fc1``."""
+    """Mapping of Hugging Face tensors that are concatenated along the rows: gate and up in ``linear_fc1``."""
 
     rows: tuple[int, ...] = ()
+    """Rows of each Hugging Face tensor."""
 
     def hf_shapes(self):
         return [(rows, *self.shape[1:]) for rows in self.rows]
@@ -75,7 +87,7 @@ class GatedMLPMapping(ParamMapping):
 
 @dataclass(frozen=True)
 class ExpertGatedMLPMapping(GatedMLPMapping):
-    """Gate and up of one expert, which Megatron stores apart where it stores experts one by one."""
+    """Mapping of gate and up of one expert, which Megatron stores as two tensors."""
 
     @property
     def checkpoint_splits(self):
@@ -84,7 +96,7 @@ class ExpertGatedMLPMapping(GatedMLPMapping):
 
 @dataclass(frozen=True)
 class QKVMapping(ParamMapping):
-    """q, k, v in ``linear_qkv``: for each query group its queries, its key, its value (weights and biases alike)."""
+    """Mapping of q, k, v in ``linear_qkv`` (weights or biases): queries, key and value of each group in turn."""
 
     num_heads: int = 0
     num_groups: int = 0
@@ -100,69 +112,73 @@ class QKVMapping(ParamMapping):
         return torch.cat(grouped, dim=1).reshape(self.shape)
 
     def to_hf(self, tensor):
-        queries = self.num_heads // self.num_groups
-        grouped = tensor.reshape(self.num_groups, queries + 2, self.head_dim, *self.shape[1:])
-        return [part.reshape(-1, *self.shape[1:]) for part in grouped.split((queries, 1, 1), dim=1)]
+        num_queries = self.num_heads // self.num_groups
+        grouped = tensor.reshape(self.num_groups, num_queries + 2, self.head_dim, *self.shape[1:])
+        return [part.reshape(-1, *self.shape[1:]) for part in grouped.split((num_queries, 1, 1), dim=1)]
 
 
 @dataclass(frozen=True)
 class Family:
-    """One Hugging Face architecture. Everything is a function of its ``config.json``."""
+    """A Hugging Face architecture, described by functions of its ``config.json``."""
 
     architecture: str
+    """Entry of ``architectures`` in config.json."""
     layer_pattern: Callable[[dict], str]
-    """config -> HybridModel's pattern, one symbol a layer (``LAYER_KINDS``)."""
+    """config -> layer pattern of ``HybridModel``, one symbol per layer (``LAYER_KINDS``)."""
     megatron_args: Callable[[dict], dict]
-    """config -> Megatron argument names and values (True: a flag without a value)."""
+    """config -> Megatron argument names and values. True means a flag without a value."""
     tensors: Callable[[dict], list[ParamMapping]]
     """config -> every tensor of the Megatron model."""
     rope_scaling: Callable[[dict], dict | None]
+    """config -> llama3 rope scaling. None means plain rope, or no rope."""
     mlp_widths: Callable[[dict], tuple[int, ...] | None] = lambda hf_config: None
-    """config -> inner width of the MLP of each layer of the pattern, 0 where it has none; None: all have
+    """config -> inner MLP width of each layer of the pattern, 0 for layers without MLP. None means that all MLPs have
     ``ffn-hidden-size``."""
     text_config: Callable[[dict], dict] = lambda hf_config: hf_config
-    """config -> the config of the language model that Megatron builds, where it stands inside a wrapper's."""
+    """config -> config of the language model that Megatron builds, for wrappers such as vision-language models."""
     passthrough_prefixes: tuple[str, ...] = ()
-    """What the Hugging Face names of tensors begin with that are no part of the Megatron model and go from import to
-    export untouched: layers for multi-token prediction, a vision encoder."""
+    """Prefixes of Hugging Face tensors that are not part of the Megatron model and are passed through from import to
+    export unchanged: multi-token prediction layers, a vision encoder."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Names that transformers 5 gives tensors when it saves -> the hub's, which are read and written here."""
+    """Tensor names saved by transformers 5 -> names on the hub, which are read and written here."""
     passthrough_tensors: Callable[[dict], list[ParamMapping]] = lambda hf_config: []
-    """config -> those of the carried tensors that are known without their file."""
+    """config -> the passthrough tensors that are known from the config alone."""
 
     def layer_kinds(self, hf_config: dict) -> list[str]:
-        """The kind of every layer of the pattern, as policies name it."""
+        """Return the kind of every layer of the pattern, as named in policies."""
         return [LAYER_KINDS[symbol] for symbol in self.layer_pattern(hf_config).replace("|", "")]
 
     def linear_modules(self, hf_config: dict) -> list[str]:
-        """Hugging Face names of every module that a server takes for a linear; what is not quantized of them is
-        excluded."""
+        """Return the Hugging Face names of all modules that servers load as linears.
+
+        Those that are not quantized belong on the exclusion list.
+        """
         fixed = [tensor for tensor in self.all_tensors(hf_config) if tensor.never_quantized]
         return [name.removesuffix(".weight") for tensor in (*self.linears(hf_config), *fixed) for name in tensor.hf]
 
     def all_tensors(self, hf_config: dict) -> list[ParamMapping]:
-        """Every tensor of the Hugging Face model that its config tells of."""
+        """Return every tensor of the Hugging Face model that is known from its config."""
         return [*self.tensors(hf_config), *self.passthrough_tensors(hf_config)]
 
     def linears(self, hf_config: dict) -> list[ParamMapping]:
-        """Every GEMM, in model order, the head last; a tied head is there too, marked ``is_tied``."""
+        """Return the weights of all GEMMs in model order, the head last. A tied head is included as ``is_tied``."""
         tensors = self.tensors(hf_config)
-        found = [tensor for tensor in tensors if tensor.is_linear]
-        if not any(tensor.kind == "head" for tensor in found):
+        linears = [tensor for tensor in tensors if tensor.is_linear]
+        if not any(tensor.kind == "head" for tensor in linears):
             embedding = next(tensor for tensor in tensors if tensor.kind == "embedding")
             head = ParamMapping(
                 "output_layer.weight", ("lm_head.weight",), "head", embedding.shape, is_linear=True, is_tied=True
             )
-            found.append(head)
-        return found
+            linears.append(head)
+        return linears
 
 
 LAYER_KINDS = {"*": "attention", "M": "mamba", "-": "mlp", "E": "expert"}
-"""Symbols of HybridModel's pattern; an expert layer also holds its router and its shared experts."""
+"""Symbols of the layer pattern of ``HybridModel``. An expert layer includes its router and its shared experts."""
 
 
 def required(hf_config: dict, key: str):
-    """A key that the family cannot do without."""
+    """Return the value of a key that must be in the config."""
     if hf_config.get(key) is None:
-        raise QADError(f"config.json of {hf_config.get('architectures')} has no {key!r}, which is required")
+        raise QADError(f"config.json of {hf_config.get('architectures')}: no {key!r}, which is required.")
     return hf_config[key]

@@ -1,8 +1,8 @@
-"""Llama Nemotron Super and its kin (``DeciLMForCausalLM``): Llama blocks after an architecture search.
+"""Llama Nemotron Super and similar models (``DeciLMForCausalLM``): Llama blocks after neural architecture search (NAS).
 
-``block_configs`` describes every block: attention or MLP may be missing (its symbol is left out of the pattern, and
-with it its norm) or replaced by one linear, and each MLP has its own width. A model with replaced ones can only be
-inspected: HybridModel has no layer for them. Llama Nemotron Super V1 49B has none.
+``block_configs`` describes every block: attention or MLP may be missing (then the pattern lacks its symbol, and the
+model its norm) or replaced by one linear, and each MLP has its own width. A model with replaced layers can only be
+inspected, because ``HybridModel`` has no layer for them. Llama Nemotron Super V1 49B has no replaced layers.
 """
 
 import math
@@ -12,16 +12,16 @@ from megatron_qad.models.families import dense_decoder
 from megatron_qad.models.families.base import Family, ParamMapping, required
 
 _FFN_MULTIPLE = 256
-_KNOWN = {"no_op", "replace_with_linear", "n_heads_in_group", "ffn_mult", "intermediate_size"}
-_OF_LLAMA = {"hidden_act": "silu", "gated": True}
+_SUPPORTED_KEYS = {"no_op", "replace_with_linear", "n_heads_in_group", "ffn_mult", "intermediate_size"}
+_LLAMA_VALUES = {"hidden_act": "silu", "gated": True}
 
 
 def ffn_size(config: dict, ffn: dict) -> int:
-    """Inner width of a block's MLP: two thirds of ``ffn_mult`` times the hidden size, rounded up to 256."""
+    """Return the inner width of a block's MLP: 2/3 ``ffn_mult`` times the hidden size, rounded up to 256."""
     if ffn.get("intermediate_size") is not None:
         return ffn["intermediate_size"]
     if ffn.get("ffn_mult") is None:
-        raise QADError(f"config.json: an entry of block_configs has an MLP without 'ffn_mult': {ffn}")
+        raise QADError(f"config.json: block_configs has an MLP without 'ffn_mult': {ffn}.")
     width = int(2 * ffn["ffn_mult"] * required(config, "hidden_size") / 3)
     return -(-width // _FFN_MULTIPLE) * _FFN_MULTIPLE
 
@@ -36,71 +36,71 @@ def mlp_widths(config: dict) -> tuple[int, ...]:
 
 def megatron_args(config: dict) -> dict:
     layers = _layers(config)
-    if replaced := [block for block, _, part in layers if part.get("replace_with_linear")]:
+    if replaced_blocks := [block for block, _, part in layers if part.get("replace_with_linear")]:
         raise QADError(
-            f"config.json: block_configs[{replaced[0]}] has 'replace_with_linear'; such blocks can be inspected "
-            "(tools/inspect_policy.py), but not imported or trained"
+            f"config.json: block_configs[{replaced_blocks[0]}] has 'replace_with_linear'. Such blocks can be inspected "
+            "(tools/inspect_policy.py), but not imported or trained."
         )
     for block, _, part in layers:
         for key, value in part.items():
-            if key not in _KNOWN and (value or key in _OF_LLAMA) and value != _OF_LLAMA.get(key):
+            if key not in _SUPPORTED_KEYS and (value or key in _LLAMA_VALUES) and value != _LLAMA_VALUES.get(key):
                 raise QADError(
-                    f"config.json: block_configs[{block}] has {key} {value!r}, which is not known here; expected "
-                    "Llama's attention and MLP, or none"
+                    f"config.json: block_configs[{block}] has {key} {value!r}, which is not supported. Expected the "
+                    "attention and MLP of Llama, or 'no_op'."
                 )
     sizes = {part.get("n_heads_in_group") for _, symbol, part in layers if symbol == "*"}
     widths = [width for width in mlp_widths(config) if width]
     if len(sizes) != 1 or not all(sizes) or not widths:
         raise QADError(
-            f"config.json: block_configs has attention with n_heads_in_group {list(sizes)} and {len(widths)} MLPs; "
-            "expected MLPs and one value, since Megatron's attention layers are alike"
+            f"config.json: block_configs has attention with n_heads_in_group {list(sizes)} and {len(widths)} MLPs. "
+            "Expected at least one MLP and one value, because all of Megatron's attention layers have the same shape."
         )
     unit = math.gcd(*widths)
-    alike = {
+    uniform = {
         "num_key_value_heads": required(config, "num_attention_heads") // sizes.pop(),
-        # The layers take their widths from mlp_widths. Megatron counts operations by this one, and tries its fused gate
-        # on it at the start: near the mean, and a width that tensor parallelism divides as it does the others.
+        # Layers take their widths from mlp_widths. Megatron uses this value to count FLOPs and to warm up its fused
+        # gate, so it is near the mean and divisible by the same tensor-parallel sizes as the other widths.
         "intermediate_size": unit * round(sum(widths) / len(widths) / unit),
     }
-    shape = dense_decoder.megatron_args(config | alike, qkv_bias=False, qk_norm=False)
+    shape = dense_decoder.megatron_args(config | uniform, qkv_bias=False, qk_norm=False)
     return shape | {"hybrid-layer-pattern": layer_pattern(config)}
 
 
 def tensors(config: dict) -> list[ParamMapping]:
     num_heads = required(config, "num_attention_heads")
     head_dim = config.get("head_dim") or required(config, "hidden_size") // num_heads
-    found = [dense_decoder.embedding(config)]
+    mappings = [dense_decoder.embedding(config)]
     for layer, (block, symbol, part) in enumerate(_layers(config)):
         hf = f"model.layers.{block}"
         if part.get("replace_with_linear"):
-            found += _replaced(config, layer, hf, symbol)
+            mappings += _replaced_layer(config, layer, hf, symbol)
         elif symbol == "*":
-            found += dense_decoder.attention(
+            mappings += dense_decoder.attention(
                 config, layer, hf, num_heads, num_heads // part["n_heads_in_group"], head_dim
             )
         else:
-            found += dense_decoder.gated_mlp(config, layer, hf, ffn_size(config, part))
-    return found + dense_decoder.final(config)
+            mappings += dense_decoder.gated_mlp(config, layer, hf, ffn_size(config, part))
+    return mappings + dense_decoder.final(config)
 
 
 def _layers(config: dict) -> list[tuple[int, str, dict]]:
-    """(block, symbol, its entry) for every layer that is there."""
+    """Return (block, symbol, entry) for every layer that exists."""
     blocks = required(config, "block_configs")
     if len(blocks) != required(config, "num_hidden_layers"):
         raise QADError(
-            f"config.json: block_configs has {len(blocks)} entries, num_hidden_layers is {config['num_hidden_layers']}"
+            f"config.json: block_configs has {len(blocks)} entries, num_hidden_layers is {config['num_hidden_layers']}."
         )
     parts = []
     for i, block in enumerate(blocks):
         for symbol, key in (("*", "attention"), ("-", "ffn")):
             if not isinstance(part := isinstance(block, dict) and block.get(key), dict):
-                raise QADError(f"config.json: block_configs[{i}] has no {key!r}; one that is left out says 'no_op'")
+                raise QADError(f"config.json: block_configs[{i}] has no {key!r}. Mark a missing one with 'no_op'.")
             parts.append((i, symbol, part))
     return [(block, symbol, part) for block, symbol, part in parts if not part.get("no_op")]
 
 
-def _replaced(config: dict, layer: int, hf: str, symbol: str) -> list[ParamMapping]:
-    """A square linear in the place of attention or MLP, under the name that Megatron's heterogeneous layers have."""
+def _replaced_layer(config: dict, layer: int, hf: str, symbol: str) -> list[ParamMapping]:
+    """Return the mappings of a square linear that replaces attention or MLP, named as in Megatron's NAS layers."""
     hidden = required(config, "hidden_size")
     if symbol == "*":
         module, kind = "self_attention", "attention"

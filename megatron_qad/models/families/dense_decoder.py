@@ -1,6 +1,6 @@
-"""What families of dense decoders share: Llama's attention and gated MLP, its rope, embedding and head.
+"""Shared parts of dense decoder families: Llama's attention, gated MLP, rope, embedding and head.
 
-Each Hugging Face block becomes two layers of the pattern, attention ``*`` and MLP ``-``: block i holds layers 2i, 2i+1.
+Each Hugging Face block becomes two layers of the pattern, attention ``*`` and MLP ``-``: block i is layers 2i and 2i+1.
 """
 
 from functools import partial
@@ -18,10 +18,12 @@ def _num_groups(config: dict) -> int:
 
 
 def _rope(config: dict) -> dict:
-    """transformers 5 keeps theta and scaling together under ``rope_parameters``; files of before have both apart."""
+    """Return theta and scaling, which transformers 5 saves as ``rope_parameters`` and older versions separately."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        raise QADError(f"config.json has rope parameters of its own for {nested[0]!r}; one for all layers is supported")
+        raise QADError(
+            f"config.json: separate rope parameters for {nested[0]!r}. Only one set for all layers is supported."
+        )
     rope["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -29,17 +31,17 @@ def _rope(config: dict) -> dict:
 
 
 def rope_scaling(config: dict) -> dict | None:
-    """The llama3 scaling, None for plain rope; any other type is an error rather than a wrong model."""
+    """Return the llama3 scaling, or None for plain rope. Other types raise QADError."""
     rope = _rope(config)
-    if (share := rope.pop("partial_rotary_factor")) not in (None, 1.0):
-        raise QADError(f"config.json has partial_rotary_factor {share}; only 1.0 is supported")
+    if (factor := rope.pop("partial_rotary_factor")) not in (None, 1.0):
+        raise QADError(f"config.json: partial_rotary_factor {factor} is not supported. Expected 1.0.")
     if rope["rope_theta"] != int(rope["rope_theta"]):
-        raise QADError(f"config.json has rope_theta {rope['rope_theta']}; Megatron takes whole numbers only")
+        raise QADError(f"config.json: rope_theta {rope['rope_theta']} must be an integer for Megatron.")
     if rope["rope_type"] == "default":
         return None
     if rope["rope_type"] == "llama3":
         return rope
-    raise QADError(f"config.json asks for rope type {rope['rope_type']!r}; supported: default, llama3")
+    raise QADError(f"config.json: rope type {rope['rope_type']!r} is not supported. Expected default or llama3.")
 
 
 def layer_pattern(config: dict) -> str:
@@ -47,13 +49,13 @@ def layer_pattern(config: dict) -> str:
 
 
 def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
-    rope_scaling(config)  # an unsupported type stops here
+    rope_scaling(config)  # raises on unsupported types
     if config.get("hidden_act", "silu") != "silu":
-        raise QADError(f"config.json has hidden_act {config['hidden_act']!r}; these families use 'silu'")
+        raise QADError(f"config.json: hidden_act {config['hidden_act']!r} is not supported. Expected 'silu'.")
     if config.get("attention_bias") and not qkv_bias or config.get("mlp_bias"):
-        raise QADError("config.json sets attention_bias or mlp_bias, which is supported only as Qwen2's QKV bias")
+        raise QADError("config.json: attention_bias and mlp_bias are not supported, except for the QKV bias of Qwen2.")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise QADError("config.json asks for sliding-window attention, which is not supported")
+        raise QADError("config.json: sliding-window attention is not supported.")
     tied = bool(config.get("tie_word_embeddings", False))
     return {
         "hybrid-layer-pattern": layer_pattern(config),
@@ -78,16 +80,16 @@ def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
 
 
 def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[ParamMapping]:
-    found = [embedding(config)]
+    mappings = [embedding(config)]
     for block in range(required(config, "num_hidden_layers")):
         hf = f"model.layers.{block}"
-        found += attention(config, 2 * block, hf, *heads(config), qkv_bias=qkv_bias, qk_norm=qk_norm)
-        found += gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
-    return found + final(config)
+        mappings += attention(config, 2 * block, hf, *heads(config), qkv_bias=qkv_bias, qk_norm=qk_norm)
+        mappings += gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
+    return mappings + final(config)
 
 
 def heads(config: dict) -> tuple[int, int, int]:
-    """Attention heads, key-value heads, size of one."""
+    """Return the number of attention heads, the number of key-value heads, and the head dimension."""
     return required(config, "num_attention_heads"), _num_groups(config), _head_dim(config)
 
 
@@ -99,20 +101,25 @@ def embedding(config: dict) -> ParamMapping:
 def attention(
     config: dict, layer: int, hf: str, heads: int, groups: int, head_dim: int, *, qkv_bias=False, qk_norm=False
 ) -> list[ParamMapping]:
-    """One attention layer and its norm. ``hf``: the Hugging Face block, ``layer``: the index in the pattern."""
+    """Return the mappings of one attention layer and its norm.
+
+    Args:
+        layer: index in the layer pattern.
+        hf: Hugging Face name of the block.
+    """
     hidden = required(config, "hidden_size")
     module, rows = f"decoder.layers.{layer}.self_attention", (heads + 2 * groups) * head_dim
     qkv = partial(QKVMapping, kind="attention", layer=layer, num_heads=heads, num_groups=groups, head_dim=head_dim)
     names = [f"{hf}.self_attn.{x}_proj" for x in "qkv"]
     norm_name = f"{module}.linear_qkv.layer_norm_weight"
-    found = [
+    mappings = [
         ParamMapping(norm_name, (f"{hf}.input_layernorm.weight",), "norm", (hidden,), layer),
         qkv(f"{module}.linear_qkv.weight", tuple(f"{n}.weight" for n in names), shape=(rows, hidden), is_linear=True),
     ]
     if qkv_bias:
-        found.append(qkv(f"{module}.linear_qkv.bias", tuple(f"{n}.bias" for n in names), shape=(rows,)))
+        mappings.append(qkv(f"{module}.linear_qkv.bias", tuple(f"{n}.bias" for n in names), shape=(rows,)))
     if qk_norm:
-        found += [
+        mappings += [
             ParamMapping(
                 f"{module}.{x}_layernorm.weight", (f"{hf}.self_attn.{x}_norm.weight",), "norm", (head_dim,), layer
             )
@@ -120,11 +127,11 @@ def attention(
         ]
     output = (f"{hf}.self_attn.o_proj.weight",)
     shape = (hidden, heads * head_dim)
-    return [*found, ParamMapping(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)]
+    return [*mappings, ParamMapping(f"{module}.linear_proj.weight", output, "attention", shape, layer, is_linear=True)]
 
 
 def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[ParamMapping]:
-    """One gated MLP layer of inner width ``ffn``, and its norm."""
+    """Return the mappings of one gated MLP layer of inner width ``ffn`` and its norm."""
     hidden = required(config, "hidden_size")
     module = f"decoder.layers.{layer}.mlp"
     norm_name = f"{module}.linear_fc1.layer_norm_weight"
@@ -146,16 +153,18 @@ def gated_mlp(config: dict, layer: int, hf: str, ffn: int) -> list[ParamMapping]
 
 
 def final(config: dict) -> list[ParamMapping]:
-    """The last norm and, unless it is tied, the head."""
+    """Return the mappings of the final norm and, unless it is tied, the output head."""
     vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
-    found = [ParamMapping("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,))]
+    mappings = [ParamMapping("decoder.final_norm.weight", ("model.norm.weight",), "norm", (hidden,))]
     if not config.get("tie_word_embeddings", False):
-        found.append(ParamMapping("output_layer.weight", ("lm_head.weight",), "head", (vocab, hidden), is_linear=True))
-    return found
+        mappings.append(
+            ParamMapping("output_layer.weight", ("lm_head.weight",), "head", (vocab, hidden), is_linear=True)
+        )
+    return mappings
 
 
 def family(architecture: str, *, qkv_bias: bool = False, qk_norm: bool = False) -> Family:
-    """A family of this shape, with biases of q, k and v, or norms of queries and keys."""
+    """Return a family of dense decoders, optionally with QKV biases or with norms of queries and keys."""
     return Family(
         architecture=architecture,
         layer_pattern=layer_pattern,

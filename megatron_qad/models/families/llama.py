@@ -1,4 +1,4 @@
-"""Llama and what has its shape (``LlamaForCausalLM``)."""
+"""Llama and models of the same architecture (``LlamaForCausalLM``)."""
 
 from megatron_qad.models.families import dense_decoder
 

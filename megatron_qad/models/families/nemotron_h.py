@@ -1,9 +1,9 @@
-"""Nemotron-H and its kin (``NemotronHForCausalLM``): Mamba-2, attention, MLP and experts, one mixer a layer.
+"""Nemotron-H and similar models (``NemotronHForCausalLM``): Mamba-2, attention, MLP and experts, one mixer per layer.
 
-Layer i of the file is layer i of the pattern. Hugging Face names are the hub's (``backbone.*``, experts apart), which
-transformers 5 renames when it loads. Experts carry Megatron's name of one expert's tensor with its global index. What
-has no map yet stops: biases of linears. Layers for multi-token prediction (``mtp.*``) are carried along, untrained and
-unquantized.
+Layer i of the checkpoint is layer i of the pattern. Hugging Face names are those on the hub (``backbone.*``, separate
+experts), which transformers 5 renames when loading. Megatron names of experts include the global index of the expert.
+Not supported: biases of linears. Multi-token prediction layers (``mtp.*``) are passed through without training or
+quantization.
 """
 
 import math
@@ -19,21 +19,23 @@ _SYMBOLS = {
     "mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E",
 }  # fmt: skip
 _BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias")
-# What Megatron's Mamba mixer fixes, by key: the only value that can be trained.
-_OF_MAMBA = {"conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu"}
-# As JSON's bare Infinity, and as transformers 5 writes what is not finite.
+# Values that are fixed in Megatron's Mamba mixer.
+_MAMBA_VALUES = {"conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu"}
+# Infinity as JSON's bare Infinity, and as transformers 5 writes it.
 _NO_TIME_STEP_LIMIT = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
 
 
 @dataclass(frozen=True)
 class MambaMapping(ParamMapping):
-    """A tensor whose rows are components that tensor parallelism shards one by one.
+    """Mapping of a tensor whose rows are components that tensor parallelism shards separately.
 
-    A torch_dist checkpoint holds each component as a tensor of its own, ``{megatron}.{part}``.
+    A torch_dist checkpoint stores each component as a separate tensor, ``{megatron}.{part}``.
     """
 
     parts: tuple[str, ...] = ()
+    """Names of the components."""
     rows: tuple[int, ...] = ()
+    """Rows of each component."""
 
     @property
     def checkpoint_splits(self):
@@ -41,19 +43,19 @@ class MambaMapping(ParamMapping):
 
 
 def layer_pattern(config: dict) -> str:
-    """``hybrid_override_pattern``, or the list ``layers_block_type`` that newer files have instead."""
+    """Return ``hybrid_override_pattern``, or the pattern from ``layers_block_type``, which newer files have instead."""
     pattern, blocks = config.get("hybrid_override_pattern"), config.get("layers_block_type")
     if pattern is None:
         if blocks is None:
             required(config, "hybrid_override_pattern")
         if unknown := [block for block in blocks if block not in _SYMBOLS]:
-            raise QADError(f"config.json: layers_block_type has {unknown[0]!r}; known are {', '.join(_SYMBOLS)}")
+            raise QADError(f"config.json: layers_block_type has {unknown[0]!r}, expected {', '.join(_SYMBOLS)}.")
         pattern = "".join(_SYMBOLS[block] for block in blocks)
     if unknown := set(pattern) - set("M*-E"):
-        raise QADError(f"config.json: hybrid_override_pattern has {sorted(unknown)[0]!r}; known are M, *, - and E")
+        raise QADError(f"config.json: hybrid_override_pattern has {sorted(unknown)[0]!r}, expected M, *, - or E.")
     if config.get("num_hidden_layers") not in (None, len(pattern)):
         raise QADError(
-            f"config.json: num_hidden_layers is {config['num_hidden_layers']}, the layer pattern has {len(pattern)}"
+            f"config.json: num_hidden_layers is {config['num_hidden_layers']}, the layer pattern has {len(pattern)}."
         )
     return pattern
 
@@ -61,9 +63,9 @@ def layer_pattern(config: dict) -> str:
 def megatron_args(config: dict) -> dict:
     pattern, num_heads = layer_pattern(config), required(config, "num_attention_heads")
     if config.get("mlp_hidden_act", "relu2") != "relu2":
-        raise QADError(f"config.json has mlp_hidden_act {config['mlp_hidden_act']!r}; this family uses 'relu2'")
+        raise QADError(f"config.json: mlp_hidden_act {config['mlp_hidden_act']!r} is not supported. Expected 'relu2'.")
     if config.get("sliding_window"):
-        raise QADError("config.json asks for sliding-window attention, which is not supported")
+        raise QADError("config.json: sliding-window attention is not supported.")
     shape = {
         "hybrid-layer-pattern": pattern,
         "hidden-size": required(config, "hidden_size"),
@@ -89,11 +91,15 @@ def megatron_args(config: dict) -> dict:
 
 
 def _mamba_args(config: dict) -> dict:
-    for key, value in _OF_MAMBA.items():
+    for key, value in _MAMBA_VALUES.items():
         if config.get(key, value) != value:
-            raise QADError(f"config.json has {key} {config[key]!r}; Megatron's Mamba layers have {value!r}")
+            raise QADError(
+                f"config.json: {key} {config[key]!r} is not supported. Megatron's Mamba layers have {value!r}."
+            )
     if (limit := config.get("time_step_limit")) not in _NO_TIME_STEP_LIMIT:
-        raise QADError(f"config.json has time_step_limit {limit!r}; Megatron's Mamba layers have no limits")
+        raise QADError(
+            f"config.json: time_step_limit {limit!r} is not supported. Megatron's Mamba layers have no limits."
+        )
     return {
         "mamba-num-heads": required(config, "mamba_num_heads"),
         "mamba-head-dim": required(config, "mamba_head_dim"),
@@ -108,11 +114,13 @@ def _expert_args(config: dict) -> dict:
     is_grouped = num_groups != group_topk
     if is_grouped and top_k != 2 * group_topk:
         raise QADError(
-            f"config.json has n_group {num_groups}, topk_group {group_topk} and num_experts_per_tok {top_k}; a group's "
-            f"score is that of its best two experts, for which Megatron needs num_experts_per_tok {2 * group_topk}"
+            f"config.json: n_group {num_groups} and topk_group {group_topk} with num_experts_per_tok {top_k} is not "
+            f"supported. Megatron scores a group by its two best experts only for num_experts_per_tok {2 * group_topk}."
         )
     if top_k > 1 and not config.get("norm_topk_prob", True):
-        raise QADError("config.json has norm_topk_prob false; Megatron normalizes the scores of a sigmoid router")
+        raise QADError(
+            "config.json: norm_topk_prob false is not supported. Megatron normalizes the scores of a sigmoid router."
+        )
     return router_args(
         num_experts=required(config, "n_routed_experts"),
         top_k=top_k,
@@ -130,25 +138,25 @@ def _shared_width(config: dict) -> int | None:
 
 
 def _head_dim(config: dict) -> int:
-    of_config = config.get("head_dim") or config.get("attention_head_dim")
-    return of_config or required(config, "hidden_size") // required(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or config.get("attention_head_dim")
+    return head_dim or required(config, "hidden_size") // required(config, "num_attention_heads")
 
 
 def tensors(config: dict, prefix: str = "") -> list[ParamMapping]:
-    """Every tensor. ``prefix``: what stands before the Hugging Face names (``language_model.``)."""
+    """Return the mappings of all tensors. ``prefix``: prefix of the Hugging Face names (``language_model.``)."""
     if biased := [key for key in _BIASES if config.get(key)]:
-        raise QADError(f"config.json sets {biased[0]}; linears with biases are not supported in this family")
+        raise QADError(f"config.json: {biased[0]} is set, but linears with biases are not supported in this family.")
     vocab, hidden = required(config, "vocab_size"), required(config, "hidden_size")
     names = (f"{prefix}backbone.embeddings.weight",)
-    found = [ParamMapping("embedding.word_embeddings.weight", names, "embedding", (vocab, hidden))]
+    mappings = [ParamMapping("embedding.word_embeddings.weight", names, "embedding", (vocab, hidden))]
     layer_tensors = {"M": _mamba, "*": _attention, "-": _mlp, "E": _experts}
     for layer, symbol in enumerate(layer_pattern(config)):
-        found += layer_tensors[symbol](config, layer, f"{prefix}backbone.layers.{layer}")
-    found.append(ParamMapping("decoder.final_norm.weight", (f"{prefix}backbone.norm_f.weight",), "norm", (hidden,)))
+        mappings += layer_tensors[symbol](config, layer, f"{prefix}backbone.layers.{layer}")
+    mappings.append(ParamMapping("decoder.final_norm.weight", (f"{prefix}backbone.norm_f.weight",), "norm", (hidden,)))
     if not config.get("tie_word_embeddings", False):
         head = (f"{prefix}lm_head.weight",)
-        found.append(ParamMapping("output_layer.weight", head, "head", (vocab, hidden), is_linear=True))
-    return found
+        mappings.append(ParamMapping("output_layer.weight", head, "head", (vocab, hidden), is_linear=True))
+    return mappings
 
 
 def _mamba(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
@@ -156,7 +164,7 @@ def _mamba(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     inner = num_heads * required(config, "mamba_head_dim")
     state = required(config, "n_groups") * required(config, "ssm_state_size")
     module = f"decoder.layers.{layer}.mixer"
-    of_mixer = partial(ParamMapping, kind="mamba", layer=layer)
+    mixer_mapping = partial(ParamMapping, kind="mamba", layer=layer)
     yield ParamMapping(f"{module}.in_proj.layer_norm_weight", (f"{hf}.norm.weight",), "norm", (hidden,), layer)
     rows = (inner, inner, state, state, num_heads)
     yield MambaMapping(
@@ -180,10 +188,10 @@ def _mamba(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     if config.get("use_conv_bias", True):
         yield conv(f"{module}.conv1d.bias", (f"{hf}.mixer.conv1d.bias",), shape=(channels,))
     for name in ("A_log", "D", "dt_bias"):
-        yield of_mixer(f"{module}.{name}", (f"{hf}.mixer.{name}",), shape=(num_heads,))
+        yield mixer_mapping(f"{module}.{name}", (f"{hf}.mixer.{name}",), shape=(num_heads,))
     yield ParamMapping(f"{module}.norm.weight", (f"{hf}.mixer.norm.weight",), "norm", (inner,), layer)
     output = (f"{hf}.mixer.out_proj.weight",)
-    yield of_mixer(f"{module}.out_proj.weight", output, shape=(hidden, inner), is_linear=True)
+    yield mixer_mapping(f"{module}.out_proj.weight", output, shape=(hidden, inner), is_linear=True)
 
 
 def _attention(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
@@ -224,7 +232,7 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     yield router(f"{module}.router.weight", (f"{mixer}.gate.weight",), shape=(num_experts, hidden))
     bias = (f"{mixer}.gate.e_score_correction_bias",)
     yield router(f"{module}.router.expert_bias", bias, shape=(num_experts,), is_float32=True)
-    if latent:  # the routed experts work in a narrower space, between these two
+    if latent:  # projections to and from the latent space of the routed experts
         for name, shape in (("fc1_latent_proj", (latent, hidden)), ("fc2_latent_proj", (hidden, latent))):
             names = (f"{mixer}.{name}.weight",)
             yield ParamMapping(f"{module}.{name}.weight", names, "expert", shape, layer, is_linear=True)
@@ -238,7 +246,7 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
 
 
 def _up_down(module: str, hf: str, kind: str, layer: int, hidden: int, width: int) -> Iterator[ParamMapping]:
-    """An MLP without a gate (squared ReLU)."""
+    """Yield the mappings of an MLP without a gate (squared ReLU)."""
     up, down = (f"{hf}.up_proj.weight",), (f"{hf}.down_proj.weight",)
     yield ParamMapping(f"{module}.linear_fc1.weight", up, kind, (width, hidden), layer, is_linear=True)
     yield ParamMapping(f"{module}.linear_fc2.weight", down, kind, (hidden, width), layer, is_linear=True)

@@ -1,12 +1,12 @@
-"""Nemotron Nano VL (``NemotronH_Nano_VL_V2``): a Nemotron-H language model behind a RADIO vision encoder.
+"""Nemotron Nano VL (``NemotronH_Nano_VL_V2``): a Nemotron-H language model with a RADIO vision encoder.
 
-A policy sees the language model, under the Megatron names that it would have alone; its Hugging Face names start with
-``language_model.``. The vision encoder and the projector (``mlp1``) stay in BF16 under every policy; they are no part
-of the Megatron model, so a tensor of theirs has one name on both sides. They are carried from import to export: the
-language model is distilled on text, no pictures are fed.
+Policies apply to the language model, which has the same Megatron names as a stand-alone Nemotron-H; its Hugging Face
+names start with ``language_model.``. The vision encoder and the projector (``mlp1``) stay in BF16 under every policy.
+They are not part of the Megatron model, so their tensors have the same name on both sides, and they are passed from
+import to export unchanged: the language model is distilled on text, without images.
 
-The encoder is ViT-H/16 of C-RADIOv2: ``vision_config`` does not spell out its depth and width, so they stand here and
-can be overridden by keys of that name.
+The encoder is the ViT-H/16 of C-RADIOv2. ``vision_config`` does not contain its depth and width, so the defaults are
+defined here; keys of the same names override them.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ _DEFAULTS = {
 
 
 def language_config(config: dict) -> dict:
-    """The config of the language model inside the wrapper's."""
+    """Return the config of the language model inside the vision-language config."""
     inner = config.get("llm_config") or config.get("text_config")
     return inner if inner is not None else required(config, "llm_config")
 
@@ -39,8 +39,10 @@ def layer_pattern(config: dict) -> str:
 def megatron_args(config: dict) -> dict:
     inner = language_config(config)
     if inner.get("tie_word_embeddings"):
-        raise QADError("config.json: llm_config has tie_word_embeddings; this family has a head of its own")
-    passthrough_tensors(config)  # raises here, and not at the export, if the config lacks something
+        raise QADError(
+            "config.json: tie_word_embeddings in llm_config is not supported. This family has an untied head."
+        )
+    passthrough_tensors(config)  # raises now instead of at the export if the config is incomplete
     return nemotron_h.megatron_args(inner)
 
 
@@ -57,9 +59,9 @@ def _vision_encoder(config: dict) -> Iterator[ParamMapping]:
     width = required(config, "vit_hidden_size")
     ffn, patch = vision["intermediate_size"], 3 * vision["patch_size"] ** 2
     grid = (vision["max_resolution"] // vision["patch_size"]) ** 2
-    yield _kept(f"{_VISION}.patch_generator.cls_token.token", (vision["num_cls_tokens"], width))
-    yield _kept(f"{_VISION}.patch_generator.pos_embed", (1, grid, width))
-    yield _kept(f"{_VISION}.patch_generator.embedder.weight", (width, patch), never_quantized=True)
+    yield _passthrough(f"{_VISION}.patch_generator.cls_token.token", (vision["num_cls_tokens"], width))
+    yield _passthrough(f"{_VISION}.patch_generator.pos_embed", (1, grid, width))
+    yield _passthrough(f"{_VISION}.patch_generator.embedder.weight", (width, patch), never_quantized=True)
     linears = {
         "attn.qkv": (3 * width, width),
         "attn.proj": (width, width),
@@ -69,24 +71,26 @@ def _vision_encoder(config: dict) -> Iterator[ParamMapping]:
     for block in range(vision["num_hidden_layers"]):
         name = f"{_VISION}.blocks.{block}"
         for module, shape in linears.items():
-            yield _kept(f"{name}.{module}.weight", shape, never_quantized=True)
-            yield _kept(f"{name}.{module}.bias", shape[:1])
+            yield _passthrough(f"{name}.{module}.weight", shape, never_quantized=True)
+            yield _passthrough(f"{name}.{module}.bias", shape[:1])
         for norm in ("norm1", "norm2"):
-            yield _kept(f"{name}.{norm}.weight", (width,))
-            yield _kept(f"{name}.{norm}.bias", (width,))
+            yield _passthrough(f"{name}.{norm}.weight", (width,))
+            yield _passthrough(f"{name}.{norm}.bias", (width,))
 
 
 def _projector(config: dict) -> Iterator[ParamMapping]:
-    """Norm, linear, squared ReLU, linear; its input is a square of patches side by side."""
+    """Yield the tensors of norm, linear, squared ReLU, linear. The input is a square of concatenated patches."""
     side = round(1 / config.get("downsample_ratio", 0.5))
     width = required(config, "vit_hidden_size") * side**2
     middle = required(config, "projector_hidden_size")
-    yield _kept("mlp1.0.weight", (width,))
-    yield _kept("mlp1.1.weight", (middle, width), never_quantized=True)
-    yield _kept("mlp1.3.weight", (required(language_config(config), "hidden_size"), middle), never_quantized=True)
+    yield _passthrough("mlp1.0.weight", (width,))
+    yield _passthrough("mlp1.1.weight", (middle, width), never_quantized=True)
+    yield _passthrough(
+        "mlp1.3.weight", (required(language_config(config), "hidden_size"), middle), never_quantized=True
+    )
 
 
-def _kept(name: str, shape: tuple[int, ...], **kwargs) -> ParamMapping:
+def _passthrough(name: str, shape: tuple[int, ...], **kwargs) -> ParamMapping:
     return ParamMapping(name, (name,), "vision", shape, **kwargs)
 
 

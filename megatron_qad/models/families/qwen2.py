@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``): Llama with biases of q, k and v."""
+"""Qwen2 and Qwen2.5 (``Qwen2ForCausalLM``): Llama with QKV biases."""
 
 from megatron_qad.models.families import dense_decoder
 

@@ -1,7 +1,7 @@
-"""Qwen3-MoE (``Qwen3MoeForCausalLM``): Qwen3's attention, and blocks of gated experts behind a softmax router.
+"""Qwen3-MoE (``Qwen3MoeForCausalLM``): Qwen3's attention, and gated experts with a softmax router.
 
-As in the dense families block i is layers 2i and 2i + 1 of the pattern; the second is ``E``, or ``-`` where the config
-leaves a block dense. Hugging Face names are the hub's, with experts apart. No shared experts.
+As in the dense families, block i is layers 2i and 2i + 1 of the pattern. The second one is ``E``, or ``-`` in blocks
+that the config leaves dense. Hugging Face names are those on the hub, with separate experts and no shared experts.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def layer_pattern(config: dict) -> str:
 
 
 def _num_experts(config: dict) -> int:
-    """transformers 5 saves another name than the hub's."""
+    """Return the number of experts. transformers 5 saves it under another name than the files on the hub."""
     return required(config, "num_experts" if config.get("num_local_experts") is None else "num_local_experts")
 
 
@@ -32,21 +32,21 @@ def megatron_args(config: dict) -> dict:
         num_experts=_num_experts(config),
         top_k=required(config, "num_experts_per_tok"),
         width=required(config, "moe_intermediate_size"),
-        # Normalizing the chosen experts' probabilities is a softmax over their logits alone.
+        # Renormalized probabilities of the chosen experts equal a softmax over their logits alone.
         softmax_over_all=not config.get("norm_topk_prob", False),
     )
 
 
 def tensors(config: dict) -> list[ParamMapping]:
-    found = [dense_decoder.embedding(config)]
+    mappings = [dense_decoder.embedding(config)]
     for block in range(required(config, "num_hidden_layers")):
         hf = f"model.layers.{block}"
-        found += dense_decoder.attention(config, 2 * block, hf, *dense_decoder.heads(config), qk_norm=True)
+        mappings += dense_decoder.attention(config, 2 * block, hf, *dense_decoder.heads(config), qk_norm=True)
         if _has_experts(config, block):
-            found += _experts(config, 2 * block + 1, hf)
+            mappings += _experts(config, 2 * block + 1, hf)
         else:
-            found += dense_decoder.gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
-    return found + dense_decoder.final(config)
+            mappings += dense_decoder.gated_mlp(config, 2 * block + 1, hf, required(config, "intermediate_size"))
+    return mappings + dense_decoder.final(config)
 
 
 def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
@@ -54,7 +54,7 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     width, module = required(config, "moe_intermediate_size"), f"decoder.layers.{layer}.mlp"
     norm = (f"{hf}.post_attention_layernorm.weight",)
     yield ParamMapping(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", norm, "norm", (hidden,), layer)
-    # Servers build it of a linear that takes the checkpoint's quantization.
+    # Servers load the router as a linear to which the checkpoint's quantization config applies.
     router = (f"{module}.router.weight", (f"{hf}.mlp.gate.weight",), "router", (num_experts, hidden), layer)
     yield ParamMapping(*router, never_quantized=True)
     for i in range(num_experts):

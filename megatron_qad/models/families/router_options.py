@@ -1,4 +1,4 @@
-"""Megatron's options for a mixture of experts, which the families that have one share."""
+"""Megatron's mixture-of-experts options, shared by the families with experts."""
 
 
 def router_args(
@@ -13,13 +13,17 @@ def router_args(
     scaling_factor: float | None = None,
     groups: tuple[int, int] | None = None,
 ) -> dict:
-    """Options for experts that a top-k router chooses, without any loss that would balance them.
+    """Return Megatron options for experts with a top-k router and without a load-balancing loss.
 
     Args:
-        width, shared_width: inner sizes of a routed expert and of the shared ones together (None: there are none).
-        sigmoid: scores by sigmoid, in float32, with a correction bias that only chooses; otherwise by softmax.
-        softmax_over_all: the softmax goes over all experts and not over the chosen ones only.
-        groups: number of groups of experts and how many of them a token may choose from; None: no groups.
+        width: inner width of a routed expert.
+        shared_width: total inner width of the shared experts. None means no shared experts.
+        latent_size: size of the latent space of the routed experts. None means the hidden size.
+        sigmoid: compute scores by sigmoid in float32, with a correction bias that only affects the choice of experts.
+            Otherwise scores are computed by softmax.
+        softmax_over_all: apply the softmax to all experts instead of only the chosen ones.
+        scaling_factor: factor of the scores. None means 1.
+        groups: number of expert groups, and number of groups that a token may choose from. None means no groups.
     """
     num_groups, group_topk = groups or (None, None)
     return {

@@ -79,7 +79,7 @@ class HiddenStateLosses(Callback):
             term, state = self.terms[term_index], batch.teacher_states.pop((term_index, index))
             value = (term.loss.per_token(hidden, state) * weight).sum() / num_pairs
             self._sums[term_index] += value.detach()
-            total = total + term.weight.at(step) * value
+            total = total + term.weight.at_step(step) * value
         if self._config.grad_scale_func is not None:
             total = self._config.grad_scale_func(total)
         hidden = attach_loss(hidden, total)

@@ -50,7 +50,7 @@ class ScalePenalty(Callback):
         The weights must hold their quantized values.
         """
         step = self._job.loop.step
-        factor = sum(term.weight.at(step) for term in self.terms)
+        factor = sum(term.weight.at_step(step) for term in self.terms)
         num_tokens = torch.stack([batch.loss_mask.count_nonzero() for batch in batches]).sum()
         torch.distributed.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
         self._value.zero_()

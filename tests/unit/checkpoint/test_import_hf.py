@@ -74,7 +74,7 @@ def change_config(directory: Path, **changes) -> None:
 def test_model_with_unsupported_blocks_is_an_error(damaged, refuses):
     blocks = [{"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
     change_config(damaged, architectures=["DeciLMForCausalLM"], num_hidden_layers=1, block_configs=blocks)
-    refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'; such blocks can be inspected.*not imported")
+    refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'. Such blocks can be inspected.*not imported")
 
 
 def test_missing_directory_and_invalid_config_are_errors(damaged, refuses, tmp_path):
@@ -125,11 +125,9 @@ def test_non_finite_weights_are_an_error(damaged, refuses, bad):
 
 def test_unsupported_family_and_rope_are_errors(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
-    refuses(
-        damaged, "'MambaForCausalLM', which is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH"
-    )
+    refuses(damaged, "'MambaForCausalLM' is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH")
     change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
-    refuses(damaged, "rope type 'yarn'; supported: default, llama3")
+    refuses(damaged, "rope type 'yarn' is not supported. Expected default or llama3")
 
 
 def test_non_empty_target_is_an_error(complete, tmp_path):
@@ -298,7 +296,7 @@ def test_reading_a_missing_tensor_is_an_error(complete):
 
 
 def test_export_without_config_job_file_or_tracker_is_an_error(complete, tmp_path):
-    with pytest.raises(QADError, match="no hf/config.json; expected a checkpoint directory that import_hf.py"):
+    with pytest.raises(QADError, match="no hf/config.json. Expected a checkpoint directory written by import_hf.py"):
         export_hf(complete, tmp_path / "out", "bf16")
     copy_assets(complete, tmp_path / "checkpoint" / "hf")
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")

@@ -53,7 +53,7 @@ def test_more_stages_than_layers_are_rejected():
 
 
 def test_checkpoint_without_config_is_rejected(tmp_path):
-    with pytest.raises(QADError, match=r"no hf/config\.json; expected a checkpoint directory"):
+    with pytest.raises(QADError, match=r"no hf/config\.json. Expected a checkpoint directory"):
         read_config(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What docs and help say of the losses, as data."""
+"""The losses in docs and help texts, as data."""
 
 import re
 from pathlib import Path
@@ -11,8 +11,8 @@ ROOT = Path(megatron_qad.__file__).parents[1]
 
 
 @pytest.fixture
-def losses_of_table():
-    """losses_of_table(text): the rows of a table as in docs/losses.md, name -> (settings, what it is), in order."""
+def parse_loss_table():
+    """Return a parser of tables as in docs/losses.md: text -> {name: (settings, description)}, in order."""
 
     def parse(text: str) -> dict[str, tuple[tuple[str, ...], str]]:
         rows = {}
@@ -26,12 +26,12 @@ def losses_of_table():
 
 
 @pytest.fixture
-def documented_losses(losses_of_table):
+def documented_losses(parse_loss_table):
     """The table of docs/losses.md."""
-    return losses_of_table((ROOT / "docs" / "losses.md").read_text())
+    return parse_loss_table((ROOT / "docs" / "losses.md").read_text())
 
 
 @pytest.fixture
 def help_texts() -> str:
-    """The files of megatron_qad/config, whose docstrings are the help of the flags."""
+    """Source of megatron_qad/config, whose docstrings are the help texts of the flags."""
     return "".join(file.read_text() for file in (ROOT / "megatron_qad" / "config").rglob("*.py"))

@@ -1,21 +1,21 @@
-"""Hidden-state losses against float64, and the gradient of an attached loss against that of a sum."""
+"""Compares hidden-state losses with float64, and the gradient of an attached loss with that of a plain sum."""
 
 import pytest
 import torch
 
 from megatron_qad.distillation.hidden_states import HiddenCosine, HiddenLoss, HiddenMSE, attach_loss
-from megatron_qad.distillation.loss_registry import losses_of_kind
+from megatron_qad.distillation.loss_registry import losses_of_type
 
-HIDDEN_LOSSES = losses_of_kind(HiddenLoss)
+HIDDEN_LOSSES = losses_of_type(HiddenLoss)
 
 
 def states(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 5, 3, 8, generator=generator, dtype=torch.float64)
-    return (student * 2).to(dtype), (teacher * 30).to(dtype)  # massive beside the student's
+    return (student * 2).to(dtype), (teacher * 30).to(dtype)  # much larger than the student's
 
 
-def test_mse_is_a_share_of_the_teacher():
+def test_mse_is_relative_to_the_teacher():
     student, teacher = states()
     expected = ((student - teacher) ** 2).sum(-1) / (teacher**2).sum(-1)
     torch.testing.assert_close(HiddenMSE().per_token(student, teacher).double(), expected, rtol=1e-6, atol=0)
@@ -27,11 +27,11 @@ def test_cosine():
     student, teacher = states()
     expected = 1 - (student * teacher).sum(-1) / student.norm(dim=-1) / teacher.norm(dim=-1)
     torch.testing.assert_close(HiddenCosine().per_token(student, teacher).double(), expected, rtol=0, atol=3e-7)
-    assert HiddenCosine().per_token(3 * teacher, teacher).abs().max() < 3e-7  # one float32 rounding of a 1
+    assert HiddenCosine().per_token(3 * teacher, teacher).abs().max() < 3e-7  # 1 rounded to float32
 
 
 @pytest.mark.parametrize("name", HIDDEN_LOSSES)
-def test_an_attached_loss_has_the_gradient_of_a_sum(name):
+def test_attached_loss_has_gradient_of_sum(name):
     student, teacher = states(torch.float32)
     loss = HIDDEN_LOSSES[name]()
     x, y = (student.clone().requires_grad_() for _ in range(2))
@@ -51,19 +51,19 @@ def test_an_attached_loss_has_the_gradient_of_a_sum(name):
         ({"layers": []}, "expected a list of layer positions"),
         ({"layers": [0.5]}, "expected a list of layer positions"),
         ({"layers": 3}, "expected a list of layer positions"),
-        ({"layers": [0, 1], "teacher_layers": [0]}, "expected one for each of layers"),
-        ({"teacher_layers": [0]}, "expected one for each of layers"),
+        ({"layers": [0, 1], "teacher_layers": [0]}, "expected one layer for each of layers"),
+        ({"teacher_layers": [0]}, "expected one layer for each of layers"),
     ],
 )
-def test_settings_it_cannot_have(settings, message):
+def test_invalid_settings_raise(settings, message):
     with pytest.raises(ValueError, match=message):
         HiddenMSE(**settings)
 
 
-def test_layers_that_are_not_there():
-    with pytest.raises(ValueError, match="the student has 4 layers, none at position 4"):
+def test_layers_out_of_range_or_repeated_raise():
+    with pytest.raises(ValueError, match="layer 4 is out of range for the student, which has 4 layers"):
         HiddenMSE(layers=[4]).pairs(4, 8)
-    with pytest.raises(ValueError, match=r"layers \[1, -3\] of the student's 4 name one of them twice"):
+    with pytest.raises(ValueError, match=r"layers \[1, -3\] name a layer of the student twice; it has 4 layers"):
         HiddenMSE(layers=[1, -3]).pairs(4, 4)
-    with pytest.raises(ValueError, match="the teacher has 2 layers, none at position 2"):
+    with pytest.raises(ValueError, match="layer 2 is out of range for the teacher, which has 2 layers"):
         HiddenMSE().pairs(4, 2)

@@ -1,4 +1,4 @@
-"""The gradient is written over the student's logits, and what happens where somebody else may still want them."""
+"""The gradient overwrites the student's logits, unless they may be read again."""
 
 import pytest
 import torch
@@ -11,24 +11,24 @@ SHARD = VocabShard(0, WIDTH)
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_the_backward_pass_writes_over_the_logits(case, dtype):
+def test_backward_pass_overwrites_logits(case, dtype):
     leaf = logits(0, dtype).requires_grad_()
     student, teacher = leaf * 1, logits(1, dtype)
     kept = teacher.clone()
     before = student.detach().clone()
     out = per_token_loss(case.split()[0], student, teacher, labels(), SHARD, **CASES[case])
-    assert torch.equal(student, before)  # the forward pass does not
+    assert torch.equal(student, before)  # the forward pass leaves them unchanged
     (grad,) = torch.autograd.grad(out.sum(), student)
     assert grad.data_ptr() == student.data_ptr() and torch.equal(grad, student)
     assert torch.equal(teacher, kept)
 
 
-def test_a_copy_where_the_logits_are_not_ours_alone():
+def test_logits_that_may_be_read_again_are_copied():
     leaf = logits(0).requires_grad_()
     student = leaf * 1
     (written,) = torch.autograd.grad(per_token_loss("kl", student, logits(1), None, SHARD).sum(), student)
 
-    # A leaf is a parameter or a test's input, which its owner reads again.
+    # A leaf is a parameter or a test's input, which is read again.
     per_token_loss("kl", leaf, logits(1), None, SHARD).sum().backward()
     assert torch.equal(leaf.detach(), logits(0)) and torch.equal(leaf.grad, written)
 
@@ -37,7 +37,7 @@ def test_a_copy_where_the_logits_are_not_ours_alone():
     (grad,) = torch.autograd.grad(out.sum(), student)
     assert torch.equal(student, logits(0)) and torch.equal(grad, written)
 
-    # One row seen five times: five gradients do not fit into its memory.
+    # An expanded row: the gradients of five tokens do not fit into the memory of one.
     row = (leaf[:, :1] * 1).expand(-1, SEQUENCE, -1)
     teacher = logits(1)
     expected = per_token_loss("kl", row.contiguous(), teacher, None, SHARD)
@@ -48,8 +48,8 @@ def test_a_copy_where_the_logits_are_not_ours_alone():
 
 
 @pytest.mark.parametrize("make_other", [torch.square, lambda z: z[..., :3].exp().square() * z[..., :3]])
-def test_autograd_refuses_to_read_logits_that_were_overwritten(make_other):
-    """Another operation that saved the logits, or a view of them, and whose backward pass comes later."""
+def test_autograd_raises_on_reading_overwritten_logits(make_other):
+    """Another operation saved the logits, or a view of them, and runs its backward pass later."""
     student = logits(0).requires_grad_() * 1
     other = make_other(student)
     loss = per_token_loss("kl", student, logits(1), None, SHARD).sum() + other.sum()
@@ -57,14 +57,14 @@ def test_autograd_refuses_to_read_logits_that_were_overwritten(make_other):
         loss.backward()
 
 
-def test_a_second_backward_pass_is_refused():
+def test_second_backward_pass_raises():
     out = per_token_loss("kl", logits(0).requires_grad_() * 1, logits(1), None, SHARD).sum()
     out.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
 
 
-def test_a_loss_without_a_graph_keeps_the_logits():
+def test_loss_without_grad_keeps_logits():
     student = logits(0)
     with torch.no_grad():
         assert per_token_loss("kl", student, logits(1), None, SHARD).all()

@@ -1,4 +1,4 @@
-"""The KL kernels without a GPU: their arithmetic in Triton's interpreter, and their code from the compiler."""
+"""Runs the KL kernels in Triton's interpreter and compiles them, both without a GPU."""
 
 import os
 import subprocess
@@ -16,8 +16,8 @@ def test_kernels(job, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["TRITON_INTERPRET"] = "1" if job == "interpret" else "0"
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, str(WORKER), job], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.strip().endswith("passed")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.strip().endswith("passed")

@@ -1,4 +1,4 @@
-"""--qad-loss: what its strings and files mean, and what it says of those it cannot read."""
+"""Parsing of --qad-loss strings and files, and the errors for invalid ones."""
 
 import pytest
 
@@ -8,48 +8,48 @@ from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.engine import QADError
 
 
-def names(found):
-    return tuple(term.name for term in found.terms)
+def names(losses):
+    return tuple(term.name for term in losses.terms)
 
 
-def weights(found, step):
-    return [term.weight.at(step) for term in found.terms]
+def weights(losses, step):
+    return [term.weight.at_step(step) for term in losses.terms]
 
 
-def test_every_loss_by_its_name():
+def test_every_name_parses_to_its_loss():
     for name, kind in LOSSES.items():
-        found = parse_loss(name)
-        assert names(found) == (name,) and isinstance(found.terms[0].loss, kind)
-        assert weights(found, 7) == [1.0]
-        assert found.needs_teacher == (name != "ce")
+        losses = parse_loss(name)
+        assert names(losses) == (name,) and isinstance(losses.terms[0].loss, kind)
+        assert weights(losses, 7) == [1.0]
+        assert losses.needs_teacher == (name != "ce")
 
 
-def test_parts_of_other_kinds():
-    found = parse_loss(
+def test_terms_of_all_types():
+    losses = parse_loss(
         "ce + 0.1*hidden_mse(layers=[0, -1], teacher_layers=[1, -1]) + hidden_cosine + 1e-4*scale_growth"
     )
-    assert names(found) == ("ce", "hidden_mse", "hidden_cosine", "scale_growth")
-    assert found.needs_teacher and [term.name for term in found.terms_of_type(LogitLoss)] == ["ce"]
-    mse, cosine = (term.loss for term in found.terms_of_type(HiddenLoss))
+    assert names(losses) == ("ce", "hidden_mse", "hidden_cosine", "scale_growth")
+    assert losses.needs_teacher and [term.name for term in losses.terms_of_type(LogitLoss)] == ["ce"]
+    mse, cosine = (term.loss for term in losses.terms_of_type(HiddenLoss))
     assert mse.pairs(4, 6) == [(0, 1), (3, 5)] and cosine.pairs(2, 3) == [(0, 0), (1, 1)]
-    assert [term.weight.at(1) for term in found.terms_of_type(ScaleGrowth)] == [1e-4]
+    assert [term.weight.at_step(1) for term in losses.terms_of_type(ScaleGrowth)] == [1e-4]
     assert not parse_loss("ce+scale_growth").needs_teacher
 
 
-def test_a_weighted_sum_with_settings():
-    found = parse_loss(
+def test_weighted_sum_with_settings():
+    losses = parse_loss(
         "kl(temperature=2) + 0.5*ce + 0.25 * jsd(beta=0.1, teacher_temperature=3)+topk(k=8)", temperature=1.5
     )
-    kl, ce, jsd, topk = (term.loss for term in found.terms)
-    assert names(found) == ("kl", "ce", "jsd", "topk")
-    assert weights(found, 1) == [1.0, 0.5, 0.25, 1.0]
+    kl, ce, jsd, topk = (term.loss for term in losses.terms)
+    assert names(losses) == ("kl", "ce", "jsd", "topk")
+    assert weights(losses, 1) == [1.0, 0.5, 0.25, 1.0]
     assert (kl.temperature, kl.teacher_temperature) == (2, 2)
     assert (jsd.temperature, jsd.teacher_temperature, jsd.beta) == (1.5, 3, 0.1)
     assert (topk.k, topk.temperature) == (8, 1.5)
-    assert ce.temperature == 1.0  # --qad-temperature softens distributions, not the labels' cross entropy
+    assert ce.temperature == 1.0  # --qad-temperature does not apply to the cross entropy of labels
 
 
-def test_the_same_loss_twice_is_logged_twice():
+def test_repeated_losses_get_numbered_names():
     assert names(parse_loss("kl+kl(temperature=4)+ce+kl")) == ("kl", "kl 2", "ce", "kl 3")
 
 
@@ -65,48 +65,48 @@ def test_the_same_loss_twice_is_logged_twice():
 def test_schedules(schedule, values):
     weight = parse_loss(f"{schedule}*ce").terms[0].weight
     for step, value in values.items():
-        assert weight.at(step) == pytest.approx(value, abs=1e-12)
+        assert weight.at_step(step) == pytest.approx(value, abs=1e-12)
 
 
-def test_a_file_says_the_same(tmp_path):
+def test_yaml_file_equals_string(tmp_path):
     file = tmp_path / "loss.yaml"
     file.write_text(
         "- loss: kl\n  temperature: 2\n"
         "- loss: ce\n  weight: {schedule: linear, start_weight: 1, end_weight: 0, start: 10, end: 20}\n"
         "- {loss: topk, k: 8, weight: 0.5}\n"
     )
-    found, string = parse_loss(str(file)), parse_loss("kl(temperature=2)+linear(1,0,10,20)*ce+0.5*topk(k=8)")
-    for a, b in zip(found.terms, string.terms, strict=True):
+    from_file, from_string = parse_loss(str(file)), parse_loss("kl(temperature=2)+linear(1,0,10,20)*ce+0.5*topk(k=8)")
+    for a, b in zip(from_file.terms, from_string.terms, strict=True):
         assert (a.name, a.weight, vars(a.loss)) == (b.name, b.weight, vars(b.loss))
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("mze", "unknown loss 'mze'; did you mean 'mse'?; expected one of kl, reverse_kl"),
-        ("kl+0.5*xx", "unknown loss 'xx'; expected one of"),
+        ("mze", "unknown loss 'mze', expected one of kl, reverse_kl"),
+        ("kl+0.5*xx", "unknown loss 'xx', expected one of"),
         (
             "jsd(betta=1)",
-            "jsd has no setting 'betta'; did you mean 'beta'?; it has beta, teacher_temperature, temperature",
+            "jsd has no setting 'betta', its settings are beta, teacher_temperature, temperature; did you mean 'beta'?",
         ),
-        ("ce(temperature=2)", "ce has no setting 'temperature'; it has none"),
-        ("jsd(0.5)", "settings need their names"),
+        ("ce(temperature=2)", "ce has no setting 'temperature', its settings are none"),
+        ("jsd(0.5)", "expected settings with names"),
         ("jsd(beta=2)", "jsd(beta=2): expected a number between 0 and 1"),
         ("topk(k=0.5)", "topk(k=0.5): expected a positive integer"),
-        ("kl(temperature=0)", "temperature 0: expected a number above 0"),
+        ("kl(temperature=0)", "temperature 0: expected a finite number above 0"),
         ("kl-ce", "kl - ce: expected [WEIGHT *] LOSS"),
         ("kl+", "expected losses joined by +"),
         ("", "expected losses joined by +"),
-        ("cosin(1,0,0,9)*ce", "unknown schedule 'cosin'; did you mean 'cosine'?"),
+        ("cosin(1,0,0,9)*ce", "unknown schedule 'cosin', expected linear or cosine; did you mean 'cosine'?"),
         ("linear(1,0,9)*ce", "expected linear(FROM, TO, START, END)"),
-        ("linear(1,0,9,9)*ce", "its last step 9 must come after its first 9"),
+        ("linear(1,0,9,9)*ce", "last step 9 must be after first step 9"),
         ("kl*2", "kl: expected a number"),
         ("ce*kl", "ce: expected a number"),
         ("kl(temperature='hot')", "'hot'"),
         ("none.yaml", "no such file"),
     ],
 )
-def test_what_it_cannot_read(text, message):
+def test_invalid_strings_raise(text, message):
     with pytest.raises(QADError) as error:
         parse_loss(text)
     assert str(error.value).startswith(f"--qad-loss {text!r}: ") and message in str(error.value)
@@ -117,13 +117,13 @@ def test_what_it_cannot_read(text, message):
     [
         ("loss: kl", "expected a list of mappings"),
         ("- {name: kl}", "each with the key 'loss'"),
-        ("- {loss: kl, weight: {from: 1}}", "weight has no key 'from'"),
+        ("- {loss: kl, weight: {from: 1}}", "weight has no key 'from', its keys are start_weight, end_weight"),
         ("- {loss: kl, weight: much}", "weight 'much': expected a number or a schedule"),
-        ("- {loss: kl, weight: {schedule: linear, start_weight: x, end: 4}}", "expected four numbers"),
+        ("- {loss: kl, weight: {schedule: linear, start_weight: x, end: 4}}", "expected four finite numbers"),
         ("[", "not valid YAML"),
     ],
 )
-def test_a_file_it_cannot_read(tmp_path, content, message):
+def test_invalid_files_raise(tmp_path, content, message):
     file = tmp_path / "loss.yaml"
     file.write_text(content)
     with pytest.raises(QADError) as error:

@@ -1,4 +1,4 @@
-"""The registry of losses: what is in it, and that the parser, the run report, the help and the docs say the same."""
+"""The loss registry agrees with the parser, the run report, the help texts and the docs."""
 
 import dataclasses
 import subprocess
@@ -17,7 +17,7 @@ from megatron_qad.report.runs import Run
 PACKAGE = Path(megatron_qad.__file__).parent
 
 
-def test_every_loss_is_of_one_kind_and_has_a_name_that_the_parser_reads():
+def test_every_loss_has_one_type_and_a_name_that_parses():
     for name, entry in REGISTRY.items():
         assert name == entry.name and name.isidentifier() and name != "total"
         assert sum(issubclass(entry.loss, kind) for kind in (LogitLoss, HiddenLoss, ScaleGrowth)) == 1
@@ -26,22 +26,22 @@ def test_every_loss_is_of_one_kind_and_has_a_name_that_the_parser_reads():
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_a_parsed_loss_cannot_be_changed(name):
-    found = parse_loss(f"kl + 0.5*{name}")
-    loss = found.terms[1].loss
+def test_parsed_loss_is_frozen(name):
+    losses = parse_loss(f"kl + 0.5*{name}")
+    loss = losses.terms[1].loss
     settings = [field.name for field in dataclasses.fields(loss)]
-    for changed, attribute in ((loss, "new"), *((loss, s) for s in settings), (found.terms[1], "loss")):
+    for changed, attribute in ((loss, "new"), *((loss, s) for s in settings), (losses.terms[1], "loss")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(changed, attribute, 1)
-    assert found == parse_loss(f"kl + 0.5*{name}") and hash(found) == hash(parse_loss(f"kl + 0.5*{name}"))
+    assert losses == parse_loss(f"kl + 0.5*{name}") and hash(losses) == hash(parse_loss(f"kl + 0.5*{name}"))
 
 
-def test_settings_given_as_lists_are_kept_as_tuples():
+def test_list_settings_become_tuples():
     (_, term) = parse_loss("kl + hidden_mse(layers=[0, -1], teacher_layers=[1, 2])").terms
     assert (term.loss.layers, term.loss.teacher_layers) == ((0, -1), (1, 2))
 
 
-def test_the_docs_table_is_the_registry(documented_losses):
+def test_docs_table_matches_registry(documented_losses):
     assert list(documented_losses) == list(REGISTRY)
     for name, (settings, description) in documented_losses.items():
         entry = REGISTRY[name]
@@ -49,7 +49,7 @@ def test_the_docs_table_is_the_registry(documented_losses):
         assert description.startswith(entry.description), name
 
 
-def test_the_help_names_every_loss(help_texts):
+def test_help_names_every_loss(help_texts):
     assert [name for name in REGISTRY if f"'{name}'" not in help_texts] == []
 
 
@@ -63,12 +63,12 @@ def test_the_help_names_every_loss(help_texts):
         (["loss", " loss", "kl  loss", "my kl loss"], []),
     ],
 )
-def test_training_losses_among_a_runs_scalars(scalars, expected):
+def test_training_losses_among_scalars(scalars, expected):
     assert training_losses(scalars) == expected
 
 
 @pytest.mark.parametrize("name", REGISTRY)
-def test_a_run_is_trained_whatever_its_loss(name):
+def test_run_report_recognizes_every_loss(name):
     run = Run("run", "/run", {f"{name} 2 loss": [(1, 0.5), (2, 0.4)]}, {}, None, None)
     assert run.training_loss == (f"{name} 2 loss", [(1, 0.5), (2, 0.4)]) and run.is_trained
     assert run.num_iterations == 2
@@ -76,8 +76,8 @@ def test_a_run_is_trained_whatever_its_loss(name):
     assert run.training_loss == ("total loss", [(3, 0.7)])
 
 
-def test_the_losses_need_no_megatron():
+def test_losses_import_without_megatron():
     code = "import sys; sys.modules['megatron'] = None\n"
     code += "from megatron_qad.distillation import parse_loss; print(parse_loss('kl + ce').terms[1].name)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
-    assert (done.returncode, done.stdout) == (0, "ce\n"), done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert (result.returncode, result.stdout) == (0, "ce\n"), result.stderr

@@ -1,4 +1,4 @@
-"""Every loss against float64 autograd on one rank. Over several ranks: tests/dist/test_loss_shards.py."""
+"""Compares every loss with float64 autograd on one rank (several ranks: tests/dist/test_loss_shards.py)."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from megatron_qad.engine import QADError
 
 BATCH, SEQUENCE, WIDTH = 3, 5, 48
 DTYPES = (torch.float32, torch.bfloat16)
-# Each loss as it is and with other settings; k at most the one column of the narrowest case.
+# Each loss with default and other settings. k is 1 in "topk" because the narrowest case has one column.
 CASES = {
     "kl": {},
     "reverse_kl": {},
@@ -27,7 +27,7 @@ CASES = {
 WITH_TEMPERATURE = [case for case in CASES if case.split()[0] not in ("mse", "ce")]
 
 
-def test_every_loss_of_logits_has_a_case():
+def test_every_logit_loss_has_a_case():
     assert {case.split()[0] for case in CASES} == set(LOSSES)
 
 
@@ -53,14 +53,14 @@ def assert_matches(case, student, teacher, *, columns=None, scale=3.0, weight=No
     out = per_token_loss(name, student * 1, teacher, target, shard, weight=weight, **settings)
     assert out.dtype == torch.float32 and out.shape == (BATCH, SEQUENCE)
     out.sum().backward()
-    # float32 rounds logits and their sums at 6e-8 of their magnitude, a few operations deep; losses are of order
-    # scale, gradients of order scale for those that weigh a probability by a difference of logits.
+    # float32 rounds logits and their sums at 6e-8 of their magnitude in each of a few operations. Losses are of order
+    # scale, and so are gradients that multiply a probability by a difference of logits.
     torch.testing.assert_close(out.double(), loss_64, rtol=2e-6, atol=2e-6 * scale)
-    # A probability's error is that of its exponent; BF16 logits also round the gradient itself at 2^-9.
+    # The relative error of a probability is the error of its exponent. BF16 also rounds the gradient at 2^-9.
     rtol = 2e-6 * scale + (2.0**-8 if dtype == torch.bfloat16 else 0)
     torch.testing.assert_close(student.grad.double(), grad_64, rtol=rtol, atol=2e-6 * scale)
     assert student.grad.dtype == dtype
-    assert grad_64.abs().max() > 1e-3 or columns == 1  # one outcome has no gradient
+    assert grad_64.abs().max() > 1e-3 or columns == 1  # a single outcome has no gradient
     return out, student.grad
 
 
@@ -79,20 +79,20 @@ def test_equals_float64_autograd(case, dtype, columns):
 @pytest.mark.parametrize("case", WITH_TEMPERATURE)
 @pytest.mark.parametrize("temperatures", [(0.5, None), (3.0, None), (2.0, 0.5)], ids=str)
 def test_temperature(case, dtype, temperatures):
-    # Dividing by 0.5 doubles what float32 rounds.
+    # Dividing by 0.5 doubles the rounding error.
     both = dict(zip(("temperature", "teacher_temperature"), temperatures, strict=True))
     assert_matches(case, logits(0, dtype), logits(1, dtype), scale=6.0, **both)
 
 
-def test_a_temperature_above_zero():
+def test_invalid_temperatures_raise():
     for value in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="expected a number above 0"):
+        with pytest.raises(ValueError, match="expected a finite number above 0"):
             per_token_loss("kl", logits(0), logits(1), None, VocabShard(0, WIDTH), teacher_temperature=value)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_masked_tokens(case):
-    """No loss, no gradient, whatever their logits are; those that count are as without them."""
+    """Masked tokens have zero loss and gradient, whatever their logits are, and do not affect other tokens."""
     weight = torch.zeros(BATCH, SEQUENCE)
     weight[0, 1] = weight[2, 3] = 0.5
     name, settings, shard = case.split()[0], CASES[case], VocabShard(0, WIDTH)
@@ -100,79 +100,79 @@ def test_masked_tokens(case):
     student, teacher, ignored = logits(0), logits(1), labels()
     student[weight == 0], teacher[weight == 0] = torch.nan, torch.inf
     ignored[weight == 0] = -100
-    for given in ({"weight": weight}, {"weight": torch.full_like(weight, 0.5)}):  # by weight, by label
-        target = labels() if given["weight"] is weight else ignored
+    for mask in ({"weight": weight}, {"weight": torch.full_like(weight, 0.5)}):  # by weight, by label
+        target = labels() if mask["weight"] is weight else ignored
         leaf = student.clone().requires_grad_()
-        out = per_token_loss(name, leaf * 1, teacher, target, shard, **given, **settings)
+        out = per_token_loss(name, leaf * 1, teacher, target, shard, **mask, **settings)
         out.sum().backward()
         assert torch.equal(out, clean) and torch.equal(leaf.grad, clean_grad)
         assert not leaf.grad[weight == 0].any() and leaf.grad[weight != 0].any()
     leaf = student.clone().requires_grad_()
     out = per_token_loss(name, leaf * 1, teacher, labels(), shard, weight=weight * 0, **settings)
     out.sum().backward()
-    assert not out.any() and not leaf.grad.any()  # NaN would be something
+    assert not out.any() and not leaf.grad.any()  # any() is true for NaN
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_padding_may_hold_anything(case):
+def test_padding_columns_are_ignored(case):
     name, settings, shard = case.split()[0], CASES[case], VocabShard(0, 40)
     student, teacher = logits(0), logits(1)
     clean = per_token_loss(name, student.clone(), teacher.clone(), labels(40), shard, **settings)
     for tensor, value in ((student, torch.inf), (teacher, torch.nan)):
         tensor[..., 40:] = value
     student.requires_grad_()
-    found = per_token_loss(name, student * 1, teacher, labels(40), shard, **settings)
-    assert torch.equal(found, clean)
-    found.sum().backward()
+    actual = per_token_loss(name, student * 1, teacher, labels(40), shard, **settings)
+    assert torch.equal(actual, clean)
+    actual.sum().backward()
     assert student.grad.isfinite().all() and not student.grad[..., 40:].any()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_huge_logits(case):
-    """At 1e4 float32 numbers are 1e-3 apart; nothing overflows and the loss keeps six digits."""
+    """Near 1e4, float32 values are 1e-3 apart. Nothing overflows and the loss keeps six digits."""
     name, settings = case.split()[0], CASES[case]
     student, teacher = logits(0, scale=1e4), logits(1, scale=1e4)
     loss_64, grad_64 = expected(name, student, teacher, labels(), torch.ones(BATCH, SEQUENCE), **settings)
     student.requires_grad_()
-    found = per_token_loss(name, student * 1, teacher, labels(), VocabShard(0, WIDTH), **settings)
-    found.sum().backward()
-    assert found.isfinite().all() and student.grad.isfinite().all()
+    actual = per_token_loss(name, student * 1, teacher, labels(), VocabShard(0, WIDTH), **settings)
+    actual.sum().backward()
+    assert actual.isfinite().all() and student.grad.isfinite().all()
     if name == "topk":
-        return  # the student's tail underflows, which the loss bounds where the formula is infinite
-    torch.testing.assert_close(found.double(), loss_64, rtol=1e-6, atol=1e-2)
-    # An exponent 1e-3 off; where a gradient has a difference of logits as a factor, that is 1e4.
+        return  # the student's tail underflows; the loss is bounded there, the formula is infinite
+    torch.testing.assert_close(actual.double(), loss_64, rtol=1e-6, atol=1e-2)
+    # Exponents are off by 1e-3; gradients may have a difference of logits, about 1e4, as a factor.
     torch.testing.assert_close(student.grad.double(), grad_64, rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "ce"])
-def test_equal_logits_have_no_divergence(case, dtype):
+def test_equal_logits_have_zero_divergence(case, dtype):
     student = logits(0, dtype).requires_grad_()
     shard = VocabShard(0, WIDTH)
-    found = per_token_loss(case.split()[0], student * 1, student.detach().clone(), labels(), shard, **CASES[case])
-    found.sum().backward()
-    assert not found.any() and not student.grad.any()
+    actual = per_token_loss(case.split()[0], student * 1, student.detach().clone(), labels(), shard, **CASES[case])
+    actual.sum().backward()
+    assert not actual.any() and not student.grad.any()
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("ce", "mse plain")])
-def test_a_common_offset_changes_nothing(case):
-    """Logits that are multiples of 2^-10 take an offset of 64 without rounding."""
+def test_constant_offset_changes_nothing(case):
+    """Logits that are multiples of 2^-10 can be shifted by 64 without rounding."""
     student, teacher = (logits(seed).mul(1024).round().div(1024) for seed in (0, 1))
     shard, name = VocabShard(0, WIDTH), case.split()[0]
-    found = []
+    results = []
     for offset in (0, 64):
         leaf = student.clone().requires_grad_()
         out = per_token_loss(name, leaf + offset, teacher, None, shard, **CASES[case])
         out.sum().backward()
-        found.append((out, leaf.grad))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=2e-6, atol=2e-6)
+        results.append((out, leaf.grad))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=2e-6, atol=2e-6)
     # log Z is rounded at 64 * 6e-8, and gradients have differences of logits, up to 20 here, as factors.
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_non_contiguous_logits(case):
-    """[s, b, V] seen as [b, s, V], and a slice of wider logits."""
+    """[s, b, V] transposed to [b, s, V], and a slice of wider logits."""
     student, teacher = (logits(seed).transpose(0, 1).contiguous().transpose(0, 1) for seed in (0, 1))
     assert not student.is_contiguous()
     assert_matches(case, student, teacher)
@@ -188,10 +188,10 @@ def test_non_contiguous_logits(case):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_tiles_change_nothing(case, dtype, monkeypatch):
+def test_tile_size_does_not_change_results(case, dtype, monkeypatch):
     def run():
         student, weight = logits(0, dtype).requires_grad_(), weights()
-        weight[0] = weight[1, 1:3] = 0  # a tile that nobody needs, one of both kinds
+        weight[0] = weight[1, 1:3] = 0  # one tile fully masked, one partly
         args = (case.split()[0], student * 1, logits(1, dtype), labels(), VocabShard(0, WIDTH))
         out = per_token_loss(*args, weight=weight, **CASES[case])
         out.sum().backward()
@@ -207,29 +207,29 @@ def test_tiles_change_nothing(case, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_losses_at_once(dtype):
-    """Each as it is alone, and the gradient of their weighted sum; one of them counts nothing."""
+    """Each loss equals the same loss computed alone; the gradient is that of the weighted sum, with one weight 0."""
     names, factors = ["kl", "ce", "jsd", "mse", "topk"], [1.0, 0.5, 2.0, 0.0, 0.25]
     settings = [{"temperature": 2.0}, {}, {}, {}, {"k": 5}]
-    losses = [LOSSES[name](**given) for name, given in zip(names, settings, strict=True)]
+    losses = [LOSSES[name](**options) for name, options in zip(names, settings, strict=True)]
     student, teacher, weight = logits(0, dtype).requires_grad_(), logits(1, dtype), weights()
-    found = logit_losses(losses, student * 1, teacher, labels(), VocabShard(0, WIDTH), weight=weight)
-    sum(f * out.sum() for f, out in zip(factors, found, strict=True)).backward()
+    actual = logit_losses(losses, student * 1, teacher, labels(), VocabShard(0, WIDTH), weight=weight)
+    sum(f * out.sum() for f, out in zip(factors, actual, strict=True)).backward()
     total = 0
-    for name, given, factor, out in zip(names, settings, factors, found, strict=True):
-        loss, grad = expected(name, student, teacher, labels(), weight, **given)
+    for name, options, factor, out in zip(names, settings, factors, actual, strict=True):
+        loss, grad = expected(name, student, teacher, labels(), weight, **options)
         torch.testing.assert_close(out.double(), loss, rtol=2e-6, atol=6e-6)
         total = total + factor * grad
-    rtol = 2e-5 if dtype == torch.float32 else 2.0**-8  # sums of float32 gradients; BF16 rounds once, at the end
+    rtol = 2e-5 if dtype == torch.float32 else 2.0**-8  # float32 sums; BF16 rounds once at the end
     torch.testing.assert_close(student.grad.double(), total, rtol=rtol, atol=6e-6)
 
 
-def test_what_cannot_be_done_is_refused():
+def test_invalid_inputs_raise():
     shard = VocabShard(0, WIDTH)
     with pytest.raises(ValueError, match=r"student logits \[3, 5, 48\], teacher logits \[3, 5, 40\]"):
         per_token_loss("kl", logits(0), logits(1)[..., :40], labels(), shard)
     with pytest.raises(ValueError, match="unknown loss 'mso'"):
         per_token_loss("mso", logits(0), logits(1), labels(), shard)
-    with pytest.raises(QADError, match=r"topk\(k=49\): k is larger than the 48 columns of one rank's shard"):
+    with pytest.raises(QADError, match=r"topk\(k=49\): k must not exceed the 48 columns of one rank's shard"):
         per_token_loss("topk", logits(0), logits(1), labels(), shard, k=49)
     with pytest.raises(ValueError, match="JSD needs the teacher's logits"):
         per_token_loss("jsd", logits(0), None, labels(), shard)
@@ -240,7 +240,7 @@ def test_what_cannot_be_done_is_refused():
 
 
 @pytest.mark.parametrize("rank, expected", [(0, (0, 128)), (1, (128, 22)), (2, (256, 0)), (3, (384, 0))])
-def test_the_shard_of_a_rank(rank, expected):
+def test_vocab_shard_for_rank(rank, expected):
     class Group:
         def rank(self):
             return rank

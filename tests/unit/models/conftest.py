@@ -15,30 +15,33 @@ from megatron_qad.models.families import family_of  # noqa: E402
 
 @pytest.fixture
 def assert_same_tensors():
-    """assert_same_tensors(config): a family's name map and the validator's inventory, written apart, agree."""
+    """Return a check that a family's name map and the validator's independent inventory of a config agree."""
 
     def check(config: dict) -> None:
-        family, listed = family_of(config), inventory(config)
+        family, expected = family_of(config), inventory(config)
         tensors, linears = family.tensors(config), family.linears(config)
         mapped = {name: shape for t in tensors for name, shape in zip(t.hf, t.hf_shapes(), strict=True)}
         head = linears[-1]
-        named = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
-        if listed.tied_head:
-            assert named.pop(f"{listed.head}.weight") == mapped[listed.embedding]
-        assert mapped == named
-        assert (head.is_tied, head.hf) == (listed.tied_head, (f"{listed.head}.weight",))
-        assert {name for t in linears for name in t.hf} == {f"{module}.weight" for module in listed.linears}
-        assert {t.hf for t in linears if len(t.hf) > 1} == {tuple(f"{m}.weight" for m in g) for g in listed.fused}
-        assert {name for t in tensors if t.is_float32 for name in t.hf} == listed.float32
-        modules = {name for name in family.linear_modules(config) if not listed.is_passthrough(name)}
-        assert modules == listed.excluded(quantized=())
+        expected_shapes = {
+            **expected.tensors,
+            **{f"{module}.weight": shape for module, shape in expected.linears.items()},
+        }
+        if expected.tied_head:
+            assert expected_shapes.pop(f"{expected.head}.weight") == mapped[expected.embedding]
+        assert mapped == expected_shapes
+        assert (head.is_tied, head.hf) == (expected.tied_head, (f"{expected.head}.weight",))
+        assert {name for t in linears for name in t.hf} == {f"{module}.weight" for module in expected.linears}
+        assert {t.hf for t in linears if len(t.hf) > 1} == {tuple(f"{m}.weight" for m in g) for g in expected.fused}
+        assert {name for t in tensors if t.is_float32 for name in t.hf} == expected.float32
+        modules = {name for name in family.linear_modules(config) if not expected.is_passthrough(name)}
+        assert modules == expected.excluded(quantized=())
 
     return check
 
 
 @pytest.fixture
 def assert_round_trip():
-    """assert_round_trip(config): random Hugging Face tensors -> Megatron -> the same tensors, bit for bit."""
+    """Return a check that random Hugging Face tensors of a config survive a conversion to Megatron and back."""
 
     def check(config: dict) -> None:
         generator = torch.Generator().manual_seed(0)

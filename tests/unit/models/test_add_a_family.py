@@ -1,4 +1,4 @@
-"""docs/howto/add_a_family.md, followed step by step with the code that stands there."""
+"""Runs the code of docs/howto/add_a_family.md step by step."""
 
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ CONFIG = eval(CODE["tests/tiny_configs.py"], vars(tiny_configs).copy())
 
 
 class Module:
-    """A module made of a block of the page."""
+    """A module with the code of one block of the page."""
 
     def __init__(self, file: str):
         vars(self).update(run(CODE[file], file))
@@ -43,43 +43,43 @@ def expected(monkeypatch):
         monkeypatch.setitem(EXPECTED_TENSORS, model_type, function)
 
 
-def test_nothing_knows_the_family_before_step_2():
-    with pytest.raises(QADError, match="'AcmeForCausalLM', which is not supported"):
+def test_family_is_unknown_before_step_2():
+    with pytest.raises(QADError, match="'AcmeForCausalLM' is not supported"):
         family_of(CONFIG)
 
 
-def test_its_config_gives_megatron_options(registered):
+def test_config_becomes_megatron_options(registered):
     options = family_of(CONFIG).megatron_args(CONFIG)
     llama = tiny_configs.TINY_LLAMA
-    of_llama = family_of(llama).megatron_args(llama)
-    assert options == of_llama | {"add-qkv-bias": True, "qk-layernorm": True} != of_llama
+    llama_options = family_of(llama).megatron_args(llama)
+    assert options == llama_options | {"add-qkv-bias": True, "qk-layernorm": True} != llama_options
     assert (options["hybrid-layer-pattern"], options["hidden-size"], options["kv-channels"]) == ("*-*-*-", 64, 32)
-    with pytest.raises(QADError, match="logit_softcap 30.0, which is not supported"):
+    with pytest.raises(QADError, match="logit_softcap 30.0 is not supported"):
         registered.megatron_args(CONFIG | {"logit_softcap": 30.0})
     with pytest.raises(QADError, match="no 'hidden_size', which is required"):
         registered.megatron_args(CONFIG | {"hidden_size": None})
 
 
-def test_its_name_map_inverts(registered, assert_round_trip):
+def test_name_map_round_trips(registered, assert_round_trip):
     assert_round_trip(CONFIG)
     names = {name for tensor in registered.tensors(CONFIG) for name in tensor.hf}
     assert {"model.layers.2.self_attn.k_proj.bias", "model.layers.0.self_attn.q_norm.weight"} < names
     assert len({tensor.megatron for tensor in registered.tensors(CONFIG)}) == len(registered.tensors(CONFIG))
 
 
-def test_the_validator_does_not_know_it_before_step_4(registered):
+def test_validator_does_not_know_it_before_step_4(registered):
     with pytest.raises(QADError, match="model_type is 'acme'.*docs/howto/add_a_family.md"):
         inventory(CONFIG)
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}], ids=["own head", "tied head"])
-def test_its_expected_tensors_are_its_name_maps(registered, expected, assert_same_tensors, changes):
+def test_expected_tensors_match_name_map(registered, expected, assert_same_tensors, changes):
     assert_same_tensors(CONFIG | changes)
 
 
 @pytest.mark.parametrize(("forgotten", "qk_norm"), [("bias", True), ("norm", False)])
-def test_a_mistake_in_the_name_map_is_found(registered, expected, assert_same_tensors, monkeypatch, forgotten, qk_norm):
-    """What comparing lists that are written apart is for."""
+def test_mistake_in_name_map_is_detected(registered, expected, assert_same_tensors, monkeypatch, forgotten, qk_norm):
+    """The comparison of two independent lists reports a tensor that one of them lacks."""
     wrong = partial(dense_decoder.tensors, qkv_bias=forgotten != "bias", qk_norm=qk_norm)
     monkeypatch.setitem(FAMILIES, registered.architecture, replace(registered, tensors=wrong))
     with pytest.raises(AssertionError, match=forgotten):

@@ -1,4 +1,4 @@
-"""Families: what a config becomes, the tensor maps in both directions, and what is refused."""
+"""Families: Megatron options of a config, tensor mappings in both directions, errors for unsupported configs."""
 
 import pytest
 import tiny_models
@@ -12,13 +12,13 @@ from megatron_qad.models.rope import llama3_inv_freq
 
 
 def config(case: str = "llama", **changes) -> dict:
-    found = tiny_models.config_of(case)
-    family = type(found).__name__.removesuffix("Config")
-    return {**found.to_dict(), "architectures": [f"{family}ForCausalLM"], **changes}
+    hf_config = tiny_models.config_of(case)
+    family = type(hf_config).__name__.removesuffix("Config")
+    return {**hf_config.to_dict(), "architectures": [f"{family}ForCausalLM"], **changes}
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)
-def test_maps_cover_the_model_of_transformers_and_invert(case):
+def test_mappings_cover_the_transformers_model_and_round_trip(case):
     model = tiny_models.transformers.AutoModelForCausalLM.from_config(tiny_models.config_of(case))
     weights = {name: torch.randn(p.shape) for name, p in model.named_parameters()}  # tied heads once
     maps = family_of(config(case)).tensors(config(case))
@@ -36,15 +36,15 @@ def test_qkv_is_grouped_by_query_group():
     queries = qkv.num_heads // qkv.num_groups
     rows = [torch.arange(shape[0]).float()[:, None].expand(shape) + start for shape, start in
             zip(qkv.hf_shapes(), (0, 10_000, 20_000), strict=True)]  # fmt: skip
-    found = qkv.to_megatron(rows)[:, 0].reshape(qkv.num_groups, queries + 2, qkv.head_dim)
+    grouped = qkv.to_megatron(rows)[:, 0].reshape(qkv.num_groups, queries + 2, qkv.head_dim)
     for group in range(qkv.num_groups):
-        assert found[group, 0, 0] == group * queries * qkv.head_dim
-        assert found[group, -2, 0] == 10_000 + group * qkv.head_dim
-        assert found[group, -1, 0] == 20_000 + group * qkv.head_dim
+        assert grouped[group, 0, 0] == group * queries * qkv.head_dim
+        assert grouped[group, -2, 0] == 10_000 + group * qkv.head_dim
+        assert grouped[group, -1, 0] == 20_000 + group * qkv.head_dim
 
 
 @pytest.mark.parametrize("case", tiny_models.CASES)
-def test_linears_end_with_the_head_and_say_when_it_is_tied(case):
+def test_last_linear_is_the_head_and_knows_if_it_is_tied(case):
     linears = family_of(config(case)).linears(config(case))
     assert [linear.kind for linear in linears].count("head") == 1 and linears[-1].kind == "head"
     assert linears[-1].is_tied == tiny_models.CASES[case].tied
@@ -53,14 +53,16 @@ def test_linears_end_with_the_head_and_say_when_it_is_tied(case):
 
 @pytest.mark.parametrize("case", ["llama3-rope", "llama3-rope-tied"])
 def test_llama3_frequencies_equal_transformers(case):
-    found = tiny_models.config_of(case)
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](found, device="cpu")
-    rope = found.rope_parameters
-    # The same float32 operations up to the order of one product and one quotient: two roundings of 6e-8.
-    torch.testing.assert_close(llama3_inv_freq(found.head_dim, rope["rope_theta"], rope), expected, rtol=3e-7, atol=0)
+    hf_config = tiny_models.config_of(case)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](hf_config, device="cpu")
+    rope = hf_config.rope_parameters
+    # The same float32 operations except for the order of a product and a quotient: two roundings of 6e-8.
+    torch.testing.assert_close(
+        llama3_inv_freq(hf_config.head_dim, rope["rope_theta"], rope), expected, rtol=3e-7, atol=0
+    )
 
 
-def test_files_of_before_transformers_5_keep_theta_and_scaling_apart():
+def test_rope_config_from_before_transformers_5():
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 8192
     old = config(rope_parameters=None, rope_scaling=rope, rope_theta=500000.0)
@@ -72,18 +74,18 @@ def test_files_of_before_transformers_5_keep_theta_and_scaling_apart():
     assert family_of(plain).rope_scaling(plain) is None
 
 
-def test_an_unsupported_family_is_told_which_are_supported():
+def test_unsupported_family_error_lists_supported_ones():
     for architectures in (["GPT2LMHeadModel"], None):
         with pytest.raises(QADError, match="LlamaForCausalLM, NemotronHForCausalLM, NemotronH_Nano_VL_V2, Qwen2"):
             family_of({"architectures": architectures})
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'.*default, llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*default, llama3"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'.*default or llama3"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*default or llama3"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary",
@@ -100,13 +102,13 @@ def test_an_unsupported_family_is_told_which_are_supported():
         ({"vocab_size": None}, "'vocab_size'"),
     ],
 )
-def test_what_would_build_another_model_is_refused(changes, named):
-    found = config(**changes)
-    with pytest.raises(QADError, match=named):
-        family_of(found).megatron_args(found)
+def test_unsupported_config_entries_raise(changes, message):
+    hf_config = config(**changes)
+    with pytest.raises(QADError, match=message):
+        family_of(hf_config).megatron_args(hf_config)
 
 
-def test_tensor_parallel_sizes_that_divide_the_model():
+def test_possible_tensor_parallel_sizes():
     wide = config(num_attention_heads=12, num_key_value_heads=4, head_dim=16, intermediate_size=128)
     assert possible_tensor_parallel(family_of(wide).megatron_args(wide))[1] == [1, 2, 4]
     narrow = config(num_attention_heads=4, num_key_value_heads=4, head_dim=16, intermediate_size=96)

@@ -20,7 +20,7 @@ def family_files(package) -> set[str]:
     return {file.stem for file in Path(package.__file__).parent.glob("*.py")} - SHARED
 
 
-def test_a_family_has_a_file_of_one_name_for_each_list_of_its_tensors():
+def test_both_packages_have_one_file_per_family():
     assert family_files(families) == family_files(expected_tensors) == set(TINY_OF_FAMILY)
 
 
@@ -32,14 +32,14 @@ def test_every_family_is_registered():
 
 
 @pytest.mark.parametrize("name", TINY_OF_FAMILY)
-def test_a_config_is_of_the_family_of_its_name(name):
+def test_config_selects_its_family(name):
     config = TINY_OF_FAMILY[name]
     assert family_of(config) is getattr(families, name).FAMILY
     assert EXPECTED_TENSORS[config["model_type"]] is getattr(expected_tensors, name).expected_tensors
 
 
 @pytest.mark.parametrize("name", TINY_OF_FAMILY)
-def test_the_name_map_and_the_validators_inventory_agree(name, assert_same_tensors, assert_round_trip):
+def test_name_map_matches_validator_inventory(name, assert_same_tensors, assert_round_trip):
     assert_same_tensors(TINY_OF_FAMILY[name])
     assert_round_trip(TINY_OF_FAMILY[name])
 
@@ -52,13 +52,13 @@ def test_the_name_map_and_the_validators_inventory_agree(name, assert_same_tenso
         ("megatron_qad.checkpoint.expected_tensors", "megatron_qad.models"),
     ],
 )
-def test_what_is_not_imported(module, missing):
+def test_imports_without(module, missing):
     code = f"import sys; sys.modules[{missing!r}] = None\nimport {module}; print('imported')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (0, "imported\n"), result.stderr
 
 
-def test_the_inventory_names_models_nowhere():
-    """Imports inside functions count, too: importing the package would not run them."""
+def test_inventory_never_imports_models():
+    """Also covers imports inside functions, which importing the package does not execute."""
     for file in Path(expected_tensors.__file__).parent.glob("*.py"):
         assert "megatron_qad.models" not in file.read_text(), file

@@ -1,4 +1,4 @@
-"""Nemotron-H, Llama Nemotron Super and Nemotron Nano VL: names, shapes and sizes, from configs alone."""
+"""Names, shapes and sizes of Nemotron-H, Llama Nemotron Super and Nemotron Nano VL, from their configs."""
 
 import json
 import math
@@ -65,8 +65,8 @@ def decilm(*blocks: dict) -> dict:
     }
 
 
-def on_the_hub(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """A tensor of transformers' model under the hub's names: another prefix, experts apart."""
+def hub_names(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Convert a transformers name to the names on the hub, which have another prefix and separate experts."""
     name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
     if ".experts." in name and not name.endswith(".weight"):
         stem, projection = name.rsplit(".", 1)
@@ -75,7 +75,7 @@ def on_the_hub(name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"moe_latent_size": 24}, {"use_conv_bias": False}])
-def test_nemotron_h_covers_the_model_of_transformers(changes):
+def test_nemotron_h_mappings_cover_the_transformers_model(changes):
     config = TINY_HYBRID | changes
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -83,14 +83,14 @@ def test_nemotron_h_covers_the_model_of_transformers(changes):
         )
     expected = {}
     for name, tensor in model.state_dict().items():
-        expected |= on_the_hub(name, tensor.shape)
-    found = {}
+        expected |= hub_names(name, tensor.shape)
+    mapped = {}
     for tensor in tensors_of(config):
-        found |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
-    assert found == expected
+        mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
+    assert mapped == expected
 
 
-def test_nemotron_h_maps_invert():
+def test_nemotron_h_mappings_round_trip():
     for tensor in tensors_of(TINY_HYBRID):
         parts = [torch.randn(shape) for shape in tensor.hf_shapes()]
         joined = tensor.to_megatron(parts)
@@ -98,7 +98,7 @@ def test_nemotron_h_maps_invert():
         assert all(torch.equal(a, b) for a, b in zip(tensor.to_hf(joined), parts, strict=True))
 
 
-def test_megatron_names_are_unique_and_say_their_layer():
+def test_megatron_names_are_unique_and_contain_the_layer():
     for name in ("nemotron-3-nano-30b-a3b", "llama-nemotron-super-49b", "nemotron-nano-12b-v2-vl"):
         tensors = tensors_of(read(name))
         assert max(Counter(tensor.megatron for tensor in tensors).values()) == 1
@@ -108,8 +108,8 @@ def test_megatron_names_are_unique_and_say_their_layer():
             assert tensor.layer == (int(parts[2]) if in_decoder else None)
 
 
-def test_megatron_names_of_a_hybrid():
-    """The names that megatron-core 0.19.2's HybridModel saves (facts file; Mamba components are split from these)."""
+def test_megatron_names_of_hybrid():
+    """Names that HybridModel of megatron-core 0.19.2 saves, before Mamba components are split."""
     names = {tensor.megatron: tensor for tensor in tensors_of(TINY_HYBRID)}
     for name in (
         "decoder.layers.0.mixer.in_proj.layer_norm_weight",
@@ -133,7 +133,7 @@ def test_megatron_names_of_a_hybrid():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        # Model cards: 49.9 B, 7.6 B, 8.9 B, 31.6 B. Other tools count the last two to the same digits in the files.
+        # Model cards: 49.9 B, 7.6 B, 8.9 B, 31.6 B. The last two equal the exact counts of other tools.
         ("llama-nemotron-super-49b", 49_867_145_216),
         ("acereason-nemotron-7b", 7_615_616_512),
         ("nemotron-nano-9b-v2", 8_888_227_328),
@@ -144,7 +144,7 @@ def test_known_sizes(name, expected):
     assert num_weights(read(name)) == expected
 
 
-def test_the_language_model_behind_a_vision_encoder():
+def test_language_model_of_vision_language_model():
     config = read("nemotron-nano-12b-v2-vl")
     tensors = tensors_of(config)
     vision = sum(math.prod(tensor.shape) for tensor in tensors if tensor.kind == "vision")
@@ -152,16 +152,16 @@ def test_the_language_model_behind_a_vision_encoder():
     assert 0.6e9 < vision < 0.9e9  # ViT-H/16 and a projector
     assert all(tensor.hf[0].startswith("language_model.") for tensor in tensors if tensor.kind != "vision")
     assert not any(tensor.is_linear for tensor in tensors if tensor.kind == "vision")
-    alone = config["llm_config"]
-    assert [t.megatron for t in tensors_of(alone)] == [t.megatron for t in tensors if t.kind != "vision"]
-    assert family_of(config).layer_kinds(config) == family_of(alone).layer_kinds(alone)
+    llm_config = config["llm_config"]
+    assert [t.megatron for t in tensors_of(llm_config)] == [t.megatron for t in tensors if t.kind != "vision"]
+    assert family_of(config).layer_kinds(config) == family_of(llm_config).layer_kinds(llm_config)
     modules = family_of(config).linear_modules(config)
     assert "vision_model.radio_model.model.blocks.31.mlp.fc2" in modules and "mlp1.3" in modules
     assert "language_model.lm_head" in modules
     assert not any(name.startswith("mlp1.0") or ".norm" in name for name in modules)
 
 
-def test_a_text_config_is_a_language_config_too():
+def test_text_config_is_accepted_as_llm_config():
     config = read("nemotron-nano-12b-v2-vl")
     config["text_config"] = config.pop("llm_config")
     assert len(tensors_of(config)) == 747
@@ -170,7 +170,7 @@ def test_a_text_config_is_a_language_config_too():
         tensors_of(config)
 
 
-def test_the_inventory_of_many_experts_is_fast():
+def test_listing_many_experts_is_fast():
     config = read("nemotron-3-nano-30b-a3b")
     start = time.perf_counter()
     linears = family_of(config).linears(config)
@@ -194,9 +194,9 @@ def test_linear_modules_are_linears_and_conv1d():
     assert len(modules) == len(set(modules))
 
 
-def test_qwen3_moe_routers_are_linears_to_a_server():
-    """vLLM builds them with the checkpoint's quantization, which must leave them out; blocks without experts have none.
-    transformers 5 saves the number of experts under another name."""
+def test_qwen3_moe_routers_are_on_the_exclusion_list():
+    """vLLM loads routers as linears with the checkpoint's quantization config, so they must be excluded. The test also
+    covers dense blocks and the name under which transformers 5 saves the number of experts."""
     config = QWEN3_MOE | {"mlp_only_layers": [1]}
     modules = set(family_of(config).linear_modules(config))
     assert {name for name in modules if name.endswith(".gate")} == {f"model.layers.{i}.mlp.gate" for i in (0, 2)}
@@ -206,56 +206,56 @@ def test_qwen3_moe_routers_are_linears_to_a_server():
     assert family_of(saved).megatron_args(saved) == family_of(config).megatron_args(config)
 
 
-def test_layers_block_type_says_what_the_pattern_says():
-    listed = {k: v for k, v in TINY_HYBRID.items() if k != "hybrid_override_pattern"}
+def test_layers_block_type_equals_pattern():
+    without_pattern = {k: v for k, v in TINY_HYBRID.items() if k != "hybrid_override_pattern"}
     for blocks in (
         ["mamba", "moe", "attention", "mlp", "mamba"],
         ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
     ):
-        assert family_of(TINY_HYBRID).layer_pattern(listed | {"layers_block_type": blocks}) == "ME*-M"
+        assert family_of(TINY_HYBRID).layer_pattern(without_pattern | {"layers_block_type": blocks}) == "ME*-M"
     assert family_of(TINY_HYBRID).layer_kinds(TINY_HYBRID) == ["mamba", "expert", "attention", "mlp", "mamba"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
-        ({"hybrid_override_pattern": "MEX-M"}, "has 'X'; known are M"),
+        ({"hybrid_override_pattern": "MEX-M"}, "has 'X', expected M"),
         ({"num_hidden_layers": 6}, "num_hidden_layers is 6, the layer pattern has 5"),
         ({"hybrid_override_pattern": None}, "no 'hybrid_override_pattern'"),
         ({"hybrid_override_pattern": None, "layers_block_type": ["rnn"]}, "layers_block_type has 'rnn'"),
-        ({"mlp_bias": True}, "sets mlp_bias"),
-        ({"use_bias": True}, "sets use_bias"),
+        ({"mlp_bias": True}, "mlp_bias is set"),
+        ({"use_bias": True}, "use_bias is set"),
         ({"ssm_state_size": None}, "no 'ssm_state_size'"),
     ],
 )
-def test_what_nemotron_h_does_not_know_is_refused(changes, named):
-    with pytest.raises(QADError, match=named):
+def test_unsupported_nemotron_h_configs_raise(changes, message):
+    with pytest.raises(QADError, match=message):
         tensors_of(TINY_HYBRID | changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
-        ({"conv_kernel": 3}, "conv_kernel 3; Megatron's Mamba layers have 4"),
+        ({"conv_kernel": 3}, "conv_kernel 3 is not supported. Megatron's Mamba layers have 4"),
         ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit \[0.0, 0.1\]"),
         ({"time_step_limit": [0.001, math.inf]}, r"time_step_limit \[0.001, inf\]"),
     ],
 )
-def test_what_megatrons_mamba_cannot_compute_is_refused(changes, named):
-    with pytest.raises(QADError, match=named):
+def test_unsupported_mamba_configs_raise(changes, message):
+    with pytest.raises(QADError, match=message):
         family_of(ONLY_MAMBA).megatron_args(ONLY_MAMBA | changes)
 
 
-def test_no_limit_of_time_steps_is_written_in_two_ways(tmp_path):
+def test_infinite_time_step_limit_in_both_spellings(tmp_path):
     NemotronHConfig(time_step_limit=[0.0, math.inf]).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["time_step_limit"]
-    assert isinstance(saved[1], dict)  # as transformers 5 writes it
+    assert isinstance(saved[1], dict)  # transformers 5 writes infinity as a dictionary
     for limit in (saved, json.loads("[0.0, Infinity]"), None):
         config = ONLY_MAMBA | {"time_step_limit": limit}
         assert family_of(config).megatron_args(config) == family_of(config).megatron_args(ONLY_MAMBA)
 
 
-def test_blocks_without_attention_or_mlp_are_left_out():
+def test_missing_attention_or_mlp_is_omitted_from_pattern():
     config = decilm(BLOCK, NO_ATTENTION, NO_FFN)
     family = family_of(config)
     assert family.layer_pattern(config) == "*--*"
@@ -270,17 +270,17 @@ def test_blocks_without_attention_or_mlp_are_left_out():
     assert not any(name.startswith(absent) for name in by_hf)
 
 
-def test_a_replaced_layer_is_one_linear():
+def test_replaced_layer_is_one_linear():
     config = decilm(LINEAR_ATTENTION, LINEAR_FFN)
-    found = {tensor.hf[0]: tensor for tensor in tensors_of(config)}
-    attention = found["model.layers.0.self_attn.linear_attn.weight"]
+    by_name = {tensor.hf[0]: tensor for tensor in tensors_of(config)}
+    attention = by_name["model.layers.0.self_attn.linear_attn.weight"]
     assert (attention.kind, attention.shape, attention.is_linear) == ("attention", (384, 384), True)
-    assert found["model.layers.1.mlp.linear_mlp.weight"].kind == "mlp"
-    assert "model.layers.0.self_attn.o_proj.weight" not in found
+    assert by_name["model.layers.1.mlp.linear_mlp.weight"].kind == "mlp"
+    assert "model.layers.0.self_attn.o_proj.weight" not in by_name
     assert family_of(config).layer_pattern(config) == "*-*-"
 
 
-def test_each_mlp_has_its_own_width():
+def test_mlp_widths_of_super_49b():
     super_49b = {"hidden_size": 8192}
     widths = {mult: ffn_size(super_49b, {"ffn_mult": mult}) for mult in (5.25, 2.625, 3.28125, 1.3125, 1.0, 0.5)}
     assert widths == {5.25: 28672, 2.625: 14336, 3.28125: 17920, 1.3125: 7168, 1.0: 5632, 0.5: 2816}
@@ -289,24 +289,24 @@ def test_each_mlp_has_its_own_width():
         ffn_size(super_49b, {"ffn_mult": None})
 
 
-def test_block_configs_must_be_as_many_as_layers():
+def test_number_of_block_configs_must_equal_layers():
     with pytest.raises(QADError, match="block_configs has 1 entries, num_hidden_layers is 2"):
         tensors_of(decilm(BLOCK) | {"num_hidden_layers": 2})
 
 
-def test_llama_nemotron_super_as_megatron_builds_it():
+def test_megatron_args_of_llama_nemotron_super():
     config = read("llama-nemotron-super-49b")
     family = family_of(config)
     shape, widths = family.megatron_args(config), family.mlp_widths(config)
     assert shape["hybrid-layer-pattern"] == family.layer_pattern(config)
     assert (shape["num-query-groups"], shape["kv-channels"], shape["rotary-base"]) == (8, 128, 500000)
     pattern = shape["hybrid-layer-pattern"]
-    spelled_out = {"attention": {"window_length": None, "unshifted_sink": False}, "ffn": {"hidden_act": "silu"}}
-    blocks = [{part: entry | spelled_out[part] for part, entry in block.items()} for block in config["block_configs"]]
+    defaults = {"attention": {"window_length": None, "unshifted_sink": False}, "ffn": {"hidden_act": "silu"}}
+    blocks = [{part: entry | defaults[part] for part, entry in block.items()} for block in config["block_configs"]]
     assert family.megatron_args(config | {"block_configs": blocks}) == shape
     assert [bool(width) for width in widths] == [symbol == "-" for symbol in pattern]
     assert Counter(width for width in widths if width) == {28672: 49, 14336: 6, 17920: 1, 7168: 10, 5632: 8, 2816: 6}
-    # Megatron counts operations as if all MLPs were alike, and starts by running a gate of that width at any TP.
+    # Megatron counts FLOPs as if all MLPs had this width, and warms up a gate of this width at any TP.
     assert shape["ffn-hidden-size"] == pytest.approx(sum(widths) / pattern.count("-"), abs=128)
     assert shape["ffn-hidden-size"] % 256 == 0
     shape["mlp-widths"] = widths
@@ -333,14 +333,17 @@ def test_tensor_parallelism_must_divide_every_mlp():
 
 
 @pytest.mark.parametrize(
-    ("blocks", "named"),
+    ("blocks", "message"),
     [
         ([BLOCK, LINEAR_ATTENTION], r"block_configs\[1\] has 'replace_with_linear'"),
         ([LINEAR_FFN, BLOCK], r"block_configs\[0\] has 'replace_with_linear'"),
-        ([BLOCK, {**BLOCK, "attention": {"n_heads_in_group": 4}}], r"n_heads_in_group \[2, 4\].*expected MLPs and one"),
+        (
+            [BLOCK, {**BLOCK, "attention": {"n_heads_in_group": 4}}],
+            r"n_heads_in_group \[2, 4\].*Expected at least one MLP",
+        ),
         (
             [{**BLOCK, "attention": {"n_heads_in_group": 2, "window_length": 8}}],
-            "has window_length 8, which is not known",
+            "has window_length 8, which is not supported",
         ),
         ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "hidden_act": "relu2"}}], "has hidden_act 'relu2'"),
         ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "gated": False}}], "has gated False"),
@@ -351,9 +354,9 @@ def test_tensor_parallelism_must_divide_every_mlp():
         ([NO_FFN], "and 0 MLPs"),
     ],
 )
-def test_searched_blocks_that_megatron_has_no_layer_for(blocks, named):
+def test_unsupported_nas_blocks_raise(blocks, message):
     config = decilm(*blocks)
-    with pytest.raises(QADError, match=named):
+    with pytest.raises(QADError, match=message):
         family_of(config).megatron_args(config)
 
 
@@ -362,14 +365,14 @@ def test_searched_blocks_that_megatron_has_no_layer_for(blocks, named):
     [decilm(BLOCK, NO_ATTENTION, NO_FFN, LINEAR_ATTENTION, LINEAR_FFN), read("llama-nemotron-super-49b")],
     ids=["tiny", "super"],
 )
-def test_the_validators_inventory_of_a_searched_llama_is_the_name_maps(config):
-    """Two lists of the same tensors, written apart."""
+def test_validator_inventory_of_nas_llama_matches_name_map(config):
+    """The two lists of tensors are written independently."""
     listed = inventory(config | {"model_type": "nemotron-nas"})
-    named = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
+    expected_shapes = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
     mapped = {}
     for tensor in tensors_of(config):
         mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
-    assert named == mapped
+    assert expected_shapes == mapped
     assert {f"{module}.weight" for module in listed.linears} == {
         name for tensor in tensors_of(config) if tensor.is_linear for name in tensor.hf
     }
@@ -378,7 +381,7 @@ def test_the_validators_inventory_of_a_searched_llama_is_the_name_maps(config):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    ("changes", "message"),
     [
         ({"block_configs": None}, "block_configs describes 0 blocks"),
         ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": "a"}}]}, "ffn_mult 'a'"),
@@ -388,18 +391,18 @@ def test_the_validators_inventory_of_a_searched_llama_is_the_name_maps(config):
         ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": float("nan")}}]}, "ffn_mult nan"),
     ],
 )
-def test_a_damaged_config_of_a_searched_llama_is_no_traceback(changes, named):
-    with pytest.raises(QADError, match=named):
+def test_damaged_nas_config_raises_qad_error(changes, message):
+    with pytest.raises(QADError, match=message):
         inventory(decilm(BLOCK) | {"model_type": "nemotron-nas"} | changes)
 
 
-def test_the_language_model_behind_a_vision_encoder_is_what_megatron_builds():
+def test_megatron_builds_the_language_model_only():
     config = read("nemotron-nano-12b-v2-vl")
-    family, alone = family_of(config), config["llm_config"]
-    assert family.megatron_args(config) == family_of(alone).megatron_args(alone)
+    family, llm_config = family_of(config), config["llm_config"]
+    assert family.megatron_args(config) == family_of(llm_config).megatron_args(llm_config)
     assert family.rope_scaling(config) is None
-    assert text_config(config)["vocab_size"] == 131072 and text_config(alone) is alone
-    # What is carried is what stands beside it, and nothing of the language model.
+    assert text_config(config)["vocab_size"] == 131072 and text_config(llm_config) is llm_config
+    # Passthrough tensors are those outside the language model, and only those.
     assert all(
         name.startswith(family.passthrough_prefixes)
         for tensor in family.passthrough_tensors(config)
@@ -410,20 +413,20 @@ def test_the_language_model_behind_a_vision_encoder_is_what_megatron_builds():
     )
 
 
-def test_the_validators_inventory_of_a_vision_language_model():
+def test_validator_inventory_of_vision_language_model():
     config = read("nemotron-nano-12b-v2-vl")
     with pytest.raises(QADError, match="llm_config is None"):
         inventory(config | {"llm_config": None})
     listed, family = inventory(config), family_of(config)
-    named = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
+    expected_shapes = {**listed.tensors, **{f"{module}.weight": shape for module, shape in listed.linears.items()}}
     mapped = {}
     for tensor in family.tensors(config):
         mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
-    assert named == mapped
+    assert expected_shapes == mapped
     assert all(listed.is_passthrough(name) for tensor in family.passthrough_tensors(config) for name in tensor.hf)
     assert not any(map(listed.is_passthrough, named))
 
 
-def test_an_unsupported_family_is_told_which_are():
-    with pytest.raises(QADError, match="'GPT2LMHeadModel', which is not supported. Supported: DeciLM.*, Qwen3Moe"):
+def test_unsupported_family_error_lists_supported_ones():
+    with pytest.raises(QADError, match="'GPT2LMHeadModel' is not supported. Supported: DeciLM.*, Qwen3Moe"):
         family_of({"architectures": ["GPT2LMHeadModel"]})

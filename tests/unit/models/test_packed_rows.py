@@ -1,4 +1,4 @@
-"""Which tokens of a packed row a context-parallel rank holds: the same to Mamba layers as to the data and attention."""
+"""Mamba layers get the same tokens of a packed row on each context-parallel rank as the data and attention."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from megatron_qad.models.context_parallel import partitioned_indices, take_chunk
 
 
 @pytest.mark.parametrize(("lengths", "size"), [([8, 4], 2), ([16, 8, 8, 32], 4), ([12], 3)])
-def test_they_are_those_that_the_data_gives_it(lengths, size):
+def test_partitioned_indices_equal_data_chunks(lengths, size):
     row, ends = torch.arange(sum(lengths)), torch.tensor([0, *lengths]).cumsum(0)
     shares = [partitioned_indices(ends, sum(lengths), size, rank) for rank in range(size)]
     for rank, share in enumerate(shares):
@@ -18,6 +18,6 @@ def test_they_are_those_that_the_data_gives_it(lengths, size):
     assert sorted(torch.cat(shares).tolist()) == row.tolist()
 
 
-def test_documents_of_other_lengths_are_an_error():
-    with pytest.raises(AssertionError, match="do not divide"):
+def test_indivisible_document_lengths_raise():
+    with pytest.raises(AssertionError, match="must be multiples of 2"):
         partitioned_indices(torch.tensor([0, 6, 12]), 12, 2, 0)

@@ -1,6 +1,6 @@
-"""For workers: one process, several jobs one after the other, each in a parallel layout of its own.
+"""Lets a worker process run several jobs in turn, each with a different parallelism.
 
-Import it inside ``cases`` and first there: importing it prepares the machine, which takes seconds.
+Import it first and inside ``cases``: importing it initializes the runtime, which takes seconds.
 """
 
 import sys
@@ -26,17 +26,18 @@ docstrings.read_once()
 
 @contextmanager
 def job(checkpoint: str, tp: int = 1, pp: int = 1, *flags: str) -> Iterator[QADJob]:
-    """A job as ``pretrain_qad.py`` starts it for ``checkpoint`` as the teacher, before it builds its models.
+    """Context manager that starts a job as ``pretrain_qad.py`` does, with ``checkpoint`` as the teacher.
 
-    Model-parallel groups, global arguments and random state are made anew; torch.distributed stays.
+    The models are not built yet. Model-parallel groups, global arguments and RNG states are recreated for each job;
+    torch.distributed is not.
     """
     argv = ["--qad-teacher", checkpoint, "--tensor-model-parallel-size", str(tp)]
     argv += ["--pipeline-model-parallel-size", str(pp), "--mock-data", "--train-iters", "1", "--lr", "1e-3"]
     sys.argv = ["worker"]
-    found = start_job(read_command_line([*argv, *flags]))
+    started = start_job(read_command_line([*argv, *flags]))
     initialize_megatron()
     try:
-        yield found
+        yield started
     finally:
         mpu.destroy_model_parallel()
         destroy_rerun_state_machine()
