@@ -424,7 +424,7 @@ def test_validator_inventory_of_vision_language_model():
         mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
     assert expected_shapes == mapped
     assert all(listed.is_passthrough(name) for tensor in family.passthrough_tensors(config) for name in tensor.hf)
-    assert not any(map(listed.is_passthrough, named))
+    assert not any(map(listed.is_passthrough, mapped))
 
 
 def test_unsupported_family_error_lists_supported_ones():
