@@ -144,7 +144,7 @@ def test_wrong_shapes_dtypes_and_scales_are_refused():
     with pytest.raises(QADError, match="float64"):
         fp8.quantize(x.double(), ONE)
     for scale in (torch.ones(3, 1), torch.ones(24), torch.ones(4)):
-        with pytest.raises(QADError, match="one a row"):
+        with pytest.raises(QADError, match="one scale per tensor or per row"):
             fp8.quantize(x, scale)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(QADError, match="scale_from_amax"):
