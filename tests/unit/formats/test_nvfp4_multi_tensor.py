@@ -1,4 +1,4 @@
-"""Lists of tensors on the CPU: what one call does is what a loop would do; errors name the tensor."""
+"""Operations on lists of tensors on the CPU: equality with a loop, and errors that name the tensor."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def weights():
 
 
 @pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
-def test_every_tensor_is_quantized_in_place_under_its_own_scale(rule):
+def test_each_tensor_is_quantized_in_place_with_its_own_scale(rule):
     tensors = weights()
     amaxes = amax_list(tensors)
     assert amaxes.dtype == torch.float32 and amaxes.tolist() == [float(w.abs().amax()) for w in tensors]
@@ -33,7 +33,7 @@ def test_every_tensor_is_quantized_in_place_under_its_own_scale(rule):
     assert all(torch.equal(w, e) for w, e in zip(tensors, expected, strict=True))
 
 
-def test_errors_name_the_tensor():
+def test_errors_name_tensor():
     tensors = weights()
     tensors[1][1, 2, 3] = torch.nan
     with pytest.raises(QADError, match=r"^b\.weight: amax is nan, expected"):
@@ -49,7 +49,7 @@ def test_errors_name_the_tensor():
         global_scales_from_amaxes(amaxes, [f"w{i}" for i in range(10)])
 
 
-def test_no_tensor_is_no_work():
+def test_empty_list():
     assert amax_list([]).shape == (0,)
     fake_quant_list_([], torch.zeros(0), [])
     assert global_scales_from_amaxes(torch.zeros(0), []).shape == (0,)
