@@ -1,10 +1,10 @@
-"""The share of a training step that quantizing weights in place takes, beside quantizing them in every forward pass.
+"""Measure the time per training step of quantizing weights in place, compared with quantizing in every forward pass.
 
     python tools/bench_in_place.py [--nproc 2] [--repeat 2] --config examples/smollm2_135m/train.yaml \
       --qad-teacher CKPT --data-path DATA --train-iters 6 ...        (pretrain_qad.py's flags; tensor parallelism 1)
 
-Both are whole QAD jobs with the same arithmetic, run in turn; only where weights are quantized differs. Printed are
-medians of Megatron's own step times, without the first two steps.
+Both variants are complete QAD jobs with the same arithmetic, run alternately. They differ only in where weights are
+quantized. The table shows medians of Megatron's step times, without the first two steps.
 """
 
 import argparse
@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--nproc", type=int, default=1, help="ranks")
-    parser.add_argument("--repeat", type=int, default=2, help="runs of each variant, in turn")
-    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # this process is a rank of that job
-    own, rest = parser.parse_known_args()
-    if own.variant:
-        return run_job(own.variant, rest)
+    parser.add_argument("--nproc", type=int, default=1, help="number of ranks")
+    parser.add_argument("--repeat", type=int, default=2, help="number of runs per variant; the variants alternate")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # makes this process a rank of that job
+    options, job_args = parser.parse_known_args()
+    if options.variant:
+        return run_job(options.variant, job_args)
     steps: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     quantizing, passes = [], ""
-    for _ in range(own.repeat):
+    for _ in range(options.repeat):
         for variant in VARIANTS:
             command = [
                 sys.executable,
@@ -37,10 +37,10 @@ def main() -> None:
                 "torch.distributed.run",
                 "--standalone",
                 "--nproc-per-node",
-                str(own.nproc),
+                str(options.nproc),
             ]
             done = subprocess.run(
-                [*command, __file__, "--variant", variant, *rest], capture_output=True, text=True, cwd=ROOT
+                [*command, __file__, "--variant", variant, *job_args], capture_output=True, text=True, cwd=ROOT
             )
             if done.returncode:
                 sys.exit(f"error: the job failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -49,7 +49,7 @@ def main() -> None:
             quantizing += [float(s) for s in re.findall(r"quantized in place in ([0-9.]+) s a step", done.stdout)]
             passes = next(iter(re.findall(r"\d+ weight quantizations a step in every-forward", done.stdout)), passes)
     medians = {variant: statistics.median(times) for variant, times in steps.items()}
-    print("| weights quantized | seconds a step (median) | of them for weights |\n|---|---|---|")
+    print("| weights quantized | seconds per step (median) | of which for weights |\n|---|---|---|")
     share = statistics.median(quantizing) / medians["in-place"]
     print(f"| in place, once a step | {medians['in-place']:.2f} | {statistics.median(quantizing):.3f} s, {share:.1%} |")
     difference = medians["every-forward"] - medians["in-place"] + statistics.median(quantizing)
@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def run_job(variant: str, argv: list[str]) -> None:
-    """One rank of one job; the last lines of its output say what quantizing took."""
+    """Run one rank of a job. Its last line of output is the time or the number of weight quantizations."""
     sys.path.insert(0, str(ROOT))
-    import pretrain_qad  # noqa: I001  first: it prepares the backend
+    import pretrain_qad  # noqa: I001  first, because it prepares the backend
     from megatron.training import print_rank_0
 
     from megatron_qad.engine.events import Callback
 
-    class Chooses(Callback):
+    class ReplaceWeights(Callback):
         """Replaces the job's weights in the variant that quantizes in every forward pass."""
 
         def job_begins(self, job, resumes_at):
@@ -76,19 +76,21 @@ def run_job(variant: str, argv: list[str]) -> None:
                 in_place = self.job.weights
                 self.job.weights = in_every_forward(type(in_place))(student, self.job.config.formats)
 
-    chooses = Chooses()
-    pretrain_qad.main(argv, [chooses])
-    weights = chooses.job.weights
+    replace_weights = ReplaceWeights()
+    pretrain_qad.main(argv, [replace_weights])
+    weights = replace_weights.job.weights
     if variant == "in-place":
         print_rank_0(f"quantized in place in {weights.seconds / weights.num_quantizations:.4f} s a step")
     else:
-        number = weights.num_in_forward // max(1, weights.num_schedules)
-        print_rank_0(f"{number} weight quantizations a step in every-forward")
+        num_quantizations = weights.num_in_forward // max(1, weights.num_schedules)
+        print_rank_0(f"{num_quantizations} weight quantizations a step in every-forward")
 
 
 def in_every_forward(in_place: type) -> type:
-    """A stand-in for ``InPlaceWeights`` that leaves parameters alone and lets modelopt's weight quantizers run, with
-    the same arithmetic."""
+    """Return a subclass of ``InPlaceWeights`` that quantizes in every forward pass instead.
+
+    It leaves parameters unchanged and lets modelopt's weight quantizers run with the same arithmetic.
+    """
     from modelopt.torch.quantization.nn import register_quant_backend
 
     from megatron_qad.formats import nvfp4
@@ -100,7 +102,7 @@ def in_every_forward(in_place: type) -> type:
         def __init__(self, chunks, formats, *args, **kwargs):
             super().__init__(chunks, formats, *args, **kwargs)
             self.num_in_forward = self.num_schedules = 0
-            self._is_counting = False  # calibration runs its forward passes outside of quantized_weights
+            self._is_counting = False  # calibration runs its forward passes outside quantized_weights
             register_quant_backend("bench_nvfp4_weights", self._quantize)
             for chunk in chunks:
                 for name, module in named_modules_globally(chunk):

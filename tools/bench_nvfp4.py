@@ -1,9 +1,9 @@
-"""NVFP4 and FP8 against modelopt and compressed-tensors, as Markdown tables; ``make bench`` runs it.
+"""Compare the speed and memory of NVFP4 and FP8 with modelopt and compressed-tensors. ``make bench`` runs it.
 
-One CPU thread, medians of interleaved repeats; a ratio is taken within one repeat, and the median of those is shown.
-Extra memory is the peak resident set of a forked child above what was resident before the call (Linux's VmHWM, reset
-through clear_refs); what a peer returns is part of its extra, ours works in place. GPU tables follow where a GPU is
-there.
+Prints Markdown tables. CPU tables use one thread and interleaved repeats: times are medians, and ratios are medians of
+the ratios within each repeat. Extra memory is the growth of the peak resident set of a forked child during the call
+(Linux's VmHWM, reset through clear_refs). It includes the tensor that a peer returns; ours works in place. With a GPU,
+GPU tables follow.
 """
 
 import argparse
@@ -27,9 +27,9 @@ MODELOPT = "modelopt: NVFP4QTensor quantize + dequantize"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the CPU tables' tensor")
-    parser.add_argument("--repeats", type=int, default=7, help="timed calls of each, after one that is not timed")
-    parser.add_argument("--only-gpu", action="store_true", help="leave the CPU's tables out")
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the tensor in the CPU tables")
+    parser.add_argument("--repeats", type=int, default=7, help="timed calls per row, after one untimed call")
+    parser.add_argument("--only-gpu", action="store_true", help="skip the CPU tables")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only_gpu:
@@ -37,18 +37,18 @@ def main() -> None:
     small = calls(made(64, torch.float32))
     for call in small.values():
         call()  # libraries load on their first call
-    # First all memory: later this process holds freed memory, which a child would reuse unseen.
+    # Memory comes first: later this process holds freed memory, which a child would reuse without growing.
     extra = {dtype: {name: extra_bytes(name, dtype, options.size) for name in small} for dtype in DTYPES}
     for dtype in DTYPES:
         print_cpu_table(dtype, options.size, options.repeats, extra[dtype])
     if torch.cuda.is_available():
         print_gpu_tables(options.repeats)
     else:
-        print("GPU: not measured (torch found none).")
+        print("GPU: not measured (PyTorch found no GPU).")
 
 
 def calls(x: torch.Tensor) -> dict:
-    """What is timed, by name. ``x`` is overwritten by the calls in place, which does not change their time."""
+    """Return the calls to time, by name. In-place calls overwrite a copy of ``x``, which does not affect their time."""
     from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_dequantize
     from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
     from compressed_tensors.quantization.quant_scheme import NVFP4
@@ -58,7 +58,7 @@ def calls(x: torch.Tensor) -> dict:
     scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
     fp8_scale = fp8.scale_from_amax(nvfp4.tensor_amax(x))
     work, source = x.clone(), x.clone()
-    their_global = generate_gparam(x.float().min(), x.float().max())
+    peer_global_scale = generate_gparam(x.float().min(), x.float().max())
 
     def modelopt():
         quantized, block_scale, _ = NVFP4QTensor.quantize(source, 16, weights_scaling_factor_2=scale)
@@ -71,13 +71,13 @@ def calls(x: torch.Tensor) -> dict:
     def compressed_tensors():
         wide, args = source.float(), NVFP4["weights"]
         blocks = wide.view(len(wide), -1, 16)
-        block_scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, their_global)
+        block_scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, peer_global_scale)
         block_scale = block_scale.float()
-        codes = ct_quantize(wide, block_scale, zero.float(), args, global_scale=their_global)
-        return ct_dequantize(codes, block_scale, args=args, global_scale=their_global, dtype=source.dtype)
+        codes = ct_quantize(wide, block_scale, zero.float(), args, global_scale=peer_global_scale)
+        return ct_dequantize(codes, block_scale, args=args, global_scale=peer_global_scale, dtype=source.dtype)
 
     def restored(call):
-        """For the rules that look at more of an off-grid block: from the same values every time."""
+        """Restore the values before each call: these rules take longer for unquantized blocks."""
         return lambda: call(work.copy_(source))
 
     return {
@@ -102,14 +102,14 @@ def print_cpu_table(dtype: str, size: int, repeats: int, extra: dict[str, str]) 
     seconds = {name: [] for name in timed}
     for repeat in range(repeats + 1):
         for name, call in timed.items():
-            began = time.perf_counter()
+            start = time.perf_counter()
             call()
             if repeat:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
 
     def ratio(times: list[float]) -> float:
-        """Of each repeat on its own: what else the machine does lasts longer than one."""
+        """Return the median ratio within a repeat, because other load on the machine lasts longer than a repeat."""
         return statistics.median(time / ours for time, ours in zip(times, seconds[OURS], strict=True))
 
     print(f"{dtype}, {size}x{size}, one CPU thread, median of {repeats}:\n")
@@ -123,7 +123,7 @@ def print_cpu_table(dtype: str, size: int, repeats: int, extra: dict[str, str]) 
 
 
 def extra_bytes(name: str, dtype: str, size: int) -> str:
-    """Peak bytes per element that one call adds, measured in a child."""
+    """Return the peak bytes per element that one call adds, measured in a child process."""
     reader, writer = os.pipe()
     if child := os.fork():
         os.close(writer)
@@ -134,7 +134,7 @@ def extra_bytes(name: str, dtype: str, size: int) -> str:
         call = calls(made(size, DTYPES[dtype]))[name]
         before = resident("VmRSS")
         with open("/proc/self/clear_refs", "w") as clear:
-            clear.write("5")  # the peak restarts here
+            clear.write("5")  # resets the peak
         result = call()
         os.write(writer, f"{(resident('VmHWM') - before) / size**2:.2f}".encode())
         del result
@@ -152,30 +152,30 @@ def print_gpu_tables(repeats: int) -> None:
     print("| | copy GB/s | ours GB/s | of copy | modelopt dynamic / ours |\n|---|---|---|---|---|")
     for size in GPU_SIZES:
         x = made(size, torch.bfloat16).cuda()
-        moved = 2 * x.numel() * x.element_size()
+        num_bytes = 2 * x.numel() * x.element_size()
         copy, ours = (median_seconds(call, 4 * repeats) for call in (copy_call(x), in_place_call(x)))
-        theirs = median_seconds(modelopt_call(x), 4 * repeats)
-        rates = f"{moved / copy / 1e9:.0f} | {moved / ours / 1e9:.0f} | {copy / ours:.0%}"
-        print(f"| {size}x{size} | {rates} | {theirs / ours:.2f} |")
+        peer = median_seconds(modelopt_call(x), 4 * repeats)
+        rates = f"{num_bytes / copy / 1e9:.0f} | {num_bytes / ours / 1e9:.0f} | {copy / ours:.0%}"
+        print(f"| {size}x{size} | {rates} | {peer / ours:.2f} |")
     experts = [made(1024, torch.bfloat16).cuda() for _ in range(256)]
-    listed, loop = (median_seconds(call, 4 * repeats) for call in list_calls(experts))
-    print(f"\n256 experts of 1024x1024: one launch {listed * 1e3:.2f} ms, a loop {loop * 1e3:.2f} ms.")
+    one_call, loop = (median_seconds(call, 4 * repeats) for call in list_calls(experts))
+    print(f"\n256 experts of 1024x1024: one launch {one_call * 1e3:.2f} ms, a loop {loop * 1e3:.2f} ms.")
 
 
 def copy_call(x: torch.Tensor) -> Callable:
-    """A copy of as many bytes as fake quantization in place reads and writes."""
+    """Return a copy that reads and writes as many bytes as in-place fake quantization."""
     other = torch.empty_like(x)
     return lambda: other.copy_(x)
 
 
 def in_place_call(x: torch.Tensor) -> Callable:
-    """Ours, given amax."""
+    """Return our in-place fake quantization with a given amax."""
     scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
     return lambda: nvfp4.fake_quant_(x, scale, check=False)
 
 
 def modelopt_call(x: torch.Tensor) -> Callable:
-    """modelopt's kernel for weights and inputs in training, given amax; needs a GPU."""
+    """Return modelopt's training kernel for weights and inputs with a given amax. Needs a GPU."""
     from modelopt.torch.quantization.tensor_quant import dynamic_block_quant
 
     amax = nvfp4.tensor_amax(x)
@@ -183,7 +183,7 @@ def modelopt_call(x: torch.Tensor) -> Callable:
 
 
 def list_calls(tensors: list[torch.Tensor]) -> tuple[Callable, Callable]:
-    """All tensors in place given their amaxes: at once, and in a loop."""
+    """Return in-place fake quantization of all tensors with given amaxes: as one list call, and as a loop."""
     names = [f"expert {i}" for i in range(len(tensors))]
     scales = nvfp4_multi_tensor.global_scales_from_amaxes(nvfp4_multi_tensor.amax_list(tensors), names)
     return (

@@ -1,4 +1,4 @@
-"""Rows of tools/gpu_check.py's table, and how numbers are written in them."""
+"""Rows of the table of tools/gpu_check.py, and the formatting of their numbers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,19 +8,21 @@ NEEDS_GPU = "needs a GPU"
 
 @dataclass(frozen=True)
 class Machine:
+    """The device to check, and whether sizes are tiny."""
+
     device: str
-    """"cuda" or "cpu"."""
+    """Device type, "cuda" or "cpu"."""
     is_tiny: bool
-    """Use tiny sizes, for which no speed or memory goal is judged."""
+    """Whether to use tiny sizes, for which no speed or memory goal is judged."""
 
     def judge(self, is_reached: bool) -> str:
-        """The verdict on a goal of speed or memory."""
+        """Return the verdict on a speed or memory goal."""
         return "-" if self.is_tiny else verdict(is_reached)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. A verdict is "pass", "fail", or "-" where nothing is judged."""
+    """One row of the table. A verdict is "pass", "fail", or "-" if nothing is judged."""
 
     what: str
     size: str
@@ -33,6 +35,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Check:
+    """A check of tools/gpu_check.py."""
+
     name: str
     seconds: int
     """Time limit in seconds, including imports and compilation."""
@@ -47,16 +51,16 @@ def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms"
 
 
-def as_fast(theirs: float, ours: float) -> str:
-    return f"{theirs / ours:.2f} times as fast"
+def as_fast(peer: float, ours: float) -> str:
+    return f"{peer / ours:.2f} times as fast"
 
 
 def mebibytes(size: float) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def pair(numbers) -> str:
-    return ", ".join(f"{number:.1e}" for number in numbers)
+def pair(values) -> str:
+    return ", ".join(f"{value:.1e}" for value in values)
 
 
 def one_line(error: BaseException) -> str:

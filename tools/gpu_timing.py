@@ -1,4 +1,4 @@
-"""How long a GPU takes for a call, without what the CPU takes to launch it; and how long a call takes elsewhere."""
+"""Timing of calls: on a GPU without the CPU's launch time, elsewhere by a clock."""
 
 import statistics
 import time
@@ -8,17 +8,18 @@ import torch
 
 
 def gpu_seconds(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds between events around the call behind a filled queue, as in a training step, and of its launches alone.
+    """Return the GPU seconds of a call, and the CPU seconds of its launches.
 
-    Calls that launch for longer than about 20 ms outlast the filling.
+    The GPU's queue is filled first, as in a training step, so that launch time does not count. Calls whose launches
+    take longer than about 20 ms outlast the filled queue.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(40_000_000)  # cycles
     start.record()
-    began = time.perf_counter()
+    host_start = time.perf_counter()
     call()
-    host = time.perf_counter() - began
+    host = time.perf_counter() - host_start
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3, host
@@ -27,7 +28,7 @@ def gpu_seconds(call: Callable[[], object]) -> tuple[float, float]:
 def call_seconds(
     call: Callable[[], object], clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float | None]:
-    """``gpu_seconds`` where torch finds a GPU; elsewhere the seconds of the call by ``clock``, and None."""
+    """Return ``gpu_seconds`` if PyTorch finds a GPU, else the seconds of the call by ``clock`` and None."""
     if torch.cuda.is_available():
         return gpu_seconds(call)
     start = clock()
@@ -36,7 +37,7 @@ def call_seconds(
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median time of ``repeats`` calls after three untimed ones, which compile and fault memory in."""
+    """Return the median time of ``repeats`` calls, after three untimed calls that compile and touch memory."""
     for _ in range(3):
         call()
     return statistics.median(call_seconds(call)[0] for _ in range(repeats))

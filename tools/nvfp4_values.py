@@ -1,12 +1,14 @@
-"""Hard test values for NVFP4 kernels, and a count of the values whose bits differ from the reference."""
+"""Test values that are hard for NVFP4 kernels, and a bitwise comparison with the reference."""
 
 import torch
 from torch import Tensor
 
 
 def hard_values(rows: int, dim: int, dtype: torch.dtype, seed: int, exponent: int = 0) -> Tensor:
-    """[rows, dim], three rows at least: a row of zeros, -0.0, ties, subnormal block scales, rows of very different
-    size; all times 2^exponent."""
+    """Return a tensor [rows, dim] of values that are hard to round, multiplied by 2^exponent. ``rows`` must be >= 3.
+
+    It has a row of zeros, -0.0, ties, subnormal block scales, and rows of very different magnitudes.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, dim, generator=generator) * torch.exp(4 * torch.randn(rows, 1, generator=generator))
     x[0], x[1, ::3] = 0.0, -0.0
@@ -15,8 +17,10 @@ def hard_values(rows: int, dim: int, dtype: torch.dtype, seed: int, exponent: in
 
 
 def differing_values(ours: Tensor, reference: Tensor) -> int:
-    """How many values of two tensors of one shape and float type differ in some bit, on ``reference``'s device. The
-    sign of a zero counts."""
+    """Count the values of two tensors of equal shape and float dtype whose bits differ, on ``reference``'s device.
+
+    Zeros of different sign differ.
+    """
     assert ours.dtype == reference.dtype and ours.shape == reference.shape, (ours.dtype, ours.shape, reference)
     integer = torch.int32 if ours.dtype == torch.float32 else torch.int16
     return (ours.to(reference.device).view(integer) != reference.view(integer)).sum().item()

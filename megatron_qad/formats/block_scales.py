@@ -1,17 +1,19 @@
-"""The E4M3 scale of an NVFP4 block, by one of three rules. All look at one block and the tensor's global scale only, so
-that any tensor-parallel shard chooses what the whole tensor would.
+"""Rules that choose the E4M3 scale of an NVFP4 block.
 
-- ``max``: the block's amax becomes 6. What serving kernels do with activations, and modelopt with weights.
-- ``four_over_six``: it becomes 6 or 4, whichever errs less (Cook et al., "Four Over Six", 2025). Between 4 and 6 lies
-  the widest gap of the grid, so that a block with values near 5/6 of its amax gains from ending at 4.
-- ``mse``: the E4M3 scale that errs least among those from 2 codes below the ``max`` rule's to 8 codes above it
-  (amax becomes about 7.5 down to 3); the candidate of ``four_over_six`` is among them.
+A rule uses only the block and the tensor's global scale. A tensor-parallel shard therefore gets the same block scales
+as the whole tensor.
 
-The error is the sum of squares over the 16 values, in float32, in units of the global scale, added in one fixed order
-so that a kernel can choose the same scale. Ties go to the ``max`` rule's scale.
+- ``max``: maps the block's amax to 6. Serving kernels do this for activations, and modelopt does it for weights.
+- ``four_over_six``: maps the amax to 6 or 4, whichever has the smaller error (Cook et al., "Four Over Six", 2025). The
+  widest gap of E2M1 is between 4 and 6, so a block with values near 5/6 of its amax gains from a maximum of 4.
+- ``mse``: the E4M3 scale with the smallest error among those from 2 codes below the ``max`` rule's scale to 8 codes
+  above it (the amax maps to about 7.5 down to 3). These include the candidate of ``four_over_six``.
 
-A block whose ``max`` scale is 448, the top, keeps it under every rule. The tensor's amax lies in such a block, becomes
-6 * 448 * global_scale, and so survives: the exporter recomputes the global scale from it
+The error is the sum of squares over the 16 values, in float32, in units of the global scale. The order of addition is
+fixed, so that a kernel chooses the same scale. Ties go to the ``max`` rule's scale.
+
+A block whose ``max`` scale is 448, the largest E4M3 number, keeps it under every rule. The tensor's amax is in such a
+block and becomes 6 * 448 * global_scale. This preserves the amax, from which the exporter recomputes the global scale
 (``nvfp4_pack.recover_global_scale``).
 """
 
@@ -24,13 +26,13 @@ from megatron_qad.formats.e2m1 import E2M1_MAX, round_to_e2m1_
 SCALE_RULES = ("max", "four_over_six", "mse")
 
 _TOP_CODE = 0x7E  # 448
-# Where nearest rounding still ends at 448: an on-grid block's amax / 4 may exceed 448 by the rounding of its type.
+# The largest number that rounds to 448. In fake-quantized blocks amax / 4 can exceed 448 by the dtype's rounding error.
 _TOP_QUOTIENT = 464.0
-MSE_OFFSETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, -1, -2)  # codes from the max rule's; an earlier one wins a tie
+MSE_OFFSETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, -1, -2)  # in codes, from the max rule's scale; ties go to the earlier
 
 
 def choose(blocks: Tensor, block_amax: Tensor, global_scale: Tensor, rule: str) -> Tensor:
-    """Block scales for finite blocks.
+    """Return the block scales of finite blocks under one rule.
 
     Args:
         blocks: float32 [B, 16].
@@ -38,7 +40,8 @@ def choose(blocks: Tensor, block_amax: Tensor, global_scale: Tensor, rule: str) 
         global_scale: float32 [].
         rule: one of SCALE_RULES.
 
-    Returns E4M3 numbers 2^-9 to 448 as float32 [B, 1]; 1.0 for an all-zero block.
+    Returns:
+        E4M3 numbers from 2^-9 to 448 as float32 [B, 1]; 1.0 for an all-zero block.
     """
     scale = max_scale(block_amax, global_scale)
     if rule == "max":
@@ -49,17 +52,20 @@ def choose(blocks: Tensor, block_amax: Tensor, global_scale: Tensor, rule: str) 
 
 
 def max_scale(block_amax: Tensor, global_scale: Tensor) -> Tensor:
-    """float32 [B, 1] -> E4M3 numbers as float32 [B, 1]: amax / 6 in units of the global scale, as modelopt computes."""
+    """Return amax / 6 in units of the global scale, rounded to E4M3, as float32 [B, 1]. Same arithmetic as modelopt."""
     scale = block_amax / (global_scale * E2M1_MAX)
-    scale.masked_fill_(scale == 0, 1.0)  # an all-zero block stores 1.0; others never underflow to 0 but stop at 2^-9
+    scale.masked_fill_(scale == 0, 1.0)  # all-zero blocks store 1.0; the clamp keeps others above 0
     return round_to_e4m3_(scale.clamp_(min=E4M3_MIN))
 
 
 def squared_error(blocks: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
-    """Sum of squared errors of float32 [B, 16] under block scales, float32 [B, 1] both; in units of global_scale^2."""
+    """Return the sum of squared errors of each block, float32 [B, 1], in units of global_scale^2.
+
+    blocks: float32 [B, 16]. block_scale: float32 [B, 1].
+    """
     scaled = blocks / (block_scale * global_scale)
     errors = round_to_e2m1_(scaled.clone()).sub_(scaled).square_()
-    while errors.shape[1] > 1:  # halves onto halves: an order of addition that every device can keep
+    while errors.shape[1] > 1:  # adding half to half is an order that every device can reproduce
         half = errors.shape[1] // 2
         errors = errors[:, :half] + errors[:, half:]
     return errors * (block_scale * block_scale)
@@ -69,7 +75,7 @@ def _four_over_six(blocks: Tensor, block_amax: Tensor, six: Tensor, global_scale
     quotient = block_amax / (global_scale * 4.0)
     four = round_to_e4m3_(quotient.clamp(min=E4M3_MIN))
     better = squared_error(blocks, four, global_scale) < squared_error(blocks, six, global_scale)
-    better &= quotient <= _TOP_QUOTIENT  # so the top stays, whose quotient is 1.5 * 432 at least
+    better &= quotient <= _TOP_QUOTIENT  # a max scale of 448 stays: its quotient is >= 1.5 * 432
     return torch.where(better, four, six)
 
 

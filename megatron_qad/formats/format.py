@@ -1,8 +1,8 @@
-"""What a format is: a ``NumberFormat`` for the arithmetic, a ``LinearFormat`` for what a policy gives a linear.
+"""Base classes of formats: ``NumberFormat`` is the arithmetic, ``LinearFormat`` is what a policy assigns to a linear.
 
-A number format rounds and packs tensors. A linear format names the number formats of a linear's weight and of its
-input, and says how the linear is stored in each export layout. ``format_registry`` lists the linear formats; all other
-code asks their objects and compares no names.
+A number format rounds and packs tensors. A linear format combines the number formats of a linear's weight and input
+with the way the linear is stored in each export layout. ``format_registry`` lists the linear formats. All other code
+uses these objects and never compares format names.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,75 +16,78 @@ from megatron_qad.formats.common import NotRepresentableError, neighbours, tenso
 
 BF16_BITS = 16
 SCALE_BYTES = 4
-"""Of a float32 scale of a tensor."""
+"""Size of a tensor's float32 scale in bytes."""
 
 
 class NumberFormat:
-    """The arithmetic of one format. A subclass sets the fields and implements the first four methods; the methods after
-    them are made of these four, and a subclass overrides one only to make it faster.
+    """The arithmetic of one number format.
 
-    ``scale`` is float32 [], one a tensor. ``codes`` are what a tensor [..., K] becomes in memory and a weight [N, K] on
-    disk: tensors by role, "weight" and, if blocks have scales of their own, "block_scale".
+    A subclass sets the fields and implements the first four methods. The other methods are built on these four; a
+    subclass overrides one of them only to make it faster.
+
+    ``scale`` is float32 [], one per tensor. ``codes`` are the quantized form of a tensor [..., K] in memory and of a
+    weight [N, K] on disk: a dictionary of tensors by role, "weight" and, if the format has block scales, "block_scale".
     """
 
     name: str
     bits: float
-    """Storage of an element with its share of the block scales."""
+    """Bits stored per element, including its share of the block scales."""
     block_size: int = 1
-    """Elements of a row that share a block scale. The number of columns must be a multiple. 1: no block scales."""
+    """Number of elements of a row that share a block scale. It must divide the number of columns. 1 means no block
+    scales."""
     tensor_bytes: int = SCALE_BYTES
-    """Bytes that a stored weight takes besides its elements and block scales: a float32 scale, unless set otherwise."""
+    """Bytes of a stored weight in addition to its elements and block scales. Default: one float32 scale."""
     input_attributes: Mapping[Any, Any] | None = None
-    """modelopt's quantizer attributes for an input in this format. None: the format is for weights only."""
+    """modelopt quantizer attributes for an input in this format. None means that the format is for weights only."""
 
-    # What a format implements.
+    # A subclass implements these four.
 
     def scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
-        """Float32 amaxes -> float32 scales, element by element.
+        """Return the float32 scale of each float32 amax.
 
-        Raises QADError, with ``name``, for a NaN, infinite or negative amax. ``check=False`` leaves that out.
+        Raises QADError, with ``name``, for a NaN, infinite or negative amax, unless ``check=False``.
         """
         raise NotImplementedError
 
     def quantize(
         self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
     ) -> dict[str, Tensor]:
-        """The codes of ``x`` [..., K]. ``rule`` chooses block scales (``block_scales``), if the format has any.
+        """Return the codes of ``x`` [..., K]. ``rule`` chooses the block scales (``block_scales``), if there are any.
 
-        Raises QADError, with ``name``, for NaN and Inf. ``check=False`` leaves that out.
+        Raises QADError, with ``name``, for NaN and Inf, unless ``check=False``.
         """
         raise NotImplementedError
 
     def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor [..., K] that codes stand for."""
+        """Decode codes to a tensor [..., K] of ``dtype``."""
         raise NotImplementedError
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """Role -> shape, of the codes of a weight [rows, columns]."""
+        """Return the shapes, by role, of the codes of a weight [rows, columns]."""
         raise NotImplementedError
 
-    # What follows from it.
+    # The following methods are built on the four above.
 
     def fake_quant(self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
-        """``dequantize(quantize(x))`` in ``x``'s dtype and shape, without a gradient."""
+        """Fake-quantize ``x``: ``dequantize(quantize(x))`` in ``x``'s dtype and shape, without a gradient."""
         return self.dequantize(self.quantize(x.detach(), scale, name=name, check=check), scale, x.dtype)
 
     def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str]) -> Tensor:
-        """``scale_from_amax`` of n tensors at once: float32 [n] -> float32 [n]."""
-        first = int((~amaxes.isfinite()).int().argmax())  # the error, if there is one, names its weight
+        """Return the scales of n tensors, float32 [n], from their amaxes, float32 [n]."""
+        first = int((~amaxes.isfinite()).int().argmax())  # names the weight if there is an error
         return self.scale_from_amax(amaxes, name=names[first])
 
     @torch.no_grad()
     def fake_quant_list_(
         self, tensors: Sequence[Tensor], scales: Tensor, names: Sequence[str], rule: str = "max"
     ) -> None:
-        """Fake-quantize n tensors in place, each under its own scale. scales: float32 [n]."""
+        """Fake-quantize n tensors in place, each with its own scale. ``scales`` is float32 [n]."""
         for tensor, scale, name in zip(tensors, scales, names, strict=True):
             codes = self.quantize(tensor, scale, name=name, rule=rule)
             tensor.copy_(self.dequantize(codes, scale, tensor.dtype))
 
     def exact_codes(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor] | None:
-        """The codes that decode to exactly ``weight``, which is then "on the grid"; None if there are none.
+        """Return the codes that decode to exactly ``weight``, or None if the format cannot represent it.
 
         Raises QADError, with ``name``, for NaN and Inf.
         """
@@ -92,32 +95,32 @@ class NumberFormat:
         return codes if torch.equal(self.dequantize(codes, scale, weight.dtype), weight) else None
 
     def pack_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> dict[str, Tensor]:
-        """``exact_codes`` of a weight that must have them. Raises NotRepresentableError if there are none."""
+        """Return ``exact_codes``. Raises NotRepresentableError if there are none."""
         codes = self.exact_codes(weight, scale, name=name)
         if codes is None:
-            raise NotRepresentableError(f"{name}: some of its values are no {self.name} values under its scale.")
+            raise NotRepresentableError(f"{name}: some values are not representable in {self.name} under its scale.")
         return codes
 
     def is_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
         return self.exact_codes(weight, scale, name=name) is not None
 
     def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-        """Find the scale that saved weights share, and pack each of them once.
+        """Recover the scale that saved weights share, and pack each weight with it.
 
         Args:
-            weights: [N, K] each; all tensors that were quantized under one scale (q, k and v; gate and up).
-            name: of their group, for errors.
+            weights: [N, K] each, all tensors that were quantized with one scale (q, k and v; gate and up).
+            name: name of their group for errors.
 
         Returns:
-            The scale and the codes of each weight, which decode to exactly it. The codes are None if the weights are
-            not on the grid: they were saved between an optimizer step and the next quantization, and the scale is the
-            one that quantization would have used.
+            The scale, and the codes that decode to exactly each weight. The codes are None if the format cannot
+            represent the weights, because they were saved between an optimizer step and the next quantization. The
+            scale is then the one which that quantization would have used.
 
         Raises QADError for NaN and Inf.
         """
         amax = torch.stack([tensor_amax(weight).cpu() for weight in weights]).amax()
         scale = self.scale_from_amax(amax, name=name)
-        # Fake quantization keeps the amax of short types, and with it the scale. It can move a float32 amax by an ulp.
+        # Fake quantization preserves the amax, and so the scale, of 16-bit dtypes. A float32 amax can change by an ulp.
         is_sure = all(weight.dtype != torch.float32 for weight in weights)
         for candidate in [scale] if is_sure else neighbours(scale):
             packed = []
@@ -131,49 +134,49 @@ class NumberFormat:
         return scale, None
 
     def rounded(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> Tensor:
-        """A fake-quantized copy."""
+        """Return a fake-quantized copy of ``weight``."""
         copy = weight.clone()
         self.fake_quant_list_([copy], scale.reshape(1), [name], rule)
         return copy
 
     def as_exported(self, weight: Tensor, *, name: str, rule: str = "max") -> Tensor:
-        """The values that the export of a saved weight decodes to: the weight itself if it is on the grid, else a
-        rounded copy."""
+        """Return the values that the exported weight decodes to: ``weight`` itself if representable, else a rounded
+        copy."""
         scale, codes = self.pack([weight], name=name)
         return weight if codes is not None else self.rounded(weight, scale, name=name, rule=rule)
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """How a quantized linear is stored in one export layout, and what the layout's configuration says about it."""
+    """Tensors and configuration entries of a quantized linear in one export layout."""
 
     parts: Mapping[str, tuple[str, str]]
-    """Role -> last part of the tensor's name, and its safetensors dtype. Roles, in the order on disk: "weight",
-    "block_scale", "weight_scale", "input_scale". The last two are scalars."""
+    """Role -> (last part of the tensor's name, its safetensors dtype). The roles, in the order on disk, are "weight",
+    "block_scale", "weight_scale" and "input_scale". The last two are scalars."""
     algo: str
-    """modelopt: ``quant_algo``. compressed-tensors: ``format``."""
+    """Algorithm name in the configuration: ``quant_algo`` in modelopt, ``format`` in compressed-tensors."""
     group: Mapping[str, Any]
-    """The entry of ``config_groups`` without its targets."""
+    """Entry of ``config_groups`` in the configuration, without its targets."""
     is_reciprocal: bool = False
     """Whether the scalars are stored as 1 / scale."""
     is_known_by_dtype: bool = True
-    """Whether the dtype of ``<module>.weight`` is enough for the validator to recognise the format. If not, it looks
-    for any of the parts."""
+    """Whether the validator can recognize the format from the dtype of ``<module>.weight`` alone. If not, it looks for
+    any of the parts."""
 
 
 @dataclass(frozen=True)
 class LinearFormat:
-    """What a policy can give a linear."""
+    """A format that a policy can assign to a linear."""
 
     name: str
-    """In policies, ``qad.json`` and tables."""
+    """Name of the format in policies, ``qad.json`` and tables."""
     description: str
     weight: NumberFormat | None = None
-    """What the weight is stored and multiplied as. None: left in the job's precision."""
+    """Number format of the weight. None means the job's precision."""
     input: NumberFormat | None = None
-    """What the input of the GEMM is rounded to. None: left in the job's precision."""
+    """Number format of the GEMM's input. None means the job's precision."""
     stored: Mapping[str, StoredLinear] = field(default_factory=dict)
-    """By export layout. A layout that is not here cannot hold the format."""
+    """Storage by export layout. A layout that is missing here does not support the format."""
 
     @property
     def quantizes(self) -> bool:
@@ -181,11 +184,11 @@ class LinearFormat:
 
     @property
     def block_size(self) -> int:
-        """The number of columns of the weight must be a multiple of it."""
+        """Block size of the weight's format, which must divide the number of columns of the weight."""
         return 1 if self.weight is None else self.weight.block_size
 
     def num_bytes(self, rows: int, columns: int, num_linears: int = 1) -> int:
-        """Stored bytes of a weight [rows, columns] and of all scales, of which each of ``num_linears`` has its own."""
+        """Return the stored bytes of a weight [rows, columns] and the scales of each of its ``num_linears`` linears."""
         bits = BF16_BITS if self.weight is None else self.weight.bits
         each = (0 if self.weight is None else self.weight.tensor_bytes) + SCALE_BYTES * (self.input is not None)
         return int(rows * columns * bits / 8) + each * num_linears
@@ -193,27 +196,27 @@ class LinearFormat:
 
 @dataclass(frozen=True)
 class StoredKVCache:
-    """The scales of a quantized KV cache in one export layout, and what its configuration says about the cache."""
+    """Scales and configuration entries of a quantized KV cache in one export layout."""
 
     scale_names: tuple[str, str]
-    """Of keys and values, with the places {k_proj}, {v_proj} and {attention} for names of modules."""
+    """Names of the key and value scales, with the placeholders {k_proj}, {v_proj} and {attention} for module names."""
     scheme: Mapping[str, Any]
-    """``kv_cache_scheme``."""
+    """Value of ``kv_cache_scheme`` in the configuration."""
     algo: str | None = None
-    """``kv_cache_quant_algo``; None where the layout has no such key."""
+    """Value of ``kv_cache_quant_algo`` in the configuration. None means that the layout has no such key."""
 
 
 @dataclass(frozen=True)
 class KVCacheFormat:
-    """What a policy can give the KV cache. One scale for all keys of an attention layer, one for all values."""
+    """A format that a policy can assign to the KV cache, with one key scale and one value scale per attention layer."""
 
     name: str
     number: NumberFormat
     stored: Mapping[str, StoredKVCache]
-    """By export layout."""
+    """Storage by export layout."""
 
     def scale_names(self, layout: str, k_proj: str, v_proj: str) -> tuple[str, str]:
-        """Names of an attention layer's two scales, from the Hugging Face names of its projections."""
+        """Return the names of a layer's key and value scales, from the Hugging Face names of its projections."""
         places = {"k_proj": k_proj, "v_proj": v_proj, "attention": k_proj.rsplit(".", 1)[0]}
         k_scale, v_scale = (name.format(**places) for name in self.stored[layout].scale_names)
         return k_scale, v_scale

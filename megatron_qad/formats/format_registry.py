@@ -1,6 +1,6 @@
-"""The formats that a policy can give a linear or a KV cache. A new format is a file of its own and a line here.
+"""Registry of the formats that a policy can assign to a linear or a KV cache.
 
-``docs/howto/add_a_format.md`` has the steps.
+A new format is a file of its own and one line here; see ``docs/howto/add_a_format.md``.
 """
 
 from megatron_qad.formats.format import KVCacheFormat, LinearFormat
@@ -11,8 +11,8 @@ from megatron_qad.formats.nvfp4_format import NVFP4_W4A4, NVFP4_W4A16
 UNQUANTIZED = LinearFormat("bf16", "not quantized")
 
 FORMATS: dict[str, LinearFormat] = {
-    line.name: line
-    for line in (
+    fmt.name: fmt
+    for fmt in (
         UNQUANTIZED,
         NVFP4_W4A4,
         NVFP4_W4A16,
@@ -20,20 +20,20 @@ FORMATS: dict[str, LinearFormat] = {
         INT4_W4A16,
     )
 }
-"""By the name that policies use, in the order of tables and messages."""
+"""Linear formats by their name in policies, in the order of tables and messages."""
 
 KV_CACHE_FORMATS: dict[str, KVCacheFormat | None] = {
     UNQUANTIZED.name: None,
     FP8_KV_CACHE.name: FP8_KV_CACHE,
 }
-"""By the name that policies use. None: keys and values stay in the job's precision."""
+"""KV cache formats by their name in policies. None means that keys and values stay in the job's precision."""
 
 DEFAULT_FORMAT = NVFP4_W4A4.name
-"""What a linear is taken for where nothing else says its format."""
+"""Name of the format that is assumed for a linear if none is given."""
 
 
 def exported_formats(layout: str | None = None) -> tuple[str, ...]:
-    """Names of the formats that a packed layout holds, the unquantized one included. None: that any layout holds."""
+    """Return the names of the formats that ``layout`` supports (None: that any packed layout does), and unquantized."""
     return tuple(
         name for name, fmt in FORMATS.items() if not fmt.quantizes or (layout in fmt.stored if layout else fmt.stored)
     )

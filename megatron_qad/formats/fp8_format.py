@@ -1,6 +1,6 @@
-"""FP8 E4M3 with one scale a tensor, for weights, inputs and the KV cache. The arithmetic is in ``fp8``.
+"""FP8 E4M3 formats of linears and the KV cache, with one scale per tensor. The arithmetic is in ``fp8``.
 
-Sources of names and entries: modelopt 0.47's exporters; compressed-tensors 0.20, format float-quantized.
+Tensor names and configuration entries follow modelopt 0.47's exporters and compressed-tensors 0.20 (float-quantized).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,8 @@ from megatron_qad.formats.format import KVCacheFormat, LinearFormat, NumberForma
 
 
 class FP8Numbers(NumberFormat):
+    """FP8 E4M3 numbers with one scale per tensor."""
+
     name = "fp8"
     bits = 8
     input_attributes = {"num_bits": (4, 3), "axis": None}
@@ -83,7 +85,7 @@ FP8_KV_CACHE = KVCacheFormat(
     stored={
         "modelopt": StoredKVCache(
             scale_names=("{k_proj}.k_scale", "{v_proj}.v_scale"),
-            scheme=_MODELOPT,  # vLLM reads it, others the algorithm
+            scheme=_MODELOPT,  # read by vLLM; other loaders read ``algo``
             algo="FP8",
         ),
         "compressed-tensors": StoredKVCache(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.common import refuse_nonfinite
+from megatron_qad.formats.common import check_finite
 
 GROUP_SIZE = 128
 MIN_CODE, MAX_CODE = -8, 7
@@ -43,7 +43,7 @@ def quantize(x: Tensor, *, name: str = "tensor", check: bool = True) -> tuple[Te
     groups = _groups(x, name)
     scales = _scales(groups)
     if check and not bool(torch.isfinite(scales).all()):
-        refuse_nonfinite(x, name, "INT4")
+        check_finite(x, name, "INT4")
     return _codes(groups, scales).reshape(x.shape), scales.bfloat16()
 
 
@@ -65,7 +65,7 @@ def exact_codes(weight: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor
     groups = _groups(weight, name)
     first = _scales(groups)
     if not bool(torch.isfinite(first).all()):
-        refuse_nonfinite(weight, name, "INT4")
+        check_finite(weight, name, "INT4")
     codes = torch.zeros(groups.shape, dtype=torch.int8, device=weight.device)
     scales, is_missing = first.clone(), torch.ones_like(first, dtype=torch.bool)
     for offset in (0, -1, 1):

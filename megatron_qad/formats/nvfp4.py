@@ -1,15 +1,15 @@
-"""The NVFP4 arithmetic: quantize, decode, fake-quantize. Training, calibration, export and validation all call this.
+"""NVFP4 arithmetic: quantize, dequantize and fake-quantize. Training, calibration, export and validation all use it.
 
-NVFP4 stores a tensor as E2M1 codes in blocks of 16 along the last axis, one E4M3 scale a block and one float32 scale a
-tensor:
+NVFP4 stores a tensor as E2M1 codes in blocks of 16 along the last dimension, with one E4M3 scale per block and one
+float32 scale per tensor:
 
     value = e2m1[code] * (float32(block_scale) * global_scale)
 
-The order of the float32 operations is modelopt 0.47's (``NVFP4QTensor``), so that codes and scales are equal to its,
-bit for bit. This is the plain torch reference: any device, worked in tiles so that no large temporary exists. Fake
-quantization on a GPU goes to ``nvfp4_triton``, whose bits are the same. What is left out: exact packing of weights that
-are fake-quantized already (``nvfp4_pack``), and the sharing of a global scale among fused tensors or tensor-parallel
-shards (the caller reduces the amax and passes one scale).
+The float32 operations have the same order as in modelopt 0.47 (``NVFP4QTensor``), so codes and scales are equal bit for
+bit. This is the plain PyTorch reference. It runs on any device, in tiles that avoid large temporary tensors. On a GPU,
+fake quantization uses ``nvfp4_triton``, which gives the same bits. ``nvfp4_pack`` packs weights that are already
+fake-quantized. Not supported: sharing a global scale among fused tensors or tensor-parallel shards. The caller reduces
+the amax and passes one scale.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.common import (
     E4M3_MAX,
     E4M3_MIN,
-    FLOATS,
+    FLOAT_DTYPES,
     amax_bits,
-    refuse_bad_blocks,
-    refuse_nonfinite,
+    check_blocks,
+    check_finite,
     tensor_amax,
     tile_slices,
     triton_serves,
@@ -64,20 +64,30 @@ __all__ = [
 
 BLOCK_SIZE = 16
 GLOBAL_SCALE_DIVISOR = E2M1_MAX * E4M3_MAX  # 2688
-# The smallest normal float32: block_scale * global_scale stays above 0 and 1/global_scale finite.
+# The smallest normal float32. It keeps block_scale * global_scale above 0 and 1 / global_scale finite.
 GLOBAL_SCALE_MIN = 2.0**-126
-# Above this, 6 * (448 * global_scale) can overflow float32. amax is within an ulp of float32's maximum only in a
-# broken tensor.
+# Above this, 6 * (448 * global_scale) can overflow float32. Only damaged tensors have an amax within an ulp of the
+# float32 maximum.
 GLOBAL_SCALE_MAX = torch.finfo(torch.float32).max * (1 - 2.0**-22) / GLOBAL_SCALE_DIVISOR
 
 
 def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor", check: bool = True) -> Tensor:
-    """float32 amax -> float32 global scale of the same shape ([] or [1] to []), ``amax / 2688``: 6, the largest code,
-    times 448, the largest block scale.
+    """Return the global scale ``amax / 2688``: 6, the largest E2M1 value, times 448, the largest E4M3 block scale.
 
-    Two rules make the result finite and positive always: an all-zero tensor (amax 0) gets 1.0, and a quotient below the
-    smallest normal float32 is raised to it. Raises QADError for a NaN, infinite or negative amax, with ``name``; for
-    amaxes [n] of n tensors ``name`` holds n names. The check waits for the device; ``check=False`` leaves it out.
+    The result is always finite and positive: amax 0 (an all-zero tensor) gives 1.0, and a quotient below the smallest
+    normal float32 is raised to it.
+
+    Args:
+        amax: float32 [] or [1] of one tensor, or [n] of n tensors.
+        name: name of the tensor for errors; n names if ``amax`` is that of n tensors.
+        check: raise QADError for a NaN, infinite or negative amax. The check synchronizes with the device.
+
+    Returns:
+        float32 [], or [n] for n tensors.
+
+    Example:
+        >>> global_scale_from_amax(torch.tensor(5376.0))
+        tensor(2.)
     """
     amax = amax.detach().float()
     amax = amax.reshape(()) if isinstance(name, str) else amax
@@ -89,9 +99,9 @@ def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor"
             "; ".join(f"{names[i]}: amax is {amax.reshape(-1)[i].item()}" for i in bad[:8])
             + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
             + ", expected a finite number >= 0. "
-            "A weight or activation of it holds NaN or Inf; look for the first layer that does."
+            "The weight or activation contains NaN or Inf. Look for the first layer with such values."
         )
-    # A tensor divisor: torch on CUDA turns division by a Python number into a product with its reciprocal, an ulp off.
+    # The divisor is a tensor: for a Python number, PyTorch on CUDA multiplies by the reciprocal, which is an ulp off.
     scale = amax / torch.full_like(amax, GLOBAL_SCALE_DIVISOR)
     scale = scale.clamp(min=GLOBAL_SCALE_MIN, max=GLOBAL_SCALE_MAX)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
@@ -100,18 +110,26 @@ def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor"
 def quantize(
     x: Tensor, global_scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
 ) -> tuple[Tensor, Tensor]:
-    """NVFP4 of ``x``: codes to the nearest, ties to the even code, saturating at 6; block scales to the nearest E4M3.
+    """Quantize ``x`` to NVFP4. Block scales are rounded to the nearest E4M3 number.
+
+    Values are rounded to the nearest code, ties to the even code, and saturate at 6 times their scale.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], K a multiple of 16; the arithmetic is float32.
         global_scale: float32 [] or [1], positive.
-        name: of the tensor, for errors.
-        check: raise QADError on NaN, Inf and an unusable global scale; costs a device synchronisation per tile.
-        rule: how a block's scale is chosen, one of SCALE_RULES (``block_scales``). Activations need "max", which is
-            what serving kernels do.
+        name: name of the tensor for errors.
+        check: raise QADError for NaN, Inf or an invalid global scale. Costs one device synchronization per tile.
+        rule: rule that chooses the block scales, one of SCALE_RULES (see ``block_scales``). Use "max" for activations,
+            as serving kernels do.
 
     Returns:
-        packed uint8 [..., K/2], the even column in the low nibble, and block_scale float8_e4m3fn [..., K/16].
+        packed uint8 [..., K/2], with the even column in the low nibble, and block_scale float8_e4m3fn [..., K/16].
+
+    Example:
+        >>> x = torch.arange(16.0)
+        >>> packed, block_scale = quantize(x, global_scale_from_amax(x.amax()))
+        >>> packed.shape, block_scale
+        (torch.Size([8]), tensor([448.], dtype=torch.float8_e4m3fn))
     """
     rows, scale = _prepare(x, global_scale, name, check, rule)
     num_rows, dim = rows.shape
@@ -127,20 +145,32 @@ def quantize(
 
 
 def dequantize(packed: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [..., K/2], float8_e4m3fn [..., K/16] and float32 [] -> ``dtype`` [..., K].
+    """Decode NVFP4 codes to ``dtype`` [..., K]. The arithmetic is float32, with one rounding to ``dtype`` at the end.
 
-    The arithmetic is float32 with one rounding to ``dtype`` at the end. Raises QADError for other dtypes and shapes.
+    Args:
+        packed: uint8 [..., K/2].
+        block_scale: float8_e4m3fn [..., K/16].
+        global_scale: float32 [].
+        dtype: dtype of the result.
+
+    Raises QADError for other dtypes or shapes of the inputs.
+
+    Example:
+        >>> x, scale = torch.arange(16.0), torch.tensor(0.5)
+        >>> dequantize(*quantize(x, scale), scale)[:6]
+        tensor([0.0000, 1.2500, 2.5000, 2.5000, 3.7500, 5.0000])
     """
     if packed.dtype != torch.uint8 or block_scale.dtype != torch.float8_e4m3fn:
         raise QADError(
-            f"NVFP4 codes are {packed.dtype} and block scales {block_scale.dtype}; "
-            "expected torch.uint8 and torch.float8_e4m3fn."
+            f"NVFP4 codes have dtype {packed.dtype} and block scales {block_scale.dtype}, "
+            "expected torch.uint8 and torch.float8_e4m3fn. Pass the results of quantize."
         )
     dim = packed.shape[-1] * 2
     if block_scale.shape != (*packed.shape[:-1], dim // BLOCK_SIZE):
         raise QADError(
-            f"NVFP4 codes of shape {list(packed.shape)} need block scales of shape "
-            f"{[*packed.shape[:-1], dim // BLOCK_SIZE]}, found {list(block_scale.shape)}."
+            f"NVFP4 block scales have shape {list(block_scale.shape)}, expected "
+            f"{[*packed.shape[:-1], dim // BLOCK_SIZE]} for codes of shape {list(packed.shape)}. "
+            "Pass codes and block scales of the same tensor."
         )
     scale = global_scale.float().reshape(()).to(packed.device)
     codes, scales = packed.reshape(-1, dim // 2), block_scale.reshape(-1, dim // BLOCK_SIZE)
@@ -148,17 +178,22 @@ def dequantize(packed: Tensor, block_scale: Tensor, global_scale: Tensor, dtype:
     for part in tile_slices(out):
         values = decode_codes(unpack_codes(codes[part])).view(-1, BLOCK_SIZE)
         out[part] = (values * (scales[part].reshape(-1, 1).float() * scale)).view(-1, dim)
-        out[part].add_(0.0)  # -0.0 + 0.0 is +0.0: a negative value that a short type rounds to zero has no sign either
+        out[part].add_(0.0)  # -0.0 + 0.0 is +0.0: negative values that a 16-bit dtype rounds to zero lose their sign
     return out.view(*packed.shape[:-1], dim)
 
 
 def fake_quant(
     x: Tensor, global_scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
 ) -> Tensor:
-    """``dequantize(*quantize(x))`` in ``x``'s dtype and shape, without the codes; bfloat16 is rounded once, at the end.
+    """Fake-quantize ``x``: the result of ``dequantize(*quantize(x))`` in ``x``'s dtype and shape, without the codes.
 
-    Serves weights [N, K] and activations of any leading shape [..., K]. Arguments and errors as for ``quantize``.
-    No gradient flows: the straight-through estimator is the caller's.
+    bfloat16 is rounded once, at the end. ``x`` is a weight [N, K] or an activation [..., K]. Arguments and errors are
+    those of ``quantize``. The result has no gradient; the caller implements the straight-through estimator.
+
+    Example:
+        >>> x = torch.arange(16.0)
+        >>> fake_quant(x, global_scale_from_amax(x.amax()))[:6]
+        tensor([0.0000, 1.2500, 2.5000, 2.5000, 3.7500, 5.0000])
     """
     out = x.detach().clone(memory_format=torch.contiguous_format)
     return fake_quant_(out, global_scale, name=name, check=check, rule=rule)
@@ -168,9 +203,9 @@ def fake_quant(
 def fake_quant_(
     x: Tensor, global_scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"
 ) -> Tensor:
-    """``fake_quant`` written over ``x``, tile by tile, or by a kernel where one serves; returns ``x``.
+    """In-place version of ``fake_quant``, by tiles or by a Triton kernel. Returns ``x``.
 
-    When NaN or Inf is found, part of the rest is quantized already.
+    If it raises for NaN or Inf, part of ``x`` is already quantized.
     """
     if not x.is_contiguous():
         return x.copy_(fake_quant(x, global_scale, name=name, check=check, rule=rule))
@@ -180,7 +215,7 @@ def fake_quant_(
 
         bad = nvfp4_triton.fake_quant_(x.detach(), scale, rule)
         if check:
-            refuse_bad_blocks(bad, [name])
+            check_blocks(bad, [name])
         return x
     all_blocks = rows.view(-1, BLOCK_SIZE)
     tiles = tile_slices(all_blocks)
@@ -200,22 +235,22 @@ def fake_quant_(
     return x
 
 
-def require_blocks(x: Tensor, name: str, rule: str) -> None:
-    """Raise QADError, with ``name``, unless ``x`` has a dtype and shape that NVFP4 quantizes and ``rule`` exists."""
-    if x.dtype not in FLOATS:
-        raise QADError(f"{name}: dtype is {x.dtype}; NVFP4 quantizes float32, bfloat16 and float16.")
+def check_quantizable(x: Tensor, name: str, rule: str) -> None:
+    """Check that ``x`` has a dtype and shape that NVFP4 supports and that ``rule`` exists. Raises QADError."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise QADError(f"{name}: dtype is {x.dtype}, expected float32, bfloat16 or float16 for NVFP4. Cast it first.")
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK_SIZE:
         raise QADError(
-            f"{name}: shape is {list(x.shape)}; NVFP4 needs a last dimension that is a positive "
-            f"multiple of {BLOCK_SIZE}. With tensor parallelism that holds for each shard; choose a smaller parallel "
-            "size or exclude the layer."
+            f"{name}: shape is {list(x.shape)}, but NVFP4 needs a last dimension that is a positive multiple of "
+            f"{BLOCK_SIZE}. With tensor parallelism this applies to each shard. Choose a smaller parallel size or "
+            "exclude the layer."
         )
     if rule not in SCALE_RULES:
-        raise QADError(f"{name}: NVFP4 scale rule {rule!r} is unknown; choose one of {', '.join(SCALE_RULES)}.")
+        raise QADError(f"{name}: unknown NVFP4 scale rule {rule!r}. Choose one of {', '.join(SCALE_RULES)}.")
 
 
-def require_scale(scale: Tensor, name: str) -> None:
-    """Raise QADError, with ``name``, unless the global scale, float32 [], is usable. Synchronises."""
+def check_global_scale(scale: Tensor, name: str) -> None:
+    """Check that the global scale, float32 [], is finite and large enough. Raises QADError. Synchronizes."""
     if not GLOBAL_SCALE_MIN <= scale.item() < float("inf"):
         raise QADError(
             f"{name}: global scale is {scale.item()}, expected a finite number >= {GLOBAL_SCALE_MIN}. "
@@ -224,19 +259,19 @@ def require_scale(scale: Tensor, name: str) -> None:
 
 
 def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool, rule: str) -> tuple[Tensor, Tensor]:
-    """Validate and return ``x`` as rows [M, K] and the scale as float32 [] on x's device."""
-    require_blocks(x, name, rule)
+    """Validate the arguments; return ``x`` as rows [M, K] and the scale as float32 [] on ``x``'s device."""
+    check_quantizable(x, name, rule)
     scale = global_scale.detach().float().reshape(()).to(x.device)
     if check:
-        require_scale(scale, name)
+        check_global_scale(scale, name)
     return x.detach().reshape(-1, x.shape[-1]), scale
 
 
 def _block_scale(
     blocks: Tensor, global_scale: Tensor, name: str | None, rule: str, scratch: Tensor | None = None
 ) -> Tensor:
-    """float32 [B, 16] -> E4M3 numbers as float32 [B, 1]. ``name`` None leaves out the check for NaN and Inf."""
+    """Return the E4M3 scales of float32 blocks [B, 16] as float32 [B, 1]. ``name=None`` skips the NaN and Inf check."""
     block_amax = amax_bits(blocks, -1, scratch)  # NaN where a block has one
     if name is not None and not bool(torch.isfinite(block_amax).all()):
-        refuse_nonfinite(blocks, name, "NVFP4")
+        check_finite(blocks, name, "NVFP4")
     return block_scales.choose(blocks, block_amax, global_scale, rule)

@@ -1,6 +1,7 @@
-"""NVFP4: four-bit floats in blocks of 16, with or without quantized inputs. The arithmetic is in ``nvfp4``.
+"""NVFP4 formats of linears, with and without quantized inputs. The arithmetic is in ``nvfp4``.
 
-Sources of names and entries: modelopt 0.47's exporters; compressed-tensors 0.20, format nvfp4-pack-quantized.
+Tensor names and configuration entries follow modelopt 0.47's exporters and compressed-tensors 0.20
+(nvfp4-pack-quantized).
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 
 class NVFP4Numbers(NumberFormat):
+    """NVFP4 numbers: E2M1 in blocks of 16, with E4M3 block scales and one float32 scale per tensor."""
+
     name = "nvfp4"
     bits = 4.5
     block_size = BLOCK_SIZE
@@ -76,7 +79,7 @@ _COMPRESSED_TENSORS = {
     "strategy": "tensor_group",
     "group_size": BLOCK_SIZE,
     "symmetric": True,
-    # Without it the loader keeps activation block scales in full precision: other logits, and no word about it.
+    # Without this key the loader silently keeps activation block scales in full precision, which changes the logits.
     "scale_dtype": "torch.float8_e4m3fn",
 }
 
@@ -90,7 +93,7 @@ def _stored(algo: str, with_input: bool) -> dict[str, StoredLinear]:
             parts=parts["modelopt"],
             algo=algo,
             group={"weights": _MODELOPT} | ({"input_activations": _MODELOPT} if with_input else {}),
-            is_known_by_dtype=False,  # U8 holds anything
+            is_known_by_dtype=False,  # other formats use U8 as well
         ),
         "compressed-tensors": StoredLinear(
             parts=parts["compressed-tensors"],

@@ -1,11 +1,11 @@
-"""Exact packing of weights that are NVFP4 values already: what was trained is what ships, bit for bit.
+"""Exact packing of weights that are fake-quantized to NVFP4: the exported weights equal the trained ones bit for bit.
 
-A fake-quantized weight is on the grid, but quantizing it again by the ``max`` rule does not always give it back. Under
-another rule its largest code need not be 6. Even under ``max``, if the block scale was one of the few subnormal E4M3
-numbers, rounding it up left no code 6 in the block: scale 2 * 2^-9 with largest code 4 is measured again as
-4 * 2 / 6 = 1.33 * 2^-9, which picks 1 * 2^-9 and saturates. In float32 also the tensor's amax can move by an ulp and
-with it the global scale. Both are searched for here, and every result is verified by decoding it. Left out: rounding
-of any kind.
+Quantizing a fake-quantized weight again with the ``max`` rule does not always reproduce it. Under another rule, the
+largest code of a block need not be 6. Even under ``max``, a block has no code 6 if its scale was rounded up to one of
+the few subnormal E4M3 numbers: scale 2 * 2^-9 with largest code 4 is measured again as 4 * 2 / 6 = 1.33 * 2^-9, which
+rounds to 1 * 2^-9 and saturates. In float32 the tensor's amax, and with it the global scale, can also change by an ulp.
+This module searches for the block scale and the global scale and verifies every result by decoding it. It never
+rounds a value.
 """
 
 from collections.abc import Sequence
@@ -26,34 +26,41 @@ from megatron_qad.formats.common import (
 from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
 from megatron_qad.formats.nvfp4 import (
     BLOCK_SIZE,
+    check_global_scale,
+    check_quantizable,
     dequantize,
     global_scale_from_amax,
     quantize,
-    require_blocks,
-    require_scale,
 )
 
 __all__ = ["NotRepresentableError", "is_representable", "pack_representable", "recover_global_scale"]
 
-_SEARCH_BLOCKS = 1 << 10  # blocks searched among all scales at a time: 1024 x 126 x 16 values, 8 MiB of float32
+_SEARCH_BLOCKS = 1 << 10  # blocks per search over all scales: 1024 x 126 x 16 values, 8 MiB of float32
 _LARGEST_CODES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
 
 
 def pack_representable(weight: Tensor, global_scale: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
-    """Pack a fake-quantized tensor so that ``dequantize(packed, block_scale, global_scale, weight.dtype)`` equals it.
+    """Pack a fake-quantized tensor exactly: ``dequantize(packed, block_scale, global_scale, weight.dtype)`` equals it.
 
     Args:
         weight: float32, bfloat16 or float16 [..., K], the result of ``fake_quant`` with this ``global_scale``.
-        global_scale: float32 []; from the original amax, or ``recover_global_scale``.
+        global_scale: float32 [], from the original amax or from ``recover_global_scale``.
+        name: name of the tensor for errors.
 
     Returns:
         packed uint8 [..., K/2] and block_scale float8_e4m3fn [..., K/16]. Both zeros of ``weight`` become code 0.
 
-    Raises NotRepresentableError, a QADError, with the count, if a block of ``weight`` is no NVFP4 block under this
-    global scale, at the first tile that has one: of a weight that was never quantized no more than a tile is packed.
+    Raises NotRepresentableError, a QADError, with the number of blocks that NVFP4 cannot represent under this global
+    scale. It raises at the first tile with such a block, so a weight that was never quantized costs only one tile.
+
+    Example:
+        >>> from megatron_qad.formats.nvfp4 import dequantize, fake_quant
+        >>> scale, weight = torch.tensor(0.5), fake_quant(torch.arange(16.0), torch.tensor(0.5))
+        >>> torch.equal(dequantize(*pack_representable(weight, scale), scale), weight)
+        True
     """
-    require_blocks(weight, name, "max")
-    require_scale(global_scale.float(), name)
+    check_quantizable(weight, name, "max")
+    check_global_scale(global_scale.float(), name)
     dim = weight.shape[-1]
     rows = weight.detach().reshape(-1, dim)
     packed = torch.empty(len(rows), dim // 2, dtype=torch.uint8, device=weight.device)
@@ -67,12 +74,12 @@ def pack_representable(weight: Tensor, global_scale: Tensor, *, name: str = "ten
         try:
             codes, scales = _search(blocks, global_scale, name, blocks_seen=part.stop * (dim // BLOCK_SIZE))
         except NotRepresentableError:
-            rest = rows[part.stop :]
-            if not bool(torch.isfinite(tensor_amax(rest))):
-                quantize(rest, global_scale, name=name)  # raises: NaN and Inf are the worse problem
+            remaining = rows[part.stop :]
+            if not bool(torch.isfinite(tensor_amax(remaining))):
+                quantize(remaining, global_scale, name=name)  # raises, because NaN and Inf are the worse problem
             raise
         packed[part].view(-1, BLOCK_SIZE // 2)[wrong] = pack_codes(codes)
-        # Through uint8 because torch has no indexed assignment of float8 on the CPU.
+        # PyTorch has no indexed assignment of float8 on the CPU, so view it as uint8.
         block_scale[part].view(torch.uint8).view(-1)[wrong] = scales.view(torch.uint8)
     return packed.view(*weight.shape[:-1], dim // 2), block_scale.view(*weight.shape[:-1], dim // BLOCK_SIZE)
 
@@ -87,19 +94,19 @@ def is_representable(weight: Tensor, global_scale: Tensor, *, name: str = "tenso
 
 
 def recover_global_scale(weights: Tensor | Sequence[Tensor], *, name: str = "tensor") -> Tensor:
-    """The float32 [] global scale under which fake-quantized weights pack exactly.
+    """Return the global scale, float32 [], under which fake-quantized weights pack exactly.
 
     Args:
         weights: one tensor, or all tensors that share one global scale (q, k and v; gate and up), [..., K] each.
-        name: of the tensor or group, for errors.
+        name: name of the tensor or group for errors.
 
-    For bfloat16 and float16 that is ``global_scale_from_amax`` of their amax: fake quantization keeps the amax (the
-    float32 error is 2^-22 of it, far below half an ulp of the short types). For float32 the neighbouring scales are
-    tried too. Raises QADError if none packs every tensor.
+    For bfloat16 and float16 it is ``global_scale_from_amax`` of the common amax, because fake quantization preserves
+    the amax: the relative float32 error of 2^-22 is far below half an ulp of these dtypes. For float32, the
+    neighbouring scales are tried as well. Raises NotRepresentableError if none packs every tensor.
     """
     tensors = [weights] if isinstance(weights, Tensor) else list(weights)
     if not tensors:
-        raise QADError(f"{name}: a global scale was asked for no tensor at all; pass the weights that share it.")
+        raise QADError(f"{name}: the list of weights has no tensor. Pass the weights that share the global scale.")
     amax = torch.stack([tensor_amax(weight).cpu() for weight in tensors]).amax()
     scale = global_scale_from_amax(amax, name=name)
     if all(weight.dtype != torch.float32 for weight in tensors):
@@ -108,62 +115,65 @@ def recover_global_scale(weights: Tensor | Sequence[Tensor], *, name: str = "ten
         if all(is_representable(weight, candidate, name=name) for weight in tensors):
             return candidate
     raise NotRepresentableError(
-        f"{name}: no global scale within {MAX_ULPS} ulps of {scale.item()} packs it exactly. The weights are not "
-        "fake-quantized NVFP4 values: quantize them in place before packing, or export them with `quantize`."
+        f"{name}: no global scale within {MAX_ULPS} ulps of {scale.item()} packs it exactly, expected fake-quantized "
+        "NVFP4 weights. Quantize them in place before packing, or export them with `quantize`."
     )
 
 
 def _wrong_blocks(rows: Tensor, packed: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
-    """bool [B]: the blocks whose decoded values differ from ``rows`` (-0.0 counts as 0.0)."""
+    """Return bool [B], true for blocks whose decoded values differ from ``rows`` (-0.0 equals 0.0)."""
     decoded = dequantize(packed, block_scale, global_scale, rows.dtype)
     return (decoded != rows).reshape(-1, BLOCK_SIZE).any(dim=-1)
 
 
 def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -> tuple[Tensor, Tensor]:
-    """[B, 16] -> codes uint8 [B, 16] and scales float8_e4m3fn [B]: for each block the smallest E4M3 scale that decodes
-    exactly (some such scale, if the block's amax is a subnormal number of its type).
+    """Search for the smallest E4M3 scale that decodes each block [B, 16] exactly.
 
-    The largest value of an on-grid block is c * s * global_scale for a code value c, so that at most seven scales need
-    trying, each the nearest E4M3 number of amax / (c * global_scale). Nearest finds s, because amax is off by less than
-    E4M3 can see: the float32 products by 2^-23 (2^-13 where they are subnormal: the smallest is 0.5 * 2^-9 * 2^-126),
-    the rounding to the weight's type by 2^-9 where it is a normal number of that type; half a step of E4M3 is 2^-5 of
-    a normal number or more, and 1/14 of a subnormal or more. Only a block whose amax is a subnormal of its own type (an
-    expert in float16 near 1e-6) may need all 126 scales.
+    If the block's amax is a subnormal number of its dtype, the scale may be any that decodes exactly.
+
+    The largest value of a representable block is c * s * global_scale, where c is an E2M1 value. At most seven scales
+    are possible: the E4M3 numbers nearest to amax / (c * global_scale). Rounding to nearest finds s, because the
+    relative error of amax is smaller than half a step of E4M3, which is at least 2^-5 for normal and 1/14 for subnormal
+    E4M3 numbers. The error from the float32 products is 2^-23, or 2^-13 if they are subnormal (the smallest is
+    0.5 * 2^-9 * 2^-126); the error from rounding to the weight's dtype is 2^-9 for normal numbers of that dtype. Only a
+    block whose amax is subnormal in its own dtype (such as a float16 expert near 1e-6) may need all 126 scales.
+
+    Returns:
+        codes uint8 [B, 16] and scales float8_e4m3fn [B].
     """
     scale = global_scale.float().reshape(()).to(blocks.device)
     amax = blocks.abs().amax(dim=-1).float()
     codes = torch.zeros(blocks.shape, dtype=torch.uint8, device=blocks.device)
-    found = torch.zeros(len(blocks), dtype=torch.uint8, device=blocks.device)  # E4M3 as bytes; 0 stands for none
+    scales = torch.zeros(len(blocks), dtype=torch.uint8, device=blocks.device)  # E4M3 bytes; 0 means not found
     left = torch.arange(len(blocks), device=blocks.device)
     for largest in _LARGEST_CODES:
         candidates = (amax[left] / (largest * scale)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-        tried, exact = _try(blocks[left], candidates.float() * scale)
-        codes[left[exact]], found[left[exact]] = tried[exact], candidates.view(torch.uint8)[exact]
+        tried, exact = _encode_exactly(blocks[left], candidates.float() * scale)
+        codes[left[exact]], scales[left[exact]] = tried[exact], candidates.view(torch.uint8)[exact]
         left = left[~exact]
         if not len(left):
-            return codes, found.view(torch.float8_e4m3fn)
+            return codes, scales.view(torch.float8_e4m3fn)
     subnormal = amax[left] < torch.finfo(blocks.dtype).tiny
-    hopeless = int((~subnormal).sum())
-    if not hopeless:
+    num_unsolved = int((~subnormal).sum())
+    if not num_unsolved:
         candidates = torch.arange(1, 0x7F, dtype=torch.uint8, device=blocks.device)
         decode_scales = candidates.view(torch.float8_e4m3fn).float() * scale
         for part in left.split(_SEARCH_BLOCKS):
-            tried, exact = _try(blocks[part].unsqueeze(1), decode_scales)  # [B, 126, 16] and [B, 126]
+            tried, exact = _encode_exactly(blocks[part].unsqueeze(1), decode_scales)  # [B, 126, 16] and [B, 126]
             first = exact.int().argmax(dim=-1)
-            codes[part], found[part] = tried[torch.arange(len(part), device=part.device), first], candidates[first]
-            hopeless += int((~exact.any(dim=-1)).sum())
-    if hopeless:
+            codes[part], scales[part] = tried[torch.arange(len(part), device=part.device), first], candidates[first]
+            num_unsolved += int((~exact.any(dim=-1)).sum())
+    if num_unsolved:
         raise NotRepresentableError(
-            f"{name}: at least {hopeless} of the first {blocks_seen} blocks of {BLOCK_SIZE} are no NVFP4 values "
-            f"under the global scale {global_scale.item()}, whatever their block scale. Expected a tensor that was "
-            "fake-quantized with exactly this scale; was it changed since, or does it share another's scale?"
+            f"{name}: at least {num_unsolved} of the first {blocks_seen} blocks of {BLOCK_SIZE} values are not "
+            f"representable in NVFP4 under the global scale {global_scale.item()}. Expected a tensor fake-quantized "
+            "with exactly this scale. Check whether it was changed since, or whether it shares another tensor's scale."
         )
-    return codes, found.view(torch.float8_e4m3fn)
+    return codes, scales.view(torch.float8_e4m3fn)
 
 
-def _try(blocks: Tensor, decode_scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks [..., 16] under the float32 scales [...]: their codes, and bool [...] whether these decode to the
-    blocks."""
+def _encode_exactly(blocks: Tensor, decode_scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode blocks [..., 16] under float32 scales [...]. Return the codes and bool [...], true if they are exact."""
     decode_scales = decode_scales.unsqueeze(-1)
     codes = encode(blocks.float() / decode_scales)
     decoded = (decode_codes(codes) * decode_scales).to(blocks.dtype)

@@ -1,12 +1,12 @@
-"""Triton kernels of the NVFP4 arithmetic for CUDA tensors, with the bits of the torch reference.
+"""Triton kernels for NVFP4 fake quantization and amax on CUDA, with the same bits as the PyTorch reference.
 
-Each reads and writes every value once. Both roundings are those of the reference, adding and subtracting a multiple of
-the power of two below (``common.round_mantissa_``), because no cast is then involved on any architecture; quotients are
-IEEE's, those of the rule "max" without divisions; fused multiply-add is off where a product could lose its rounding to
-it. The list kernels take a table of pointers: one launch for all weights of one type, each program finding its tensor
-by bisection.
+Each kernel reads and writes every value once. Both roundings add and subtract a multiple of a power of two, like
+``common.round_mantissa_``, and so need no cast on any architecture. Quotients are those of IEEE division; the rule
+"max" computes them without divisions. Automatic fused multiply-add is off, because it skips the rounding of products.
+The list kernels take a table of pointers: one launch processes all weights of one dtype, and each program finds its
+tensor by bisection.
 
-Imported only where ``common.triton_serves`` says so: not every machine has triton. What is left out: packing.
+Import this module only if ``common.triton_serves`` is true, because Triton may be missing. Not supported: packing.
 """
 
 from collections.abc import Sequence
@@ -21,27 +21,31 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _EXPONENT = tl.constexpr(0x7F800000)
 _INFINITY = tl.constexpr(0x7F800000)
 _ALL = tl.constexpr(tl.PropagateNan.ALL)
-_NUM_BLOCKS = 256  # NVFP4 blocks a program: 4096 values, 32 a thread
+_NUM_BLOCKS = 256  # NVFP4 blocks per program: 4096 values, 32 per thread
 _TILE_ELEMENTS = _NUM_BLOCKS * BLOCK_SIZE.value
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def fake_quant_(x: Tensor, global_scale: Tensor, rule: str) -> Tensor:
-    """Fake-quantize contiguous ``x`` [..., K] in place under float32 [] on its device. Returns int32 [1]: the number of
-    blocks with NaN or Inf."""
+    """Fake-quantize contiguous ``x`` [..., K] in place. ``global_scale`` is float32 [] on the same device.
+
+    Returns the number of blocks with NaN or Inf, int32 [1].
+    """
     num_blocks = x.numel() // BLOCK_SIZE.value
     bad = torch.zeros(1, dtype=torch.int32, device=x.device)
     if num_blocks:
         grid = (triton.cdiv(num_blocks, _NUM_BLOCKS),)
-        with torch.cuda.device_of(x):  # triton launches on the current device; nothing on the CPU
+        with torch.cuda.device_of(x):  # Triton launches on the current device; no effect on the CPU
             _fake_quant_kernel[grid](x, global_scale, bad, num_blocks, RULE=rule, TILE=_NUM_BLOCKS, **_LAUNCH)
     return bad
 
 
 def fake_quant_list_(tensors: Sequence[Tensor], global_scales: Tensor, rule: str) -> Tensor:
-    """Fake-quantize contiguous tensors in place, float32 [n] scales on their device; one launch a dtype. Returns int32
-    [n]: the numbers of blocks with NaN or Inf."""
+    """Fake-quantize n contiguous tensors in place, one launch per dtype. Scales are float32 [n] on their device.
+
+    Returns the number of blocks with NaN or Inf of each tensor, int32 [n].
+    """
     bad = torch.zeros(len(tensors), dtype=torch.int32, device=global_scales.device)
     for table in _tables(tensors):
         with torch.cuda.device_of(table.rows):
@@ -52,9 +56,9 @@ def fake_quant_list_(tensors: Sequence[Tensor], global_scales: Tensor, rule: str
 
 
 def amax_list(tensors: Sequence[Tensor]) -> Tensor:
-    """Contiguous tensors -> float32 [n] of largest magnitudes, NaN where a tensor has one; one launch a dtype.
+    """Return the largest magnitudes of n contiguous tensors as float32 [n]; NaN for a tensor that contains NaN.
 
-    A tensor's size need not be a multiple of 16.
+    Needs one launch per dtype. A tensor's size need not be a multiple of 16.
     """
     bits = torch.zeros(len(tensors), dtype=torch.int32, device=tensors[0].device)
     for table in _tables(tensors):
@@ -66,8 +70,10 @@ def amax_list(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class _Table:
-    """Tensors of one dtype for a list kernel: int64 [4, n] rows of address, size in values, first tile, and position in
-    the caller's list."""
+    """Table of tensors of one dtype for a list kernel.
+
+    ``rows`` is int64 [4, n]: address, number of values, first tile, and position in the caller's list.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], positions: Sequence[int]):
         first, starts = 0, []
@@ -83,8 +89,8 @@ class _Table:
         self.constants = {
             "STEPS": max(1, (self.length - 1).bit_length()),
             "TYPE": _TYPES[tensors[0].dtype],
-            # Loads of 16 bytes need both: an address that is a multiple, and a mask that does not end within one.
-            "ALIGNED": all(number % 16 == 0 for number in addresses + sizes),
+            # 16-byte loads need an aligned address, and a mask that does not end within a load.
+            "ALIGNED": all(value % 16 == 0 for value in addresses + sizes),
         }
 
 
@@ -99,14 +105,14 @@ def _tables(tensors: Sequence[Tensor]) -> list[_Table]:
 
 @triton.jit
 def _round_mantissa(x, MAGIC: tl.constexpr, SMALLEST: tl.constexpr):
-    """common.round_mantissa_."""
+    """Kernel version of ``common.round_mantissa_``."""
     power = tl.maximum(x.to(tl.int32, bitcast=True) & _EXPONENT, SMALLEST).to(tl.float32, bitcast=True)
     return tl.fma(power, -MAGIC, tl.fma(power, MAGIC, x))  # the products are exact, fused or not
 
 
 @triton.jit
 def _round_to_e4m3(x):
-    """Of x >= 0."""
+    """Kernel version of ``common.round_to_e4m3_`` for x >= 0."""
     return _round_mantissa(tl.minimum(x, 448.0, propagate_nan=_ALL), 1572864.0, 0x3C800000)  # 1.5 * 2^20, 2^-6
 
 
@@ -118,7 +124,7 @@ def _round_to_e2m1(x):
 
 @triton.jit
 def _squared_error(x, scale, global_scale, TILE: tl.constexpr):
-    """block_scales.squared_error of [TILE, 16] under [TILE], halves added onto halves: sums of two have no order."""
+    """Kernel version of ``block_scales.squared_error``: x [TILE, 16], scale [TILE]. Also adds half to half."""
     scaled = tl.div_rn(x, (scale * global_scale)[:, None])
     error = _round_to_e2m1(scaled) - scaled
     error = error * error
@@ -130,7 +136,7 @@ def _squared_error(x, scale, global_scale, TILE: tl.constexpr):
 
 @triton.jit
 def _block_scale(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
-    """block_scales.choose of [TILE, 16] and [TILE]."""
+    """Kernel version of ``block_scales.choose``: x [TILE, 16], amax [TILE]."""
     scale = tl.div_rn(amax, global_scale * 6.0)
     scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 0.001953125, propagate_nan=_ALL)  # 2^-9
     scale = _round_to_e4m3(scale)
@@ -140,7 +146,7 @@ def _block_scale(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
         better = _squared_error(x, four, global_scale, TILE) < _squared_error(x, scale, global_scale, TILE)
         scale = tl.where(better & (quotient <= 464.0), four, scale)
     if RULE == "mse":
-        # E4M3 codes from the values: exponent and mantissa of normal ones, multiples of 2^-9 below 2^-6.
+        # E4M3 codes of the values: exponent and mantissa of normal numbers, multiples of 2^-9 below 2^-6.
         normal = (scale.to(tl.int32, bitcast=True) >> 20) - 960
         codes = tl.where(scale < 0.015625, (scale * 512.0).to(tl.int32), normal)
         least = _squared_error(x, scale, global_scale, TILE)
@@ -163,11 +169,12 @@ def _fake_quant_by_division(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _quotient(a, d, reciprocal, IS_SHORT: tl.constexpr):
-    """The IEEE quotient a / d from d's IEEE reciprocal, where neither the quotient nor what it leaves over underflows.
+    """Return the IEEE quotient a / d, given d's IEEE reciprocal. Neither the quotient nor the remainder may underflow.
 
-    A product within two units in the last place; a step that makes it one of the two floats around a / d; and one that
-    makes it the nearest (Markstein 1990: the rest a - d q is exact in a fused multiply-add). If ``a`` came from 16
-    bits, the first step does that: all pairs of mantissas, of a's 128 or 1024 with d's 2^23, were tried."""
+    The product with the reciprocal is within two ulps. The first correction step gives one of the two floats around
+    a / d, the second one the nearest (Markstein 1990: the remainder a - d q is exact in a fused multiply-add). If ``a``
+    has a 16-bit dtype, one step is enough: all pairs of a's 128 or 1024 mantissas with d's 2^23 were tried.
+    """
     q = a * reciprocal
     q = tl.fma(tl.fma(-d, q, a), reciprocal, q)
     if not IS_SHORT:
@@ -177,29 +184,31 @@ def _quotient(a, d, reciprocal, IS_SHORT: tl.constexpr):
 
 @triton.jit
 def _fake_quant_by_max(x, amax, global_scale, IS_SHORT: tl.constexpr):
-    """Rule "max" of [TILE, 16] and [TILE] under a global scale from 2^-64 to 2^7: the bits of divisions without them.
+    """Fake-quantize x [TILE, 16] with amax [TILE] under the rule "max", with the bits of divisions but without them.
 
-    In this range quotients are exact from 2^-10 on; smaller ones become the smallest scale, or code 0."""
+    The global scale must be from 2^-64 to 2^7. Quotients >= 2^-10 are then exact; smaller ones become the smallest
+    block scale or code 0 anyway.
+    """
     largest = global_scale * 6.0
-    amax = tl.minimum(amax, largest * 1024.0, propagate_nan=_ALL)  # infinity would leave NaN over
+    amax = tl.minimum(amax, largest * 1024.0, propagate_nan=_ALL)  # an infinite amax would give a NaN remainder
     scale = _quotient(amax, largest, tl.div_rn(1.0, largest), IS_SHORT)
     scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 0.001953125, propagate_nan=_ALL)  # 2^-9
     scale = _round_to_e4m3(scale) * global_scale
     reciprocal = tl.div_rn(1.0, scale)[:, None]
     six = (scale * 6.0)[:, None]
     scale = scale[:, None]
-    x = tl.minimum(tl.maximum(x, -six, propagate_nan=_ALL), six, propagate_nan=_ALL)  # what exceeds it gets code 6
+    x = tl.minimum(tl.maximum(x, -six, propagate_nan=_ALL), six, propagate_nan=_ALL)  # larger values get code 6 as well
     codes = _round_mantissa(_quotient(x, scale, reciprocal, IS_SHORT), 6291456.0, 0x3F800000)
     return tl.fma(codes, scale, 0.0)  # -0.0 becomes 0.0
 
 
 @triton.jit
 def _fake_quant_tile(pointer, blocks, num_blocks, global_scale, bad_pointer, RULE: tl.constexpr, TILE: tl.constexpr):
-    """In place on the blocks [TILE] (int64 indices) of one tensor."""
+    """Fake-quantize the blocks [TILE] (int64 indices) of one tensor in place."""
     offsets = blocks[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     inside = (blocks < num_blocks)[:, None]
     x = tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
-    bits = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)  # through bits: NaN is the largest
+    bits = tl.max(x.to(tl.int32, bitcast=True) & _MAGNITUDE, axis=1)  # as bits, NaN is the largest
     tl.atomic_add(bad_pointer + tl.zeros([TILE], tl.int32), 1, mask=bits >= _INFINITY)
     amax = bits.to(tl.float32, bitcast=True)
     if RULE == "max" and ((global_scale >= 5.421010862427522e-20) & (global_scale <= 128.0)):
@@ -207,7 +216,7 @@ def _fake_quant_tile(pointer, blocks, num_blocks, global_scale, bad_pointer, RUL
     else:
         out = _fake_quant_by_division(x, amax, global_scale, RULE, TILE)
     out = out.to(pointer.dtype.element_ty)
-    if pointer.dtype.element_ty != tl.bfloat16:  # a short type can round to -0.0; below, bfloat16 has float32's range
+    if pointer.dtype.element_ty != tl.bfloat16:  # float16 can round to -0.0; bfloat16 has the range of float32
         out = tl.where(out == 0.0, 0.0, out)
     tl.store(pointer + offsets, out, mask=inside)
 
@@ -220,16 +229,16 @@ def _fake_quant_kernel(x_pointer, scale_pointer, bad_pointer, num_blocks, RULE: 
 
 @triton.jit
 def _find(table, length, STEPS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The tensor of this program: its pointer, size, tile within it, and position in the caller's list."""
+    """Find the tensor of this program. Return its pointer, size, tile index, and position in the caller's list."""
     program = tl.program_id(0)
     starts = table + 2 * length
     low = 0
     high = length
     for _ in range(STEPS):
         middle = (low + high) // 2
-        before = tl.load(starts + middle) <= program
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
+        is_before = tl.load(starts + middle) <= program
+        low = tl.where(is_before, middle, low)
+        high = tl.where(is_before, high, middle)
     pointer = tl.load(table + low).to(tl.pointer_type(TYPE))
     size = tl.load(table + length + low)
     if ALIGNED:

@@ -1,8 +1,7 @@
-"""Whole jobs of four steps on one GPU through the command lines a user types, with Megatron's local layers and, where
-it is installed, Transformer Engine's; and one beside the same job on the CPU.
+"""Complete four-step jobs on one GPU through the command line, compared with each other and with the CPU.
 
-Each starts a process of half a minute. Not run on a GPU in this form; such jobs of other sizes were
-(docs/lab_log.md).
+They use Megatron's local layers and, if installed, those of Transformer Engine. Each process takes half a minute. The
+tests have not been run on a GPU in this form; jobs of other sizes have (docs/lab_log.md).
 """
 
 import importlib.util
@@ -62,39 +61,39 @@ tiny_job.write_data(d / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
 def inputs(tmp_path_factory) -> Path:
     d = tmp_path_factory.mktemp("jobs")
     run("-c", INPUTS, d)
-    for who in ("teacher", "student"):
-        run("tools/import_hf.py", "--hf-model", d / f"hf_{who}", "--output", d / who)
+    for role in ("teacher", "student"):
+        run("tools/import_hf.py", "--hf-model", d / f"hf_{role}", "--output", d / role)
     return d
 
 
 def losses(inputs: Path, *flags, **environment) -> list[float]:
-    """Of each step, as the log has them."""
+    """Run a job and return the loss of each step from its log."""
     models = ("--qad-teacher", inputs / "teacher", "--qad-student", inputs / "student", "--data-path", inputs / "data")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "pretrain_qad.py")
-    found = re.findall(r"kl loss: (\S+)", run(*launch, *models, *FLAGS, *flags, **environment))
-    assert len(found) == 4
-    return [float(loss) for loss in found]
+    values = re.findall(r"kl loss: (\S+)", run(*launch, *models, *FLAGS, *flags, **environment))
+    assert len(values) == 4
+    return [float(value) for value in values]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_ways_to_the_same_losses(inputs, spec, tmp_path):
+def test_job_variants_have_same_losses(inputs, spec, tmp_path):
     job = ("--bf16", "--use-distributed-optimizer", "--qad-layer-spec", spec)
     plain = losses(inputs, *job, "--save", tmp_path / "run")
     assert plain[-1] < plain[0]
     assert (
         losses(inputs, *job, "--qad-teacher-cpu-offload", *RECOMPUTE) == plain
     )  # the same arithmetic in the same order
-    # Another order of the logits' products and, in the weights, of a rounding: after three updates a bf16 unit or two.
+    # The logits' products and one rounding of the weights have another order: one or two bf16 ulps after three updates.
     assert losses(inputs, *job, "--qad-fused-linear-loss", "always") == pytest.approx(plain, rel=2e-2)
     for layout in ("modelopt", "compressed-tensors"):
         run("tools/export_hf.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / layout, "--layout", layout)
         assert ": valid;" in run("tools/validate_nvfp4.py", tmp_path / layout)
 
 
-def test_a_float32_job_has_the_losses_of_the_cpu(inputs):
-    """Unquantized: a code of a quantized input may fall to either side of a rounding error."""
+def test_float32_job_has_losses_of_cpu(inputs):
+    """The job is unquantized, because rounding errors can change the codes of quantized inputs."""
     job = ("--qad-policy", "bf16", "--qad-layer-spec", "local")
     on_cpu = losses(inputs, *job, CUDA_VISIBLE_DEVICES="")
-    # Sums in another order, float32; Adam's first step divides small gradients by themselves
+    # float32 sums have another order, and Adam's first step divides small gradients by themselves
     # (docs/decisions/parallelism.md).
     assert losses(inputs, *job) == pytest.approx(on_cpu, rel=1e-3)

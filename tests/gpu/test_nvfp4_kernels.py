@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU against the torch reference on the CPU: every bit, every type, every scale rule."""
+"""Triton kernels on a GPU against the PyTorch reference on the CPU, bit for bit, for all dtypes and scale rules."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def assert_same_bits(ours, reference):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
 @pytest.mark.parametrize("exponent", [-110, -40, -8, 0])
-def test_fake_quant_has_the_bits_of_the_reference(dtype, rule, exponent):
+def test_fake_quant_equals_reference_bitwise(dtype, rule, exponent):
     for seed, (rows, dim) in enumerate([(64, 4096), (3, 16), (77, 208), (1000, 1024)]):
         x = hard_values(rows, dim, dtype, seed, exponent)
         scale = nvfp4.global_scale_from_amax(tensor_amax(x))
@@ -35,7 +35,7 @@ def test_fake_quant_has_the_bits_of_the_reference(dtype, rule, exponent):
         assert_same_bits(on_gpu, nvfp4.fake_quant(x, scale, rule=rule))
 
 
-def test_the_torch_path_on_a_gpu_has_the_same_bits(monkeypatch):
+def test_torch_path_on_gpu_equals_cpu_bitwise(monkeypatch):
     monkeypatch.setattr(nvfp4, "triton_serves", lambda x: False)
     for rule in nvfp4.SCALE_RULES:
         x = hard_values(300, 512, torch.bfloat16, 1)
@@ -48,13 +48,13 @@ def test_the_torch_path_on_a_gpu_has_the_same_bits(monkeypatch):
 
 
 @pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
-def test_one_launch_a_type_requantizes_a_list_in_place(rule, monkeypatch):
+def test_list_is_quantized_in_place_with_one_launch_per_dtype(rule, monkeypatch):
     weights = [hard_values(8 + 13 * i, 16 * (1 + i % 5), DTYPES[i % 3], i) for i in range(300)]
     weights += [torch.zeros(0, 64), torch.zeros(4, 64, dtype=torch.bfloat16)]
     on_gpu = [w.cuda() for w in weights]
     base = torch.randn(16 * 64 + 1)
     weights.append(base[1:].view(16, 64))
-    on_gpu.append(base.cuda()[1:].view(16, 64))  # no multiple of 16 bytes
+    on_gpu.append(base.cuda()[1:].view(16, 64))  # not aligned to 16 bytes
     names = [f"w{i}" for i in range(len(weights))]
     amaxes = amax_list(on_gpu)
     assert torch.equal(amaxes.cpu(), torch.stack([tensor_amax(w) for w in weights]))
@@ -68,7 +68,7 @@ def test_one_launch_a_type_requantizes_a_list_in_place(rule, monkeypatch):
         assert_same_bits(ours, nvfp4.fake_quant(weight, scale, rule=rule))
 
 
-def test_nan_and_inf_are_refused_by_name():
+def test_nan_and_inf_error_names_tensor():
     weights = [torch.randn(64, 64, device="cuda") for _ in range(3)]
     weights[1][3, 3], weights[2][5, 60] = torch.nan, -torch.inf
     names = ["a", "layers.1.w", "layers.2.w"]
@@ -82,7 +82,7 @@ def test_nan_and_inf_are_refused_by_name():
         nvfp4.fake_quant_(bad, torch.ones((), device="cuda"), name="layers.7.w")
 
 
-def test_a_tensor_of_more_than_two_to_the_31_values():
+def test_tensor_with_more_than_2_to_the_31_values():
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")
     x = torch.zeros(2**31 + 4096, dtype=torch.bfloat16, device="cuda").view(-1, 4096)

@@ -1,5 +1,5 @@
-"""The steps of docs/howto/add_a_format.md, followed with the code on that page: policy, table, inputs, in-place
-weights, export and validator work with the new format, and they do not where a step is missing."""
+"""The steps of docs/howto/add_a_format.md, run with the code on that page: all of them together work everywhere, and
+each of them is required."""
 
 import json
 import re
@@ -37,18 +37,18 @@ QUANTIZED = [linear for linear in LINEARS if linear.kind != "head"]
 
 @pytest.fixture
 def new_format() -> Iterator[LinearFormat]:
-    """The format of the page's code block (steps 1 to 3), built anew."""
+    """Build the format of the page's code block (steps 1 to 3)."""
     (block,) = re.findall(r"^ *```python\n(.*?)^ *```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     module = types.ModuleType("int8_format")
     exec(compile(textwrap.dedent(block), str(PAGE), "exec"), module.__dict__)
-    (found,) = (value for value in vars(module).values() if isinstance(value, LinearFormat))
-    yield found
+    (fmt,) = (value for value in vars(module).values() if isinstance(value, LinearFormat))
+    yield fmt
     unregister_quant_backend(f"megatron_qad_{NAME}")
 
 
 @dataclass
 class Saved:
-    """What ``TorchDistReader`` is to the export, from memory."""
+    """In-memory replacement for ``TorchDistReader``."""
 
     tensors: dict[str, torch.Tensor]
     directory: str = "memory"
@@ -58,7 +58,7 @@ class Saved:
 
 
 def make_chunk() -> torch.nn.Module:
-    """The linears of the model, under Megatron's names."""
+    """Return a module with the linears of the model, under Megatron's names."""
     generator = torch.Generator().manual_seed(0)
     chunk = torch.nn.Module()
     chunk.decoder = torch.nn.Module()
@@ -80,33 +80,32 @@ def make_chunk() -> torch.nn.Module:
 
 
 def resolve(directory: Path) -> dict[str, str]:
-    (directory / "mine.yaml").write_text(
+    (directory / "policy.yaml").write_text(
         f"rules:\n  - {{kind: [attention, mlp], format: {NAME}}}\n  - {{kind: head, format: bf16}}\n"
     )
-    policy = policies.load(str(directory / "mine.yaml"))
+    policy = policies.load(str(directory / "policy.yaml"))
     return policies.resolve(policy, LINEARS, FAMILY.layer_kinds(CONFIG))
 
 
-def follow(directory: Path, *, saved_on_grid: bool = True) -> None:
-    """From a policy to a checkpoint that the validator accepts.
+def follow_steps(directory: Path, *, save_quantized: bool = True) -> None:
+    """Run all steps from a policy to a checkpoint that the validator accepts.
 
     Args:
-        saved_on_grid: export the weights as the last schedule had them; else as an optimizer step left them, which is
-            what ``make_chunk`` makes.
+        save_quantized: export quantized weights; if false, the weights of ``make_chunk``, as after an optimizer step.
     """
     formats = resolve(directory)
     assert {formats[linear.megatron] for linear in QUANTIZED} == {NAME}
     check_table(formats)
     check_inputs(formats)
     before, quantized = quantize_in_place(formats)
-    check_export(formats, quantized if saved_on_grid else before, quantized, directory / "out")
+    check_export(formats, quantized if save_quantized else before, quantized, directory / "out")
 
 
 def check_table(formats: dict[str, str]) -> None:
     for row in format_rows(QUANTIZED, formats):
         rows, columns = row.shape
         assert row.bytes_before == BF16_BYTES * rows * columns
-        assert row.bytes_after == rows * columns + 2 * 4 * len(row.hf)  # a byte an element, two scales a linear
+        assert row.bytes_after == rows * columns + 2 * 4 * len(row.hf)  # one byte per element, two scales per linear
 
 
 def check_inputs(formats: dict[str, str]) -> None:
@@ -127,7 +126,7 @@ def check_inputs(formats: dict[str, str]) -> None:
 
 
 def quantize_in_place(formats: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights before and after, by name."""
+    """Return the weights before and after in-place quantization, by name."""
     weights = InPlaceWeights([make_chunk()], formats)
     before = {name: weight.detach().clone() for name, weight in weights.weights.items()}
     assert set(before) == {linear.megatron for linear in QUANTIZED}
@@ -156,9 +155,9 @@ def check_export(formats: dict[str, str], saved: dict, quantized: dict, output: 
     quantization = json.loads((output / "hf_quant_config.json").read_text())["quantization"]
     assert quantization["quant_algo"] == "INT8" and quantization["group_size"] is None
 
-    report = validate_nvfp4(output)
-    assert not report.issues, "\n".join(map(str, report.issues))
-    assert report.quantized == dict.fromkeys((hf.removesuffix(".weight") for x in QUANTIZED for hf in x.hf), NAME)
+    result = validate_nvfp4(output)
+    assert not result.issues, "\n".join(map(str, result.issues))
+    assert result.quantized == dict.fromkeys((hf.removesuffix(".weight") for x in QUANTIZED for hf in x.hf), NAME)
 
 
 def without(fmt: LinearFormat, role: str) -> LinearFormat:
@@ -167,13 +166,13 @@ def without(fmt: LinearFormat, role: str) -> LinearFormat:
     return replace(fmt, stored={"modelopt": replace(stored, parts=parts)})
 
 
-@pytest.mark.parametrize("saved_on_grid", [True, False], ids=["saved on the grid", "saved after an optimizer step"])
-def test_a_format_that_follows_the_page_works_everywhere(tmp_path, monkeypatch, new_format, saved_on_grid):
+@pytest.mark.parametrize("save_quantized", [True, False], ids=["saved quantized", "saved after an optimizer step"])
+def test_format_from_page_works_everywhere(tmp_path, monkeypatch, new_format, save_quantized):
     monkeypatch.setitem(FORMATS, NAME, new_format)
-    follow(tmp_path, saved_on_grid=saved_on_grid)
+    follow_steps(tmp_path, save_quantized=save_quantized)
 
 
-def test_the_export_packs_each_weight_once(tmp_path, monkeypatch, new_format):
+def test_export_packs_each_weight_once(tmp_path, monkeypatch, new_format):
     monkeypatch.setitem(FORMATS, NAME, new_format)
     formats, quantize, shapes = resolve(tmp_path), new_format.weight.quantize, []
     _, quantized = quantize_in_place(formats)
@@ -187,25 +186,25 @@ def test_the_export_packs_each_weight_once(tmp_path, monkeypatch, new_format):
     assert shapes == [shape for linear in QUANTIZED for shape in linear.hf_shapes()]
 
 
-def test_the_registry_line_is_needed(tmp_path, new_format):
+def test_registry_line_is_required(tmp_path, new_format):
     with pytest.raises(QADError, match="unknown format 'int8'"):
-        follow(tmp_path)
+        follow_steps(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["scale_from_amax", "quantize", "dequantize", "shapes"])
-def test_each_of_the_four_methods_is_needed(tmp_path, monkeypatch, new_format, method):
+def test_each_of_the_four_methods_is_required(tmp_path, monkeypatch, new_format, method):
     monkeypatch.setitem(FORMATS, NAME, new_format)
     monkeypatch.delattr(type(new_format.weight), method)
     with pytest.raises(NotImplementedError):
-        follow(tmp_path)
+        follow_steps(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["name", "bits", "input_attributes"])
-def test_each_field_is_needed(tmp_path, monkeypatch, new_format, field):
+def test_each_field_is_required(tmp_path, monkeypatch, new_format, field):
     monkeypatch.setitem(FORMATS, NAME, new_format)
     monkeypatch.delattr(type(new_format.weight), field)
     with pytest.raises((AttributeError, TypeError)):
-        follow(tmp_path)
+        follow_steps(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +219,13 @@ def test_each_field_is_needed(tmp_path, monkeypatch, new_format, field):
     ],
     ids=["stored", "weight", "input", "stored weight", "stored weight_scale", "stored input_scale"],
 )
-def test_each_part_of_the_linear_format_is_needed(tmp_path, monkeypatch, new_format, change, error):
+def test_each_part_of_linear_format_is_required(tmp_path, monkeypatch, new_format, change, error):
     monkeypatch.setitem(FORMATS, NAME, change(new_format))
     with pytest.raises(error):
-        follow(tmp_path)
+        follow_steps(tmp_path)
 
 
-def test_the_page_names_what_there_is():
+def test_names_on_page_exist():
     text = PAGE.read_text()
     for attribute in ("block_size", "input_attributes", "tensor_bytes"):
         assert attribute in text and hasattr(NumberFormat, attribute)

@@ -1,4 +1,4 @@
-"""The scale rules of NVFP4: what each chooses, that errors fall from rule to rule, and that export still works."""
+"""Scale rules of NVFP4: the chosen scales, decreasing errors, and exact packing."""
 
 import pytest
 import torch
@@ -27,54 +27,54 @@ def scale_of(x):
     return global_scale_from_amax(tensor_amax(x))
 
 
-def test_four_over_six_takes_four_exactly_where_it_errs_less():
+def test_four_over_six_maps_to_four_only_if_error_is_smaller():
     near_five = torch.tensor([[6.0, 5.0] + [0.0] * 14]) / 6 * 10
     _, scale = quantize(near_five, ONE, rule="max")
     assert scale.float().item() == 1.625 and fake_quant(near_five, ONE)[0, 1] != near_five[0, 1]
     _, scale = quantize(near_five, ONE, rule="four_over_six")
     assert scale.float().item() == 2.5  # 10 / 4; 10 and 8.33 become 10 and 7.5
-    too_large = torch.tensor([[2000.0] + [896.0] * 15])  # 2000 / 4 is no block scale; 448 would err less than 320 does
+    too_large = torch.tensor([[2000.0] + [896.0] * 15])  # 2000 / 4 exceeds 448; 448 has less error than 320
     assert squared_error(too_large, torch.tensor([[448.0]]), ONE) < squared_error(
         too_large, torch.tensor([[320.0]]), ONE
     )
     assert quantize(too_large, ONE, rule="four_over_six")[1].float().item() == 320
-    on_six = torch.tensor([[6.0, 4.0, 3.0] + [0.0] * 13])  # no error with 6: ties and losses stay there
+    on_six = torch.tensor([[6.0, 4.0, 3.0] + [0.0] * 13])  # no error with 6, so 6 is kept
     assert quantize(on_six, ONE, rule="four_over_six")[1].float().item() == 1.0
 
 
 @pytest.mark.parametrize("rule", ["four_over_six", "mse"])
-def test_zero_blocks_and_zero_tensors_as_under_max(rule):
+def test_zero_blocks_store_scale_one(rule):
     zero = torch.zeros(2, 32)
     packed, scale = quantize(zero, ONE, rule=rule)
     assert packed.sum() == 0 and (scale.view(torch.uint8) == 0x38).all()
 
 
-def test_an_unknown_rule_is_refused_by_name():
+def test_unknown_rule_error_names_tensor_and_rules():
     with pytest.raises(QADError, match=r"model\.w.*'median'.*max, four_over_six, mse"):
         fake_quant(torch.ones(1, 16), ONE, name="model.w", rule="median")
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), spread=st.floats(0, 6), dtype=st.sampled_from(DTYPES))
-def test_the_error_of_every_block_falls_from_rule_to_rule(seed, spread, dtype):
+def test_block_error_decreases_from_rule_to_rule(seed, spread, dtype):
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
     blocks = weight.float().view(-1, 16)
     scales = {rule: quantize(weight, scale, rule=rule)[1].float().view(-1, 1) for rule in SCALE_RULES}
     chosen = [squared_error(blocks, scales[rule], scale) for rule in SCALE_RULES]
     assert (chosen[1] <= chosen[0]).all() and (chosen[2] <= chosen[1]).all()
-    # The same against the decoded values, in float64: the score's own rounding (16 squares and a product, each 2^-24)
-    # may order two candidates wrongly only if they err alike.
+    # The same with decoded values in float64. The rounding of the score (16 squares and a product, 2^-24 each) can
+    # swap two candidates only if their errors are nearly equal.
     decoded = {rule: fake_quant(weight.float(), scale, rule=rule).double().view(-1, 16) for rule in SCALE_RULES}
     errors = [((decoded[rule] - blocks.double()) ** 2).sum(-1) for rule in SCALE_RULES]
-    # an error is a difference of rounded numbers: one float32 ulp of amax may be lost in each
+    # An error is a difference of rounded numbers, each off by up to one float32 ulp of amax.
     slack = blocks.abs().amax(-1).double() * 2.0**-22
     for better, worse in ((errors[1], errors[0]), (errors[2], errors[1])):
         assert (better.sqrt() <= worse.sqrt() * (1 + 2.0**-18) + slack).all()
 
 
-def test_the_mse_rule_finds_the_best_of_all_126_scales_nearly_always():
-    """The window -2..8 is what the rule promises; the whole range says what it leaves out (measured: nothing)."""
+def test_mse_rule_finds_best_of_all_126_scales():
+    """The rule searches codes -2..8 around the max rule's; no other scale is better for this weight."""
     weight = made_weight(3, torch.float32, 0.5, rows=64)
     scale, blocks = scale_of(weight), weight.view(-1, 16)
     every = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -84,8 +84,8 @@ def test_the_mse_rule_finds_the_best_of_all_126_scales_nearly_always():
     assert torch.equal(squared_error(blocks, chosen, scale)[~top], errors[~top])
 
 
-def test_the_window_of_mse_holds_the_candidate_of_four_over_six():
-    """For every block scale of the max rule and amaxes all over what rounds to it."""
+def test_mse_candidates_include_that_of_four_over_six():
+    """Covers every block scale of the max rule, with many amaxes that round to it."""
     amax = torch.cat([torch.linspace(2.0**-10, 2.0**-4, 20000), torch.logspace(-4, 11.4, 200000, base=2.0)])
     amax = amax[amax <= 2688].unsqueeze(1)
     six = block_scales.max_scale(amax, ONE).to(torch.float8_e4m3fn)
@@ -102,7 +102,7 @@ def test_the_window_of_mse_holds_the_candidate_of_four_over_six():
     spread=st.floats(0, 6),
     rule=st.sampled_from(SCALE_RULES[1:]),
 )
-def test_the_amax_survives_and_the_weight_packs_exactly(seed, dtype, spread, rule):
+def test_amax_is_preserved_and_weight_packs_exactly(seed, dtype, spread, rule):
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
     quantized = fake_quant(weight, scale, rule=rule)
@@ -117,7 +117,7 @@ def test_the_amax_survives_and_the_weight_packs_exactly(seed, dtype, spread, rul
 
 
 @pytest.mark.parametrize("rule", SCALE_RULES)
-def test_shards_choose_what_the_whole_tensor_chooses(rule):
+def test_shards_get_same_scales_as_whole_tensor(rule):
     weight = made_weight(5, torch.bfloat16, 2.0)
     scale = scale_of(weight)
     whole = fake_quant(weight, scale, rule=rule)
@@ -133,11 +133,11 @@ def test_shards_choose_what_the_whole_tensor_chooses(rule):
     spread=st.floats(0, 5),
     rule=st.sampled_from(SCALE_RULES),
 )
-def test_quantizing_again_changes_no_block_whose_scale_is_normal(seed, dtype, spread, rule):
-    """Where idempotence holds: under the same global scale, for blocks whose E4M3 scale, by this rule and by the max
-    rule, is a normal number (2^-6 or more) and whose amax is a normal number of the tensor's type. See
-    docs/decisions/formats_and_scales.md for the others. (Under mse a subnormal max scale of 5 * 2^-9 may become
-    13 * 2^-9, which leaves 2 as the largest code; from there the window does not reach back: seed 92, spread 2.)"""
+def test_quantizing_again_keeps_blocks_with_normal_scales(seed, dtype, spread, rule):
+    """Fake quantization is idempotent, with the same global scale, for blocks whose E4M3 scale is a normal number
+    (2^-6 or more) under this rule and the max rule, and whose amax is normal in the tensor's dtype. For others see
+    docs/decisions/formats_and_scales.md. (Under mse, a subnormal max scale of 5 * 2^-9 may become 13 * 2^-9, with 2 as
+    the largest code; then the search window does not include the first scale again: seed 92, spread 2.)"""
     weight = made_weight(seed, dtype, spread)
     scale = scale_of(weight)
     scales = torch.stack([quantize(weight, scale, rule=r)[1].float().view(-1) for r in (rule, "max")])
@@ -148,7 +148,7 @@ def test_quantizing_again_changes_no_block_whose_scale_is_normal(seed, dtype, sp
     assert normal.any() and not (moved & normal).any()
 
 
-def test_rules_differ_and_lower_the_error_of_a_normal_weight():
+def test_rules_reduce_error_of_normal_weight():
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
     scale = scale_of(weight)
     errors = [float(((fake_quant(weight, scale, rule=rule) - weight) ** 2).mean()) for rule in SCALE_RULES]

@@ -1,4 +1,4 @@
-"""What every format of the registry promises, and that nothing but its own file names a format."""
+"""Properties of every format in the registry. Only a format's own files may contain its name."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ def weight_of(dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NUMBER_FORMATS)
-def test_fake_quantization_is_quantize_and_dequantize_and_packs_to_itself(name, dtype):
+def test_fake_quant_equals_quantize_dequantize_and_packs_exactly(name, dtype):
     number, weight = NUMBER_FORMATS[name], weight_of(dtype)
     scale = number.scale_from_amax(tensor_amax(weight))
     quantized = number.fake_quant(weight, scale)
@@ -42,28 +42,28 @@ def test_fake_quantization_is_quantize_and_dequantize_and_packs_to_itself(name, 
     copy = weight.clone()
     number.fake_quant_list_([copy], scale.reshape(1), ["w"])
     assert torch.equal(copy, quantized)
-    found, (codes,) = number.pack([quantized], name="w")
-    assert torch.equal(number.dequantize(codes, found, dtype), quantized)
-    assert number.is_representable(quantized, found) and not number.is_representable(weight, scale)
+    recovered, (codes,) = number.pack([quantized], name="w")
+    assert torch.equal(number.dequantize(codes, recovered, dtype), quantized)
+    assert number.is_representable(quantized, recovered) and not number.is_representable(weight, scale)
     with pytest.raises(NotRepresentableError, match="w: "):
         number.pack_representable(weight, scale, name="w")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NUMBER_FORMATS)
-def test_weights_of_one_scale_pack_together(name, dtype):
+def test_weights_with_shared_scale_pack_together(name, dtype):
     number, parts = NUMBER_FORMATS[name], [weight_of(dtype, seed) for seed in (1, 2, 3)]
     shared = number.scale_from_amax(torch.stack([tensor_amax(part) for part in parts]).amax())
     quantized = [number.fake_quant(part, shared) for part in parts]
     scale, codes = number.pack(quantized, name="w")
-    for part, of_part in zip(quantized, codes, strict=True):
-        assert torch.equal(number.dequantize(of_part, scale, dtype), part)
-    # One that moved since takes the others with it: they will be quantized again under the same scale.
+    for part, part_codes in zip(quantized, codes, strict=True):
+        assert torch.equal(number.dequantize(part_codes, scale, dtype), part)
+    # If one changed since, none is packed: all will be quantized again with the same scale.
     assert number.pack([*quantized[:2], parts[2]], name="w")[1] is None
 
 
 @pytest.mark.parametrize("name", NUMBER_FORMATS)
-def test_a_weight_off_the_grid_has_the_scale_of_its_next_quantization(name):
+def test_unrepresentable_weight_gets_scale_of_next_quantization(name):
     number, weight = NUMBER_FORMATS[name], weight_of(torch.float32)
     scale, codes = number.pack([weight], name="w")
     assert codes is None and torch.equal(scale, number.scale_from_amax(tensor_amax(weight)))
@@ -71,7 +71,7 @@ def test_a_weight_off_the_grid_has_the_scale_of_its_next_quantization(name):
 
 
 @pytest.mark.parametrize("name", NUMBER_FORMATS)
-def test_weights_of_a_short_type_are_packed_once(name, monkeypatch):
+def test_bfloat16_weights_are_packed_once(name, monkeypatch):
     number, weight, names = NUMBER_FORMATS[name], weight_of(torch.bfloat16), []
     quantized = number.fake_quant(weight, number.scale_from_amax(tensor_amax(weight)))
     exact_codes = number.exact_codes
@@ -85,7 +85,7 @@ def test_weights_of_a_short_type_are_packed_once(name, monkeypatch):
 
 
 @pytest.mark.parametrize("fmt, layout", STORED)
-def test_codes_have_the_shapes_and_dtypes_that_the_layout_declares(fmt, layout):
+def test_codes_have_shapes_and_dtypes_of_export_layout(fmt, layout):
     number, stored, weight = FORMATS[fmt].weight, FORMATS[fmt].stored[layout], weight_of(torch.bfloat16)
     codes = number.quantize(weight, number.scale_from_amax(tensor_amax(weight)), name="w")
     assert {role: tuple(tensor.shape) for role, tensor in codes.items()} == number.shapes(*weight.shape)
@@ -99,14 +99,14 @@ def test_codes_have_the_shapes_and_dtypes_that_the_layout_declares(fmt, layout):
 
 
 @pytest.mark.parametrize("fmt, layout", STORED)
-def test_bytes_of_the_table_are_those_of_the_stored_tensors(fmt, layout):
-    expected = PACKED_LAYOUTS[layout].expected(fmt, 24, 256)
+def test_num_bytes_equals_size_of_stored_tensors(fmt, layout):
+    expected = PACKED_LAYOUTS[layout].expected(fmt, 24, 64)
     num_bytes = sum(ITEM_BYTES[dtype] * torch.Size(shape).numel() for dtype, shape in expected.values())
     assert FORMATS[fmt].num_bytes(24, 256) == num_bytes
 
 
 @pytest.mark.parametrize("layout", PACKED_LAYOUTS)
-def test_the_validator_can_tell_formats_apart(layout):
+def test_formats_of_export_layout_are_distinguishable(layout):
     held = PACKED_LAYOUTS[layout].formats
     known = {name: stored.parts["weight"] for name, stored in held.items() if stored.is_known_by_dtype}
     for name, part in known.items():
@@ -116,7 +116,7 @@ def test_the_validator_can_tell_formats_apart(layout):
     assert len(set(modelopt)) == len(modelopt)
 
 
-def test_names_of_the_registry():
+def test_registry_names():
     assert all(name == fmt.name for name, fmt in FORMATS.items())
     assert exported_formats()[0] == UNQUANTIZED.name and not UNQUANTIZED.quantizes
     for layout in PACKED_LAYOUTS:
@@ -126,7 +126,7 @@ def test_names_of_the_registry():
 
 
 def format_names() -> set[str]:
-    """Every word by which anything calls a quantized format: policies, layouts' configurations, messages."""
+    """Return all names of quantized formats in policies, export configurations and messages."""
     names = {name for name, fmt in FORMATS.items() if fmt.quantizes} | set(NUMBER_FORMATS)
     names |= {stored.algo for fmt in FORMATS.values() for stored in fmt.stored.values()}
     kv_formats = [fmt for fmt in KV_CACHE_FORMATS.values() if fmt is not None]
@@ -135,31 +135,31 @@ def format_names() -> set[str]:
 
 
 def literals(source: str) -> list[tuple[int, str]]:
-    """Line and text of the strings that are a format's name, f-strings' parts among them."""
+    """Return line and text of the string literals, including parts of f-strings, that are names of formats."""
     names = format_names()
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
-    return [(node.lineno, node.value) for node in found if isinstance(node.value, str) and node.value in names]
+    constants = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    return [(node.lineno, node.value) for node in constants if isinstance(node.value, str) and node.value in names]
 
 
 def is_of_a_format(file: Path) -> bool:
-    """The arithmetic, the kernels and the description of one format, which may call it by its name."""
+    """Whether ``file`` is the arithmetic, kernels or description of one format and may contain its name."""
     number = {name.split("-")[0] for name in NUMBER_FORMATS}
     return file.parent == PACKAGE / "formats" and file.stem.split("_")[0] in number
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_a_format_is_named_in_its_own_files_only(file):
+def test_format_name_occurs_only_in_its_own_files(file):
     if not is_of_a_format(file):
-        found = literals(file.read_text())
-        assert not found, f"{file}: ask formats.registry in place of comparing with {found}"
+        names = literals(file.read_text())
+        assert not names, f"{file}: contains the format names {names}. Use formats.format_registry instead."
 
 
 @pytest.mark.parametrize(
     "source", ['x == "fp8"', "{'nvfp4': 1}", 'f(kind="FP8")', 'def f(x="int4-w4a16"): ...', '["nvfp4-pack-quantized"]']
 )
-def test_a_literal_is_seen_wherever_it_stands(source):
+def test_format_name_literal_is_detected(source):
     assert len(literals(source)) == 1
 
 
-def test_prose_is_no_literal():
+def test_format_name_in_prose_is_ignored():
     assert not literals('"""Weights in NVFP4."""\nraise ValueError("no tensor is NVFP4 or FP8")\n"bf16"')

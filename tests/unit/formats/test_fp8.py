@@ -1,4 +1,4 @@
-"""FP8 E4M3 per tensor and per row: modelopt's codes, exact packing, recovered scales, bad input."""
+"""FP8 E4M3 with scales per tensor and per row: modelopt codes, exact packing, recovered scales, invalid input."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def scale_of(x, per_row=False):
 
 
 def awkward(seed, dtype=torch.float32, exponent=0, rows=12, dim=80):
-    """Zeros of both signs, a zero row, multiples of 1/16 (ties), subnormal codes, rows of different size."""
+    """Return zeros of both signs, a zero row, multiples of 1/16 (ties), subnormal codes, rows of different size."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, dim, generator=generator) * torch.exp(2 * torch.randn(rows, 1, generator=generator))
     x[0], x[1, ::3], x[2, 1::4] = 0.0, -0.0, 1e-7
@@ -26,7 +26,7 @@ def awkward(seed, dtype=torch.float32, exponent=0, rows=12, dim=80):
     return (x * 2.0**exponent).clamp(-6e4, 6e4).to(dtype)
 
 
-def test_every_code_is_its_own_value_and_ties_go_to_even():
+def test_codes_decode_to_their_values_and_ties_round_to_even():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[~codes.float().isnan()]
     values = fp8.dequantize(codes, ONE)
@@ -42,37 +42,37 @@ def test_every_code_is_its_own_value_and_ties_go_to_even():
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), exponent=st.integers(-60, 60), per_row=st.booleans())
-def test_codes_and_scales_equal_modelopts_exporter(seed, exponent, per_row):
-    theirs = pytest.importorskip("modelopt.torch.quantization.qtensor").FP8QTensor
+def test_codes_and_scales_equal_modelopt_exporter(seed, exponent, per_row):
+    modelopt_tensor = pytest.importorskip("modelopt.torch.quantization.qtensor").FP8QTensor
     x = awkward(seed, exponent=exponent)
     if per_row:
-        x[0, 0] = 1.0  # its zero row would get a scale of 0 and NaN codes
-    quantized, scale = theirs.quantize(x, axis=0 if per_row else None)
+        x[0, 0] = 1.0  # modelopt gives a zero row the scale 0 and NaN codes
+    quantized, scale = modelopt_tensor.quantize(x, axis=0 if per_row else None)
     assert torch.equal(scale.view(-1), scale_of(x, per_row).view(-1))
     codes = fp8.quantize(x, scale)
     assert torch.equal(codes.view(torch.uint8), quantized._quantized_data.view(torch.uint8))
     assert torch.equal(fp8.dequantize(codes, scale), quantized.dequantize(torch.float32, scale=scale))
 
 
-def test_modelopts_fake_quantization_differs_by_ties_and_last_bits_only():
-    """It multiplies by a rounded 448/amax where we and its exporter divide, so a quotient beside a tie may fall on its
-    other side, and the product with 1/scale rounds once more."""
+def test_modelopt_fake_quant_differs_only_in_ties_and_last_bits():
+    """modelopt's training kernel multiplies by a rounded 448/amax, while its exporter and our code divide. A quotient
+    near a tie may therefore round to the other side, and the product with 1/scale has one more rounding."""
     eager = pytest.importorskip("modelopt.torch.quantization.tensor_quant").fp8_eager
     num_flips = num_values = 0
     for seed in range(20):
         x = awkward(seed, torch.bfloat16).float()
         scale = scale_of(x)
-        ours, theirs = fp8.fake_quant(x, scale), eager(x, tensor_amax(x))
-        # the reciprocal, its inverse and the product: three roundings where we have one
-        flipped = (ours - theirs).abs() > 4 * 2.0**-24 * ours.abs()
+        ours, peer = fp8.fake_quant(x, scale), eager(x, tensor_amax(x))
+        # The reciprocal, its inverse and the product round three times, ours once.
+        flipped = (ours - peer).abs() > 4 * 2.0**-24 * ours.abs()
         quotient = x[flipped] / scale
         code = fp8.quantize(x, scale).float()[flipped]
-        other = theirs[flipped] / scale
-        middle = (code + other) / 2
+        peer_code = peer[flipped] / scale
+        middle = (code + peer_code) / 2
         assert ((quotient - middle).abs() <= 4 * 2.0**-24 * middle.abs()).all()
         num_flips, num_values = num_flips + int(flipped.sum()), num_values + x.numel()
     print(f"{num_flips} of {num_values} values differ by a tie")
-    assert num_flips <= 1e-2 * num_values  # short mantissas meet ties more often than random numbers do
+    assert num_flips <= 1e-2 * num_values  # short mantissas are at ties more often than random numbers
 
 
 @settings(max_examples=100, deadline=None)
@@ -82,7 +82,7 @@ def test_modelopts_fake_quantization_differs_by_ties_and_last_bits_only():
     exponent=st.integers(-14, 0),
     per_row=st.booleans(),
 )
-def test_a_fake_quantized_tensor_packs_to_itself_with_the_scale_found_in_it(seed, dtype, exponent, per_row):
+def test_fake_quantized_tensor_packs_exactly_with_recovered_scale(seed, dtype, exponent, per_row):
     x = awkward(seed, dtype, exponent)
     original = scale_of(x, per_row)
     quantized = fp8.fake_quant(x, original)
@@ -90,14 +90,14 @@ def test_a_fake_quantized_tensor_packs_to_itself_with_the_scale_found_in_it(seed
     assert torch.equal(fp8.dequantize(fp8.pack_representable(quantized, scale), scale, dtype), quantized)
     assert torch.equal(
         fp8.fake_quant(quantized, scale), quantized
-    )  # idempotent, unlike NVFP4: no scale is chosen again
+    )  # idempotent, unlike NVFP4, because no block scale is chosen again
     if dtype == torch.bfloat16:
         assert torch.equal(scale, original)
     assert not torch.signbit(quantized[quantized == 0]).any()
 
 
-def test_the_scale_found_in_a_float32_tensor_is_an_ulp_off_at_most():
-    """All 2^23 mantissas of an amax: the bound behind the search among neighbours."""
+def test_recomputed_float32_scale_differs_by_at_most_one_ulp():
+    """Try all 2^23 mantissas of an amax: this bound limits the search to neighbours."""
     divisor = torch.tensor(448.0)
     for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
         scale = part.view(torch.float32) / divisor
@@ -105,13 +105,13 @@ def test_the_scale_found_in_a_float32_tensor_is_an_ulp_off_at_most():
         assert (scale.view(torch.int32) - again.view(torch.int32)).abs().max() <= common.MAX_ULPS
 
 
-def test_a_negative_value_that_its_type_rounds_to_zero_has_no_sign():
+def test_negative_value_that_dtype_rounds_to_zero_has_no_sign():
     x, scale = torch.tensor([-1.0, 1.0]).half(), torch.tensor(1e-12)  # saturates at 4.48e-10, below float16
     for zero in (fp8.fake_quant(x, scale), fp8.dequantize(fp8.quantize(x, scale), scale, torch.float16)):
         assert zero.tolist() == [0, 0] and not torch.signbit(zero).any()
 
 
-def test_a_group_shares_a_scale():
+def test_group_recovers_its_shared_scale():
     group = [awkward(1, torch.bfloat16), awkward(2, torch.bfloat16) * 0.125]
     scale = fp8.scale_from_amax(torch.stack([tensor_amax(w) for w in group]).amax())
     group = [fp8.fake_quant(w, scale) for w in group]
@@ -119,7 +119,7 @@ def test_a_group_shares_a_scale():
     assert all(fp8.is_representable(w, scale) for w in group)
 
 
-def test_scales_are_positive_and_finite_whatever_the_amax():
+def test_scales_are_positive_and_finite_for_any_amax():
     amax = torch.tensor([[0.0], [2.0**-149], [1.0], [torch.finfo(torch.float32).max]])
     scale = fp8.scale_from_amax(amax)
     assert scale.shape == (4, 1) and scale[0] == 1.0 and (scale >= fp8.SCALE_MIN).all() and scale.isfinite().all()
@@ -131,7 +131,7 @@ def test_scales_are_positive_and_finite_whatever_the_amax():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_are_refused_by_name(bad):
+def test_nan_and_inf_error_names_tensor(bad):
     x = torch.randn(4, 24)
     x[2, 5] = bad
     for call in (fp8.quantize, fp8.fake_quant, fp8.fake_quant_, fp8.is_representable):
@@ -139,12 +139,12 @@ def test_nan_and_inf_are_refused_by_name(bad):
             call(x.clone(), ONE, name="layers.3.up_proj")
 
 
-def test_wrong_shapes_dtypes_and_scales_are_refused():
+def test_invalid_shapes_dtypes_and_scales_raise():
     x = torch.randn(4, 24)
     with pytest.raises(QADError, match="float64"):
         fp8.quantize(x.double(), ONE)
     for scale in (torch.ones(3, 1), torch.ones(24), torch.ones(4)):
-        with pytest.raises(QADError, match="one a row"):
+        with pytest.raises(QADError, match="one scale per tensor or per row"):
             fp8.quantize(x, scale)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(QADError, match="scale_from_amax"):
@@ -153,7 +153,7 @@ def test_wrong_shapes_dtypes_and_scales_are_refused():
         fp8.dequantize(x, ONE)
 
 
-def test_off_grid_weights_are_refused_with_name_and_count():
+def test_unrepresentable_weight_error_has_name_and_count():
     x = fp8.fake_quant(torch.randn(4, 24), ONE)
     x[1, 3] = 1.01
     with pytest.raises(NotRepresentableError, match=r"model\.w: 1 of 96 values"):

@@ -1,4 +1,4 @@
-"""NVFP4 arithmetic against its definition: the grid, ties, edges of both scales, bad input, shapes and dtypes."""
+"""NVFP4 arithmetic against its definition: values, ties, limits of both scales, invalid input, shapes and dtypes."""
 
 import pytest
 import torch
@@ -24,33 +24,33 @@ def scale_of(x):
 
 
 def block_with(values, amax=6.0):
-    """One block [1, 16]; its amax 6 makes the block scale 1 under the global scale 1."""
+    """Return one block [1, 16]. Amax 6 gives the block scale 1 under the global scale 1."""
     return torch.tensor([[amax, *values] + [0.0] * (15 - len(values))])
 
 
-def test_ties_go_to_the_even_code_and_beyond_six_saturates():
+def test_ties_round_to_even_code_and_values_saturate():
     ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
     expected = [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0]
     assert fake_quant(block_with(ties), ONE)[0, 1:8].tolist() == expected
     assert fake_quant(block_with([-t for t in ties]), ONE)[0, 1:8].tolist() == [-v for v in expected]
     just_above = torch.nextafter(torch.tensor(ties), torch.full((7,), 10.0)).tolist()
     assert fake_quant(block_with(just_above), ONE)[0, 1:8].tolist() == [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    # The block scale stops at 448, so 1e6 under a global scale of 1 becomes 6 * 448.
+    # The block scale saturates at 448, so 1e6 under a global scale of 1 becomes 6 * 448.
     assert fake_quant(block_with([], amax=1e6), ONE)[0, 0] == 2688
 
 
-def test_every_code_decodes_to_its_value_and_low_nibble_is_the_even_column():
+def test_codes_decode_to_their_values_and_low_nibble_is_even_column():
     packed = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]], dtype=torch.uint8)
     scale = torch.ones(1, 1).to(torch.float8_e4m3fn)
     values = dequantize(packed, scale, ONE)[0]
     assert values.tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
-    assert torch.signbit(values).sum() == 7  # code 8, minus zero, decodes to plus zero
+    assert torch.signbit(values).sum() == 7  # code 8, -0.0, decodes to +0.0
     codes = nvfp4.unpack_codes(packed)
     assert codes.tolist() == [list(range(16))]
     assert torch.equal(nvfp4.pack_codes(codes), packed)
 
 
-def test_zero_blocks_store_one_and_an_all_zero_tensor_has_a_usable_scale():
+def test_zero_blocks_and_zero_tensors_get_scale_one():
     x = torch.zeros(2, 32)
     x[0, 0] = 6.0
     packed, block_scale = quantize(x, scale_of(x))
@@ -61,15 +61,15 @@ def test_zero_blocks_store_one_and_an_all_zero_tensor_has_a_usable_scale():
     assert packed.sum() == 0 and dequantize(packed, block_scale, scale_of(zero)).eq(0).all()
 
 
-def test_tiny_blocks_take_the_smallest_scale_and_never_underflow_to_zero():
+def test_tiny_blocks_get_smallest_scale():
     x = torch.zeros(1, 32)
-    x[0, 0], x[0, 16] = 2688.0, 2.0**-9 * 3  # under the global scale 1 the second block would want half of 2^-9
+    x[0, 0], x[0, 16] = 2688.0, 2.0**-9 * 3  # the ideal scale of the second block is half of 2^-9
     _, block_scale = quantize(x, ONE)
     assert block_scale.view(torch.uint8).tolist() == [[0x7E, 0x01]]
     assert fake_quant(x, ONE)[0, 16] == 2.0**-9 * 3
 
 
-def test_minus_zero_and_rounded_away_negatives_come_back_as_plus_zero():
+def test_minus_zero_and_negative_underflow_decode_to_plus_zero():
     x = block_with([-0.0, -0.1])
     packed, block_scale = quantize(x, ONE)
     assert nvfp4.unpack_codes(packed)[0, 1:3].tolist() == [
@@ -78,7 +78,7 @@ def test_minus_zero_and_rounded_away_negatives_come_back_as_plus_zero():
     ]  # as modelopt: -0.0 is code 0, a small negative is code 8
     assert not torch.signbit(fake_quant(x, ONE)).any()
     assert not torch.signbit(dequantize(packed, block_scale, ONE)).any()
-    tiny = torch.full((1, 16), -1e-8)  # a value that float16 rounds to zero
+    tiny = torch.full((1, 16), -1e-8)  # float16 rounds this value to zero
     tiny[0, 0] = 6e-8
     packed, block_scale = quantize(tiny, scale_of(tiny))
     assert (nvfp4.unpack_codes(packed)[0, 1:] > 8).all()
@@ -97,7 +97,7 @@ def test_extreme_amax_gives_finite_scales_and_values(amax):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_inf_are_refused_by_name(bad):
+def test_nan_and_inf_error_names_tensor(bad):
     x = torch.randn(4, 32)
     x[2, 5] = bad
     for call in (quantize, fake_quant, fake_quant_):
@@ -107,7 +107,7 @@ def test_nan_and_inf_are_refused_by_name(bad):
         global_scale_from_amax(tensor_amax(x), name="layers.3.up_proj")
 
 
-def test_wrong_shapes_dtypes_and_scales_are_refused():
+def test_invalid_shapes_dtypes_and_scales_raise():
     for x in (torch.zeros(2, 24), torch.zeros(()), torch.zeros(2, 0)):
         with pytest.raises(QADError, match="multiple of 16"):
             quantize(x, ONE)
@@ -124,19 +124,19 @@ def test_wrong_shapes_dtypes_and_scales_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fake_quant_is_the_decoded_quantize_for_any_leading_shape(dtype):
+def test_fake_quant_equals_quantize_dequantize_for_any_leading_shape(dtype):
     x = torch.randn(3, 5, 48).to(dtype)
     scale = scale_of(x)
     packed, block_scale = quantize(x, scale)
     assert packed.shape == (3, 5, 24) and block_scale.shape == (3, 5, 3)
     decoded = dequantize(packed, block_scale, scale, dtype)
     assert torch.equal(fake_quant(x, scale), decoded)
-    # One rounding: float32 values, then the short type.
+    # The only rounding is that of the float32 values to the dtype.
     assert torch.equal(dequantize(packed, block_scale, scale).to(dtype), decoded)
     assert fake_quant(x[:0], scale).shape == (0, 5, 48)  # an expert that received no token
 
 
-def test_tiles_leave_no_trace(monkeypatch):
+def test_tile_size_does_not_change_results(monkeypatch):
     x = torch.randn(37, 64)
     whole = fake_quant(x, scale_of(x)), *quantize(x, scale_of(x))
     monkeypatch.setattr(common, "_TILE_ELEMENTS", 5 * 64)
@@ -145,7 +145,7 @@ def test_tiles_leave_no_trace(monkeypatch):
     assert torch.equal(dequantize(*tiled[1:], scale_of(x)), whole[0])
 
 
-def test_in_place_writes_over_a_parameter_also_when_it_is_a_strided_view():
+def test_in_place_fake_quant_of_parameter_and_strided_view():
     parameter = torch.nn.Parameter(torch.randn(8, 32))
     expected = fake_quant(parameter, scale_of(parameter))
     pointer = parameter.data_ptr()
@@ -160,14 +160,14 @@ def test_in_place_writes_over_a_parameter_also_when_it_is_a_strided_view():
     assert torch.equal(base.t(), expected)
 
 
-def test_a_short_float_keeps_its_amax_under_fake_quant():
-    """Every seventh bfloat16 and float16 as an amax (so every mantissa): why export can recompute the global scale."""
+def test_fake_quant_preserves_amax_of_16_bit_dtypes():
+    """Export can recompute the global scale for this reason. Covers every seventh number of both, so every mantissa."""
     for dtype, infinity in ((torch.bfloat16, 0x7F80), (torch.float16, 0x7C00)):
         amax = torch.arange(1, infinity, 7, dtype=torch.int16).view(dtype)
         scale = torch.stack([global_scale_from_amax(a) for a in amax])
         out = torch.stack([fake_quant(a.expand(1, 16), s)[0, 0] for a, s in zip(amax, scale, strict=True)])
         assert torch.equal(torch.stack([global_scale_from_amax(a) for a in out]), scale)
-        floored = scale == nvfp4.GLOBAL_SCALE_MIN  # below 3.2e-35 the amax may move, the scale does not
+        floored = scale == nvfp4.GLOBAL_SCALE_MIN  # below 3.2e-35 the amax may change, but not the scale
         assert torch.equal(out[~floored], amax[~floored])
 
 
@@ -178,7 +178,7 @@ def test_a_short_float_keeps_its_amax_under_fake_quant():
     spread=st.floats(0, 12),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_error_is_bounded_and_signs_and_order_survive(seed, exponent, spread, dtype):
+def test_error_is_bounded_and_signs_and_order_are_preserved(seed, exponent, spread, dtype):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.exp(torch.randn(8, 1, generator=generator) * spread / 4)
     x = (torch.randn(8, 64, generator=generator) * rows * 2.0**exponent).to(dtype)
@@ -186,9 +186,9 @@ def test_error_is_bounded_and_signs_and_order_survive(seed, exponent, spread, dt
     out = fake_quant(x, scale).float()
     blocks, out_blocks = x.float().view(-1, 16), out.view(-1, 16)
     block_amax = blocks.abs().amax(-1, keepdim=True)
-    # Largest gap of the grid is 2 (4 to 6): half of it is 1/6 of the code range; the E4M3 scale adds 1/16 of
-    # saturation at most (half an ulp of 3 mantissa bits), or 2^-10 of the global scale where it is subnormal; bfloat16
-    # adds 2^-9.
+    # The largest gap of E2M1 is 2 (4 to 6), and half of it is 1/6 of the code range. Saturation from rounding the E4M3
+    # scale adds at most 1/16 (half an ulp of 3 mantissa bits), or 2^-10 of the global scale if subnormal. bfloat16 adds
+    # 2^-9.
     bound = block_amax * (1 / 6 + 1 / 16 + 2.0**-8) + 6 * 2.0**-10 * scale
     assert ((blocks - out_blocks).abs() <= bound).all()
     assert (out_blocks * blocks >= 0).all()

@@ -1,5 +1,4 @@
-"""Named inputs, in float32, bfloat16 and float16, against both peers: modelopt's NVFP4QTensor bit for bit,
-compressed-tensors by decoded value, every difference counted and put down to a cause."""
+"""Named inputs compared with modelopt (bit for bit) and compressed-tensors (values; each difference has a cause)."""
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ def normal(factor):
 
 
 def exact_ties():
-    """Under the global scale 1 (amax 2688) block scales 2^-9 to 256, and in each block all ties of both signs."""
+    """Return all ties of both signs in every block, with block scales 2^-9 to 256 under global scale 1 (amax 2688)."""
     blocks = torch.cat([torch.tensor([6.0]), TIES, -TIES, torch.tensor([-6.0])]).repeat(32, 8)
     scales = 2.0 ** torch.arange(-9, 9).repeat(15)[:256].repeat_interleave(16).view(32, 128)
     x = blocks * scales
@@ -39,14 +38,14 @@ def with_zero_blocks():
 
 
 def one_outlier():
-    """The other blocks want scales far below 2^-9, the smallest."""
+    """Return a tensor whose other blocks have ideal scales far below 2^-9, the smallest."""
     x = normal(0.02)
     x[7, 7] = 3e4
     return x
 
 
 def subnormal_scales():
-    """Amaxes of blocks fall by a factor of 1.3 each, through all the subnormal E4M3 numbers and below."""
+    """Return blocks whose amaxes decrease by a factor of 1.3, through all subnormal E4M3 numbers and below."""
     return (normal(1.0).view(-1, 16) * 1.3 ** -torch.arange(256.0).view(-1, 1)).view(32, 128)
 
 
@@ -82,10 +81,10 @@ def made(case, dtype):
 
 @named
 @typed
-def test_codes_scales_and_values_equal_modelopts(case, dtype):
+def test_codes_scales_and_values_equal_modelopt(case, dtype):
     tensor = pytest.importorskip("modelopt.torch.quantization.qtensor").NVFP4QTensor
     x, scale = made(case, dtype)
-    # Our global scale in both: modelopt's is 0 for a zero tensor (then NaN), and below 2^-126 for subnormal values.
+    # Both use our global scale: modelopt's is 0 for a zero tensor (then NaN), and below 2^-126 for subnormal values.
     theirs, their_scale, their_global = tensor.quantize(x.clone(), 16, weights_scaling_factor_2=scale)
     if scale != 1.0 and scale > 2.0**-126:
         assert torch.equal(tensor.get_weights_scaling_factor_2(x), scale)
@@ -99,7 +98,7 @@ def test_codes_scales_and_values_equal_modelopts(case, dtype):
 
 @named
 @typed
-def test_values_equal_compressed_tensors_but_for_ties_and_underflowing_scales(case, dtype):
+def test_values_equal_compressed_tensors_except_ties_and_underflow(case, dtype):
     args = pytest.importorskip("compressed_tensors.quantization.quant_scheme").NVFP4["weights"]
     from compressed_tensors.quantization.lifecycle.forward import dequantize as their_dequantize
     from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
@@ -107,8 +106,8 @@ def test_values_equal_compressed_tensors_but_for_ties_and_underflowing_scales(ca
 
     x, scale = made(case, dtype)
     if case == "subnormal values":
-        pytest.skip("compressed-tensors' global scale, 2688 / amax, overflows there and falls back to 1: all is zero")
-    x = x.float()  # it would take minima and maxima in the short type
+        pytest.skip("compressed-tensors' global scale, 2688 / amax, overflows and falls back to 1; all values are zero")
+    x = x.float()  # otherwise it takes minima and maxima in the 16-bit dtype
     blocks = x.view(32, 8, 16)
     their_global = generate_gparam(x.min(), x.max())
     their_scale, zero = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, their_global)
@@ -120,19 +119,19 @@ def test_values_equal_compressed_tensors_but_for_ties_and_underflowing_scales(ca
     ours = dequantize(packed, block_scale, scale).view(-1, 16)
     block_scale, their_scale = block_scale.float().view(-1, 1), their_scale.float().view(-1, 1)
     amax = x.view(-1, 16).abs().amax(-1, keepdim=True)
-    # q * (s / gs) against q * (s * s2): the reciprocal, the quotient and the product, half an ulp each
+    # q * (s / gs) compared with q * (s * s2): the reciprocal, the quotient and the product round half an ulp each.
     differs = (ours - theirs).abs() > 3 * 2.0**-24 * 2 * ours.abs()
 
-    # Cause 1: amax / 6 rounds to the E4M3 number 0. We keep the smallest scale, they take 0.125 and so lose the block.
-    # Half of it is a tie to 0, which the reciprocal may move.
+    # Cause 1: amax / 6 rounds to the E4M3 number 0. We use the smallest scale; they use 0.125, which makes the block 0.
+    # Half of the smallest scale is a tie, which the reciprocal may move.
     underflow = (block_scale == E4M3_MIN) & (their_scale == 0.125) & (amax > 0)
     assert (amax[underflow] <= 6 * scale * E4M3_MIN / 2 * (1 + 4 * 2.0**-24)).all()
-    # Cause 2: a quotient on a tie of E4M3, moved by the reciprocal: the block's scale is one step off.
+    # Cause 2: the reciprocal moves a quotient at a tie of E4M3, so the block's scale differs by one step.
     stepped = (block_scale != their_scale) & ~underflow & (amax > 0)
     codes_apart = block_scale.to(torch.float8_e4m3fn).view(torch.uint8).int()
     codes_apart = codes_apart - their_scale.to(torch.float8_e4m3fn).view(torch.uint8).int()
     assert (codes_apart[stepped].abs() == 1).all()
-    # Cause 3: a scaled value on a tie of E2M1, moved likewise by up to four roundings.
+    # Cause 3: up to four roundings move a scaled value at a tie of E2M1.
     flips = differs & ~underflow & ~stepped
     scaled = (x.view(-1, 16) / (block_scale * scale)).abs()
     distance = (scaled.unsqueeze(-1) - TIES).abs().amin(-1)
@@ -148,7 +147,7 @@ def test_values_equal_compressed_tensors_but_for_ties_and_underflowing_scales(ca
 
 @named
 @typed
-def test_every_case_packs_to_itself(case, dtype):
+def test_every_case_packs_exactly(case, dtype):
     x, scale = made(case, dtype)
     quantized = fake_quant(x, scale)
     recovered = recover_global_scale(quantized)

@@ -1,4 +1,4 @@
-"""Lists of tensors on the CPU: what one call does is what a loop would do; errors name the tensor."""
+"""Operations on lists of tensors on the CPU: equality with a loop, and errors that name the tensor."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def weights():
 
 
 @pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
-def test_every_tensor_is_quantized_in_place_under_its_own_scale(rule):
+def test_each_tensor_is_quantized_in_place_with_its_own_scale(rule):
     tensors = weights()
     amaxes = amax_list(tensors)
     assert amaxes.dtype == torch.float32 and amaxes.tolist() == [float(w.abs().amax()) for w in tensors]
@@ -33,7 +33,7 @@ def test_every_tensor_is_quantized_in_place_under_its_own_scale(rule):
     assert all(torch.equal(w, e) for w, e in zip(tensors, expected, strict=True))
 
 
-def test_errors_name_the_tensor():
+def test_errors_name_tensor():
     tensors = weights()
     tensors[1][1, 2, 3] = torch.nan
     with pytest.raises(QADError, match=r"^b\.weight: amax is nan, expected"):
@@ -42,14 +42,14 @@ def test_errors_name_the_tensor():
         fake_quant_list_(tensors, torch.ones(3), NAMES)
     with pytest.raises(QADError, match=r"^c\.weight: global scale is 0"):
         fake_quant_list_(weights(), torch.tensor([1.0, 1.0, 0.0]), NAMES)
-    with pytest.raises(QADError, match="3 tensors came with 2"):
+    with pytest.raises(QADError, match="2 names or scales for 3 tensors"):
         fake_quant_list_(weights(), torch.ones(2), NAMES)
     amaxes = torch.full((10,), torch.inf)
     with pytest.raises(QADError, match=r"w0: amax is inf; .*w7: amax is inf and 2 more"):
         global_scales_from_amaxes(amaxes, [f"w{i}" for i in range(10)])
 
 
-def test_no_tensor_is_no_work():
+def test_empty_list():
     assert amax_list([]).shape == (0,)
     fake_quant_list_([], torch.zeros(0), [])
     assert global_scales_from_amaxes(torch.zeros(0), []).shape == (0,)

@@ -1,5 +1,4 @@
-"""pack_representable(fake_quant(w)) decodes to fake_quant(w), bit for bit, and export can find the global scale from w
-alone."""
+"""Exact packing of fake-quantized weights and recovery of their global scale."""
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ def bits(x):
 
 
 def spread_weight(seed, dtype, rows=16, dim=128, exponent=0, spread=4.0):
-    """Rows of very different size, so that block scales run through the subnormal E4M3 numbers."""
+    """Return rows of very different magnitudes, so that block scales include the subnormal E4M3 numbers."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.exp(torch.randn(rows, 1, generator=generator) * spread)
     weight = (torch.randn(rows, dim, generator=generator) * sizes).clamp(-3e4, 3e4)  # float16 ends at 65504
@@ -38,7 +37,7 @@ def spread_weight(seed, dtype, rows=16, dim=128, exponent=0, spread=4.0):
     exponent=st.integers(-12, 0),
     spread=st.floats(0, 6),
 )
-def test_packing_a_fake_quantized_weight_is_exact(seed, dtype, exponent, spread):
+def test_fake_quantized_weight_packs_exactly(seed, dtype, exponent, spread):
     weight = spread_weight(seed, dtype, exponent=exponent, spread=spread)
     quantized = fake_quant(weight, global_scale_from_amax(tensor_amax(weight)))
     scale = recover_global_scale(quantized)
@@ -53,9 +52,12 @@ SCALES = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exponent", [-126, -40, -17, -4, 0])
-def test_any_block_on_the_grid_is_found_under_its_smallest_exact_scale(dtype, exponent):
-    """Every E4M3 scale with every largest code, under global scales of several mantissas: the seven candidates of the
-    search against trying all 126. In float16 the smaller exponents make values subnormal, or zero."""
+def test_representable_block_gets_smallest_exact_scale(dtype, exponent):
+    """Compare the search, which tries seven candidates, with trying all 126 scales.
+
+    Covers every E4M3 scale with every largest code and several global scales. In float16, small exponents make values
+    subnormal or zero.
+    """
     if dtype == torch.float16 and exponent < -17:
         pytest.skip("all values round to zero in float16")
     generator = torch.Generator().manual_seed(exponent)
@@ -75,14 +77,14 @@ def test_any_block_on_the_grid_is_found_under_its_smallest_exact_scale(dtype, ex
         )
         smallest = SCALES.float()[exact.int().argmax(0)]
         amax, zero = blocks.abs().amax(-1).float(), (blocks == 0).all(-1)
-        normal = amax >= torch.finfo(dtype).tiny  # else many scales decode alike, and any of them does
+        normal = amax >= torch.finfo(dtype).tiny  # for other blocks many scales decode alike
         assert torch.equal(found.float().view(-1)[normal], smallest[normal])
         assert (found.float().view(-1)[zero] == 1).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**31), exponent=st.integers(-100, 20), dtype=st.sampled_from(DTYPES[:2]))
-def test_packed_bytes_of_any_kind_survive_decoding_and_packing(seed, exponent, dtype):
+def test_random_codes_decode_and_pack_exactly(seed, exponent, dtype):
     generator = torch.Generator().manual_seed(seed)
     packed = torch.randint(0, 256, (8, 32), generator=generator, dtype=torch.uint8)
     assert torch.equal(pack_codes(unpack_codes(packed)), packed)
@@ -92,13 +94,13 @@ def test_packed_bytes_of_any_kind_survive_decoding_and_packing(seed, exponent, d
     assert torch.equal(dequantize(*pack_representable(values, scale), scale, dtype), values)
 
 
-def test_requantizing_is_not_idempotent_where_the_block_scale_is_subnormal():
-    """The case that makes pack_representable necessary; if this ever holds by plain quantize, the search can go."""
+def test_quantizing_again_differs_for_subnormal_block_scale():
+    """This case makes the search of pack_representable necessary."""
     scale = torch.tensor(1.0)
     weight = torch.zeros(1, 16)
     weight[0, :3] = (
         torch.tensor([6 * 1.6, 1.0, -3.0]) * 2.0**-9
-    )  # wants scale 1.6 * 2^-9, gets 2 * 2^-9 and codes up to 4
+    )  # ideal scale 1.6 * 2^-9, rounded to 2 * 2^-9, codes up to 4
     quantized = fake_quant(weight, scale)
     assert quantized[0, 0] == 8 * 2.0**-9
     assert not torch.equal(dequantize(*quantize(quantized, scale), scale), quantized)
@@ -108,7 +110,7 @@ def test_requantizing_is_not_idempotent_where_the_block_scale_is_subnormal():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_group_that_shares_a_scale_recovers_it_together(dtype):
+def test_group_recovers_its_shared_scale(dtype):
     for seed in range(20):
         group = [spread_weight(seed, dtype), spread_weight(seed + 100, dtype) * 0.1, torch.zeros(4, 128, dtype=dtype)]
         amax = torch.stack([tensor_amax(w) for w in group]).amax()
@@ -121,21 +123,21 @@ def test_a_group_that_shares_a_scale_recovers_it_together(dtype):
             assert torch.equal(scale, original)
 
 
-def test_float32_scale_moves_by_one_ulp_at_most():
-    """All 2^23 mantissas: the bound behind the search among neighbours. Exponents only shift it, above the floor of
-    the scale."""
+def test_recomputed_float32_scale_differs_by_at_most_one_ulp():
+    """Try all 2^23 mantissas: this bound limits the search to neighbours. Exponents above the scale's minimum only
+    shift the values."""
     divisor = torch.tensor(2688.0)
-    moved = 0
+    num_moved = 0
     for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
         scale = part.view(torch.float32) / divisor
         again = (6 * (448 * scale)) / divisor  # the amax of the fake-quantized tensor: code 6, block scale 448
         ulps = (scale.view(torch.int32) - again.view(torch.int32)).abs()
         assert ulps.max() <= 1
-        moved += int(ulps.sum())
-    assert moved > 0  # else recover_global_scale would be needless
+        num_moved += int(ulps.sum())
+    assert num_moved > 0  # otherwise recover_global_scale would be unnecessary
 
 
-def test_what_is_off_the_grid_is_refused_with_name_and_count():
+def test_unrepresentable_weight_error_has_name_and_count():
     weight = torch.randn(8, 64)
     scale = global_scale_from_amax(tensor_amax(weight))
     quantized = fake_quant(weight, scale)
@@ -149,16 +151,15 @@ def test_what_is_off_the_grid_is_refused_with_name_and_count():
         recover_global_scale([], name="empty")
 
 
-def test_an_all_zero_weight_packs():
+def test_all_zero_weight_packs():
     weight = torch.zeros(4, 32, dtype=torch.bfloat16)
     scale = recover_global_scale(weight)
     packed, block_scale = pack_representable(weight, scale)
     assert scale == 1.0 and packed.sum() == 0 and (block_scale.view(torch.uint8) == 0x38).all()
 
 
-def test_the_bytes_packed_are_those_quantize_gave_in_training():
-    """For ordinary weights nothing is searched: codes and block scales are the original ones, up to the sign of
-    zero."""
+def test_packed_bytes_equal_those_of_quantize():
+    """For normal weights, codes and block scales are the original ones, except for the sign of zero."""
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     scale = global_scale_from_amax(tensor_amax(weight))
     packed, block_scale = quantize(weight, scale)

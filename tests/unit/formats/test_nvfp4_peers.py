@@ -1,5 +1,4 @@
-"""The same bits as modelopt's NVFP4QTensor, the same values as compressed-tensors; differences are counted and
-explained."""
+"""Random inputs compared with modelopt (bit for bit) and compressed-tensors (values and codes, except at ties)."""
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ def modelopt_tensor():
 
 
 def awkward(seed, rows=16, dim=128, exponent=0, spread=3.0):
-    """Zero blocks, -0.0, ties, subnormal block scales, rows of very different size."""
+    """Return zero blocks, -0.0, ties, subnormal block scales, and rows of very different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, dim, generator=generator) * torch.exp(torch.randn(rows, 1, generator=generator) * spread)
     x[0], x[1, :16], x[2, ::3] = 0.0, -0.0, -0.0
@@ -25,7 +24,7 @@ def awkward(seed, rows=16, dim=128, exponent=0, spread=3.0):
 
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**31), exponent=st.integers(-60, 60), spread=st.floats(0, 8))
-def test_codes_and_both_scales_equal_modelopts(modelopt_tensor, seed, exponent, spread):
+def test_codes_and_scales_equal_modelopt(modelopt_tensor, seed, exponent, spread):
     x = awkward(seed, exponent=exponent, spread=spread)
     theirs, block_scale, global_scale = modelopt_tensor.quantize(x.clone(), 16)
     scale = global_scale_from_amax(tensor_amax(x))
@@ -55,12 +54,12 @@ def test_compressed_tensors_decodes_our_bytes_to_our_values():
         values, block_scale.float(), args=args, global_scale=(1 / scale).reshape(1), dtype=torch.float32
     )
     ours = dequantize(packed, block_scale, scale)
-    # They compute q * (s / (1/s2)), we q * (s * s2): three roundings apart (the reciprocal, the quotient, our product).
+    # They compute q * (s / (1/s2)), we compute q * (s * s2). The reciprocal, the quotient and our product round.
     assert ((theirs - ours).abs() <= 3 * 2.0**-24 * 2 * ours.abs()).all()
     assert torch.equal(theirs == 0, ours == 0)
 
 
-def test_compressed_tensors_quantizes_to_our_values_but_for_ties_moved_by_its_reciprocal():
+def test_compressed_tensors_codes_differ_only_at_ties():
     args = compressed_tensors_args()
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
     from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
@@ -68,7 +67,7 @@ def test_compressed_tensors_quantizes_to_our_values_but_for_ties_moved_by_its_re
 
     num_codes = num_flips = num_scales_differ = 0
     for seed in range(40):
-        # bfloat16 weights: quotients of short numbers meet ties, where float32 noise hardly ever does. Cast before use,
+        # Quotients of bfloat16 weights are often at ties, those of float32 noise rarely. They are cast to float32,
         # because compressed-tensors would take minima and maxima in bfloat16.
         x = awkward(seed, rows=128, dim=256, spread=0.5).bfloat16().float()
         blocks = x.view(128, 16, 16)
@@ -85,15 +84,15 @@ def test_compressed_tensors_quantizes_to_our_values_but_for_ties_moved_by_its_re
         flips = ((theirs & 7) != (ours & 7)) & ~scale_differs.unsqueeze(-1)
         scaled = (x.view(-1, 16) / (block_scale.float().view(-1, 1) * scale)).abs()
         distance = (scaled.unsqueeze(-1) - torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])).abs().amin(-1)
-        # A code may differ only where the scaled value sits on a tie: within four float32 roundings (of 5, the top).
+        # A code may differ only if the scaled value is within four float32 roundings of a tie (5 is the largest).
         assert (distance[flips] <= 5 * 4 * 2.0**-24).all()
-        # A block scale may differ only where its quotient sits on a tie of E4M3: one step of it, by the same roundings.
+        # A block scale may differ by one step only, if its quotient is at a tie of E4M3, by the same roundings.
         steps = their_scale.to(torch.float8_e4m3fn).view(torch.uint8).int() - block_scale.view(torch.uint8).int()
         assert (steps.view(-1)[scale_differs].abs() == 1).all()
         num_codes += flips.numel()
         num_flips += int(flips.sum())
         num_scales_differ += int(scale_differs.sum())
     print(f"{num_flips} of {num_codes} codes and {num_scales_differ} of {num_codes // 16} block scales differ by a tie")
-    assert num_flips > 0  # else this test shows nothing
-    # Measured over 200 seeds: 3e-4 of the codes, 4e-4 of the block scales. They come in bunches, hence the room.
+    assert num_flips > 0  # otherwise this test shows nothing
+    # Measured over 200 seeds: 3e-4 of the codes, 4e-4 of the block scales. Differences cluster, so bounds are wider.
     assert num_flips <= 2e-3 * num_codes and num_scales_differ <= 5e-3 * num_codes / 16

@@ -1,7 +1,7 @@
-"""The Triton kernels without a GPU: their logic in Triton's interpreter, and their code from the compiler.
+"""The Triton kernels without a GPU: results in Triton's interpreter, and the PTX from the compiler.
 
-In the interpreter float32 and float16 must have the reference's bits, bfloat16 those of its float32 values with the low
-half cut off, which is how the interpreter casts. What only a GPU can show is in tests/gpu.
+In the interpreter, float32 and float16 must equal the reference bit for bit. bfloat16 must equal the truncated float32
+reference, because the interpreter casts by truncation. tests/gpu has the tests that need a GPU.
 """
 
 import os

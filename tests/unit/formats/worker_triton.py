@@ -1,5 +1,5 @@
-"""Run in a subprocess. `interpret`: the kernels in Triton's interpreter against the torch reference. `compile`: the
-kernels through the compiler for GPUs that are not there, and what their PTX holds."""
+"""Subprocess of test_nvfp4_triton.py. `interpret` compares the kernels in Triton's interpreter with the PyTorch
+reference; `compile` compiles them for GPUs that need not be present and checks the PTX."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from megatron_qad.formats.common import tensor_amax
 
 
 def truncated(x):
-    """Triton's interpreter casts float32 to bfloat16 by cutting bits off."""
+    """Cast float32 to bfloat16 by truncation, as Triton's interpreter does."""
     return (x.view(torch.int32) & -65536).view(torch.float32).bfloat16()
 
 
@@ -34,9 +34,11 @@ def made(rows, dim, dtype, seed):
     return x.clamp(-3e4, 3e4).to(dtype)
 
 
-def fuse():
-    """Triton's interpreter rounds the product of a fused multiply-add. Here it is exact: a float64 holds it, and rounds
-    the sum far below the last place of a float32."""
+def make_fma_exact():
+    """Make the fused multiply-add of Triton's interpreter exact, which otherwise rounds the product.
+
+    A float64 holds the product exactly and rounds the sum far below the last bit of a float32.
+    """
     import numpy as np
     from triton.runtime import interpreter
 
@@ -48,8 +50,8 @@ def fuse():
     interpreter.InterpreterBuilder.create_fma = create_fma
 
 
-def quotients():
-    """All mantissas of bfloat16 over many divisors, and pairs of float32: IEEE's quotients."""
+def check_quotients():
+    """Check IEEE quotients of all bfloat16 mantissas with many divisors, and of random float32 pairs."""
     import triton
     import triton.language as tl
 
@@ -69,45 +71,45 @@ def quotients():
         assert torch.equal(out, a / d)
 
 
-def scales_at_the_ends():
-    """Global scales inside and outside of the range in which quotients come from reciprocals; block sizes from zero to
-    infinity under each."""
+def check_extreme_scales():
+    """Check global scales inside and outside the range where reciprocals replace divisions, each with block amaxes from
+    zero to infinity."""
     for exponent in (-100, -65, -64, -63, -20, 6, 7, 8, 40):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(48, 64, generator=torch.Generator().manual_seed(exponent + 200))
             x *= 2.0 ** (exponent + torch.arange(-36.0, 12.0)[:, None])
             x[3, :16], x[4, 5], x[5, 20] = 0.0, -0.0, torch.inf
             x, scale = x.to(dtype), torch.tensor(1.3 * 2.0**exponent)
-            wanted = nvfp4.fake_quant(x.float(), scale, check=False)
-            wanted = truncated(wanted) if dtype == torch.bfloat16 else wanted
-            assert nvfp4_triton.fake_quant_(x, scale, "max").tolist() == [1] and same(x, wanted), (exponent, dtype)
+            reference = nvfp4.fake_quant(x.float(), scale, check=False)
+            reference = truncated(reference) if dtype == torch.bfloat16 else reference
+            assert nvfp4_triton.fake_quant_(x, scale, "max").tolist() == [1] and same(x, reference), (exponent, dtype)
 
 
 def interpret():
-    fuse()
-    quotients()
-    scales_at_the_ends()
+    make_fma_exact()
+    check_quotients()
+    check_extreme_scales()
     for rule in nvfp4.SCALE_RULES:
         for dtype in (torch.float32,) if rule == "mse" else (torch.float32, torch.float16, torch.bfloat16):
-            x = made(70, 128, dtype, seed=1)  # 560 blocks: two tiles and a part
+            x = made(70, 128, dtype, seed=1)  # 560 blocks: two full tiles and a partial one
             scale = nvfp4.global_scale_from_amax(tensor_amax(x))
-            wanted = expected(x, scale, rule)
+            reference = expected(x, scale, rule)
             bad = nvfp4_triton.fake_quant_(x, scale, rule)
-            assert bad.tolist() == [0] and same(x, wanted), (rule, dtype)
+            assert bad.tolist() == [0] and same(x, reference), (rule, dtype)
 
-        if rule == "mse":  # the list kernel differs in how it finds its tensors only
+        if rule == "mse":  # the list kernel differs only in the lookup of its tensors
             continue
         shapes = ((3, 64), (0, 16), (2, 100, 64), (64, 96), (0, 32))
         weights = [made(*shape, torch.float32, i) if len(shape) == 2 and shape[0] > 2 else torch.randn(shape)
                    for i, shape in enumerate(shapes)]  # fmt: skip
         weights += [made(20, 16, torch.bfloat16, 9), made(300, 32, torch.float16, 10)]
-        weights.append(torch.randn(33)[1:].view(2, 16))  # its address is no multiple of 16
+        weights.append(torch.randn(33)[1:].view(2, 16))  # its address is not a multiple of 16
         amaxes = nvfp4_triton.amax_list(weights)
         assert torch.equal(amaxes, torch.stack([tensor_amax(weight) for weight in weights]))
         scales = nvfp4.global_scale_from_amax(amaxes, name=[str(i) for i in range(len(weights))])
-        wanted = [expected(weight, scale, rule) for weight, scale in zip(weights, scales, strict=True)]
+        reference = [expected(weight, scale, rule) for weight, scale in zip(weights, scales, strict=True)]
         bad = nvfp4_triton.fake_quant_list_(weights, scales, rule)
-        assert not bad.any() and all(same(a, b) for a, b in zip(weights, wanted, strict=True)), rule
+        assert not bad.any() and all(same(a, b) for a, b in zip(weights, reference, strict=True)), rule
 
     damaged = [torch.randn(40, 128) for _ in range(3)]
     damaged[1][3, 5], damaged[1][30, 100], damaged[2][0, 0] = torch.nan, torch.inf, -torch.inf
@@ -116,41 +118,43 @@ def interpret():
     assert nvfp4_triton.fake_quant_(damaged[1], torch.ones(1), "max").tolist() == [2]
     assert nvfp4_triton.amax_list([torch.tensor([1.0, -3.5, 2.0])]).tolist() == [3.5]  # not a multiple of 16
 
-    dispatch()
+    check_dispatch()
 
 
-def dispatch():
-    """What callers use, told that kernels serve CPU tensors."""
+def check_dispatch():
+    """Check the public functions, with the kernels enabled for CPU tensors."""
     nvfp4.triton_serves = nvfp4_multi_tensor.triton_serves = lambda x: True
     launched = []
     kernel = nvfp4_triton.fake_quant_
     nvfp4_triton.fake_quant_ = lambda *args: launched.append(1) or kernel(*args)
     x = made(20, 32, torch.float32, 3)
     scale = nvfp4.global_scale_from_amax(tensor_amax(x))
-    packed = nvfp4.quantize(x, scale)  # torch always
+    packed = nvfp4.quantize(x, scale)  # always PyTorch
     assert torch.equal(nvfp4.fake_quant(x, scale), nvfp4.dequantize(*packed, scale)) and launched == [1]
-    view = made(32, 20, torch.float32, 4)[:, :16].t()  # [16, 32], strided: through a copy
-    wanted = nvfp4.dequantize(*nvfp4.quantize(view, scale), scale)
-    assert torch.equal(nvfp4.fake_quant_(view, scale), wanted) and launched == [1, 1]
+    view = made(32, 20, torch.float32, 4)[:, :16].t()  # [16, 32], strided, so it is copied
+    reference = nvfp4.dequantize(*nvfp4.quantize(view, scale), scale)
+    assert torch.equal(nvfp4.fake_quant_(view, scale), reference) and launched == [1, 1]
     names = ["a.w", "b.w", "c.w"]
     weights = [torch.randn(4, 32) for _ in names]
     weights[1][2, 3] = torch.nan
-    refused(
+    assert_raises(
         lambda: nvfp4_multi_tensor.global_scales_from_amaxes(nvfp4_multi_tensor.amax_list(weights), names),
         r"^b\.w: amax is nan",
     )
-    refused(
+    assert_raises(
         lambda: nvfp4_multi_tensor.fake_quant_list_(weights, torch.ones(3), names), r"^b\.w: 1 blocks hold NaN or Inf"
     )
-    refused(lambda: nvfp4.fake_quant(weights[1], torch.ones(()), name="b.w"), r"^b\.w: 1 blocks hold NaN or Inf")
-    refused(
+    assert_raises(lambda: nvfp4.fake_quant(weights[1], torch.ones(()), name="b.w"), r"^b\.w: 1 blocks hold NaN or Inf")
+    assert_raises(
         lambda: nvfp4_multi_tensor.fake_quant_list_(weights, torch.tensor([1.0, 1.0, 0.0]), names),
         r"^c\.w: global scale",
     )
-    refused(lambda: nvfp4_multi_tensor.fake_quant_list_([torch.ones(2, 8)], torch.ones(1), ["d.w"]), r"^d\.w: shape")
+    assert_raises(
+        lambda: nvfp4_multi_tensor.fake_quant_list_([torch.ones(2, 8)], torch.ones(1), ["d.w"]), r"^d\.w: shape"
+    )
 
 
-def refused(call, pattern):
+def assert_raises(call, pattern):
     try:
         call()
     except QADError as error:
@@ -178,8 +182,8 @@ def compile_for_gpus():
             assert "div.rn.f32" in ptx and "div.full" not in ptx and "div.approx" not in ptx
             assert ".ftz" not in ptx  # subnormals are kept
             assert not re.search(r"\b(mul|add|sub)\.f32", ptx)  # without .rn, which ptxas may fuse
-            # The only fused products are the two of each rounding, whose products are exact, and those of quotients.
-            fused = re.findall(r"fma\.rn\.f32.*", ptx)  # of sm_100 in pairs
+            # The only fused operations are the two of each rounding, whose products are exact, and those of quotients.
+            fused = re.findall(r"fma\.rn\.f32.*", ptx)  # in pairs for sm_100
             assert fused and (rule == "max" or all(re.search("0f[4C][9A]C00000", line) for line in fused))
             assert re.search(r"ld\.global\.v4\.b32", ptx) and re.search(r"st\.global\.v4\.b32", ptx)  # 16 bytes each
     for kind in ("*fp32", "*fp16"):
