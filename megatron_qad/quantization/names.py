@@ -34,7 +34,7 @@ def is_expert(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
-def alike_experts(names: Iterable[str]) -> dict[str, list[str]]:
+def sibling_experts(names: Iterable[str]) -> dict[str, list[str]]:
     """Map the name of each expert linear to the names of the same linear in all experts of its layer, including itself.
     Siblings share one list. Linears outside experts are left out."""
     groups: dict[str, list[str]] = defaultdict(list)

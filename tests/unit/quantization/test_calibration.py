@@ -9,7 +9,7 @@ from megatron_qad.engine import QADError
 from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS as ENOUGH
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
-from megatron_qad.quantization.names import alike_experts
+from megatron_qad.quantization.names import sibling_experts
 
 
 def collected(*batches) -> torch.Tensor:
@@ -77,9 +77,9 @@ EXPERT = "decoder.layers.{}.mlp.experts.experts.{}.{}"
 def test_alike_are_the_experts_of_a_layer_at_the_same_place():
     names = [EXPERT.format(layer, i, fc) for layer in (1, 3) for i in (0, 1, 12) for fc in ("linear_fc1", "linear_fc2")]
     names.append("decoder.layers.1.mlp.shared_experts.linear_fc1")
-    alike = alike_experts(names)
-    assert alike[names[0]] == [EXPERT.format(1, i, "linear_fc1") for i in (0, 1, 12)]
-    assert alike.keys() == set(names[:-1])
+    siblings = sibling_experts(names)
+    assert siblings[names[0]] == [EXPERT.format(1, i, "linear_fc1") for i in (0, 1, 12)]
+    assert siblings.keys() == set(names[:-1])
 
 
 class OneRank:
@@ -140,5 +140,5 @@ def test_an_expert_that_saw_few_tokens_does_not_trust_a_small_amax(experts, own,
 def test_experts_that_all_saw_nothing_are_an_error(experts):
     chunk, names = experts()
     quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
-    with pytest.raises(QADError, match=r"experts\.0\.linear_fc1 saw no input"), quantizers.calibrating():
+    with pytest.raises(QADError, match=r"experts\.0\.linear_fc1 received no input"), quantizers.calibrating():
         pass

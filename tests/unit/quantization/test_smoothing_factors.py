@@ -82,5 +82,5 @@ def test_too_few_tokens_change_nothing():
 def test_nan_is_named():
     pair = SmoothingPair("decoder.layers.1.mlp.linear_fc2", [torch.ones(16, 4)], [torch.ones(8, 16)], watch=None)
     pair.observe(torch.full((4, 16), torch.nan))
-    with pytest.raises(QADError, match=r"layers\.1\.mlp\.linear_fc2 held NaN or Inf"):
+    with pytest.raises(QADError, match=r"layers\.1\.mlp\.linear_fc2 contains NaN or Inf"):
         pair.apply_(0.5)
