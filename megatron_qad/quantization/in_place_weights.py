@@ -2,9 +2,9 @@
 
 The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``. The
 straight-through estimator is then exact and free, because the gradient of the parameter is the gradient of the master,
-and no weight quantizer runs in a forward pass. Weights are quantized inside ``quantized_weights()``, which
-spans one schedule (all microbatches); the next ``optimizer.step`` overwrites them from its masters. Between two steps
-they are quantized only once, even if evaluations run, because NVFP4 is not idempotent where block scales are subnormal:
+and no weight quantizer runs in a forward pass. Weights are quantized inside ``quantized_weights()``, which spans one
+schedule (all microbatches); the next ``optimizer.step`` overwrites them from its masters. Between two steps they are
+quantized only once, even if evaluations run, because NVFP4 is not idempotent where block scales are subnormal:
 quantizing twice could change a weight.
 
 In float32 training Megatron's optimizer has no separate masters: the parameters are the masters. In that case
@@ -141,11 +141,7 @@ class InPlaceWeights:
                 for i, (w, name) in enumerate(zip(tensors, names, strict=True))
                 if not number_format.is_representable(w, scales[i], name=name)
             ]
-            tensors, names, scales = (
-                [tensors[i] for i in unquantized],
-                [names[i] for i in unquantized],
-                scales[unquantized],
-            )
+            tensors, names, scales = [tensors[i] for i in todo], [names[i] for i in todo], scales[todo]
         number_format.fake_quant_list_(tensors, scales, names, self.scale_rule)
 
     def amaxes(self) -> torch.Tensor:
