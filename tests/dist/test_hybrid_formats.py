@@ -68,7 +68,7 @@ def test_policy_keeps_the_layers_of_the_paper_in_bf16(trained):
         is_gemm = name.endswith(("in_proj.weight", "out_proj.weight", "linear_fc1.weight", "linear_fc2.weight"))
         is_quantized = is_gemm and layer not in BF16_LAYERS
         if weight.dim() == 2:
-            # E2M1 has 15 values, so 16 quantized values always repeat. In unquantized weights some block has no repeats.
+            # E2M1 has 15 values, so 16 quantized values always repeat. Some unquantized block has no repeats.
             blocks = weight.reshape(-1, 16).sort(-1).values
             quantized = bool((blocks.diff(dim=-1) == 0).any(-1).all())
             assert quantized == is_quantized, name
