@@ -1,1 +1,1 @@
-"""Floor 2: which GEMMs are NVFP4 (the policy), their activations (through modelopt) and their weights (in place)."""
+"""Floor 2: quantization policies, activation quantizers (through modelopt), in-place weights, and smoothing."""

@@ -1,8 +1,8 @@
-"""The student's activations: quantizers put in by modelopt, calibrated, run by our arithmetic.
+"""Activation quantizers of the student: inserted by modelopt, calibrated here, computed by our formats.
 
-modelopt knows Megatron's linears (also Transformer Engine's fused ones) and where their inputs are. It has no NVFP4
-forward pass on the CPU, so backends of ours, registered by name, compute the formats: the same arithmetic as
-everywhere else. Quantized are inputs of linears (NVFP4, FP8) and keys and values on their way into the KV cache (FP8).
+modelopt inserts quantizers into Megatron's linears, including Transformer Engine's fused ones. It has no NVFP4 forward
+pass on the CPU, so we register backends that compute the formats with the arithmetic of ``formats``. They quantize the
+inputs of linears (NVFP4, FP8) and the keys and values of the KV cache (FP8).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,21 +19,21 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
-from megatron_qad.quantization.calibration import make_calibrator, no_counts, percentile_amax
+from megatron_qad.quantization.calibration import make_calibrator, percentile_amax, zero_counts
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
-from megatron_qad.quantization.names import alike_experts, named_modules_globally
+from megatron_qad.quantization.names import named_modules_globally, sibling_experts
 
 MIN_EXPERT_TOKENS = 16
-"""An expert that saw fewer in calibration does not know how large its inputs become."""
+"""Minimum number of calibration tokens for which an expert's own amax is reliable."""
 
 
 class FakeQuantSTE(torch.autograd.Function):
-    """Quantized forward, identity backward: the report keeps gradients in high precision."""
+    """Straight-through estimator: quantized forward, identity backward. The paper keeps gradients in high precision."""
 
     @staticmethod
     def forward(ctx, x, scale, fake_quant):
-        # check=False, here and below: a check waits for the device. Amaxes were checked in calibration; NaN of an input
-        # reaches the loss, where it is looked for.
+        # check=False, here and below: a check would wait for the device. Calibration has checked the amaxes, and a NaN
+        # in an input reaches the loss, which is checked.
         return fake_quant(x, scale, check=False)
 
     @staticmethod
@@ -42,13 +42,13 @@ class FakeQuantSTE(torch.autograd.Function):
 
 
 def quantize_input(number_format: NumberFormat, x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """``x`` [..., K] in the format under the quantizer's amax, with a straight-through gradient."""
+    """Fake-quantize ``x`` [..., K] with the quantizer's amax and a straight-through gradient."""
     scale = number_format.scale_from_amax(quantizer.amax, check=False)
     return FakeQuantSTE.apply(x, scale, number_format.fake_quant)
 
 
 def backend_of(number_format: NumberFormat) -> str:
-    """The name of the modelopt backend that runs ``quantize_input`` for a format; registered here if it is not yet."""
+    """Return the name of the modelopt backend that runs ``quantize_input`` for a format; register it if needed."""
     name = f"megatron_qad_{number_format.name}"
     if not is_registered_quant_backend(name):
         register_quant_backend(name, partial(quantize_input, number_format))
@@ -56,7 +56,7 @@ def backend_of(number_format: NumberFormat) -> str:
 
 
 def input_attributes(number_format: NumberFormat) -> dict[str, Any]:
-    """modelopt's attributes for a quantizer of inputs, keys or values in a format."""
+    """Return the modelopt attributes of a quantizer for inputs, keys or values in a format."""
     return {**number_format.input_attributes, "backend": backend_of(number_format), "enable": True}
 
 
@@ -65,11 +65,11 @@ class ActivationQuantizers:
 
     Args:
         chunks: unwrapped model chunks; modelopt replaces their linears in place.
-        formats: format of every linear, by global Megatron weight name.
-        groups: process groups over which an activation is the same tensor or a part of it (tensor and data parallel, in
-            this order); its amax is the maximum over all of them. Experts that a rank does not hold are others'.
-        kv_cache: one of ``KV_CACHE_FORMATS``.
-        percentile: share, in %, of the input magnitudes that an amax covers; None: all of them, the maximum.
+        formats: the format of every linear, by global Megatron weight name.
+        groups: the tensor-parallel and data-parallel process groups, in this order. The amax of an activation is the
+            maximum over all their ranks; ranks may hold different experts.
+        kv_cache: KV cache format, one of ``KV_CACHE_FORMATS``.
+        percentile: percentage of the input magnitudes that an amax covers. None means the maximum.
     """
 
     def __init__(
@@ -81,16 +81,16 @@ class ActivationQuantizers:
         kv_cache: str = "bf16",
         percentile: float | None = None,
     ):
-        # Tensor-parallel ranks see the same tokens, data-parallel ones their own.
+        # Tensor-parallel ranks process the same tokens, data-parallel ranks different ones.
         ops = (torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM)
-        used = [(g, op) for g, op in zip(groups, ops, strict=False) if g is not None and g.size() > 1]
-        self.groups, self.count_ops = [g for g, _ in used], [op for _, op in used]
+        reductions = [(g, op) for g, op in zip(groups, ops, strict=False) if g is not None and g.size() > 1]
+        self.groups, self.count_ops = [g for g, _ in reductions], [op for _, op in reductions]
         self.percentile = percentile
         self.quantizers: dict[str, TensorQuantizer] = {}
-        """By the name of what they quantize: ``LINEAR``, or ``ATTENTION.k_bmm_quantizer``."""
+        """Quantizers by global name: ``LINEAR``, or ``ATTENTION.k_bmm_quantizer``."""
         self.fallbacks: dict[str, tuple[str, int]] = {}
-        """Experts' linears that saw too few tokens in calibration: whose amax they were given, and how many it were. Of
-        all ranks of ``groups``."""
+        """Expert linears with too few calibration tokens, over all ranks of ``groups``: the linear whose amax each one
+        uses, and its own number of tokens."""
         self._calibrated = False
         for chunk in chunks:
             _register(chunk, ".core_attention", QuantCoreAttention)
@@ -109,28 +109,28 @@ class ActivationQuantizers:
 
     @property
     def calibrated(self) -> bool:
-        """Whether every quantizer knows its amax (from calibration or from a checkpoint)."""
-        if not self._calibrated:  # asked once: each look at an amax waits for the device
+        """Whether every quantizer has its amax, from calibration or from a checkpoint."""
+        if not self._calibrated:  # cached, because reading an amax waits for the device
             amaxes = [getattr(quantizer, "_amax", None) for quantizer in self.quantizers.values()]
             self._calibrated = all(amax is not None and bool(amax > 0) for amax in amaxes)
             if self._calibrated:
-                # Loading leaves them as modelopt and Megatron's 16-bit wrapper make them: without an axis, and in the
-                # inputs' precision, which holds their maximum exactly. A job saves them as it found them.
+                # After loading they are scalars in the precision of the inputs, because of modelopt and Megatron's
+                # 16-bit wrapper. That precision holds a maximum exactly. Restore the shape and dtype of calibration.
                 for quantizer in self.quantizers.values():
                     quantizer._amax = quantizer._amax.float().view(1)
         return self._calibrated
 
     def expect_amax(self, device=None) -> None:
-        """Register the amax buffers, so that loading a checkpoint fills them."""
+        """Register the amax buffers, so that loading a checkpoint can fill them."""
         self._calibrated = False
         for quantizer in self.quantizers.values():
             quantizer.amax = torch.zeros(1, dtype=torch.float32, device=device)
 
     def use(self, formats: Mapping[str, str]) -> None:
-        """Quantize the inputs of these linears in these formats, and no others; the amaxes stay.
+        """Quantize only the inputs of these linears, in these formats, and keep the amaxes.
 
         Args:
-            formats: by Megatron weight name; all of them among those that were calibrated.
+            formats: formats by Megatron weight name. Every linear in it must have been calibrated.
         """
         for name, quantizer in self.quantizers.items():
             input_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].input
@@ -141,13 +141,13 @@ class ActivationQuantizers:
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
-        """Forward passes in this block run unquantized and collect each input's magnitudes.
+        """Calibrate: forward passes inside this block run unquantized and collect the magnitudes of each input.
 
-        An expert that saw fewer than ``MIN_EXPERT_TOKENS`` tokens over all ranks gets the largest amax of its layer's
-        experts at the same place, and stands in ``fallbacks``.
+        An expert linear with fewer than ``MIN_EXPERT_TOKENS`` tokens over all ranks gets the largest amax of the same
+        linear in the experts of its layer, and is listed in ``fallbacks``.
 
         Raises:
-            QADError: another linear that saw nothing but zeros, or one whose input held NaN or Inf; named.
+            QADError: the input of any other linear was always zero, or an input contained NaN or Inf.
         """
         self._calibrated = False
         self.fallbacks = {}
@@ -164,34 +164,36 @@ class ActivationQuantizers:
             quantizer.enable_quant()
 
     def _reduced_amaxes(self) -> dict[str, torch.Tensor]:
-        """float32 scalars by name, equal on all ranks."""
-        names = self._names_of_all()
+        """Return the amaxes by name, float32 scalars that are equal on all ranks."""
+        names = self._all_names()
         if not names:
             return {}
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         zero = torch.zeros((), dtype=torch.float32, device=device)
         calibrators = [self.quantizers[name]._calibrator if name in self.quantizers else None for name in names]
-        seen = [None if calibrator is None else calibrator.compute_amax() for calibrator in calibrators]
-        amaxes = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in seen])
-        amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)  # a maximum may ignore NaN
+        local = [None if calibrator is None else calibrator.compute_amax() for calibrator in calibrators]
+        amaxes = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in local])
+        amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)  # a max all-reduce may ignore NaN
         for group in self.groups:
             torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-        found = dict(zip(names, amaxes.tolist(), strict=True))
-        _check_finite(found)
+        values = dict(zip(names, amaxes.tolist(), strict=True))
+        _check_finite(values)
         if self.percentile is not None:
-            amaxes = torch.stack([self._percentile(calibrator, zero) for calibrator in calibrators])
-            found = dict(zip(names, amaxes.tolist(), strict=True))
-        taken = self._fallbacks(found, self._num_tokens(calibrators, device))
-        place = {name: i for i, name in enumerate(names)}
-        return {name: amaxes[place[taken.get(name, name)]] for name in self.quantizers}
+            amaxes = torch.stack([self._percentile_amax(calibrator, zero) for calibrator in calibrators])
+            values = dict(zip(names, amaxes.tolist(), strict=True))
+        source = self._choose_fallbacks(values, self._num_tokens(calibrators, device))
+        index = {name: i for i, name in enumerate(names)}
+        return {name: amaxes[index[source.get(name, name)]] for name in self.quantizers}
 
-    def _names_of_all(self) -> list[str]:
-        """The quantizers of all ranks of ``groups``, which hold other experts each, in the same order everywhere."""
+    def _all_names(self) -> list[str]:
+        """Return the quantizer names of all ranks of ``groups``, in the same order on all of them.
+
+        The ranks may hold different experts."""
         names = list(self.quantizers)
         for group in self.groups:
-            lists: list[list[str]] = [[] for _ in range(group.size())]
-            torch.distributed.all_gather_object(lists, names, group=group)
-            names = list(dict.fromkeys(name for of_rank in lists for name in of_rank))
+            gathered: list[list[str]] = [[] for _ in range(group.size())]
+            torch.distributed.all_gather_object(gathered, names, group=group)
+            names = list(dict.fromkeys(name for rank_names in gathered for name in rank_names))
         return names
 
     def _num_tokens(self, calibrators: list, device) -> list[int]:
@@ -200,27 +202,27 @@ class ActivationQuantizers:
             torch.distributed.all_reduce(counts, op=op, group=group)
         return counts.tolist()
 
-    def _percentile(self, calibrator, zero: torch.Tensor) -> torch.Tensor:
-        # One all-reduce a quantizer: 255 KiB each, once a job.
+    def _percentile_amax(self, calibrator, zero: torch.Tensor) -> torch.Tensor:
+        # One all-reduce of 255 KiB per quantizer, once per job.
         counts = getattr(calibrator, "counts", None)
-        counts = no_counts(zero.device) if counts is None else counts
+        counts = zero_counts(zero.device) if counts is None else counts
         for group in self.groups:
             torch.distributed.all_reduce(counts, group=group)
         return percentile_amax(counts, self.percentile)
 
-    def _fallbacks(self, found: dict[str, float], num_tokens: list[int]) -> dict[str, str]:
-        """By linear, the other one whose amax it takes."""
-        taken, alike = {}, alike_experts(found)
-        for name, tokens in zip(found, num_tokens, strict=True):
-            largest = max(alike.get(name, [name]), key=found.__getitem__)
-            if found[largest] > found[name] and tokens < MIN_EXPERT_TOKENS:
-                self.fallbacks[name], taken[name] = (largest, tokens), largest
-            elif found[name] == 0:
+    def _choose_fallbacks(self, amaxes: dict[str, float], num_tokens: list[int]) -> dict[str, str]:
+        """Return the linear whose amax to use, for every expert linear with too few tokens, and fill ``fallbacks``."""
+        source, siblings = {}, sibling_experts(amaxes)
+        for name, tokens in zip(amaxes, num_tokens, strict=True):
+            largest = max(siblings.get(name, [name]), key=amaxes.__getitem__)
+            if amaxes[largest] > amaxes[name] and tokens < MIN_EXPERT_TOKENS:
+                self.fallbacks[name], source[name] = (largest, tokens), largest
+            elif amaxes[name] == 0:
                 raise QADError(
-                    f"calibration: the input of {name} has amax 0.0: {name} saw no input but zeros. Every quantized "
-                    "linear must run in the calibration passes; look for a dead layer, or calibrate on more samples"
+                    f"calibration: the input of {name} has amax 0.0; expected a positive number. {name} received no "
+                    "input other than zeros. Look for a dead layer, or calibrate on more samples."
                 )
-        return taken
+        return source
 
 
 def _check_finite(amaxes: dict[str, float]) -> None:
@@ -228,12 +230,12 @@ def _check_finite(amaxes: dict[str, float]) -> None:
         if amax == float("inf"):
             raise QADError(
                 f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
-                "Look for NaN in the weights before it"
+                "Look for NaN in the weights of the layers before it."
             )
 
 
-def _register(chunk: torch.nn.Module, ending: str, quantized: type) -> None:
-    """Let modelopt put ``quantized`` in the place of modules whose names end so, unless it knows them itself."""
+def _register(chunk: torch.nn.Module, suffix: str, quantized: type) -> None:
+    """Register ``quantized`` with modelopt for modules whose names end in ``suffix``, unless their type is known."""
     for name, module in chunk.named_modules():
-        if name.endswith(ending) and type(module) not in QuantModuleRegistry:
+        if name.endswith(suffix) and type(module) not in QuantModuleRegistry:
             QuantModuleRegistry.register({type(module): f"megatron_{type(module).__name__}"})(quantized)

@@ -1,9 +1,9 @@
-"""What calibration collects of a linear's input, and how an amax is made of it.
+"""Calibrators: collect the magnitudes of a linear's inputs and compute the amax from them.
 
-``max`` keeps the largest magnitude. ``percentile`` counts magnitudes and takes the smallest amax that covers the asked
-share of them; the few values above saturate. The counts have one bin for each positive bfloat16 number, so that a
-percentile of bfloat16 inputs is exact; being integers they add up to the same numbers in any order, and the result
-depends neither on the number of ranks nor on the order of samples.
+``max`` keeps the largest magnitude. ``percentile`` counts magnitudes and takes the smallest amax that covers the
+requested percentage of them; larger values saturate. The histogram has one bin per non-negative bfloat16 value, so
+percentiles of bfloat16 inputs are exact. Its counts are integers, so the result does not depend on the number of ranks
+or the order of samples.
 """
 
 import torch
@@ -11,19 +11,21 @@ from modelopt.torch.quantization.calib import MaxCalibrator
 
 from megatron_qad.formats.common import tensor_amax
 
-_NUM_BINS = 0x7F80  # bfloat16 bit patterns of 0 up to, not including, infinity
-_CHUNK = 1 << 20  # elements counted at a time: bincount needs an int64 copy
+_NUM_BINS = 0x7F80  # bfloat16 bit patterns from 0 up to, but not including, infinity
+_CHUNK = 1 << 20  # elements per bincount call, which needs an int64 copy
 
 
 class RunningAmax(MaxCalibrator):
-    """modelopt's max calibrator stops at a NaN without a name, on one rank of many. Here NaN and Inf stay in the
-    maximum until the linear's name is known and all ranks stop together; no pass waits for the device."""
+    """Max calibrator that keeps NaN and Inf in the maximum instead of raising.
+
+    modelopt's calibrator raises on NaN, without the linear's name and on one rank only. Here all ranks raise together,
+    with the name, after the passes, and no pass waits for the device."""
 
     num_tokens = 0
-    """Rows of the inputs so far."""
+    """Number of tokens (input rows) collected so far."""
 
     def collect(self, x: torch.Tensor) -> None:
-        if x.numel() == 0:  # an expert to which no token went
+        if x.numel() == 0:  # an expert that received no tokens
             return
         self.num_tokens += x.numel() // x.shape[-1]
         amax = tensor_amax(x)
@@ -31,43 +33,45 @@ class RunningAmax(MaxCalibrator):
 
 
 class MagnitudeCounts(RunningAmax):
-    """The maximum, and beside it how many inputs had each magnitude, rounded up to bfloat16."""
+    """Calibrator that keeps the maximum and a histogram of magnitudes, rounded up to bfloat16."""
 
     counts: torch.Tensor | None = None
-    """int64 [32640], on the inputs' device; None before the first input."""
+    """Histogram, int64 [32640], on the device of the inputs. None before the first input."""
 
     def collect(self, x: torch.Tensor) -> None:
         super().collect(x)
         if self.counts is None:
-            self.counts = no_counts(x.device)
-        for part in x.detach().reshape(-1).split(_CHUNK):
-            # The upper half of a float32 is a bfloat16; adding the largest lower half rounds up, away from zero.
-            bits = ((part.float().abs().view(torch.int32) + 0xFFFF) >> 16).clamp_(max=_NUM_BINS - 1)
+            self.counts = zero_counts(x.device)
+        for chunk in x.detach().reshape(-1).split(_CHUNK):
+            # The upper 16 bits of a float32 are a bfloat16; adding 0xFFFF first rounds magnitudes up.
+            bits = ((chunk.float().abs().view(torch.int32) + 0xFFFF) >> 16).clamp_(max=_NUM_BINS - 1)
             self.counts += torch.bincount(bits.long(), minlength=_NUM_BINS)
 
 
-def no_counts(device) -> torch.Tensor:
+def zero_counts(device) -> torch.Tensor:
+    """Return an empty histogram, int64 [32640]."""
     return torch.zeros(_NUM_BINS, dtype=torch.int64, device=device)
 
 
 def make_calibrator(method: str) -> RunningAmax:
+    """Return a calibrator for a method, ``max`` or ``percentile``."""
     return MagnitudeCounts() if method == "percentile" else RunningAmax()
 
 
 def percentile_amax(counts: torch.Tensor, percentile: float) -> torch.Tensor:
-    """Smallest amax that covers ``percentile`` % of the non-zero magnitudes counted.
+    """Return the smallest amax that covers ``percentile`` % of the counted non-zero magnitudes.
 
     Args:
-        counts: int64 [..., 32640], summed over all ranks.
-        percentile: above 0, up to 100.
+        counts: histogram, int64 [..., 32640], summed over all ranks.
+        percentile: greater than 0, at most 100.
 
     Returns:
-        float32 [...]; 0 where nothing but zeros was counted.
+        float32 [...]; 0 where only zeros were counted.
     """
     counts = counts.clone()
-    counts[..., 0] = 0  # padding and ReLU zeros say nothing of the range
+    counts[..., 0] = 0  # zeros from padding and ReLU do not describe the range
     total = counts.sum(-1, keepdim=True)
-    # Integer target: float64 has room for 2^53 counts.
+    # float64 represents counts up to 2^53 exactly.
     target = torch.ceil(total.double() * (percentile / 100)).long().clamp_(min=1)
     first = torch.searchsorted(counts.cumsum(-1), target).squeeze(-1)
     edges = (torch.arange(_NUM_BINS, dtype=torch.int32, device=counts.device) << 16).view(torch.float32)

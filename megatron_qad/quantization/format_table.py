@@ -1,7 +1,7 @@
-"""The table of a resolved policy: every linear with its shape, its format, and its bytes before and after.
+"""Table of a resolved policy: the shape, format and size in bytes (before and after quantization) of every linear.
 
-Bytes after are those of a packed checkpoint: codes, block scales and the float32 scale of each tensor and of its input.
-Repeated experts can be folded into one row.
+The size after quantization is that of a packed checkpoint: codes, block scales, and the float32 scales of each weight
+and its input. Experts with equal rows can be folded into one row.
 """
 
 import re
@@ -11,14 +11,14 @@ from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS
-from megatron_qad.quantization.rules import Linear, module_of
+from megatron_qad.quantization.rules import Linear, module_name
 
 BF16_BYTES = 2
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 class ShapedLinear(Linear, Protocol):
-    """A linear whose weight's shape is known; ``models.families`` provides it."""
+    """A linear with the shape and the Hugging Face names of its weight. ``models.families`` provides such objects."""
 
     shape: tuple[int, ...]
     hf: tuple[str, ...]
@@ -26,28 +26,29 @@ class ShapedLinear(Linear, Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One linear, or ``num`` experts that differ in nothing but their index."""
+    """A table row: one linear, or ``num`` experts that differ only in their index."""
 
     layer: int | None
     kind: str
     module: str
-    """Megatron's name."""
+    """Name of the Megatron module."""
     hf: tuple[str, ...]
-    """Hugging Face modules that the weight holds."""
+    """Names of the Hugging Face modules whose weights this weight contains."""
     shape: tuple[int, ...]
     format: str
     bytes_before: int
-    """In BF16; 0 for a tied head, which is no tensor of its own."""
+    """Size in BF16; 0 for a tied head, which has no tensor of its own."""
     bytes_after: int
+    """Size in a packed checkpoint; 0 for a tied head."""
     is_tied: bool = False
     num: int = 1
 
 
 def format_rows(linears: Sequence[ShapedLinear], formats: dict[str, str]) -> list[Row]:
-    """A row for every linear, in model order. ``formats``: by Megatron weight name (``policy.resolve``).
+    """Return one row per linear, in model order. ``formats`` is keyed by Megatron weight name (``policy.resolve``).
 
     Raises:
-        QADError: a linear whose inner dimension is no multiple of its format's blocks.
+        QADError: the input dimension of a linear is not a multiple of its format's block size.
     """
     return [_row(linear, formats[linear.megatron]) for linear in linears]
 
@@ -56,17 +57,17 @@ def _row(linear: ShapedLinear, name: str) -> Row:
     fmt, (rows, columns) = FORMATS[name], linear.shape
     if columns % (block := fmt.block_size):
         raise QADError(
-            f"{linear.megatron} has {columns} columns, and {name} needs a multiple of {block}; give it another format"
+            f"{linear.megatron} has {columns} columns, and {name} needs a multiple of {block}. Give it another format."
         )
     before, after = BF16_BYTES * rows * columns, fmt.num_bytes(rows, columns, num_linears=len(linear.hf))
     if linear.is_tied:
         before = after = 0
-    modules = tuple(tensor.removesuffix(".weight") for tensor in linear.hf)
-    return Row(linear.layer, linear.kind, module_of(linear), modules, linear.shape, name, before, after, linear.is_tied)
+    hf = tuple(tensor.removesuffix(".weight") for tensor in linear.hf)
+    return Row(linear.layer, linear.kind, module_name(linear), hf, linear.shape, name, before, after, linear.is_tied)
 
 
 def fold_experts(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one layer that differ only in the expert's index as one: ``experts.{0..127}.linear_fc1``."""
+    """Merge rows of a layer that differ only in the expert index into one: ``experts.{0..127}.linear_fc1``."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         key = (row.layer, row.kind, _EXPERT.sub(".experts.{}.", row.module), row.shape, row.format)
@@ -88,7 +89,7 @@ def _fold(group: list[Row], pattern: str) -> Row:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0..2,5"."""
+    """Format integers as ranges: [0, 1, 2, 5] becomes "0..2,5"."""
     parts: list[list[int]] = []
     for number in sorted(numbers):
         if parts and number == parts[-1][-1] + 1:
@@ -100,7 +101,7 @@ def _ranges(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Total:
-    """What the linears of one format add up to."""
+    """Totals over the linears of one format."""
 
     num_linears: int = 0
     num_weights: int = 0
@@ -109,24 +110,23 @@ class Total:
 
 
 def totals(rows: Sequence[Row]) -> dict[str, Total]:
-    """By format, in the registry's order. A tied head counts as a linear without weights."""
-    found: dict[str, Total] = {}
+    """Return the totals by format, in registry order. A tied head counts as a linear without weights."""
+    by_format: dict[str, Total] = {}
     for row in rows:
-        total = found.get(row.format, Total())
-        found[row.format] = Total(
+        total = by_format.get(row.format, Total())
+        by_format[row.format] = Total(
             total.num_linears + row.num,
             total.num_weights + row.bytes_before // BF16_BYTES,
             total.bytes_before + row.bytes_before,
             total.bytes_after + row.bytes_after,
         )
-    return {name: found[name] for name in FORMATS if name in found}
+    return {name: by_format[name] for name in FORMATS if name in by_format}
 
 
 def render(rows: Sequence[Row]) -> Iterator[str]:
-    """The table and its totals, a line at a time; experts folded."""
-    folded = fold_experts(rows)
+    """Yield the lines of the table, with experts folded, and of the totals."""
     cells = [("layer", "kind", "module", "shape", "format", "bytes before", "bytes after")]
-    for row in folded:
+    for row in fold_experts(rows):
         layer = "-" if row.layer is None else str(row.layer)
         module = row.module + (" (tied to the embedding)" if row.is_tied else "")
         shape = " x ".join(map(str, (row.num, *row.shape) if row.num > 1 else row.shape))

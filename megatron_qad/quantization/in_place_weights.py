@@ -1,14 +1,14 @@
-"""The student's weights on their format's grid (NVFP4, FP8), in place, once per optimizer step.
+"""In-place fake quantization (NVFP4, FP8) of the student's weights, once per optimizer step.
 
-The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``: the
-straight-through estimator is then exact and free, since the gradient of the parameter is the gradient of the master,
-and no weight quantizer runs in any forward pass. Inside ``quantized_weights()``, which spans one schedule (all
-microbatches), the weights are quantized; the next ``optimizer.step`` overwrites them from its masters. Between two
-steps they are quantized once, whatever evaluations run: NVFP4 is not idempotent where block scales are subnormal, so
-that quantizing twice could move a weight.
+The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``. The
+straight-through estimator is then exact and free, because the gradient of the parameter is the gradient of the master,
+and no weight quantizer runs in a forward pass. Weights are quantized inside ``quantized_weights()``, which spans one
+schedule (all microbatches); the next ``optimizer.step`` overwrites them from its masters. Between two steps they are
+quantized only once, even if evaluations run, because NVFP4 is not idempotent where block scales are subnormal:
+quantizing twice could change a weight.
 
-In float32 training Megatron's optimizer keeps no masters: the parameters are the masters. There ``quantized_weights``
-keeps a copy and restores it afterwards."""
+In float32 training Megatron's optimizer has no separate masters: the parameters are the masters. In that case
+``quantized_weights`` keeps a copy and restores it afterwards."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -28,13 +28,19 @@ class InPlaceWeights:
 
     Args:
         chunks: model chunks, wrapped or not.
-        formats: format of every linear, by global Megatron weight name (``policy.resolve``).
-        tp_group: tensor-parallel group; a weight's global scale is shared by its shards. None: one rank.
-        expert_tp_group: that of the experts, whose tensor parallelism may be another. None: ``tp_group``.
+        formats: the format of every linear, by global Megatron weight name (``policy.resolve``).
+        tp_group: tensor-parallel group, over which the shards of a weight share its global scale. None means one rank.
+        expert_tp_group: tensor-parallel group of the experts. None means ``tp_group``.
         scale_rule: how NVFP4 block scales are chosen, one of ``nvfp4.SCALE_RULES``.
 
     Raises:
-        QADError: a weight's shard has a number of columns that its format's blocks do not divide.
+        QADError: the number of columns of a weight's shard is not a multiple of its format's block size.
+
+    Example:
+        >>> weights = InPlaceWeights(chunks, formats, tp_group)
+        >>> with weights.quantized_weights(then_updated=True):
+        ...     run_microbatches(chunks)
+        >>> optimizer.step()
     """
 
     def __init__(
@@ -46,41 +52,40 @@ class InPlaceWeights:
         expert_tp_group=None,
     ):
         self.scale_rule = scale_rule
-        found: dict[str, torch.nn.Parameter] = {}
+        parameters: dict[str, torch.nn.Parameter] = {}
         self._number_formats: dict[str, NumberFormat] = {}
         for chunk in chunks:
             for name, module in named_modules_globally(chunk):
                 number_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].weight
                 if number_format is not None:
                     _check_columns(f"{name}.weight", module.weight, number_format)
-                    found[f"{name}.weight"] = module.weight
+                    parameters[f"{name}.weight"] = module.weight
                     self._number_formats[f"{name}.weight"] = number_format
         self.formats = {name: number_format.name for name, number_format in self._number_formats.items()}
-        """Name of each weight's number format."""
-        self.weights = {name: found[name] for name in sorted(found, key=is_expert)}
-        """By global Megatron name, the experts' last: one run of them a tensor-parallel group."""
-        experts_from = sum(not is_expert(name) for name in self.weights)
-        runs = ((tp_group, slice(experts_from)), (expert_tp_group or tp_group, slice(experts_from, None)))
-        self._shards = [
-            (group, run)
-            for group, run in runs
-            if group is not None and group.size() > 1 and list(self.weights)[run]  # on all ranks or on none of a group
+        """Names of the weights' number formats, by global Megatron weight name."""
+        self.weights = {name: parameters[name] for name in sorted(parameters, key=is_expert)}
+        """Weights by global Megatron name, experts last, so that each tensor-parallel group has a contiguous range."""
+        first_expert = sum(not is_expert(name) for name in self.weights)
+        ranges = ((tp_group, slice(first_expert)), (expert_tp_group or tp_group, slice(first_expert, None)))
+        self._sharded_ranges = [
+            (group, indices)
+            for group, indices in ranges
+            if group is not None and group.size() > 1 and list(self.weights)[indices]  # same on all ranks
         ]
         self.num_quantizations = 0
-        """How often the weights have been quantized: once per optimizer step."""
+        """Number of times the weights have been quantized, once per optimizer step."""
         self.seconds = 0.0
-        """What quantizing has taken so far, wall time of this process."""
-        self._may_be_on_grid = True  # a checkpoint may have been saved on the grid
+        """Total wall time spent on quantization in this process, in seconds."""
+        self._may_be_quantized = True  # a checkpoint may contain quantized weights
         self.is_stale = True
-        """Whether the next ``quantized_weights`` quantizes: the optimizer has written the weights since the last
-        one."""
+        """Whether the next ``quantized_weights`` must quantize, because the weights have changed since the last one."""
 
     @contextmanager
     def quantized_weights(self, *, then_updated: bool) -> Iterator[None]:
-        """Quantize, run the block, and leave the parameters to the optimizer (or restore float32 ones).
+        """Context manager that quantizes the weights if they are stale, and restores float32 masters on exit.
 
         Args:
-            then_updated: an optimizer step follows the block (training), so that the weights must be quantized again.
+            then_updated: whether an optimizer step follows the block (training), after which the weights are stale.
         """
         masters = {name: w.detach().clone() for name, w in self.weights.items() if w.dtype == torch.float32}
         if self.is_stale:
@@ -94,36 +99,37 @@ class InPlaceWeights:
                     self.weights[name].copy_(master)
 
     def were_not_updated(self) -> None:
-        """The optimizer step that was announced did not happen: the weights are still on the grid, where quantizing
-        them again could move one (float32 ones were restored)."""
+        """Record that the announced optimizer step was skipped: 16-bit weights are still quantized, and quantizing
+        again could change one. Float32 weights were restored and stay stale."""
         self.is_stale = any(w.dtype == torch.float32 for w in self.weights.values())
 
     def were_loaded(self) -> None:
-        """The weights are those of a checkpoint, which may have been saved on the grid."""
-        self.is_stale = self._may_be_on_grid = True
+        """Record that the weights come from a checkpoint, which may contain quantized ones."""
+        self.is_stale = self._may_be_quantized = True
 
     @torch.no_grad()
     def quantize_(self) -> None:
-        """Replace every weight by its fake-quantized self. The amaxes of all weights travel in one all-reduce.
+        """Fake-quantize every weight in place, with one all-reduce of the amaxes per tensor-parallel group.
 
         Raises:
-            QADError: a weight holds NaN or Inf; named.
+            QADError: a weight contains NaN or Inf. The message names it.
         """
         if not self.weights:
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         amaxes = dict(zip(self.weights, self.amaxes(), strict=True))
         for number_format in sorted(set(self._number_formats.values()), key=lambda fmt: fmt.name):
             names = [name for name in self.weights if self._number_formats[name] is number_format]
             self._quantize_format(number_format, names, torch.stack([amaxes[name] for name in names]))
-        self._may_be_on_grid = False
+        self._may_be_quantized = False
         self.num_quantizations += 1
-        self.seconds += time.perf_counter() - began
+        self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def quantized_copies(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and what that weight is on its grid, [out, in], one at a time; the weights stay as they are. Collective
-        at the first."""
+        """Yield the name and a quantized copy, [out, in], of each weight without changing it.
+
+        The first step is collective over the tensor-parallel groups."""
         amaxes = self.amaxes()
         for i, (name, weight) in enumerate(self.weights.items()):
             number_format, copy = self._number_formats[name], weight.detach().clone()
@@ -134,23 +140,23 @@ class InPlaceWeights:
     def _quantize_format(self, number_format: NumberFormat, names: list[str], amaxes: torch.Tensor) -> None:
         scales = number_format.scales_from_amaxes(amaxes, names)
         tensors = [self.weights[name].data for name in names]
-        if self._may_be_on_grid:
-            off = [
+        if self._may_be_quantized:
+            todo = [
                 i
                 for i, (w, name) in enumerate(zip(tensors, names, strict=True))
                 if not number_format.is_representable(w, scales[i], name=name)
             ]
-            tensors, names, scales = [tensors[i] for i in off], [names[i] for i in off], scales[off]
+            tensors, names, scales = [tensors[i] for i in todo], [names[i] for i in todo], scales[todo]
         number_format.fake_quant_list_(tensors, scales, names, self.scale_rule)
 
     def amaxes(self) -> torch.Tensor:
-        """float32 [weights]: the largest magnitude of each whole weight, over its tensor-parallel shards."""
+        """Return the amax of each weight over its tensor-parallel shards, float32 [num_weights]."""
         amaxes = amax_list([weight.data for weight in self.weights.values()])
-        for group, run in self._shards:
-            # max ignores NaN on some backends: make it infinite, so that no rank misses another's.
-            shared = torch.where(amaxes[run].isnan(), torch.inf, amaxes[run])
+        for group, indices in self._sharded_ranges:
+            # A max all-reduce ignores NaN on some backends. Inf instead lets all ranks see it.
+            shared = torch.where(amaxes[indices].isnan(), torch.inf, amaxes[indices])
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
-            amaxes[run] = shared
+            amaxes[indices] = shared
         return amaxes
 
 

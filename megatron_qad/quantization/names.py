@@ -1,4 +1,4 @@
-"""The global names of a model chunk's modules: what Megatron calls ``decoder.layers.0`` on every pipeline stage."""
+"""Global module names of model chunks. Megatron counts from ``decoder.layers.0`` on every pipeline stage."""
 
 import re
 from collections import defaultdict
@@ -12,8 +12,8 @@ _EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")
 
 
 def named_modules_globally(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules of one (possibly wrapped) model chunk under the names that checkpoints have: with the layer's index in
-    the whole model, and ``experts.experts.N`` with the expert's index over all expert-parallel ranks."""
+    """Yield the modules of a model chunk, wrapped or not, with their names in checkpoints: with the layer index in the
+    full model, and as ``experts.experts.N`` with the expert index over all expert-parallel ranks."""
     chunk = unwrap_model(chunk)
     layers = getattr(chunk.decoder, "layers", [])
     global_index = {str(i): str(layer.layer_number - 1) for i, layer in enumerate(layers)}
@@ -30,13 +30,13 @@ def named_modules_globally(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.
 
 
 def is_expert(name: str) -> bool:
-    """Whether a linear belongs to one expert of many, which expert-parallel ranks hold different ones of."""
+    """Whether a linear belongs to a routed expert. Expert-parallel ranks hold different experts."""
     return _EXPERT.search(name) is not None
 
 
-def alike_experts(names: Iterable[str]) -> dict[str, list[str]]:
-    """By name of an expert's linear, all ``names`` of that linear of its layer's experts, itself among them; one list
-    for all of these. Other linears are not in it."""
+def sibling_experts(names: Iterable[str]) -> dict[str, list[str]]:
+    """Map the name of each expert linear to the names of the same linear in all experts of its layer, including itself.
+    Siblings share one list. Linears outside experts are left out."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         if is_expert(name):

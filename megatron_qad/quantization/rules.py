@@ -1,10 +1,9 @@
-"""One rule of a quantization policy: which linears it selects, and how it is written.
+"""A single quantization policy rule: its selectors, its format, and its YAML and command-line syntax.
 
-A rule has a ``format`` and one selector or more; it reaches the linears that all its selectors accept. In YAML a rule
-is a mapping; on a command line it is ``KIND=FORMAT``, ``MODULE_PATTERN=FORMAT`` or, for any selectors,
-``kind:mamba,before:attention=bf16`` (lists are joined with ``+``: ``kind:mlp+expert=nvfp4``). Positions count the
-layers of Megatron's layer pattern, in which attention and MLP are layers of their own: block i of a Llama is layers 2i
-and 2i + 1.
+A rule has a ``format`` and at least one selector. It applies to the linears that match all its selectors. In YAML a
+rule is a mapping. On the command line it is ``KIND=FORMAT``, ``MODULE_PATTERN=FORMAT`` or a list of selectors such as
+``kind:mamba,before:attention=bf16`` (``+`` separates several values: ``kind:mlp+expert=nvfp4``). Layer positions refer
+to Megatron's layer pattern, where attention and MLP are separate layers: block i of a Llama is layers 2i and 2i + 1.
 """
 
 import difflib
@@ -20,14 +19,14 @@ from megatron_qad.formats.format_registry import FORMATS
 NEVER_QUANTIZED = ("router", "embedding")
 KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_QUANTIZED)
 LAYER_KINDS = ("attention", "mamba", "mlp", "expert")
-"""What a layer of the pattern can be; a layer of experts also holds its router and its shared experts."""
+"""Kinds of layers in the pattern. An ``expert`` layer also contains its router and shared experts."""
 SELECTORS = ("kind", "layer", "first", "last", "before", "projection", "name")
-_NO_GEMM = ("conv1d", "norm", "layernorm", "bias", "vision")
+_NOT_A_GEMM = ("conv1d", "norm", "layernorm", "bias", "vision")
 _NEVER = "routers, embeddings, norms, conv1d and vision encoders stay unquantized under every policy"
 
 
 class Linear(Protocol):
-    """What a policy needs to know of a GEMM; ``models.families`` provides it."""
+    """The attributes of a linear that policies read. ``models.families`` provides such objects."""
 
     megatron: str
     kind: str
@@ -35,76 +34,84 @@ class Linear(Protocol):
     is_tied: bool
 
 
-def module_of(linear: Linear) -> str:
+def module_name(linear: Linear) -> str:
+    """Return the name of the linear's Megatron module."""
     return linear.megatron.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which linears (all selectors that are set must accept one), and their format."""
+    """A format and the selectors that choose its linears. A linear must match every selector that is set."""
 
     format: str
     kinds: tuple[str, ...] = ()
+    """Kinds of linears, from ``KINDS``."""
     layers: tuple[int, ...] = ()
-    """Indices in the layer pattern."""
+    """Layer indices in the layer pattern."""
     first: int | None = None
-    """The first n layers of the decoder, whatever their kind."""
+    """Select the first ``first`` layers of the decoder, of any kind."""
     last: int | None = None
+    """Select the last ``last`` layers of the decoder, of any kind."""
     before: str | None = None
-    """For every layer of this kind, the nearest layer of ``kinds`` that precedes it."""
+    """Select the nearest preceding layer of ``kinds`` for every layer of this kind."""
     projections: tuple[str, ...] = ()
-    """Last part of the Megatron module's name: linear_qkv, linear_proj, linear_fc1, linear_fc2, in_proj, out_proj."""
+    """Last parts of Megatron module names: linear_qkv, linear_proj, linear_fc1, linear_fc2, in_proj, out_proj."""
     name: str | None = None
-    """Shell pattern on the whole name of the Megatron module."""
+    """Shell pattern that must match the full name of the Megatron module."""
     is_override: bool = False
-    """Given on the command line, where it may overrule a document's rule without saying so."""
+    """Whether the rule comes from the command line. Such rules may fully override rules of the policy file."""
 
     def select(self, linears: Sequence[Linear], layer_kinds: Sequence[str | None]) -> list[Linear]:
-        """The linears that this rule reaches. ``layer_kinds``: the kind of every layer of the pattern.
+        """Return the linears that this rule applies to. ``layer_kinds`` has one kind per layer of the pattern.
 
         Raises:
-            QADError: a layer, or a number of layers, that the model does not have.
+            QADError: the rule names a layer, or more layers, than the model has.
         """
-        layers = self._layers(layer_kinds)
-        return [linear for linear in linears if self._accepts(linear) and (layers is None or linear.layer in layers)]
+        layers = self._selected_layers(layer_kinds)
+        return [linear for linear in linears if self._matches(linear) and (layers is None or linear.layer in layers)]
 
-    def _accepts(self, linear: Linear) -> bool:
-        module = module_of(linear)
+    def _matches(self, linear: Linear) -> bool:
+        module = module_name(linear)
         return (
             (not self.kinds or linear.kind in self.kinds)
             and (not self.projections or module.rpartition(".")[2] in self.projections)
             and (self.name is None or fnmatch.fnmatchcase(module, self.name))
         )
 
-    def _layers(self, layer_kinds: Sequence[str | None]) -> set[int] | None:
-        """Layers that the positional selectors leave; None if there is no such selector."""
-        total = len(layer_kinds)
+    def _selected_layers(self, layer_kinds: Sequence[str | None]) -> set[int] | None:
+        """Return the layers that match all positional selectors, or None if the rule has none."""
+        num_layers = len(layer_kinds)
         sets = []
         if self.layers:
-            if beyond := [layer for layer in self.layers if layer >= total]:
-                raise QADError(f"policy rule {self}: layer {beyond[0]} of a model with layers 0 to {total - 1}")
+            if missing := [layer for layer in self.layers if layer >= num_layers]:
+                raise QADError(
+                    f"policy rule {self}: there is no layer {missing[0]} in a model with layers 0 to {num_layers - 1}. "
+                    "Choose a layer of the model."
+                )
             sets.append(set(self.layers))
-        for which, number in (("first", self.first), ("last", self.last)):
-            if number is not None:
-                if number > total:
-                    raise QADError(f"policy rule {self}: {which} {number} layers of a model with {total}")
-                sets.append(set(range(number) if which == "first" else range(total - number, total)))
+        for end, count in (("first", self.first), ("last", self.last)):
+            if count is not None:
+                if count > num_layers:
+                    raise QADError(
+                        f"policy rule {self}: {end} {count} layers of a model with {num_layers}. Choose fewer layers."
+                    )
+                sets.append(set(range(count) if end == "first" else range(num_layers - count, num_layers)))
         if self.before is not None:
-            sets.append(self._preceding(layer_kinds))
+            sets.append(self._preceding_layers(layer_kinds))
         return set.intersection(*sets) if sets else None
 
-    def _preceding(self, layer_kinds: Sequence[str | None]) -> set[int]:
-        wanted = {"expert" if kind == "shared_expert" else kind for kind in self.kinds}
-        found, nearest = set(), None
+    def _preceding_layers(self, layer_kinds: Sequence[str | None]) -> set[int]:
+        candidates = {"expert" if kind == "shared_expert" else kind for kind in self.kinds}
+        preceding, nearest = set(), None
         for layer, kind in enumerate(layer_kinds):
             if kind == self.before and nearest is not None:
-                found.add(nearest)
-            if kind in wanted:
+                preceding.add(nearest)
+            if kind in candidates:
                 nearest = layer
-        return found
+        return preceding
 
     def __str__(self):
-        """As it would be written on a command line."""
+        """Return the rule in command-line syntax."""
         if self.name is not None and not self._parts(skip="name"):
             return f"{self.name}={self.format}"
         if self.kinds and not self._parts(skip="kind"):
@@ -125,40 +132,42 @@ class Rule:
 
 
 def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
-    """A rule as YAML has it. ``where``: the file or flag, for messages.
+    """Parse a rule in YAML form. ``where`` is the file or flag that error messages name.
 
     Raises:
-        QADError: an unknown key, kind or format (the nearest valid one is named), a value of another type, a quantized
-            format for what is never quantized.
+        QADError: an unknown key, kind or format (the message suggests the nearest valid one), a value of the wrong
+            type, or a quantized format for a module that is never quantized.
     """
     if not isinstance(entry, dict) or "format" not in entry or len(entry) < 2:
-        raise QADError(f"{where}: a rule has 'format' and at least one of {', '.join(SELECTORS)}; found {entry!r}")
+        raise QADError(
+            f"{where}: found the rule {entry!r}. A rule needs 'format' and at least one of {', '.join(SELECTORS)}."
+        )
     for key in entry:
         check_choice("key", key, ("format", *SELECTORS), where)
     check_choice("format", entry["format"], FORMATS, where)
-    kinds = _texts(entry, "kind", where)
+    kinds = _strings(entry, "kind", where)
     for kind in kinds:
-        if kind in _NO_GEMM:
-            raise QADError(f"{where}: {kind!r} is no kind that a rule can select: {_NEVER}, and need no rule")
+        if kind in _NOT_A_GEMM:
+            raise QADError(f"{where}: rules cannot select the kind {kind!r}. Remove it: {_NEVER}, without a rule.")
         check_choice("kind", kind, KINDS, where)
-    projections = _texts(entry, "projection", where)
+    projections = _strings(entry, "projection", where)
     if FORMATS[entry["format"]].quantizes:
-        never = [found for found in (*kinds, *projections) if found in (*NEVER_QUANTIZED, *_NO_GEMM)]
+        never = [word for word in (*kinds, *projections) if word in (*NEVER_QUANTIZED, *_NOT_A_GEMM)]
         if never:
-            raise QADError(
-                f"{where}: a rule gives {never[0]!r} the format {entry['format']}, but {_NEVER}; take it out"
-            )
+            raise QADError(f"{where}: a rule gives {never[0]!r} the format {entry['format']}, but {_NEVER}. Remove it.")
     before = entry.get("before")
     if before is not None:
         check_choice("kind of layer", before, LAYER_KINDS, where)
         if not kinds:
-            raise QADError(f"{where}: 'before: {before}' needs 'kind', the kind of the layer that precedes ({entry!r})")
+            raise QADError(
+                f"{where}: found {entry!r}. 'before: {before}' also needs 'kind', the kind of the preceding layer."
+            )
     return Rule(
         format=entry["format"],
         kinds=kinds,
-        layers=_indices(entry, where),
-        first=_count(entry, "first", where),
-        last=_count(entry, "last", where),
+        layers=_layer_indices(entry, where),
+        first=_num_layers(entry, "first", where),
+        last=_num_layers(entry, "last", where),
         before=before,
         projections=projections,
         name=None if "name" not in entry else str(entry["name"]),
@@ -167,14 +176,20 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
 
 
 def parse_override(text: str, flag: str = "--qad-policy-override") -> Rule:
-    """A rule as a command line has it."""
+    """Parse a rule in command-line form. ``flag`` is the option that error messages name.
+
+    Example:
+        >>> rule = parse_override("kind:mamba,before:attention=bf16")
+        >>> rule.kinds, rule.before, rule.format
+        (('mamba',), 'attention', 'bf16')
+    """
     selector, separator, fmt = text.rpartition("=")
     if not separator or not selector:
-        raise QADError(f"{flag} {text!r}: expected KIND=FORMAT or PATTERN=FORMAT, such as head=nvfp4")
+        raise QADError(f"{flag} {text!r}: expected KIND=FORMAT or PATTERN=FORMAT, for example head=nvfp4.")
     where = f"{flag} {text}"
     if ":" not in selector:
         kinds = selector.split("+")
-        entry = {"kind": kinds} if all(kind in KINDS or kind in _NO_GEMM for kind in kinds) else {"name": selector}
+        entry = {"kind": kinds} if all(kind in KINDS or kind in _NOT_A_GEMM for kind in kinds) else {"name": selector}
         return parse_rule({**entry, "format": fmt}, where, is_override=True)
     entry = {}
     for part in selector.split(","):
@@ -184,46 +199,48 @@ def parse_override(text: str, flag: str = "--qad-policy-override") -> Rule:
     return parse_rule({**entry, "format": fmt}, where, is_override=True)
 
 
-def check_choice(what: str, found: object, valid: Iterable[str], where: str) -> None:
-    """Stop at a word that is not one of ``valid``, naming the nearest."""
+def check_choice(label: str, value: object, valid: Iterable[str], where: str) -> None:
+    """Raise a ``QADError`` that suggests the nearest valid value if ``value`` is not in ``valid``."""
     valid = tuple(valid)
-    if found in valid:
+    if value in valid:
         return
-    raise QADError(f"{where}: unknown {what} {found!r}{did_you_mean(found, valid)}; one of {', '.join(valid)}")
+    raise QADError(f"{where}: unknown {label} {value!r}{did_you_mean(value, valid)}. Choose one of {', '.join(valid)}.")
 
 
-def did_you_mean(found: object, valid: Iterable[str]) -> str:
-    """``"; did you mean 'mlp'?"``, or nothing if no word is near."""
-    close = difflib.get_close_matches(str(found), list(valid), n=1)
+def did_you_mean(value: object, valid: Iterable[str]) -> str:
+    """Return ``" (did you mean 'mlp'?)"``, or an empty string if no valid value is similar."""
+    close = difflib.get_close_matches(str(value), list(valid), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _texts(entry: dict, key: str, where: str) -> tuple[str, ...]:
+def _strings(entry: dict, key: str, where: str) -> tuple[str, ...]:
     if key not in entry:
         return ()
     values = entry[key] if isinstance(entry[key], list) else [entry[key]]
     if not values or not all(isinstance(value, str) for value in values):
-        raise QADError(f"{where}: '{key}' is a word or a list of words; found {entry[key]!r}")
+        raise QADError(f"{where}: '{key}' must be a string or a list of strings; found {entry[key]!r}.")
     return tuple(values)
 
 
-def _count(entry: dict, key: str, where: str) -> int | None:
-    number = entry.get(key)
-    if key in entry and (type(number) is not int or number < 1):
-        raise QADError(f"{where}: '{key}' is a number of layers, at least 1; found {number!r}")
-    return number
+def _num_layers(entry: dict, key: str, where: str) -> int | None:
+    count = entry.get(key)
+    if key in entry and (type(count) is not int or count < 1):
+        raise QADError(f"{where}: '{key}' must be a number of layers, at least 1; found {count!r}.")
+    return count
 
 
-def _indices(entry: dict, where: str) -> tuple[int, ...]:
-    """``layer``: an index, a range "a-b" with both ends, or a list of these."""
+def _layer_indices(entry: dict, where: str) -> tuple[int, ...]:
+    """Return the indices of the ``layer`` selector: an index, an inclusive range "a-b", or a list of these."""
     if "layer" not in entry:
         return ()
     indices = []
     for item in entry["layer"] if isinstance(entry["layer"], list) else [entry["layer"]]:
         bounds = re.fullmatch(r"(\d+)-(\d+)", str(item)) or re.fullmatch(r"((\d+))", str(item))
         if bounds is None or isinstance(item, bool) or int(bounds[2]) < int(bounds[1]):
-            raise QADError(f"{where}: 'layer' is an index, a range such as 0-3, or a list of these; found {item!r}")
+            raise QADError(
+                f"{where}: 'layer' must be an index, a range such as 0-3, or a list of these; found {item!r}."
+            )
         indices += range(int(bounds[1]), int(bounds[2]) + 1)
     if not indices:
-        raise QADError(f"{where}: 'layer' is an empty list")
+        raise QADError(f"{where}: 'layer' is an empty list. Give at least one layer.")
     return tuple(indices)

@@ -1,4 +1,4 @@
-"""Every format that a policy can give, from training to a validated checkpoint; the KV cache; calibration.
+"""Tests of every policy format from training to a validated export, of the FP8 KV cache, and of calibration.
 
 The jobs are those of ``test_training``, with a model wide enough for INT4's groups of 128.
 """
@@ -27,10 +27,10 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", *OPTIMIZER]
 class Shop:
     def __init__(self, directory: Path, server: ForkServer):
         self.directory, self.server = directory, server
-        self._number = 0
+        self._num_runs = 0
 
     def train(self, *flags: str, nproc: int = 1, num_steps: int = 3, precision=("--bf16",)) -> tuple[list[dict], str]:
-        """A job from the teacher's own weights; its steps and its output."""
+        """Train a student that starts from the teacher's weights; return the recorded steps and the output."""
         d = self.directory
         argv = [
             *("--qad-teacher", f"{d}/teacher", "--data-path", f"{d}/data", "--data-cache-path", f"{d}/cache"),
@@ -51,8 +51,8 @@ class Shop:
             ),
             *("--qad-calibration-samples", "16", *flags),
         ]
-        self._number += 1
-        self.record = d / f"record{self._number}"
+        self._num_runs += 1
+        self.record = d / f"record{self._num_runs}"
         output = self.server.run("training_jobs:train", nproc, {"argv": argv, "record": str(self.record)})
         return records.read(self.record, nproc, vocab_size=CONFIG["vocab_size"]), output
 
@@ -72,7 +72,7 @@ def reported_kl(output: str) -> float:
     return float(line.split("kl_to_teacher: ")[1].split()[0])
 
 
-# policy and more flags -> format of the linears of a block by name, the KV cache
+# case -> flags, format of the linears by part of a block, KV cache format
 CASES = {
     "mlp only": (["--qad-policy", "nvfp4-mlp-only"], {"attn": "bf16", "mlp": "nvfp4"}, "bf16"),
     "w4a16": (["--qad-policy", "w4a16-all-linear"], {"attn": "nvfp4-w4a16", "mlp": "nvfp4-w4a16"}, "bf16"),
@@ -97,7 +97,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_train_export_validate(shop, tmp_path, case):
-    """At TP2: what the job trained is what lies on disk, bit for bit, in both layouts, and the validator agrees."""
+    """At TP2 both export layouts contain the trained weights, bit for bit, and pass validation."""
     flags, by_part, kv_cache = CASES[case]
     steps, output = shop.train(*flags, *TP2, "--save", str(tmp_path / "run"), "--save-interval", "100", nproc=2)
     outputs = {layout: str(tmp_path / layout) for layout in ("modelopt", "compressed-tensors")}
@@ -112,27 +112,27 @@ def test_train_export_validate(shop, tmp_path, case):
         assert len(report.quantized) == sum({"attn": 2 * 4, "mlp": 2 * 3}[p] for p, f in by_part.items() if f != "bf16")
     rule = flags[flags.index("--qad-weight-scale-rule") + 1] if "--qad-weight-scale-rule" in flags else "max"
     _check_weights(steps[-1]["params"], load_file(tmp_path / "modelopt" / "model.safetensors"), by_part, rule)
-    if kv_cache == "bf16":  # transformers keeps its cache in BF16 whatever the configuration says
+    if kv_cache == "bf16":  # transformers always keeps its cache in BF16
         measured = _kl_in_transformers(shop.directory / "hf", tmp_path / "compressed-tensors")
-        # Other random tokens and other places of bf16's rounding: within a third; a wrong scale is far outside.
+        # Different random tokens and bf16 rounding change the KL by up to a third; a wrong scale by much more.
         assert measured == pytest.approx(reported_kl(output), rel=1 / 3)
 
 
 def _check_weights(params: dict, stored: dict, by_part: dict, rule: str) -> None:
-    """Stored weights decode to the job's last weights, as its next step would have quantized them in place."""
+    """Check that stored weights decode to the final weights, quantized as the next step would have done in place."""
     for tensor_map in family_of(CONFIG).linears(CONFIG):
         fmt = by_part.get({"attention": "attn", "mlp": "mlp"}.get(tensor_map.kind), "bf16")
         weight = params[tensor_map.megatron].clone()
-        if arithmetic := FORMATS[fmt].weight:
-            scale = arithmetic.scale_from_amax(weight.abs().max().float())
-            arithmetic.fake_quant_list_([weight], scale.view(1), [tensor_map.megatron], rule)
+        if number_format := FORMATS[fmt].weight:
+            scale = number_format.scale_from_amax(weight.abs().max().float())
+            number_format.fake_quant_list_([weight], scale.view(1), [tensor_map.megatron], rule)
         for name, part in zip(tensor_map.hf, tensor_map.to_hf(weight), strict=True):
-            found = stored[name]
+            decoded = stored[name]
             if fmt == "fp8":
-                found = fp8.dequantize(found, stored[f"{name}_scale"], torch.bfloat16)
+                decoded = fp8.dequantize(decoded, stored[f"{name}_scale"], torch.bfloat16)
             elif fmt != "bf16":
-                found = nvfp4.dequantize(found, stored[f"{name}_scale"], stored[f"{name}_scale_2"], torch.bfloat16)
-            assert torch.equal(found, part), name
+                decoded = nvfp4.dequantize(decoded, stored[f"{name}_scale"], stored[f"{name}_scale_2"], torch.bfloat16)
+            assert torch.equal(decoded, part), name
 
 
 def _kl_in_transformers(teacher: Path, student: Path) -> float:
@@ -146,8 +146,8 @@ def _kl_in_transformers(teacher: Path, student: Path) -> float:
 
 
 @pytest.mark.parametrize("policy", ["nvfp4-all-linear", "nvfp4-mlp-fp8-attention"])
-def test_a_float32_job_exports_in_the_models_own_dtype(shop, tmp_path, policy):
-    """config.json says bfloat16: what is not packed is rounded to it, what is packed keeps float32's grid."""
+def test_float32_job_exports_in_the_dtype_of_the_config(shop, tmp_path, policy):
+    """Unpacked tensors are rounded to bfloat16, the dtype in config.json. Packed ones are quantized from float32."""
     saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
     steps, _ = shop.train("--qad-policy", policy, *saving, precision=())
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "modelopt")}}
@@ -171,7 +171,7 @@ def test_int4_trains_and_ships_what_it_trained(shop, tmp_path):
     steps, output = shop.train("--qad-policy", str(policy), *OPTIMIZER, *saving, "--lr", "3e-4", num_steps=40)
     losses = [step["loss"]["kl loss"] for step in steps]
     print(losses[:5], losses[-5:], reported_kl(output))
-    assert losses[0] > 0.1  # the student is the teacher but for its weights' rounding
+    assert losses[0] > 0.1  # the student differs from the teacher only in weight rounding
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert not steps[0]["amaxes"]
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "out")}}
@@ -211,8 +211,8 @@ def test_int4_trains_and_ships_what_it_trained(shop, tmp_path):
         assert text in issues, issues
 
 
-def test_the_fp8_cache_alone(shop, tmp_path):
-    """A student equal to its teacher but for FP8 keys and values: the loss sees them, their scales are exported."""
+def test_fp8_kv_cache_alone_changes_the_loss(shop, tmp_path):
+    """A student that differs from its teacher only in FP8 keys and values has a nonzero loss and calibrated amaxes."""
     saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
     plain, _ = shop.train("--qad-policy", "bf16", num_steps=1)
     steps, _ = shop.train("--qad-policy", "bf16", "--qad-policy-override", "kv_cache=fp8", *saving, num_steps=1)
@@ -224,29 +224,28 @@ def test_the_fp8_cache_alone(shop, tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["nvfp4-mlp-fp8-attention", "bf16"])
-def test_a_job_with_a_quantized_cache_resumes_bit_for_bit(shop, tmp_path, policy):
+def test_job_with_quantized_kv_cache_resumes_bit_for_bit(shop, tmp_path, policy):
     flags = ["--qad-policy", policy, "--qad-policy-override", "kv_cache=fp8", *TP2]
-    through, _ = shop.train(*flags, nproc=2, num_steps=4)
+    uninterrupted, _ = shop.train(*flags, nproc=2, num_steps=4)
     saving = ["--save", str(tmp_path), "--save-interval", "2"]
     first, _ = shop.train(*flags, *saving, "--exit-interval", "2", nproc=2, num_steps=4)
     second, _ = shop.train(*flags, *saving, "--load", str(tmp_path), nproc=2, num_steps=4)
-    for number, (a, b) in enumerate(zip(first + second, through, strict=True), 1):
-        assert a["loss"] == b["loss"], number
-        for what in ("quantized", "grads", "masters", "amaxes"):
-            assert all(torch.equal(a[what][name], b[what][name]) for name in b[what]), (number, what)
+    for i, (resumed, expected) in enumerate(zip(first + second, uninterrupted, strict=True), 1):
+        assert resumed["loss"] == expected["loss"], i
+        for key in ("quantized", "grads", "masters", "amaxes"):
+            assert all(torch.equal(resumed[key][name], expected[key][name]) for name in expected[key]), (i, key)
 
 
 @pytest.mark.parametrize("method", ["max", "percentile"])
-def test_amaxes_depend_neither_on_the_ranks_nor_on_the_run(shop, method):
-    """Two data-parallel ranks run the same arithmetic on each sample as one: equal amaxes, on both ranks, bit for
-    bit; so does a second calibration."""
+def test_amaxes_are_equal_for_any_number_of_ranks_and_any_run(shop, method):
+    """Two data-parallel ranks get the amaxes of one rank, bit for bit, and a repeated run gets them again."""
     flags = [] if method == "max" else ["--qad-calibration-percentile", "99"]
-    found = {}
+    runs = {}
     for name, nproc in (("one", 1), ("again", 1), ("two", 2)):
         steps, _ = shop.train(*flags, nproc=nproc, num_steps=1)
-        found[name] = steps[0]["amaxes"]
+        runs[name] = steps[0]["amaxes"]
         if nproc == 2:
-            found["rank 1"] = torch.load(f"{shop.record}.rank1")[0]["amaxes"]
-    assert len(found["one"]) == 8
-    for name, amaxes in found.items():
-        assert all(torch.equal(amaxes[linear], found["one"][linear]) for linear in amaxes), name
+            runs["rank 1"] = torch.load(f"{shop.record}.rank1")[0]["amaxes"]
+    assert len(runs["one"]) == 8
+    for name, amaxes in runs.items():
+        assert all(torch.equal(amaxes[linear], runs["one"][linear]) for linear in amaxes), name

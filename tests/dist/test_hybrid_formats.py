@@ -1,4 +1,4 @@
-"""A hybrid in NVFP4 by the policy of Nemotron 3 Nano: trained, exported, validated, loaded by transformers."""
+"""Tests of quantized hybrid, NAS and vision-language models: training, export, validation, loading in transformers."""
 
 import json
 import shutil
@@ -24,8 +24,8 @@ BF16 = ["--bf16"]
 TP2EP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-model-parallel-size", "2"]
 EP4 = ["--expert-model-parallel-size", "4"]
 POLICY = ["--qad-policy", "nemotron-3-nano-30b-a3b"]
-KEPT = (4, 5)
-"""The attention layer and the Mamba layer before it."""
+BF16_LAYERS = (4, 5)
+"""The attention layer and the Mamba layer before it, which the policy keeps in BF16."""
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +34,10 @@ def workshop(tmp_path_factory, server):
     models = []
     for kind, dtype in (("bf16", torch.bfloat16), ("f32", torch.float32)):
         name = str(dtype).removeprefix("torch.")
-        for who, noise in (("teacher", 0.0), ("student", 0.1)):
+        for role, noise in (("teacher", 0.0), ("student", 0.1)):
             config = CONFIG | {"torch_dtype": name}
-            source = tiny_job.write_hf(directory / f"hf_{kind}_{who}", config, noise=noise, dtype=dtype)
-            models.append((str(source), f"{directory}/{kind}_{who}", name))
+            source = tiny_job.write_hf(directory / f"hf_{kind}_{role}", config, noise=noise, dtype=dtype)
+            models.append((str(source), f"{directory}/{kind}_{role}", name))
     tiny_job.write_data(directory / "data", vocab_size=120)
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return Workshop(directory, server)
@@ -51,32 +51,32 @@ def export(workshop, run, output) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(workshop, tmp_path_factory):
-    """Two steps at TP2 x EP2 in BF16, saved and exported: the steps, the exported tensors and their directory."""
+    """Train two steps at TP2 x EP2 in BF16 and export. Returns the steps, exported tensors, directory and output."""
     directory = tmp_path_factory.mktemp("trained")
     flags = [*BF16, *TP2EP2, *POLICY, "--save", str(directory / "run"), "--lr", "1e-2"]
     steps, output = workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), 4)
     return steps, export(workshop, directory / "run", directory / "out"), directory, output
 
 
-def test_the_policy_keeps_what_the_report_keeps(trained):
-    """During a step experts, shared experts and Mamba layers are on the grid; attention, the Mamba layer before it, the
-    router, the head and everything that is no GEMM are not."""
+def test_policy_keeps_the_layers_of_the_paper_in_bf16(trained):
+    """During a step experts, shared experts and Mamba layers are quantized. Attention, the Mamba layer before it, the
+    router, the head and all modules other than GEMMs are not."""
     steps, *_ = trained
-    seen = {True: 0, False: 0}
+    num_weights = {True: 0, False: 0}
     for name, weight in steps[1]["quantized"].items():
         layer = int(name.split(".")[2]) if name.startswith("decoder.layers") else None
         is_gemm = name.endswith(("in_proj.weight", "out_proj.weight", "linear_fc1.weight", "linear_fc2.weight"))
-        is_quantized = is_gemm and layer not in KEPT
+        is_quantized = is_gemm and layer not in BF16_LAYERS
         if weight.dim() == 2:
-            # E2M1 has 15 values, so 16 numbers on the grid are never all different; of others some block is.
+            # E2M1 has 15 values, so 16 quantized values always repeat. Some unquantized block has no repeats.
             blocks = weight.reshape(-1, 16).sort(-1).values
             quantized = bool((blocks.diff(dim=-1) == 0).any(-1).all())
             assert quantized == is_quantized, name
-            seen[is_quantized] += 1
-    assert seen[True] == 4 * (8 * 2 + 2) + 2 * 2 and seen[False] > 8
+            num_weights[is_quantized] += 1
+    assert num_weights[True] == 4 * (8 * 2 + 2) + 2 * 2 and num_weights[False] > 8
 
 
-def test_the_export_is_valid_and_whole(trained):
+def test_export_is_valid_and_complete(trained):
     _, stored, directory, _ = trained
     report = validate_nvfp4(directory / "out")
     assert not report.issues, report.issues[:5]
@@ -92,7 +92,7 @@ def test_the_export_is_valid_and_whole(trained):
         assert (bias is not None and bias.dtype == torch.float32) == (symbol == "E")
 
 
-def test_the_dry_export_lists_what_the_export_writes(trained):
+def test_dry_run_lists_the_exported_tensors(trained):
     _, _, directory, _ = trained
     config = json.loads((directory / "out" / "config.json").read_text())
     report = resolve_report(config, policies.load(POLICY[1]))
@@ -111,50 +111,59 @@ def measured_load(workshop, run, nproc: int, *flags: str) -> tuple[dict, str]:
     return json_records.read(run / "expert_load.json")["layers"], output
 
 
-def test_the_load_of_experts_against_the_teachers(workshop, tmp_path):
-    """Of every token of an evaluation, in any layout; a student that is the teacher sends none elsewhere."""
+def test_expert_load_compared_with_the_teacher(workshop, tmp_path):
+    """The counts cover every token of an evaluation, for any parallelism, and agree if the student is the teacher."""
     same = ["--qad-policy", "bf16", "--qad-student", f"{workshop.directory}/f32_teacher"]
-    alike, _ = measured_load(workshop, tmp_path / "same", 1, *same)
+    unquantized, _ = measured_load(workshop, tmp_path / "same", 1, *same)
     quantized, output = measured_load(workshop, tmp_path / "nvfp4", 1, *POLICY, *same[2:])
-    assert list(alike) == list(quantized) == [str(i) for i, symbol in enumerate(PATTERN) if symbol == "E"]
-    tokens = 2 * 8 * 32  # evaluations, sequences, their length
-    for layer, counts in alike.items():
+    assert list(unquantized) == list(quantized) == [str(i) for i, symbol in enumerate(PATTERN) if symbol == "E"]
+    tokens = 2 * 8 * 32  # evaluation iterations, sequences, sequence length
+    for layer, counts in unquantized.items():
         assert (counts["changed"], counts["compared"]) == (0, tokens)
         assert counts["teacher"] == counts["student"] == quantized[layer]["teacher"]
         assert sum(counts["teacher"]) == 3 * tokens
         assert 0 < quantized[layer]["changed"] < tokens
         assert sum(quantized[layer]["student"]) == 3 * tokens
     assert "experts at iteration" in output and "tokens whose experts changed: " in output
-    # The same tokens, split over ranks and stages, the teacher two microbatches at a time.
-    other = ["--qad-policy", "bf16"]
-    expected, _ = measured_load(workshop, tmp_path / "one", 1, *other)
+    # The same tokens, split over ranks and stages, or with two microbatches per teacher pass.
+    flags = ["--qad-policy", "bf16"]
+    expected, _ = measured_load(workshop, tmp_path / "one", 1, *flags)
     assert all(0 < counts["changed"] < tokens for counts in expected.values())
-    layouts = {"tp2ep2": (4, TP2EP2), "pp2": (2, ["--pipeline-model-parallel-size", "2"])}
-    layouts["teacher"] = (1, ["--qad-teacher-micro-batch-size", "4"])
-    for name, (nproc, layout) in layouts.items():
-        assert measured_load(workshop, tmp_path / name, nproc, *other, *layout)[0] == expected, name
+    runs = {"tp2ep2": (4, TP2EP2), "pp2": (2, ["--pipeline-model-parallel-size", "2"])}
+    runs["teacher"] = (1, ["--qad-teacher-micro-batch-size", "4"])
+    for name, (nproc, more_flags) in runs.items():
+        assert measured_load(workshop, tmp_path / name, nproc, *flags, *more_flags)[0] == expected, name
 
 
-def test_the_router_stays_and_may_learn(workshop, trained, tmp_path):
-    """Bits of every router's weight and bias, which moves without a gradient; experts move."""
+def test_router_is_frozen_unless_trained(workshop, trained, tmp_path):
+    """Router weights and biases (updated without a gradient) keep their bits without ``--qad-train-router``."""
     _, frozen, _, _ = trained
     flags = [*BF16, *POLICY, "--qad-train-router", "--save", str(tmp_path / "run"), "--lr", "1e-2"]
     workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), whole=False)
-    learnt = export(workshop, tmp_path / "run", tmp_path / "out")
+    learned = export(workshop, tmp_path / "run", tmp_path / "out")
     given = load_file(workshop.directory / "hf_bf16_student" / "model.safetensors")
     routers = [name for name in given if ".gate." in name]
     assert len(routers) == 2 * 4
     for name in routers:
         assert torch.equal(frozen[name], given[name]), name
-        assert not torch.equal(learnt[name], given[name]), name
+        assert not torch.equal(learned[name], given[name]), name
     assert not torch.equal(frozen["backbone.layers.0.norm.weight"], given["backbone.layers.0.norm.weight"])
 
 
-def test_every_expert_is_in_the_file_at_ep4(workshop, tmp_path):
-    """With the bits of one process's export: weights, and amaxes of inputs that other ranks' tokens made."""
+def test_export_at_ep4_contains_every_expert(workshop, tmp_path):
+    """The export equals that of one process, including input amaxes of tokens from other ranks."""
     exported = {}
-    for name, nproc, layout in (("one", 1, []), ("ep4", 4, EP4)):
-        flags = ["--qad-ptq", "--bf16", *layout, *POLICY, "--save", str(tmp_path / name), "--micro-batch-size", "1"]
+    for name, nproc, parallelism in (("one", 1, []), ("ep4", 4, EP4)):
+        flags = [
+            "--qad-ptq",
+            "--bf16",
+            *parallelism,
+            *POLICY,
+            "--save",
+            str(tmp_path / name),
+            "--micro-batch-size",
+            "1",
+        ]
         workshop.train(workshop.argv(*flags, kind="bf16"), nproc, whole=False)
         exported[name] = export(workshop, tmp_path / name, tmp_path / f"out_{name}")
     assert exported["one"].keys() == exported["ep4"].keys()
@@ -162,31 +171,31 @@ def test_every_expert_is_in_the_file_at_ep4(workshop, tmp_path):
     assert len(experts) == len(set(experts)) == 4 * 8 * 2
     for name, tensor in exported["one"].items():
         if name.endswith("input_scale"):
-            # BF16 sums of a microbatch of another composition: an amax may be the next bfloat16.
+            # Microbatches differ, so BF16 sums differ: an amax may be the next bfloat16.
             assert exported["ep4"][name].item() == pytest.approx(tensor.item(), rel=2**-6), name
         elif not name.endswith("_scale"):
-            found = exported["ep4"][name]
-            assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
+            ep4_tensor = exported["ep4"][name]
+            assert torch.equal(ep4_tensor.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), name
 
 
-def test_an_expert_with_few_tokens_is_reported(workshop, tmp_path):
-    """Two sequences of 32 tokens, top 3 of 8 experts: some see fewer than 16."""
+def test_experts_with_few_tokens_are_reported(workshop, tmp_path):
+    """With two sequences of 32 tokens and the top 3 of 8 experts, some experts receive fewer than 16 tokens."""
     flags = [*POLICY, "--qad-ptq", "--qad-calibration-samples", "2", "--save", str(tmp_path / "run")]
     _, output = workshop.train(workshop.argv(*flags, kind="f32"), 2, whole=False)
-    (few,) = json_records.read(tmp_path / "run" / "calibration.json").values()
-    assert few
-    for name, entry in few.items():
+    (few_tokens,) = json_records.read(tmp_path / "run" / "calibration.json").values()
+    assert few_tokens
+    for name, entry in few_tokens.items():
         assert entry["tokens"] < 16
         stem, _, linear = name.partition(".experts.experts.")
         assert entry["amax_of"].startswith(f"{stem}.experts.experts.")
         assert entry["amax_of"].endswith(linear.split(".", 1)[1])
-    name = next(iter(few))
-    assert f"calibration: {name} saw {few[name]['tokens']} tokens and takes the amax of" in output
+    name = next(iter(few_tokens))
+    assert f"calibration: {name} saw {few_tokens[name]['tokens']} tokens and takes the amax of" in output
 
 
-def test_transformers_computes_the_students_weight_only_logits(workshop, tmp_path):
-    """Trained in float32 at TP2 x EP2, exported packed, decoded to float32, loaded by transformers; against the same
-    checkpoint in Megatron with its weights on the grid and its inputs unquantized."""
+def test_transformers_logits_match_weight_only_quantization(workshop, tmp_path):
+    """A float32 student, trained at TP2 x EP2, is exported, decoded to float32 and loaded in transformers. The logits
+    match Megatron's with quantized weights and unquantized inputs."""
     run = tmp_path / "run"
     workshop.train(workshop.argv(*TP2EP2, *POLICY, "--save", str(run), kind="f32", num_steps=2), 4, whole=False)
     packed = export(workshop, run, tmp_path / "out")
@@ -201,24 +210,24 @@ def test_transformers_computes_the_students_weight_only_logits(workshop, tmp_pat
     loaded.mkdir()
     save_file(plain, loaded / "model.safetensors", metadata={"format": "pt"})
     (loaded / "config.json").write_text(json.dumps(CONFIG))
-    drawn = tiny_hybrids.tokens("nemotron-h", rows=4)
+    tokens = tiny_hybrids.tokens("nemotron-h", rows=4)
     with torch.no_grad():
-        logits = tiny_hybrids.by_transformers(loaded)(drawn, use_cache=False).logits
-    save_file({"tokens": drawn, "logits": logits}, tmp_path / "expected.safetensors")
+        logits = tiny_hybrids.by_transformers(loaded)(tokens, use_cache=False).logits
+    save_file({"tokens": tokens, "logits": logits}, tmp_path / "expected.safetensors")
     arguments = {"checkpoint": str(run), "expected": str(tmp_path / "expected.safetensors"), "flags": POLICY}
     for quantizes in (True, False):
         workshop.server.run(
-            "hybrid_jobs:weight_only", 1, arguments | {"quantizes": quantizes, "result": str(tmp_path / "found")}
+            "hybrid_jobs:weight_only", 1, arguments | {"quantizes": quantizes, "result": str(tmp_path / "result")}
         )
-        found = torch.load(tmp_path / "found")
-        print(f"weights {'on' if quantizes else 'off'} the grid: {found['error']:.1e} of {found['std']:.2f}")
-        # float32 sums in another order, as in test_hybrids; a weight off the grid changes logits by 1e-1.
-        assert (found["error"] <= 1e-4) == quantizes
+        result = torch.load(tmp_path / "result")
+        print(f"{quantizes=}: error {result['error']:.1e}, standard deviation {result['std']:.2f}")
+        # float32 sums in another order, as in test_hybrids; unquantized weights change logits by 1e-1.
+        assert (result["error"] <= 1e-4) == quantizes
 
 
-def test_projections_around_experts_are_quantized(workshop, tmp_path):
-    """moe_latent_size at TP2 x EP2: the two linears into and out of the experts' space train on the grid, their inputs
-    quantized, and are in the file like any other."""
+def test_latent_projections_of_experts_are_quantized(workshop, tmp_path):
+    """With ``moe_latent_size`` at TP2 x EP2 the two latent projections are trained with quantized weights and inputs,
+    and exported like other linears."""
     config = CONFIG | {"moe_latent_size": 32, "torch_dtype": "bfloat16"}
     source = tiny_job.write_hf(tmp_path / "hf", config, dtype=torch.bfloat16)
     arguments = {"models": [(str(source), str(tmp_path / "imported"), "bfloat16")]}
@@ -236,16 +245,16 @@ def test_projections_around_experts_are_quantized(workshop, tmp_path):
             packed, scale = stored[weight], stored[f"{weight}_scale"]
             assert packed.shape == (outputs, inputs // 2)
             assert stored[weight.replace("weight", "input_scale")] > 0
-            learnt = nvfp4.dequantize(packed, scale, stored[f"{weight}_scale_2"], torch.bfloat16)
+            learned = nvfp4.dequantize(packed, scale, stored[f"{weight}_scale_2"], torch.bfloat16)
             untrained_scale = nvfp4.global_scale_from_amax(given[weight].abs().amax().float())
-            assert not torch.equal(learnt, nvfp4.fake_quant(given[weight], untrained_scale))
+            assert not torch.equal(learned, nvfp4.fake_quant(given[weight], untrained_scale))
             quantized = steps[1]["quantized"][f"decoder.layers.{i}.mlp.{name}.weight"].reshape(-1, 16).sort(-1).values
             assert bool((quantized.diff(dim=-1) == 0).any(-1).all())
 
 
-def test_a_searched_llama_in_nvfp4(workshop, tmp_path):
-    """Blocks of other widths, or without attention or MLP, at TP2 and PP2: trained, exported in both layouts, valid,
-    with the same bits."""
+def test_nas_llama_in_nvfp4(workshop, tmp_path):
+    """A NAS model, whose blocks differ in width or lack attention or MLP, trains at TP2 x PP2. Both export layouts are
+    valid and have the same codes."""
     source = tiny_job.write_hf(
         tmp_path / "hf", tiny_hybrids.NEMOTRON_NAS | {"torch_dtype": "bfloat16"}, dtype=torch.bfloat16
     )
@@ -253,8 +262,8 @@ def test_a_searched_llama_in_nvfp4(workshop, tmp_path):
     workshop.server.run("training_jobs:import_checkpoints", 1, arguments)
     model = ["--qad-teacher", str(tmp_path / "imported"), "--qad-student", str(tmp_path / "imported")]
     flags = [*BF16, *model, "--qad-policy", "llama-nemotron-super-49b", "--save", str(tmp_path / "run"), "--lr", "1e-2"]
-    layout = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
-    steps, _ = workshop.train(workshop.argv(*flags, *layout, kind="bf16", num_steps=2), 4)
+    parallelism = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    steps, _ = workshop.train(workshop.argv(*flags, *parallelism, kind="bf16", num_steps=2), 4)
     assert steps[0]["loss"]["kl loss"] > 0
     outputs = {layout: str(tmp_path / layout) for layout in ("modelopt", "compressed-tensors")}
     workshop.server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(tmp_path / "run"), "outputs": outputs})
@@ -272,8 +281,8 @@ def test_a_searched_llama_in_nvfp4(workshop, tmp_path):
     assert codes[0]["model.layers.3.mlp.up_proj"].shape == (256, 32)
 
 
-def test_layers_for_multi_token_prediction_come_along(workshop, tmp_path):
-    """Bits, names and exclusion; the run says that they are not trained."""
+def test_multi_token_prediction_layers_pass_through_unchanged(workshop, tmp_path):
+    """The export has their names, bits and exclusion; the import log says that they are not trained."""
     source = tmp_path / "hf"
     shutil.copytree(workshop.directory / "hf_bf16_student", source)
     config = json.loads((source / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
@@ -313,15 +322,15 @@ VISION_LANGUAGE = {
 }
 
 
-def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path):
-    """It learns as it does alone, bit for bit, and what sees is as it was."""
+def test_language_model_of_a_vision_language_model(workshop, trained, tmp_path):
+    """It trains as it does alone, bit for bit, and the vision tensors pass through unchanged."""
     models = []
-    for who, noise in (("teacher", 0.0), ("student", 0.1)):
+    for role, noise in (("teacher", 0.0), ("student", 0.1)):
         config = VISION_LANGUAGE | {"llm_config": CONFIG | {"torch_dtype": "bfloat16"}}
-        source = tiny_job.write_hf(tmp_path / f"hf_{who}", config, noise=noise, dtype=torch.bfloat16)
-        models.append((str(source), str(tmp_path / who), "bfloat16"))
+        source = tiny_job.write_hf(tmp_path / f"hf_{role}", config, noise=noise, dtype=torch.bfloat16)
+        models.append((str(source), str(tmp_path / role), "bfloat16"))
     output = workshop.server.run("training_jobs:import_checkpoints", 1, {"models": models})
-    # A class token, positions, the patches' linear; four linears with biases and two norms of a block; the projector.
+    # Class token, positions, patch linear; a block's four linears with biases and two norms; the projector.
     assert "18 tensors (mlp1.0.weight, ...) are passed through unchanged, not trained or quantized" in output
     model = ["--qad-teacher", str(tmp_path / "teacher"), "--qad-student", str(tmp_path / "student")]
     flags = [*BF16, *TP2EP2, *POLICY, *model, "--save", str(tmp_path / "run"), "--lr", "1e-2"]
@@ -330,10 +339,10 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
     assert [step["loss"] for step in steps] == [step["loss"] for step in alone]
     stored = export(workshop, tmp_path / "run", tmp_path / "out")
     given = load_file(tmp_path / "hf_student" / "model.safetensors")
-    seeing = {name for name in given if name.startswith(("vision_model.", "mlp1."))}
-    assert stored.keys() == {f"language_model.{name}" for name in stored_alone} | seeing
+    vision = {name for name in given if name.startswith(("vision_model.", "mlp1."))}
+    assert stored.keys() == {f"language_model.{name}" for name in stored_alone} | vision
     for name, tensor in stored.items():
-        expected = given[name] if name in seeing else stored_alone[name.removeprefix("language_model.")]
+        expected = given[name] if name in vision else stored_alone[name.removeprefix("language_model.")]
         assert tensor.dtype == expected.dtype, name
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
     report = validate_nvfp4(tmp_path / "out")
@@ -341,8 +350,8 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
     assert len(report.quantized) == 4 * (8 * 2 + 2) + 2 * 2
     excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     linears = {f"{name}.weight" for name in excluded if not name.startswith("language_model.")}
-    assert linears == {name for name in seeing if name.endswith(".weight") and given[name].dim() == 2}
-    # Without its encoder, or with one that a server would take for quantized, it is no such model, at any step.
+    assert linears == {name for name in vision if name.endswith(".weight") and given[name].dim() == 2}
+    # Import, export and validation fail if vision tensors are missing or a server would take them for quantized.
     without = tmp_path / "hf_blind"
     shutil.copytree(tmp_path / "hf_student", without)
     text = {name: tensor for name, tensor in given.items() if not name.startswith("vision_model.")}
@@ -363,7 +372,7 @@ def test_the_language_model_behind_a_vision_encoder(workshop, trained, tmp_path)
     assert f"{qkv}: is not quantized, but missing from" in problems and "mlp1.*: is missing" in problems
 
 
-def test_what_cannot_be_is_one_error(workshop, tmp_path):
+def test_invalid_jobs_and_checkpoints_are_errors(workshop, tmp_path):
     error = workshop.fail(workshop.argv("--moe-aux-loss-coeff", "1e-2", kind="f32"))
     assert "--moe-aux-loss-coeff 0.01 with a frozen router" in error or "[0.01] with a frozen router" in error
     error = workshop.fail(workshop.argv("--expert-model-parallel-size", "3", kind="f32"), 3)
@@ -380,11 +389,11 @@ def test_what_cannot_be_is_one_error(workshop, tmp_path):
     assert f"{len(missing)} tensors are missing, first {min(missing)!r}" in output
 
 
-def test_packed_documents_are_apart(workshop, tmp_path):
-    """Each document of a packed row has the logits that it has by itself: Mamba's convolution and state start anew."""
+def test_packed_documents_are_independent(workshop, tmp_path):
+    """Each document of a packed row has the logits that it has alone: Mamba's convolution and state are reset."""
     result = str(tmp_path / "packed.pt")
     arguments = {"checkpoint": f"{workshop.directory}/f32_teacher", "lengths": [12, 5, 1, 142], "result": result}
     workshop.server.run("axes_jobs:packed_logits", 1, arguments)
-    found = torch.load(result)
-    assert found["spread"] > 0.3
-    assert max(found["errors"]) < 1e-4, found  # float32 sums of other chunks; a leak gives 1e-1
+    logits = torch.load(result)
+    assert logits["spread"] > 0.3
+    assert max(logits["errors"]) < 1e-4, logits  # float32 sums of different chunks; a leak gives 1e-1

@@ -1,4 +1,4 @@
-"""Models of Transformer Engine's layer spec and of the local one are one model: names, shards, values, files."""
+"""Tests that Transformer Engine's layer spec and the local spec build and save the same model."""
 
 from pathlib import Path
 
@@ -11,8 +11,7 @@ from launch import run_workers
 
 HERE = Path(__file__).parent
 CASES = ("llama-tied", "llama3-rope", "qwen2", "qwen3")
-# Linears, and linears with a quantized input: a Mamba layer has 2, attention 2, an MLP 2, a layer of experts 2 each and
-# perhaps 2 around them.
+# Number of linears, all with quantized inputs: 2 per Mamba layer, attention, MLP and expert, and 2 latent projections.
 HYBRIDS = {
     "nemotron-h": 2 * 2 + 2 + 2 + 2 * (8 + 1) * 2,
     "nemotron-h, latent experts": 2 + 2 + 2 * ((8 + 1) * 2 + 2),
@@ -22,8 +21,8 @@ ATTENTIONS = {"nemotron-h": 1, "nemotron-h, latent experts": 1, "qwen3-moe": 2}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
-def compared(request, tmp_path_factory):
-    """Every case imported, built, saved and loaded by both specs at this tensor-parallel size, and exported."""
+def comparison(request, tmp_path_factory):
+    """Import, build, save, load and export every case with both specs at this tensor-parallel size."""
     root = tmp_path_factory.mktemp(f"te{request.param}")
     imports, models, exports = [], [], []
     for case in (*CASES, *HYBRIDS):
@@ -45,48 +44,49 @@ def compared(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_names_shards_values_and_quantizers_agree(compared, case):
-    """As imported, with quantizers, and each spec's checkpoint in a model of the other."""
-    result = compared[1][case]
+def test_names_shards_values_and_quantizers_agree(comparison, case):
+    """After import, with quantizers, and after loading the other spec's checkpoint."""
+    result = comparison[1][case]
     assert result["problems"] == []
     blocks = tiny_models.config_of(case).num_hidden_layers
     assert result["linears"] == 4 * blocks  # qkv, proj, fc1, fc2
-    assert result["quantizers"] == 6 * blocks  # their inputs, and an FP8 cache's keys and values
+    assert result["quantizers"] == 6 * blocks  # inputs of the linears, and keys and values of the FP8 cache
     assert result["tensors"] > 6 * blocks
 
 
 @pytest.mark.parametrize("case", HYBRIDS)
-def test_a_hybrid_agrees(compared, case):
-    """The same for Mamba layers and experts, each of them with a quantizer of its own."""
-    result = compared[1][case]
+def test_hybrid_models_agree(comparison, case):
+    """The same for models with Mamba layers and experts, where each linear has its own quantizer."""
+    result = comparison[1][case]
     assert result["problems"] == []
     assert result["linears"] == HYBRIDS[case]
     assert result["quantizers"] == HYBRIDS[case] + 2 * ATTENTIONS[case]
 
 
 @pytest.mark.parametrize("case", (*CASES, *HYBRIDS))
-def test_te_saved_checkpoint_exports_to_the_bytes_that_were_imported(compared, case):
-    """Quantized linears to their values on the grid, as of the local spec's checkpoint."""
-    root, _ = compared
+def test_bf16_export_of_te_checkpoint_equals_the_import(comparison, case):
+    """Quantized linears are exported fake-quantized, with the same values as from the local spec's checkpoint."""
+    root, _ = comparison
     outputs = root / "out" / case
-    given, found, local = _tensors(root / "hf" / case), _tensors(outputs / "te/bf16"), _tensors(outputs / "local/bf16")
+    imported = _tensors(root / "hf" / case)
+    te, local = _tensors(outputs / "te/bf16"), _tensors(outputs / "local/bf16")
     packed = {
         name.removesuffix("_scale") for name in _tensors(outputs / "te/modelopt") if name.endswith("weight_scale")
     }
-    assert set(given) == set(found) and packed < set(given)
-    for name in given:
-        expected = local[name] if name in packed else given[name]
-        assert torch.equal(found[name].view(torch.uint8), expected.view(torch.uint8)), name
-        assert torch.equal(found[name], given[name]) == (name not in packed), name
+    assert set(imported) == set(te) and packed < set(imported)
+    for name in imported:
+        expected = local[name] if name in packed else imported[name]
+        assert torch.equal(te[name].view(torch.uint8), expected.view(torch.uint8)), name
+        assert torch.equal(te[name], imported[name]) == (name not in packed), name
 
 
 @pytest.mark.parametrize("case", (*CASES, *HYBRIDS))
-def test_te_saved_checkpoint_exports_to_the_nvfp4_bytes_of_the_local_one(compared, case):
-    root, _ = compared
+def test_nvfp4_exports_of_both_specs_are_identical(comparison, case):
+    root, _ = comparison
     local, te = (root / "out" / case / spec / "modelopt" for spec in ("local", "te"))
     names = sorted(file.name for file in local.iterdir())
     assert names == sorted(file.name for file in te.iterdir())
-    for name in set(names) - {"qad_export.json"}:  # which says from where it was made
+    for name in set(names) - {"qad_export.json"}:  # contains the path of the source checkpoint
         assert (local / name).read_bytes() == (te / name).read_bytes(), name
     for part in ("weight_scale_2", "k_proj.k_scale", "v_proj.v_scale"):
         assert any(name.endswith(part) for name in _tensors(te)), f"no {part}: nothing was quantized"

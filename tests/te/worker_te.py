@@ -1,6 +1,6 @@
-"""Worker: one model after the other, built from Transformer Engine's layers and from the local ones, side by side.
+"""Worker that builds each model with Transformer Engine's layer spec and with the local one, and compares them.
 
-Rank 0 reports what all ranks found: ``problems`` is a list of sentences, empty where the two specs agree.
+Rank 0 reports the differences of all ranks in ``problems``, a list of messages that is empty if the specs agree.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ SPECS = ("local", "te")
 
 
 def cases(arguments: dict) -> list[dict]:
-    """``imports`` [source, target, dtype] first; then each of ``models`` {case, checkpoint, saved} at ``tp``."""
+    """Run all ``imports`` [source, target, dtype], then compare ``models`` {case, checkpoint, saved} at ``tp``."""
     from worker_job import job
 
     import torch  # isort: skip
@@ -25,28 +25,28 @@ def cases(arguments: dict) -> list[dict]:
         import_hf(*paths, getattr(torch, dtype))
     results = []
     for model in arguments["models"]:
-        seen: dict[str, dict] = {}
+        views: dict[str, dict] = {}
         for spec in SPECS:
             saved = str(Path(model["saved"]) / spec)
-            with job(model["checkpoint"], arguments["tp"], 1, *_flags(spec, saved)) as started:
-                seen[spec] = _build_load_save(started)
+            with job(model["checkpoint"], arguments["tp"], 1, *_flags(spec, saved)) as running_job:
+                views[spec] = _build_load_save(running_job)
         for spec, other in (SPECS, SPECS[::-1]):
             saved = str(Path(model["saved"]) / spec)
-            with job(model["checkpoint"], arguments["tp"], 1, *_flags(other, saved)) as started:
-                seen[f"{spec} in {other}"] = _load_job(started, saved)
-        results.append({"case": model["case"], "problems": _all_ranks(_compare(seen)), **_counts(seen["te"])})
+            with job(model["checkpoint"], arguments["tp"], 1, *_flags(other, saved)) as running_job:
+                views[f"{spec} in {other}"] = _load_checkpoint(running_job, saved)
+        results.append({"case": model["case"], "problems": _gather_problems(_compare(views)), **_counts(views["te"])})
     return results
 
 
 def _flags(spec: str, save: str) -> list[str]:
     implementation = "transformer_engine" if spec == "te" else "local"
     flags = ["--qad-layer-spec", spec, "--transformer-impl", implementation, "--save", save, "--save-interval", "1"]
-    flags += ["--sequence-parallel"]  # experts want it; at TP 1 Megatron takes it out again
+    flags += ["--sequence-parallel"]  # required for experts; Megatron disables it at TP 1
     return [*flags, "--bf16", "--seq-length", "8", "--micro-batch-size", "1", "--qad-policy-override", "kv_cache=fp8"]
 
 
 def _build_load_save(job) -> dict:
-    """Build, load the import, put the quantizers in, give each an amax of its own, save as the training loop does."""
+    """Build the model, load the import, insert quantizers with distinct amaxes, and save like the training loop."""
     import torch
     from megatron.training.checkpointing import save_checkpoint
 
@@ -56,10 +56,10 @@ def _build_load_save(job) -> dict:
 
     chunks = build_teacher(job.config, job.args, job.forward).chunks
     plain = _checkpoint_view(chunks)
-    inputs = ActivationQuantizers(chunks, job.config.formats, kv_cache="fp8")
-    inputs.expect_amax(device=torch.cuda.current_device())
-    for number, name in enumerate(sorted(inputs.quantizers), start=1):
-        inputs.quantizers[name]._amax.fill_(number / 4)
+    activations = ActivationQuantizers(chunks, job.config.formats, kv_cache="fp8")
+    activations.expect_amax(device=torch.cuda.current_device())
+    for i, name in enumerate(sorted(activations.quantizers), start=1):
+        activations.quantizers[name]._amax.fill_(i / 4)
     if job.args.rank == 0:
         Path(job.args.save).mkdir(parents=True, exist_ok=True)
         describe_run(job.config, Path(job.args.save))
@@ -68,24 +68,24 @@ def _build_load_save(job) -> dict:
     return {
         "plain": plain,
         "quantized": _checkpoint_view(chunks),
-        "quantizers": sorted(inputs.quantizers),
+        "quantizers": sorted(activations.quantizers),
         "te_linears": _te_linears(chunks),
     }
 
 
 def _te_linears(chunks) -> list[str]:
-    """Names of the modules with a matrix that Transformer Engine multiplies; modelopt's quantized classes inherit."""
+    """Return the names of Transformer Engine's linears, including modelopt's quantized subclasses."""
     from megatron_qad.quantization.names import named_modules_globally
 
     def is_te(module) -> bool:
         return any(base.__module__.startswith("transformer_engine.") for base in type(module).__mro__)
 
-    modules = [pair for chunk in chunks for pair in named_modules_globally(chunk)]
+    modules = [item for chunk in chunks for item in named_modules_globally(chunk)]
     return sorted(name for name, m in modules if is_te(m) and getattr(getattr(m, "weight", None), "ndim", 0) == 2)
 
 
-def _load_job(job, saved: str) -> dict:
-    """What the other spec reads from ``saved``: weights as a teacher would, amaxes as a resumed job would."""
+def _load_checkpoint(job, saved: str) -> dict:
+    """Load the other spec's checkpoint ``saved``: the weights like a teacher, the amaxes like a resumed job."""
     import torch
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
@@ -96,17 +96,17 @@ def _load_job(job, saved: str) -> dict:
 
     config = dataclasses.replace(job.config, teacher=dataclasses.replace(job.config.teacher, checkpoint=saved))
     chunks = build_teacher(config, job.args, job.forward).chunks
-    inputs = ActivationQuantizers(chunks, config.formats, kv_cache="fp8")
-    inputs.expect_amax(device=torch.cuda.current_device())
+    activations = ActivationQuantizers(chunks, config.formats, kv_cache="fp8")
+    activations.expect_amax(device=torch.cuda.current_device())
     (model,) = unwrap_model(chunks)
     amaxes = {k: v for k, v in model.sharded_state_dict().items() if k.endswith("_quantizer._amax")}
     loaded = dist_checkpointing.load(amaxes, str(iteration_dir(saved)))
     model.load_state_dict({name: loaded[name] for name in amaxes}, strict=False)
-    return {"quantized": _checkpoint_view(chunks), "quantizers": sorted(inputs.quantizers)}
+    return {"quantized": _checkpoint_view(chunks), "quantizers": sorted(activations.quantizers)}
 
 
 def _checkpoint_view(chunks) -> dict:
-    """Name in a checkpoint -> (global shape, offset, dtype, this rank's values), without ``_extra_state``."""
+    """Map checkpoint name and offset to (global shape, dtype, replica ID, local values), without ``_extra_state``."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
@@ -123,44 +123,44 @@ def _checkpoint_view(chunks) -> dict:
     return view
 
 
-def _compare(seen: dict[str, dict]) -> list[str]:
-    problems = _views_differ("as built and imported", seen["local"]["plain"], seen["te"]["plain"])
+def _compare(views: dict[str, dict]) -> list[str]:
+    problems = _view_differences("after import", views["local"]["plain"], views["te"]["plain"])
     for name in ("te", "local in te", "te in local"):
-        problems += _views_differ(f"with quantizers, {name}", seen["local"]["quantized"], seen[name]["quantized"])
-        if seen[name]["quantizers"] != seen["local"]["quantizers"]:
+        problems += _view_differences(f"with quantizers, {name}", views["local"]["quantized"], views[name]["quantized"])
+        if views[name]["quantizers"] != views["local"]["quantizers"]:
             problems.append(
-                f"{name}: quantizers on {seen[name]['quantizers']}, local has {seen['local']['quantizers']}"
+                f"{name}: quantizers on {views[name]['quantizers']}, local has {views['local']['quantizers']}"
             )
-    if seen["local"]["te_linears"]:
-        problems.append(f"the local spec holds {seen['local']['te_linears'][:3]}")
-    for name in seen["te"]["quantizers"]:
+    if views["local"]["te_linears"]:
+        problems.append(f"the local spec has linears of Transformer Engine: {views['local']['te_linears'][:3]}")
+    for name in views["te"]["quantizers"]:
         is_kv = name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
-        if name not in seen["te"]["te_linears"] and name != "output_layer" and not is_kv:
-            problems.append(f"te: {name} is quantized and no linear of Transformer Engine")
+        if name not in views["te"]["te_linears"] and name != "output_layer" and not is_kv:
+            problems.append(f"te: {name} is quantized but not a linear of Transformer Engine")
     return problems
 
 
-def _views_differ(where: str, local: dict, te: dict) -> list[str]:
+def _view_differences(where: str, local: dict, te: dict) -> list[str]:
     import torch
 
     if set(local) != set(te):
         return [f"{where}: only local {sorted(set(local) - set(te))}, only te {sorted(set(te) - set(local))}"]
     problems = []
-    for name, (*described, values) in local.items():
-        *other, te_values = te[name]
-        if described != other:
-            problems.append(f"{where}: {name} is {described} in the local spec and {other} in Transformer Engine's")
+    for name, (*metadata, values) in local.items():
+        *te_metadata, te_values = te[name]
+        if metadata != te_metadata:
+            problems.append(f"{where}: {name} is {metadata} with the local spec and {te_metadata} with te")
         elif not torch.equal(values, te_values):
-            problems.append(f"{where}: {name} holds other values")
+            problems.append(f"{where}: {name} has different values")
     return problems
 
 
-def _all_ranks(problems: list[str]) -> list[str]:
+def _gather_problems(problems: list[str]) -> list[str]:
     import torch
 
     gathered = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, problems)
-    return [f"rank {rank}: {problem}" for rank, found in enumerate(gathered) for problem in found]
+    return [f"rank {rank}: {problem}" for rank, rank_problems in enumerate(gathered) for problem in rank_problems]
 
 
 def _counts(te: dict) -> dict:

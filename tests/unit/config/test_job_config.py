@@ -103,7 +103,7 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
         (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
-        (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 reaches no linear"),
+        (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),
         (["--qad-loss", "topk(k=4096)"], "k is larger than the"),
         (["--qad-fused-linear-loss", "always", "--qad-loss", "jsd"], "jsd reads all logits twice"),
         (["--qad-job-dir", "/nowhere"], "--qad-job-dir /nowhere: no such directory"),

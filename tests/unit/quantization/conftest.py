@@ -1,4 +1,4 @@
-"""A model chunk of real linears under Megatron's names, without Megatron's parallel state."""
+"""Fixtures: a model chunk of linears with Megatron's module names, without Megatron's parallel state."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import torch
 @pytest.fixture
 def make_chunk():
     def make(widths=(32, 48, 16), *, dtype=torch.float32, first_layer: int = 1) -> torch.nn.Module:
-        """Linears widths[0] -> widths[1] -> ...; layer i is ``decoder.layers.{first_layer - 1 + i}.linear``."""
+        """Build linears widths[0] -> widths[1] -> ...; layer i is ``decoder.layers.{first_layer - 1 + i}.linear``."""
         generator = torch.Generator().manual_seed(0)
         chunk = torch.nn.Module()
         chunk.decoder = torch.nn.Module()
@@ -25,5 +25,5 @@ def make_chunk():
 
 @pytest.fixture
 def linears():
-    """The linears of a chunk, in order."""
+    """Function that returns the linears of a chunk, in order."""
     return lambda chunk: [layer.linear for layer in chunk.decoder.layers]

@@ -1,4 +1,4 @@
-"""Input quantizers: calibration by maximum, our arithmetic in the forward pass, the gradient straight through."""
+"""Tests of input quantizers: max calibration, the quantized forward pass, and the straight-through gradient."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def inputs(seed: int, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def calibrated(chunk, linears, batches, formats=FORMATS) -> ActivationQuantizers:
+def calibrate(chunk, linears, batches, formats=FORMATS) -> ActivationQuantizers:
     quantizers = ActivationQuantizers([chunk], formats)
     with quantizers.calibrating():
         for x in batches:
@@ -25,27 +25,27 @@ def calibrated(chunk, linears, batches, formats=FORMATS) -> ActivationQuantizers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_calibration_finds_the_largest_input_and_leaves_the_forward_pass_alone(make_chunk, linears, dtype):
+def test_calibration_records_the_maximum_without_quantizing(make_chunk, linears, dtype):
     chunk = make_chunk(dtype=dtype)
     batches = [inputs(seed, dtype) for seed in range(3)]
-    plain = linears(chunk)[0](batches[0])
+    first_output = linears(chunk)[0](batches[0])
     quantizers = ActivationQuantizers([chunk], FORMATS)
     assert list(quantizers.quantizers) == [NAME] and not quantizers.calibrated
     with quantizers.calibrating():
         for x in batches:
             out = linears(chunk)[0](x)
-            assert torch.equal(out, plain) == (x is batches[0])
+            assert torch.equal(out, first_output) == (x is batches[0])
     amax = quantizers.quantizers[NAME]._amax
     assert quantizers.calibrated and amax.dtype == torch.float32 and amax.shape == (1,)
     assert amax.item() == max(x.abs().max().item() for x in batches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_forward_pass_is_fake_quant_of_the_input(make_chunk, linears, dtype):
+def test_forward_pass_fake_quantizes_the_input(make_chunk, linears, dtype):
     chunk = make_chunk(dtype=dtype)
     first, second = linears(chunk)
-    calibrated(chunk, linears, [inputs(0, dtype)])
-    x = inputs(1, dtype) * 3  # beyond the calibrated maximum: values saturate
+    calibrate(chunk, linears, [inputs(0, dtype)])
+    x = inputs(1, dtype) * 3  # exceeds the calibrated maximum, so values saturate
     scale = nvfp4.global_scale_from_amax(inputs(0, dtype).abs().max())
     quantized = nvfp4.fake_quant(x, scale)
     assert not torch.equal(quantized, x)
@@ -54,60 +54,60 @@ def test_the_forward_pass_is_fake_quant_of_the_input(make_chunk, linears, dtype)
     assert torch.equal(second(hidden), torch.nn.functional.linear(hidden, second.weight))  # bf16 by policy
 
 
-def test_the_gradient_passes_straight_through(make_chunk, linears):
+def test_gradient_is_straight_through(make_chunk, linears):
     chunk = make_chunk()
     first = linears(chunk)[0]
-    calibrated(chunk, linears, [inputs(0)])
+    calibrate(chunk, linears, [inputs(0)])
     x = (inputs(1) * 3).requires_grad_()
     out = first(x)
     out.backward(torch.ones_like(out))
-    # The output gradient times the weight, also where the input saturated; a sum of 48 in float32.
+    # The output gradient times the weight, including saturated inputs; tolerance for a float32 sum of 48 terms.
     torch.testing.assert_close(x.grad, first.weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
 
 
-def test_weights_and_outputs_are_not_quantized(make_chunk, linears):
+def test_weight_and_output_quantizers_are_disabled(make_chunk, linears):
     chunk = make_chunk()
-    calibrated(chunk, linears, [inputs(0)])
+    calibrate(chunk, linears, [inputs(0)])
     for linear in linears(chunk):
         assert not linear.weight_quantizer.is_enabled and not linear.output_quantizer.is_enabled
 
 
-def test_names_are_global(make_chunk):
+def test_quantizer_names_are_global(make_chunk):
     chunks = [make_chunk(first_layer=1), make_chunk(first_layer=3)]
     formats = dict.fromkeys((f"decoder.layers.{i}.linear.weight" for i in range(4)), "nvfp4")
     assert list(ActivationQuantizers(chunks, formats).quantizers) == [f"decoder.layers.{i}.linear" for i in range(4)]
 
 
-def test_a_linear_that_saw_no_input(make_chunk, linears):
+def test_linear_without_calibration_input_is_an_error(make_chunk, linears):
     chunk = make_chunk()
     quantizers = ActivationQuantizers([chunk], dict.fromkeys(FORMATS, "nvfp4"))
-    with pytest.raises(QADError, match=r"decoder\.layers\.1\.linear saw no input"), quantizers.calibrating():
+    with pytest.raises(QADError, match=r"decoder\.layers\.1\.linear received no input"), quantizers.calibrating():
         linears(chunk)[0](inputs(0))
 
 
-@pytest.mark.parametrize("value, found", [(float("nan"), "inf"), (float("inf"), "inf"), (0.0, "0.0")])
-def test_inputs_without_a_usable_maximum(make_chunk, linears, value, found):
+@pytest.mark.parametrize("value, amax", [(float("nan"), "inf"), (float("inf"), "inf"), (0.0, "0.0")])
+def test_invalid_amax_is_an_error(make_chunk, linears, value, amax):
     chunk = make_chunk()
     quantizers = ActivationQuantizers([chunk], FORMATS)
     x = torch.zeros(2, 32)
     x[1, 3] = value
-    with pytest.raises(QADError, match=rf"the input of {NAME} has amax {found}"), quantizers.calibrating():
+    with pytest.raises(QADError, match=rf"the input of {NAME} has amax {amax}"), quantizers.calibrating():
         linears(chunk)[0](inputs(0) * 0)
         linears(chunk)[0](x)
-        linears(chunk)[0](inputs(0) * 0)  # a later finite input hides nothing
+        linears(chunk)[0](inputs(0) * 0)  # a later finite input does not hide the value
 
 
-def test_calibrating_again_forgets_the_first_time(make_chunk, linears):
+def test_second_calibration_replaces_the_first(make_chunk, linears):
     chunk = make_chunk()
-    quantizers = calibrated(chunk, linears, [inputs(0) * 100])
+    quantizers = calibrate(chunk, linears, [inputs(0) * 100])
     with quantizers.calibrating():
         linears(chunk)[0](inputs(1))
     assert quantizers.quantizers[NAME]._amax.item() == inputs(1).abs().max().item()
 
 
-def test_a_checkpoint_fills_expected_amaxes(make_chunk, linears):
+def test_checkpoint_loads_into_expected_amaxes(make_chunk, linears):
     saved = make_chunk()
-    amax = calibrated(saved, linears, [inputs(0)]).quantizers[NAME]._amax.clone()
+    amax = calibrate(saved, linears, [inputs(0)]).quantizers[NAME]._amax.clone()
     state = {name: value for name, value in saved.state_dict().items() if name.endswith("_amax")}
     assert list(state) == [f"{NAME}.input_quantizer._amax"]
 
@@ -118,11 +118,11 @@ def test_a_checkpoint_fills_expected_amaxes(make_chunk, linears):
     chunk.to(torch.bfloat16)  # as Megatron's wrapper of 16-bit models does before a checkpoint is loaded
     chunk.load_state_dict(state, strict=False)
     assert quantizers.calibrated
-    found = quantizers.quantizers[NAME]._amax
-    assert found.dtype == torch.float32 and found.shape == (1,)
-    assert found.item() == amax.bfloat16().item()
+    loaded = quantizers.quantizers[NAME]._amax
+    assert loaded.dtype == torch.float32 and loaded.shape == (1,)
+    assert loaded.item() == amax.bfloat16().item()
 
 
-def test_nothing_to_quantize(make_chunk):
+def test_no_quantizers_count_as_calibrated(make_chunk):
     quantizers = ActivationQuantizers([make_chunk()], {})
     assert quantizers.calibrated

@@ -1,4 +1,4 @@
-"""Policies: what rules reach, which wins, and every way to get one wrong."""
+"""Tests of policy files and overrides: matching, precedence and error messages."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def write(tmp_path, document) -> str:
     return str(file)
 
 
-def test_nvfp4_all_linear_quantizes_the_decoder_and_not_the_head():
+def test_nvfp4_all_linear_quantizes_decoder_but_not_head():
     formats = resolve(load("nvfp4-all-linear"), LINEARS)
     assert formats.pop("output_layer.weight") == "bf16"
     assert set(formats) == {linear.megatron for linear in LINEARS[:-1]} and set(formats.values()) == {"nvfp4"}
@@ -55,14 +55,14 @@ def test_overrides_come_last_and_win():
     assert formats["decoder.layers.0.self_attention.linear_proj.weight"] == "bf16"
 
 
-def test_a_pattern_means_whole_names():
+def test_pattern_matches_full_names():
     rules = load("nvfp4-all-linear", ["decoder.layers.1.*=bf16"])
     formats = resolve(rules, LINEARS)
     assert formats["decoder.layers.1.mlp.linear_fc1.weight"] == "bf16"
     assert formats["decoder.layers.11.mlp.linear_fc1.weight"] == "nvfp4"
 
 
-def test_a_file_is_a_policy(tmp_path):
+def test_load_policy_from_yaml_file(tmp_path):
     document = {
         "rules": [{"kind": ["attention", "mlp", "head"], "format": "bf16"}, {"name": "*fc1", "format": "nvfp4"}]
     }
@@ -79,15 +79,18 @@ def test_a_file_is_a_policy(tmp_path):
         ("", "a list named 'rules'"),
         ({"rules": [{"kind": "mlp"}]}, "'format' and at least one of kind, layer"),
         ({"rules": ["mlp=bf16"]}, "'format' and at least one of kind, layer"),
-        ({"rules": [{"kind": "mlp", "format": "fp6"}]}, "unknown format 'fp6' (did you mean 'fp8'?); one of bf16"),
+        (
+            {"rules": [{"kind": "mlp", "format": "fp6"}]},
+            "unknown format 'fp6' (did you mean 'fp8'?). Choose one of",
+        ),
         (
             {"rules": [{"kind": "experts", "format": "bf16"}]},
-            "unknown kind 'experts' (did you mean 'expert'?); one of attention, mamba, mlp",
+            "unknown kind 'experts' (did you mean 'expert'?). Choose one of attention, mamba, mlp",
         ),
         ("rules: [}", "not valid YAML"),
     ],
 )
-def test_faults_of_a_file_name_it(tmp_path, document, message):
+def test_policy_file_errors_name_the_file(tmp_path, document, message):
     file = write(tmp_path, document)
     with pytest.raises(QADError) as error:
         load(file)
@@ -95,7 +98,7 @@ def test_faults_of_a_file_name_it(tmp_path, document, message):
 
 
 @pytest.mark.parametrize("policy", ["nvfp4-al-linear", "missing.yaml"])
-def test_no_such_policy(policy):
+def test_unknown_policy_lists_shipped_policies(policy):
     with pytest.raises(QADError, match=f"no quantization policy '{policy}'.*bf16,.* nvfp4-all-linear"):
         load(policy)
 
@@ -103,24 +106,24 @@ def test_no_such_policy(policy):
 @pytest.mark.parametrize(
     "rule, message", [("head", "expected KIND=FORMAT or PATTERN=FORMAT"), ("head=int4", "unknown format 'int4'")]
 )
-def test_faults_of_an_override_name_it(rule, message):
+def test_override_errors_name_the_override(rule, message):
     with pytest.raises(QADError) as error:
         load("bf16", [rule])
     assert f"--qad-policy-override {rule}" in str(error.value).replace("'head'", "head") and message in str(error.value)
 
 
-def test_a_rule_that_reaches_nothing():
-    with pytest.raises(QADError, match=r"rule decoder\.layers\.7\.\*=bf16 reaches no linear.*linear_qkv"):
+def test_rule_that_matches_no_linear_is_an_error():
+    with pytest.raises(QADError, match=r"rule decoder\.layers\.7\.\*=bf16 matches no linear.*linear_qkv"):
         resolve(load("bf16", ["decoder.layers.7.*=bf16"]), LINEARS)
 
 
-def test_a_linear_that_no_rule_reaches(tmp_path):
+def test_linear_without_a_matching_rule_is_an_error(tmp_path):
     rules = load(write(tmp_path, {"rules": [{"kind": ["attention", "mlp"], "format": "nvfp4"}]}))
-    with pytest.raises(QADError, match=r"no policy rule reaches output_layer\.weight \(head\)"):
+    with pytest.raises(QADError, match=r"no policy rule matches output_layer\.weight \(head\)"):
         resolve(rules, LINEARS)
 
 
-def test_a_tied_head_stays_in_bf16():
+def test_tied_head_stays_in_bf16():
     assert resolve(load("nvfp4-all-linear"), TIED)["output_layer.weight"] == "bf16"
-    with pytest.raises(QADError, match="its embedding table.*Keep head=bf16"):
+    with pytest.raises(QADError, match="tied to its embedding table.*Keep head=bf16"):
         resolve(load("nvfp4-all-linear", ["head=nvfp4"]), TIED)

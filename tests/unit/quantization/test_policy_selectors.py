@@ -1,4 +1,4 @@
-"""Every selector of a rule on a hybrid model with experts, what fights, and every way to get a rule wrong."""
+"""Tests of rule selectors on a hybrid model with experts, of overridden rules, and of error messages."""
 
 from dataclasses import dataclass
 
@@ -22,8 +22,8 @@ class Linear:
     is_tied: bool = False
 
 
-def made_linears(pattern: str = PATTERN) -> list[Linear]:
-    found = []
+def make_linears(pattern: str = PATTERN) -> list[Linear]:
+    linears = []
     for layer, symbol in enumerate(pattern):
         parts = {
             "M": [("mamba", "mixer.in_proj"), ("mamba", "mixer.out_proj")],
@@ -34,23 +34,23 @@ def made_linears(pattern: str = PATTERN) -> list[Linear]:
                 *(("shared_expert", f"mlp.shared_experts.linear_{fc}") for fc in ("fc1", "fc2")),
             ],
         }[symbol]
-        found += [Linear(f"decoder.layers.{layer}.{module}.weight", kind, layer) for kind, module in parts]
-    return [*found, Linear("output_layer.weight", "head", None)]
+        linears += [Linear(f"decoder.layers.{layer}.{module}.weight", kind, layer) for kind, module in parts]
+    return [*linears, Linear("output_layer.weight", "head", None)]
 
 
 ALL = ["attention", "mamba", "mlp", "expert", "shared_expert", "head"]
-LINEARS = made_linears()
+LINEARS = make_linears()
 BASE = {"kind": ALL, "format": "bf16"}
 
 
-def policy_of(tmp_path, *rules, **document):
+def make_policy(tmp_path, *rules, **document):
     file = tmp_path / "policy.yaml"
     file.write_text(yaml.safe_dump({"rules": list(rules), **document}))
     return load(str(file))
 
 
 def quantized(policy, linears=LINEARS, layer_kinds=None) -> list[str]:
-    """Names, without ``decoder.layers.``, of what is not bf16."""
+    """Names, without ``decoder.layers.``, of the linears that are not in bf16."""
     formats = resolve(policy, linears, layer_kinds)
     return [n.removeprefix("decoder.layers.").removesuffix(".weight") for n, f in formats.items() if f != "bf16"]
 
@@ -72,8 +72,8 @@ def layers(names: list[str]) -> list[int]:
         ({"first": 2}, [0, 1]),
         ({"last": 3}, [5, 6, 7]),
         ({"first": 8}, list(range(8))),
-        ({"kind": "mamba", "first": 3}, [0, 2]),  # of the first three layers those that are Mamba
-        ({"kind": "mamba", "before": "attention"}, [2, 6]),  # 3 lies between 2 and attention layer 4
+        ({"kind": "mamba", "first": 3}, [0, 2]),  # the Mamba layers among the first three layers
+        ({"kind": "mamba", "before": "attention"}, [2, 6]),  # the expert layer 3 is between 2 and attention layer 4
         ({"kind": ["mamba", "expert"], "before": "attention"}, [3, 6]),
         ({"kind": "shared_expert", "before": "attention"}, [3]),
         ({"kind": "attention", "before": "mlp"}, [4]),
@@ -86,32 +86,32 @@ def layers(names: list[str]) -> list[int]:
         ({"name": "*fc1", "first": 2}, [1]),
     ],
 )
-def test_selectors_reach_their_layers(tmp_path, rule, expected):
-    policy = policy_of(tmp_path, BASE, {**rule, "format": "nvfp4"})
+def test_selectors_choose_layers(tmp_path, rule, expected):
+    policy = make_policy(tmp_path, BASE, {**rule, "format": "nvfp4"})
     assert layers(quantized(policy)) == expected
 
 
-def test_selectors_of_one_rule_must_all_hold(tmp_path):
+def test_linear_must_match_all_selectors_of_a_rule(tmp_path):
     rule = {"kind": ["expert", "shared_expert"], "projection": "linear_fc1", "name": "*.experts.*", "format": "fp8"}
-    names = quantized(policy_of(tmp_path, BASE, rule))
+    names = quantized(make_policy(tmp_path, BASE, rule))
     assert names == ["3.mlp.experts.experts.0.linear_fc1", "3.mlp.experts.experts.1.linear_fc1"]
 
 
-def test_every_format_of_the_registry_can_be_given(tmp_path):
+def test_policies_accept_every_registered_format(tmp_path):
     for fmt in FORMATS:
-        assert set(resolve(policy_of(tmp_path, {"kind": ALL, "format": fmt}), LINEARS).values()) == {fmt}
+        assert set(resolve(make_policy(tmp_path, {"kind": ALL, "format": fmt}), LINEARS).values()) == {fmt}
 
 
 def test_later_rules_win(tmp_path):
     rules = [{"kind": ALL, "format": "nvfp4"}, {"kind": "head", "format": "bf16"}, {"first": 1, "format": "fp8"}]
-    formats = resolve(policy_of(tmp_path, *rules), LINEARS)
+    formats = resolve(make_policy(tmp_path, *rules), LINEARS)
     assert formats["decoder.layers.0.mixer.in_proj.weight"] == "fp8"
     assert formats["decoder.layers.1.mlp.linear_fc1.weight"] == "nvfp4"
     assert formats["output_layer.weight"] == "bf16"
 
 
-def test_layers_without_linears_count():
-    """``layer_kinds`` says what the linears cannot: here a last layer that has none."""
+def test_layer_positions_include_layers_without_linears():
+    """``layer_kinds`` includes a last layer without linears, which the list of linears does not show."""
     policy = load("nvfp4-all-linear", ["last:2=bf16"])
     without = [linear for linear in LINEARS if linear.layer != 7]
     kinds = [KINDS[symbol] for symbol in PATTERN]
@@ -119,25 +119,25 @@ def test_layers_without_linears_count():
     assert layers(set(quantized(load("nvfp4-all-linear"), without)) - set(quantized(policy, without, kinds))) == [6]
 
 
-def test_layer_kinds_follow_from_linears():
+def test_layer_kinds_are_derived_from_linears():
     assert layer_kinds_of(LINEARS) == [KINDS[symbol] for symbol in PATTERN]
     assert layer_kinds_of(LINEARS[:2] + LINEARS[4:6]) == ["mamba", None, "mamba"]
     assert layer_kinds_of([LINEARS[-1]]) == []
 
 
-def test_the_kv_cache_has_a_format(tmp_path):
-    assert policy_of(tmp_path, BASE).kv_cache == "bf16"
-    assert policy_of(tmp_path, BASE, kv_cache="fp8").kv_cache == "fp8"
+def test_kv_cache_format(tmp_path):
+    assert make_policy(tmp_path, BASE).kv_cache == "bf16"
+    assert make_policy(tmp_path, BASE, kv_cache="fp8").kv_cache == "fp8"
     assert load("bf16", ["kv_cache=fp8", "head=fp8"]).kv_cache == "fp8"
     resolve(load("bf16", ["kv_cache=fp8"]), LINEARS)
     with pytest.raises(QADError, match="kv_cache fp8, but this model has no attention layer"):
-        resolve(load("bf16", ["kv_cache=fp8"]), made_linears("M-M"))
+        resolve(load("bf16", ["kv_cache=fp8"]), make_linears("M-M"))
     for overrides, document in ((["kv_cache=fp4"], {}), ([], {"kv_cache": "fp4"})):
-        with pytest.raises(QADError, match=r"unknown KV cache format 'fp4' \(did you mean 'fp8'\?\); one of bf16, fp8"):
-            policy_of(tmp_path, BASE, **document) if document else load("bf16", overrides)
+        with pytest.raises(QADError, match=r"unknown KV cache format 'fp4' \(.* 'fp8'\?\)\. Choose one of bf16, fp8"):
+            make_policy(tmp_path, BASE, **document) if document else load("bf16", overrides)
 
 
-def test_overrides_can_say_all_that_a_document_can():
+def test_overrides_support_all_selectors():
     entry = {"kind": ["mamba", "mlp"], "layer": ["0-2", 5], "first": 6, "format": "fp8"}
     assert parse_override("kind:mamba+mlp,layer:0-2+5,first:6=fp8") == parse_rule(entry, "", is_override=True)
     assert parse_override("kind:mamba,before:attention=bf16").before == "attention"
@@ -156,28 +156,28 @@ def test_overrides_can_say_all_that_a_document_can():
         "last:2,name:*fc1=bf16",
     ],
 )
-def test_a_rule_prints_as_it_can_be_written(text):
+def test_rule_string_parses_to_the_same_rule(text):
     rule = parse_override(text)
     assert parse_override(str(rule)) == rule
 
 
-def test_a_rule_that_later_ones_undo_is_a_fight(tmp_path):
-    policy = policy_of(tmp_path, BASE, {"kind": "mlp", "format": "nvfp4"}, {"layer": [1, 5], "format": "fp8"})
+def test_rule_that_later_rules_fully_override_is_an_error(tmp_path):
+    policy = make_policy(tmp_path, BASE, {"kind": "mlp", "format": "nvfp4"}, {"layer": [1, 5], "format": "fp8"})
     with pytest.raises(
-        QADError, match=r"rule 'mlp=nvfp4' decides nothing.* the later 'layer:1\+5=fp8'. Put 'mlp=nvfp4'"
+        QADError, match=r"rule 'mlp=nvfp4' has no effect.* the later 'layer:1\+5=fp8'. Move 'mlp=nvfp4'"
     ):
         resolve(policy, LINEARS)
     both = [{"kind": "mlp", "format": "nvfp4"}, {"layer": 1, "format": "fp8"}, {"layer": 5, "format": "bf16"}]
-    with pytest.raises(QADError, match="'mlp=nvfp4' decides nothing.*'layer:1=fp8', 'layer:5=bf16'"):
-        resolve(policy_of(tmp_path, BASE, *both), LINEARS)
+    with pytest.raises(QADError, match="'mlp=nvfp4' has no effect.*'layer:1=fp8', 'layer:5=bf16'"):
+        resolve(make_policy(tmp_path, BASE, *both), LINEARS)
 
 
-def test_what_agrees_or_decides_something_is_no_fight(tmp_path):
+def test_partly_overridden_and_agreeing_rules_are_valid(tmp_path):
     partly = [BASE, {"kind": "mlp", "format": "nvfp4"}, {"layer": 1, "format": "fp8"}]
-    assert layers(quantized(policy_of(tmp_path, *partly))) == [1, 5]
+    assert layers(quantized(make_policy(tmp_path, *partly))) == [1, 5]
     again = [{"kind": ALL, "format": "bf16"}, {"kind": "attention", "format": "bf16"}, {"last": 8, "format": "bf16"}]
-    assert quantized(policy_of(tmp_path, *again)) == []
-    assert quantized(load("nvfp4-all-linear", [f"{kind}=bf16" for kind in ALL])) == []  # the command line may
+    assert quantized(make_policy(tmp_path, *again)) == []
+    assert quantized(load("nvfp4-all-linear", [f"{kind}=bf16" for kind in ALL])) == []  # overrides may
 
 
 @pytest.mark.parametrize(
@@ -185,27 +185,27 @@ def test_what_agrees_or_decides_something_is_no_fight(tmp_path):
     [
         ({"first": 9}, "rule first:9=nvfp4: first 9 layers of a model with 8"),
         ({"last": 9}, "rule last:9=nvfp4: last 9 layers of a model with 8"),
-        ({"layer": [1, 8]}, "layer 8 of a model with layers 0 to 7"),
-        ({"first": 2, "last": 2}, "for 'first and last' write two rules"),
-        ({"kind": "mamba", "layer": 1}, r"rule kind:mamba,layer:1=nvfp4 reaches no linear"),
-        ({"kind": "mamba", "before": "mamba", "first": 1, "layer": 1}, "reaches no linear"),
-        ({"projection": "linear_pro"}, r"did you mean 'linear_proj'\?\): its projections are in_proj, linear_fc1"),
-        ({"name": "decoder.layers.3.mlp.router"}, "what is no linear .router, embedding, norm, conv1d. is never"),
+        ({"layer": [1, 8]}, "no layer 8 in a model with layers 0 to 7"),
+        ({"first": 2, "last": 2}, "For 'first or last' write two rules"),
+        ({"kind": "mamba", "layer": 1}, r"rule kind:mamba,layer:1=nvfp4 matches no linear"),
+        ({"kind": "mamba", "before": "mamba", "first": 1, "layer": 1}, "matches no linear"),
+        ({"projection": "linear_pro"}, r"did you mean 'linear_proj'\?\)\. Its projections are in_proj, linear_fc1"),
+        ({"name": "decoder.layers.3.mlp.router"}, "other modules .router, embedding, norm, conv1d. are never"),
         ({"name": "atention"}, r"did you mean 'attention'\?"),
     ],
 )
-def test_rules_that_do_not_fit_the_model(tmp_path, rule, message):
+def test_rules_that_do_not_match_the_model_are_errors(tmp_path, rule, message):
     with pytest.raises(QADError, match=message):
-        resolve(policy_of(tmp_path, BASE, {**rule, "format": "nvfp4"}), LINEARS)
+        resolve(make_policy(tmp_path, BASE, {**rule, "format": "nvfp4"}), LINEARS)
 
 
-def test_a_kind_that_the_model_lacks(tmp_path):
-    dense = made_linears("*-*-")
+def test_kinds_that_the_model_lacks(tmp_path):
+    dense = make_linears("*-*-")
     quantized(load("nvfp4-all-linear"), dense)  # one kind of several may be missing
-    with pytest.raises(QADError, match="no linear of kind mamba or expert; its kinds are attention, head, mlp"):
-        resolve(policy_of(tmp_path, BASE, {"kind": ["mamba", "expert"], "format": "fp8"}), dense)
-    with pytest.raises(QADError, match="reaches no linear"):  # nothing precedes the first layer
-        resolve(policy_of(tmp_path, BASE, {"kind": "mlp", "before": "attention", "format": "fp8"}), dense[:4])
+    with pytest.raises(QADError, match="no linear of kind mamba or expert. Its kinds are attention, head, mlp"):
+        resolve(make_policy(tmp_path, BASE, {"kind": ["mamba", "expert"], "format": "fp8"}), dense)
+    with pytest.raises(QADError, match="matches no linear"):  # nothing precedes the first layer
+        resolve(make_policy(tmp_path, BASE, {"kind": "mlp", "before": "attention", "format": "fp8"}), dense[:4])
 
 
 @pytest.mark.parametrize(
@@ -214,32 +214,35 @@ def test_a_kind_that_the_model_lacks(tmp_path):
         ({"kind": "mlp", "fromat": "fp8", "format": "fp8"}, r"unknown key 'fromat' \(did you mean 'format'\?\)"),
         ({"kind": "mlp", "format": "nvfp"}, r"unknown format 'nvfp' \(did you mean 'nvfp4'\?\)"),
         ({"kind": "atention", "format": "fp8"}, r"unknown kind 'atention' \(did you mean 'attention'\?\)"),
-        ({"kind": [], "format": "fp8"}, "'kind' is a word or a list of words"),
-        ({"kind": 3, "format": "fp8"}, "'kind' is a word or a list of words"),
+        ({"kind": [], "format": "fp8"}, "'kind' must be a string or a list of strings"),
+        ({"kind": 3, "format": "fp8"}, "'kind' must be a string or a list of strings"),
         ({"format": "fp8"}, "at least one of kind, layer"),
-        ({"kind": "mlp"}, "a rule has 'format'"),
-        ({"first": 0, "format": "fp8"}, "'first' is a number of layers, at least 1"),
-        ({"last": "2", "format": "fp8"}, "'last' is a number of layers, at least 1; found '2'"),
-        ({"first": True, "format": "fp8"}, "'first' is a number of layers"),
+        ({"kind": "mlp"}, "A rule needs 'format'"),
+        ({"first": 0, "format": "fp8"}, "'first' must be a number of layers, at least 1"),
+        ({"last": "2", "format": "fp8"}, "'last' must be a number of layers, at least 1; found '2'"),
+        ({"first": True, "format": "fp8"}, "'first' must be a number of layers"),
         ({"layer": "3-1", "format": "fp8"}, "an index, a range such as 0-3"),
         ({"layer": -1, "format": "fp8"}, "an index, a range such as 0-3"),
         ({"layer": [], "format": "fp8"}, "empty list"),
-        ({"before": "attention", "format": "fp8"}, "'before: attention' needs 'kind'"),
-        ({"kind": "mamba", "before": "head", "format": "fp8"}, "unknown kind of layer 'head'; one of attention, mamba"),
-        ({"kind": "router", "format": "fp8"}, "gives 'router' the format fp8, but routers, embeddings.*; take it out"),
+        ({"before": "attention", "format": "fp8"}, "'before: attention' also needs 'kind'"),
+        (
+            {"kind": "mamba", "before": "head", "format": "fp8"},
+            "unknown kind of layer 'head'. Choose one of attention, mamba",
+        ),
+        ({"kind": "router", "format": "fp8"}, r"gives 'router' the format fp8, but routers, embeddings.*\. Remove it"),
         ({"kind": ["mlp", "embedding"], "format": "nvfp4"}, "gives 'embedding' the format nvfp4, but routers"),
         ({"projection": "conv1d", "format": "nvfp4"}, "gives 'conv1d' the format nvfp4"),
-        ({"kind": "norm", "format": "bf16"}, "'norm' is no kind that a rule can select: .*norms.*need no rule"),
-        ({"kind": "vision", "format": "nvfp4"}, "'vision' is no kind that a rule can select"),
+        ({"kind": "norm", "format": "bf16"}, "rules cannot select the kind 'norm'. Remove it: .*norms.*without a rule"),
+        ({"kind": "vision", "format": "nvfp4"}, "rules cannot select the kind 'vision'"),
     ],
 )
-def test_faults_of_a_rule(tmp_path, rule, message):
+def test_rule_errors_name_the_file(tmp_path, rule, message):
     with pytest.raises(QADError, match=message) as error:
-        policy_of(tmp_path, rule)
+        make_policy(tmp_path, rule)
     assert "policy.yaml" in str(error.value)
 
 
-def test_faults_of_an_override_name_the_flag():
+def test_override_errors_name_the_flag():
     for text in ("=fp8", "head"):
         with pytest.raises(QADError, match="--rule .*expected KIND=FORMAT"):
             load("bf16", [text], flag="--rule")
@@ -247,10 +250,10 @@ def test_faults_of_an_override_name_the_flag():
         load("bf16", ["kind:mamba,frist:2=fp8"])
 
 
-def test_what_is_never_quantized_may_be_said(tmp_path):
-    said = {"kind": ["router", "embedding"], "format": "bf16"}
-    quantized(policy_of(tmp_path, BASE, said))
+def test_rules_may_state_that_routers_and_embeddings_stay_in_bf16(tmp_path):
+    both = {"kind": ["router", "embedding"], "format": "bf16"}
+    quantized(make_policy(tmp_path, BASE, both))
     router = {"kind": "router", "format": "bf16"}
-    quantized(policy_of(tmp_path, BASE, router))
+    quantized(make_policy(tmp_path, BASE, router))
     with pytest.raises(QADError, match="no linear of kind router"):
-        resolve(policy_of(tmp_path, BASE, router), made_linears("*-"))
+        resolve(make_policy(tmp_path, BASE, router), make_linears("*-"))
