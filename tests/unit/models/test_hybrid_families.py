@@ -421,7 +421,7 @@ def test_the_validators_inventory_of_a_vision_language_model():
         mapped |= dict(zip(tensor.hf, tensor.hf_shapes(), strict=True))
     assert named == mapped
     assert all(listed.is_passthrough(name) for tensor in family.passthrough_tensors(config) for name in tensor.hf)
-    assert not any(map(listed.carries, named))
+    assert not any(map(listed.is_passthrough, named))
 
 
 def test_an_unsupported_family_is_told_which_are():
