@@ -358,7 +358,7 @@ def test_language_model_of_a_vision_language_model(workshop, trained, tmp_path):
     save_file(text, without / "model.safetensors")
     arguments = {"models": [(str(without), str(tmp_path / "blind"), "bfloat16")]}
     output = workshop.server.run("training_jobs:import_checkpoints", 1, arguments, fails=True)
-    assert "no tensor's name begins with 'vision_model.'" in output
+    assert "no tensor name starts with 'vision_model.'" in output
     (tmp_path / "run" / "hf" / "passthrough.safetensors").unlink()
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "blind")}}
     output = workshop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)

@@ -94,7 +94,8 @@ def test_readme_is_at_most_120_lines():
 
 def test_prose_check_finds_banned_phrases(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("A file beside the others.\nA file next to the others.\n`beside`\n")
+    page.write_text("A file beside the others.\nA file next to the others.\n`beside`\n")  # prose: ok
     command = ["python", str(ROOT / "tools" / "check_prose.py"), str(page)]
     checked = subprocess.run(command, capture_output=True, text=True)
-    assert checked.returncode == 1 and checked.stdout.count("\n") == 1 and f"{page}:1: 'beside'" in checked.stdout
+    assert checked.returncode == 1 and checked.stdout.count("\n") == 1
+    assert f"{page}:1: 'beside'" in checked.stdout  # prose: ok
