@@ -14,7 +14,7 @@ fixed, so that a kernel chooses the same scale. Ties go to the ``max`` rule's sc
 
 A block whose ``max`` scale is 448, the largest E4M3 number, keeps it under every rule. The tensor's amax is in such a
 block and becomes 6 * 448 * global_scale. This preserves the amax, from which the exporter recomputes the global scale
-(``nvfp4_pack.recover_global_scale``).
+(``NumberFormat.pack``).
 """
 
 import torch

@@ -8,8 +8,6 @@ instead, so its results differ in ties and last bits. Here training and export s
 E5M2 and block scales.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,8 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import (
     E4M3_MAX,
     FLOAT_DTYPES,
-    MAX_ULPS,
     NotRepresentableError,
     check_finite,
-    neighbours,
     round_to_e4m3_,
     tensor_amax,
     tile_slices,
@@ -144,7 +140,7 @@ def pack_representable(weight: Tensor, scale: Tensor, *, name: str = "tensor") -
 
     Args:
         weight: float32, bfloat16 or float16 [..., K], the result of ``fake_quant`` with this ``scale``.
-        scale: the original scale, or that of ``recover_scale``; shapes as for ``quantize``.
+        scale: the original scale, or the scale that ``NumberFormat.pack`` finds; shapes as for ``quantize``.
         name: name of the tensor for errors.
 
     Raises NotRepresentableError, a QADError, with the number of values that FP8 cannot represent under this scale.
@@ -182,47 +178,6 @@ def exact_codes(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> Tenso
 def is_representable(weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
     """Whether ``pack_representable`` would succeed. Raises QADError for NaN and Inf."""
     return exact_codes(weight, scale, name=name) is not None
-
-
-def recover_scale(weights: Tensor | Sequence[Tensor], *, name: str = "tensor", per_row: bool = False) -> Tensor:
-    """Return the float32 scale under which fake-quantized weights pack exactly.
-
-    Args:
-        weights: one tensor, or, unless ``per_row``, all tensors that share one scale.
-        name: name of the tensor or group for errors.
-        per_row: return one scale per row, [..., 1], instead of one scale [].
-
-    For bfloat16 and float16 it is ``scale_from_amax`` of the amax, which fake quantization preserves. For float32, the
-    neighbouring scales are tried as well. Raises NotRepresentableError if none packs every value.
-    """
-    tensors = [weights] if isinstance(weights, Tensor) else list(weights)
-    if not tensors or (per_row and len(tensors) != 1):
-        raise QADError(f"{name}: got {len(tensors)} tensors, expected those that share one scale, or one for per_row.")
-    if per_row:
-        amax = row_amax(tensors[0])
-    else:
-        amax = torch.stack([tensor_amax(weight).cpu() for weight in tensors]).amax()
-    scale = scale_from_amax(amax, name=name)
-    if all(weight.dtype != torch.float32 for weight in tensors):
-        return scale
-    solved = torch.zeros(scale.shape, dtype=torch.bool, device=scale.device)
-    for candidate in neighbours(scale):
-        exact = [_are_rows_exact(weight, candidate, name, per_row) for weight in tensors]
-        exact = exact[0] if per_row else torch.stack([row.cpu() for row in exact]).all()
-        scale = torch.where(exact & ~solved, candidate, scale)
-        solved |= exact
-        if bool(solved.all()):
-            return scale
-    raise NotRepresentableError(
-        f"{name}: no scale within {MAX_ULPS} ulps of {scale.reshape(-1)[0].item()} (or of its row) packs it exactly, "
-        "expected fake-quantized FP8 weights. Quantize them in place before packing, or export them with `quantize`."
-    )
-
-
-def _are_rows_exact(weight: Tensor, scale: Tensor, name: str, per_row: bool) -> Tensor:
-    """Return where quantizing again changes nothing: bool [..., 1] if ``per_row``, else bool []."""
-    same = fake_quant(weight, scale, name=name) == weight
-    return same.all(dim=-1, keepdim=True) if per_row else same.all()
 
 
 def _prepare(x: Tensor, scale: Tensor, name: str, check: bool) -> tuple[Tensor, Tensor]:

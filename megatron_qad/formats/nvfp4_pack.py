@@ -8,18 +8,13 @@ This module searches for the block scale and the global scale and verifies every
 rounds a value.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import (
     E4M3_MAX,
     E4M3_MIN,
-    MAX_ULPS,
     NotRepresentableError,
-    neighbours,
     tensor_amax,
     tile_slices,
 )
@@ -29,11 +24,10 @@ from megatron_qad.formats.nvfp4 import (
     check_global_scale,
     check_quantizable,
     dequantize,
-    global_scale_from_amax,
     quantize,
 )
 
-__all__ = ["NotRepresentableError", "is_representable", "pack_representable", "recover_global_scale"]
+__all__ = ["NotRepresentableError", "is_representable", "pack_representable"]
 
 _SEARCH_BLOCKS = 1 << 10  # blocks per search over all scales: 1024 x 126 x 16 values, 8 MiB of float32
 _LARGEST_CODES = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
@@ -44,7 +38,7 @@ def pack_representable(weight: Tensor, global_scale: Tensor, *, name: str = "ten
 
     Args:
         weight: float32, bfloat16 or float16 [..., K], the result of ``fake_quant`` with this ``global_scale``.
-        global_scale: float32 [], from the original amax or from ``recover_global_scale``.
+        global_scale: float32 [], from the original amax, or the scale that ``NumberFormat.pack`` finds.
         name: name of the tensor for errors.
 
     Returns:
@@ -91,33 +85,6 @@ def is_representable(weight: Tensor, global_scale: Tensor, *, name: str = "tenso
     except NotRepresentableError:
         return False
     return True
-
-
-def recover_global_scale(weights: Tensor | Sequence[Tensor], *, name: str = "tensor") -> Tensor:
-    """Return the global scale, float32 [], under which fake-quantized weights pack exactly.
-
-    Args:
-        weights: one tensor, or all tensors that share one global scale (q, k and v; gate and up), [..., K] each.
-        name: name of the tensor or group for errors.
-
-    For bfloat16 and float16 it is ``global_scale_from_amax`` of the common amax, because fake quantization preserves
-    the amax: the relative float32 error of 2^-22 is far below half an ulp of these dtypes. For float32, the
-    neighbouring scales are tried as well. Raises NotRepresentableError if none packs every tensor.
-    """
-    tensors = [weights] if isinstance(weights, Tensor) else list(weights)
-    if not tensors:
-        raise QADError(f"{name}: the list of weights has no tensor. Pass the weights that share the global scale.")
-    amax = torch.stack([tensor_amax(weight).cpu() for weight in tensors]).amax()
-    scale = global_scale_from_amax(amax, name=name)
-    if all(weight.dtype != torch.float32 for weight in tensors):
-        return scale
-    for candidate in neighbours(scale):
-        if all(is_representable(weight, candidate, name=name) for weight in tensors):
-            return candidate
-    raise NotRepresentableError(
-        f"{name}: no global scale within {MAX_ULPS} ulps of {scale.item()} packs it exactly, expected fake-quantized "
-        "NVFP4 weights. Quantize them in place before packing, or export them with `quantize`."
-    )
 
 
 def _wrong_blocks(rows: Tensor, packed: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import block_scales, nvfp4
 from megatron_qad.formats.block_scales import MSE_OFFSETS, SCALE_RULES, squared_error
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
-from megatron_qad.formats.nvfp4_pack import pack_representable, recover_global_scale
+from megatron_qad.formats.nvfp4_format import NVFP4
+from megatron_qad.formats.nvfp4_pack import pack_representable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE = torch.tensor(1.0)
@@ -110,7 +111,7 @@ def test_amax_is_preserved_and_weight_packs_exactly(seed, dtype, spread, rule):
         assert abs(tensor_amax(quantized) / tensor_amax(weight) - 1) <= 3 * 2.0**-24
     else:
         assert tensor_amax(quantized) == tensor_amax(weight)
-    recovered = recover_global_scale(quantized)
+    recovered = NVFP4.pack([quantized], name="w")[0]
     packed, block_scale = pack_representable(quantized, recovered)
     assert torch.equal(dequantize(packed, block_scale, recovered, dtype), quantized)
     assert torch.equal(dequantize(*quantize(weight, scale, rule=rule), scale, dtype), quantized)

@@ -100,7 +100,7 @@ def test_codes_have_shapes_and_dtypes_of_export_layout(fmt, layout):
 
 @pytest.mark.parametrize("fmt, layout", STORED)
 def test_num_bytes_equals_size_of_stored_tensors(fmt, layout):
-    expected = PACKED_LAYOUTS[layout].expected(fmt, 24, 64)
+    expected = PACKED_LAYOUTS[layout].expected(fmt, 24, 256)
     num_bytes = sum(ITEM_BYTES[dtype] * torch.Size(shape).numel() for dtype, shape in expected.values())
     assert FORMATS[fmt].num_bytes(24, 256) == num_bytes
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import common, fp8
 from megatron_qad.formats.common import NotRepresentableError, tensor_amax
+from megatron_qad.formats.fp8_format import FP8
 
 ONE = torch.tensor(1.0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -86,7 +87,7 @@ def test_fake_quantized_tensor_packs_exactly_with_recovered_scale(seed, dtype, e
     x = awkward(seed, dtype, exponent)
     original = scale_of(x, per_row)
     quantized = fp8.fake_quant(x, original)
-    scale = fp8.recover_scale(quantized, per_row=per_row)
+    scale = original if per_row else FP8.pack([quantized], name="w")[0]
     assert torch.equal(fp8.dequantize(fp8.pack_representable(quantized, scale), scale, dtype), quantized)
     assert torch.equal(
         fp8.fake_quant(quantized, scale), quantized
@@ -98,10 +99,9 @@ def test_fake_quantized_tensor_packs_exactly_with_recovered_scale(seed, dtype, e
 
 def test_recomputed_float32_scale_differs_by_at_most_one_ulp():
     """Try all 2^23 mantissas of an amax: this bound limits the search to neighbours."""
-    divisor = torch.tensor(448.0)
     for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
-        scale = part.view(torch.float32) / divisor
-        again = (448 * scale) / divisor
+        scale = fp8.scale_from_amax(part.view(torch.float32))
+        again = fp8.scale_from_amax(448 * scale)
         assert (scale.view(torch.int32) - again.view(torch.int32)).abs().max() <= common.MAX_ULPS
 
 
@@ -115,7 +115,7 @@ def test_group_recovers_its_shared_scale():
     group = [awkward(1, torch.bfloat16), awkward(2, torch.bfloat16) * 0.125]
     scale = fp8.scale_from_amax(torch.stack([tensor_amax(w) for w in group]).amax())
     group = [fp8.fake_quant(w, scale) for w in group]
-    assert torch.equal(fp8.recover_scale(group), scale)
+    assert torch.equal(FP8.pack(group, name="w")[0], scale)
     assert all(fp8.is_representable(w, scale) for w in group)
 
 
@@ -158,10 +158,6 @@ def test_unrepresentable_weight_error_has_name_and_count():
     x[1, 3] = 1.01
     with pytest.raises(NotRepresentableError, match=r"model\.w: 1 of 96 values"):
         fp8.pack_representable(x, ONE, name="model.w")
-    with pytest.raises(NotRepresentableError, match=r"model\.w"):
-        fp8.recover_scale(torch.randn(4, 24), name="model.w", per_row=True)
-    with pytest.raises(QADError, match="0 tensors"):
-        fp8.recover_scale([], name="empty")
 
 
 def test_tiles_views_leading_shapes_and_empty_tensors(monkeypatch):

@@ -11,7 +11,8 @@ from megatron_qad.formats.nvfp4 import (
     quantize,
     tensor_amax,
 )
-from megatron_qad.formats.nvfp4_pack import pack_representable, recover_global_scale
+from megatron_qad.formats.nvfp4_format import NVFP4
+from megatron_qad.formats.nvfp4_pack import pack_representable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TIES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
@@ -150,7 +151,7 @@ def test_values_equal_compressed_tensors_except_ties_and_underflow(case, dtype):
 def test_every_case_packs_exactly(case, dtype):
     x, scale = made(case, dtype)
     quantized = fake_quant(x, scale)
-    recovered = recover_global_scale(quantized)
+    recovered = NVFP4.pack([quantized], name="w")[0]
     decoded = dequantize(*pack_representable(quantized, recovered), recovered, dtype)
     integer = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(decoded.view(integer), quantized.view(integer))

@@ -6,13 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.formats.common import MAX_ULPS
 from megatron_qad.formats.e2m1 import E2M1_VALUES, pack_codes, round_to_e2m1_, unpack_codes
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
+from megatron_qad.formats.nvfp4_format import NVFP4
 from megatron_qad.formats.nvfp4_pack import (
     NotRepresentableError,
     is_representable,
     pack_representable,
-    recover_global_scale,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -40,7 +41,7 @@ def spread_weight(seed, dtype, rows=16, dim=128, exponent=0, spread=4.0):
 def test_fake_quantized_weight_packs_exactly(seed, dtype, exponent, spread):
     weight = spread_weight(seed, dtype, exponent=exponent, spread=spread)
     quantized = fake_quant(weight, global_scale_from_amax(tensor_amax(weight)))
-    scale = recover_global_scale(quantized)
+    scale = NVFP4.pack([quantized], name="w")[0]
     packed, block_scale = pack_representable(quantized, scale)
     assert torch.equal(bits(dequantize(packed, block_scale, scale, dtype)), bits(quantized))
     assert (block_scale.view(torch.uint8) >= 1).all() and (block_scale.view(torch.uint8) <= 0x7E).all()
@@ -116,7 +117,7 @@ def test_group_recovers_its_shared_scale(dtype):
         amax = torch.stack([tensor_amax(w) for w in group]).amax()
         original = global_scale_from_amax(amax)
         group = [fake_quant(w, original) for w in group]
-        scale = recover_global_scale(group, name="qkv")
+        scale = NVFP4.pack(group, name="qkv")[0]
         for weight in group:
             assert torch.equal(bits(dequantize(*pack_representable(weight, scale), scale, dtype)), bits(weight))
         if dtype != torch.float32:
@@ -126,15 +127,14 @@ def test_group_recovers_its_shared_scale(dtype):
 def test_recomputed_float32_scale_differs_by_at_most_one_ulp():
     """Try all 2^23 mantissas: this bound limits the search to neighbours. Exponents above the scale's minimum only
     shift the values."""
-    divisor = torch.tensor(2688.0)
-    num_moved = 0
+    num_moved, names = 0, ["w"] * (1 << 20)
     for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
-        scale = part.view(torch.float32) / divisor
-        again = (6 * (448 * scale)) / divisor  # the amax of the fake-quantized tensor: code 6, block scale 448
+        scale = NVFP4.scales_from_amaxes(part.view(torch.float32), names)
+        again = NVFP4.scales_from_amaxes(6 * (448 * scale), names)  # of a fake-quantized tensor: code 6, block scale 448
         ulps = (scale.view(torch.int32) - again.view(torch.int32)).abs()
-        assert ulps.max() <= 1
+        assert ulps.max() <= MAX_ULPS
         num_moved += int(ulps.sum())
-    assert num_moved > 0  # otherwise recover_global_scale would be unnecessary
+    assert num_moved > 0  # otherwise packing would not need to try neighbours
 
 
 def test_unrepresentable_weight_error_has_name_and_count():
@@ -146,14 +146,12 @@ def test_unrepresentable_weight_error_has_name_and_count():
         pack_representable(quantized, scale, name="model.w")
     assert not is_representable(quantized, scale)
     with pytest.raises(NotRepresentableError, match=r"model\.w"):
-        recover_global_scale(weight, name="model.w")
-    with pytest.raises(QADError, match="no tensor"):
-        recover_global_scale([], name="empty")
+        pack_representable(weight, scale, name="model.w")
 
 
 def test_all_zero_weight_packs():
     weight = torch.zeros(4, 32, dtype=torch.bfloat16)
-    scale = recover_global_scale(weight)
+    scale = NVFP4.pack([weight], name="w")[0]
     packed, block_scale = pack_representable(weight, scale)
     assert scale == 1.0 and packed.sum() == 0 and (block_scale.view(torch.uint8) == 0x38).all()
 
