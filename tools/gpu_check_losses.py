@@ -97,7 +97,7 @@ def fused_output_layer(machine: Machine) -> Iterator[Row]:
 
     torch.set_default_device(machine.device)
     options = bench_options(machine, hidden=32 if machine.is_tiny else 4096)
-    names = ("ours", "ours, output layers apart", "the four GEMMs, no loss")
+    names = ("ours", "ours, separate output layers", "the four GEMMs, no loss")
     tokens, columns = kl_sizes(machine)
     for width in columns:
 
@@ -125,7 +125,7 @@ def fused_errors(variants: dict, inputs: list, size: str) -> Row:
     import torch
 
     results = []
-    for name in ("ours", "ours, output layers apart"):
+    for name in ("ours", "ours, separate output layers"):
         total = variants[name](*inputs)
         hidden, weight = torch.autograd.grad(total, inputs[:2])
         weight = inputs[1].main_grad if name == "ours" else weight  # added there, as with Megatron's DDP

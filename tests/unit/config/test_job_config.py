@@ -104,7 +104,7 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
         (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),
-        (["--qad-loss", "topk(k=4096)"], "k is larger than the"),
+        (["--qad-loss", "topk(k=4096)"], "k must not exceed the"),
         (["--qad-fused-linear-loss", "always", "--qad-loss", "jsd"], "jsd reads all logits twice"),
         (["--qad-job-dir", "/nowhere"], "--qad-job-dir /nowhere: no such directory"),
         (["--qad-keep-best", "2", "--save", "run", "--eval-iters", "0"], "--eval-iters 0 turns validation off"),
