@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from megatron_qad.checkpoint import provenance
 from megatron_qad.checkpoint.hf_reader import PASSTHROUGH_FILE, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
-from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, kv_scales
+from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, check_format, kv_scales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.formats.format import KVCacheFormat
-from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED, exported_formats
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.checkpoint_config import read_config, read_job
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
@@ -68,7 +68,8 @@ def export_hf(
     formats = job.get("formats", {})
     kv_cache = job.get("kv_cache", UNQUANTIZED.name) if layout != "bf16" else UNQUANTIZED.name
     if layout != "bf16":
-        _check_formats_exportable(checkpoint, set(formats.values()), layout)
+        for fmt in sorted(set(formats.values())):
+            check_format(fmt, layout, f"{checkpoint}: a linear of its policy")
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     if layout != "bf16" and declared_dtype(config) is None:
         config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
@@ -92,16 +93,6 @@ def export_hf(
         kv_cache=kv_cache,
         record=provenance.iteration_provenance(directory, layout, job),
     )
-
-
-def _check_formats_exportable(checkpoint: Path, formats: set[str], layout: LayoutName) -> None:
-    supported = exported_formats(layout)
-    for fmt in sorted(formats - set(supported)):
-        reason = f"layout {layout!r} does not support" if FORMATS[fmt].stored else "no layout supports"
-        raise QADError(
-            f"{checkpoint}: its policy gives linears the format {fmt}, which {reason}; expected one of "
-            f"{', '.join(supported)}. Export with layout 'bf16' to write its weights unpacked."
-        )
 
 
 def export_provenance(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:

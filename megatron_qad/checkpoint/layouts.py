@@ -85,9 +85,7 @@ def stored_tensors(item: HFTensor, layout: LayoutName) -> dict[str, Tensor]:
             is not representable in its format.
     """
     check_layout(layout)
-    supported = exported_formats(None if layout == "bf16" else layout)
-    if item.fmt not in supported:
-        raise QADError(f"{item.name}: format {item.fmt!r} cannot be exported; expected {', '.join(supported)}.")
+    check_format(item.fmt, layout, item.name)
     if item.fmt == UNQUANTIZED.name or layout == "bf16":
         return {item.name: item.tensor.detach().cpu()}
     if item.module is None or item.name != f"{item.module}.weight" or item.tensor.dim() != 2:
@@ -149,6 +147,20 @@ def check_layout(layout: str) -> None:
     """Raise QADError unless ``layout`` is one of ``LAYOUT_NAMES``."""
     if layout not in LAYOUT_NAMES:
         raise QADError(f"Layout {layout!r} is unknown; expected one of {', '.join(LAYOUT_NAMES)}.")
+
+
+def check_format(fmt: str, layout: LayoutName, name: str) -> None:
+    """Raise QADError, with ``name``, unless linears of the format ``fmt`` can be exported in ``layout``."""
+    supported = exported_formats(None if layout == "bf16" else layout)
+    if fmt in supported:
+        return
+    layouts = tuple(FORMATS[fmt].stored) if fmt in FORMATS else ()
+    if not layouts:
+        raise QADError(f"{name}: format {fmt!r} cannot be exported; expected {', '.join(supported)}.")
+    raise QADError(
+        f"{name}: {fmt} is exported by --layout {' or '.join(layouts)} only, found --layout {layout}. Choose that "
+        "layout, or --layout bf16 to write its weights unpacked."
+    )
 
 
 def _checked_scale(item: HFTensor, role: str) -> Tensor:

@@ -1,25 +1,22 @@
 """Validate an exported quantized directory, as strictly as the strictest server, and report every issue.
 
 Needs no model and no GPU. The expected tensors come from config.json (``expected_tensors``), the stored tensors from
-the shard headers (``hf_directory``); ``validate_config`` checks the configurations, and scales are read and checked.
+the shard headers (``hf_directory``); ``validate_config`` checks the configurations and ``validate_values`` the scales.
 This covers damage that servers accept silently: a missing scale, block scales stored as U8, scales that differ within a
 fused group, exclusions that do not match. The quality of the weights is not checked.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from megatron_qad.checkpoint.expected_tensors import Inventory, inventory
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
 from megatron_qad.checkpoint.provenance import find_export_problems
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
+from megatron_qad.checkpoint.validate_values import check_values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
@@ -105,7 +102,7 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
     result.kv_cache = _stored_kv_cache(layout, model, shards)
     check_config(result.directory, config, layout, model, result.quantized, result.kv_cache, result.add)
     _check_names_and_shapes(config, layout, model, shards, result)
-    _check_values(layout, model, shards, result)
+    check_values(layout, model, shards, result.quantized, result.kv_cache, result.add)
     _check_hashes(result)
     return result
 
@@ -242,96 +239,3 @@ def _check_names_and_shapes(
                     module,
                     f"is {result.quantized[module]}, but {parts[0]} is {first}; expected one format, servers fuse them",
                 )
-
-
-def _check_values(layout: PackedLayout, model: Inventory, shards: Shards, result: ValidationResult) -> None:
-    names_by_file = defaultdict(list)
-    for name, stored in shards.tensors.items():
-        if stored.file in shards.readable:
-            names_by_file[stored.file].append(name)
-    scalars: dict[str, Tensor] = {}
-    per_tensor, block_scales, shapes = set(), set(), {}
-    for module, fmt in result.quantized.items():
-        parts = {role: f"{module}.{part}" for role, (part, _) in layout.parts(fmt).items()}
-        per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
-        block_scales |= {name for role, name in parts.items() if role == "block_scale"}
-        shapes |= {name: model.linears[module] for role, name in parts.items() if role == "shape"}
-    if (kv_format := KV_CACHE_FORMATS[result.kv_cache]) is not None:
-        per_tensor |= {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
-    tied = {}
-    for path, names in names_by_file.items():
-        try:
-            opened = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            result.add(path.name, f"cannot be read by the safetensors library: {error}")
-            continue
-        with opened as file:
-            for name in names:
-                if shards.tensors[name].dtype == "U8" and name not in block_scales:
-                    continue  # any byte is a pair of codes
-                tensor = file.get_tensor(name)
-                if name in per_tensor:
-                    scalars[name] = tensor
-                    _check_scalar(name, tensor, result)
-                elif name in block_scales:
-                    _check_block_scale(name, tensor, result)
-                elif name in shapes:
-                    if (shape := tuple(tensor.flatten().tolist())) != tuple(shapes[name]):
-                        result.add(name, f"is {list(shape)}, expected {list(shapes[name])}, the shape of the weight")
-                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                    result.add(name, f"has {int((~torch.isfinite(tensor.float())).sum())} NaN or Inf values")
-                if model.tied_head and name in (model.embedding, f"{model.head}.weight"):
-                    tied[name] = tensor
-    if len(tied) == 2 and not torch.equal(*tied.values()):
-        result.add(f"{model.head}.weight", f"differs from {model.embedding}, but config.json ties them")
-    _check_fused(layout, model, scalars, result)
-
-
-def _check_scalar(name: str, tensor: Tensor, result: ValidationResult) -> None:
-    if tensor.numel() != 1 or not tensor.is_floating_point():
-        return  # shape and dtype are already reported
-    value = tensor.float().item()
-    if not 0 < value < float("inf"):
-        result.add(name, f"is {value}, expected a finite number > 0")
-    elif not 0 < 1.0 / torch.tensor(value) < float("inf"):
-        result.add(name, f"is {value}, whose reciprocal is not finite in float32")
-
-
-def _check_block_scale(name: str, tensor: Tensor, result: ValidationResult) -> None:
-    if tensor.dtype == torch.bfloat16:
-        if count := int((~torch.isfinite(tensor) | (tensor <= 0)).sum()):
-            result.add(name, f"holds {count} group scales that are not finite numbers > 0")
-        return
-    if tensor.element_size() != 1:
-        return  # the dtype is already reported
-    codes = tensor.view(torch.uint8)
-    magnitude = codes & 0x7F
-    if count := int((magnitude == 0x7F).sum()):
-        result.add(name, f"has {count} NaN block scales (E4M3 0x7F or 0xFF)")
-    if count := int((magnitude == 0).sum()):
-        result.add(name, f"has {count} block scales that are zero; expected > 0, also for blocks of zeros")
-    if count := int(((codes > 0x80) & (codes != 0xFF)).sum()):
-        result.add(name, f"has {count} negative block scales")
-
-
-def _check_fused(layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], result: ValidationResult) -> None:
-    for group in model.fused:
-        formats = {result.quantized[module] for module in group if module in result.quantized}
-        if len(formats) != 1:
-            continue  # nothing is quantized, or it is already reported
-        roles = layout.parts(formats.pop())
-        for part in (roles[role][0] for role in ("weight_scale", "input_scale") if role in roles):
-            present = [name for module in group if (name := f"{module}.{part}") in scalars]
-            for name in present[1:]:
-                first, other = scalars[present[0]], scalars[name]
-                if (
-                    first.dtype != torch.float32
-                    or other.dtype != torch.float32
-                    or (first.numel(), other.numel()) != (1, 1)
-                ):
-                    continue  # already reported
-                if first.view(torch.int32).item() != other.view(torch.int32).item():  # compare bits, because NaN != NaN
-                    result.add(
-                        name,
-                        f"is {other.item()!r}, but {present[0]} is {first.item()!r}; must be equal, servers fuse them",
-                    )

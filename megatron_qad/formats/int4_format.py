@@ -39,14 +39,14 @@ class INT4Numbers(NumberFormat):
         return int4.dequantize(int4.unpack_codes(codes["weight"]), codes["block_scale"], dtype)
 
     def fake_quant(self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
-        return int4.dequantize(*int4.quantize(x, name=name, check=check), x.dtype)  # without packing
+        return int4.fake_quant_(x.detach().clone(), name=name, check=check)
 
     @torch.no_grad()
     def fake_quant_list_(
         self, tensors: Sequence[Tensor], scales: Tensor, names: Sequence[str], rule: str = "max"
     ) -> None:
-        for tensor, scale, name in zip(tensors, scales, names, strict=True):
-            tensor.copy_(self.fake_quant(tensor, scale, name=name))
+        for tensor, name in zip(tensors, names, strict=True):
+            int4.fake_quant_(tensor, name=name)
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return {"weight": (rows, columns // 8), "block_scale": (rows, columns // int4.GROUP_SIZE), "shape": (2,)}

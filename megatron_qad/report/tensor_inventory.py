@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_qad.checkpoint.hf_directory import ITEM_BYTES
 from megatron_qad.checkpoint.hf_reader import declared_dtype
-from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
+from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout, check_format
 from megatron_qad.formats.format import KVCacheFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
@@ -36,10 +36,15 @@ def exported_tensors(report: PolicyReport, layout: str) -> list[ExportedTensor]:
 
     Args:
         layout: "modelopt" or "compressed-tensors".
+
+    Raises:
+        QADError: the policy has a format that the layout does not support.
     """
     config, packed = report.hf_config, PACKED_LAYOUTS[layout]
     kv_format = KV_CACHE_FORMATS[report.policy.kv_cache]
     formats = {f"{row.module}.weight": row.format for row in report.rows if not row.is_tied}
+    for fmt in sorted(set(formats.values())):
+        check_format(fmt, layout, f"policy {report.policy.name}")
     plain = _DTYPES.get(str(declared_dtype(config)), "BF16")
     exported = []
     for tensor in family_of(config).all_tensors(config):

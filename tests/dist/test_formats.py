@@ -3,6 +3,7 @@
 The jobs are those of ``test_training``, with a model wide enough for INT4's groups of 128.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,18 @@ import records
 import tiny_job
 import torch
 from fork_server import ForkServer
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
-from megatron_qad.formats import fp8, int4, nvfp4
+from megatron_qad.formats import fp8, nvfp4
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
+from megatron_qad.quantization import policy as policies
+from megatron_qad.report.policy_report import resolve_report
+from megatron_qad.report.tensor_inventory import exported_tensors
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}
 OPTIMIZER = ["--use-distributed-optimizer"]
@@ -162,53 +167,83 @@ def test_float32_job_exports_in_the_dtype_of_the_config(shop, tmp_path, policy):
     assert torch.equal(decoded, nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(weight.abs().max())))
 
 
-def test_int4_trains_and_ships_what_it_trained(shop, tmp_path):
-    policy = tmp_path / "int4.yaml"
+def int4_policy(directory: Path, attention: str) -> Path:
+    """INT4 in the MLPs, the format ``attention`` in the attention layers, the head in BF16."""
+    policy = directory / "int4.yaml"
     policy.write_text(
-        "rules:\n- {kind: [attention, mlp], format: int4-w4a16}\n- {kind: [embedding, head], format: bf16}\n"
+        f"rules:\n- {{kind: attention, format: {attention}}}\n- {{kind: mlp, format: int4-w4a16}}\n"
+        "- {kind: [embedding, head], format: bf16}\n"
     )
-    saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
+    return policy
+
+
+def test_int4_trains_and_ships_what_was_trained(shop, tmp_path):
+    """transformers decompresses the export of step 39 to the weights that step 40 trained with, bit for bit."""
+    policy, run = int4_policy(tmp_path, "int4-w4a16"), str(tmp_path / "run")
+    saving = ["--save", run, "--save-interval", "39"]
     steps, output = shop.train("--qad-policy", str(policy), *OPTIMIZER, *saving, "--lr", "3e-4", num_steps=40)
     losses = [step["loss"]["kl loss"] for step in steps]
-    print(losses[:5], losses[-5:], reported_kl(output))
     assert losses[0] > 0.1  # the student differs from the teacher only in weight rounding
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
     assert not steps[0]["amaxes"]
-    arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "out")}}
-    error = shop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
-    assert "the format int4-w4a16, which layout 'modelopt' does not support" in error
-    output = tmp_path / "hf"
-    arguments["outputs"] = {"compressed-tensors": str(output)}
-    shop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    result = validate_nvfp4(output)
+
+    for iteration in (39, 40):
+        outputs = {layout: str(tmp_path / f"{layout}{iteration}") for layout in ("compressed-tensors", "bf16")}
+        arguments = {"checkpoint": run, "outputs": outputs, "iteration": iteration}
+        shop.server.run("training_jobs:export_checkpoint", 1, arguments)
+    result = validate_nvfp4(tmp_path / "compressed-tensors39")
     assert not result.issues, result.issues[:5]
-    assert set(result.quantized.values()) == {"int4-w4a16"}
-    model = AutoModelForCausalLM.from_pretrained(
-        output, dtype=torch.bfloat16, quantization_config=CompressedTensorsConfig(run_compressed=False)
+    assert set(result.quantized.values()) == {"int4-w4a16"} and len(result.quantized) == 2 * 7
+    _check_inventory(policy, tmp_path / "compressed-tensors39")
+
+    tokens = torch.arange(CONFIG["vocab_size"]).view(1, -1)[:, :64]
+    unpacked, packed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        for name in ("bf1639", "compressed-tensors39")
     )
-    loaded, params = model.state_dict(), steps[-1]["params"]
-    quantized = 0
-    for tensor in family_of(CONFIG).linears(CONFIG):
-        if tensor.kind in ("attention", "mlp"):
-            weight = params[tensor.megatron]
-            weight = int4.dequantize(*int4.quantize(weight), weight.dtype)
-            quantized += 1
-            for name, part in zip(tensor.hf, tensor.to_hf(weight), strict=True):
-                assert torch.equal(loaded[name], part), name
-    assert quantized == 8
-    tensors = load_file(output / "model.safetensors")
-    down, up = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
-    tensors[f"{down}.weight_shape"] += 1
-    tensors[f"{up}.weight_scale"][0, 0] = -1
-    del tensors[f"{up}.weight_shape"]
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    issues = [str(issue) for issue in validate_nvfp4(output).issues]
-    for text in (
-        f"{down}.weight_shape: is [129, 257], expected [128, 256], the shape of the weight",
-        f"{up}.weight_scale: holds 1 group scales that are not finite numbers > 0",
-        f"{up}.weight_shape: is missing; expected I64 [2]",
-    ):
-        assert text in issues, issues
+    with torch.inference_mode():  # the first forward pass decompresses
+        assert torch.equal(packed(tokens).logits, unpacked(tokens).logits)  # equal weights in the same BF16 operations
+    decompressed = packed.state_dict()
+    for mapping in family_of(CONFIG).linears(CONFIG):
+        trained = steps[39]["quantized"][mapping.megatron]
+        for name, part in zip(mapping.hf, mapping.to_hf(trained), strict=True):
+            assert decompressed[name].dtype == torch.bfloat16 and torch.equal(decompressed[name], part), name
+
+    measured = _kl_in_transformers(shop.directory / "hf", tmp_path / "compressed-tensors40")
+    assert measured == pytest.approx(reported_kl(output), rel=1 / 3)  # see test_train_export_validate
+    arguments = {"checkpoint": run, "outputs": {"modelopt": str(tmp_path / "out")}}
+    error = shop.server.run("training_jobs:export_checkpoint", 1, arguments, fails=True)
+    assert (
+        "a linear of its policy: int4-w4a16 is exported by --layout compressed-tensors only, found --layout modelopt"
+        in error
+    )
+
+
+def _check_inventory(policy: Path, directory: Path) -> None:
+    """The tensors that ``inspect_policy --tensors`` lists are those that were written."""
+    report = resolve_report(CONFIG, policies.load(str(policy)))
+    listed = {tensor.name: tensor.num_bytes for tensor in exported_tensors(report, "compressed-tensors")}
+    written = load_file(directory / "model.safetensors")
+    assert listed == {name: tensor.nbytes for name, tensor in written.items()}
+    assert report.bytes_after == sum(listed.values())
+    with pytest.raises(QADError, match="int4-w4a16 is exported by --layout compressed-tensors only"):
+        exported_tensors(report, "modelopt")
+
+
+@pytest.mark.parametrize("attention", ["nvfp4", "fp8"])
+def test_int4_beside_another_format(shop, tmp_path, attention):
+    """A mixed-precision directory: valid, and read by transformers."""
+    policy, saving = int4_policy(tmp_path, attention), ["--save", str(tmp_path / "run"), "--save-interval", "100"]
+    _, output = shop.train("--qad-policy", str(policy), *OPTIMIZER, *saving, num_steps=1)
+    arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"compressed-tensors": str(tmp_path / "out")}}
+    shop.server.run("training_jobs:export_checkpoint", 1, arguments)
+    result = validate_nvfp4(tmp_path / "out")
+    assert not result.issues, result.issues[:5]
+    assert set(result.quantized.values()) == {attention, "int4-w4a16"}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    measured = _kl_in_transformers(shop.directory / "hf", tmp_path / "out")
+    assert measured == pytest.approx(reported_kl(output), rel=1 / 3)  # see test_train_export_validate
 
 
 def test_fp8_kv_cache_alone_changes_the_loss(shop, tmp_path):

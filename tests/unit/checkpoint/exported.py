@@ -10,9 +10,9 @@ from megatron_qad.checkpoint.expected_tensors import inventory
 from megatron_qad.checkpoint.hf_writer import write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, kv_scales
 from megatron_qad.checkpoint.validate import validate_nvfp4
-from megatron_qad.formats import fp8
+from megatron_qad.formats.common import tensor_amax
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.formats.fp8_format import FP8_KV_CACHE
-from megatron_qad.formats.nvfp4 import fake_quant, global_scale_from_amax, tensor_amax
 
 LAYER = "model.layers.1"
 DOWN, Q, K, V, UP = (
@@ -43,13 +43,10 @@ def items(config=CONFIG, unquantized=("lm_head",), seed=0, format_of=lambda modu
             yield HFTensor(f"{module}.weight", weight, module)
             continue
         group = group_of.get(module, (module,))
-        fmt = format_of(module)
-        scale_from_amax, quantize = (
-            (fp8.scale_from_amax, fp8.fake_quant) if fmt == "fp8" else (global_scale_from_amax, fake_quant)
-        )
-        scale = scale_from_amax(torch.stack([tensor_amax(weights[m]) for m in group]).amax())
-        input_scale = None if fmt == "nvfp4-w4a16" else scale_from_amax(torch.tensor(1.0 + len(group[0])))
-        yield HFTensor(f"{module}.weight", quantize(weight, scale), module, fmt, scale, input_scale)
+        fmt = FORMATS[format_of(module)]
+        scale = fmt.weight.scale_from_amax(torch.stack([tensor_amax(weights[m]) for m in group]).amax())
+        input_scale = None if fmt.input is None else fmt.input.scale_from_amax(torch.tensor(1.0 + len(group[0])))
+        yield HFTensor(f"{module}.weight", fmt.weight.fake_quant(weight, scale), module, fmt.name, scale, input_scale)
     if kv_layout is not None:
         for i, (k_proj, v_proj) in enumerate(model.attentions):
             amaxes = torch.tensor([1.0 + i]), torch.tensor([500.0])

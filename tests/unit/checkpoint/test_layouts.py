@@ -72,7 +72,8 @@ def test_unquantized_weight_is_quantized_only_on_request(item):
         ({"weight_scale": torch.ones((), dtype=torch.bfloat16)}, "bfloat16"),
         ({"module": None}, "named linear"),
         ({"tensor": torch.zeros(2, 2, 16)}, "2-D weight"),
-        ({"fmt": "int4-w4a16"}, "'int4-w4a16' cannot be exported"),
+        ({"fmt": "int4-w4a16"}, "int4-w4a16 is exported by --layout compressed-tensors only, found --layout modelopt"),
+        ({"fmt": "int2"}, "'int2' cannot be exported"),
     ],
 )
 def test_invalid_items_are_errors(item, change, text):

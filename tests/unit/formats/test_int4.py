@@ -38,6 +38,50 @@ def test_equals_modelopt_where_the_scale_is_a_bf16_number(dtype):
     assert torch.equal(fake_quant(weight), modelopt)
 
 
+def test_the_difference_from_modelopt_is_the_rounding_of_the_scale():
+    """The figures of the module's docstring, with amaxes of all mantissas."""
+    weight = weight_of(4, torch.bfloat16, rows=2048, dim=1024, spread=1.0)
+    config = {"num_bits": 4, "block_sizes": {-1: 128}, "type": "dynamic", "enable": True}
+    modelopt = TensorQuantizer(QuantizerAttributeConfig(**config))(weight).unflatten(-1, (-1, 128)).float()
+    codes, scales = int4.quantize(weight)
+    groups, codes, scales = (
+        weight.unflatten(-1, (-1, 128)),
+        codes.unflatten(-1, (-1, 128)),
+        scales.unsqueeze(-1).float(),
+    )
+    amax = groups.abs().amax(-1, keepdim=True).float()
+    assert ((scales * 7 / amax - 1).abs() <= 2**-8).all()
+    unrounded = torch.full_like(amax, 7.0) / amax
+    its_codes = (groups.float() * unrounded).round()
+    assert torch.equal((its_codes / unrounded).bfloat16().float(), modelopt)
+    assert (codes - its_codes).abs().max() == 1 and 0.001 < (codes != its_codes).float().mean() < 0.004
+    errors = [(values.double() - groups).square().mean() for values in (int4.fake_quant_(groups.clone()), modelopt)]
+    assert errors[0] / errors[1] == pytest.approx(1, abs=1e-3)
+    served = (its_codes * scales).bfloat16().float()
+    assert 0.05 < (served != modelopt).float().mean() < 0.07
+    # A unit in the last place is at most 2^-7 of a value; two of them occur only where they are smaller.
+    assert ((served - modelopt).abs() <= 2**-7 * modelopt.abs()).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**31), dtype=st.sampled_from([*DTYPES, torch.float16]), spread=st.floats(0, 3))
+def test_fake_quantization_in_place_is_quantize_and_dequantize(seed, dtype, spread):
+    """In tiles, bit for bit with the sign of zeros, also where the tensor is not contiguous."""
+    weight = weight_of(seed, dtype, spread=spread)
+    expected, copy, transposed = fake_quant(weight), weight.clone(), weight.T.contiguous().T
+    assert int4.fake_quant_(copy) is copy and int4.fake_quant_(transposed) is transposed
+    bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
+    for found in (copy, transposed.contiguous()):
+        assert torch.equal(found.view(bits), expected.view(bits))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_weights_stay_finite(dtype):
+    weight = torch.linspace(-1, 1, 128).mul(3.38e38).to(dtype)
+    quantized = fake_quant(weight)
+    assert quantized.isfinite().all() and int4.exact_codes(quantized) is not None
+
+
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**31), dtype=st.sampled_from(DTYPES), spread=st.floats(0, 12))
 def test_a_fake_quantized_weight_packs_to_itself(seed, dtype, spread):

@@ -1,0 +1,127 @@
+"""Check the values of an exported checkpoint: scales are positive and finite, and no tensor has NaN or Inf.
+
+Per-tensor scales must be equal within the linears that servers fuse. Names, dtypes and shapes are checked by
+``validate``.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_qad.checkpoint.expected_tensors import Inventory
+from megatron_qad.checkpoint.hf_directory import AddIssue, Shards
+from megatron_qad.checkpoint.layouts import PackedLayout
+from megatron_qad.formats.format_registry import KV_CACHE_FORMATS
+
+
+def check_values(
+    layout: PackedLayout,
+    model: Inventory,
+    shards: Shards,
+    quantized: Mapping[str, str],
+    kv_cache: str,
+    issue: AddIssue,
+) -> None:
+    """Check the values of all tensors in the readable shards.
+
+    Args:
+        quantized: format of each quantized linear.
+        kv_cache: one of ``KV_CACHE_FORMATS``, inferred from the stored scales.
+        issue: called for every issue.
+    """
+    names_by_file = defaultdict(list)
+    for name, stored in shards.tensors.items():
+        if stored.file in shards.readable:
+            names_by_file[stored.file].append(name)
+    scalars: dict[str, Tensor] = {}
+    per_tensor, block_scales, shapes = set(), set(), {}
+    for module, fmt in quantized.items():
+        parts = {role: f"{module}.{part}" for role, (part, _) in layout.parts(fmt).items()}
+        per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
+        block_scales |= {name for role, name in parts.items() if role == "block_scale"}
+        shapes |= {name: model.linears[module] for role, name in parts.items() if role == "shape"}
+    if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
+        per_tensor |= {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
+    any_bits = ("U8", "I32")  # dtypes of packed codes, of which all are valid
+    tied = {}
+    for path, names in names_by_file.items():
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            issue(path.name, f"cannot be read by the safetensors library: {error}")
+            continue
+        with opened as file:
+            for name in names:
+                if shards.tensors[name].dtype in any_bits and name not in block_scales and name not in shapes:
+                    continue
+                tensor = file.get_tensor(name)
+                if name in per_tensor:
+                    scalars[name] = tensor
+                    _check_scalar(name, tensor, issue)
+                elif name in block_scales:
+                    _check_block_scale(name, tensor, issue)
+                elif name in shapes:
+                    if (shape := tuple(tensor.flatten().tolist())) != tuple(shapes[name]):
+                        issue(name, f"is {list(shape)}, expected {list(shapes[name])}, the shape of the weight")
+                elif tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                    issue(name, f"has {int((~torch.isfinite(tensor.float())).sum())} NaN or Inf values")
+                if model.tied_head and name in (model.embedding, f"{model.head}.weight"):
+                    tied[name] = tensor
+    if len(tied) == 2 and not torch.equal(*tied.values()):
+        issue(f"{model.head}.weight", f"differs from {model.embedding}, but config.json ties them")
+    _check_fused(layout, model, scalars, quantized, issue)
+
+
+def _check_scalar(name: str, tensor: Tensor, issue: AddIssue) -> None:
+    if tensor.numel() != 1 or not tensor.is_floating_point():
+        return  # shape and dtype are already reported
+    value = tensor.float().item()
+    if not 0 < value < float("inf"):
+        issue(name, f"is {value}, expected a finite number > 0")
+    elif not 0 < 1.0 / torch.tensor(value) < float("inf"):
+        issue(name, f"is {value}, whose reciprocal is not finite in float32")
+
+
+def _check_block_scale(name: str, tensor: Tensor, issue: AddIssue) -> None:
+    if tensor.dtype == torch.bfloat16:
+        if count := int((~torch.isfinite(tensor) | (tensor <= 0)).sum()):
+            issue(name, f"holds {count} group scales that are not finite numbers > 0")
+        return
+    if tensor.element_size() != 1:
+        return  # the dtype is already reported
+    codes = tensor.view(torch.uint8)
+    magnitude = codes & 0x7F
+    if count := int((magnitude == 0x7F).sum()):
+        issue(name, f"has {count} NaN block scales (E4M3 0x7F or 0xFF)")
+    if count := int((magnitude == 0).sum()):
+        issue(name, f"has {count} block scales that are zero; expected > 0, also for blocks of zeros")
+    if count := int(((codes > 0x80) & (codes != 0xFF)).sum()):
+        issue(name, f"has {count} negative block scales")
+
+
+def _check_fused(
+    layout: PackedLayout, model: Inventory, scalars: dict[str, Tensor], quantized: Mapping[str, str], issue: AddIssue
+) -> None:
+    for group in model.fused:
+        formats = {quantized[module] for module in group if module in quantized}
+        if len(formats) != 1:
+            continue  # nothing is quantized, or it is already reported
+        roles = layout.parts(formats.pop())
+        for part in (roles[role][0] for role in ("weight_scale", "input_scale") if role in roles):
+            present = [name for module in group if (name := f"{module}.{part}") in scalars]
+            for name in present[1:]:
+                first, other = scalars[present[0]], scalars[name]
+                if (
+                    first.dtype != torch.float32
+                    or other.dtype != torch.float32
+                    or (first.numel(), other.numel()) != (1, 1)
+                ):
+                    continue  # already reported
+                if first.view(torch.int32).item() != other.view(torch.int32).item():  # compare bits, because NaN != NaN
+                    issue(
+                        name,
+                        f"is {other.item()!r}, but {present[0]} is {first.item()!r}; must be equal, servers fuse them",
+                    )
