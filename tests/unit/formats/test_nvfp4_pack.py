@@ -130,7 +130,8 @@ def test_recomputed_float32_scale_differs_by_at_most_one_ulp():
     num_moved, names = 0, ["w"] * (1 << 20)
     for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
         scale = NVFP4.scales_from_amaxes(part.view(torch.float32), names)
-        again = NVFP4.scales_from_amaxes(6 * (448 * scale), names)  # of a fake-quantized tensor: code 6, block scale 448
+        # The amax of a fake-quantized tensor has code 6 and block scale 448.
+        again = NVFP4.scales_from_amaxes(6 * (448 * scale), names)
         ulps = (scale.view(torch.int32) - again.view(torch.int32)).abs()
         assert ulps.max() <= MAX_ULPS
         num_moved += int(ulps.sum())
