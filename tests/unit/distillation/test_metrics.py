@@ -1,4 +1,4 @@
-"""Compares validation metrics with a expected_means float64 computation on one rank."""
+"""Compares validation metrics with a float64 computation on one rank."""
 
 import math
 
