@@ -1,6 +1,6 @@
 """megatron_qad: quantization-aware distillation to NVFP4 on NVIDIA's Megatron.
 
-Importing this package has no side effects. Its subpackages ("rooms") are on floors; a room imports lower floors only:
+Importing this package has no side effects. Its subpackages are on levels; each imports only from lower levels:
 
 0. ``engine``        code that depends on internals of Megatron and torch, run directories, errors
 1. ``formats``       number formats, one object each

@@ -1,1 +1,1 @@
-"""Floor 3: reads flags, YAML files and model configs into one frozen object, and checks them."""
+"""Level 3: reads flags, YAML files and model configs into one frozen object, and checks them."""

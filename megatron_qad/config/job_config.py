@@ -1,7 +1,7 @@
 """Reads and checks the flags, files and model configs of a job once, into one frozen object.
 
 Reading has no side effects: no process is started, no directory or environment variable is changed. The ``training``
-room later does what the configuration says.
+subpackage later does what the configuration says.
 """
 
 import argparse

@@ -96,8 +96,8 @@ class QADOptions:
 
     qad_on_nan: Literal["stop", "skip"] = "stop"
     """What to do if a loss or a gradient is NaN or Inf, or if no token of a step counts in the loss: 'stop' the job, or
-    'skip' the update of that step. The log names the step, and for NaN and Inf also the rank and the layer. Default:
-    stop."""
+    'skip' the update of that step. The log names the step, and for NaN and Inf also the rank and the layer. Ten
+    skipped steps in a row stop the job. Default: stop."""
 
     qad_spike_factor: float | None = None
     """Roll back to the last good checkpoint in --save, and skip the batches since, if a loss exceeds this factor times

@@ -1,4 +1,4 @@
-"""Floor 2: losses between teacher and student, computed on vocab-parallel logits."""
+"""Level 2: losses between teacher and student, computed on vocab-parallel logits."""
 
 from megatron_qad.distillation.loss_parser import parse_loss
 from megatron_qad.distillation.loss_registry import LOSSES, per_token_loss

@@ -5,12 +5,12 @@ dropped. There are two ways to get the gradient:
 
 - In the forward pass, for a single loss. Its gradient is known up to a factor that arrives in the backward pass and is
   the same for all tokens of a sum. It overwrites the chunk's logits and is multiplied with the output weight and the
-  hidden states. This takes the four GEMMs of the unfused form, the memory of one chunk of logits per model and, until
-  the backward pass, a float32 sum of the size of the output weight, and one collective per chunk.
+  hidden states. It needs four GEMMs, as the unfused form does, and one collective per chunk. It holds one chunk of
+  logits per model and, until the backward pass, a float32 sum of the size of the output weight.
 - In the backward pass (``gradient_in_forward`` False, several losses, or a factor per token). The logits are computed
   again, which takes two more GEMMs, but only one collective.
 
-Losses of two rounds (jsd) would need the logits a third time and raise an error.
+Losses with two rounds (jsd) would need the logits a third time, so they are rejected with an error.
 
 Tensor parallelism is that of a column-parallel output layer: every rank has the full hidden states and a weight
 [V/tp, H]. The gradient of the hidden states is summed over the ranks here. With sequence parallelism the caller gathers

@@ -277,7 +277,7 @@ def write_gradients(out, student, teacher, labels, shard: VocabShard, losses, sa
 
 
 def _write_tile(out: Tensor, tiles: Tiles, rows: slice, every: bool, losses, saved, factors) -> None:
-    """Do the same for the unpadded columns of one tile. ``every``: no factor of these tokens is zero."""
+    """Write the gradient of one tile's unpadded columns. ``every`` means that no token of it has a zero factor."""
     total = None
     overwrites = out.data_ptr() == tiles.student[rows].data_ptr()
     in_place = out if overwrites and out.dtype == torch.float32 and len(losses) == 1 else None

@@ -1,4 +1,4 @@
-"""Floor 0: the interface to the internals of Megatron and torch, run directories, and the error class for users.
+"""Level 0: the interface to the internals of Megatron and torch, run directories, and the error class for users.
 
 ``loop`` reports the events of Megatron's training loop (``events``), ``patches`` lists all replaced attributes, ``cpu``
 runs Megatron without a GPU, ``run_directory`` makes checkpoints atomic, ``capabilities`` detects hardware and packages.

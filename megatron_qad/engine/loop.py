@@ -1,4 +1,4 @@
-"""The interface to Megatron's training loop, and the only module that replaces functions in it.
+"""The interface to Megatron's training loop: replaces four of its functions, so that they report events.
 
 ``Loop.install`` replaces four functions in ``megatron.training.training``, where Megatron looks them up. Each calls
 the original function and reports events around it:
@@ -33,7 +33,7 @@ class Loop:
     """Megatron's training loop, with events.
 
     Args:
-        args: Megatron's global arguments, in which its loop counts.
+        args: Megatron's global arguments, where its loop keeps the iteration counters.
         events: receives the events.
     """
 

@@ -226,7 +226,7 @@ PATCHES: tuple[Patch, ...] = (
         "torch.cuda",
         _CUDA_CALLS,
         *_TORCH,
-        why="Megatron calls torch.cuda unconditionally; these calls get answers on a machine without a GPU",
+        why="Megatron always calls torch.cuda; the replacements return plausible values without a GPU",
         where="engine/cpu/device.py",
         until="Megatron runs on torch.accelerator",
         sources=_CUDA_SOURCES,
@@ -393,7 +393,7 @@ def page() -> str:
                 why = f"{patch.why} ({patch.issue})" if patch.issue else patch.why
                 lines.append(f"| `{patch.owner}`: {names} | {why} | `{patch.where}` | {patch.until} |")
     header = "| module | why | implemented in | can be removed when |"
-    lines += ["", "## Replacement modules", "", header, "|---|---|---|---|"]
+    lines += ["", "## Replaced or hidden modules", "", header, "|---|---|---|---|"]
     for stand_in in STAND_INS:
         lines.append(f"| `{stand_in.module}` | {stand_in.why} | `{stand_in.where}` | {stand_in.until} |")
     return "\n".join(lines) + "\n"

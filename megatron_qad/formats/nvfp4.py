@@ -8,8 +8,8 @@ float32 scale per tensor:
 The float32 operations have the same order as in modelopt 0.47 (``NVFP4QTensor``), so codes and scales are equal bit for
 bit. This is the plain PyTorch reference. It runs on any device, in tiles that avoid large temporary tensors. On a GPU,
 fake quantization uses ``nvfp4_triton``, which gives the same bits. ``nvfp4_pack`` packs weights that are already
-fake-quantized. Not supported: sharing a global scale among fused tensors or tensor-parallel shards. The caller reduces
-the amax and passes one scale.
+fake-quantized. To share a global scale among fused tensors or tensor-parallel shards, the caller reduces their amaxes
+and passes one scale.
 """
 
 from collections.abc import Sequence

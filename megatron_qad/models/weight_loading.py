@@ -87,7 +87,9 @@ def _check_shapes(sharded: dict, stored: dict[str, tuple[int, ...]], checkpoint)
     for tensor in _tensors(sharded):
         key, shape = tensor.key, tuple(tensor.global_shape)
         if key not in stored:
-            raise QADError(f"{checkpoint}: no tensor {key!r}. The checkpoint has another architecture than the model.")
+            raise QADError(
+                f"{checkpoint}: no tensor {key!r}. The checkpoint and the model have different architectures."
+            )
         # Vocabulary padding depends on the tensor-parallel size, so it may differ.
         if not tensor.allow_shape_mismatch and shape != stored[key]:
             raise QADError(f"{checkpoint}: {key} has shape {list(stored[key])}, the model expects {list(shape)}.")

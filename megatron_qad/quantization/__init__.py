@@ -1,1 +1,1 @@
-"""Floor 2: quantization policies, activation quantizers (through modelopt), in-place weights, and smoothing."""
+"""Level 2: quantization policies, activation quantizers (through modelopt), in-place weights, and smoothing."""

@@ -153,7 +153,7 @@ class InPlaceWeights:
         """Return the amax of each weight over its tensor-parallel shards, float32 [num_weights]."""
         amaxes = amax_list([weight.data for weight in self.weights.values()])
         for group, indices in self._sharded_ranges:
-            # A max all-reduce ignores NaN on some backends. Inf instead lets all ranks see it.
+            # A max all-reduce ignores NaN on some backends. Replacing it with Inf makes it visible to all ranks.
             shared = torch.where(amaxes[indices].isnan(), torch.inf, amaxes[indices])
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
             amaxes[indices] = shared

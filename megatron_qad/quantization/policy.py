@@ -1,7 +1,7 @@
 """Quantization policies: ordered rules that assign a format to each linear of a model.
 
 Later rules win. Every rule must match a linear, every linear must match a rule, and later rules of a policy file must
-not fully override an earlier one, so that a linear stays in BF16 only on purpose. ``rules`` parses single rules.
+not fully override an earlier one. This way no linear stays in BF16 by accident. ``rules`` parses single rules.
 """
 
 from collections.abc import Sequence

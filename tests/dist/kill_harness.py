@@ -176,6 +176,9 @@ def record(harness: Harness, file: Path, seconds: float) -> None:
         "ended with the weights, masters and moments of an undisturbed run, bit for bit. A killed job lost at most "
         f"{max(lost)} steps, {sum(lost) / len(lost):.1f} on average. A killed export was lost.",
         "",
+        'Kills named "asynchronous saves" ran with `--async-save`, which megatron-core 0.19.2 turns off here: they '
+        "were synchronous saves ([limitations](limitations.md)).",
+        "",
         "| kill | killed | time | steps done | resumed after step | steps lost |",
         "|---|---|---|---|---|---|",
     ]

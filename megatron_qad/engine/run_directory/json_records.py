@@ -43,7 +43,7 @@ def read(file: Path) -> Any:
     if not isinstance(record, dict) or set(record) != {"sha256", "content"}:
         raise QADError(f'{file}: is damaged, or is not a record of megatron_qad (expected "sha256" and "content")')
     if record["sha256"] != _sum(file.name, record["content"]):
-        raise QADError(f"{file}: is damaged (its content has another SHA-256 than when it was written)")
+        raise QADError(f"{file}: is damaged (its content has a different SHA-256 from when it was written)")
     return record["content"]
 
 

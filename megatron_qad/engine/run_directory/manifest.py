@@ -116,7 +116,7 @@ def find_problems(directory: Path, rank: int = 0, size: int = 1, needed: Sequenc
         return problems
     for name, (_, digest) in sums_of(directory, sorted(sums)[rank::size]).items():
         if digest != sums[name][1]:
-            problems.append(f"{directory.name}/{name} has another SHA-256 than when it was written")
+            problems.append(f"{directory.name}/{name} has a different SHA-256 from when it was written")
     return problems
 
 
@@ -135,7 +135,7 @@ def verify_file(file: Path) -> None:
     if expected is None or actual is None:
         problem = "is missing" if actual is None else f"is not listed in {FILE}"
     elif expected[1] != actual[1]:
-        problem = "has another SHA-256 than when it was written"
+        problem = "has a different SHA-256 from when it was written"
     else:
         return
     raise QADError(f"{file}: {problem}. {_NEXT_STEP}")

@@ -49,11 +49,12 @@ class NaNGuard(Callback):
         num_more = len(results) - _MAX_LISTED
         where = "; ".join(results[:_MAX_LISTED]) + (f"; and {num_more} more ranks" if num_more > 0 else "")
         if not results:
-            where = "nothing, the replay of the step was finite. This is not reproducible; suspect the hardware"
+            where = "nothing; all values were finite when the step was replayed"
+        advice = "Check that layer and the batch, train in another precision"
         self._stop_or_skip(
             update,
             f"step {update.step}: a loss or a gradient is NaN or Inf, and no weight was changed by it. Found: {where}",
-            "Check that layer and the batch, train in another precision",
+            advice if results else "This is not reproducible: suspect the hardware",
         )
 
     def _stop_or_skip(self, update: Update, message: str, advice: str) -> None:

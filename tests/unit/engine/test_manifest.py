@@ -32,7 +32,9 @@ def test_manifest_of_megatron_is_read(checkpoint):
     save_integrity_manifest(str(checkpoint))
     assert manifest.find_problems(checkpoint) == []
     (checkpoint / ".metadata").write_bytes(b"NAMES")
-    assert manifest.find_problems(checkpoint) == ["iter_0000010/.metadata has another SHA-256 than when it was written"]
+    assert manifest.find_problems(checkpoint) == [
+        "iter_0000010/.metadata has a different SHA-256 from when it was written"
+    ]
 
 
 def test_megatron_reads_our_manifest(checkpoint):
@@ -53,7 +55,7 @@ def test_ranks_together_check_every_file(checkpoint, size):
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content[:-1] + b"?")
         problems = [problem for rank in range(size) for problem in manifest.find_problems(checkpoint, rank, size)]
-        assert problems == [f"iter_0000010/{name} has another SHA-256 than when it was written"]
+        assert problems == [f"iter_0000010/{name} has a different SHA-256 from when it was written"]
         (checkpoint / name).write_bytes(content)
 
 

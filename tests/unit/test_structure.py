@@ -1,4 +1,4 @@
-"""Structure of the package: imports between rooms, length of files, module-level state, side effects of an import."""
+"""Structure of the package: imports between subpackages, length of files, module-level state, effects of an import."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_qad"
-FLOORS = {
+LEVELS = {
     "engine": 0,
     "formats": 1,
     "models": 2,
@@ -26,8 +26,8 @@ MAX_LINES = 400
 
 
 def rooms_imported(source: str, module: str) -> set[str]:
-    """Return the rooms that a module imports, including relative imports and imports inside of functions."""
-    rooms = set()
+    """Return the subpackages that a module imports, including relative imports and imports inside of functions."""
+    subpackages = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -43,27 +43,27 @@ def rooms_imported(source: str, module: str) -> set[str]:
             continue
         for name in names:
             parts = name.split(".")
-            if parts[0] == "megatron_qad" and len(parts) > 1 and parts[1] in FLOORS:
-                rooms.add(parts[1])
-    return rooms
+            if parts[0] == "megatron_qad" and len(parts) > 1 and parts[1] in LEVELS:
+                subpackages.add(parts[1])
+    return subpackages
 
 
 def test_each_room_has_a_floor():
-    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms == set(FLOORS)
+    subpackages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert subpackages == set(LEVELS)
     assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_rooms_import_lower_floors_only(file):
+def test_structure_import_lower_floors_only(file):
     relative = file.relative_to(ROOT).with_suffix("")
-    room = relative.parts[1] if len(relative.parts) > 2 else None
+    subpackage = relative.parts[1] if len(relative.parts) > 2 else None
     imported = rooms_imported(file.read_text(), ".".join(relative.parts))
-    if room is None:
+    if subpackage is None:
         assert not imported
         return
-    wrong = {other for other in imported - {room} if FLOORS[other] >= FLOORS[room]}
-    assert not wrong, f"{relative} is on floor {FLOORS[room]} and imports {sorted(wrong)}"
+    wrong = {other for other in imported - {subpackage} if LEVELS[other] >= LEVELS[subpackage]}
+    assert not wrong, f"{relative} is on level {LEVELS[subpackage]} and imports {sorted(wrong)}"
 
 
 @pytest.mark.parametrize(
