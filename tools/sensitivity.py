@@ -24,7 +24,7 @@ from megatron_qad.report.sensitivity_report import write_sensitivity  # noqa: E4
 from megatron_qad.training.sensitivity import Probe, group_into_units, measure, policy_document, propose  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
-FORMATS = ("nvfp4", "nvfp4-w4a16", "fp8")
+FORMATS = ("nvfp4", "nvfp4-w4a16", "fp8", "int4-w4a16")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,9 +2,9 @@
 
 The source is CPython's own help (``pydoc_data.topics``, 700 KB of English about Python). It is written to three files:
 
-- ``raw.txt``: the original topics, on which the teacher's first stage, QAT and QAD train; - ``post.txt``: the same
-topics in another style (lower case, one paragraph per line, no markup) for the teacher's second
-  stage, which moves it away from the raw text as post-training moves a model away from its corpus;
+- ``raw.txt``: the original topics, on which the teacher's first stage, QAT and QAD train;
+- ``post.txt``: the same topics in another style (lower case, one paragraph per line, no markup), for the teacher's
+  second stage. It moves the teacher away from the raw text as post-training moves a model away from its corpus;
 - ``heldout.txt``: other original topics, used for validation only.
 """
 

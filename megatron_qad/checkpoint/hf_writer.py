@@ -249,7 +249,7 @@ def _write_configs(
     if layout != "bf16":
         if not formats:
             raise QADError(
-                f"Layout {layout!r} needs quantized tensors, but no tensor is NVFP4 or FP8. Check the policy, or use "
+                f"Layout {layout!r} needs quantized tensors, but no tensor is quantized. Check the policy, or use "
                 "layout 'bf16'."
             )
         config = {**config, "quantization_config": quantization_config(layout, excluded, formats, kv_cache)}

@@ -1,12 +1,13 @@
 """Export layouts of an HF checkpoint (bf16, modelopt, compressed-tensors) and the tensors of one linear in each.
 
-Both packed layouts have the same codes and block scales. They differ in tensor names, in the shape of per-tensor
-scales, in whether a scale or its reciprocal is stored, and in the configuration files (``layout_configs``). Properties
-of a number format are in ``formats.format.StoredLinear``. This module turns one tensor with an HF name into its stored
-tensors. Files are written by ``hf_writer``, directories checked by ``validate``, names defined in ``models``; the
-caller must already have shared the scales within q/k/v and gate/up.
+Both packed layouts have the same codes and block scales for NVFP4 and FP8; only compressed-tensors has INT4. They
+differ in tensor names, in the shape of per-tensor scales, in whether a scale or its reciprocal is stored, and in the
+configuration files (``layout_configs``). Properties of a number format are in ``formats.format.StoredLinear``. This
+module turns one tensor with an HF name into its stored tensors. Files are written by ``hf_writer``, directories checked
+by ``validate``, names defined in ``models``; the caller must already have shared the scales within q/k/v and gate/up.
 
-Sources: modelopt 0.47's exporters; compressed-tensors 0.20, formats nvfp4-pack-quantized and float-quantized.
+Sources: modelopt 0.47's exporters; compressed-tensors 0.20, formats nvfp4-pack-quantized, float-quantized and
+pack-quantized.
 """
 
 from collections.abc import Iterable, Mapping

@@ -112,7 +112,7 @@ def _check_groups(actual: Any, expected: dict[str, dict[str, Any]], layout: Pack
 def _check_group(group: dict[str, Any], expected: dict[str, Any], layout: PackedLayout, issue: AddIssue) -> None:
     for key, value in expected.items():
         if not isinstance(value, dict):
-            if value is not None and group.get(key, value) != value:
+            if group.get(key, value) != value:
                 issue("config.json", f"config_groups {key} is {group.get(key)!r:.500}, expected {value!r:.500}")
             continue
         for entry, expected_value in value.items():

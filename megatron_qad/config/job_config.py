@@ -197,6 +197,7 @@ def read_job_config(
     refusals.check_skipped(flags, options)
     job_policy = policy.load(options.qad_policy, options.qad_policy_override)
     formats = policy.resolve(job_policy, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
+    refusals.check_blocks(flags, student.family.linears(student.hf), formats)
     shape = student.shape(flags, flags.num_virtual_stages)
     defaults = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
     return JobConfig(

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_qad.config.megatron_flags import MegatronFlags
@@ -15,7 +15,11 @@ from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.iterations import iteration_of, saved_iterations
 from megatron_qad.formats.block_scales import SCALE_RULES
+from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
+from megatron_qad.models.families.base import ParamMapping
 
+# Linears whose columns tensor parallelism splits.
+_ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
 _SIZES = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank"),
@@ -51,6 +55,29 @@ def check_models(options: QADOptions, losses: WeightedLosses) -> None:
         )
     if options.qad_student is None and options.qad_teacher is None:
         raise QADError("the student has no initial checkpoint. Pass --qad-student or --qad-teacher.")
+
+
+def check_blocks(flags: MegatronFlags, linears: Sequence[ParamMapping], formats: Mapping[str, str]) -> None:
+    """Check that tensor parallelism leaves each rank complete blocks of every quantized weight.
+
+    Args:
+        linears: weights of the student.
+        formats: format of each linear, by Megatron weight name.
+
+    Raises:
+        QADError: a shard's number of columns is not a multiple of its format's block size.
+    """
+    tp = flags.tensor_model_parallel_size
+    for linear in linears:
+        fmt = FORMATS[formats.get(linear.megatron, UNQUANTIZED.name)]
+        is_row_parallel = linear.megatron_module.endswith(_ROW_PARALLEL)
+        ranks = (flags.expert_tensor_parallel_size or tp) if linear.kind == "expert" else tp
+        columns = linear.shape[1] // (ranks if is_row_parallel else 1)
+        if columns % fmt.block_size:
+            raise QADError(
+                f"{linear.megatron}: its shard has {columns} columns; {fmt.name} needs a multiple of {fmt.block_size}. "
+                "Choose a smaller tensor-parallel size, or another format for this layer."
+            )
 
 
 def check_tokenizer(flags: MegatronFlags) -> None:

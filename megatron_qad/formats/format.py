@@ -25,8 +25,9 @@ class NumberFormat:
     A subclass sets the fields and implements the first four methods. The other methods are built on these four; a
     subclass overrides one of them only to make it faster.
 
-    ``scale`` is float32 [], one per tensor. ``codes`` are the quantized form of a tensor [..., K] in memory and of a
-    weight [N, K] on disk: a dictionary of tensors by role, "weight" and, if the format has block scales, "block_scale".
+    ``scale`` is float32 [], one per tensor; 1 if the format has none. ``codes`` are the quantized form of a tensor
+    [..., K] in memory and of a weight [N, K] on disk: a dictionary of tensors by role. The roles are "weight", if the
+    format has block scales "block_scale", and if it stores the shape "shape", int64 [2].
     """
 
     name: str
@@ -152,7 +153,7 @@ class StoredLinear:
 
     parts: Mapping[str, tuple[str, str]]
     """Role -> (last part of the tensor's name, its safetensors dtype). The roles, in the order on disk, are "weight",
-    "block_scale", "weight_scale" and "input_scale". The last two are scalars."""
+    "block_scale", "shape", "weight_scale" and "input_scale". The last two are scalars."""
     algo: str
     """Algorithm name in the configuration: ``quant_algo`` in modelopt, ``format`` in compressed-tensors."""
     group: Mapping[str, Any]

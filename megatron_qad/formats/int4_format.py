@@ -55,6 +55,15 @@ class INT4Numbers(NumberFormat):
         found = int4.exact_codes(weight, name=name)
         return None if found is None else self._stored(weight, *found)
 
+    def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        scale = torch.ones((), dtype=torch.float32)  # no per-tensor scale, so no neighbours to try
+        packed = []
+        for weight in weights:
+            if (codes := self.exact_codes(weight, scale, name=name)) is None:
+                return scale, None
+            packed.append(codes)
+        return scale, packed
+
     @staticmethod
     def _stored(x: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:
         shape = torch.tensor(x.shape, dtype=torch.int64)

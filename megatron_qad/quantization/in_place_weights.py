@@ -1,11 +1,11 @@
-"""In-place fake quantization (NVFP4, FP8) of the student's weights, once per optimizer step.
+"""In-place fake quantization (NVFP4, FP8, INT4) of the student's weights, once per optimizer step.
 
 The optimizer holds the high-precision masters, so the parameter itself can hold ``fake_quant(bf16(master))``. The
 straight-through estimator is then exact and free, because the gradient of the parameter is the gradient of the master,
 and no weight quantizer runs in a forward pass. Weights are quantized inside ``quantized_weights()``, which spans one
 schedule (all microbatches); the next ``optimizer.step`` overwrites them from its masters. Between two steps they are
-quantized only once, even if evaluations run, because NVFP4 is not idempotent where block scales are subnormal:
-quantizing twice could change a weight.
+quantized only once, even if evaluations run, because quantizing twice could change a weight: NVFP4 is not idempotent
+where block scales are subnormal.
 
 In float32 training Megatron's optimizer has no separate masters: the parameters are the masters. In that case
 ``quantized_weights`` keeps a copy and restores it afterwards."""

@@ -96,7 +96,7 @@ def truncate(directory: Path) -> None:
 
 # name -> (damage to the newest checkpoint or the tracker, expected warning, iteration where the run then resumes)
 DAMAGES = {
-    "a flipped bit": (flip_a_byte, "iter_0000008/__0_0.distcp has another SHA-256", 6),
+    "a flipped bit": (flip_a_byte, "iter_0000008/__0_0.distcp has a different SHA-256", 6),
     "a short file": (truncate, "iter_0000008/__0_0.distcp has", 6),
     "a missing file": (lambda d: (d / "__0_0.distcp").unlink(), "iter_0000008/__0_0.distcp is missing", 6),
     "unfinished": (lambda d: (d / ".metadata").unlink(), "iter_0000008 has no .metadata: the save never finished", 6),
@@ -146,7 +146,7 @@ def test_job_stops_without_a_valid_checkpoint(jobs, reference_run, tmp_path):
     for directory in run.glob("iter_*"):
         flip_a_byte(directory)
     error = jobs.fail("training_jobs:train", argv=jobs.argv("--load", str(run)))
-    assert "no valid checkpoint was found: iter_0000008 (iter_0000008/__0_0.distcp has another SHA-256" in error
+    assert "no valid checkpoint was found: iter_0000008 (iter_0000008/__0_0.distcp has a different SHA-256" in error
     assert "iter_0000002" in error
     error = jobs.fail("training_jobs:train", argv=jobs.argv("--load", str(run), "--ckpt-step", "4"))
     assert "iter_0000004 is damaged" in error
@@ -157,7 +157,7 @@ def test_tools_refuse_a_damaged_checkpoint(jobs, reference_run, tmp_path):
     shutil.copytree(reference_run[1], run)
     flip_a_byte(run / "iter_0000008")
     error = jobs.fail(export, checkpoint=str(run), outputs={"modelopt": f"{tmp_path}/out"})
-    assert "iter_0000008 is damaged: iter_0000008/__0_0.distcp has another SHA-256" in error
+    assert "iter_0000008 is damaged: iter_0000008/__0_0.distcp has a different SHA-256" in error
     assert not (tmp_path / "out").exists()
     jobs.server.run(export, 1, {"checkpoint": str(run), "outputs": {"modelopt": f"{tmp_path}/out"}, "iteration": 6})
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -55,7 +55,7 @@ def test_each_room_has_a_floor():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_structure_import_lower_floors_only(file):
+def test_subpackages_import_lower_levels_only(file):
     relative = file.relative_to(ROOT).with_suffix("")
     subpackage = relative.parts[1] if len(relative.parts) > 2 else None
     imported = rooms_imported(file.read_text(), ".".join(relative.parts))

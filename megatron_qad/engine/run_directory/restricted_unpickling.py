@@ -36,8 +36,9 @@ def restrict_unpickling() -> None:
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     restricted = types.SimpleNamespace(dump=pickle.dump, load=lambda file: _Unpickler(file).load())
     replace("torch.distributed.checkpoint.filesystem:pickle", lambda _: restricted)
-    # In checkpoints of earlier versions Megatron's arguments contain our options: plain values, so any namespace works.
-    torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.qad_options.QADOptions")])
+    # In checkpoints of earlier versions Megatron's arguments contain our options, under the module's name of that time.
+    # They are plain values, so any namespace works.
+    torch.serialization.add_safe_globals([(types.SimpleNamespace, "megatron_qad.config.options.QADOptions")])
 
 
 class _Unpickler(pickle.Unpickler):

@@ -93,7 +93,7 @@ class CheckpointKeeper(Callback):
         keep = {int((root / TRACKER).read_text())} | {iteration_of(path) for path in complete[: self._last or 0]}
         keep |= set(ranked[: self._best or 0])
         for path in complete:
-            # Checkpoints newer than the tracker are from before a rollback and stay.
+            # Checkpoints newer than the tracker belong to a run that was set back, and stay.
             if iteration_of(path) not in keep and iteration_of(path) < max(keep):
                 yield path
 

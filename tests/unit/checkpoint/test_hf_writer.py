@@ -134,7 +134,7 @@ def broken_stream():
         (broken_stream, ValueError, "a rank was lost"),
         (lambda: [*items(), next(iter(items()))], QADError, r"model\.embed_tokens\.weight: given twice"),
         (lambda: [], QADError, "No tensor"),
-        (lambda: [HFTensor("a", torch.ones(2))], QADError, "no tensor is NVFP4"),
+        (lambda: [HFTensor("a", torch.ones(2))], QADError, "no tensor is quantized"),
     ],
 )
 def test_failure_leaves_no_files(tmp_path, stream, error, text):

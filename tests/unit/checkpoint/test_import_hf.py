@@ -182,7 +182,7 @@ def test_import_is_reused_only_for_the_same_model(damaged, tmp_path, tool):
         tool("import_hf", *flags, "--dtype", "float32")
     config = (target / "hf" / "config.json").read_text()
     (target / "hf" / "config.json").write_text(config.replace("10000", "10001"))
-    with pytest.raises(QADError, match="target is damaged: hf/config.json has another SHA-256"):
+    with pytest.raises(QADError, match="target is damaged: hf/config.json has a different SHA-256"):
         tool("import_hf", *flags)
     (target / "hf" / "config.json").write_text(config)
     change_weights(moved, lambda weights: weights[Q_PROJ].view(-1)[:8].neg_())

@@ -104,6 +104,10 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
         (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),
+        (
+            ["--qad-policy-override", "decoder.layers.1.*=int4-w4a16"],
+            "linear_fc1.weight: its shard has 64 columns; int4-w4a16 needs a multiple of 128",
+        ),
         (["--qad-loss", "topk(k=4096)"], "k must not exceed the"),
         (["--qad-fused-linear-loss", "always", "--qad-loss", "jsd"], "jsd reads all logits twice"),
         (["--qad-job-dir", "/nowhere"], "--qad-job-dir /nowhere: no such directory"),

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ class Evil:
 
     def __reduce__(self):
         return Path.touch, (self._file,)
+
+
+class Options:
+    """A stand-in for the options that version 0.1 pickled with Megatron's arguments."""
+
+    def __init__(self):
+        self.qad_loss = "kl"
 
 
 def read(directory: Path) -> dict:
@@ -61,3 +69,21 @@ def test_code_in_object_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     read(tmp_path / "c")
     assert (tmp_path / "made").exists(), "torch alone would not have run it, so the module is no longer needed"
+
+
+def test_options_of_version_0_1_are_read_as_a_namespace(tmp_path):
+    """They were pickled under the module's name of that time, which no longer exists."""
+    file = tmp_path / "options.pt"
+    torch.save({"args": Options()}, file)
+    replaced = tmp_path / "replaced.pt"
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(replaced, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith("data.pkl"):
+                old = f"c{Options.__module__}\n{Options.__name__}\n".encode()
+                assert old in data
+                data = data.replace(old, b"cmegatron_qad.config.options\nQADOptions\n")
+            target.writestr(name, data)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file)
+    assert torch.load(replaced)["args"].qad_loss == "kl"
