@@ -133,7 +133,7 @@ def test_layers_that_cannot_be_compared_raise(workshop):  # noqa: F811
     def error(loss, *flags, nproc=1):
         return workshop.fail(workshop.argv("--qad-loss", loss, *flags), nproc)
 
-    assert "hidden states of 64 and 96 elements" in error(
+    assert "hidden states of 64 elements (student) and 96 (teacher)" in error(
         "kl+hidden_mse", "--qad-teacher", f"{workshop.directory}/wide"
     )
     assert "layer 4 is out of range for the student, which has 4 layers" in error("kl+hidden_mse(layers=[4])")

@@ -386,7 +386,7 @@ def test_invalid_input_stops_with_one_error(workshop, tmp_path):
     error = workshop.fail(workshop.argv("--tensor-model-parallel-size", "4"), 1)
     assert "does not divide the key-value heads (2); possible for the student: 1, 2" in error
     assert "at most one stage per layer" in workshop.fail(workshop.argv("--pipeline-model-parallel-size", "5"))
-    assert "--qad-loss 'mze': unknown loss 'mze'; did you mean 'mse'?" in workshop.fail(
+    assert "--qad-loss 'mze': unknown loss 'mze', expected one of kl, " in workshop.fail(
         workshop.argv("--qad-loss", "mze")
     )
     error = workshop.fail(workshop.argv("--qad-weight-scale-rule", "min"))
