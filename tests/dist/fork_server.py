@@ -90,7 +90,8 @@ class ForkServer:
         if not reply:
             raise JobFailed(f"the fork server died:\n{(self.directory / 'server.log').read_text()[-6000:]}")
         codes = json.loads(reply)
-        output = "\n".join(_log_file(log, rank).read_text() for rank in range(nproc))
+        logs = [_log_file(log, rank) for rank in range(nproc)]
+        output = "\n".join(file.read_text() for file in logs if file.exists())  # a rank may be killed before it has one
         if fails is not None and fails != any(codes):
             raise JobFailed(f"{function} on {nproc} ranks: exit statuses {codes}\n{output[-12000:]}")
         return output
