@@ -24,11 +24,12 @@ from megatron_qad.report.sensitivity_report import write_sensitivity  # noqa: E4
 from megatron_qad.training.sensitivity import Probe, group_into_units, measure, policy_document, propose  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
+EPILOG = "All flags of pretrain_qad.py are accepted as well; its --help lists them."
 FORMATS = ("nvfp4", "nvfp4-w4a16", "fp8", "int4-w4a16")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, epilog=EPILOG)
     parser.add_argument(
         "--output", type=Path, required=True, help="output directory for the table, the plot and policy.yaml"
     )

@@ -31,6 +31,7 @@ from megatron_qad.training.job import QADJob  # noqa: E402
 from megatron_qad.training.smoothing_pass import smooth  # noqa: E402
 from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
 
+EPILOG = "All flags of pretrain_qad.py are accepted as well; its --help lists them."
 REUSE = "succeed without work if --output is complete and was made from the same inputs; fail if from other inputs"
 ALPHA = (
     "smoothing strength, above 0 and up to 1: share of a channel's range (log scale) moved into weights (default: 0.5)"
@@ -38,7 +39,7 @@ ALPHA = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, epilog=EPILOG)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint directory to write; new or empty")
     parser.add_argument("--alpha", type=float, default=0.5, help=ALPHA)
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
