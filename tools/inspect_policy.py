@@ -1,4 +1,6 @@
-"""Show a model's formats under a policy: ``python tools/inspect_policy.py --hf-model DIR --policy nvfp4-all-linear``.
+"""Show which format a policy gives each layer of a model.
+
+    python tools/inspect_policy.py --hf-model DIR --policy nvfp4-all-linear
 
 Reads only DIR/config.json. Prints every linear with its format and size, the totals, and the exclusion list of the
 export. With --tensors: prints every tensor of the exported checkpoint with its size.

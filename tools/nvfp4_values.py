@@ -1,4 +1,4 @@
-"""Test values that are hard for NVFP4 kernels, and a bitwise comparison with the reference."""
+"""Difficult test inputs for NVFP4 kernels, and a bitwise comparison with the reference."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ def hard_values(rows: int, dim: int, dtype: torch.dtype, seed: int, exponent: in
 
 
 def differing_values(ours: Tensor, reference: Tensor) -> int:
-    """Count the values of two tensors of equal shape and float dtype whose bits differ, on ``reference``'s device.
+    """Count the elements whose bits differ in two tensors of equal shape and float dtype, on ``reference``'s device.
 
     Zeros of different sign differ.
     """

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def parse_runs(pairs: list[str]) -> dict[str, str]:
-    """Parse ["PTQ=DIR", ...] to {"PTQ": "DIR", ...}."""
+    """Parse ["PTQ=DIR", ...] into {"PTQ": "DIR", ...}."""
     runs = {}
     for pair in pairs:
         name, _, directory = pair.partition("=")

@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             document = policy_document(units, chosen, linears)
             (options.output / "policy.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     for fmt in options.formats:
-        print_rank_0(f"everything in {fmt}: KL {measured.everything[fmt]:.5g} over {measured.num_tokens} tokens")
+        print_rank_0(f"all layers in {fmt}: KL {measured.everything[fmt]:.5g} over {measured.num_tokens} tokens")
     if chosen is not None:
         print_rank_0(f"proposal: KL {proposal_kl:.5g}")
     print_rank_0(f"wrote sensitivity.md, .png and .json{', policy.yaml' if chosen else ''} to {options.output}")

@@ -1,4 +1,4 @@
-"""Smooths activation outliers: moves powers of two from activations into weights; both then quantize better to NVFP4.
+"""Smooths activation outliers by moving powers of two from activations into weights. Both then quantize better.
 
     torchrun --nproc-per-node N tools/smooth.py --output SMOOTHED [--alpha 0.5] \
       --qad-teacher CKPT --data-path DATA ...        (Megatron's and pretrain_qad.py's flags)
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     config = read_command_line([*job_argv, "--eval-iters", "0", "--qad-layer-spec", "local"], trains=False)
     options, formats = config.options, config.formats
     if options.qad_teacher is None or options.qad_student is not None:
-        raise QADError("expected --qad-teacher, the model to smooth, and no --qad-student. Change the flags.")
+        raise QADError(
+            "smoothing takes one model, given by --qad-teacher, and no --qad-student. Leave --qad-student out."
+        )
     if not any(map(has_smoothed_input, formats.values())):
         raise QADError(
             f"--qad-policy {options.qad_policy} quantizes no activation to NVFP4, so there is nothing to smooth. "
@@ -62,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     record = provenance.smoothing_provenance(iteration_to_read(options.qad_teacher), settings, formats)
     if tool_args.reuse_existing and (tool_args.output / TRACKER).is_file():
         provenance.check_same_provenance(tool_args.output, SMOOTHING_FILE, record)
-        return print_rank_0(f"{tool_args.output} is there already")
+        return print_rank_0(f"{tool_args.output} already exists and is up to date")
     initialize_megatron()
     with lock_output(tool_args.output):
         smooth_and_write(job, tool_args, record)

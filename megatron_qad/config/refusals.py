@@ -15,6 +15,7 @@ from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.iterations import iteration_of, saved_iterations
 from megatron_qad.formats.block_scales import SCALE_RULES
+from megatron_qad.formats.format import check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families.base import ParamMapping
 
@@ -72,12 +73,7 @@ def check_blocks(flags: MegatronFlags, linears: Sequence[ParamMapping], formats:
         fmt = FORMATS[formats.get(linear.megatron, UNQUANTIZED.name)]
         is_row_parallel = linear.megatron_module.endswith(_ROW_PARALLEL)
         ranks = (flags.expert_tensor_parallel_size or tp) if linear.kind == "expert" else tp
-        columns = linear.shape[1] // (ranks if is_row_parallel else 1)
-        if columns % fmt.block_size:
-            raise QADError(
-                f"{linear.megatron}: its shard has {columns} columns; {fmt.name} needs a multiple of {fmt.block_size}. "
-                "Choose a smaller tensor-parallel size, or another format for this layer."
-            )
+        check_columns(linear.megatron, linear.shape[1] // (ranks if is_row_parallel else 1), fmt)
 
 
 def check_tokenizer(flags: MegatronFlags) -> None:

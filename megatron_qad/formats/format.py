@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import NotRepresentableError, neighbours, tensor_amax
 
 BF16_BITS = 16
@@ -124,15 +125,18 @@ class NumberFormat:
         # Fake quantization preserves the amax, and so the scale, of 16-bit dtypes. A float32 amax can change by an ulp.
         is_sure = all(weight.dtype != torch.float32 for weight in weights)
         for candidate in [scale] if is_sure else neighbours(scale):
-            packed = []
-            for weight in weights:
-                codes = self.exact_codes(weight, candidate, name=name)
-                if codes is None:
-                    break
-                packed.append(codes)
-            else:
-                return candidate, packed
+            if (codes := self._pack_with(candidate, weights, name)) is not None:
+                return candidate, codes
         return scale, None
+
+    def _pack_with(self, scale: Tensor, weights: Sequence[Tensor], name: str) -> list[dict[str, Tensor]] | None:
+        """Return the exact codes of each weight; None at the first weight that has none."""
+        packed = []
+        for weight in weights:
+            if (codes := self.exact_codes(weight, scale, name=name)) is None:
+                return None
+            packed.append(codes)
+        return packed
 
     def rounded(self, weight: Tensor, scale: Tensor, *, name: str, rule: str = "max") -> Tensor:
         """Return a fake-quantized copy of ``weight``."""
@@ -193,6 +197,15 @@ class LinearFormat:
         bits = BF16_BITS if self.weight is None else self.weight.bits
         each = (0 if self.weight is None else self.weight.tensor_bytes) + SCALE_BYTES * (self.input is not None)
         return int(rows * columns * bits / 8) + each * num_linears
+
+
+def check_columns(name: str, columns: int, fmt: NumberFormat | LinearFormat) -> None:
+    """Raise QADError unless a weight's shard ``name`` with this number of columns consists of complete blocks."""
+    if columns % fmt.block_size:
+        raise QADError(
+            f"{name}: its shard has {columns} columns; {fmt.name} needs a multiple of {fmt.block_size}. Choose a "
+            "smaller tensor-parallel size, or another format for this layer."
+        )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ values would change after training, by up to two units in the last place. Packed
 pack-quantized. The figures are checked in ``tests/unit/formats/test_int4.py``.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -51,9 +49,7 @@ def quantize(x: Tensor, *, name: str = "tensor", check: bool = True) -> tuple[Te
         ([-7, 0, 7], [9.125])
     """
     groups = _groups(x, name)
-    scales = _scales(groups)
-    if check and not bool(torch.isfinite(scales).all()):
-        check_finite(x, name, "INT4")
+    scales = _scales(groups, x, name, check)
     return _codes(groups, scales).reshape(x.shape), scales.bfloat16()
 
 
@@ -69,9 +65,7 @@ def fake_quant_(x: Tensor, *, name: str = "tensor", check: bool = True) -> Tenso
     groups = _groups(x, name).view(-1, GROUP_SIZE)
     for part in tile_slices(groups):
         tile = groups[part].float()
-        scales = _scales(tile).unsqueeze(-1)
-        if check and not bool(torch.isfinite(scales).all()):
-            check_finite(x, name, "INT4")
+        scales = _scales(tile, x, name, check).unsqueeze(-1)
         codes = (tile / scales).round_().clamp_(-MAX_CODE, MAX_CODE)
         groups[part] = codes.mul_(scales).add_(0.0)  # -0.0 becomes 0.0, as in dequantize
     return x
@@ -97,16 +91,14 @@ def exact_codes(weight: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor
     codes = torch.empty(groups.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty(len(groups), dtype=torch.bfloat16, device=weight.device)
     for part in tile_slices(groups):
-        if not _find_codes(groups[part], codes[part], scales[part], lambda: check_finite(weight, name, "INT4")):
+        if not _find_codes(groups[part], _scales(groups[part], weight, name), codes[part], scales[part]):
             return None
     return codes.reshape(weight.shape), scales.reshape(*weight.shape[:-1], -1)
 
 
-def _find_codes(groups: Tensor, codes: Tensor, scales: Tensor, refuse: Callable[[], None]) -> bool:
-    """Write the exact codes and scales of a tile [groups, 128]; False if a group has none."""
-    first = _scales(groups)
-    if not bool(torch.isfinite(first).all()):
-        refuse()
+def _find_codes(groups: Tensor, first: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """Write the exact codes and scales of a tile [groups, 128], near the scales ``first``; False if a group has
+    none."""
     missing = torch.ones_like(first, dtype=torch.bool)
     for offset in (0, -1, 1):
         candidate = (first.bfloat16().view(torch.int16) + offset).view(torch.bfloat16).float().clamp_(min=SCALE_MIN)
@@ -139,11 +131,13 @@ def _groups(x: Tensor, name: str) -> Tensor:
     return x.detach().unflatten(-1, (-1, GROUP_SIZE))
 
 
-def _scales(groups: Tensor) -> Tensor:
-    """Return float32 [..., K / 128] that hold BF16 numbers; NaN or Inf where the group has one."""
+def _scales(groups: Tensor, x: Tensor, name: str, check: bool = True) -> Tensor:
+    """Return float32 [..., K / 128] that hold BF16 numbers. NaN or Inf in ``groups``, a part of ``x``, raises."""
     amax = groups.abs().amax(-1).float()
     # torch on CUDA multiplies by the reciprocal of a Python number, which can be an ulp off; a tensor is divided by.
     scales = (amax / torch.full_like(amax, MAX_CODE)).bfloat16().float().clamp_(min=SCALE_MIN)
+    if check and not bool(amax.isfinite().all()):
+        check_finite(x, name, "INT4")
     return torch.where(amax.isfinite(), scales.clamp_(max=SCALE_MAX), amax)
 
 

@@ -57,12 +57,7 @@ class INT4Numbers(NumberFormat):
 
     def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         scale = torch.ones((), dtype=torch.float32)  # no per-tensor scale, so no neighbours to try
-        packed = []
-        for weight in weights:
-            if (codes := self.exact_codes(weight, scale, name=name)) is None:
-                return scale, None
-            packed.append(codes)
-        return scale, packed
+        return scale, self._pack_with(scale, weights, name)
 
     @staticmethod
     def _stored(x: Tensor, codes: Tensor, scales: Tensor) -> dict[str, Tensor]:

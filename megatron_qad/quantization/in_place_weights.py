@@ -16,8 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.format import NumberFormat
+from megatron_qad.formats.format import NumberFormat, check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.formats.nvfp4_multi_tensor import amax_list
 from megatron_qad.quantization.names import is_expert, named_modules_globally
@@ -58,7 +57,7 @@ class InPlaceWeights:
             for name, module in named_modules_globally(chunk):
                 number_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].weight
                 if number_format is not None:
-                    _check_columns(f"{name}.weight", module.weight, number_format)
+                    check_columns(f"{name}.weight", module.weight.shape[-1], number_format)
                     parameters[f"{name}.weight"] = module.weight
                     self._number_formats[f"{name}.weight"] = number_format
         self.formats = {name: number_format.name for name, number_format in self._number_formats.items()}
@@ -158,11 +157,3 @@ class InPlaceWeights:
             torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX, group=group)
             amaxes[indices] = shared
         return amaxes
-
-
-def _check_columns(name: str, weight: torch.Tensor, number_format: NumberFormat) -> None:
-    if weight.shape[-1] % number_format.block_size:
-        raise QADError(
-            f"{name}: its shard on this rank has {weight.shape[-1]} columns; {number_format.name} needs a multiple of "
-            f"{number_format.block_size}. Choose a smaller tensor-parallel size, or another format for this layer."
-        )

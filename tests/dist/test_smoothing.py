@@ -186,7 +186,7 @@ def test_reuse_existing_keeps_an_equal_output(shop, smoothed):
     output = shop.directory / "llama bf16"
     before = (output / "latest_checkpointed_iteration.txt").stat().st_mtime_ns
     flags = ["--qad-calibration-samples", "8", "--reuse-existing"]
-    assert "is there already" in shop("smooth", output, "llama bfloat16", *flags)
+    assert "already exists and is up to date" in shop("smooth", output, "llama bfloat16", *flags)
     assert "was made from checkpoint llama bfloat16" in shop("smooth", output, "llama float32", *flags, fails=True)
     assert "alpha 0.25" in shop("smooth", output, "llama bfloat16", *flags, "--alpha", "0.25", fails=True)
     assert "--reuse-existing" in shop("smooth", output, "llama bfloat16", *flags, "--seed", "7", fails=True)

@@ -84,7 +84,7 @@ def _format_line(step: int, num_steps: int, ranks: list[tuple[float, float, str]
             f"mean of the last {num_steps}",
             f"slowest: rank {slowest} on {ranks[slowest][2]}, {ranks[slowest][0]:.4g} s",
             f"fastest: {min(seconds for seconds, _, _ in ranks):.4g} s",
-            f"waited for: rank {awaited} on {ranks[awaited][2]}, which waits {ranks[awaited][1]:.4g} s",
-            f"the median rank: {waits[len(waits) // 2]:.4g} s",
+            f"waited for: rank {awaited} on {ranks[awaited][2]} (its own wait: {ranks[awaited][1]:.4g} s)",
+            f"median wait: {waits[len(waits) // 2]:.4g} s",
         )
     )
