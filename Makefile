@@ -5,11 +5,8 @@ VENV ?= .venv
 SHELL := /bin/bash
 BIN = $(abspath $(VENV))/bin
 RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# Runs the tests in two processes (distributed by tests/conftest.py), then those that measure times on their own.
-RUN_TESTS = export PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false; status=0; set -x; \
-	pytest -q tests --ignore tests/te -n 2 --dist loadfile -m '$(1) not alone' || status=1; \
-	pytest -q tests/dist -m '$(1) alone' || status=1; \
-	exit $$status
+# Runs the tests in two processes (distributed by tests/conftest.py).
+RUN_TESTS = $(RUN) pytest -q tests --ignore tests/te -n 2 --dist loadfile
 
 .PHONY: demo tiny-hybrid test test-all test-kill unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env
 
@@ -24,11 +21,11 @@ tiny-hybrid: env
 	$(RUN) examples/tiny_hybrid/run.sh $(HYBRID_DIR)
 
 test: env lint
-	@$(call RUN_TESTS,not all and)
+	$(RUN_TESTS)
 
 # Also runs the slow tests that make test leaves out.
 test-all: env lint
-	@$(call RUN_TESTS,)
+	$(RUN_TESTS) -m 'all or not all'
 
 # Kills jobs at thirty random moments, in steps, saves and exports, and writes the results to docs/. Takes minutes.
 test-kill: env
