@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from megatron_qad.engine import QADError, init_runtime
+from megatron_qad.engine import entry_point, init_runtime
 
 init_runtime(for_compute=True)  # selects the CPU backend if there is no GPU; must run before megatron is imported
 
@@ -81,7 +81,4 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

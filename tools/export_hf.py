@@ -1,11 +1,10 @@
 """Export to Hugging Face: ``python tools/export_hf.py --checkpoint DIR --output DIR --layout modelopt``."""
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 
-from megatron_qad.engine import QADError, init_runtime
+from megatron_qad.engine import entry_point, init_runtime
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 
 REUSE = "succeed without exporting if --output is a complete export of this iteration in this layout; otherwise fail"
@@ -53,7 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

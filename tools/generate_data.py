@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts  # noqa: E402
-from megatron_qad.engine import QADError  # noqa: E402
+from megatron_qad.engine import QADError, entry_point  # noqa: E402
 
 
-def main() -> int:
+def main() -> None:
     defaults = GenerateOptions(num_documents=1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory with model and tokenizer")
@@ -34,19 +34,14 @@ def main() -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     arguments = vars(parser.parse_args())
     model, output, prompts_file, device = (arguments.pop(k) for k in ("model", "output", "prompts", "device"))
-    try:
-        prompts = read_prompts(prompts_file) if prompts_file else None
-        if arguments["num_documents"] is None:
-            if prompts is None:
-                raise QADError("--num-documents is needed without --prompts. Give a number.")
-            arguments["num_documents"] = len(prompts)
-        written = generate_documents(model, prompts, output, GenerateOptions(**arguments), device=device)
-    except QADError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    prompts = read_prompts(prompts_file) if prompts_file else None
+    if arguments["num_documents"] is None:
+        if prompts is None:
+            raise QADError("--num-documents is needed without --prompts. Give a number.")
+        arguments["num_documents"] = len(prompts)
+    written = generate_documents(model, prompts, output, GenerateOptions(**arguments), device=device)
     print(f"{output}: {written} documents written, {arguments['num_documents']} in total")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run(main)

@@ -1,10 +1,9 @@
 """Import a Hugging Face model: ``python tools/import_hf.py --hf-model DIR --output CHECKPOINT [--dtype bfloat16]``."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from megatron_qad.engine import QADError, init_runtime
+from megatron_qad.engine import entry_point, init_runtime
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE, TRACKER
 
 DTYPES = ("bfloat16", "float32")
@@ -36,7 +35,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

@@ -8,9 +8,8 @@ export. With --tensors: prints every tensor of the exported checkpoint with its 
 
 import argparse
 import json
-import sys
 
-from megatron_qad.engine import QADError
+from megatron_qad.engine import entry_point
 
 
 def main() -> None:
@@ -49,7 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

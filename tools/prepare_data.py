@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_qad.data.prepare import PrepareOptions, prepare_data  # noqa: E402
 from megatron_qad.data.sources import JSON_KEYS  # noqa: E402
-from megatron_qad.engine import QADError, init_runtime  # noqa: E402
+from megatron_qad.engine import entry_point, init_runtime  # noqa: E402
 
 EPILOG = """
 A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, optionally with "tools"). Messages are
@@ -67,22 +67,17 @@ def parse_options() -> PrepareOptions:
     return PrepareOptions(**vars(parser.parse_args()))
 
 
-def main() -> int:
+def main() -> None:
     options = parse_options()
-    try:
-        init_runtime()  # must run before Megatron, whose index writer is used, is imported
-        metadata = prepare_data(options)
-    except QADError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    init_runtime()  # must run before Megatron, whose index writer is used, is imported
+    metadata = prepare_data(options)
     print(
         f"{options.output}: {metadata.documents} documents ({metadata.chat_documents} chats), {metadata.tokens} "
         f"tokens, {metadata.supervised_tokens} of them count in the loss, {metadata.unknown_tokens} unknown; "
         f"vocabulary {metadata.vocab_size} ({metadata.tokenizer_name}); {metadata.blank_lines} blank lines, "
         f"{metadata.bad_lines} bad lines" + (f", listed in {options.output}.bad.txt" if metadata.bad_lines else "")
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run(main)

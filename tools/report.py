@@ -1,9 +1,8 @@
 """Write a run report: ``python tools/report.py --run PTQ=DIR --run QAD=DIR --teacher CHECKPOINT --output DIR``."""
 
 import argparse
-import sys
 
-from megatron_qad.engine import QADError, init_runtime
+from megatron_qad.engine import QADError, entry_point, init_runtime
 
 
 def main() -> None:
@@ -55,7 +54,4 @@ def parse_runs(pairs: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

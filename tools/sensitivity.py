@@ -7,10 +7,9 @@ Measures the model of --qad-teacher on the validation split. Candidates are the 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from megatron_qad.engine import QADError, init_runtime
+from megatron_qad.engine import QADError, entry_point, init_runtime
 from megatron_qad.engine.run_directory import atomic_checkpoint, locks
 
 init_runtime(for_compute=True)
@@ -77,7 +76,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

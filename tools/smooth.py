@@ -9,10 +9,9 @@ are measured on --qad-calibration-samples sequences of the training split.
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
-from megatron_qad.engine import QADError, init_runtime
+from megatron_qad.engine import QADError, entry_point, init_runtime
 
 init_runtime(for_compute=True)
 
@@ -99,7 +98,4 @@ def calibration_text(args: argparse.Namespace) -> list:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QADError as error:
-        sys.exit(f"error: {error}")
+    entry_point.run(main)

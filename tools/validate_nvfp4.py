@@ -1,9 +1,9 @@
 """Validate an exported NVFP4 checkpoint: print one line per issue and a summary; exit with 1 if there are issues."""
 
 import argparse
-import sys
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
+from megatron_qad.engine import entry_point
 
 
 def main() -> int:
@@ -19,4 +19,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry_point.run(main)

@@ -1,6 +1,5 @@
 """Read a Hugging Face model directory tensor by tensor; errors name the damaged file or tensor."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_qad.checkpoint.hf_writer import COPIED_FILES
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_json
 
 PASSTHROUGH_FILE = "passthrough.safetensors"
 """File in a checkpoint's ``hf/`` with the tensors that are not part of the Megatron model."""
@@ -84,19 +84,6 @@ class HFReader:
             return handle.get_tensor(self._stored_names.get(name, name))
         except SafetensorError as error:
             raise QADError(f"{self._files[name]}: cannot read {name}: {error}. Download it again.") from error
-
-
-def read_json(file: Path) -> dict:
-    """Read a JSON object. Raises QADError if the file is missing or has something else."""
-    try:
-        content = json.loads(file.read_text())
-    except OSError as error:
-        raise QADError(f"{file}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise QADError(f"{file}: not valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise QADError(f"{file}: expected a JSON object, found a {type(content).__name__}.")
-    return content
 
 
 def declared_dtype(config: dict) -> torch.dtype | None:

@@ -5,9 +5,8 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_yaml
 
 
 def expand(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
@@ -33,10 +32,7 @@ def expand(argv: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
 def _read_flags(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     if not file.is_file():
         raise QADError(f"--config {file}: no such file. Check the path.")
-    try:
-        options = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise QADError(f"--config {file}: not valid YAML: {error}") from error
+    options = read_yaml(file, f"--config {file}")
     if not isinstance(options, dict):
         raise QADError(f"--config {file}: expected a mapping of option names to values, found {type(options).__name__}")
     valid = {option: action for action in parser._actions for option in action.option_strings}

@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
 from megatron_qad.distillation.loss_registry import REGISTRY, Loss, losses_of_type
 from megatron_qad.distillation.vocab_parallel import LogitLoss
 from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, did_you_mean
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_yaml
 
 
 def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
@@ -124,10 +123,7 @@ def _literal(node: ast.expr):
 def _read_yaml(file: Path) -> list[_ParsedTerm]:
     if not file.is_file():
         raise QADError("no such file.")
-    try:
-        entries = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise QADError(f"not valid YAML: {error}") from error
+    entries = read_yaml(file, file.name)
     if not (isinstance(entries, list) and entries and all(isinstance(e, Mapping) and "loss" in e for e in entries)):
         raise QADError("expected a list of mappings, each with the key 'loss'.")
     terms = []

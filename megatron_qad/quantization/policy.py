@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_yaml
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.quantization.rules import (
     KINDS,
@@ -59,10 +58,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-polic
             f"no quantization policy {policy!r}{did_you_mean(policy, shipped)}. Give an existing YAML file or "
             f"one of {', '.join(shipped)}."
         )
-    try:
-        document = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise QADError(f"{path}: not valid YAML: {error}. Correct the file.") from error
+    document = read_yaml(path, str(path))
     if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
         raise QADError(f"{path}: a policy needs a list named 'rules'; found {document!r:.200}.")
     for key in document:

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qad.checkpoint.hf_reader import read_json
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, exclusions
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_json
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
