@@ -226,6 +226,11 @@ def _check_names_and_shapes(
     for prefix in model.required:
         if not any(name.startswith(prefix) for name in shards.tensors):
             result.add(f"{prefix}*", "is missing; expected tensors with this prefix outside the language model")
+    _check_one_format_per_group(model, result)
+
+
+def _check_one_format_per_group(model: Inventory, result: ValidationResult) -> None:
+    """Report linears whose format differs from that of the linears that servers compute together with them."""
     for group in model.fused:
         parts = [module for module in group if module in result.quantized]
         if 0 < len(parts) < len(group):
@@ -239,3 +244,12 @@ def _check_names_and_shapes(
                     module,
                     f"is {result.quantized[module]}, but {parts[0]} is {first}; expected one format, servers fuse them",
                 )
+    for group in model.experts:
+        first = group[0]
+        if differ := [module for module in group if result.quantized.get(module) != result.quantized.get(first)]:
+            found, expected = (result.quantized.get(module, UNQUANTIZED.name) for module in (differ[0], first))
+            result.add(
+                differ[0],
+                f"is {found}, but {first} is {expected} ({len(differ)} of {len(group)} linears of this layer's experts "
+                "differ); expected one format for all experts of a layer, servers compute them together",
+            )
