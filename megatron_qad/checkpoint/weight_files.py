@@ -19,7 +19,7 @@ _NOT_READ = {
     "adapter_model*.safetensors": "an adapter (LoRA), not a model. Merge it into its base model with PEFT's "
     "merge_and_unload() and give the saved result.",
     "consolidated*.safetensors": "Mistral's own format. Give a directory in the Hugging Face format.",
-    "model.*.safetensors": "a variant, which loaders read only on request. Rename it to model.safetensors to import it.",
+    "model.*.safetensors": "a variant, which loaders read on request only. Rename it to model.safetensors.",
 }
 """Patterns of files that loaders do not read beside the model's own, and what to do if there is nothing else."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -137,6 +137,6 @@ def _advice(directory: Path) -> str:
 
 def _disagree(directory: Path, first: str, second: str) -> QADError:
     return QADError(
-        f"{directory}: loaders disagree: transformers reads {first}, vLLM reads {second}. Remove the set of weights that "
-        "is not to be imported."
+        f"{directory}: loaders disagree: transformers reads {first}, vLLM reads {second}. Remove the set of weights "
+        "that is not to be imported."
     )
