@@ -116,7 +116,7 @@ def find_quantization(directory: Path, config: dict, dtypes: Mapping[str, str]) 
             f"Remove {key} if these are the weights of the BF16 model."
         )
     if others or (declared or {}).get("quant_method") not in (None, "fp8"):
-        name, method = next(iter(others.items()), (min(fp8_weights), "FP8"))
+        name, method = next(iter((others or {min(fp8_weights): "FP8"}).items()))
         raise QADError(
             f"{directory}: is quantized ({_method(declared) if declared else method}), for example {name} "
             f"({dtypes.get(name)}{f', without {name}{SCALE}' if scales else ''}). Give the BF16 model that it was made "

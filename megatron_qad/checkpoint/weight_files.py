@@ -86,7 +86,11 @@ def _indexed(index: Path) -> list[str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         found = (
-            "none" if weight_map is None else "an empty one" if weight_map == {} else f"a {type(weight_map).__name__}"
+            "none"
+            if weight_map is None
+            else "an empty one"
+            if weight_map == {}
+            else f"a value of type {type(weight_map).__name__}"
         )
         raise QADError(
             f"{index}: no weight_map from tensor names to file names; found {found}. Expected the index that "

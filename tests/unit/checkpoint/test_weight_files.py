@@ -156,8 +156,8 @@ def test_file_chosen_by_the_config_is_ambiguous(model):
     [
         (None, "no weight_map .*; found none"),
         ({}, "found an empty one"),
-        ([SINGLE], "found a list"),
-        (3, "found a int"),
+        ([SINGLE], "found a value of type list"),
+        (3, "found a value of type int"),
         ({NORM: 3}, f"{NORM} is listed in 3, expected the name of a .safetensors file"),
         ({NORM: None}, f"{NORM} is listed in None, expected"),
         ({NORM: "pytorch_model.bin"}, "is listed in 'pytorch_model.bin', expected the name of a .safetensors file"),
