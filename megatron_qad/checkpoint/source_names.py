@@ -30,8 +30,15 @@ def resolve(reader: HFReader, maps: Sequence[ParamMapping]) -> None:
     unexpected = reader.names - expected - set(passthrough_names(reader))
     unexpected = {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
     if unexpected:
+        first = min(unexpected)
+        prefix = next((first.removesuffix(name) for name in sorted(expected) if first.endswith(f".{name}")), None)
+        advice = (
+            f"Remove the prefix {prefix!r} from the names; torch.compile, DDP and PEFT add such prefixes."
+            if prefix
+            else "Check the architecture in config.json, or download the model again."
+        )
         raise QADError(
-            f"{reader.directory}: {len(unexpected)} tensors are not part of the model, first {sorted(unexpected)[0]!r}."
+            f"{reader.directory}: {len(unexpected)} tensors are not part of the model, first {first!r}. {advice}"
         )
     if missing := expected - reader.names:
         _raise_missing(reader, missing, next((m.hf[0] for m in maps if m.kind == "head"), None))

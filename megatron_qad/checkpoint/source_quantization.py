@@ -45,7 +45,7 @@ _ENDINGS = {
 }
 """Endings of the names of tensors that only quantized models have."""
 _UNUSED = "activation_scale"
-"""Ending of the input scales beside FP8 weights, which the weights do not depend on."""
+"""Ending of the input scales next to FP8 weights, which the weights do not depend on."""
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 

@@ -21,7 +21,7 @@ _NOT_READ = {
     "consolidated*.safetensors": "Mistral's own format. Give a directory in the Hugging Face format.",
     "model.*.safetensors": "a variant, which loaders read on request only. Rename it to model.safetensors.",
 }
-"""Patterns of files that loaders do not read beside the model's own, and what to do if there is nothing else."""
+"""Patterns of files that loaders do not read next to the model's own, and what to do if there is nothing else."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _OTHER_FORMATS = ("*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.nemo")
 

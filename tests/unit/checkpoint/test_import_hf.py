@@ -22,6 +22,7 @@ import tiny_hybrids  # noqa: E402
 import tiny_job  # noqa: E402
 import tiny_models  # noqa: E402
 
+from megatron_qad.checkpoint import provenance  # noqa: E402
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
 from megatron_qad.checkpoint.import_hf import _read, copy_assets, import_hf  # noqa: E402
@@ -241,6 +242,19 @@ def test_import_is_reused_only_for_the_same_model(damaged, tmp_path, tool):
     (target / "qad_import.json").unlink()
     with pytest.raises(QADError, match=r"target has no provenance record \(qad_import.json\)"):
         tool("import_hf", *flags)
+
+
+def test_record_of_an_import_includes_weights_in_a_subdirectory(damaged):
+    weights = load_file(damaged / WEIGHTS)
+    before = provenance.model_provenance(damaged, "bfloat16")
+    (damaged / "weights").mkdir()
+    (damaged / WEIGHTS).rename(damaged / "weights" / WEIGHTS)
+    index = {"weight_map": dict.fromkeys(weights, f"weights/{WEIGHTS}")}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    first = provenance.model_provenance(damaged, "bfloat16")
+    change_weights(damaged / "weights", lambda weights: weights[Q_PROJ].neg_())
+    second = provenance.model_provenance(damaged, "bfloat16")
+    assert len({record["sha256"] for record in (before, first, second)}) == 3
 
 
 def test_export_is_reused_only_for_the_same_weights(damaged, tmp_path, tool):

@@ -163,3 +163,20 @@ def test_tensor_under_two_names_must_be_the_same(tmp_path, config, alias, name):
 def test_computed_buffers_are_ignored(tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     assert name not in resolved(write(tmp_path / "hf", DENSE, lambda weights: weights | {name: torch.ones(8)}))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "advice"),
+    [
+        ("_orig_mod.", "Remove the prefix '_orig_mod.' from the names"),
+        ("base_model.model.", "Remove the prefix 'base_model.model.' from the names"),
+        ("x.", "Check the architecture in config.json"),
+    ],
+)
+def test_unknown_prefixes_are_named(tmp_path, prefix, advice):
+    def change(weights):
+        for name in list(weights):
+            weights[prefix + (name if prefix != "x." else f"{name}.y")] = weights.pop(name)
+
+    with pytest.raises(QADError, match=f"21 tensors are not part of the model, first '{prefix}.*{advice}"):
+        resolved(write(tmp_path / "hf", DENSE, change))

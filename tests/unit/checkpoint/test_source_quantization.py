@@ -84,7 +84,7 @@ def test_partial_blocks_are_dequantized_by_the_formula(shape, block):
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_scale_for_a_weight_and_input_scales(tmp_path, shape):
-    """Ministral 3 stores scalars, and scales of the inputs beside them."""
+    """Ministral 3 stores scalars, and scales of the inputs next to them."""
 
     def change(name, tensor):
         scales = {

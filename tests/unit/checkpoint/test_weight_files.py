@@ -69,7 +69,7 @@ def test_shards_are_read_as_one_file_is(model, saved):
     assert all(torch.equal(reader.read(name), whole.read(name)) for name in whole.names)
 
 
-def test_single_file_beside_an_index_is_ambiguous(model):
+def test_single_file_next_to_an_index_is_ambiguous(model):
     """transformers takes the single file, vLLM the files of the index."""
     newer = {name: tensor * 2 for name, tensor in load_file(model / SINGLE).items()}
     shard(model)
