@@ -18,6 +18,7 @@ from megatron_qad.checkpoint import finite, provenance
 from megatron_qad.checkpoint.hf_reader import PASSTHROUGH_FILE, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, check_format, kv_scales
+from megatron_qad.checkpoint.source_quantization import without_quantization
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
@@ -72,7 +73,7 @@ def export_hf(
     if layout != "bf16":
         for fmt in sorted(set(formats.values())):
             check_format(fmt, layout, f"{checkpoint}: a linear of its policy")
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config = without_quantization(config)
     if layout != "bf16" and declared_dtype(config) is None:
         config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
     passthrough = read_passthrough(checkpoint / "hf")

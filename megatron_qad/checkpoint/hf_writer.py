@@ -27,7 +27,7 @@ from megatron_qad.checkpoint.layouts import (
     exclusions,
     stored_tensors,
 )
-from megatron_qad.checkpoint.model_directory import copy_files
+from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
@@ -232,6 +232,8 @@ def new_directory(path: str | Path) -> Path:
 def _check_source(source: str | Path | None) -> Path | None:
     if source is not None and not Path(source).is_dir():
         raise QADError(f"{source}: is not a directory. Give the HF checkpoint with the tokenizer and configs to copy.")
+    if source is not None:
+        find_files(Path(source), COPIED_FILES)  # raises now instead of after gigabytes are written
     return None if source is None else Path(source)
 
 

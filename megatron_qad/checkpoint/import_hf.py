@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from megatron_qad.checkpoint import finite, provenance, source_names
 from megatron_qad.checkpoint.hf_reader import ASSETS, PASSTHROUGH_FILE, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.checkpoint.model_directory import copy_files
+from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
 from megatron_qad.checkpoint.source_quantization import without_quantization
 from megatron_qad.engine.distributed import rank_and_size
@@ -90,6 +90,8 @@ def _read(
         (converted tensors of this rank, passthrough tensors on rank 0, number of converted tensors over all ranks).
     """
     reader = HFReader(source)
+    if rank == 0:
+        find_files(source, ASSETS)  # raises now instead of after gigabytes are written
     family = family_of(reader.config)
     family.megatron_args(reader.config)  # raises an error if training could not build the model
     maps = family.tensors(reader.config)

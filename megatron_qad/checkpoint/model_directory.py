@@ -37,19 +37,23 @@ def check_file(directory: Path, file: Path) -> Path:
     return file
 
 
-def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files and directories of ``source`` whose names match ``patterns`` to the existing ``target``.
+def find_files(directory: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files whose names match ``patterns``, and all files in the directories that do.
 
     Raises:
         QADError: see ``check_file``; or a link to a directory, which could contain itself.
     """
-    for path in sorted({path for pattern in patterns for path in source.glob(pattern)}):
-        for part in (path, *path.rglob("*")) if path.is_dir() else (path,):
-            copy = target / part.relative_to(source)
-            if part.is_dir() and not part.is_symlink():
-                copy.mkdir(exist_ok=True)
-            else:
-                shutil.copyfile(check_file(source, part), copy)
+    paths = {path for pattern in patterns for path in directory.glob(pattern)}
+    files = [part for path in paths for part in ((path, *path.rglob("*")) if path.is_dir() else (path,))]
+    return sorted(check_file(directory, file) for file in files if file.is_symlink() or not file.is_dir())
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of ``find_files`` to the existing directory ``target``."""
+    for file in find_files(source, patterns):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _roots(directory: Path) -> list[Path]:

@@ -54,8 +54,13 @@ def _base_model_names(names: Iterable[str], prefix: str, family: Family) -> dict
     """Return {name in a base model: name}; ``prefix`` is that of the base model, such as "language_model.backbone"."""
     outer = prefix.rpartition(".")[0]
     outer = f"{outer}." if outer else ""
-    bare = {name: outer + name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")}
-    return {short: family.aliases.get(name, name) for name, short in bare.items()}
+    inner = {name: name.removeprefix(f"{prefix}.") for name in names if name.startswith(f"{prefix}.")}
+    # transformers 5 calls every base model "model", also Nemotron-H's, which is "backbone" on the hub.
+    return {
+        stem + rest: family.aliases.get(name, name)
+        for name, rest in inner.items()
+        for stem in (outer, f"{outer}model.")
+    }
 
 
 def _tied_heads(family: Family, config: dict, embedding: str) -> dict[str, str]:

@@ -117,10 +117,11 @@ def find_quantization(directory: Path, config: dict, dtypes: Mapping[str, str]) 
         )
     if others or (declared or {}).get("quant_method") not in (None, "fp8"):
         name, method = next(iter((others or {min(fp8_weights): "FP8"}).items()))
+        dtype = str(dtypes.get(name))
+        without = f", without {name}{SCALE}" if scales and name in others and dtype.startswith(_DTYPES) else ""
         raise QADError(
             f"{directory}: is quantized ({_method(declared) if declared else method}), for example {name} "
-            f"({dtypes.get(name)}{f', without {name}{SCALE}' if scales else ''}). Give the BF16 model that it was made "
-            "from."
+            f"({dtype}{without}). Give the BF16 model that it was made from."
         )
     for name in sorted(fp8_weights):
         if dtypes.get(name) != "F8_E4M3":

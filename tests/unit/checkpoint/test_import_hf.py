@@ -298,6 +298,13 @@ def test_export_is_reused_only_for_the_same_weights(damaged, tmp_path, tool):
         tool("export_hf", *flags)
 
 
+def test_link_that_leads_out_is_an_error_before_anything_is_written(damaged, refuses, tmp_path):
+    (tmp_path / "secret").write_text("private")
+    (damaged / "chat_template.jinja").unlink(missing_ok=True)
+    (damaged / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    refuses(damaged, "^[^ ]*chat_template.jinja: leads to [^ ]*secret, which is outside the model directory")
+
+
 def test_fp8_base_model_becomes_a_bfloat16_model(tmp_path, tool):
     """Neither the import's config nor that of an export declares FP8, and both name the architecture with a head."""
     config = tiny_job.LLAMA | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}

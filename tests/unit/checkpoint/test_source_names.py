@@ -94,6 +94,20 @@ def test_alias_of_transformers_is_found_in_a_base_model(tmp_path):
     assert "backbone.embeddings.weight" in resolved(write(tmp_path / "base", config, change))
 
 
+def test_names_of_transformers_modules_are_found(tmp_path):
+    """Without transformers' conversion on saving, as a training script may write them."""
+
+    def change(weights):
+        return {name.replace("backbone.", "model."): tensor for name, tensor in weights.items()}
+
+    expected = resolved(write(tmp_path / "hub", tiny_hybrids.CASES["attention"]))
+    directory = write(tmp_path / "hf", tiny_hybrids.CASES["attention"], change)
+    loaded = tiny_hybrids.by_transformers(directory).state_dict()
+    found = resolved(directory)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor) and torch.equal(loaded[name.replace("backbone.", "model.")], tensor)
+
+
 @pytest.mark.parametrize("config", [DENSE, tiny_hybrids.NEMOTRON_H])
 def test_base_model_without_a_head_is_an_error(tmp_path, config):
     def change(weights):

@@ -82,6 +82,14 @@ def test_partial_blocks_are_dequantized_by_the_formula(shape, block):
     assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu])
+def test_dtypes_of_scales(dtype):
+    """Powers of two, which float8_e8m0fnu can store."""
+    weight, scale = torch.tensor([[3.0, -448.0]]).to(FP8), torch.tensor([[0.25, 4.0]]).to(dtype)
+    actual = FP8Source((1, 1), frozenset(), frozenset()).dequantize(weight, scale, "w")
+    assert torch.equal(actual, torch.tensor([[0.75, -1792.0]]).bfloat16())
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 def test_one_scale_for_a_weight_and_input_scales(tmp_path, shape):
     """Ministral 3 stores scalars, and scales of the inputs next to them."""
@@ -141,6 +149,8 @@ CASES = [
      "is quantized .mxfp4., for example .*gate_up_proj_blocks"),
     ({"quant_method": "fbgemm_fp8"}, fp8(16, 32), "is quantized .fbgemm_fp8., for example .*F8_E4M3"),
     (None, only("weight_scale_2", "weight_scale"), "is quantized .modelopt NVFP4., for example .*weight_scale_2"),
+    (BLOCKS, lambda name, tensor: fp8(16, 32)(name, tensor) | only("k_scale")(name, tensor),
+     "is quantized .fp8, blocks of 16x32., for example .*k_scale .F32.. Give"),
     (None, only("weight_packed"), "is quantized .compressed-tensors., for example .*weight_packed"),
     (None, only("weight.quant_state.bitsandbytes__nf4"), "is quantized .bitsandbytes."),
     (None, only("k_scale", weight=torch.bfloat16), "is quantized .an FP8 KV cache., for example .*k_scale"),
