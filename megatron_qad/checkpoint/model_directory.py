@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_json, read_text
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -41,11 +42,28 @@ def find_files(directory: Path, patterns: Iterable[str]) -> list[Path]:
     """Return the files whose names match ``patterns``, and all files in the directories that do.
 
     Raises:
-        QADError: see ``check_file``; or a link to a directory, which could contain itself.
+        QADError: see ``check_file``; a link to a directory, which could contain itself; a JSON file that is not a JSON
+            object; or a tokenizer.json without a tokenizer model.
     """
     paths = {path for pattern in patterns for path in directory.glob(pattern)}
+    for path in paths:
+        if path.suffix and path.is_dir() and not path.is_symlink():
+            raise QADError(f"{path}: is a directory, expected a file. Download it again.")
     files = [part for path in paths for part in ((path, *path.rglob("*")) if path.is_dir() else (path,))]
-    return sorted(check_file(directory, file) for file in files if file.is_symlink() or not file.is_dir())
+    files = sorted(check_file(directory, file) for file in files if file.is_symlink() or not file.is_dir())
+    for file in files:
+        if file.suffix == ".json":
+            _check_json(file)
+        elif file.suffix == ".jinja":
+            read_text(file)
+    return files
+
+
+def _check_json(file: Path) -> None:
+    """Check the content of a copied file as far as every loader needs it; a server would fail on it much later."""
+    content = read_json(file)
+    if file.name == "tokenizer.json" and not isinstance(content.get("model"), dict):
+        raise QADError(f"{file}: no object 'model', which every tokenizer.json has. Download it again.")
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:

@@ -70,7 +70,7 @@ def test_tokenizer_and_generation_files_are_copied_but_not_weights(tmp_path):
     (source / "additional_chat_templates").mkdir(parents=True)
     (source / "additional_chat_templates/tool.jinja").write_text("t")
     for name in ("tokenizer.json", "tokenizer.model", "generation_config.json", "chat_template.jinja", "merges.txt"):
-        (source / name).write_text(name)
+        (source / name).write_text('{"model": {}}' if name.endswith(".json") else name)
     for name in ("model.safetensors", "config.json", "training_args.bin"):
         (source / name).write_text("old")
     write(tmp_path / "out", source=source)
