@@ -232,16 +232,15 @@ def _check_documents(writer: DocumentWriter, options: PrepareOptions, bad_path: 
     records = writer.records + writer.bad_lines
     if writer.bad_lines > options.max_bad_fraction * records:
         first = bad_path.read_text(encoding="utf-8").split("\n", 1)[0]
+        verb = "is" if writer.bad_lines == 1 else "are"
         raise QADError(
-            f"{writer.bad_lines} of {count(records, 'record')} {'is' if writer.bad_lines == 1 else 'are'} bad, more than "
-            f"--max-bad-fraction {options.max_bad_fraction} allows. The first: {first}. All are listed in {bad_path}. No data was written. Fix the records or "
-            "allow a larger fraction."
+            f"{writer.bad_lines} of {count(records, 'record')} {verb} bad, more than --max-bad-fraction "
+            f"{options.max_bad_fraction} allows. The first: {first}. All are listed in {bad_path}. No data was "
+            "written. Fix the records or allow a larger fraction."
         )
     if not writer.documents:
-        raise QADError(
-            f"--input {' '.join(options.inputs)} has no document ({count(writer.blank_lines, 'blank line')}). Give other "
-            "files."
-        )
+        blank = count(writer.blank_lines, "blank line")
+        raise QADError(f"--input {' '.join(options.inputs)} has no document ({blank}). Give other files.")
     if not writer.supervised:
         raise QADError(
             f"--input {' '.join(options.inputs)}: no token of its {count(writer.documents, 'document')} "

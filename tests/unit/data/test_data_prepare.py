@@ -76,14 +76,14 @@ def test_file_with_chats_and_texts(write_jsonl, prepared, hf_dir, hf_tokenizer):
 def test_eod_counts_if_the_template_does_not_end_the_answer(make_hf_dir):
     tokenizer = load_tokenizer(make_hf_dir("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"))
     line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    encoded = encode_record(Record("f", 1, True, json.dumps(line).encode()), tokenizer)
+    [encoded] = encode_record(Record("f", 1, True, json.dumps(line).encode()), tokenizer)
     assert encoded.ids[-1] == tokenizer.eod and encoded.mask[-1] == 1
 
 
 BAD = [
     ('{"text": "cut off', "not JSON"),
     ("[1, 2]", "expected a JSON object"),
-    ('{"content": "x"}', "has no 'text' or 'messages'; its keys are ['content']"),
+    ('{"content": "x"}', "has no 'text' or 'messages'; its keys that are not null are ['content']"),
     ('{"text": 3}', "'text' is int"),
     ('{"text": "  "}', "the text is empty"),
     ('{"text": "a", "messages": []}', "has both"),
@@ -98,7 +98,7 @@ BAD = [
 def test_end_of_truncated_text_does_not_count(chat, hf_tokenizer):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it"}]
     line = {"messages": turns} if chat else {"text": "Because it"}
-    complete, truncated = (
+    [complete], [truncated] = (
         encode_record(Record("f", 1, True, json.dumps(line | finish).encode()), hf_tokenizer)
         for finish in ({"finish": "eos"}, {"finish": "length"})
     )
@@ -122,7 +122,7 @@ def test_bad_lines_are_listed_with_reasons(write_jsonl, prepared, hf_dir):
 
 def test_too_many_bad_lines_write_only_their_list(tmp_path, write_jsonl, prepared, hf_dir):
     path = write_jsonl([{"text": "good"}, "broken"])
-    with pytest.raises(QADError, match=r"1 of 2 records are bad.*input.jsonl:2: not JSON"):
+    with pytest.raises(QADError, match=r"1 of 2 records is bad.*input.jsonl:2: not JSON"):
         prepared(path, hf_dir)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.jsonl", "out.bad.txt"]
 
@@ -161,7 +161,7 @@ def test_existing_output_is_replaced_only_with_force(write_jsonl, prepared, hf_d
     text = write_jsonl([{"text": "plain"}])
     with pytest.raises(QADError, match=r"out\.bin.*exists.*--force"):
         prepared(text, hf_dir)
-    with pytest.raises(QADError, match="records are bad"):
+    with pytest.raises(QADError, match="1 of 1 record is bad"):
         prepared(write_jsonl(["broken"], "broken.jsonl"), hf_dir, force=True)
     assert {p: p.read_bytes() for p in output_files(prefix)} == before, (
         "a failed replacement must not change the output"
@@ -225,13 +225,13 @@ def test_the_command_line(tmp_path, write_jsonl, sp_model, monkeypatch, capsys):
     assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}, "bad"]), *common) == 1
     assert "input.jsonl:2" in capsys.readouterr().err
     assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}]), *common) == 0
-    assert "1 documents (0 chats)" in capsys.readouterr().out
+    assert "out: 1 document (0 of 0 chats), 3 tokens, 3 of them count in the loss" in capsys.readouterr().out
 
 
 def test_data_without_counted_tokens_is_an_error(prepared, write_jsonl, hf_dir, tmp_path):
     """Every answer is truncated before its first word."""
     messages = [{"role": "user", "content": "Who answers?"}, {"role": "assistant", "content": "<|im_end|>"}]
     questions = write_jsonl([{"messages": messages, "finish": "length"}] * 3)
-    with pytest.raises(QADError, match=r"none of the \d+ tokens of its 3 documents would count in the loss"):
+    with pytest.raises(QADError, match=r"no token of its 3 documents would count in the loss"):
         prepared(questions, hf_dir)
     assert not list(tmp_path.glob("out*"))
