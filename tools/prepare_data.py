@@ -82,11 +82,11 @@ def main() -> None:
     options = parse_options()
     init_runtime()  # must run before Megatron, whose index writer is used, is imported
     metadata = prepare_data(options)
+    chats = f" ({metadata.chat_documents} from {count(metadata.chats, 'chat')})" if metadata.chats else ""
     listed = f", listed in {options.output}.bad.txt" if metadata.bad_lines else ""
     print(
-        f"{options.output}: {count(metadata.documents, 'document')} ({metadata.chat_documents} of "
-        f"{count(metadata.chats, 'chat')}), {count(metadata.tokens, 'token')}, {metadata.supervised_tokens} of them "
-        f"{'counts' if metadata.supervised_tokens == 1 else 'count'} in the loss, {metadata.unknown_tokens} unknown; "
+        f"{options.output}: {count(metadata.documents, 'document')}{chats}, {count(metadata.tokens, 'token')}, "
+        f"{metadata.supervised_tokens} of them in the loss, {metadata.unknown_tokens} unknown; "
         f"vocabulary {metadata.vocab_size} ({metadata.tokenizer_name}); {count(metadata.blank_lines, 'blank line')}, "
         f"{count(metadata.bad_lines, 'bad line')}{listed}"
     )

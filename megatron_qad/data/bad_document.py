@@ -9,7 +9,7 @@ _MAX_REASON = 300
 """Largest number of characters of another library's message that a reason quotes."""
 
 
-class BadDocument(Exception):
+class BadDocument(QADError):
     """Raised if an input record cannot become a document; the list of bad lines shows the message as the reason."""
 
     line_offset = 0
@@ -26,7 +26,7 @@ def failures_are_bad_documents(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BadDocument, QADError):
+    except QADError:
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":

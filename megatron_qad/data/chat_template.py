@@ -15,14 +15,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jinja2
-
 from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
 from megatron_qad.data.chat_messages import Chat
 from megatron_qad.data.time_limit import TimeLimitExceeded, time_limit
 from megatron_qad.engine.errors import QADError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_MAX_TIMEOUTS = 5
+"""Number of chats in a row after whose timeouts the preparation ends: 10,000 of them would take days."""
 
 
 class TemplateLimitExceeded(BadDocument):
@@ -32,45 +33,65 @@ class TemplateLimitExceeded(BadDocument):
 class ChatTemplate:
     """A compiled chat template.
 
-    Attributes:
-        marks_assistant: whether the template marks the assistant's text with ``{% generation %}``.
+    Args:
+        source: the text of the template.
+        variables: the tokenizer's special tokens.
+        owner: names the template in errors.
         max_seconds: processor time that all renderings of one chat may take.
         max_characters: number of characters that one rendering, and all documents of one chat, may have.
 
     Raises:
-        QADError: the template has a syntax error, or exceeds a limit with a chat of two words.
+        QADError: the template has a syntax error, or exceeds a limit even for a chat of two words.
+
+    Attributes:
+        marks_assistant: whether the template marks the assistant's text with ``{% generation %}``.
     """
 
-    max_seconds = 20.0
-    max_characters = 50_000_000
-
-    def __init__(self, source: str, variables: dict[str, Any], owner: str, **limits: float):
-        """``variables`` are the tokenizer's special tokens; ``owner`` names the template in errors."""
+    def __init__(
+        self,
+        source: str,
+        variables: dict[str, Any],
+        owner: str,
+        max_seconds: float = 20.0,
+        max_characters: int = 50_000_000,
+    ):
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
-        vars(self).update(limits)
-        self.owner, self._variables = owner, variables
+        self.owner, self.max_seconds, self.max_characters = owner, max_seconds, max_characters
         self.marks_assistant = _GENERATION_TAG.search(source) is not None
+        self._variables = variables
+        self._timeouts = 0
         try:
-            self._compiled = _compile_jinja_template(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise QADError(f"{owner} has a syntax error{line}: {error}. Correct the template.") from error
-        try:
+            # Compiling computes constant expressions, so it also needs the limit.
+            with self.limit(), failures_are_bad_documents("it cannot be compiled"):
+                self._compiled = _compile_jinja_template(source)
             self._forms = {role: self._content_form(role) for role in ("user", "assistant")}
-        except TemplateLimitExceeded as error:
-            raise QADError(f"{owner} cannot be used, even for a chat of two words: {error}. Correct it.") from error
+        except BadDocument as error:
+            line = getattr(error.__cause__, "lineno", None)
+            where = f"{owner}, line {line}," if line else owner
+            raise QADError(f"{where} cannot be used for any chat: {error}. Correct the template.") from error
 
     @contextlib.contextmanager
     def limit(self) -> Iterator[None]:
-        """Limit the processor time of a block, which renders one chat; beyond it ``BadDocument`` is raised."""
+        """Limit the processor time of a block, which renders one chat.
+
+        Raises:
+            BadDocument: the block took more than ``max_seconds``.
+            QADError: so did the four blocks before.
+        """
         try:
             with time_limit(self.max_seconds):
                 yield
+            self._timeouts = 0
         except TimeLimitExceeded as error:
-            raise TemplateLimitExceeded(
-                f"the chat template does not finish within {self.max_seconds:g} seconds of processor time"
-            ) from error
+            self._timeouts += 1
+            reason = f"does not finish within {self.max_seconds:g} seconds of processor time"
+            if self._timeouts == _MAX_TIMEOUTS:
+                raise QADError(
+                    f"{self.owner} {reason} for {_MAX_TIMEOUTS} chats in a row. Correct the template, or give "
+                    "--multi-turn last if the chats have hundreds of turns."
+                ) from error
+            raise TemplateLimitExceeded(f"the chat template {reason}") from error
 
     def render(self, chat: Chat, end: int, *, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of ``chat.messages[:end]`` and the character ranges inside of ``{% generation %}``.
