@@ -17,8 +17,8 @@ Special tokens in the text of a message become special tokens, as on servers, wh
 Not supported: slow tokenizers (no character offsets) and sentencepiece models (no chat template).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
@@ -34,7 +34,7 @@ class _Rendering:
     """The text of a document and the character ranges of it that count, half-open and ascending."""
 
     text: str
-    spans: list[tuple[int, int]] = field(default_factory=list)
+    spans: list[tuple[int, int]]
 
 
 def encode_chat(
@@ -81,33 +81,76 @@ def _renderings(template: ChatTemplate, chat: Chat, multi_turn: str) -> list[_Re
     turns = chat.assistant_turns()
     renderings: list[_Rendering] = []
     for i in turns[-1:] if multi_turn == "last" else turns:
-        text, marked = template.render(chat, i + 1)
-        start = _start_of_turn(template, chat, i, text)
-        if start is None:
+        turn = _render_turn(template, chat, i)
+        if turn is None:
             continue
-        if not renderings or not text.startswith(renderings[-1].text):
-            renderings.append(_Rendering(text))
-        renderings[-1].text = text
-        if template.marks_assistant:
-            renderings[-1].spans += [(max(a, start), b) for a, b in marked if b > start]
-        else:
-            renderings[-1].spans.append((start, len(text)))
+        if renderings and turn.text.startswith(renderings[-1].text):
+            turn.spans = renderings.pop().spans + turn.spans
+        renderings.append(turn)
         template.check_length(sum(len(r.text) for r in renderings))
     return renderings
 
 
-def _start_of_turn(template: ChatTemplate, chat: Chat, i: int, text: str) -> int | None:
-    """Return where the turn ``chat.messages[i]`` begins in ``text``, the rendering of the messages up to it.
+def _render_turn(template: ChatTemplate, chat: Chat, i: int) -> _Rendering | None:
+    """Render the messages up to the turn ``chat.messages[i]``, of which the turn counts.
 
-    None: the turn does not count, because no user or tool speaks before it and the template cannot render a generation
-    prompt there. Such a greeting was not written by the model.
+    None: it does not count, because no user or tool speaks before it and the template cannot render that. Such a
+    greeting was not written by the model.
     """
     try:
         prompt, _ = template.render(chat, i, prompt=True)
+        text, marked = template.render(chat, i + 1)
     except BadDocument as error:
         if isinstance(error, TemplateLimitExceeded) or {m["role"] for m in chat.messages[:i]} & {"user", "tool"}:
             raise
         return None
+    start = _start_of_turn(template, chat, i, prompt, text)
+    lost = [what for what, part in _parts_of_turn(chat.messages[i]) if part.strip() not in text[start:]]
+    if lost == [_THOUGHT]:
+        return _render_with_thought(template, chat, i, prompt)
+    if lost:
+        raise BadDocument(
+            f"the chat template leaves out {lost[0]} of messages[{i}], so the model could not learn it. Use another "
+            "template, or write the text as the model writes it into 'content'"
+        )
+    spans = [(max(a, start), b) for a, b in marked if b > start] if template.marks_assistant else [(start, len(text))]
+    return _Rendering(text, spans)
+
+
+_THOUGHT = "the thought before </think>"
+
+
+def _parts_of_turn(message: dict) -> Iterator[tuple[str, str]]:
+    """Yield (description, text) of what the model wrote, without tool calls, which templates render in many forms."""
+    content = message["content"]
+    for part in [content] if isinstance(content, str) else [part["text"] for part in content]:
+        *thoughts, answer = part.split("</think>")
+        yield from ((_THOUGHT, thought.split("<think>")[-1]) for thought in thoughts)
+        yield "the content", answer
+    yield "'reasoning_content'", message.get("reasoning_content", "")
+
+
+def _render_with_thought(template: ChatTemplate, chat: Chat, i: int, prompt: str) -> _Rendering:
+    """Render a turn whose thought the template removes even from the last message (DeepSeek R1, Nemotron Super).
+
+    The model wrote the content as it is, so it takes the place of a placeholder.
+    """
+    content = chat.messages[i]["content"]
+    content = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    placeholder = "\ue000placeholder\ue000"  # private-use characters; no template knows them
+    turn = chat.messages[i] | {"content": placeholder}
+    shown, _ = template.render(replace(chat, messages=[*chat.messages[:i], turn]), i + 1)
+    before, *after = shown.split(placeholder)
+    if len(after) != 1:
+        raise BadDocument(f"the chat template leaves out {_THOUGHT} of messages[{i}]. Use another template")
+    if prompt.startswith(before) and "<think>" not in content:
+        before = prompt  # ends with <think>
+    text = before + content + after[0]
+    return _Rendering(text, [(_start_of_turn(template, chat, i, prompt, text), len(text))])
+
+
+def _start_of_turn(template: ChatTemplate, chat: Chat, i: int, prompt: str, text: str) -> int:
+    """Return where the turn ``chat.messages[i]`` begins in ``text``, given the generation prompt before it."""
     if text.startswith(prompt):
         return len(prompt)
     shared = len(commonprefix([prompt, text]))

@@ -141,7 +141,8 @@ class ChatTemplate:
         texts = ("needle", "thread")
         parts = [{"type": "text", "text": text} for text in texts]
         as_string, one, two = (self._try_to_render(role, content) for content in (texts[0], parts[:1], parts))
-        needs_parts = texts[0] not in as_string and texts[0] in one
+        is_printed = "'type'" in one or '"type"' in one
+        needs_parts = texts[0] not in as_string and texts[0] in one and not is_printed
         loops_over_parts = (one == as_string or needs_parts) and all(text in two for text in texts)
         return loops_over_parts, needs_parts
 

@@ -297,10 +297,61 @@ def test_template_variables_of_a_record(with_template):
 def test_greeting_before_the_first_user(with_template):
     """The template refuses to render a prompt without messages, so the model cannot have written the greeting."""
     chat = [{"role": "assistant", "content": "Welcome!"}, *turns(("One", "1"))]
-    refusing = with_template("{% if messages[0].role == 'system' %}{% endif %}" + CHATML)
-    assert counted_runs(refusing, *encode(refusing, chat)) == ["1<|im_end|>"]
+    for refusal in (  # of no message, and of messages without one of the user
+        "{% if messages[0].role == 'system' %}{% endif %}",
+        "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}",
+    ):
+        refusing = with_template(refusal + CHATML)
+        assert counted_runs(refusing, *encode(refusing, chat)) == ["1<|im_end|>"]
+        with pytest.raises(BadDocument, match="no token that could count"):
+            encode(refusing, chat[:1])
     rendering = with_template(CHATML)
     assert counted_runs(rendering, *encode(rendering, chat)) == ["Welcome!<|im_end|>", "1<|im_end|>"]
+
+
+# As DeepSeek R1 and Nemotron Super: thoughts are removed from every message, also from the last one.
+CUTTING = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\nOPEN' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\n"])
+@pytest.mark.parametrize("written", ["", "<think>\n"])
+def test_thoughts_that_the_template_always_removes(with_template, opening, written):
+    """The model wrote them after the generation prompt, so they count."""
+    tokenizer = with_template(CUTTING.replace("OPEN", opening))
+    chat = turns(("One", f"{written}first</think>1"), ("Two", f"{written}second</think>2"))
+    documents = as_text(tokenizer, tokenizer.encode_chat(parse_chat({"messages": chat})))
+    shown = opening or written  # the server's prompt has its opening, and the model's text may have one
+    prefix = "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\n"
+    later = prefix + "1<|im_end|>\n<|im_start|>user\nTwo<|im_end|>\n<|im_start|>assistant\n"
+    assert [text for text, _ in documents] == [
+        f"{prefix}{shown}first</think>1<|im_end|>\n",
+        f"{later}{shown}second</think>2<|im_end|>\n",
+    ]
+    counted = "" if opening else written
+    assert [text for _, text in documents] == [
+        f"{counted}first</think>1<|im_end|>",
+        f"{counted}second</think>2<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "message", "reason"),
+    [
+        (CHATML, {"content": "a", "reasoning_content": "hm"}, r"leaves out 'reasoning_content' of messages\[1\]"),
+        (CHATML.replace("m.content", "m.role"), {"content": "Yes."}, r"leaves out the content of messages\[1\]"),
+        (CHATML.replace("m.content", "m.content[:1]"), {"content": "hm</think>Yes."}, "leaves out"),
+        (CUTTING.replace("m.content.", "'</think>'."), {"content": "hm</think>"}, "leaves out the thought before"),
+        (CUTTING.replace("m.content.", "(m.content * 2)."), {"content": "hm</think>a"}, "leaves out the thought"),
+    ],
+)
+def test_text_of_the_assistant_that_the_template_leaves_out(with_template, source, message, reason):
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant"} | message]
+    with pytest.raises(BadDocument, match=reason):
+        encode(with_template(source), chat)
 
 
 def test_special_tokens_in_messages_become_special_tokens(hf_tokenizer):
