@@ -113,8 +113,21 @@ def _render_turn(template: ChatTemplate, chat: Chat, i: int) -> _Rendering | Non
             f"the chat template leaves out {lost[0]} of messages[{i}], so the model could not learn it. Use another "
             "template, or write the text as the model writes it into 'content'"
         )
-    spans = [(max(a, start), b) for a, b in marked if b > start] if template.marks_assistant else [(start, len(text))]
-    return _Rendering(text, spans)
+    return _after_prompt(prompt, text, start, marked if template.marks_assistant else [(start, len(text))])
+
+
+def _after_prompt(prompt: str, text: str, start: int, spans: list[tuple[int, int]]) -> _Rendering:
+    """Return ``text`` with the spans from ``start``, where it leaves the generation prompt.
+
+    If the prompt opens a thought that the text closes only, the content is what a server returned, without the prompt's
+    end. The prompt is then completed.
+    """
+    rest = text[start:]
+    if "<think>" in prompt[start:] and "</think>" in rest and "<think>" not in rest.split("</think>")[0]:
+        text, shift = prompt + rest, len(prompt) - start
+    else:
+        shift = 0
+    return _Rendering(text, [(max(a, start) + shift, b + shift) for a, b in spans if b > start])
 
 
 _THOUGHT = "the thought before </think>"
@@ -143,10 +156,9 @@ def _render_with_thought(template: ChatTemplate, chat: Chat, i: int, prompt: str
     before, *after = shown.split(placeholder)
     if len(after) != 1:
         raise BadDocument(f"the chat template leaves out {_THOUGHT} of messages[{i}]. Use another template")
-    if prompt.startswith(before) and "<think>" not in content:
-        before = prompt  # ends with <think>
     text = before + content + after[0]
-    return _Rendering(text, [(_start_of_turn(template, chat, i, prompt, text), len(text))])
+    start = _start_of_turn(template, chat, i, prompt, text)
+    return _after_prompt(prompt, text, start, [(start, len(text))])
 
 
 def _start_of_turn(template: ChatTemplate, chat: Chat, i: int, prompt: str, text: str) -> int:

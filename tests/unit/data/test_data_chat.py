@@ -338,6 +338,19 @@ def test_thoughts_that_the_template_always_removes(with_template, opening, writt
     ]
 
 
+@pytest.mark.parametrize("name", ["nemotron", "nemotron_tagged"])
+def test_thoughts_that_the_generation_prompt_opens(with_template, name):
+    """generate_data.py and servers return what follows the prompt, without its <think>."""
+    tagged = NEMOTRON.replace("{{- m.content }}", "{%- generation %}{{- m.content }}{% endgeneration %}")
+    tokenizer = with_template(tagged if name == "nemotron_tagged" else NEMOTRON)
+    chat = turns(("One", "first\n</think>\n\n1"), ("Two", "second\n</think>\n\n2"))
+    documents = as_text(tokenizer, tokenizer.encode_chat(parse_chat({"messages": chat})))
+    render = partial(tokenizer.hf.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    for i, (text, counted) in zip((1, 3), documents, strict=True):
+        assert text == render(chat[:i]) + chat[i]["content"] + "<|im_end|>\n"
+        assert counted.removesuffix("<|im_end|>") == chat[i]["content"]
+
+
 @pytest.mark.parametrize(
     ("source", "message", "reason"),
     [
