@@ -104,6 +104,9 @@ def _render_turn(template: ChatTemplate, chat: Chat, i: int) -> _Rendering | Non
         if isinstance(error, TemplateLimitExceeded) or {m["role"] for m in chat.messages[:i]} & {"user", "tool"}:
             raise
         return None
+    if chat.is_truncated and i == len(chat.messages) - 1 and _is_open_thought(chat.messages[i], prompt):
+        text = prompt + chat.messages[i]["content"]
+        return _Rendering(text, [(len(prompt), len(text))])
     start = _start_of_turn(template, chat, i, prompt, text)
     lost = [what for what, part in _parts_of_turn(chat.messages[i]) if part.strip() not in text[start:]]
     if lost == [_THOUGHT]:
@@ -114,6 +117,14 @@ def _render_turn(template: ChatTemplate, chat: Chat, i: int) -> _Rendering | Non
             "template, or write the text as the model writes it into 'content'"
         )
     return _after_prompt(prompt, text, start, marked if template.marks_assistant else [(start, len(text))])
+
+
+def _is_open_thought(message: dict, prompt: str) -> bool:
+    """Whether a truncated message ends within a thought. A template would take it for an answer without a thought."""
+    content = message["content"]
+    if not isinstance(content, str) or "</think>" in content or message.keys() & {"tool_calls", "reasoning_content"}:
+        return False
+    return content.lstrip().startswith("<think>") or prompt.rstrip().endswith("<think>")
 
 
 def _after_prompt(prompt: str, text: str, start: int, spans: list[tuple[int, int]]) -> _Rendering:

@@ -6,7 +6,7 @@ unchanged record prints ``None`` or ``[{'type': ...`` into the text. What no ser
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_qad.data.bad_document import BadDocument
@@ -30,6 +30,8 @@ class Chat:
     """Documents of retrieval-augmented generation, or None."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as ``enable_thinking``."""
+    is_truncated: bool = False
+    """Whether the last turn that counts ends in the middle."""
 
     def assistant_turns(self) -> list[int]:
         """Return the indices of the assistant's messages that count: all without ``"weight": 0``."""
@@ -41,7 +43,8 @@ def parse_chat(record: dict[str, Any]) -> Chat:
 
     Args:
         record: has "messages" and, optionally, "tools" (or "functions", OpenAI's older format), "documents" and
-            "chat_template_kwargs", with the meaning that they have in a request to a server.
+            "chat_template_kwargs", with the meaning that they have in a request to a server, and "finish", which is
+            "length" if the last message is truncated.
 
     Raises:
         BadDocument: a key has the wrong type, a message has no text that could be rendered, or no message of the
@@ -61,7 +64,10 @@ def parse_chat(record: dict[str, Any]) -> Chat:
     documents = record.get("documents")
     if documents is not None and not _is_list_of_objects(documents):
         raise BadDocument(f"'documents' is {_kind(documents)}, expected a list of objects")
-    chat = Chat([_message(m, f"messages[{i}]") for i, m in enumerate(messages)], _tools(record), documents, kwargs)
+    messages = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    chat = Chat(messages, _tools(record), documents, kwargs)
+    if record.get("finish") == "length" and chat.assistant_turns()[-1:] == [len(messages) - 1]:
+        chat = replace(chat, is_truncated=True)
     if not chat.assistant_turns():
         roles = ", ".join(sorted({repr(m["role"]) for m in chat.messages})[:5])
         weights = " and a weight other than 0" if any(m["role"] == "assistant" for m in chat.messages) else ""

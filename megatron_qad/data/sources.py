@@ -194,12 +194,12 @@ def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:
         raise BadDocument(f"has no {expected}; its keys that are not null are {keys[:10]}")
     if not is_unicode:
         raise BadDocument("has a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
-    is_truncated = line.get("finish") == "length"
     if keys[0] == "messages":
-        return parse_chat(line), is_truncated
+        chat = parse_chat(line)
+        return chat, chat.is_truncated
     if not isinstance(line["text"], str):
         raise BadDocument(f"'text' is {type(line['text']).__name__}, expected a string")
-    return line["text"], is_truncated
+    return line["text"], line.get("finish") == "length"
 
 
 def _is_unicode(json_text: str, value: Any) -> bool:

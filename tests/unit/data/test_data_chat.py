@@ -351,6 +351,16 @@ def test_thoughts_that_the_generation_prompt_opens(with_template, name):
         assert counted.removesuffix("<|im_end|>") == chat[i]["content"]
 
 
+@pytest.mark.parametrize(("name", "opening"), [("nemotron", ""), ("qwen3", "<think>\n"), ("qwen3_tagged", "<think>\n")])
+def test_truncated_thoughts(with_template, name, opening):
+    """The template would take the text for an answer, after an empty thought."""
+    tokenizer = with_template(REWRITING[name])
+    chat = turns(("One", opening + "first, I"))
+    ids, mask = encode(tokenizer, chat, finish="length")
+    prompt = tokenizer.hf.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert as_text(tokenizer, [(ids, mask)]) == [(prompt + chat[1]["content"], chat[1]["content"])]
+
+
 @pytest.mark.parametrize(
     ("source", "message", "reason"),
     [

@@ -91,6 +91,13 @@ def test_tools_of_every_format(keys, tools):
     assert parse_chat({"messages": [USER, ANSWER]} | keys).tools == tools
 
 
+def test_truncation_concerns_a_last_message_that_counts():
+    chats = ([USER, ANSWER], [USER, ANSWER, USER], [USER, ANSWER, USER, ANSWER | {"weight": 0}])
+    truncated = [parse_chat({"messages": messages, "finish": "length"}).is_truncated for messages in chats]
+    assert truncated == [True, False, False]
+    assert not parse_chat({"messages": [USER, ANSWER], "finish": "eos"}).is_truncated
+
+
 def test_records_are_not_changed():
     record = {"messages": [USER | {"name": None}, {"role": "assistant", "tool_calls": [CALL]}], "documents": None}
     before = json.dumps(record)
