@@ -17,6 +17,7 @@ Special tokens in the text of a message become special tokens, as on servers, wh
 Not supported: slow tokenizers (no character offsets) and sentencepiece models (no chat template).
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -39,7 +40,7 @@ class _Rendering:
 
 def encode_chat(
     hf_tokenizer, template: ChatTemplate, chat: Chat, multi_turn: str = "each"
-) -> list[tuple[list[int], list[int]]]:
+) -> list[tuple[array, bytearray]]:
     """Return the token ids and the loss mask of each document of a conversation, without end-of-document tokens.
 
     Args:
@@ -190,12 +191,13 @@ def _start_of_turn(template: ChatTemplate, chat: Chat, i: int, prompt: str, text
     return shared
 
 
-def _encode(hf_tokenizer, rendering: _Rendering, drop_after_eos: bool) -> tuple[list[int], list[int]]:
+def _encode(hf_tokenizer, rendering: _Rendering, drop_after_eos: bool) -> tuple[array, bytearray]:
     """Return the ids and the mask of a document."""
     with failures_are_bad_documents("the tokenizer rejected the chat"):
         encoded = hf_tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    mask = mask_from_spans(encoded["offset_mapping"], rendering.spans)
+    # A batch may hold millions of ids; a list takes eight times the memory.
+    ids = array("i", encoded["input_ids"])
+    mask = bytearray(mask_from_spans(encoded["offset_mapping"], rendering.spans))
     if drop_after_eos:
         _mask_after_eos(ids, mask, hf_tokenizer.eos_token_id)
     return ids, mask
@@ -218,7 +220,7 @@ def mask_from_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[in
     return mask
 
 
-def _mask_after_eos(ids: list[int], mask: list[int], eos: int) -> None:
+def _mask_after_eos(ids: array, mask: bytearray, eos: int) -> None:
     """Drop the tokens after the last EOS of each counted run: a template may add a newline, but a model stops there."""
     run_end = len(ids)
     while run_end > 0:

@@ -7,6 +7,7 @@ compressed files, JSON arrays, directories.
 
 import json
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,9 @@ class Record:
 class Encoded:
     """One tokenized document, EOD included."""
 
-    ids: list[int]
-    mask: list[int] | None
-    """Loss mask. None means that every token counts."""
+    ids: array
+    mask: bytearray | None
+    """Loss mask: 1 where a token counts, else 0. None means that every token counts."""
     is_chat: bool = False
     """Whether it was chat messages."""
 
@@ -141,12 +142,12 @@ def encode_record(
             if mask is not None:
                 mask.append(mask[-1])
         if is_truncated and i == len(documents):
-            mask = _mask_end(ids, mask or [1] * len(ids), tokenizer.special)
+            mask = _mask_end(ids, mask or bytearray([1]) * len(ids), tokenizer.special)
         encoded.append(Encoded(ids, mask, is_chat))
     return encoded
 
 
-def _mask_end(ids: list[int], mask: list[int], special: frozenset[int]) -> list[int]:
+def _mask_end(ids: array, mask: bytearray, special: frozenset[int]) -> bytearray:
     """Clear ``mask`` at the special tokens that end the last run of counted tokens."""
     last = max(i for i, counts in enumerate(mask) if counts)
     while last > 0 and mask[last] and ids[last] in special:
@@ -166,13 +167,13 @@ def _parse(record: Record, json_key: str) -> tuple[str | Chat, bool]:
     return _json_document(text, json_key) if record.is_json else (text, False)
 
 
-def _encode_text(text: str, tokenizer: DataTokenizer) -> list[int]:
+def _encode_text(text: str, tokenizer: DataTokenizer) -> array:
     if not text.strip():
         raise BadDocument("the text is empty")
     ids = tokenizer.encode(text)
     if not ids:
         raise BadDocument("the text has no tokens")
-    return ids
+    return array("i", ids)
 
 
 def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:

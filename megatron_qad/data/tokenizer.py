@@ -5,6 +5,7 @@ Nothing is downloaded, and no code from a tokenizer's directory is run. Not supp
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class DataTokenizer:
         """
         raise NotImplementedError
 
-    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[list[int], list[int]]]:
+    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         """Return the ids and loss masks of a conversation's documents, without EOD; see ``chat.encode_chat``."""
         raise NotImplementedError
 
@@ -119,7 +120,7 @@ class HFTokenizer(DataTokenizer):
         with failures_are_bad_documents("the tokenizer rejected the text"):
             return list(self.hf(text, verbose=False)["input_ids"])
 
-    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[list[int], list[int]]]:
+    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         if not self.hf.chat_template:
             raise QADError(
                 f"The input has chat messages, but the tokenizer {self.name} has no chat template. Add "
@@ -181,7 +182,7 @@ class SentencePieceTokenizer(DataTokenizer):
         with failures_are_bad_documents("the tokenizer rejected the text"):
             return self.sp.encode(text)
 
-    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[list[int], list[int]]]:
+    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         raise QADError(
             f"The input has chat messages, but the sentencepiece model {self.name} has no chat template. Give a "
             "Hugging Face tokenizer directory that has one, or plain text."

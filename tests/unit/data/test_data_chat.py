@@ -31,8 +31,8 @@ CHATML = (
 
 def encode(tokenizer, messages, **keys):
     """Return the ids and the mask of a chat that is one document."""
-    [document] = tokenizer.encode_chat(parse_chat({"messages": messages} | keys))
-    return document
+    [(ids, mask)] = tokenizer.encode_chat(parse_chat({"messages": messages} | keys))
+    return list(ids), list(mask)
 
 
 def counted_runs(tokenizer, ids, mask):

@@ -127,6 +127,21 @@ def test_model_with_pickled_weights_is_rejected(model_dir, tmp_path):
         generate_documents(pickled, None, tmp_path / "own.jsonl", OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("chat_template.jinja", "{% for m in %}", "chat template or the tokenizer of .* failed: TemplateSyntaxError"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "failed: TemplateError: no"),
+        ("tokenizer.json", '{"model": 3}', "transformers cannot load its tokenizer"),
+    ],
+)
+def test_failures_of_templates_and_tokenizers_are_errors(model_dir, tmp_path, file, content, message):
+    damaged = Path(shutil.copytree(model_dir, tmp_path / "damaged"))
+    (damaged / file).write_text(content)
+    with pytest.raises(QADError, match=message):
+        generate_documents(damaged, ["Why?"], tmp_path / "out.jsonl", OPTIONS)
+
+
 def test_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
     tool = Path(__file__).resolve().parents[3] / "tools" / "generate_data.py"
     arguments = ["--model", str(model_dir), "--output", str(tmp_path / "o.jsonl"), "--max-new-tokens", "4"]
