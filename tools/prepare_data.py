@@ -18,7 +18,8 @@ from megatron_qad.engine.plural import count  # noqa: E402
 EPILOG = """
 A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, optionally with "tools"). Messages are
 rendered with the tokenizer's chat template, and only the assistant's tokens count in the loss. EOD ends each document.
-If the template removes earlier thoughts (Qwen3, Nemotron), a chat becomes several documents; see docs/chats.md.
+If the template removes earlier thoughts (Qwen3, Nemotron), a chat becomes several documents; docs/chats.md says which
+messages are accepted and how they are rendered.
 With "finish": "length", which generate_data.py writes for truncated text, the end does not count.
 Bad lines are skipped and listed in OUTPUT.bad.txt. Exit status: 0 if they are at most --max-bad-fraction of all
 records; otherwise 1, and no data is written. Output files: OUTPUT.bin, .idx, .json, and OUTPUT_loss_mask.bin, .idx
