@@ -31,6 +31,6 @@ def failures_are_bad_documents(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()).rstrip(".")
         text = text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "..."
         raise BadDocument(f"{what}: {type(error).__name__}" + (f": {text}" if text else "")) from error
