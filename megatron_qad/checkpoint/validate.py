@@ -18,6 +18,7 @@ from megatron_qad.checkpoint.provenance import find_export_problems
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
 from megatron_qad.checkpoint.validate_values import check_values
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.plural import count
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 
@@ -55,10 +56,11 @@ class ValidationResult:
 
     def summary(self) -> str:
         """Return a summary in one line."""
-        verdict = f"{len(self.issues)} issues" if self.issues else "valid"
+        verdict = count(len(self.issues), "issue") if self.issues else "valid"
         return (
-            f"{self.directory}: {verdict}; layout {self.layout}, {self.num_tensors} tensors, "
-            f"{len(self.quantized)} of {self.num_linears} linears quantized ({self._formats()}), {self.num_bytes} bytes"
+            f"{self.directory}: {verdict}; layout {self.layout}, {count(self.num_tensors, 'tensor')}, "
+            f"{len(self.quantized)} of {count(self.num_linears, 'linear')} quantized ({self._formats()}), "
+            f"{count(self.num_bytes, 'byte')}"
         )
 
     def _formats(self) -> str:

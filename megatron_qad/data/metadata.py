@@ -31,7 +31,7 @@ class DataMetadata:
     """Token id that ends each document."""
     documents: int
     chat_documents: int
-    """Number of documents that were chat messages."""
+    """Number of documents that were chat messages; one chat may be several documents."""
     tokens: int
     """Number of tokens, EOD included."""
     supervised_tokens: int
@@ -45,6 +45,8 @@ class DataMetadata:
     """Whether PREFIX_loss_mask.bin/.idx exists."""
     sha256: dict[str, str]
     """File suffix ("bin", "loss_mask.bin") -> SHA-256; part of the cache key of Megatron's indices."""
+    chats: int | None = None
+    """Number of lines with chat messages. None: prepared before this was counted."""
     format_version: int = FORMAT_VERSION
 
     def save(self, path: Path) -> None:
