@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -23,6 +22,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_qad.data.blending import QADBlendBuilder
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 from megatron_qad.data.metadata import load_metadata
@@ -74,7 +74,7 @@ class DatasetsProvider:
         # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.
         num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
         is_built = partial(_is_built_on_rank, vp_stage)
-        train, _, _ = BlendedMegatronDatasetBuilder(
+        train, _, _ = QADBlendBuilder(
             QADDataset, [num_train, 0, 0], is_built, config_for_split(config, Split.train)
         ).build()
         if not args.skip_train:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_qad.data.blending import QADBlendBuilder
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
 
 DEFAULT_TOKENS = 1 << 20
@@ -125,7 +125,7 @@ def ordered_samples(config: QADDatasetConfig, is_built_on_rank: Callable[[], boo
         config.blend = (prefixes, None)
     else:
         config.blend_per_split[Split.valid.value] = (prefixes, None)
-    _, samples, _ = BlendedMegatronDatasetBuilder(QADDataset, [None] * len(Split), is_built_on_rank, config).build()
+    _, samples, _ = QADBlendBuilder(QADDataset, [None] * len(Split), is_built_on_rank, config).build()
     if weights is not None and isinstance(samples, BlendedDataset):
         return _WeightedBlend(samples.datasets, weights, limit)
     return samples
