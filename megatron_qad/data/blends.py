@@ -17,14 +17,20 @@ from megatron_qad.engine.text_files import read_json, read_text
 Blend = tuple[list[str], list[float] | None]
 """Prefixes, and their weights or None."""
 SPLITS = ("train", "valid", "test")
+_FLAGS = ("data_path", "data_args_path", "per_split_data_args_path", *(f"{split}_data_path" for split in SPLITS))
 
 
 def read_blends(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | None] | None]:
     """Return Megatron's ``blend`` (one for all splits) and ``blend_per_split``; at least one of the two is None.
 
     Raises:
-        QADError: weights that are not finite numbers above 0, weights for some prefixes only, an unreadable file.
+        QADError: flags that exclude each other, weights that are not finite numbers above 0, weights for some prefixes
+            only, an unreadable file.
     """
+    flags = {name: f"--{name.replace('_', '-')}" for name in _FLAGS}
+    given = [name for name in flags if getattr(args, name) is not None]
+    if len(given) > 1 and not all(name.startswith(SPLITS) for name in given):
+        raise QADError(f"{' and '.join(flags[name] for name in given)} both give data. Give one of them.")
     if args.data_path is not None:
         return parse_blend(args.data_path, "--data-path"), None
     if args.data_args_path is not None:
@@ -32,8 +38,7 @@ def read_blends(args: argparse.Namespace) -> tuple[Blend | None, list[Blend | No
         return parse_blend(entries, f"--data-args-path {args.data_args_path}"), None
     if args.per_split_data_args_path is not None:
         return None, _read_per_split(args.per_split_data_args_path)
-    flags = {split: f"--{split}-data-path" for split in SPLITS}
-    blends = [parse_blend(getattr(args, f"{split}_data_path"), flag) for split, flag in flags.items()]
+    blends = [parse_blend(getattr(args, name), flags[name]) for name in _FLAGS[-len(SPLITS) :]]
     return None, blends if any(blends) else None
 
 
@@ -83,14 +88,14 @@ def parse_blend(entries: Sequence[str] | None, name: str) -> Blend | None:
     return prefixes, weights
 
 
-def parse_split(split: str) -> list[float]:
+def parse_split(split: str | None) -> list[float]:
     """Return the shares of the training, validation and test documents in ``--split``; they sum to 1.
 
     Raises:
         QADError: not one to three decimal numbers of 0 or more, or a sum of 0.
     """
     # Megatron would ignore a sign, and read 1e-3 as two numbers.
-    parts = re.split(r"[,\s]+", split.strip())
+    parts = re.split(r"[,\s]+", (split or "").strip())
     shares = [float(part) for part in parts if re.fullmatch(r"\d+\.?\d*|\.\d+", part)]
     if len(shares) != len(parts) or len(shares) > len(SPLITS) or not 0 < sum(shares) < math.inf:
         raise QADError(

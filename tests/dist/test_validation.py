@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_job
 from fork_server import ForkServer
+from prepared import write_prepared
 
 from megatron_qad.engine.run_directory import json_records
 
@@ -17,16 +18,8 @@ FIXED = ["--lr", "0", "--min-lr", "0", "--qad-policy", "bf16"]
 
 
 def write_data(prefix: Path, masks: list) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    counted = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
     rng = np.random.default_rng(0)
-    for mask in masks:
-        tokens.add_document(rng.integers(0, VOCAB, size=len(mask)), [len(mask)])
-        counted.add_document(np.asarray(mask, dtype=np.uint8), [len(mask)])
-    tokens.finalize(f"{prefix}.idx")
-    counted.finalize(f"{prefix}_loss_mask.idx")
+    write_prepared(prefix, [rng.integers(0, VOCAB, size=len(mask)) for mask in masks], masks)
 
 
 class Shop:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_qad.data.checks import check_data
 from megatron_qad.data.data_options import DataOptions
-from megatron_qad.data.provider import DatasetsProvider, check_data, dataset_config
+from megatron_qad.data.provider import DatasetsProvider, dataset_config, prefixes_of
 from megatron_qad.engine.errors import QADError
 
 
@@ -37,7 +38,7 @@ def test_blend_has_the_samples_that_calibration_reads_ahead(provider_for, chats,
 
 def check(args, *checkpoints):
     options = DataOptions(calibration_samples=8, checkpoints=checkpoints)
-    check_data(args, dataset_config(args, options), options)
+    check_data(args, prefixes_of(dataset_config(args, options)), options)
 
 
 def test_missing_prefix_is_an_error(args_for, chats):
@@ -71,14 +72,6 @@ def test_data_without_supervised_tokens_is_an_error(args_for, chats):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"supervised_tokens": 0}))
     with pytest.raises(QADError, match=r"out: none of its \d+ tokens counts in the loss .*out.json, supervised_tokens"):
         check(args_for("--data-path", chats))
-
-
-def test_vocabulary_larger_than_the_models_is_an_error(args_for, chats):
-    args = args_for("--data-path", chats)
-    check(args)
-    args.padded_vocab_size = 448
-    with pytest.raises(QADError, match=r"chatml, which has 500 ids, but the model has 448"):
-        check(args)
 
 
 def test_data_of_another_tokenizer_is_an_error(args_for, write_jsonl, prepared, sp_model):
@@ -149,8 +142,12 @@ def test_data_must_match_the_tokenizer_of_the_checkpoint(null_tokenizer_args, ch
         QADError, match=r"tokenizer chatml, whose files differ from those of .*ckpt/hf, which cannot be loaded"
     ):
         check(*null_tokenizer_args(checkpoint, "--data-path", hf_data))
-    file.unlink()  # without a tokenizer in the checkpoint nothing is compared
-    check(*null_tokenizer_args(checkpoint, "--data-path", hf_data, sp_data))
+    file.unlink()  # without a tokenizer in the checkpoint, data is compared with other data
+    check(*null_tokenizer_args(checkpoint, "--data-path", hf_data))
+    with pytest.raises(
+        QADError, match=r"sp was made with the tokenizer tiny.model, and .*hf with chatml, whose ids mean"
+    ):
+        check(*null_tokenizer_args(checkpoint, "--data-path", hf_data, sp_data))
 
 
 def test_sentencepiece_model_under_another_file_name_matches(
@@ -176,9 +173,12 @@ def test_eod_mask_loss_uses_the_eod_of_the_data(
     assert sum(map(len, after_eod)) > 0 and not torch.cat(after_eod).any()
 
 
-def test_eod_mask_loss_with_unknown_eod_is_an_error(null_tokenizer_args, checkpoint_with, chats, hf_dir):
-    Path(f"{chats}.json").unlink()
-    flags = ("--data-path", chats, "--eod-mask-loss")
+def test_eod_mask_loss_with_unknown_eod_is_an_error(
+    null_tokenizer_args, checkpoint_with, write_jsonl, prepared, hf_dir
+):
+    texts, _ = prepared(write_jsonl([{"text": "plain text"}] * 40), hf_dir)
+    Path(f"{texts}.json").unlink()
+    flags = ("--data-path", texts, "--eod-mask-loss")
     checkpoint = checkpoint_with(hf_dir)
     with pytest.raises(QADError, match=r"--eod-mask-loss needs the id of EOD, but .*out.json, .* does not exist"):
         check(*null_tokenizer_args(checkpoint, *flags))

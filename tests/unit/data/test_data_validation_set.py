@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from prepared import write_prepared
 
 from megatron_qad.data import provider
 from megatron_qad.data.validation_set import ValidationSet
@@ -13,19 +14,13 @@ SEQUENCE = 16
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, hf_tokenizer):
     """``write(name, masks)``: write documents of random tokens with these masks and return the prefix."""
 
     def make(name, masks, seed=0):
-        prefix, rng = f"{tmp_path}/{name}", np.random.default_rng(seed)
-        tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        counted = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
-        for mask in masks:
-            tokens.add_document(rng.integers(0, 500, size=len(mask)), [len(mask)])
-            counted.add_document(np.asarray(mask, dtype=np.uint8), [len(mask)])
-        tokens.finalize(f"{prefix}.idx")
-        counted.finalize(f"{prefix}_loss_mask.idx")
-        return prefix
+        rng = np.random.default_rng(seed)
+        documents = [rng.integers(0, 500, size=len(mask)) for mask in masks]
+        return write_prepared(f"{tmp_path}/{name}", documents, masks, tokenizer=hf_tokenizer)
 
     return make
 
