@@ -8,6 +8,7 @@ again, and arrays that cannot be written stay in memory.
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -95,12 +96,12 @@ class IndexCache:
 
 
 def replace_file(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace a file atomically by what ``write`` writes; several processes, also on several hosts, may do so at once.
+    """Replace a file atomically by what ``write`` writes; several threads, processes and hosts may do so at once.
 
     Raises:
         OSError: it could not be written; the old file, if any, is unchanged.
     """
-    aside = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}")
+    aside = file.with_name(f"{file.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}")
     try:
         with open(aside, "wb") as stream:
             write(stream)
