@@ -71,6 +71,27 @@ def test_an_evaluation_counts_every_token_once(provided, some):
         assert other.samples_per_evaluation % batch == 0 and other.samples_per_evaluation - len(first) < batch
 
 
+def test_hash_tells_held_out_tokens_apart(provided, write, some):
+    """It depends on tokens, masks and cuts; not on the prefix, the seed, the batch size or the training data."""
+    _, valid, _ = provided("--data-path", some)
+    expected = valid.sha256()
+    rng = np.random.default_rng(3)
+    masks = [[0, *(rng.random(int(rng.integers(5, 40))) < 0.5)] for _ in range(40)]
+    same = write("same", masks)
+    other_tokens = write("tokens", masks, seed=1)
+    masks[-1][-1] = not masks[-1][-1]
+    other_mask = write("mask", masks)
+    sums = [
+        provided("--data-path", same, "--seed", "5", eval_global_batch_size=2)[1].sha256(),
+        provided("--train-data-path", other_tokens, "--valid-data-path", some, "--eval-iters", "1000")[1].sha256(),
+        provided("--data-path", other_tokens)[1].sha256(),
+        provided("--data-path", other_mask)[1].sha256(),
+        provided("--data-path", some, "--eval-iters", "2")[1].sha256(),
+        provided("--data-path", some, "--dataloader-inter-document-masking")[1].sha256(),
+    ]
+    assert sums[0] == expected and len({expected, *sums}) == 6
+
+
 def test_fillers_do_not_count_and_the_next_evaluation_restarts():
     samples = [{"tokens": torch.full((4,), i), "loss_mask": torch.ones(4)} for i in range(5)]
     valid = ValidationSet(samples, 3, 8)
