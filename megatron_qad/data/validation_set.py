@@ -57,7 +57,7 @@ class ValidationSet(Dataset):
     def sha256(self) -> str:
         """Return a hash of the tokens, loss masks and document ends of the samples that count, in their order.
 
-        It reads all of them: 2 ms for a sample of 4096 tokens.
+        It reads all of them: 0.13 ms for a sample of 4096 tokens.
         """
         digest = hashlib.sha256()
         for index in range(self.num_samples):

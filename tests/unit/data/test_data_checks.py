@@ -3,7 +3,9 @@
 import argparse
 import json
 import os
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +243,7 @@ def test_files_are_read_again_only_if_they_have_changed(data, tmp_path, capsys):
     assert read(data, "a", tmp_path / "cache") == []
     assert capsys.readouterr().out == ""
     for _ in range(2):
-        assert read(data, "a", file) == names  # a file is no directory
+        assert read(data, "a", file) == names  # a file, where a directory is expected
         assert "cannot be written (" in capsys.readouterr().out
     assert read(data, "a", None) == names and (data / "a" / "cache").is_dir()
 
@@ -264,3 +266,23 @@ def test_files_above_the_limit_are_named(data, tmp_path, capsys):
     assert "a.bin. Run tools/verify_data.py once" in capsys.readouterr().out
     assert checks.read_contents(found, str(tmp_path / "cache"), max_bytes=None).skipped == []
     assert checks.read_contents(found, str(tmp_path / "cache"), max_bytes=0).skipped == []
+
+
+def test_tool_reads_data_before_the_job(data, tmp_path, monkeypatch, capsys):
+    tool = Path(__file__).resolve().parents[3] / "tools" / "verify_data.py"
+
+    def run(*arguments) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(tool), run_name="__main__")
+        return ended.value.code
+
+    cache = tmp_path / "cache"
+    assert run(data / "a", data / "c", "--data-cache-path", cache) == 0
+    out = capsys.readouterr().out
+    assert "/c: 60 tokens, largest id " in out and "SHA-256 as recorded" in out and "read 5 files" in out
+    assert checks.read_contents([open_prefix(f"{data}/a")], str(cache), max_bytes=0).skipped == []
+    assert "/a.bin has the token id" in run(data / "a", "--vocab-size", 100, "--data-cache-path", cache)
+    zero(data / "a.bin", None)
+    assert "/a.bin is not the file that" in run(data / "a", "--data-cache-path", cache)
+    assert "nothing.bin and" in run(data / "nothing")
