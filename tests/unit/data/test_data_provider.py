@@ -1,6 +1,7 @@
 """The datasets provider with Megatron's own arguments, in one process."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -189,3 +190,66 @@ def test_eod_mask_loss_with_unknown_eod_is_an_error(
 def test_reset_flags_that_do_not_separate_documents_are_errors(args_for, chats, flag):
     with pytest.raises(QADError, match=f"{flag} does not separate .* --dataloader-inter-document-masking instead"):
         check(args_for("--data-path", chats, flag))
+
+
+def test_tokenizer_that_cuts_text_differently_is_reported(
+    null_tokenizer_args, checkpoint_with, write_jsonl, prepared, sp_model, capsys
+):
+    """A Hugging Face tokenizer with the pieces of a sentencepiece model, but without its white space rules."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Whitespace(), decoders.Metaspace()
+    directory = sp_model.parent / "as_hf"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>").save_pretrained(directory)
+    shutil.copyfile(sp_model, directory / "tokenizer.model")
+    checkpoint = checkpoint_with(directory)
+    texts = write_jsonl([{"text": "hello"}] * 3)
+    by_pieces, by_hf = prepared(texts, sp_model, name="pieces")[0], prepared(texts, directory, name="hf")[0]
+    warning = (
+        r"WARNING: .*pieces was made with the tokenizer tiny.model \(sentencepiece\), and the model's tokenizer in "
+    )
+    check(*null_tokenizer_args(checkpoint, "--data-path", by_pieces, by_hf))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cuts text differently" in line]
+    assert re.search(warning, line)
+    metadata = Path(f"{by_pieces}.json")  # an older version recorded no ids of the probe text
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"probe_sha256": ""}))
+    check(*null_tokenizer_args(checkpoint, "--data-path", by_pieces))
+    assert "cuts text differently" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--split", "0,100,0"], "No training data was given. Give --train-data-path, a training share in --split, or"),
+        (["--split", "-1,2,0"], "--split '-1,2,0': expected the shares"),
+        (["--train-data-path", "CHATS"], "--data-path and --train-data-path both give data. Give one of them"),
+        (
+            ["--per-dataset-sequences-path", "FILE"],
+            "counts.json: 'a' has the value 5. Expected its numbers of sequences",
+        ),
+    ],
+)
+def test_flags_that_give_no_usable_data(args_for, chats, tmp_path, flags, message):
+    (tmp_path / "counts.json").write_text('{"a": 5}')
+    names = {"CHATS": chats, "FILE": str(tmp_path / "counts.json")}
+    given = ["--data-path", chats, "--split", "80,20,0", *(names.get(flag, flag) for flag in flags)]
+    with pytest.raises(QADError, match=message):
+        check(args_for(*given))
+
+
+def test_validation_only_needs_no_training_data(args_for, chats):
+    check(args_for("--data-path", chats, "--split", "0,100,0", "--skip-train"))
+
+
+def test_repeated_data_is_reported(provider_for, chats, one_process, capsys):
+    provider_for("--train-data-path", "0.6", chats, "0.4", chats, "--valid-data-path", chats)([1, 1, 0])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is given" in line]
+    assert [line.split(" is given ")[1].split(":")[0] for line in lines] == [
+        "2 times in one blend",
+        "for training and for validation",
+    ]
