@@ -10,6 +10,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
 from prepared import write_indexed, write_prepared
+from torch._utils import ExceptionWrapper
 
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig, SampleError
 from megatron_qad.data.metadata import loss_mask_prefix
@@ -211,10 +212,16 @@ def test_sample_with_an_unknown_id_is_refused(build, tmp_path):
     prefix = write_indexed(f"{tmp_path}/rows", rows, np.int32)
     error = f"{prefix}.bin: document 7 has the token id 448, but the model has 448 ids. Prepare the data with the "
     train = build(([prefix], None), [30, 0, 0], split="100,0,0", vocab_size=448)[0]
-    for workers in (0, 1):
-        with pytest.raises(SampleError) as raised:
-            list(torch.utils.data.DataLoader(train, num_workers=workers))
-        assert str(raised.value) == error + "model's tokenizer."
+    with pytest.raises(SampleError) as raised:
+        list(train)
+    assert str(raised.value) == error + "model's tokenizer."
+    try:
+        list(train)
+    except SampleError:
+        from_worker = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(SampleError) as raised:
+        from_worker.reraise()
+    assert str(raised.value) == error + "model's tokenizer."
     list(build(([prefix], None), [30, 0, 0], split="100,0,0", vocab_size=449)[0])
     rows[7][3:5] = (-1, -7)  # -1 is also the id of padding
     write_indexed(prefix, rows, np.int32)
