@@ -17,8 +17,8 @@ from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.file_facts import MAX_BYTES, FileFacts, Reading, read_facts
 from megatron_qad.data.metadata import data_file
 from megatron_qad.data.prepared_files import PreparedFiles, file_sizes, open_prefix
-from megatron_qad.data.run_tokenizer import RunTokenizer
-from megatron_qad.engine.distributed import on_every_rank
+from megatron_qad.data.run_tokenizer import RunTokenizer, TokenizerUnreadableError
+from megatron_qad.engine.distributed import on_every_rank, on_rank_0
 from megatron_qad.engine.errors import QADError
 
 _NUM_ENDS = 100
@@ -35,21 +35,18 @@ def check_data(args: argparse.Namespace, prefixes: Sequence[str], options: DataO
     Raises:
         QADError: with the prefix, the value found and the value expected.
     """
-    by_rank = on_every_rank(lambda *_: {k: v for prefix in prefixes for k, v in file_sizes(prefix).items()})
-    _check_same_on_all_ranks(by_rank)
-    found = on_every_rank(lambda rank, _: [open_prefix(prefix) for prefix in prefixes] if rank == 0 else None)[0]
+    _check_same_on_all_ranks(prefixes)
+    found = on_rank_0(lambda: [open_prefix(prefix) for prefix in prefixes])
     reading = read_contents(found, args.data_cache_path)
     _log(found, reading)
 
-    def check(rank: int, _) -> list[str]:
-        if rank != 0:
-            return []
+    def check() -> list[str]:
         for data in found:
             check_content(data, reading.facts, options.vocab_size)
             _check_eod_is_known(args, data)
         return _check_tokenizers(found, reading.facts, RunTokenizer.from_checkpoints(args, options.checkpoints))
 
-    for line in on_every_rank(check)[0]:
+    for line in on_rank_0(check):
         print_rank_0(f"megatron_qad: WARNING: {line}")
 
 
@@ -118,15 +115,23 @@ def _check_type_holds_vocabulary(data: PreparedFiles, vocab_size: int | None) ->
     )
 
 
-def _check_same_on_all_ranks(by_rank: Sequence[dict[str, int]]) -> None:
-    for rank, sizes in enumerate(by_rank):
-        if sizes != by_rank[0]:
-            file = min(name for name, _ in sizes.items() ^ by_rank[0].items())
-            found = [f"{s[file]} bytes" if file in s else "no such file" for s in (by_rank[0], sizes)]
-            raise QADError(
-                f"{file} differs between the machines of the job: {found[0]} on rank 0, {found[1]} on rank {rank}. "
-                "Copy the same data to each machine."
-            )
+def _check_same_on_all_ranks(prefixes: Sequence[str]) -> None:
+    """Check that the files exist on every rank, with the sizes that they have on rank 0."""
+
+    def sizes(*_) -> dict[str, int]:
+        return {file: size for prefix in prefixes for file, size in file_sizes(prefix).items()}
+
+    hashes = on_every_rank(lambda *_: hashlib.sha256(str(sizes()).encode()).hexdigest())
+    if len(set(hashes)) == 1:
+        return
+    by_rank = on_every_rank(sizes)
+    rank, other = next((rank, other) for rank, other in enumerate(by_rank) if other != by_rank[0])
+    file = min(name for name, _ in other.items() ^ by_rank[0].items())
+    found = [f"{s[file]} bytes" if file in s else "no such file" for s in (by_rank[0], other)]
+    raise QADError(
+        f"{file} differs between the machines of the job: {found[0]} on rank 0, {found[1]} on rank {rank}. Copy the same "
+        "data to each machine."
+    )
 
 
 def _check_eod_is_known(args: argparse.Namespace, data: PreparedFiles) -> None:
@@ -163,7 +168,10 @@ def _check_tokenizers(
 
 def _check_foreign(data: PreparedFiles, facts: dict[str, FileFacts], run_tokenizer: RunTokenizer) -> str | None:
     """Check data that says nothing about its tokenizer, as far as its ids tell. Returns a warning or None."""
-    tokenizer, known = run_tokenizer.load(), facts.get(f"{data.prefix}.bin")
+    try:
+        tokenizer, known = run_tokenizer.load(), facts.get(f"{data.prefix}.bin")
+    except TokenizerUnreadableError as error:
+        return f"--data-path {data.prefix}: not compared with {run_tokenizer.name}, which cannot be loaded: {error}"
     if known is not None and known.largest is not None and known.largest >= tokenizer.vocab_size:
         raise QADError(
             f"--data-path {data.prefix}: {data.prefix}.bin has the token id {known.largest}, but {run_tokenizer.name} "

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_qad.data.index_cache import replace_file
-from megatron_qad.engine.distributed import on_every_rank
+from megatron_qad.engine.distributed import on_every_rank, on_rank_0
 from megatron_qad.engine.entry_point import describe
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
@@ -70,7 +70,7 @@ def read_facts(files: Mapping[str, tuple[str | None, Path]], max_bytes: int | No
     """
     start = time.monotonic()
     # Rank 0 decides for all: on a network file system, ranks may see different times for a while.
-    stamps, known = on_every_rank(lambda rank, _: _recall(files) if rank == 0 else None)[0]
+    stamps, known = on_rank_0(lambda: _recall(files))
     unknown = sorted((file for file in files if file not in known), key=lambda file: (stamps[file][0], file))
 
     def read_share(rank: int, size: int) -> dict[str, FileFacts]:
@@ -85,7 +85,7 @@ def read_facts(files: Mapping[str, tuple[str | None, Path]], max_bytes: int | No
     now = {file: facts for share in on_every_rank(read_share) for file, facts in share.items()}
     facts = known | now
     if now:
-        on_every_rank(lambda rank, _: _remember(files, facts) if rank == 0 else None)
+        on_rank_0(lambda: _remember(files, facts))
     return Reading(facts, sorted(now), [file for file in unknown if file not in now], time.monotonic() - start)
 
 

@@ -104,4 +104,4 @@ def load_metadata(prefix: str) -> DataMetadata | None:
 def _is_a(value: object, kind: type) -> bool:
     if typing.get_origin(kind) is dict:
         return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
-    return type(value) in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,))
+    return type(value) in (kind.__args__ if isinstance(kind, types.UnionType) else (kind,))

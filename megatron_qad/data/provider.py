@@ -28,7 +28,7 @@ from megatron_qad.data.validation_set import (
     ordered_samples,
     samples_per_iteration,
 )
-from megatron_qad.engine.distributed import on_every_rank
+from megatron_qad.engine.distributed import on_rank_0
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_json
 
@@ -81,9 +81,7 @@ class DatasetsProvider:
             _check_has_counted_tokens(train, Split.train, config)
         valid = _validation_set(args, options.eval_iters, config, is_built) if args.eval_iters else None
         if vp_stage in (None, 0) and args.eval_iters:
-            # Rank 0 has data: it is in the first pipeline stage.
-            sums = on_every_rank(lambda rank, _: valid.sha256() if rank == 0 else None)
-            self.validation_sha256 = sums[0]
+            self.validation_sha256 = on_rank_0(lambda: valid.sha256())  # it has data: it is in the first stage
         if valid is not None and vp_stage in (None, 0):
             print_rank_0(
                 f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, always the same "

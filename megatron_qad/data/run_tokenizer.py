@@ -60,13 +60,12 @@ class RunTokenizer:
         try:
             if not self._files_match(metadata):
                 self._check_pieces(made_with, metadata)
-            cuts_equally = self._cuts_equally(metadata)
         except TokenizerUnreadableError as error:
             raise QADError(
                 f"{made_with}, whose files differ from those of {self.name}, which cannot be loaded to compare the "
                 f"ids: {error} Give the run's tokenizer with --tokenizer-type and --tokenizer-model."
             ) from error
-        if cuts_equally:
+        if self._cuts_equally(metadata):
             return None
         return (
             f"{made_with} ({metadata.tokenizer_kind}), and {self.name} cuts text differently, although the ids mean "
@@ -103,11 +102,14 @@ class RunTokenizer:
         current = files_sha256(file for name in made_with if (file := self._file(name)).is_file())
         if kind == metadata.tokenizer_kind and set(current.values()) == set(made_with.values()):
             return True
-        expected = metadata.probe_sha256
-        if not expected and metadata.tokenizer_kind == "sentencepiece" and self._files_match(metadata):
-            # Data of an older version: this directory contains the piece model that the data was made with.
-            expected = self.load(self._piece_model if self.path.is_dir() else None).probe_sha256()
-        return not expected or self.load().probe_sha256() == expected
+        expected, is_older = metadata.probe_sha256, not metadata.probe_sha256
+        try:
+            if is_older and metadata.tokenizer_kind == "sentencepiece" and self._files_match(metadata):
+                # This directory contains the piece model that the data was made with.
+                expected = self.load(self._piece_model if self.path.is_dir() else None).probe_sha256()
+            return not expected or self.load().probe_sha256() == expected
+        except TokenizerUnreadableError:  # the ids mean the same pieces, and no more is needed to train
+            return True
 
     @property
     def _piece_model(self) -> Path:

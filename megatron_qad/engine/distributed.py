@@ -32,19 +32,40 @@ def on_every_rank[T](work: Callable[[int, int], T]) -> list[T]:
     Raises:
         QADError: ``work`` raised a QADError or an OSError on some rank; every rank raises that of the first such rank.
     """
-    is_alone = not torch.distributed.is_initialized()
-    rank, size = (0, 1) if is_alone else rank_and_size()
-    result = problem = None
+    if not torch.distributed.is_initialized():
+        return [_unpack(_try(lambda: work(0, 1)))]
+    rank, size = rank_and_size()
+    outcomes = [None] * size
+    torch.distributed.all_gather_object(outcomes, _try(lambda: work(rank, size)))
+    failed = [outcome for outcome in outcomes if outcome[1] is not None]
+    return [_unpack(outcome) for outcome in failed[:1] or outcomes]
+
+
+def on_rank_0[T](work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result on every rank. Collective.
+
+    Raises:
+        QADError: ``work`` raised a QADError or an OSError; every rank raises it.
+    """
+    if not torch.distributed.is_initialized():
+        return _unpack(_try(work))
+    outcome = [_try(work) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    return _unpack(outcome[0])
+
+
+def _try[T](work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the result of ``work``, or the text of its error."""
     try:
-        result = work(rank, size)
+        return work(), None
     except QADError as error:
-        problem = str(error)
+        return None, str(error)
     except OSError as error:
-        problem = describe(error)
-    outcomes = [(result, problem)] * size
-    if not is_alone:
-        torch.distributed.all_gather_object(outcomes, (result, problem))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise QADError(problem)
-    return [result for result, _ in outcomes]
+        return None, describe(error)
+
+
+def _unpack[T](outcome: tuple[T, str | None]) -> T:
+    result, problem = outcome
+    if problem is not None:
+        raise QADError(problem)
+    return result

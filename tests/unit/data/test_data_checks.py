@@ -185,6 +185,13 @@ def test_ids_that_no_model_has_are_refused(check, tmp_path):
     check(small, vocab_size=128256)
 
 
+def test_unreadable_tokenizer_does_not_stop_data_of_other_tools(check, tmp_path, capsys):
+    (tmp_path / "checkpoint" / "hf").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "hf" / "tokenizer.json").write_text("{")
+    check(write_indexed(f"{tmp_path}/x", documents(0), np.uint16), checkpoint=str(tmp_path / "checkpoint"))
+    assert "/x: not compared with the model's tokenizer in " in capsys.readouterr().out
+
+
 def test_data_of_other_tools_is_compared_with_the_tokenizer(check, tmp_path, hf_dir, hf_tokenizer, capsys):
     shutil.copytree(hf_dir, tmp_path / "checkpoint" / "hf")
     checkpoint, eod = str(tmp_path / "checkpoint"), hf_tokenizer.eod
