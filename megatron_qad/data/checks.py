@@ -129,8 +129,8 @@ def _check_same_on_all_ranks(prefixes: Sequence[str]) -> None:
     file = min(name for name, _ in other.items() ^ by_rank[0].items())
     found = [f"{s[file]} bytes" if file in s else "no such file" for s in (by_rank[0], other)]
     raise QADError(
-        f"{file} differs between the machines of the job: {found[0]} on rank 0, {found[1]} on rank {rank}. Copy the same "
-        "data to each machine."
+        f"{file} differs between the machines of the job: {found[0]} on rank 0, {found[1]} on rank {rank}. Copy the "
+        "same data to each machine."
     )
 
 

@@ -105,9 +105,13 @@ class QADDataset(GPTDataset):
 
         Reads the mask up to the first token that counts. With ``fast_cache_load`` there is no index yet, and the
         result is True without reading."""
-        if self._mask is None or self.indices is None:
+        if self.indices is None:
             return True
-        return any(self._mask.get(int(document)).any() for document in self.indices)
+        # If documents are separated, the first token of a document is not a label.
+        first = int(self.config.inter_document_masking or self.config.eod_mask_loss)
+        if self._mask is None:
+            return bool((self.dataset.sequence_lengths[self.indices] > first).any())
+        return any(self._mask.get(int(document))[first:].any() for document in self.indices)
 
     def _counted(self, document: int, offset: int, length: int) -> np.ndarray | int:
         if self._mask is None:

@@ -45,6 +45,7 @@ class DatasetsProvider:
 
     def __init__(self, args: argparse.Namespace, options: DataOptions):
         self.args, self._options = args, options
+        self._unwritable_caches: set[Path] = set()
         self.validation_sha256: str | None = None
         """Hash of the held-out tokens of every evaluation, the same on every rank; None until they are known."""
 
@@ -66,9 +67,11 @@ class DatasetsProvider:
         """
         args, options = self.args, self._options
         config = dataset_config(args, options)
-        check_data(args, prefixes_of(config), options)
-        for line in notes(config.blend, config.blend_per_split):
-            print_rank_0(f"megatron_qad: {line}")
+        config.unwritable_caches = self._unwritable_caches
+        if vp_stage in (None, 0):
+            check_data(args, prefixes_of(config), options)
+            for line in notes(config.blend, config.blend_per_split):
+                print_rank_0(f"megatron_qad: {line}")
         print_rank_0("megatron_qad: building the training and validation datasets")
         num_train = train_val_test_num_samples[0]
         # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.
@@ -129,7 +132,9 @@ def _check_has_counted_tokens(dataset, split: Split, config: QADDatasetConfig) -
         advice = f"Change --split (now {config.split!r}) or give other data"
     if split == Split.valid:
         advice += ", or --eval-iters 0 for no validation"
-    raise QADError(f"The {split.name} split of {names}: no token counts in the loss, the mask is all zeros. {advice}.")
+    raise QADError(
+        f"The {split.name} split of {names}: no token counts in the loss: the mask of every label is 0. {advice}."
+    )
 
 
 def _max_over_ranks(value: int) -> int:

@@ -184,3 +184,17 @@ def test_data_that_the_model_cannot_read_is_rejected_on_every_rank(shop, masks):
     file.write_bytes(bytes(1 - value for value in file.read_bytes()))
     output = shop.run("--data-cache-path", str(file), data="damaged", **parallel)  # nor can the record be written
     assert output.count("damaged_loss_mask.bin is not the file that") == 2 and "Traceback" not in output
+
+
+def test_every_machine_needs_the_same_data(server, masks, tmp_path):
+    machines = {"machine0": dict.fromkeys(("same", "other", "lost"), masks)}
+    machines["machine1"] = {"same": masks, "other": masks[:-1]}
+    for machine, data in machines.items():
+        (tmp_path / machine).mkdir()
+        for name, its_masks in data.items():
+            write_data(tmp_path / machine / name, its_masks)
+    given = {"directory": str(tmp_path), "prefixes": ["same", "other", "lost"]}
+    output = server.run("data_jobs:check", 2, given)
+    assert output.count("same: whole") == 2
+    assert len(re.findall(r"other: other\S* differs between the machines of the job: \d+ bytes on rank 0", output)) == 2
+    assert output.count("lost: --data-path lost: lost.bin and lost.idx not found") == 2

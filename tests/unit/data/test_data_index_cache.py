@@ -192,3 +192,11 @@ def test_failed_replacement_keeps_the_old_file(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         replace_file(tmp_path / "file", fail)
     assert [file.name for file in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "old"
+
+
+def test_blend_that_needs_more_samples_than_were_built_is_an_error(read, tmp_path):
+    blend = [write_prepared(f"{tmp_path}/{name}", [np.arange(1, 18)] * 3) for name in "ab"], [0.5, 0.5]
+    with pytest.raises(
+        QADError, match=r"the train blend of 2 datasets needs more .*--mid-level-dataset-surplus \(now -0.9"
+    ):
+        read(tmp_path / "cache", blend, mid_level_dataset_surplus=-0.9)

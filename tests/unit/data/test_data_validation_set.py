@@ -163,3 +163,12 @@ def test_split_without_counted_tokens_is_an_error(provided, write, split):
 def test_cyclic_dataloader_is_an_error(provided, some):
     with pytest.raises(QADError, match="--dataloader-type cyclic would read the validation set in a different order"):
         provided("--data-path", some, "--dataloader-type", "cyclic")
+
+
+@pytest.mark.parametrize("flag", ["--dataloader-inter-document-masking", "--eod-mask-loss"])
+def test_data_in_which_only_first_tokens_count_is_an_error(provided, write, flag):
+    """The first token of a document is not a label if the documents are separated."""
+    prefix = write("first", [[1] + [0] * 20] * 40)
+    provided("--data-path", prefix)
+    with pytest.raises(QADError, match="The train split of .*first: no token counts in the loss"):
+        provided("--data-path", prefix, flag)
