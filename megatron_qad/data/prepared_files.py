@@ -98,9 +98,11 @@ def _check_metadata(data: PreparedFiles, num_documents: int, has_mask: bool) -> 
         problem = f"{mask} are missing" if metadata.loss_mask else f"{mask} exist: they are of different data"
         effect = "records a loss mask" if metadata.loss_mask else "records that every token counts"
         raise QADError(f"--data-path {prefix}: {prefix}.json {effect}, but {problem}. {_AGAIN}")
-    needed = ["bin", "idx", *(["loss_mask.bin"] if has_mask else [])]
-    if missing := [suffix for suffix in needed if suffix not in metadata.sha256]:
+    masks = ["loss_mask.bin", "loss_mask.idx"] if has_mask else []
+    if missing := [suffix for suffix in ["bin", "idx", *masks[:1]] if suffix not in metadata.sha256]:
         raise QADError(f"{prefix}.json has no SHA-256 of {data_file(prefix, missing[0])}. {_AGAIN}")
+    if unknown := [suffix for suffix in metadata.sha256 if suffix not in ("bin", "idx", *masks)]:
+        raise QADError(f"{prefix}.json has a SHA-256 of {unknown[0]!r}, which no such data has. {_AGAIN}")
     if metadata.supervised_tokens == 0:
         raise QADError(
             f"--data-path {prefix}: none of its {metadata.tokens} tokens counts in the loss ({prefix}.json, "

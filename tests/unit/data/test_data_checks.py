@@ -140,6 +140,7 @@ def test_exchanged_pairs_of_files_are_refused(check, data):
         ({"sha256": None}, "has the value None of 'sha256', so it is damaged"),
         ({"sha256": {"bin": 5}}, "has the value {'bin': 5} of 'sha256'"),
         ({"sha256": {"bin": "0"}}, "has no SHA-256 of .*a.idx"),
+        ({"sha256": {"bin": "", "idx": "", "loss_mask.bin": "", "/../x": ""}}, "has a SHA-256 of '/../x', which"),
         ({"tokens": "many"}, "has the value 'many' of 'tokens'"),
         ({"unknown": 1}, "has the value 1 of 'unknown'"),
         ({"format_version": 2}, "has format version 2, expected format version 1"),
