@@ -74,8 +74,13 @@ class DataTokenizer:
         return hashlib.sha256(pieces.encode("ascii")).hexdigest()
 
     def probe_sha256(self) -> str:
-        """Return a hash of the ids of ``PROBE`` without BOS: equal for tokenizers that cut text in the same way."""
-        ids = self.encode(PROBE)
+        """Return a hash of the ids of ``PROBE`` without BOS: equal for tokenizers that cut text in the same way.
+
+        Empty if the tokenizer cannot encode it."""
+        try:
+            ids = self.encode(PROBE)
+        except QADError:
+            return ""
         return hashlib.sha256(json.dumps(ids[1:] if ids[:1] == [self.bos] else ids).encode("ascii")).hexdigest()
 
     def files_sha256(self) -> dict[str, str]:

@@ -160,13 +160,13 @@ def test_flags_that_only_read_the_cache(read, tmp_path, flag):
 
 
 def test_processes_that_store_at_the_same_time(tmp_path):
-    arrays = (np.arange(100_000), np.arange(5))
+    arrays = (np.arange(20_000), np.arange(5))
     caches = [IndexCache(tmp_path / "cache" / "x", ("large", "small"), "text", set()) for _ in range(8)]
     failed, loaded = [], []
 
     def store(cache: IndexCache) -> None:
         try:
-            for _ in range(10):
+            for _ in range(4):
                 cache._store(arrays)
         except OSError as error:
             failed.append(error)
