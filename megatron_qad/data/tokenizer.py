@@ -32,6 +32,9 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 """The files that map pieces to ids. Settings and templates may differ: they change how text is split, not the meaning
 of ids."""
 
+PROBE = "  Hello,  World!\n\n\tdef f(x1):  return 3.14159  # don't 123456 \u00e9t\u00e9 \u6570 \U0001f600\u00a0 ABCdef"
+"""A text whose ids tell how a tokenizer cuts text: spaces, lines, digits, capitals, scripts, four-byte characters."""
+
 
 def files_sha256(files: Iterable[Path]) -> dict[str, str]:
     """Return {file name: SHA-256 of its bytes}."""
@@ -78,6 +81,16 @@ class DataTokenizer:
         """Return a hash of the map piece -> id, which does not depend on how the files were written."""
         pieces = json.dumps(sorted((id_, piece) for piece, id_ in self.vocab.items()), ensure_ascii=True)
         return hashlib.sha256(pieces.encode("ascii")).hexdigest()
+
+    def probe_sha256(self) -> str:
+        """Return a hash of the ids of ``PROBE`` without BOS: equal for tokenizers that cut text in the same way.
+
+        Empty if the tokenizer cannot encode it."""
+        try:
+            ids = self.encode(PROBE)
+        except QADError:
+            return ""
+        return hashlib.sha256(json.dumps(ids[1:] if ids[:1] == [self.bos] else ids).encode("ascii")).hexdigest()
 
     def files_sha256(self) -> dict[str, str]:
         """Return {file name: SHA-256 of its bytes} of the tokenizer's files."""

@@ -68,6 +68,7 @@ class DocumentWriter:
             tokenizer_kind=self.tokenizer.kind,
             tokenizer_files_sha256=self.tokenizer.files_sha256(),
             vocab_sha256=self.tokenizer.vocab_sha256(),
+            probe_sha256=self.tokenizer.probe_sha256(),
             vocab_size=self.tokenizer.vocab_size,
             eod=self.tokenizer.eod,
             documents=self.documents,
