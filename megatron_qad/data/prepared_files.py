@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDataset
 
 from megatron_qad.data.metadata import DataMetadata, data_file, load_metadata, loss_mask_prefix, metadata_path
 from megatron_qad.engine.errors import QADError
@@ -117,6 +117,8 @@ def _read_index(prefix: str, owner: str | None = None) -> IndexedDataset:
         owner: prefix that the user gave, if ``prefix`` is that of its loss mask.
     """
     name = f"--data-path {owner or prefix}"
+    if problem := _index_problem(Path(f"{prefix}.idx")):
+        raise QADError(f"{name}: {prefix}.idx cannot be read ({problem}). Prepare the data again.")
     try:
         # Without mmap: an empty .bin cannot be mapped.
         data = IndexedDataset(prefix, mmap=False)
@@ -135,6 +137,29 @@ def _read_index(prefix: str, owner: str | None = None) -> IndexedDataset:
             f"{name}: {prefix}.idx is damaged: its documents do not follow each other in {prefix}.bin. {_AGAIN}"
         )
     return data
+
+
+def _index_problem(file: Path) -> str | None:
+    """Return why Megatron's reader would fail on an index, or None.
+
+    The reader's destructor fails, too, when it has failed, and prints a traceback that no ``except`` can catch.
+    """
+    header = struct.Struct(f"<{len(_INDEX_HEADER)}sQBQQ")  # magic, version, type of the ids, documents twice
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(header.size)
+        if len(content) < header.size:
+            return f"{len(content)} bytes, expected at least {header.size}"
+        magic, version, dtype, num_sequences, num_documents = header.unpack(content)
+        if magic != _INDEX_HEADER or version != 1:
+            return "it does not begin as an index does"
+        if dtype not in [member.value for member in DType]:
+            return f"unknown type of ids {dtype}"
+        expected = header.size + (4 + 8) * num_sequences + 8 * num_documents  # lengths, offsets, document starts
+        size = file.stat().st_size
+        return None if size == expected else f"{size} bytes, expected {expected} for {num_sequences} sequences"
+    except OSError as error:
+        return error.strerror
 
 
 def _near_names(prefix: str) -> str:
