@@ -14,7 +14,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix, output_files
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
-from megatron_qad.data.sources import BLANK_LINES, BadLine, Record, encode_record, read_records
+from megatron_qad.data.readers import BLANK_LINES, read_records
+from megatron_qad.data.records import BadLine, Record
+from megatron_qad.data.sources import encode_record
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine.errors import QADError
 
@@ -224,7 +226,7 @@ def test_prepend_bos_adds_one_bos(write_jsonl, prepared, sp_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs": ["nowhere.jsonl"]}, "nowhere.jsonl is not a file"),
+        ({"inputs": ["nowhere.jsonl"]}, "nowhere.jsonl does not exist"),
         ({"tokenizer": "org/name"}, "names on the Hub are not downloaded"),
         ({"split_on": "("}, "--split-on '\\(' is not a regular expression"),
         ({"workers": 0}, "--workers 0"),
