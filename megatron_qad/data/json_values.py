@@ -21,7 +21,7 @@ def is_one_object_per_line(start: bytes) -> bool:
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        # A damaged line of JSONL is one bad line. A line that ends after a bracket or a comma goes on in the next.
+        # A damaged line of JSONL is one bad line. A line that ends after a bracket or a comma continues in the next.
         return start[:1] == b"{" and not first.rstrip().endswith((b"{", b"[", b","))
     return start[:1] == b"{" or bool(rest.strip())
 

@@ -19,7 +19,8 @@ from megatron_qad.data.tokenizer import load_tokenizer
 
 ENGLISH = "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 # As in Llama 3: words, up to three digits, punctuation, white space.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+LLAMA3 += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def _texts() -> dict[str, str]:

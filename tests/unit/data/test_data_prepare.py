@@ -180,10 +180,11 @@ def test_splitting_keeps_line_numbers(tmp_path):
 def test_several_workers_keep_the_order(write_jsonl, prepared, sp_model):
     lines = [{"text": f"document {i} " * (i % 7 + 1)} if i % 50 else "bad" for i in range(400)]
     path = write_jsonl(lines)
-    one, metadata_one = prepared(path, sp_model, name="one", max_bad_fraction=0.1)
-    two, metadata_two = prepared(path, sp_model, name="two", max_bad_fraction=0.1, workers=2)
+    options = {"max_bad_fraction": 0.1, "validation_fraction": 0.3}
+    one, metadata_one = prepared(path, sp_model, name="one", **options)
+    two, metadata_two = prepared(path, sp_model, name="two", workers=2, **options)
     assert metadata_one == metadata_two
-    for suffix in (".bin", ".idx", ".bad.txt"):
+    for suffix in (".bin", ".idx", ".bad.txt", "_valid.bin", "_valid.idx", "_valid.json"):
         assert Path(one + suffix).read_bytes() == Path(two + suffix).read_bytes()
 
 

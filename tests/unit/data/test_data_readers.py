@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import pickle
+import random
 import socket
 import zipfile
 
@@ -141,7 +142,7 @@ def _zip():
     return sink.getvalue()
 
 
-LONG = os.urandom(3000).hex().encode()
+LONG = random.Random(0).randbytes(3000).hex().encode()
 REFUSED = {
     "utf16.txt": ("text".encode("utf-16"), "is UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 "),
     "utf16be.jsonl": (b"\xfe\xff" + "{}".encode("utf-16-be"), "is UTF-16"),
@@ -160,7 +161,6 @@ REFUSED = {
     "cut.txt.bz2": (bz2.compress(LONG)[:-1000], "its bzip2 data is damaged"),
     "cut.txt.xz": (lzma.compress(LONG)[:-1000], "its xz data is damaged"),
     "flipped.txt.gz": (_flipped(gzip.compress(LONG), 2000), "its gzip data is damaged"),
-    "flipped.txt.zst": (_flipped(zstd(LONG), 2000), "its zstd data is damaged"),
     "empty.txt.gz": (b"", "is empty, expected compressed data"),
     "cut.parquet": (_parquet()[:-50], "the datasets library cannot read it: ArrowInvalid"),
     "flipped.parquet": (_flipped(_parquet(), 60), "the datasets library cannot read it: OSError"),
