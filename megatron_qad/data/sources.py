@@ -48,8 +48,8 @@ def encode_record(
         value, is_truncated = _parse(record, json_key)
         is_chat = isinstance(value, Chat)
         if is_chat and len(record.data) > MAX_CHAT_BYTES:
-            size = len(record.data) >> 20
-            raise BadDocument(f"the chat has {size} MiB, more than the {MAX_CHAT_BYTES >> 20} MiB that a chat may have")
+            size = f"{len(record.data):,} bytes, more than the {MAX_CHAT_BYTES:,} that a chat may have"
+            raise BadDocument(f"the chat has {size}. Split it")
         documents = tokenizer.encode_chat(value, multi_turn) if is_chat else [(_encode_text(value, tokenizer), None)]
     except BadDocument as error:
         line = record.line + error.line_offset

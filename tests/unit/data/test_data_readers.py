@@ -220,4 +220,4 @@ def test_records_that_are_too_large_are_bad_lines(tmp_path, monkeypatch):
 def test_chats_that_are_too_large_are_bad_lines(hf_tokenizer, monkeypatch):
     messages = [{"role": "user", "content": "x" * records.MAX_CHAT_BYTES}, {"role": "assistant", "content": "y"}]
     bad = encode_record(records.Record("f", 3, True, json.dumps({"messages": messages}).encode()), hf_tokenizer)
-    assert str(bad) == "f:3: the chat has 8 MiB, more than the 8 MiB that a chat may have"
+    assert str(bad) == "f:3: the chat has 8,388,698 bytes, more than the 8,388,608 that a chat may have. Split it"
