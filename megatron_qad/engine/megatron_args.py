@@ -1,14 +1,21 @@
 """Megatron's command line: its argument parser, extended by our flags, and its global arguments."""
 
 import argparse
+import contextlib
+import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import NoReturn
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+
+from megatron_qad.engine.errors import QADError
 
 
 def add_options(options: type, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -20,21 +27,57 @@ def add_options(options: type, parser: argparse.ArgumentParser) -> argparse.Argu
     return parser
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of 800 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error of a flag's value, such as ``--lr: invalid float value: 'abc'``."""
+        raise QADError(f"{message.removeprefix('argument ')}. python pretrain_qad.py --help describes the flag.")
+
+
 def make_parser(options: type) -> argparse.ArgumentParser:
-    """Create a parser of Megatron's flags and ours."""
-    return add_options(options, add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    """Create a parser of Megatron's flags and ours. Its errors are ``QADError``."""
+    return add_options(options, add_megatron_arguments(OneLineParser(allow_abbrev=False)))
 
 
-def parse_globally(argv: Sequence[str], options: type, world_size: int) -> argparse.Namespace:
+def parse_globally(argv: Sequence[str], options: type, world_size: int, *, is_quiet: bool = False) -> argparse.Namespace:
     """Let Megatron parse and validate ``argv``, set its global arguments, and start its loggers and signal handler.
 
-    Sets ``sys.argv``, from which Megatron reads. Megatron's own errors are raised unchanged.
+    Sets ``sys.argv``, from which Megatron reads.
+
+    Args:
+        is_quiet: drop what Megatron prints, which includes all its arguments (750 lines).
+
+    Raises:
+        QADError: Megatron refuses the flags; the error quotes its message, or the condition that failed.
     """
     sys.argv = [sys.argv[0], *argv]
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world_size)  # a dry run may plan for more ranks than there are
+    printed = contextlib.redirect_stdout(io.StringIO()) if is_quiet else contextlib.nullcontext()
     try:
-        return parse_and_validate_args(extra_args_provider=partial(add_options, options))
+        with printed:
+            return parse_and_validate_args(extra_args_provider=partial(add_options, options))
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        if isinstance(error, QADError) or not (refusal := _refusal(error)):
+            raise
+        raise QADError(refusal) from error
     finally:
         if before is None:
             del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
+
+
+def _refusal(error: Exception) -> str:
+    """Return what Megatron's validation refused; empty if the error comes from another part of it.
+
+    Many of its assertions have no message. Then the condition of the assertion says what was refused.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.name in ("parse_args", "validate_args", "validate_yaml") for frame in frames):
+        return ""
+    line = (frames[-1].line or "").strip()
+    reason = " ".join(str(error).split()) or f"the condition '{line.removeprefix('assert ')}' does not hold"
+    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+    return f"Megatron refuses the flags: {reason.rstrip('.')} ({where}). Change the flags."
