@@ -31,7 +31,7 @@ from megatron_qad.engine.events import Callback  # noqa: E402
 from megatron_qad.training.batch import Batch  # noqa: E402
 from megatron_qad.training.job import QADJob, Step  # noqa: E402
 from megatron_qad.training.plan import print_plan  # noqa: E402
-from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
+from megatron_qad.training.start import check_dry_run, read_command_line, start_job  # noqa: E402
 
 
 def qad_step(job: QADJob, step: Step) -> list[dict]:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) 
     job = start_job(config, callbacks)
     print_rank_0(init_runtime().report())
     if config.options.qad_dry_run:
-        return print_plan(config, job.args)
+        return print_plan(config, job.args, check_dry_run(job))
     with job.loop.running():
         pretrain(
             pretrain_cfg_container_from_args(job.args, job.model_config(qad_step)),

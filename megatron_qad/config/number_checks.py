@@ -33,8 +33,8 @@ class Range(NamedTuple):
     def describe(self) -> str:
         if self.upper is None:
             return f"a number above {self.lower:g}" if self.excludes_lower else f"a number of {self.lower:g} or more"
-        lower = f"above {self.lower:g}" if self.excludes_lower else f"from {self.lower:g}"
-        return f"a number {lower} {'and below' if self.excludes_upper else 'up to'} {self.upper:g}"
+        lower = f"above {self.lower:g}" if self.excludes_lower else f"of {self.lower:g} or more"
+        return f"a number {lower} and {'below' if self.excludes_upper else 'up to'} {self.upper:g}"
 
 
 _ONE_OR_MORE, _ZERO_OR_MORE, _POSITIVE = Range(1), Range(0), Range(0, excludes_lower=True)
@@ -87,12 +87,12 @@ def check_numbers(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -
         for number in _numbers(value):
             expected = _RANGES.get(action.dest)
             if not math.isfinite(number):
-                found = f"a finite number{f', {expected.describe()}' if expected else ''}"
+                right = "a finite number"
             elif expected is not None and not expected.contains(number):
-                found = expected.describe()
+                right = expected.describe()
             else:
                 continue
-            raise QADError(f"{action.option_strings[0]} {number:g}: expected {found}.")
+            raise QADError(f"{action.option_strings[0]} {number}: expected {right}.")
 
 
 def _numbers(value: object) -> Iterator[float]:

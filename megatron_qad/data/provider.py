@@ -25,6 +25,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
+from megatron_qad.data.epochs import describe_epochs
 from megatron_qad.data.metadata import load_metadata
 from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.data.validation_set import (
@@ -50,6 +51,23 @@ class DatasetsProvider:
     def __init__(self, args: argparse.Namespace, options: DataOptions):
         self.args, self._options = args, options
 
+    def check(self) -> QADDatasetConfig:
+        """Check the flags and the files of the data. Returns the configuration of the datasets.
+
+        Raises:
+            QADError: see ``__call__``.
+        """
+        config = dataset_config(self.args, self._options)
+        check_data(self.args, config, self._options)
+        return config
+
+    def describe(self, config: QADDatasetConfig) -> list[str]:
+        """Return lines that say how often a job that trains reads its data."""
+        args = self.args
+        if args.skip_train or self._options.is_ptq:
+            return []
+        return describe_epochs(config, args.train_samples or args.train_iters * args.global_batch_size)
+
     def __call__(self, train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
         """Build the datasets.
 
@@ -67,8 +85,9 @@ class DatasetsProvider:
                 which no token counts.
         """
         args, options = self.args, self._options
-        config = dataset_config(args, options)
-        check_data(args, config, options)
+        config = self.check()
+        for line in self.describe(config):
+            print_rank_0(f"megatron_qad: {line}")
         print_rank_0("megatron_qad: building the training and validation datasets")
         num_train = train_val_test_num_samples[0]
         # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.

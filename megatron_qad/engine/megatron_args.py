@@ -21,6 +21,13 @@ from megatron_qad.engine.errors import QADError
 def add_options(options: type, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add a flag for every field of a dataclass; the field's docstring becomes the help text."""
     ArgumentGroupFactory(options).build_group(parser, title="quantization-aware distillation")
+    parser.add_argument(  # Megatron has no flag that turns off what config.machine_options turns on
+        "--no-dist-ckpt-optim-fully-reshardable",
+        action="store_false",
+        dest="dist_ckpt_optim_fully_reshardable",
+        help="Save the distributed optimizer as it is sharded, which needs no communication and less host memory; the "
+        "job can then resume with other data-parallel sizes only.",
+    )
     for action in parser._actions:  # argparse formats help with %; a "10%)" in megatron-core 0.19.2 would break --help
         if action.help is not argparse.SUPPRESS and action.help:
             action.help = re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
@@ -40,7 +47,9 @@ def make_parser(options: type) -> argparse.ArgumentParser:
     return add_options(options, add_megatron_arguments(OneLineParser(allow_abbrev=False)))
 
 
-def parse_globally(argv: Sequence[str], options: type, world_size: int, *, is_quiet: bool = False) -> argparse.Namespace:
+def parse_globally(
+    argv: Sequence[str], options: type, world_size: int, *, is_quiet: bool = False
+) -> argparse.Namespace:
     """Let Megatron parse and validate ``argv``, set its global arguments, and start its loggers and signal handler.
 
     Sets ``sys.argv``, from which Megatron reads.
