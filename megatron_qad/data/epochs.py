@@ -60,4 +60,5 @@ def epochs_of(needed: float, tokens: Sequence[float], weights: Sequence[float] |
 
 
 def _num_tokens(prefix: str) -> int:
-    return int(IndexedDataset(prefix, mmap=False).index.sequence_lengths.sum(dtype=np.int64))
+    data = IndexedDataset(prefix, mmap=False)  # its end unmaps the lengths
+    return int(data.index.sequence_lengths.sum(dtype=np.int64))

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -65,12 +65,8 @@ def parse_globally(
     os.environ["WORLD_SIZE"] = str(world_size)  # a dry run may plan for more ranks than there are
     printed = contextlib.redirect_stdout(io.StringIO()) if is_quiet else contextlib.nullcontext()
     try:
-        with printed:
+        with printed, megatrons_refusals("parse_args", "validate_args", "validate_yaml"):
             return parse_and_validate_args(extra_args_provider=partial(add_options, options))
-    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
-        if isinstance(error, QADError) or not (refusal := _refusal(error)):
-            raise
-        raise QADError(refusal) from error
     finally:
         if before is None:
             del os.environ["WORLD_SIZE"]
@@ -78,15 +74,22 @@ def parse_globally(
             os.environ["WORLD_SIZE"] = before
 
 
-def _refusal(error: Exception) -> str:
-    """Return what Megatron's validation refused; empty if the error comes from another part of it.
+@contextlib.contextmanager
+def megatrons_refusals(*functions: str) -> Iterator[None]:
+    """Context manager: an error of Megatron's checks of flags becomes a ``QADError`` of one line.
 
     Many of its assertions have no message. Then the condition of the assertion says what was refused.
+
+    Args:
+        functions: the functions of Megatron that check flags; errors from elsewhere are raised unchanged.
     """
-    frames = traceback.extract_tb(error.__traceback__)
-    if not any(frame.name in ("parse_args", "validate_args", "validate_yaml") for frame in frames):
-        return ""
-    line = (frames[-1].line or "").strip()
-    reason = " ".join(str(error).split()) or f"the condition '{line.removeprefix('assert ')}' does not hold"
-    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
-    return f"Megatron refuses the flags: {reason.rstrip('.')} ({where}). Change the flags."
+    try:
+        yield
+    except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, QADError) or not any(frame.name in functions for frame in frames):
+            raise
+        line = (frames[-1].line or "").strip()
+        reason = " ".join(str(error).split()) or f"the condition '{line.removeprefix('assert ')}' does not hold"
+        where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+        raise QADError(f"Megatron refuses the flags: {reason.rstrip('.')} ({where}). Change the flags.") from error

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.training import print_rank_0
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import checkpoint_exists
+from megatron.training.config import PretrainConfigContainer
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.data.provider import DatasetsProvider
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
+from megatron_qad.engine.megatron_args import megatrons_refusals
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
 from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, RUN_RECORDS, record_text
@@ -71,7 +74,7 @@ class QADJob:
 
         job = start_job(read_command_line(["--config", "job.yaml"]))  # training.start
         with job.loop.running():  # arguments of Megatron's pretrain: see pretrain_qad.py
-            pretrain(pretrain_cfg_container_from_args(job.args, job.model_config(qad_step)), job.datasets_provider, ...)
+            pretrain(job.pretrain_config(qad_step), job.datasets_provider, ...)
 
     Args:
         config: configuration of the job.
@@ -137,6 +140,19 @@ class QADJob:
         student_config = model_config(self.config, self.args, self.config.student)
         student_config.pre_wrap_hooks.append(partial(self._prepare, qad_step))
         return student_config
+
+    def pretrain_config(self, qad_step: Callable[["QADJob", Step], list[dict]]) -> PretrainConfigContainer:
+        """Return the config of ``pretrain``, with that of the student.
+
+        Args:
+            qad_step: runs the parts of a step.
+
+        Raises:
+            QADError: Megatron refuses the flags.
+        """
+        student_config = self.model_config(qad_step)
+        with megatrons_refusals("__post_init__", "pretrain_cfg_container_from_args"):
+            return pretrain_cfg_container_from_args(self.args, student_config)
 
     def evaluated(self, model) -> dict[str, float]:
         """Reduce the metrics of an evaluation over the data-parallel ranks and report them, at the end of each one."""

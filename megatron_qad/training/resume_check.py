@@ -80,8 +80,9 @@ def _check_schedule(directory: Path, args: argparse.Namespace, saved: dict) -> N
             unit = f" steps of {args.global_batch_size} samples" if samples else ""
             old, new = (x / args.global_batch_size if samples else x for x in (saved[key], value))
             raise QADError(
-                f"{flag}: the schedule of {directory} has {_text(old)}{unit}, these flags give {_text(new)}{unit}. Add --override-opt-param-scheduler to follow these "
-                "flags, or --use-checkpoint-opt-param-scheduler to keep the schedule of the checkpoint."
+                f"{flag}: the schedule of {directory} has {_text(old)}{unit}, these flags give {_text(new)}{unit}. Add "
+                "--override-opt-param-scheduler to follow these flags, or --use-checkpoint-opt-param-scheduler to keep "
+                "the schedule of the checkpoint."
             )
 
 

@@ -4,7 +4,7 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron.training import print_rank_0
 
@@ -20,7 +20,8 @@ from megatron_qad.engine.loggers import Loggers, continue_wandb_run
 from megatron_qad.engine.megatron_args import make_parser, parse_globally
 from megatron_qad.engine.run_directory import locks
 from megatron_qad.models.context_parallel import partitioned_indices
-from megatron_qad.training.job import QADJob
+from megatron_qad.training.job import QADJob, Step
+from megatron_qad.training.models import model_config, replace_model_shape
 from megatron_qad.training.resume_check import check_resume, checkpoint_to_resume
 
 
@@ -65,8 +66,11 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
     return QADJob(config, args, loggers, callbacks)
 
 
-def check_dry_run(job: QADJob) -> list[str]:
-    """Check what a job checks after its start: the data, and the checkpoint from which it resumes.
+def check_dry_run(job: QADJob, qad_step: Callable[[QADJob, Step], list[dict]]) -> list[str]:
+    """Check what a job checks after its start: Megatron's configs, the data, the checkpoint from which it resumes.
+
+    Args:
+        qad_step: runs the parts of a step; not called.
 
     Returns:
         Lines for the plan: how often the data is read.
@@ -74,6 +78,9 @@ def check_dry_run(job: QADJob) -> list[str]:
     Raises:
         QADError: the job would end with the same error.
     """
+    job.pretrain_config(qad_step)
+    if job.config.teacher is not None:
+        model_config(job.config, replace_model_shape(job.config, job.args, job.config.teacher), job.config.teacher)
     dataset_config = job.datasets_provider.check()
     directory = checkpoint_to_resume(job.args)
     if directory is not None:
