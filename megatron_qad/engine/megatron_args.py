@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import logging
 import os
 import re
 import sys
@@ -55,7 +56,7 @@ def parse_globally(
     Sets ``sys.argv``, from which Megatron reads.
 
     Args:
-        is_quiet: drop what Megatron prints, which includes all its arguments (750 lines).
+        is_quiet: drop what Megatron prints and logs, which includes all its arguments (750 lines).
 
     Raises:
         QADError: Megatron refuses the flags; the error quotes its message, or the condition that failed.
@@ -64,6 +65,8 @@ def parse_globally(
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world_size)  # a dry run may plan for more ranks than there are
     printed = contextlib.redirect_stdout(io.StringIO()) if is_quiet else contextlib.nullcontext()
+    if is_quiet:
+        logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
         with printed, megatrons_refusals("parse_args", "validate_args", "validate_yaml"):
             return parse_and_validate_args(extra_args_provider=partial(add_options, options))
