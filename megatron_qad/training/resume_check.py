@@ -32,6 +32,7 @@ def check_resume(directory: Path, args: argparse.Namespace) -> None:
     saved = state.get("args")
     if saved is None or getattr(saved, "no_save_optim", False):
         return
+    _check_optimizer(directory, args, saved)
     _check_parallelism(directory, args, saved, load_content_metadata(preloaded_state_dict=state) or {})
     _check_schedule(directory, args, state.get("opt_param_scheduler") or {})
     iteration = state.get("iteration", 0)
@@ -55,6 +56,30 @@ def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:
         return None
     directory = root / f"iter_{int(tracked):07d}"
     return None if manifest.find_problems(directory) else directory
+
+
+def _check_optimizer(directory: Path, args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Check that the optimizer is of the same kind. Megatron does not convert the state of one into that of another."""
+    before, now = (source.use_distributed_optimizer for source in (saved, args))
+    if before != now:
+        raise QADError(
+            f"--use-distributed-optimizer: {directory} was saved with{'' if before else 'out'} it, and this job has it "
+            f"{'on' if now else 'off'}. {'Add' if before else 'Remove'} the flag, or add --no-load-optim to start with "
+            "a new optimizer."
+        )
+    if args.num_experts is None or _has_expert_optimizer(saved) == _has_expert_optimizer(args):
+        return
+    raise QADError(
+        f"--expert-model-parallel-size {args.expert_model_parallel_size}: {directory} was saved with "
+        f"{saved.expert_model_parallel_size}. With expert parallelism, or an expert tensor-parallel size of its own, the "
+        "experts have a separate optimizer, and its state cannot be converted. Resume with an EP that is also "
+        f"{'above 1' if _has_expert_optimizer(saved) else '1'}, or add --no-load-optim to start with a new optimizer."
+    )
+
+
+def _has_expert_optimizer(args: argparse.Namespace) -> bool:
+    """Whether Megatron reduces the gradients of experts over other groups than those of the rest of the model."""
+    return args.expert_model_parallel_size > 1 or args.expert_tensor_parallel_size != args.tensor_model_parallel_size
 
 
 def _check_parallelism(directory: Path, args: argparse.Namespace, saved: argparse.Namespace, metadata: dict) -> None:

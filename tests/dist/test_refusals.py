@@ -103,7 +103,10 @@ def flags_of_a_job(directory, *left_out: str) -> list[str]:
 
 def assert_refused(inputs, server, table: dict, *flags: str) -> None:
     """Check that each job of a table and its dry run end with the error of the table, in one line."""
-    cases = [[*flags_of_a_job(inputs, *left_out), *flags, *added] for added, left_out, _ in table.values()]
+    cases = [
+        [*flags_of_a_job(inputs, *left_out), *(flag for flag in flags if flag not in left_out), *added]
+        for added, left_out, _ in table.values()
+    ]
     server.run("refusal_jobs:outcomes", 1, {"cases": cases, "result": f"{inputs}/outcomes"}, timeout=240)
     outcomes = dict(zip(table, json.loads((inputs / "outcomes").read_text()), strict=True))
     wrong = {
@@ -129,6 +132,11 @@ REFUSED_TO_RESUME = {
     "another warmup": (["--lr-warmup-iters", "1"], [], "--lr-warmup-iters: the schedule of {} has 0 steps of 8"),
     "another weight decay": (["--weight-decay", "0"], [], "--weight-decay: the schedule of {} has 0.01, these flags"),
     "another style": (["--lr-decay-style", "cosine"], [], "--lr-decay-style: the schedule of {} has linear, these"),
+    "another optimizer": (
+        [],
+        ["--use-distributed-optimizer"],
+        "--use-distributed-optimizer: {} was saved with it, and",
+    ),
     "other batches": (["--global-batch-size", "4"], [], "--train-iters: the schedule of {} has 8 steps of 4 samples"),
 }
 
