@@ -71,8 +71,8 @@ def _check_optimizer(directory: Path, args: argparse.Namespace, saved: argparse.
         return
     raise QADError(
         f"--expert-model-parallel-size {args.expert_model_parallel_size}: {directory} was saved with "
-        f"{saved.expert_model_parallel_size}. With expert parallelism, or an expert tensor-parallel size of its own, the "
-        "experts have a separate optimizer, and its state cannot be converted. Resume with an EP that is also "
+        f"{saved.expert_model_parallel_size}. With expert parallelism, or an expert tensor-parallel size of its own, "
+        "the experts have a separate optimizer, and its state cannot be converted. Resume with an EP that is also "
         f"{'above 1' if _has_expert_optimizer(saved) else '1'}, or add --no-load-optim to start with a new optimizer."
     )
 
