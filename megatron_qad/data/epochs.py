@@ -20,11 +20,13 @@ def describe_epochs(config: QADDatasetConfig, num_samples: int) -> list[str]:
         num_samples: number of sequences that the job trains on.
     """
     if config.blend is not None:
-        (prefixes, weights), (begin, end) = config.blend, config.split_matrix[0]
-        share = end - begin
+        blend, (begin, end) = config.blend, config.split_matrix[0] or (0, 0)
     else:
-        (prefixes, weights), share = config.blend_per_split[0], 1.0
-    tokens = [_num_tokens(prefix) * share for prefix in prefixes]
+        blend, (begin, end) = config.blend_per_split[0], (0, 1)
+    if blend is None or begin == end:  # no training data
+        return []
+    prefixes, weights = blend
+    tokens = [_num_tokens(prefix) * (end - begin) for prefix in prefixes]
     needed = num_samples * config.sequence_length
     epochs = epochs_of(needed, tokens, weights)
     most = max(range(len(epochs)), key=epochs.__getitem__)

@@ -61,12 +61,9 @@ class DatasetsProvider:
         check_data(self.args, config, self._options)
         return config
 
-    def describe(self, config: QADDatasetConfig) -> list[str]:
-        """Return lines that say how often a job that trains reads its data."""
-        args = self.args
-        if args.skip_train or self._options.is_ptq:
-            return []
-        return describe_epochs(config, args.train_samples or args.train_iters * args.global_batch_size)
+    def describe(self, config: QADDatasetConfig, num_samples: int) -> list[str]:
+        """Return lines that say how often a job reads its data to train on ``num_samples`` sequences."""
+        return [] if self.args.skip_train or self._options.is_ptq else describe_epochs(config, num_samples)
 
     def __call__(self, train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
         """Build the datasets.
@@ -86,10 +83,10 @@ class DatasetsProvider:
         """
         args, options = self.args, self._options
         config = self.check()
-        for line in self.describe(config):
+        num_train = train_val_test_num_samples[0]
+        for line in self.describe(config, num_train) if vp_stage in (None, 0) else ():
             print_rank_0(f"megatron_qad: {line}")
         print_rank_0("megatron_qad: building the training and validation datasets")
-        num_train = train_val_test_num_samples[0]
         # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.
         num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
         is_built = partial(_is_built_on_rank, vp_stage)

@@ -85,7 +85,10 @@ def check_dry_run(job: QADJob, qad_step: Callable[[QADJob, Step], list[dict]]) -
     directory = checkpoint_to_resume(job.args)
     if directory is not None:
         check_resume(directory, job.args)
-    return job.datasets_provider.describe(dataset_config)
+    args = job.args
+    return job.datasets_provider.describe(
+        dataset_config, args.train_samples or args.train_iters * args.global_batch_size
+    )
 
 
 def _fix_megatron() -> None:

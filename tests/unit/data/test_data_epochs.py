@@ -46,3 +46,8 @@ def test_repeated_part_of_a_blend(describe, write_jsonl, prepared, hf_dir, args_
     line, warning = describe(num_samples, *flags)
     assert f"; with the weights of the blend up to {20:.3g} of {small}" in line and " are 0.22 epochs" in line
     assert warning.startswith(f"WARNING: {small} is read 20 times.")
+
+
+def test_job_without_training_data_reads_no_epochs(describe, write_jsonl, prepared, hf_dir):
+    prefix, _ = prepared(write_jsonl([{"text": "ABC 123"}] * 30), hf_dir)
+    assert describe(8, "--data-path", prefix, "--split", "0,100,0") == []
