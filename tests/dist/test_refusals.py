@@ -72,7 +72,7 @@ REFUSED = {
         "Megatron refuses the flags: Using recompute_granularity: full so recompute_method must be",
     ),
     "its assertion without a message": (
-        ["--save", "run", "--save-interval", "2", "--save-retain-interval", "3"],
+        ["--save", "{directory}/refused", "--save-interval", "2", "--save-retain-interval", "3"],
         [],
         "Megatron refuses the flags: the condition 'args.save_retain_interval % args.save_interval == 0' does not hold",
     ),
@@ -107,6 +107,7 @@ def assert_refused(inputs, server, table: dict, *flags: str) -> None:
         [*flags_of_a_job(inputs, *left_out), *(flag for flag in flags if flag not in left_out), *added]
         for added, left_out, _ in table.values()
     ]
+    cases = [[word.replace("{directory}", str(inputs)) for word in argv] for argv in cases]
     server.run("refusal_jobs:outcomes", 1, {"cases": cases, "result": f"{inputs}/outcomes"}, timeout=240)
     outcomes = dict(zip(table, json.loads((inputs / "outcomes").read_text()), strict=True))
     wrong = {
