@@ -17,6 +17,7 @@ _ADVICE = {
     errno.ENOMEM: "Free memory or raise the limit (ulimit -v).",
     errno.EADDRINUSE: "Choose another port or end the process that uses it.",
 }
+_OUT_OF_MEMORY = "error: out of memory. Free memory, raise the limit (ulimit -v), or use a smaller batch."
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -37,7 +38,12 @@ def run(main: Callable[[], int | None]) -> None:
     except OSError as error:
         sys.exit(f"error: {describe(error)}")
     except MemoryError:
-        sys.exit("error: out of memory. Free memory, raise the limit (ulimit -v), or use a smaller batch.")
+        sys.exit(_OUT_OF_MEMORY)
+    except RuntimeError as error:
+        # torch's errors of a full host memory have no class of their own; those of a GPU are OutOfMemoryError.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        sys.exit(_OUT_OF_MEMORY)
     if status:
         sys.exit(status)
 

@@ -3,6 +3,7 @@
 import errno
 
 import pytest
+import torch
 
 from megatron_qad.engine import QADError, entry_point
 
@@ -24,6 +25,14 @@ def test_user_errors_are_one_line():
         == "error: /out/model: No space left on device. The disk is full: free space or choose another disk."
     )
     assert "ulimit -v" in exit_of(MemoryError())
+
+
+def test_full_memory_is_one_line():
+    with pytest.raises(SystemExit, match="error: out of memory. Free memory"):
+        entry_point.run(lambda: torch.empty(1 << 60, dtype=torch.uint8))
+    assert exit_of(torch.OutOfMemoryError("CUDA out of memory")).startswith("error: out of memory.")
+    with pytest.raises(RuntimeError, match="another"):
+        entry_point.run(lambda: exit_of(RuntimeError("another")))
 
 
 def test_status():
