@@ -7,8 +7,8 @@ lists for hours, and are far above every released model.
 
 import math
 import sys
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from megatron_qad.engine.errors import QADError
 
@@ -24,7 +24,7 @@ MAX_POSITIONS = 2**31 - 1
 """Largest context length: positions are int32 in the attention kernels."""
 
 Config = dict[str, Any]
-T = TypeVar("T")
+_PLURALS = {dict: "objects", int: "integers", str: "strings"}
 _FLOAT_MAX = sys.float_info.max  # JSON integers can be larger, and NaN compares false
 
 
@@ -104,14 +104,16 @@ def text(config: Config, key: str, default: str | _Required = REQUIRED) -> Any:
     return default if value is _MISSING else value
 
 
-def items(config: Config, key: str, kind: type[T], default: list[T] | None | _Required = REQUIRED) -> Any:
+def items[T](config: Config, key: str, kind: type[T], default: list[T] | None | _Required = REQUIRED) -> Any:
     """Return the list at ``key``, whose items are all of type ``kind`` (``dict``, ``int``, ``str``)."""
     value = _value(config, key, default)
     if value is _MISSING:
         return default
-    if not isinstance(value, list) or any(type(item) is not kind for item in value):
-        names = {dict: "objects", int: "integers", str: "strings"}
-        raise _wrong(config, key, value, f"a list of {names[kind]}")
+    if not isinstance(value, list):
+        raise _wrong(config, key, value, f"a list of {_PLURALS[kind]}")
+    for index, item in enumerate(value):
+        if type(item) is not kind:
+            raise _wrong(config, f"{key}[{index}]", item, f"one of a list of {_PLURALS[kind]}")
     return value
 
 
@@ -125,11 +127,14 @@ def section(config: Config, key: str, default: Config | None | _Required = REQUI
     return None if value is None else _named(value, f"{place(config)}: {key}")
 
 
+def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Section:
+    """Return the config with ``defaults`` for the keys that it lacks. A null stays null."""
+    return _named({**defaults, **config}, place(config))
+
+
 def entries(config: Config, key: str) -> list[Section]:
     """Return the list of objects at ``key`` as ``Section`` objects."""
-    return [
-        _named(value, f"{place(config)}: {key}[{index}]") for index, value in enumerate(items(config, key, dict))
-    ]
+    return [_named(value, f"{place(config)}: {key}[{index}]") for index, value in enumerate(items(config, key, dict))]
 
 
 def one_of(config: Config, key: str, choices: Iterable[str], default: str | _Required = REQUIRED) -> str:

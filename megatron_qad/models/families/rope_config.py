@@ -77,9 +77,7 @@ def _rope_type(rope: values.Section) -> str:
 def _check_whole_head(config: dict, rope: values.Section) -> None:
     for source in (config, rope):
         if (factor := values.number(source, "partial_rotary_factor", 1.0)) != 1.0:
-            raise QADError(
-                f"{values.place(source)}: partial_rotary_factor {factor} is not supported. Expected 1.0."
-            )
+            raise QADError(f"{values.place(source)}: partial_rotary_factor {factor} is not supported. Expected 1.0.")
     if rope.get("mrope_section") is not None:
         raise QADError(
             f"{values.place(rope)}: mrope_section {rope['mrope_section']} is not supported. Expected text positions."
@@ -88,9 +86,7 @@ def _check_whole_head(config: dict, rope: values.Section) -> None:
 
 def _original_length(config: dict, rope: values.Section) -> int:
     """Return the context length before scaling: from either place, else the context length as in transformers."""
-    inner, outer = (
-        values.integer(source, _ORIGINAL, None, maximum=values.MAX_POSITIONS) for source in (rope, config)
-    )
+    inner, outer = (values.integer(source, _ORIGINAL, None, maximum=values.MAX_POSITIONS) for source in (rope, config))
     if inner and outer and inner != outer:
         raise QADError(
             f"{values.place(rope)}: {_ORIGINAL} is {inner}, but {outer} at the top level, and loaders disagree which "

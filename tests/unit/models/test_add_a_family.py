@@ -44,7 +44,7 @@ def expected(monkeypatch):
 
 
 def test_family_is_unknown_before_step_2():
-    with pytest.raises(QADError, match="'AcmeForCausalLM' is not supported"):
+    with pytest.raises(QADError, match="'AcmeForCausalLM' .* is not supported. .* nearest is LlamaForCausalLM"):
         family_of(CONFIG)
 
 

@@ -349,7 +349,7 @@ def test_tensor_parallelism_must_divide_every_mlp():
         ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "gated": False}}], "has gated False"),
         ([BLOCK, {**BLOCK, "attention": {}}], r"n_heads_in_group \[.*None.*\]"),
         ([BLOCK, {**BLOCK, "attention": None}], r"block_configs\[1\] has no 'attention'"),
-        ([BLOCK, "none"], r"block_configs\[1\] has no 'attention'"),
+        ([BLOCK, "none"], r"block_configs\[1\] is the text 'none', expected one of a list of objects"),
         ([NO_ATTENTION], r"n_heads_in_group \[\]"),
         ([NO_FFN], "and 0 MLPs"),
     ],
