@@ -17,9 +17,9 @@ MAX_SIZE = 2**24
 vocabulary. A weight of this width and of 4,096 rows has 128 GiB in BF16."""
 MAX_LAYERS = 4096
 """Largest number of layers: 25 times the deepest released model."""
-MAX_EXPERTS = 65536
-"""Largest number of experts, of one layer and of a whole model: each has a few entries in the lists of tensors. The
-largest released model has 27,000 in all."""
+MAX_EXPERTS = 2**17
+"""Largest number of experts, of one layer and of a whole model: each has a few entries in the lists of tensors, which
+then take two seconds. Released models have up to 31,000 in all."""
 MAX_POSITIONS = 2**31 - 1
 """Largest context length: positions are int32 in the attention kernels."""
 
