@@ -21,6 +21,7 @@ from megatron_qad.data.sampling import Sampler
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import locks
+from megatron_qad.engine.text_files import read_json
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _resume(output: Path, options: GenerateOptions, model_dir: str | Path, promp
         return 0
     if not settings_path.is_file():
         raise QADError(f"{output} exists without {settings_path.name}, so it cannot be resumed. Choose another file.")
-    recorded = json.loads(settings_path.read_text(encoding="utf-8"))
+    recorded = read_json(settings_path, "Choose another output file.")
     differing = sorted(k for k in settings.keys() | recorded.keys() if settings.get(k) != recorded.get(k))
     if differing:
         raise QADError(
