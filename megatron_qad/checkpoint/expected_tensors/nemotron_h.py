@@ -34,7 +34,7 @@ def _mixers(config: dict) -> list[Callable]:
         add |= {"linear_attention": _mamba, "full_attention": _attention}
     layers, supported = config.get(key), tuple(add)  # a tuple, because a damaged file may hold an unhashable value
     if not isinstance(layers, str if "M" in supported else list) or any(layer not in supported for layer in layers):
-        raise QADError(f"config.json: {key} is {layers!r}, expected one of {', '.join(add)} for each layer.")
+        raise QADError(f"config.json: {key} is {layers!r:.100}, expected one of {', '.join(add)} for each layer.")
     if len(layers) > values.MAX_LAYERS:
         raise QADError(f"config.json: {key} has {len(layers)} layers, expected at most {values.MAX_LAYERS:,}.")
     mixers = [add[layer] for layer in layers]

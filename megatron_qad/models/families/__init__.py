@@ -38,16 +38,16 @@ def family_of(hf_config: dict) -> Family:
     architectures = values.items(hf_config, "architectures", str, [])
     if len(architectures) > 1:
         raise QADError(
-            f"{values.place(hf_config)}: architectures has {', '.join(architectures)}. Expected one: loaders disagree "
-            "which one counts. Remove the others."
+            f"{values.place(hf_config)}: architectures has {', '.join(architectures):.200}. Expected one: loaders "
+            "disagree which one counts. Remove the others."
         )
     if not architectures or architectures[0] not in FAMILIES:
         raise refusal(hf_config, architectures[0] if architectures else "(no entry)", FAMILIES.values())
     family = FAMILIES[architectures[0]]
     if (model_type := values.text(hf_config, "model_type", family.model_type)) != family.model_type:
         raise QADError(
-            f"{values.place(hf_config)}: architectures is {family.architecture}, but model_type is {model_type!r}, "
-            f"expected {family.model_type!r}. Correct the wrong one."
+            f"{values.place(hf_config)}: architectures is {family.architecture}, but model_type is "
+            f"{model_type!r:.100}, expected {family.model_type!r}. Correct the wrong one."
         )
     return family
 

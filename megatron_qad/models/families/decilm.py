@@ -22,7 +22,7 @@ def ffn_size(config: dict, ffn: dict) -> int:
     if ffn.get("intermediate_size") is not None:
         return values.integer(ffn, "intermediate_size")
     if ffn.get("ffn_mult") is None:
-        raise QADError(f"{values.place(ffn)}: block_configs has an MLP without 'ffn_mult': {dict(ffn)}.")
+        raise QADError(f"{values.place(ffn)}: block_configs has an MLP without 'ffn_mult': {dict(ffn)!r:.200}.")
     factor = values.number(ffn, "ffn_mult", above=0, maximum=1000)
     width = int(2 * factor * values.integer(config, "hidden_size") / 3)
     return -(-width // _FFN_MULTIPLE) * _FFN_MULTIPLE
@@ -47,8 +47,8 @@ def megatron_args(config: dict) -> dict:
         for key, value in part.items():
             if key not in _SUPPORTED_KEYS and (value or key in _LLAMA_VALUES) and value != _LLAMA_VALUES.get(key):
                 raise QADError(
-                    f"{values.place(config)}: block_configs[{block}] has {key} {value!r}, which is not supported. "
-                    "Expected the attention and MLP of Llama, or 'no_op'."
+                    f"{values.place(config)}: block_configs[{block}] has {key:.100} {value!r:.100}, which is not "
+                    "supported. Expected the attention and MLP of Llama, or 'no_op'."
                 )
     sizes = {part.get("n_heads_in_group") for _, symbol, part in layers if symbol == "*"}
     widths = [width for width in mlp_widths(config) if width]

@@ -80,7 +80,7 @@ def is_tied(config: dict) -> bool:
 def _check_supported(config: dict, qkv_bias: bool) -> None:
     rope_scaling(config)  # raises on unsupported types
     if (act := values.text(config, "hidden_act", "silu")) != "silu":
-        raise QADError(f"{values.place(config)}: hidden_act {act!r} is not supported. Expected 'silu'.")
+        raise QADError(f"{values.place(config)}: hidden_act {act!r:.100} is not supported. Expected 'silu'.")
     layer_types = values.items(config, "layer_types", str, None)
     if layer_types is not None and len(layer_types) != num_layers(config):
         raise QADError(

@@ -29,7 +29,7 @@ def refusal(config: dict, architecture: str, families: Iterable[Family]) -> QADE
     families = tuple(families)
     text = _language_model(config)
     found = of_other_family(config, text)
-    parts = [f"config.json: architecture {architecture!r}{_model_type(config)} is not supported."]
+    parts = [f"config.json: architecture {architecture!r:.100}{_model_type(config)} is not supported."]
     parts.append(f"Supported: {', '.join(sorted(family.architecture for family in families))}.")
     parts.append(_nearest(architecture, config, text, families))
     if found:

@@ -62,7 +62,7 @@ def layer_pattern(config: dict) -> str:
             values.text(config, "hybrid_override_pattern")  # raises: it is required
         if unknown := [block for block in blocks if block not in _SYMBOLS]:
             raise QADError(
-                f"{values.place(config)}: layers_block_type has {unknown[0]!r}, expected {', '.join(_SYMBOLS)}."
+                f"{values.place(config)}: layers_block_type has {unknown[0]!r:.100}, expected {', '.join(_SYMBOLS)}."
             )
         pattern = "".join(_SYMBOLS[block] for block in blocks)
     if unknown := set(pattern) - set("M*-E"):
@@ -81,9 +81,10 @@ def megatron_args(config: dict) -> dict:
     """Return the Megatron options. Raises QADError for entries that Megatron would ignore or compute differently."""
     pattern, (num_heads, num_groups, head_dim) = layer_pattern(config), _heads(config)
     if (act := values.text(config, "mlp_hidden_act", "relu2")) != "relu2":
-        raise QADError(f"{values.place(config)}: mlp_hidden_act {act!r} is not supported. Expected 'relu2'.")
+        raise QADError(f"{values.place(config)}: mlp_hidden_act {act!r:.100} is not supported. Expected 'relu2'.")
     check_built(config, _BUILT)
-    ffn_key = "intermediate_size" if config.get("intermediate_size") is not None else "moe_intermediate_size"
+    has_width = "-" in pattern or config.get("intermediate_size") is not None
+    ffn_key = "intermediate_size" if has_width else "moe_intermediate_size"
     shape = {
         "hybrid-layer-pattern": pattern,
         "hidden-size": values.integer(config, "hidden_size"),
@@ -114,12 +115,12 @@ def _mamba_args(config: dict) -> dict:
     for key, value in _MAMBA_VALUES.items():
         if config.get(key) is not None and (type(config[key]), config[key]) != (type(value), value):
             raise QADError(
-                f"{values.place(config)}: {key} {config[key]!r} is not supported. Megatron's Mamba layers "
+                f"{values.place(config)}: {key} {config[key]!r:.100} is not supported. Megatron's Mamba layers "
                 f"have {value!r}."
             )
     if (limit := config.get("time_step_limit")) not in _NO_TIME_STEP_LIMIT:
         raise QADError(
-            f"{values.place(config)}: time_step_limit {limit!r} is not supported. Megatron's Mamba layers "
+            f"{values.place(config)}: time_step_limit {limit!r:.100} is not supported. Megatron's Mamba layers "
             "have no limits."
         )
     num_heads, num_groups = values.integer(config, "mamba_num_heads"), values.integer(config, "n_groups")

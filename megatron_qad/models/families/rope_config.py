@@ -36,7 +36,9 @@ def rope_scaling(config: dict) -> dict[str, Any] | None:
     if rope_type == "default":
         return None
     if rope_type != "llama3":
-        raise QADError(f"{values.place(rope)}: rope type {rope_type!r} is not supported. Expected default or llama3.")
+        raise QADError(
+            f"{values.place(rope)}: rope type {rope_type!r:.100} is not supported. Expected default or llama3."
+        )
     low = values.number(rope, "low_freq_factor", above=0)
     return {
         "rope_type": "llama3",
@@ -58,7 +60,7 @@ def _parameters(config: dict) -> values.Section:
     rope = old or new or values.section({}, "rope_parameters", {})
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise QADError(
-            f"{values.place(rope)}: separate rope parameters for {nested[0]!r}. Only one set for all layers is "
+            f"{values.place(rope)}: separate rope parameters for {nested[0]!r:.100}. Only one set for all layers is "
             "supported."
         )
     return rope
@@ -68,8 +70,8 @@ def _rope_type(rope: values.Section) -> str:
     types = {values.text(rope, key) for key in ("rope_type", "type") if rope.get(key) is not None}
     if len(types) > 1:
         raise QADError(
-            f"{values.place(rope)}: rope_type {rope['rope_type']!r} and type {rope['type']!r} differ. Remove the wrong "
-            "one."
+            f"{values.place(rope)}: rope_type {rope['rope_type']!r:.100} and type {rope['type']!r:.100} differ. "
+            "Remove the wrong one."
         )
     return types.pop() if types else "default"
 
@@ -80,7 +82,8 @@ def _check_whole_head(config: dict, rope: values.Section) -> None:
             raise QADError(f"{values.place(source)}: partial_rotary_factor {factor} is not supported. Expected 1.0.")
     if rope.get("mrope_section") is not None:
         raise QADError(
-            f"{values.place(rope)}: mrope_section {rope['mrope_section']} is not supported. Expected text positions."
+            f"{values.place(rope)}: mrope_section {rope['mrope_section']!r:.100} is not supported. Expected positions "
+            "of text."
         )
 
 

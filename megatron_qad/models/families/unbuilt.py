@@ -109,7 +109,7 @@ def unbuilt_entries(config: dict, built: frozenset[str] = frozenset()) -> Iterat
             if key not in built and not _is_off(config, key, entry.off):
                 yield f"{key} {_short(config[key])}", entry.what
     if others := sorted({str(kind) for kind in _listed(config.get("layer_types"))} - {"full_attention"}):
-        yield f"layer_types {', '.join(others)}", "layers of these types"
+        yield f"layer_types {', '.join(others):.200}", "layers of these types"
 
 
 def check_built(config: dict, built: frozenset[str] = frozenset()) -> None:
@@ -147,11 +147,14 @@ def of_other_family(config: dict, text: dict) -> list[tuple[str, str]]:
 
 def _of_rope(rope: dict) -> Iterator[tuple[str, str]]:
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
-        yield f"rope parameters for {', '.join(map(str, nested))}", "another rotary embedding for each type of layer"
+        yield (
+            f"rope parameters for {', '.join(map(str, nested)):.200}",
+            "another rotary embedding for each type of layer",
+        )
     if (rope_type := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "llama3"):
         yield f"rope_type {_short(rope_type)}", "another scaling of the rotary embedding"
     if rope.get("partial_rotary_factor") not in (None, 1):
-        yield f"partial_rotary_factor {rope['partial_rotary_factor']}", "rotary embedding of a part of the head"
+        yield f"partial_rotary_factor {_short(rope['partial_rotary_factor'])}", "rotary embedding of a part of the head"
 
 
 def _is_off(config: dict, key: str, off: tuple) -> bool:
