@@ -24,6 +24,7 @@ MAX_POSITIONS = 2**31 - 1
 """Largest context length: positions are int32 in the attention kernels."""
 
 Config = dict[str, Any]
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _PLURALS = {dict: "objects", int: "integers", str: "strings"}
 _FLOAT_MAX = sys.float_info.max  # JSON integers can be larger, and NaN compares false
 
@@ -143,6 +144,21 @@ def one_of(config: Config, key: str, choices: Iterable[str], default: str | _Req
     if value not in choices:
         raise _wrong(config, key, value, " or ".join(map(repr, choices)))
     return value
+
+
+def dtype_name(config: Config) -> str | None:
+    """Return ``dtype`` (in older files ``torch_dtype``), such as "bfloat16"; None if the config has neither.
+
+    Raises:
+        QADError: both are there and differ, or it is not a dtype of weights (``auto``, an integer or FP8 dtype).
+    """
+    names = {key: text(config, key).removeprefix("torch.") for key in ("dtype", "torch_dtype") if config.get(key)}
+    for key, name in names.items():
+        if name not in _DTYPES:
+            raise _wrong(config, key, name, " or ".join(_DTYPES))
+    if len(set(names.values())) > 1:
+        raise QADError(f"{place(config)}: dtype {names['dtype']} and torch_dtype {names['torch_dtype']} differ.")
+    return next(iter(names.values()), None)
 
 
 _MISSING = object()

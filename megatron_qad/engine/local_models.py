@@ -59,7 +59,7 @@ def local_config(directory: str | Path) -> "PretrainedConfig":
                 "auto_map, which is never run. Give a model that transformers knows."
             ) from error
         raise
-    # Names such as flash_attention_2 stand in many files; transformers fetches a kernel where the package is missing.
+    # Many files name flash_attention_2; transformers fetches a kernel where the package is missing.
     config._attn_implementation = config._experts_implementation = None
     return config
 

@@ -41,9 +41,12 @@ def family_of(hf_config: dict) -> Family:
             f"{values.place(hf_config)}: architectures has {', '.join(architectures):.200}. Expected one: loaders "
             "disagree which one counts. Remove the others."
         )
-    if not architectures or architectures[0] not in FAMILIES:
-        raise refusal(hf_config, architectures[0] if architectures else "(no entry)", FAMILIES.values())
-    family = FAMILIES[architectures[0]]
+    architecture = architectures[0] if architectures else "(no entry)"
+    # A model without a head, as AutoModel saves it, is LlamaModel.
+    full = architecture.removesuffix("Model") + "ForCausalLM" if architecture.endswith("Model") else architecture
+    if full not in FAMILIES:
+        raise refusal(hf_config, architecture, FAMILIES.values())
+    family = FAMILIES[full]
     if (model_type := values.text(hf_config, "model_type", family.model_type)) != family.model_type:
         raise QADError(
             f"{values.place(hf_config)}: architectures is {family.architecture}, but model_type is "

@@ -58,3 +58,26 @@ def test_errors_name_the_place():
     assert "act is the text 'x', expected 'a' or 'b'" in error_of(values.one_of, config, "act", ("a", "b"))
     with_defaults = values.with_defaults(values.section(config, "llm_config"), {"m": 0, "n": 2})
     assert with_defaults == {"m": 0, "n": "1"} and values.place(with_defaults) == "config.json: llm_config"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"torch_dtype": "auto"}, "torch_dtype is the text 'auto', expected bfloat16 or float16"),
+        ({"dtype": "bf16"}, "dtype is the text 'bf16'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is the text 'float8_e4m3fn'"),
+        ({"dtype": "int64"}, "dtype is the text 'int64'"),
+        ({"dtype": "load"}, "dtype is the text 'load'"),
+        ({"dtype": 16}, "dtype is 16, expected text"),
+        ({"dtype": ["bfloat16"]}, "dtype is the list"),
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, "dtype bfloat16 and torch_dtype float32 differ"),
+    ],
+)
+def test_dtypes_that_no_weights_have(config, message):
+    assert message in error_of(values.dtype_name, config)
+
+
+def test_dtypes_of_weights():
+    assert values.dtype_name({"torch_dtype": "torch.float16"}) == "float16"
+    assert values.dtype_name({"dtype": "bfloat16", "torch_dtype": "torch.bfloat16"}) == "bfloat16"
+    assert values.dtype_name({"dtype": None}) is values.dtype_name({}) is None

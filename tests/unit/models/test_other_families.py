@@ -49,7 +49,7 @@ OTHERS = {
     "phi3": ("Phi3ForCausalLM", "Qwen3ForCausalLM", ("q, k and v in one tensor",)),
     "granite": ("GraniteForCausalLM", LLAMA, ("attention_multiplier 1.0",)),
     "olmo2": ("Olmo2ForCausalLM", LLAMA, ("norms after attention", "q and k norms over all heads")),
-    "falcon_h1": ("FalconH1ForCausalLM", HYBRID, ("mamba_d_ssm 1024 (Mamba beside attention",)),
+    "falcon_h1": ("FalconH1ForCausalLM", HYBRID, ("mamba_d_ssm 1024 (Mamba parallel to attention",)),
     "bert": ("BertLMHeadModel", None, ("layer_norm_eps 1e-12 (LayerNorm", "type_vocab_size 2", "hidden_act 'gelu'")),
     "t5": ("T5ForConditionalGeneration", None, ("is_encoder_decoder True", "relative_attention_num_buckets 32")),
     "whisper": ("WhisperForConditionalGeneration", None, ("an encoder", "num_mel_bins 80 (audio input)")),
@@ -147,7 +147,7 @@ def test_supported_family_with_something_that_is_not_built_is_refused_by_name(fa
     ("family", "changes"),
     [
         ("qwen2", {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 70}),
-        ("qwen3", {"sliding_window": 4096, "attention_bias": False}),  # transformers' default is no window
+        ("qwen3", {"sliding_window": 4096, "attention_bias": False}),  # the default of use_sliding_window is false
         ("llama", {"rope_interleaved": False, "mlp_bias": False, "sliding_window": None, "pretraining_tp": 1}),
         ("llama", {"layer_types": ["full_attention"] * 3, "embedding_multiplier": 1.0, "vision_config": None}),
         ("nemotron_h", {"num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rope_theta": 10000}),
@@ -164,3 +164,9 @@ def test_several_things_are_one_error():
         family_of(config).megatron_args(config)
     with pytest.raises(QADError, match="residual_in_fp32 True .residuals in float32"):
         family_of(TINY_HYBRID).megatron_args(TINY_HYBRID | {"residual_in_fp32": True})
+
+
+def test_model_without_a_head_is_of_the_same_family():
+    assert family_of(TINY_LLAMA | {"architectures": ["LlamaModel"]}) is FAMILIES["LlamaForCausalLM"]
+    with pytest.raises(QADError, match="architecture 'GPT2Model'"):
+        family_of({"architectures": ["GPT2Model"]})
