@@ -24,7 +24,7 @@ MAX_POSITIONS = 2**31 - 1
 """Largest context length: positions are int32 in the attention kernels."""
 
 Config = dict[str, Any]
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_DTYPES = ("bfloat16", "float16", "float32")
 _PLURALS = {dict: "objects", int: "integers", str: "strings"}
 _FLOAT_MAX = sys.float_info.max  # JSON integers can be larger, and NaN compares false
 
