@@ -23,8 +23,9 @@ _SYMBOLS = {
 }  # fmt: skip
 _BIASES = ("attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias")
 _DEFAULTS = {"head_dim": 128, "num_key_value_heads": 8}  # of transformers' config class, for keys that are missing
-# Prediction layers are passed through; rotary entries have no effect, because attention has no positions.
-_BUILT = frozenset({"num_nextn_predict_layers", "partial_rotary_factor"})
+# Prediction layers are passed through, rotary entries have no effect without positions, and layer_types repeats the
+# pattern.
+_BUILT = frozenset({"num_nextn_predict_layers", "partial_rotary_factor", "layer_types"})
 _KEYS = frozenset(
     ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     + ("vocab_size", "layer_norm_epsilon", "mlp_hidden_act")

@@ -23,6 +23,8 @@ class Unbuilt:
     keys: tuple[str, ...]
     off: tuple[Any, ...] = (None, False, 0)
     """Values with which the key has no effect."""
+    is_hint: bool = False
+    """Whether the keys only tell what another family is. Supported families have them without any effect."""
 
 
 _ONE = (None, 1, [1.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0])
@@ -51,7 +53,7 @@ _UNBUILT = (
     Unbuilt("q and k norms of another kind", ("use_qk_norm", "qk_layernorm", "use_qk_layernorm"), (None, False)),
     Unbuilt("biases of linears", ("attention_bias", "attention_out_bias", "mlp_bias", "projectors_bias")),
     Unbuilt("biases of linears", ("mamba_proj_bias", "use_bias", "add_bias_linear")),
-    Unbuilt("LayerNorm instead of RMSNorm", ("layer_norm_eps", "norm_eps")),
+    Unbuilt("LayerNorm instead of RMSNorm", ("layer_norm_eps", "norm_eps"), is_hint=True),
     Unbuilt(
         "multipliers of embedding, residual and logits",
         ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "lm_head_multiplier"),
@@ -73,7 +75,7 @@ _UNBUILT = (
     Unbuilt("embeddings of each layer", ("hidden_size_per_layer_input", "vocab_size_per_layer_input")),
     Unbuilt("layers that share keys and values", ("num_kv_shared_layers",)),
     Unbuilt("multi-token prediction layers", ("num_nextn_predict_layers", "mtp_num_hidden_layers")),
-    Unbuilt("token types", ("type_vocab_size",)),
+    Unbuilt("token types", ("type_vocab_size",), is_hint=True),
     Unbuilt("an encoder", ("is_encoder_decoder", "encoder_layers", "num_decoder_layers", "add_cross_attention")),
     Unbuilt("vision input", ("vision_config",)),
     Unbuilt("audio input", ("audio_config", "num_mel_bins")),
@@ -97,7 +99,9 @@ _NO_KEY = {
 """What nothing here builds of a model type, and what no entry of its config.json says."""
 
 
-def unbuilt_entries(config: dict, built: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+def unbuilt_entries(
+    config: dict, built: frozenset[str] = frozenset(), *, with_hints: bool = False
+) -> Iterator[tuple[str, str]]:
     """Yield (entry with its value, what it stands for) for everything that is not built.
 
     Args:
@@ -105,10 +109,13 @@ def unbuilt_entries(config: dict, built: frozenset[str] = frozenset()) -> Iterat
         built: keys that the family builds.
     """
     for entry in _UNBUILT:
+        if entry.is_hint and not with_hints:
+            continue
         for key in entry.keys:
             if key not in built and not _is_off(config, key, entry.off):
                 yield f"{key} {_short(config[key])}", entry.what
-    if others := sorted({str(kind) for kind in _listed(config.get("layer_types"))} - {"full_attention"}):
+    others = sorted({str(kind) for kind in _listed(config.get("layer_types"))} - {"full_attention"})
+    if others and "layer_types" not in built:
         yield f"layer_types {', '.join(others):.200}", "layers of these types"
 
 
@@ -131,8 +138,12 @@ def describe(found: list[tuple[str, str]]) -> str:
 
 def of_other_family(config: dict, text: dict) -> list[tuple[str, str]]:
     """Return everything that is not built of another family's config. ``text``: its language model's part."""
-    found = dict(unbuilt_entries(text))
-    found |= {} if text is config else dict(unbuilt_entries({k: v for k, v in config.items() if k not in text}))
+    found = dict(unbuilt_entries(text, with_hints=True))
+    found |= (
+        {}
+        if text is config
+        else dict(unbuilt_entries({k: v for k, v in config.items() if k not in text}, with_hints=True))
+    )
     for key in _ACTIVATIONS:
         if text.get(key) not in (None, "silu"):
             found[f"{key} {_short(text[key])}"] = "another activation"

@@ -150,7 +150,10 @@ def test_supported_family_with_something_that_is_not_built_is_refused_by_name(fa
         ("qwen3", {"sliding_window": 4096, "attention_bias": False}),  # the default of use_sliding_window is false
         ("llama", {"rope_interleaved": False, "mlp_bias": False, "sliding_window": None, "pretraining_tp": 1}),
         ("llama", {"layer_types": ["full_attention"] * 3, "embedding_multiplier": 1.0, "vision_config": None}),
-        ("nemotron_h", {"num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rope_theta": 10000}),
+        (
+            "nemotron_h",
+            {"num_nextn_predict_layers": 1, "partial_rotary_factor": 0.5, "rope_theta": 10000, "norm_eps": 1e-5},
+        ),
     ],
 )
 def test_entries_without_effect_are_accepted(family, changes):
@@ -170,3 +173,15 @@ def test_model_without_a_head_is_of_the_same_family():
     assert family_of(TINY_LLAMA | {"architectures": ["LlamaModel"]}) is FAMILIES["LlamaForCausalLM"]
     with pytest.raises(QADError, match="architecture 'GPT2Model'"):
         family_of({"architectures": ["GPT2Model"]})
+
+
+@pytest.mark.parametrize("only_differences", [True, False])
+@pytest.mark.parametrize(
+    ("model_type", "architecture"),
+    [(family.model_type, name) for name, family in FAMILIES.items() if family.model_type in ("llama", "nemotron_h")]
+    + [(family.model_type, name) for name, family in FAMILIES.items() if family.model_type.startswith("qwen")],
+)
+def test_configs_as_transformers_saves_them_are_accepted(model_type, architecture, only_differences):
+    config = json.loads(AutoConfig.for_model(model_type).to_json_string(use_diff=only_differences))
+    config["architectures"] = [architecture]
+    assert family_of(config).megatron_args(config)["vocab-size"] == config["vocab_size"]
