@@ -1,11 +1,11 @@
 """Reading and checking the metadata of a checkpoint directory: the model's config and the job that saved it."""
 
-import json
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, read_record
+from megatron_qad.engine.text_files import read_json
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 
@@ -26,7 +26,7 @@ def read_config(checkpoint: str | Path) -> dict:
             "pretrain_qad.py."
         )
     manifest.verify_file(file)
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, "Import the model again.")
 
 
 def read_job(checkpoint: str | Path, iteration: Path | None = None) -> dict | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_json
 
 FILE = "integrity.json"
 _NEEDED = (".metadata", "metadata.json")
@@ -80,13 +81,13 @@ def read(directory: Path) -> dict[str, tuple[int | None, str]]:
         QADError: the manifest is missing or damaged.
     """
     file = directory / FILE
+    if not file.is_file():
+        raise QADError(f"{directory.name} has no {FILE}, so damage cannot be detected")
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         sizes = content.get("bytes", {})
         return {str(name): (sizes.get(name), str(digest)) for name, digest in content["files"].items()}
-    except FileNotFoundError:
-        raise QADError(f"{directory.name} has no {FILE}, so damage cannot be detected") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (QADError, KeyError, AttributeError) as error:
         raise QADError(f"{directory.name}/{FILE} is not readable") from error
 
 

@@ -51,7 +51,7 @@ def read_record(root: str | Path, name: str) -> Any:
     try:
         return json_records.read(file)
     except QADError as error:
-        raise QADError(f"{error}. {restore}") from error
+        raise QADError(f"{str(error).rstrip('.')}. {restore}") from error
 
 
 def record_text(root: str | Path, name: str) -> str | None:

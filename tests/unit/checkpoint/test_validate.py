@@ -319,7 +319,7 @@ def test_damaged_files_are_reported(tmp_path):
     edit_json(directory / INDEX, lambda index: index["metadata"].update(total_size=7))
     assert any(f.startswith(f"{INDEX}: has total_size 7") for f in issues(directory))
     (directory / INDEX).write_text("{")
-    assert any(f.startswith(f"{INDEX}: is not valid JSON") for f in issues(directory))
+    assert any(f.startswith(f"{INDEX}: not valid JSON") for f in issues(directory))
     (directory / INDEX).unlink()
     assert any("has neither" in f for f in issues(directory))
 
