@@ -7,7 +7,7 @@ hashes of the output are used to detect damage; the remaining entries must match
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,17 @@ _INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files")
 def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
     """Return the provenance record of an import of the Hugging Face directory ``source``."""
     return {"model": source.resolve().name, "dtype": dtype, "sha256": _digest(_hf_parts(source))}
+
+
+def megatron_provenance(directory: Path, assets: Path, dtype: str) -> dict[str, Any]:
+    """Return the provenance record of an import of an iteration that Megatron saved.
+
+    Args:
+        directory: directory of the iteration.
+        assets: directory with config and tokenizer. Weights there are not part of the import.
+    """
+    names = {"checkpoint": directory.parent.resolve().name, "iteration": directory.name, "dtype": dtype}
+    return names | {"sha256": _digest([*_iteration_parts(directory), *_hf_parts(assets, ASSETS)])}
 
 
 def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, Any]:
@@ -124,9 +135,9 @@ def _iteration_parts(directory: Path) -> list[bytes]:
     return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
 
 
-def _hf_parts(directory: Path) -> Iterable[bytes]:
+def _hf_parts(directory: Path, patterns: Sequence[str] = (*ASSETS, "*.safetensors*")) -> Iterable[bytes]:
     """Yield data that identifies a Hugging Face directory: small files, and name, size and samples of weight files."""
-    files = {path for pattern in (*ASSETS, "*.safetensors*") for path in directory.glob(pattern)}
+    files = {path for pattern in patterns for path in directory.glob(pattern)}
     for path in sorted(part for file in files for part in ([file] if file.is_file() else file.rglob("*"))):
         if not path.is_file():
             continue
