@@ -1,6 +1,6 @@
 """Import of Megatron's checkpoints: values, directories, formats, damaged files, and the command of the guide.
 
-tests/dist/test_megatron_checkpoints.py saves real models and compares logits. Here a checkpoint is a few random tensors.
+tests/dist/test_megatron_checkpoints.py saves real models and compares logits. Here they are a few random tensors.
 """
 
 import json
