@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts  # noqa: E402
 from megatron_qad.engine import QADError, entry_point  # noqa: E402
+from megatron_qad.engine.plural import count  # noqa: E402
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             raise QADError("--num-documents is needed without --prompts. Give a number.")
         arguments["num_documents"] = len(prompts)
     written = generate_documents(model, prompts, output, GenerateOptions(**arguments), device=device)
-    print(f"{output}: {written} documents written, {arguments['num_documents']} in total")
+    print(f"{output}: {count(written, 'document')} written, {arguments['num_documents']} in total")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_qad.data.chat import MULTI_TURN  # noqa: E402
 from megatron_qad.data.prepare import PrepareOptions, prepare_data  # noqa: E402
 from megatron_qad.data.sources import JSON_KEYS  # noqa: E402
 from megatron_qad.engine import entry_point, init_runtime  # noqa: E402
+from megatron_qad.engine.plural import count  # noqa: E402
 
 EPILOG = """
 A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, optionally with "tools"). Messages are
 rendered with the tokenizer's chat template, and only the assistant's tokens count in the loss. EOD ends each document.
+If the template removes earlier thoughts (Qwen3, Nemotron), a chat becomes several documents; docs/chats.md says which
+messages are accepted and how they are rendered.
 With "finish": "length", which generate_data.py writes for truncated text, the end does not count.
 Bad lines are skipped and listed in OUTPUT.bad.txt. Exit status: 0 if they are at most --max-bad-fraction of all
 records; otherwise 1, and no data is written. Output files: OUTPUT.bin, .idx, .json, and OUTPUT_loss_mask.bin, .idx
@@ -52,6 +56,14 @@ def parse_options() -> PrepareOptions:
         help="separator of the documents in a text file, or 'blank' for blank lines; default: one document per file",
     )
     parser.add_argument(
+        "--multi-turn",
+        choices=MULTI_TURN,
+        default=defaults.multi_turn,
+        help="turns of the assistant that count. each (default): every turn, with the text before it as the server had "
+        "it; a chat becomes several documents where the template rewrites earlier turns. last: only the last turn of "
+        "each chat, always one document",
+    )
+    parser.add_argument(
         "--prepend-bos", action="store_true", help="prepend BOS if the tokenizer does not do so (sentencepiece)"
     )
     parser.add_argument(
@@ -71,11 +83,13 @@ def main() -> None:
     options = parse_options()
     init_runtime()  # must run before Megatron, whose index writer is used, is imported
     metadata = prepare_data(options)
+    chats = f" ({metadata.chat_documents} from {count(metadata.chats, 'chat')})" if metadata.chats else ""
+    listed = f", listed in {options.output}.bad.txt" if metadata.bad_lines else ""
     print(
-        f"{options.output}: {metadata.documents} documents ({metadata.chat_documents} chats), {metadata.tokens} "
-        f"tokens, {metadata.supervised_tokens} of them count in the loss, {metadata.unknown_tokens} unknown; "
-        f"vocabulary {metadata.vocab_size} ({metadata.tokenizer_name}); {metadata.blank_lines} blank lines, "
-        f"{metadata.bad_lines} bad lines" + (f", listed in {options.output}.bad.txt" if metadata.bad_lines else "")
+        f"{options.output}: {count(metadata.documents, 'document')}{chats}, {count(metadata.tokens, 'token')}, "
+        f"{metadata.supervised_tokens} of them in the loss, {metadata.unknown_tokens} unknown; "
+        f"vocabulary {metadata.vocab_size} ({metadata.tokenizer_name}); {count(metadata.blank_lines, 'blank line')}, "
+        f"{count(metadata.bad_lines, 'bad line')}{listed}"
     )
 
 

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         "--num-microbatches", type=int, default=4, help="held-out microbatches per data-parallel rank (default: 4)"
     )
     options, job_argv = parser.parse_known_args(argv)
-    evaluation = ["--eval-interval", "1", "--eval-iters", str(options.num_microbatches)]
+    evaluation = ["--eval-interval", "1", "--eval-iters", str(options.num_microbatches), "--skip-train"]
     config = read_command_line([*job_argv, *evaluation], trains=False)
     job = start_job(config)
     initialize_megatron()

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_qad.checkpoint import provenance
+from megatron_qad.checkpoint import finite, provenance
 from megatron_qad.checkpoint.hf_reader import PASSTHROUGH_FILE, declared_dtype
 from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
 from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, check_format, kv_scales
+from megatron_qad.checkpoint.source_quantization import without_quantization
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
@@ -28,6 +29,8 @@ from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQU
 from megatron_qad.models.checkpoint_config import read_config, read_job
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
+
+_OVERFLOW = "Declare dtype bfloat16 in the model's config.json, import it again, and copy its hf/ to the checkpoint."
 
 
 def export_hf(
@@ -70,7 +73,7 @@ def export_hf(
     if layout != "bf16":
         for fmt in sorted(set(formats.values())):
             check_format(fmt, layout, f"{checkpoint}: a linear of its policy")
-    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    config = without_quantization(config)
     if layout != "bf16" and declared_dtype(config) is None:
         config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
     passthrough = read_passthrough(checkpoint / "hf")
@@ -155,7 +158,7 @@ class Export:
                     tensor = number_format.as_exported(tensor, name=name, rule=self.scale_rule)
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
                     dtype = part.dtype if tensor_map.is_float32 else self.dtype or part.dtype
-                    yield HFTensor(name, part.to(dtype).contiguous())
+                    yield HFTensor(name, finite.cast(part, dtype, name, _OVERFLOW).contiguous())
             else:
                 yield from self._pack(tensor_map, tensor, fmt)
             if kv_format is not None and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):

@@ -27,6 +27,7 @@ from megatron_qad.checkpoint.layouts import (
     exclusions,
     stored_tensors,
 )
+from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
@@ -124,7 +125,8 @@ def write_hf_checkpoint(
             }
             shards.finish()
             excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
-            _copy_assets(source, aside)
+            if source is not None:
+                copy_files(source, aside, COPIED_FILES)
             _write_configs(aside, config, layout, excluded, formats, kv_cache)
             if record is not None:
                 sums = manifest.sums_of(aside, manifest.files_in(aside))
@@ -230,17 +232,9 @@ def new_directory(path: str | Path) -> Path:
 def _check_source(source: str | Path | None) -> Path | None:
     if source is not None and not Path(source).is_dir():
         raise QADError(f"{source}: is not a directory. Give the HF checkpoint with the tokenizer and configs to copy.")
+    if source is not None:
+        find_files(Path(source), COPIED_FILES)  # raises now instead of after gigabytes are written
     return None if source is None else Path(source)
-
-
-def _copy_assets(source: Path | None, directory: Path) -> None:
-    if source is None:
-        return
-    for path in sorted({path for pattern in COPIED_FILES for path in source.glob(pattern)}):
-        if path.is_dir():
-            shutil.copytree(path, directory / path.name)
-        else:
-            shutil.copyfile(path, directory / path.name)
 
 
 def _write_configs(

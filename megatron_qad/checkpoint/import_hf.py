@@ -2,10 +2,10 @@
 
 Needs no model and no GPU: the conversion follows the family's name map. Under torchrun each rank imports a share of the
 tensors and holds it in memory until it is saved, so a single process needs memory for the complete model. Values are
-copied and at most cast to the requested dtype.
+copied and at most cast to the requested dtype; FP8 weights with ``weight_scale_inv`` are dequantized to bfloat16.
 """
 
-import shutil
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +14,22 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megatron_qad.checkpoint import provenance
+from megatron_qad.checkpoint import finite, provenance, source_names
 from megatron_qad.checkpoint.hf_reader import ASSETS, PASSTHROUGH_FILE, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
+from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
+from megatron_qad.checkpoint.source_quantization import without_quantization
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE
-from megatron_qad.models.families import family_of, text_config
+from megatron_qad.engine.text_files import read_json
+from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
+
+_WEIGHT_DTYPES = ("F32", "BF16", "F16")
+"""dtypes, as safetensors calls them, of the weights that are imported. Others would change a weight without a word."""
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -40,8 +46,9 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
         The number of imported tensors.
 
     Raises:
-        QADError: an unsupported family; missing, unexpected, truncated, wrong-shaped or non-finite tensors; a target
-            that is not empty or is a mount point; a full disk.
+        QADError: an unsupported family; missing, unexpected, truncated, wrong-shaped or non-finite tensors; a dtype
+            other than float32, bfloat16 and float16; a quantized model, except FP8 with ``weight_scale_inv``; several
+            sets of weights; a target that is not empty or is a mount point; a full disk.
 
     Example::
 
@@ -83,11 +90,12 @@ def _read(
         (converted tensors of this rank, passthrough tensors on rank 0, number of converted tensors over all ranks).
     """
     reader = HFReader(source)
+    if rank == 0:
+        find_files(source, ASSETS)  # raises now instead of after gigabytes are written
     family = family_of(reader.config)
-    reader.rename(family.aliases)
     family.megatron_args(reader.config)  # raises an error if training could not build the model
     maps = family.tensors(reader.config)
-    _check_names(reader, maps)
+    source_names.resolve(reader, maps)
     passthrough = _read_passthrough(reader) if rank == 0 else {}
     local_maps = maps[rank::size]
     stored = {name: part for m in local_maps for name, part in stored_parts(m, _convert(reader, m, dtype))}
@@ -103,59 +111,45 @@ def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tup
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copy the config, generation config and tokenizer files to the checkpoint's ``hf/``."""
+    """Copy the config, generation config and tokenizer files to the checkpoint's ``hf/``.
+
+    The copied config describes what an export writes: the architecture with a head, and weights that are not quantized.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for path in {path for pattern in ASSETS for path in source.glob(pattern)}:
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(path, target / path.name)
-
-
-def passthrough_names(reader: HFReader) -> list[str]:
-    """Return the names of the tensors that are passed through from import to export unchanged."""
-    prefixes = family_of(reader.config).passthrough_prefixes
-    return sorted(name for name in reader.names if name.startswith(prefixes))
-
-
-def _check_names(reader: HFReader, maps: list[ParamMapping]) -> None:
-    expected = {name for m in maps for name in m.hf}
-    unexpected = reader.names - expected - set(passthrough_names(reader))
-    if text_config(reader.config).get("tie_word_embeddings"):
-        unexpected.discard("lm_head.weight")  # some files store the tied head a second time
-    unexpected = {name for name in unexpected if not name.endswith("rotary_emb.inv_freq")}  # computed, not learned
-    if unexpected:
-        raise QADError(
-            f"{reader.directory}: {len(unexpected)} tensors are not part of the model, first {sorted(unexpected)[0]!r}."
-        )
-    if missing := expected - reader.names:
-        raise QADError(f"{reader.directory}: {len(missing)} tensors are missing, first {sorted(missing)[0]!r}.")
+    copy_files(source, target, ASSETS)
+    config = read_json(target / "config.json")
+    exported = {key: value for key, value in without_quantization(config).items() if key != "transformers_weights"}
+    if (architecture := family_of(config).architecture) not in config.get("architectures", ()):
+        exported["architectures"] = [architecture]
+    if exported != config:
+        (target / "config.json").write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_passthrough(reader: HFReader) -> dict[str, torch.Tensor]:
     """Read the passthrough tensors and check that they are finite and that those implied by the config exist."""
-    family, names = family_of(reader.config), passthrough_names(reader)
+    family, names = family_of(reader.config), source_names.passthrough_names(reader)
     implied = [name for tensor_map in family.passthrough_tensors(reader.config) for name in tensor_map.hf]
     for prefix in family.passthrough_prefixes:
         if any(name.startswith(prefix) for name in implied) and not any(name.startswith(prefix) for name in names):
             raise QADError(f"{reader.directory}: no tensor name starts with {prefix!r}. Download the model again.")
-    return {name: _read_finite(reader, name).contiguous() for name in names}
-
-
-def _read_finite(reader: HFReader, name: str) -> torch.Tensor:
-    tensor = reader.read(name)
-    if not bool(torch.isfinite(tensor).all()):
-        raise QADError(f"{reader.directory}: {name} has NaN or Inf values.")
-    return tensor
+    tensors = {name: reader.read(name).contiguous() for name in names}
+    for name, tensor in tensors.items():
+        finite.check_finite(tensor, f"{reader.directory}: {name}")
+    return tensors
 
 
 def _convert(reader: HFReader, tensor_map: ParamMapping, dtype: torch.dtype) -> torch.Tensor:
     parts = []
     for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
-        tensor = _read_finite(reader, name)
-        if tuple(tensor.shape) != shape:
+        where, stored_dtype = f"{reader.directory}: {name}", reader.stored_dtype(name)
+        if stored_dtype not in _WEIGHT_DTYPES and not reader.is_dequantized(name):
             raise QADError(
-                f"{reader.directory}: {name} has shape {list(tensor.shape)}, but config.json implies {list(shape)}."
+                f"{where} has dtype {stored_dtype}, expected {', '.join(_WEIGHT_DTYPES)}. Save the model in one of "
+                "these."
             )
-        parts.append(tensor.to(torch.float32 if tensor_map.is_float32 else dtype))
+        tensor = reader.read(name)
+        if tuple(tensor.shape) != shape:
+            raise QADError(f"{where} has shape {list(tensor.shape)}, but config.json implies {list(shape)}.")
+        target = torch.float32 if tensor_map.is_float32 else dtype
+        parts.append(finite.cast(tensor, target, where, "Import with --dtype float32, or use another model."))
     return tensor_map.to_megatron(parts).contiguous()

@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from megatron_qad.checkpoint import provenance
+from megatron_qad.checkpoint import finite, provenance
+from megatron_qad.checkpoint.hf_reader import ASSETS
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.import_hf import copy_assets, stored_parts
 from megatron_qad.checkpoint.megatron_names import Piece, is_gpt, locate
 from megatron_qad.checkpoint.megatron_settings import check_settings, read_settings
+from megatron_qad.checkpoint.model_directory import find_files
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
 from megatron_qad.checkpoint.slice_reader import SliceReader, Stored
 from megatron_qad.engine.distributed import rank_and_size
@@ -132,6 +134,8 @@ def _format(directory: Path) -> str:
 def _read(directory: Path, assets: Path, dtype: torch.dtype) -> tuple[dict[str, ShardedTensor], int]:
     """Return this rank's share of the converted tensors, and the number of tensors over all ranks."""
     config, (rank, size) = read_json(assets / "config.json"), rank_and_size()
+    if rank == 0:
+        find_files(assets, ASSETS)  # raises now instead of after gigabytes are written
     family = family_of(config)
     family.megatron_args(config)  # raises an error if training could not build the model
     if family.passthrough_tensors(config):
@@ -150,8 +154,7 @@ def _read(directory: Path, assets: Path, dtype: torch.dtype) -> tuple[dict[str, 
         )
     pieces = locate(maps, stored, directory)
     parts = {}
-    for tensor_map, tensor in _tensors(reader, maps[rank::size], pieces):
-        tensor = tensor.to(torch.float32 if tensor_map.is_float32 else dtype)
+    for tensor_map, tensor in _tensors(reader, maps[rank::size], pieces, dtype):
         parts |= dict(stored_parts(tensor_map, tensor.contiguous()))
     return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in parts.items()}, len(maps)
 
@@ -169,9 +172,9 @@ def _weights(reader: SliceReader, verbose: bool) -> dict[str, Stored]:
 
 
 def _tensors(
-    reader: SliceReader, maps: list[ParamMapping], pieces: dict[str, tuple[Piece, ...]]
+    reader: SliceReader, maps: list[ParamMapping], pieces: dict[str, tuple[Piece, ...]], dtype: torch.dtype
 ) -> Iterator[tuple[ParamMapping, torch.Tensor]]:
-    """Yield the tensors of ``maps`` in their stored dtypes, read layer by layer, without vocabulary padding."""
+    """Yield the tensors of ``maps`` in the new dtype, read layer by layer, without vocabulary padding."""
     for _, group in groupby(maps, key=lambda m: m.layer):
         group = list(group)
         wanted = [piece for m in group for piece in pieces[m.megatron]]
@@ -179,9 +182,10 @@ def _tensors(
         for m in group:
             parts = []
             for piece, part in islice(read, len(pieces[m.megatron])):
-                if not bool(torch.isfinite(part).all()):
-                    raise QADError(f"{reader.directory}: {piece.name}{list(piece.index) or ''} has NaN or Inf values.")
-                parts.append(part.reshape(piece.shape))
+                where = f"{reader.directory}: {piece.name}{list(piece.index) or ''}"
+                target = torch.float32 if m.is_float32 else dtype
+                part = finite.cast(part.reshape(piece.shape), target, where, "Import with --dtype float32.")
+                parts.append(part)
             yield m, torch.cat(parts)[: m.shape[0]]
 
 

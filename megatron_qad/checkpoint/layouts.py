@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_qad.checkpoint.finite import check_finite
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import KVCacheFormat, StoredLinear
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED, exported_formats
@@ -82,11 +83,12 @@ def stored_tensors(item: HFTensor, layout: LayoutName) -> dict[str, Tensor]:
     In the layout "bf16" a quantized item is stored as its float values.
 
     Raises:
-        QADError: a missing or invalid scale, a weight that is not [N, K], or a weight that should be fake-quantized but
-            is not representable in its format.
+        QADError: NaN or Inf values, a missing or invalid scale, a weight that is not [N, K], or a weight that should be
+            fake-quantized but is not representable in its format.
     """
     check_layout(layout)
     check_format(item.fmt, layout, item.name)
+    check_finite(item.tensor, item.name)
     if item.fmt == UNQUANTIZED.name or layout == "bf16":
         return {item.name: item.tensor.detach().cpu()}
     if item.module is None or item.name != f"{item.module}.weight" or item.tensor.dim() != 2:

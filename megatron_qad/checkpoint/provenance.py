@@ -7,15 +7,17 @@ hashes of the output are used to detect damage; the remaining entries must match
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from megatron_qad.checkpoint.hf_reader import ASSETS
+from megatron_qad.checkpoint.weight_files import weight_files
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
+from megatron_qad.engine.text_files import read_json
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
 _INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files")
@@ -23,7 +25,8 @@ _INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files")
 
 def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
     """Return the provenance record of an import of the Hugging Face directory ``source``."""
-    return {"model": source.resolve().name, "dtype": dtype, "sha256": _digest(_hf_parts(source))}
+    weights = weight_files(source, read_json(source / "config.json"))  # an index may name files in subdirectories
+    return {"model": source.resolve().name, "dtype": dtype, "sha256": _digest(_hf_parts(source, weights))}
 
 
 def megatron_provenance(directory: Path, assets: Path, dtype: str) -> dict[str, Any]:
@@ -31,10 +34,10 @@ def megatron_provenance(directory: Path, assets: Path, dtype: str) -> dict[str, 
 
     Args:
         directory: directory of the iteration.
-        assets: directory with config and tokenizer. Weights there are not part of the import.
+        assets: Hugging Face directory with config and tokenizer.
     """
     names = {"checkpoint": directory.parent.resolve().name, "iteration": directory.name, "dtype": dtype}
-    return names | {"sha256": _digest([*_iteration_parts(directory), *_hf_parts(assets, ASSETS)])}
+    return names | {"sha256": _digest([*_iteration_parts(directory), *_hf_parts(assets)])}
 
 
 def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, Any]:
@@ -135,9 +138,13 @@ def _iteration_parts(directory: Path) -> list[bytes]:
     return [f"{name} {stat.st_size} {stat.st_mtime_ns}".encode() for name, stat in stats]
 
 
-def _hf_parts(directory: Path, patterns: Sequence[str] = (*ASSETS, "*.safetensors*")) -> Iterable[bytes]:
-    """Yield data that identifies a Hugging Face directory: small files, and name, size and samples of weight files."""
-    files = {path for pattern in patterns for path in directory.glob(pattern)}
+def _hf_parts(directory: Path, weights: Iterable[Path] = ()) -> Iterable[bytes]:
+    """Yield data that identifies a Hugging Face directory: small files, and name, size and samples of weight files.
+
+    Args:
+        weights: weight files that are not directly in the directory.
+    """
+    files = {path for pattern in (*ASSETS, "*.safetensors*") for path in directory.glob(pattern)} | set(weights)
     for path in sorted(part for file in files for part in ([file] if file.is_file() else file.rglob("*"))):
         if not path.is_file():
             continue

@@ -18,6 +18,7 @@ from megatron_qad.checkpoint.provenance import find_export_problems
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
 from megatron_qad.checkpoint.validate_values import check_values
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.plural import count
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 
@@ -55,10 +56,11 @@ class ValidationResult:
 
     def summary(self) -> str:
         """Return a summary in one line."""
-        verdict = f"{len(self.issues)} issues" if self.issues else "valid"
+        verdict = count(len(self.issues), "issue") if self.issues else "valid"
         return (
-            f"{self.directory}: {verdict}; layout {self.layout}, {self.num_tensors} tensors, "
-            f"{len(self.quantized)} of {self.num_linears} linears quantized ({self._formats()}), {self.num_bytes} bytes"
+            f"{self.directory}: {verdict}; layout {self.layout}, {count(self.num_tensors, 'tensor')}, "
+            f"{len(self.quantized)} of {count(self.num_linears, 'linear')} quantized ({self._formats()}), "
+            f"{count(self.num_bytes, 'byte')}"
         )
 
     def _formats(self) -> str:
@@ -226,6 +228,11 @@ def _check_names_and_shapes(
     for prefix in model.required:
         if not any(name.startswith(prefix) for name in shards.tensors):
             result.add(f"{prefix}*", "is missing; expected tensors with this prefix outside the language model")
+    _check_one_format_per_group(model, result)
+
+
+def _check_one_format_per_group(model: Inventory, result: ValidationResult) -> None:
+    """Report linears whose format differs from that of the linears that servers compute together with them."""
     for group in model.fused:
         parts = [module for module in group if module in result.quantized]
         if 0 < len(parts) < len(group):
@@ -239,3 +246,12 @@ def _check_names_and_shapes(
                     module,
                     f"is {result.quantized[module]}, but {parts[0]} is {first}; expected one format, servers fuse them",
                 )
+    for group in model.experts:
+        first = group[0]
+        if differ := [module for module in group if result.quantized.get(module) != result.quantized.get(first)]:
+            found, expected = (result.quantized.get(module, UNQUANTIZED.name) for module in (differ[0], first))
+            result.add(
+                differ[0],
+                f"is {found}, but {first} is {expected} ({len(differ)} of {len(group)} linears of this layer's experts "
+                "differ); expected one format for all experts of a layer, servers compute them together",
+            )

@@ -111,6 +111,7 @@ class JobConfig:
             calibration_samples=self.options.qad_calibration_samples,
             eval_iters=self.flags.eval_iters,
             pad_documents_to=self.options.qad_pad_documents_to or 1,
+            vocab_size=self.student.vocab_size,
             checkpoints=(self.options.qad_student, self.options.qad_teacher),
         )
 

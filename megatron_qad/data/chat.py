@@ -1,74 +1,205 @@
-"""Chat messages to token ids and a loss mask that selects the assistant's tokens.
+"""Chats to documents: token ids and a loss mask that selects the assistant's tokens.
 
-The tokenizer's chat template renders the conversation once, and the text is tokenized once, exactly as the model sees
-it. The assistant's text is located as character ranges of the rendered text, in one of two ways:
+A server renders the messages so far, appends the generation prompt, and the model writes its turn. A document contains
+exactly that text. Many templates render an earlier turn as it was written, so that one document serves a whole chat.
+Templates of reasoning models (Qwen3, Nemotron) remove the thoughts of earlier turns. Then a chat becomes several
+documents, each of which ends with a turn that no later rendering contains.
 
-- If the template marks it with ``{% generation %}``, those ranges are used.
-- Otherwise by difference: the text that message i adds to the rendering of the earlier messages plus the generation
-  prompt. A reasoning model's generation prompt may end in ``<think>`` although the rendered message has no thought; the
-  prompt is then cut to the part that both share.
+The turn is located as a character range of the rendered text:
 
-Tool-call arguments given as JSON text, as in OpenAI's API, are parsed first because templates expect mappings; servers
-do the same.
+- It begins where the generation prompt ends. The generation prompt of a reasoning model may end in ``<think>`` although
+  the rendered message has no thought; the prompt is then cut to the part that both share.
+- It ends where the rendering of the messages up to it ends.
+- If the template marks the assistant's text with ``{% generation %}``, only marked text counts.
+
+Special tokens in the text of a message become special tokens, as on servers, which tokenize the rendered text at once.
 
 Not supported: slow tokenizers (no character offsets) and sentencepiece models (no chat template).
 """
 
-import json
-import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
-import jinja2
+from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
+from megatron_qad.data.chat_messages import Chat
+from megatron_qad.data.chat_template import ChatTemplate, TemplateLimitExceeded
 
-_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class BadDocument(Exception):
-    """Raised if an input record cannot become a document; the list of bad lines shows the message as the reason."""
-
-    line_offset = 0
-    """Number of lines between the start of the record and the problem."""
+MULTI_TURN = ("each", "last")
+"""Which turns of the assistant count, the values of ``--multi-turn``."""
 
 
-def encode_chat(hf_tokenizer, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
-    """Return the token ids and the loss mask of one conversation, without an end-of-document token.
+@dataclass
+class _Rendering:
+    """The text of a document and the character ranges of it that count, half-open and ascending."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+def encode_chat(
+    hf_tokenizer, template: ChatTemplate, chat: Chat, multi_turn: str = "each"
+) -> list[tuple[array, bytearray]]:
+    """Return the token ids and the loss mask of each document of a conversation, without end-of-document tokens.
 
     Args:
-        hf_tokenizer: a fast transformers tokenizer with a chat template.
-        messages: ``[{"role": str, "content": ...}, ...]`` as the template takes them.
-        tools: JSON schemas that the template renders, or None.
+        hf_tokenizer: a fast transformers tokenizer.
+        template: its chat template.
+        chat: the conversation. Messages after the last turn that counts are left out.
+        multi_turn: "each": every turn of the assistant counts in one document, which has it and everything before it as
+            the server had it. "last": only the last turn counts, and there is one document.
 
     Returns:
-        (ids, mask) of equal length; mask is 1 where the token covers a character that the assistant wrote, else 0.
+        [(ids, mask), ...] in the order of the turns; ids and mask have equal length. mask is 1 where the token covers a
+        character that the assistant wrote, else 0.
 
     Raises:
-        BadDocument: the template rejects the messages, no message is from the assistant, or the template has no
-            ``{% generation %}`` and rewrites earlier messages.
+        BadDocument: the template rejects the messages or exceeds its limits, a turn cannot be located in the rendered
+            text, or no token counts.
 
     Example::
 
-        tokenizer = AutoTokenizer.from_pretrained("my_model")
-        ids, mask = encode_chat(tokenizer, [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}])
-        tokenizer.decode([i for i, counts in zip(ids, mask) if counts])  # "4<|im_end|>"
+        tokenizer = load_tokenizer("my_model")
+        chat = parse_chat({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]})
+        [(ids, mask)] = tokenizer.encode_chat(chat)
+        tokenizer.hf.decode([i for i, counts in zip(ids, mask) if counts])  # "4<|im_end|>"
     """
-    if not any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages):
-        raise BadDocument("no message has the role 'assistant', so no token would count in the loss")
-    messages = [_parse_tool_arguments(message) for message in messages]
-    template = hf_tokenizer.get_chat_template(tools=tools)
-    tagged = _GENERATION_TAG.search(template) is not None
-    if tagged:
-        text, spans = _render(hf_tokenizer, template, messages, tools, spans=True)
-    else:
-        text = _render(hf_tokenizer, template, messages, tools)
-        spans = _assistant_spans(hf_tokenizer, template, messages, tools, text)
-    encoded = hf_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    mask = mask_from_spans(encoded["offset_mapping"], spans)
-    if not tagged:
-        _mask_after_eos(ids, mask, hf_tokenizer.eos_token_id)
-    if not any(mask):
+    with template.limit():
+        renderings = _renderings(template, chat, multi_turn)
+    encoded = [_encode(hf_tokenizer, r, drop_after_eos=not template.marks_assistant) for r in renderings]
+    documents = [(ids, mask) for ids, mask in encoded if any(mask)]
+    if not documents:
         raise BadDocument("the assistant's messages have no token that could count in the loss")
+    return documents
+
+
+def _renderings(template: ChatTemplate, chat: Chat, multi_turn: str) -> list[_Rendering]:
+    """Render each turn that counts as the server had it; a turn whose text begins with the one before extends it.
+
+    The number of renderings is twice the number of turns, so the time grows with the square of a chat's length.
+    """
+    turns = chat.assistant_turns()
+    renderings: list[_Rendering] = []
+    for i in turns[-1:] if multi_turn == "last" else turns:
+        turn = _render_turn(template, chat, i)
+        if turn is None:
+            continue
+        if renderings and turn.text.startswith(renderings[-1].text):
+            turn.spans = renderings.pop().spans + turn.spans
+        renderings.append(turn)
+        template.check_length(sum(len(r.text) for r in renderings))
+    return renderings
+
+
+def _render_turn(template: ChatTemplate, chat: Chat, i: int) -> _Rendering | None:
+    """Render the messages up to the turn ``chat.messages[i]``, of which the turn counts.
+
+    None: it does not count, because no user or tool speaks before it and the template cannot render that. Such a
+    greeting was not written by the model.
+    """
+    try:
+        prompt, _ = template.render(chat, i, prompt=True)
+        text, marked = template.render(chat, i + 1)
+    except BadDocument as error:
+        if isinstance(error, TemplateLimitExceeded) or {m["role"] for m in chat.messages[:i]} & {"user", "tool"}:
+            raise
+        return None
+    if chat.is_truncated and i == len(chat.messages) - 1 and _is_open_thought(chat.messages[i], prompt):
+        text = prompt + chat.messages[i]["content"]
+        return _Rendering(text, [(len(prompt), len(text))])
+    start = _start_of_turn(template, chat, i, prompt, text)
+    lost = [what for what, part in _parts_of_turn(chat.messages[i]) if part.strip() not in text[start:]]
+    if lost == [_THOUGHT]:
+        return _render_with_thought(template, chat, i, prompt)
+    if lost:
+        raise BadDocument(
+            f"the chat template leaves out {lost[0]} of messages[{i}], so the model could not learn it. Use another "
+            "template, or write the text as the model writes it into 'content'"
+        )
+    return _after_prompt(prompt, text, start, marked if template.marks_assistant else [(start, len(text))])
+
+
+def _is_open_thought(message: dict, prompt: str) -> bool:
+    """Whether a truncated message ends within a thought. A template would take it for an answer without a thought."""
+    content = message["content"]
+    if not isinstance(content, str) or "</think>" in content or message.keys() & {"tool_calls", "reasoning_content"}:
+        return False
+    return content.lstrip().startswith("<think>") or prompt.rstrip().endswith("<think>")
+
+
+def _after_prompt(prompt: str, text: str, start: int, spans: list[tuple[int, int]]) -> _Rendering:
+    """Return ``text`` with the spans from ``start``, where it leaves the generation prompt.
+
+    If the prompt opens a thought that the text closes only, the content is what a server returned, without the prompt's
+    end. The prompt is then completed.
+    """
+    rest = text[start:]
+    if "<think>" in prompt[start:] and "</think>" in rest and "<think>" not in rest.split("</think>")[0]:
+        text, shift = prompt + rest, len(prompt) - start
+    else:
+        shift = 0
+    return _Rendering(text, [(max(a, start) + shift, b + shift) for a, b in spans if b > start])
+
+
+_THOUGHT = "the thought before </think>"
+
+
+def _parts_of_turn(message: dict) -> Iterator[tuple[str, str]]:
+    """Yield (description, text) of what the model wrote, without tool calls, which templates render in many forms."""
+    content = message["content"]
+    for part in [content] if isinstance(content, str) else [part["text"] for part in content]:
+        *thoughts, answer = part.split("</think>")
+        yield from ((_THOUGHT, thought.split("<think>")[-1]) for thought in thoughts)
+        yield "the content", answer
+    yield "'reasoning_content'", message.get("reasoning_content", "")
+
+
+def _render_with_thought(template: ChatTemplate, chat: Chat, i: int, prompt: str) -> _Rendering:
+    """Render a turn whose thought the template removes even from the last message (DeepSeek R1, Nemotron Super).
+
+    The model wrote the content as it is, so it takes the place of a placeholder.
+    """
+    content = chat.messages[i]["content"]
+    content = content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+    placeholder = "\ue000placeholder\ue000"  # private-use characters; no template knows them
+    turn = chat.messages[i] | {"content": placeholder}
+    shown, _ = template.render(replace(chat, messages=[*chat.messages[:i], turn]), i + 1)
+    before, *after = shown.split(placeholder)
+    if len(after) != 1:
+        raise BadDocument(f"the chat template leaves out {_THOUGHT} of messages[{i}]. Use another template")
+    text = before + content + after[0]
+    start = _start_of_turn(template, chat, i, prompt, text)
+    return _after_prompt(prompt, text, start, [(start, len(text))])
+
+
+def _start_of_turn(template: ChatTemplate, chat: Chat, i: int, prompt: str, text: str) -> int:
+    """Return where the turn ``chat.messages[i]`` begins in ``text``, given the generation prompt before it."""
+    if text.startswith(prompt):
+        return len(prompt)
+    shared = len(commonprefix([prompt, text]))
+    if template.marks_assistant:
+        return shared
+    before, _ = template.render(chat, i)
+    if not text.startswith(before):
+        raise BadDocument(
+            f"the chat template renders the messages before messages[{i}] differently when it follows, so its tokens "
+            "cannot be located. Use a template with {% generation %}"
+        )
+    if shared <= len(before):
+        raise BadDocument(f"the generation prompt before messages[{i}] differs from the rendered message")
+    return shared
+
+
+def _encode(hf_tokenizer, rendering: _Rendering, drop_after_eos: bool) -> tuple[array, bytearray]:
+    """Return the ids and the mask of a document."""
+    with failures_are_bad_documents("the tokenizer rejected the chat"):
+        encoded = hf_tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    # A batch may hold millions of ids; a list takes eight times the memory.
+    ids = array("i", encoded["input_ids"])
+    mask = bytearray(mask_from_spans(encoded["offset_mapping"], rendering.spans))
+    if drop_after_eos:
+        _mask_after_eos(ids, mask, hf_tokenizer.eos_token_id)
     return ids, mask
 
 
@@ -89,76 +220,7 @@ def mask_from_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[in
     return mask
 
 
-def _render(hf_tokenizer, template: str, messages, tools, *, prompt: bool = False, spans: bool = False):
-    """Return the rendered text; with ``spans`` also the character ranges inside ``{% generation %}``."""
-    # apply_chat_template(return_assistant_tokens_mask=True) would map the ranges to tokens itself. But if a range
-    # begins with white space, which byte-level offsets omit, it silently drops that range and all later ones
-    # (transformers 5.14). The renderer that it calls returns the ranges.
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        rendered, ranges = render_jinja_template(
-            conversations=[messages],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=spans,
-            add_generation_prompt=prompt,
-            **hf_tokenizer.special_tokens_map,
-        )
-    except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise BadDocument(f"the chat template rejected the messages: {type(error).__name__}: {error}") from error
-    return (rendered[0], list(ranges[0])) if spans else rendered[0]
-
-
-def _assistant_spans(hf_tokenizer, template: str, messages, tools, text: str) -> list[tuple[int, int]]:
-    """Return the character range of ``text`` that each assistant message adds to the earlier messages' rendering."""
-    spans = []
-    for i, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        prompt = _render(hf_tokenizer, template, messages[:i], tools, prompt=True)
-        through = _render(hf_tokenizer, template, messages[: i + 1], tools)
-        if not text.startswith(prompt):
-            before = _render(hf_tokenizer, template, messages[:i], tools)
-            _check_prefix(text, before, f"before message {i}")
-            prompt = commonprefix([prompt, text])
-            if len(prompt) <= len(before):
-                raise BadDocument(f"the generation prompt before message {i} differs from the rendered message")
-        _check_prefix(text, through, f"up to message {i}")
-        if len(prompt) > len(through):
-            raise BadDocument(f"message {i} renders to nothing after the generation prompt")
-        spans.append((len(prompt), len(through)))
-    return spans
-
-
-def _check_prefix(text: str, part: str, which: str) -> None:
-    if not text.startswith(part):
-        raise BadDocument(
-            f"the chat template renders the messages {which} differently when later messages follow, so the "
-            "assistant's tokens cannot be located. Use a template with {% generation %}."
-        )
-
-
-def _parse_tool_arguments(message):
-    """Return the message with the JSON text of its tool-call arguments parsed into mappings."""
-    if not isinstance(message, dict) or not isinstance(message.get("tool_calls"), list):
-        return message
-    return message | {"tool_calls": [_parse_call(call) for call in message["tool_calls"]]}
-
-
-def _parse_call(call):
-    function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(arguments, str):
-        return call
-    try:
-        parsed = json.loads(arguments or "{}")
-    except ValueError as error:
-        raise BadDocument(f"the arguments of a call of {function.get('name')!r} are not JSON: {error}") from error
-    return call | {"function": function | {"arguments": parsed}}
-
-
-def _mask_after_eos(ids: list[int], mask: list[int], eos: int) -> None:
+def _mask_after_eos(ids: array, mask: bytearray, eos: int) -> None:
     """Drop the tokens after the last EOS of each counted run: a template may add a newline, but a model stops there."""
     run_end = len(ids)
     while run_end > 0:

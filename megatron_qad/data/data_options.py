@@ -13,5 +13,7 @@ class DataOptions:
     """The user's ``--eval-iters``. None means that the flag was not given: an evaluation reads the whole set."""
     pad_documents_to: int = 1
     """Documents of packed rows start at multiples of this many tokens."""
+    vocab_size: int | None = None
+    """Number of ids of the model, without padding. None: unknown, and ids are not compared with it."""
     checkpoints: tuple[str | None, ...] = ()
     """Model directories that are searched for the tokenizer that the data must have been made with."""

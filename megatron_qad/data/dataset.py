@@ -8,7 +8,8 @@ tokens. The loss mask of a sample refers to its *labels*, so it is the tokens' m
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_qad.data.blending import is_first_rank, load_cached, without_cache
+from megatron_qad.data.index_cache import IndexCache
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
 from megatron_qad.data.packing import separate_documents
 from megatron_qad.engine.errors import QADError
@@ -35,6 +38,18 @@ class QADDatasetConfig(GPTDatasetConfig):
 
     pad_documents_to: int = 1
     """Documents of a packed row start at multiples of this many tokens."""
+    vocab_size: int | None = None
+    """Number of ids of the model, without padding; None if it is unknown."""
+    unwritable_caches: set[Path] = field(default_factory=set)
+    """Directories of indices in which writing has failed."""
+
+
+class SampleError(QADError):
+    """A sample that must not be trained on. It has one line also if a data worker raised it, where torch puts the
+    traceback of the worker before it."""
+
+    def __init__(self, message: str):
+        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
 
 
 class QADDataset(GPTDataset):
@@ -48,6 +63,7 @@ class QADDataset(GPTDataset):
 
     Raises:
         QADError: a split without tokens, or a loss mask that is missing or does not match the tokens.
+        SampleError: in ``dataset[i]``: a token id that the model does not have, or a mask that is neither 0 nor 1.
     """
 
     def __init__(self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config) -> None:
@@ -67,9 +83,7 @@ class QADDataset(GPTDataset):
         pieces = [] if idx is None else self._pieces(idx)  # None requests a sample that only fills a batch
         position = 0
         for document, offset, length in pieces:
-            counts[position : position + length] = (
-                1 if self._mask is None else self._mask.get(document, offset=offset, length=length)
-            )
+            counts[position : position + length] = self._counted(document, offset, length)
             position += length
         if not extra:
             counts[self.config.sequence_length :] = 0  # the last label is unknown
@@ -91,9 +105,44 @@ class QADDataset(GPTDataset):
 
         Reads the mask up to the first token that counts. With ``fast_cache_load`` there is no index yet, and the
         result is True without reading."""
-        if self._mask is None or self.indices is None:
+        if self.indices is None:
             return True
-        return any(self._mask.get(int(document)).any() for document in self.indices)
+        # If documents are separated, the first token of a document is not a label.
+        first = int(self.config.inter_document_masking or self.config.eod_mask_loss)
+        if self._mask is None:
+            return bool((self.dataset.sequence_lengths[self.indices] > first).any())
+        return any(self._mask.get(int(document))[first:].any() for document in self.indices)
+
+    def _counted(self, document: int, offset: int, length: int) -> np.ndarray | int:
+        if self._mask is None:
+            return 1
+        counted = self._mask.get(document, offset=offset, length=length)
+        if len(counted) and (largest := counted.max()) > 1:
+            raise SampleError(
+                f"{loss_mask_prefix(self.dataset_path)}.bin: document {document} has the value {largest}, expected 0 "
+                "or 1. Copy or prepare the data again."
+            )
+        return counted
+
+    def _query_document_sample_shuffle_indices(self, idx: int):
+        if self.shuffle_index is None:  # --dataloader-defer-npy-index-mmap
+            self.document_index, self.sample_index, self.shuffle_index = load_cached(self._cache)
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
+        self._check_ids(text[: sum(lengths)], documents, lengths)
+        return text, documents, lengths
+
+    def _check_ids(self, ids: np.ndarray, documents: np.ndarray, lengths: list[int]) -> None:
+        """Check that the model has all ids of a sample: for data that is too large to be read at startup."""
+        size = self.config.vocab_size
+        if not len(ids) or (ids.min() >= 0 and (size is None or ids.max() < size)):
+            return
+        first = int(np.flatnonzero((ids < 0) | (size is not None and ids >= size))[0])
+        document = int(documents[np.searchsorted(np.cumsum(lengths), first, side="right")])
+        known = "ids below 0 do not exist" if ids[first] < 0 else f"the model has {size} ids"
+        raise SampleError(
+            f"{self.dataset_path}.bin: document {document} has the token id {ids[first]}, but {known}. Prepare the "
+            "data with the model's tokenizer."
+        )
 
     def _pieces(self, idx: int) -> list[tuple[int, int, int]]:
         """Return (document, offset, length) of each piece of sample ``idx``, in order."""
@@ -116,17 +165,41 @@ class QADDataset(GPTDataset):
             if self._get_num_tokens_per_epoch() > _MAX_TOKENS_WITH_PADDING:
                 self.config = copy.copy(self.config)
                 self.config.drop_last_partial_validation_sequence = True
-        # Megatron caches the indices under a name made of paths and settings. Data prepared again under the same prefix
-        # would be cut with the old indices; a hash of the content in the name prevents that.
+        self._identify_content()
+        directory = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{type(self).__name__}_indices"
+        base = Path(directory) / f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
+        names = ("document_index", "sample_index", "shuffle_index")
+        self._cache = IndexCache(base, names, self.unique_description, self.config.unwritable_caches)
+        if self.config.defer_npy_index_mmap:
+            return None, None, None
+        if self.config.fast_cache_load:
+            return load_cached(self._cache)
+        return self._cache.load_or_build(self._build_in_memory, writes=is_first_rank())
+
+    def _build_in_memory(self):
+        config = self.config
+        self.config = without_cache(config)
+        try:
+            return super()._build_document_sample_shuffle_indices()
+        finally:
+            self.config = config
+
+    def _identify_content(self) -> None:
+        """Add the content to the identity of the dataset, which names its cached indices.
+
+        Megatron's identity consists of paths and settings, so data prepared again under the same prefix would be cut
+        with the old indices."""
         if self._metadata is not None:
-            self.unique_identifiers["content"] = self._metadata.sha256
-            self.unique_description = json.dumps(
-                self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
-            )
-            self.unique_description_hash = hashlib.md5(
-                self.unique_description.encode("utf-8"), usedforsecurity=False
-            ).hexdigest()
-        return super()._build_document_sample_shuffle_indices()
+            content = self._metadata.sha256
+        else:
+            content = hashlib.sha256(np.ascontiguousarray(self.dataset.sequence_lengths)).hexdigest()
+        self.unique_identifiers["content"] = content
+        self.unique_description = json.dumps(
+            self.unique_identifiers, indent=4, default=lambda obj: obj.unique_identifiers
+        )
+        self.unique_description_hash = hashlib.md5(
+            self.unique_description.encode("utf-8"), usedforsecurity=False
+        ).hexdigest()
 
     def _pads_last_sample(self) -> bool:
         return self.index_split == Split.valid and not self.config.drop_last_partial_validation_sequence

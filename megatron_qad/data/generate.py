@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_qad.data.bad_document import failures_are_bad_documents
 from megatron_qad.data.sampling import Sampler
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
@@ -179,8 +180,9 @@ def _load(model_dir: str | Path, dtype: str, device: str):
         )
     # MLP layers of Nemotron-H have no cache, like its expert layers; transformers 5.14 maps only the latter.
     DYNAMIC_LAYER_TYPE_MAPPING.setdefault("mlp", DYNAMIC_LAYER_TYPE_MAPPING["moe"])
-    try:
+    with failures_are_bad_documents(f"--model {model_dir}: transformers cannot load its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+    try:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
             local_files_only=True,
@@ -255,11 +257,14 @@ def _start_ids(tokenizer, prompts: list[str] | None, size: int) -> list[list[int
         raise QADError(
             f"{tokenizer.name_or_path} has no chat template for the prompts. Omit the prompts to start from BOS."
         )
-    return [
-        list(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
-        )
-        for prompt in prompts
-    ]
+    with failures_are_bad_documents(
+        f"--prompts: the chat template or the tokenizer of {tokenizer.name_or_path} failed"
+    ):
+        return [
+            list(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
+                )["input_ids"]
+            )
+            for prompt in prompts
+        ]

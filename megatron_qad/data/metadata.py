@@ -6,9 +6,12 @@ exists only if some token does not count, so that prepared plain text has exactl
 
 import dataclasses
 import json
+import types
+import typing
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_json
 
 FORMAT_VERSION = 1
 
@@ -31,7 +34,7 @@ class DataMetadata:
     """Token id that ends each document."""
     documents: int
     chat_documents: int
-    """Number of documents that were chat messages."""
+    """Number of documents that were chat messages; one chat may be several documents."""
     tokens: int
     """Number of tokens, EOD included."""
     supervised_tokens: int
@@ -44,8 +47,12 @@ class DataMetadata:
     loss_mask: bool
     """Whether PREFIX_loss_mask.bin/.idx exists."""
     sha256: dict[str, str]
-    """File suffix ("bin", "loss_mask.bin") -> SHA-256; part of the cache key of Megatron's indices."""
+    """File suffix ("bin", "idx", "loss_mask.bin") -> SHA-256, compared when a job starts (``checks``)."""
+    chats: int | None = None
+    """Number of lines with chat messages. None: prepared before this was counted."""
     format_version: int = FORMAT_VERSION
+    probe_sha256: str = ""
+    """Hash of the ids of ``tokenizer.PROBE``: how the tokenizer cuts text. Empty in files of older versions."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
@@ -60,6 +67,11 @@ def metadata_path(prefix: str) -> Path:
     return Path(f"{prefix}.json")
 
 
+def data_file(prefix: str, suffix: str) -> str:
+    """Return the path of the file with a suffix of ``DataMetadata.sha256``."""
+    return f"{loss_mask_prefix(prefix)}.{suffix.split('.')[1]}" if "." in suffix else f"{prefix}.{suffix}"
+
+
 def output_files(prefix: str) -> list[Path]:
     """Return every file that an output may have. The metadata is last: it is put in place after the others."""
     mask = loss_mask_prefix(prefix)
@@ -70,23 +82,28 @@ def load_metadata(prefix: str) -> DataMetadata | None:
     """Read PREFIX.json. None means that it does not exist, because another tool prepared the data.
 
     Raises:
-        QADError: the file was not written by this version.
+        QADError: the file cannot be read, was not written by this version, or lacks a field.
     """
     path = metadata_path(prefix)
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version = content["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise QADError(
-            f"{path} is not metadata of tools/prepare_data.py ({error!r}). Prepare the data again."
-        ) from error
+    content = read_json(path)
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise QADError(f"{path} has format version {version}, expected {FORMAT_VERSION}. Prepare the data again.")
-    try:
-        return DataMetadata(**content)
-    except TypeError as error:
-        raise QADError(
-            f"{path} does not have the fields of format version {FORMAT_VERSION}: {error}. Prepare the data again."
-        ) from error
+        found = "is not metadata of tools/prepare_data.py" if version is None else f"has format version {version}"
+        raise QADError(f"{path} {found}, expected format version {FORMAT_VERSION}. Prepare the data again.")
+    fields = {field.name: field for field in dataclasses.fields(DataMetadata)}
+    names = [name for name, field in fields.items() if field.default is dataclasses.MISSING or name in content]
+    wrong = [name for name in content if name not in fields] or [
+        name for name in names if name not in content or not _is_a(content[name], fields[name].type)
+    ]
+    if wrong:
+        found = f"the value {content[wrong[0]]!r}" if wrong[0] in content else "no value"
+        raise QADError(f"{path} has {found} of {wrong[0]!r}, so it is damaged. Copy it or prepare the data again.")
+    return DataMetadata(**content)
+
+
+def _is_a(value: object, kind: type) -> bool:
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(x, str) for x in value.values())
+    return type(value) in (kind.__args__ if isinstance(kind, types.UnionType) else (kind,))

@@ -1,8 +1,8 @@
 """Prepare text and JSONL files as Megatron's PREFIX.bin/.idx with a loss mask and metadata (PREFIX.json).
 
-The order is kept: document n of the output is the n-th valid record of the input. Files are written under a temporary
-prefix and renamed when complete, so an output is either complete or absent. No record is dropped silently: each bad
-record is listed in PREFIX.bad.txt with its line and the reason, and too many of them are an error.
+The order of the records is kept; a chat may become several documents (``data.chat``). Files are written under a
+temporary prefix and renamed when complete, so an output is either complete or absent. No record is dropped silently:
+each bad record is listed in PREFIX.bad.txt with its line and the reason, and too many of them are an error.
 """
 
 import collections
@@ -17,16 +17,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_qad.data.chat import MULTI_TURN
 from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files
 from megatron_qad.data.sources import BLANK_LINES, BadLine, Encoded, Record, encode_record, file_format, read_records
 from megatron_qad.data.tokenizer import DataTokenizer, load_tokenizer
 from megatron_qad.data.writer import DocumentWriter, publish
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.plural import count
 from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import locks
 
 _BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 20  # a batch is sent to a worker: large enough to hide the transfer, small enough to hold several
+
+type Results = list[list[Encoded] | BadLine]
+"""For each record its documents, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class PrepareOptions:
     """Key of the JSONL lines to use: "text", "messages", or "auto" (the one that a line has)."""
     split_on: str | None = None
     """Separator between documents of a text file: a regular expression or "blank". None: one document per file."""
+    multi_turn: str = "each"
+    """Which turns of the assistant count: "each" or "last", see ``data.chat.encode_chat``."""
     prepend_bos: bool = False
     """Prepend BOS to documents if the tokenizer does not do so itself."""
     max_bad_fraction: float = 0.01
@@ -123,6 +130,8 @@ def _check_options(options: PrepareOptions) -> None:
         file_format(Path(file), options.format)
     if not 0 <= options.max_bad_fraction <= 1:
         raise QADError(f"--max-bad-fraction {options.max_bad_fraction} is not between 0 and 1. Give such a fraction.")
+    if options.multi_turn not in MULTI_TURN:
+        raise QADError(f"--multi-turn {options.multi_turn!r}: expected one of {', '.join(MULTI_TURN)}.")
     try:
         re.compile(options.split_on or "")
     except re.error as error:
@@ -138,7 +147,7 @@ def _check_options(options: PrepareOptions) -> None:
         )
 
 
-def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[tuple[list[Encoded | BadLine], int]]:
+def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[tuple[Results, int]]:
     """Yield (results, number of blank records) batch by batch in input order, with a progress bar over input bytes."""
     split_on = BLANK_LINES if options.split_on == "blank" else options.split_on
     total = sum(Path(f).stat().st_size for f in options.inputs)
@@ -169,7 +178,7 @@ def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[t
 
 def _ordered_map(
     batches: Iterable[list[Record]], options: PrepareOptions, tokenizer: DataTokenizer
-) -> Iterator[tuple[list[Encoded | BadLine], int]]:
+) -> Iterator[tuple[Results, int]]:
     """Encode batches in this process or in worker processes; at most four batches per worker are held at a time."""
     if options.workers == 1:
         for batch in batches:
@@ -198,8 +207,9 @@ def _ordered_map(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_batch(batch: list[Record], tokenizer: DataTokenizer, options: PrepareOptions) -> list[Encoded | BadLine]:
-    return [encode_record(record, tokenizer, options.json_key, options.prepend_bos) for record in batch]
+def _encode_batch(batch: list[Record], tokenizer: DataTokenizer, options: PrepareOptions) -> Results:
+    settings = (options.json_key, options.prepend_bos, options.multi_turn)
+    return [encode_record(record, tokenizer, *settings) for record in batch]
 
 
 _worker: tuple[DataTokenizer, PrepareOptions]
@@ -213,26 +223,26 @@ def _start_worker(options: PrepareOptions, parent: int) -> None:
     _worker = (load_tokenizer(options.tokenizer), options)
 
 
-def _encode_in_worker(batch: list[Record]) -> list[Encoded | BadLine]:
+def _encode_in_worker(batch: list[Record]) -> Results:
     return _encode_batch(batch, *_worker)
 
 
 def _check_documents(writer: DocumentWriter, options: PrepareOptions, bad_path: Path) -> None:
     """Check, before the output is put in place, the number of bad records, documents and counted tokens."""
-    records = writer.documents + writer.bad_lines
+    records = writer.records + writer.bad_lines
     if writer.bad_lines > options.max_bad_fraction * records:
         first = bad_path.read_text(encoding="utf-8").split("\n", 1)[0]
+        verb = "is" if writer.bad_lines == 1 else "are"
         raise QADError(
-            f"{writer.bad_lines} of {records} records are bad, more than --max-bad-fraction {options.max_bad_fraction} "
-            f"allows. The first: {first}. All are listed in {bad_path}. No data was written. Fix the records or "
-            "allow a larger fraction."
+            f"{writer.bad_lines} of {count(records, 'record')} {verb} bad, more than --max-bad-fraction "
+            f"{options.max_bad_fraction} allows. The first: {first}. All are listed in {bad_path}. No data was "
+            "written. Fix the records or allow a larger fraction."
         )
     if not writer.documents:
-        raise QADError(
-            f"--input {' '.join(options.inputs)} has no document ({writer.blank_lines} blank lines). Give other files."
-        )
+        blank = count(writer.blank_lines, "blank line")
+        raise QADError(f"--input {' '.join(options.inputs)} has no document ({blank}). Give other files.")
     if not writer.supervised:
         raise QADError(
-            f"--input {' '.join(options.inputs)}: none of the {writer.num_tokens} tokens of its {writer.documents} "
-            "documents would count in the loss. In chats only the assistant's tokens count; give such chats."
+            f"--input {' '.join(options.inputs)}: no token of its {count(writer.documents, 'document')} "
+            "would count in the loss. In chats only the assistant's tokens count; give such chats."
         )

@@ -1,32 +1,26 @@
 """Provider of the training and validation datasets of ``pretrain()``, built from ``--data-path`` and similar flags.
 
-In addition to Megatron's checks: each prefix exists, its ids fit the model's vocabulary, it was made with the tokenizer
-of this run (``run_tokenizer``), and some token of each split counts in the loss. Not supported: mock data,
-fill-in-the-middle, Megatron's ``--sft`` packing, data in object storage.
+The data is checked first (``checks``). Not supported: mock data, fill-in-the-middle, Megatron's ``--sft`` packing, data
+in object storage.
 """
 
 import argparse
-import json
-import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 from megatron.core import mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.blended_megatron_dataset_config import parse_and_normalize_split
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import print_rank_0
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+from megatron.training.utils import is_first_or_last_pipeline_stage
 
+from megatron_qad.data.blending import QADBlendBuilder
+from megatron_qad.data.blends import Blend, notes, parse_split, read_blends
+from megatron_qad.data.checks import check_data
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
-from megatron_qad.data.metadata import load_metadata
-from megatron_qad.data.run_tokenizer import RunTokenizer
 from megatron_qad.data.validation_set import (
     DEFAULT_TOKENS,
     ValidationSet,
@@ -34,7 +28,9 @@ from megatron_qad.data.validation_set import (
     ordered_samples,
     samples_per_iteration,
 )
+from megatron_qad.engine.distributed import on_rank_0
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import read_json
 
 
 class DatasetsProvider:
@@ -49,6 +45,9 @@ class DatasetsProvider:
 
     def __init__(self, args: argparse.Namespace, options: DataOptions):
         self.args, self._options = args, options
+        self._unwritable_caches: set[Path] = set()
+        self.validation_sha256: str | None = None
+        """Hash of the held-out tokens of every evaluation, the same on every rank; None until they are known."""
 
     def __call__(self, train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
         """Build the datasets.
@@ -68,18 +67,24 @@ class DatasetsProvider:
         """
         args, options = self.args, self._options
         config = dataset_config(args, options)
-        check_data(args, config, options)
+        config.unwritable_caches = self._unwritable_caches
+        if vp_stage in (None, 0):
+            check_data(args, prefixes_of(config), options)
+            for line in notes(config.blend, config.blend_per_split):
+                print_rank_0(f"megatron_qad: {line}")
         print_rank_0("megatron_qad: building the training and validation datasets")
         num_train = train_val_test_num_samples[0]
         # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.
         num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
         is_built = partial(_is_built_on_rank, vp_stage)
-        train, _, _ = BlendedMegatronDatasetBuilder(
+        train, _, _ = QADBlendBuilder(
             QADDataset, [num_train, 0, 0], is_built, config_for_split(config, Split.train)
         ).build()
         if not args.skip_train:
             _check_has_counted_tokens(train, Split.train, config)
         valid = _validation_set(args, options.eval_iters, config, is_built) if args.eval_iters else None
+        if vp_stage in (None, 0) and args.eval_iters:
+            self.validation_sha256 = on_rank_0(lambda: valid.sha256())  # it has data: it is in the first stage
         if valid is not None and vp_stage in (None, 0):
             print_rank_0(
                 f"megatron_qad: every evaluation reads {valid.describe()} of {args.seq_length} tokens, always the same "
@@ -127,7 +132,9 @@ def _check_has_counted_tokens(dataset, split: Split, config: QADDatasetConfig) -
         advice = f"Change --split (now {config.split!r}) or give other data"
     if split == Split.valid:
         advice += ", or --eval-iters 0 for no validation"
-    raise QADError(f"The {split.name} split of {names}: no token counts in the loss, the mask is all zeros. {advice}.")
+    raise QADError(
+        f"The {split.name} split of {names}: no token counts in the loss: the mask of every label is 0. {advice}."
+    )
 
 
 def _max_over_ranks(value: int) -> int:
@@ -137,10 +144,15 @@ def _max_over_ranks(value: int) -> int:
     return int(result)
 
 
-def _has_validation(split: str | None, blend, blend_per_split) -> bool:
-    if blend is None:
-        return bool(blend_per_split[1])
-    return split is not None and parse_and_normalize_split(split)[1] > 0
+def prefixes_of(config: QADDatasetConfig) -> list[str]:
+    """Return the prefixes of all blends, each once."""
+    blends = [config.blend] if config.blend is not None else config.blend_per_split
+    return list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
+
+
+def _shares(split: str | None, blend: Blend | None, blend_per_split: list[Blend | None] | None) -> list[float]:
+    """Return the share of each split; 1.0 for a split with data of its own."""
+    return [float(part is not None) for part in blend_per_split] if blend is None else parse_split(split)
 
 
 def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
@@ -167,15 +179,21 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
             f"--dataloader-type {args.dataloader_type} would read the validation set in a different order each time. "
             "Omit it; the training data is shuffled anyway."
         )
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    if blend is None and not any(blend_per_split or []):
+    blend, blend_per_split = read_blends(args)
+    if blend is None and blend_per_split is None:
         raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
     if args.full_validation or args.multiple_validation_sets:
         raise QADError(
             "--full-validation and --multiple-validation-sets (which needs it) are not supported. Omit them: without "
             "--eval-iters an evaluation reads the whole validation set, up to 2^20 tokens. Give one blend."
         )
-    if args.eval_iters and not _has_validation(args.split, blend, blend_per_split):
+    shares = _shares(args.split, blend, blend_per_split)
+    if not args.skip_train and not shares[Split.train.value]:
+        raise QADError(
+            "No training data was given. Give --train-data-path, a training share in --split, or --skip-train to "
+            "validate only."
+        )
+    if args.eval_iters and not shares[Split.valid.value]:
         raise QADError(
             "No validation data was given, so the first evaluation would fail. Give --valid-data-path or a validation "
             "share in --split, or --eval-iters 0 for no validation."
@@ -205,77 +223,22 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
         inter_document_masking=args.dataloader_inter_document_masking,
         pad_documents_to=options.pad_documents_to,
+        vocab_size=options.vocab_size,
     )
 
 
-def check_data(args, config: GPTDatasetConfig, options: DataOptions) -> None:
-    """Check every prefix of the blends: its files, the model's vocabulary and the run's tokenizer.
-
-    Args:
-        args: needs ``padded_vocab_size``, ``tokenizer_model`` and ``tokenizer_type``.
-        config: dataset configuration whose blends give the prefixes.
-
-    Raises:
-        QADError: with the prefix, the value found and the value expected.
-    """
-    blends = [config.blend] if config.blend is not None else config.blend_per_split
-    prefixes = list(dict.fromkeys(prefix for blend in blends if blend is not None for prefix in blend[0]))
-    tokenizer = RunTokenizer.from_checkpoints(args, options.checkpoints)
-    for prefix in prefixes:
-        missing = [f"{prefix}{suffix}" for suffix in (".bin", ".idx") if not Path(f"{prefix}{suffix}").is_file()]
-        if missing:
-            raise QADError(
-                f"--data-path {prefix}: {' and '.join(missing)} not found. Expected the --output prefix of "
-                "tools/prepare_data.py (without .bin), or 'WEIGHT PREFIX' pairs."
-            )
-        if not config.fast_cache_load:  # with that flag no index is read at startup
-            _check_index(prefix)
-        metadata = load_metadata(prefix)
-        if metadata is None:
-            if config.eod_mask_loss and args.tokenizer_type == "NullTokenizer" and args.null_tokenizer_eod_id is None:
-                raise QADError(
-                    f"--eod-mask-loss needs the id of EOD, but {prefix}.json, which tools/prepare_data.py writes, does "
-                    "not exist. Prepare the data with that tool, or give --null-tokenizer-eod-id."
-                )
-            continue
-        if metadata.supervised_tokens == 0:
-            raise QADError(
-                f"--data-path {prefix}: none of its {metadata.tokens} tokens counts in the loss ({prefix}.json, "
-                "supervised_tokens). Omit it, or prepare data with tokens that count."
-            )
-        if args.padded_vocab_size is not None and metadata.vocab_size > args.padded_vocab_size:
-            raise QADError(
-                f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name}, which has "
-                f"{metadata.vocab_size} ids, but the model has {args.padded_vocab_size} (padding included). Prepare "
-                "the data with the model's tokenizer."
-            )
-        if tokenizer is not None:
-            tokenizer.check(prefix, metadata)
-
-
-def _check_index(prefix: str) -> None:
-    """Check that the index is readable and matches the size of the data, to detect an incomplete copy at startup."""
-    try:
-        # Without mmap: an empty .bin cannot be mapped.
-        data = IndexedDataset(prefix, mmap=False)
-    except (AssertionError, ValueError, OSError, KeyError, struct.error) as error:
-        raise QADError(
-            f"--data-path {prefix}: {prefix}.idx cannot be read ({error}). Prepare the data again."
-        ) from error
-    expected = int(data.sequence_lengths.sum(dtype="int64")) * data.index.dtype_size
-    actual = Path(f"{prefix}.bin").stat().st_size
-    if actual != expected or not len(data):
-        raise QADError(
-            f"--data-path {prefix}: {prefix}.bin has {actual} bytes, but its index of {len(data)} documents implies "
-            f"{expected}; at least one document is required. Copy or prepare the data again."
-        )
-
-
-def _sequences_per_dataset(args) -> dict | None:
+def _sequences_per_dataset(args) -> dict[str, tuple[int, int]] | None:
     """Return the counts of ``--per-dataset-sequences-path``, so that Megatron need not read each index's header."""
     if args.per_dataset_sequences_path is None:
         return None
-    return json.loads(Path(args.per_dataset_sequences_path).read_text(encoding="utf-8"))
+    counts = read_json(Path(args.per_dataset_sequences_path))
+    for prefix, pair in counts.items():
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair)):
+            raise QADError(
+                f"--per-dataset-sequences-path {args.per_dataset_sequences_path}: {prefix!r} has the value {pair!r}. "
+                "Expected its numbers of sequences and documents, as Megatron's build_sequences_per_dataset.py writes."
+            )
+    return counts
 
 
 def _is_built_on_rank(vp_stage: int | None) -> bool:

@@ -1,7 +1,9 @@
 """Check that a run's data was made with the run's tokenizer.
 
 That is the tokenizer of ``--tokenizer-model``, or else the one in ``hf/`` of the student's or the teacher's checkpoint.
-File hashes are compared first; a tokenizer is loaded only if they differ.
+Ids must mean the same pieces, or the data is refused. If the tokenizer cuts text differently (a Hugging Face tokenizer
+and a sentencepiece model of the same vocabulary, another normalizer), a warning says so: a served model would read
+other token sequences than it was trained on. File hashes are compared first; a tokenizer is loaded only if they differ.
 """
 
 from collections.abc import Iterable
@@ -10,8 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_qad.data.metadata import DataMetadata
-from megatron_qad.data.tokenizer import VOCABULARY_FILES, files_sha256, load_tokenizer
+from megatron_qad.data.tokenizer import VOCABULARY_FILES, DataTokenizer, files_sha256, load_tokenizer
 from megatron_qad.engine.errors import QADError
+
+
+class TokenizerUnreadableError(QADError):
+    """The run's tokenizer is needed and cannot be loaded."""
 
 
 @dataclass
@@ -21,8 +27,8 @@ class RunTokenizer:
     path: Path
     name: str
     """Name for messages: the flag, or the checkpoint's directory."""
-    _vocabularies: dict[Path, str] = field(default_factory=dict)
-    """Vocabulary hashes of the tokenizers loaded so far, by path."""
+    _loaded: dict[Path, DataTokenizer] = field(default_factory=dict)
+    """The tokenizers loaded so far, by path."""
 
     @classmethod
     def from_checkpoints(cls, args, checkpoints: Iterable[str | None]) -> "RunTokenizer | None":
@@ -41,31 +47,76 @@ class RunTokenizer:
                 return cls(hf, f"the model's tokenizer in {hf}")
         return None
 
-    def check(self, prefix: str, metadata: DataMetadata) -> None:
+    def check(self, prefix: str, metadata: DataMetadata) -> str | None:
         """Check that the token ids of the data stand for the same pieces in this tokenizer.
 
+        Returns:
+            A sentence for the log if this tokenizer cuts text differently, or None.
+
         Raises:
-            QADError: they do not; with the names of both tokenizers.
+            QADError: the ids stand for other pieces; with the names of both tokenizers.
         """
-        if self._files_match(metadata):
-            return
-        is_piece_model = metadata.tokenizer_kind == "sentencepiece" and (self.path / "tokenizer.model").is_file()
-        path = self.path / "tokenizer.model" if is_piece_model else self.path
         made_with = f"--data-path {prefix} was made with the tokenizer {metadata.tokenizer_name}"
         try:
-            if path not in self._vocabularies:
-                self._vocabularies[path] = load_tokenizer(path).vocab_sha256()
-        except QADError as error:
+            if not self._files_match(metadata):
+                self._check_pieces(made_with, metadata)
+        except TokenizerUnreadableError as error:
             raise QADError(
                 f"{made_with}, whose files differ from those of {self.name}, which cannot be loaded to compare the "
                 f"ids: {error} Give the run's tokenizer with --tokenizer-type and --tokenizer-model."
             ) from error
-        vocabulary = self._vocabularies[path]
+        if self._cuts_equally(metadata):
+            return None
+        return (
+            f"{made_with} ({metadata.tokenizer_kind}), and {self.name} cuts text differently, although the ids mean "
+            "the same pieces. A served model reads what the latter cuts. Prepare the data with it, or ignore this."
+        )
+
+    def load(self, path: Path | None = None) -> DataTokenizer:
+        """Return this tokenizer, or that of another path, loaded once.
+
+        Raises:
+            TokenizerUnreadableError: it cannot be loaded.
+        """
+        path = path or self.path
+        if path not in self._loaded:
+            try:
+                self._loaded[path] = load_tokenizer(path)
+            except QADError as error:
+                raise TokenizerUnreadableError(str(error)) from error
+        return self._loaded[path]
+
+    def _check_pieces(self, made_with: str, metadata: DataMetadata) -> None:
+        is_piece_model = metadata.tokenizer_kind == "sentencepiece" and self._piece_model.is_file()
+        vocabulary = self.load(self._piece_model if is_piece_model else None).vocab_sha256()
         if vocabulary != metadata.vocab_sha256:
             raise QADError(
                 f"{made_with} (vocabulary {metadata.vocab_sha256[:12]}), but {self.name} maps the ids to other pieces "
                 f"(vocabulary {vocabulary[:12]}). Prepare the data with the model's tokenizer."
             )
+
+    def _cuts_equally(self, metadata: DataMetadata) -> bool:
+        """Whether this tokenizer cuts text like that of the data; True also if that cannot be known."""
+        kind = "huggingface" if self.path.is_dir() else "sentencepiece"
+        made_with = metadata.tokenizer_files_sha256
+        current = files_sha256(file for name in made_with if (file := self._file(name)).is_file())
+        if kind == metadata.tokenizer_kind and set(current.values()) == set(made_with.values()):
+            return True
+        expected, is_older = metadata.probe_sha256, not metadata.probe_sha256
+        try:
+            if is_older and metadata.tokenizer_kind == "sentencepiece" and self._files_match(metadata):
+                # This directory contains the piece model that the data was made with.
+                expected = self.load(self._piece_model if self.path.is_dir() else None).probe_sha256()
+            return not expected or self.load().probe_sha256() == expected
+        except TokenizerUnreadableError:  # the ids mean the same pieces, and no more is needed to train
+            return True
+
+    @property
+    def _piece_model(self) -> Path:
+        return self.path / "tokenizer.model"
+
+    def _file(self, name: str) -> Path:
+        return self.path / name if self.path.is_dir() else self.path
 
     def _files_match(self, metadata: DataMetadata) -> bool:
         """Whether the files that map pieces to ids are byte-identical to those that the data was made with."""

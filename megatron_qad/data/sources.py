@@ -7,11 +7,14 @@ compressed files, JSON arrays, directories.
 
 import json
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_qad.data.chat import BadDocument
+from megatron_qad.data.bad_document import BadDocument
+from megatron_qad.data.chat_messages import Chat, parse_chat
 from megatron_qad.data.tokenizer import DataTokenizer
 from megatron_qad.engine.errors import QADError
 
@@ -37,9 +40,11 @@ class Record:
 class Encoded:
     """One tokenized document, EOD included."""
 
-    ids: list[int]
-    mask: list[int] | None
-    """Loss mask. None means that every token counts."""
+    ids: array
+    mask: bytearray | None
+    """Loss mask: 1 where a token counts, else 0. None means that every token counts."""
+    is_chat: bool = False
+    """Whether it was chat messages."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,15 @@ def read_records(path: Path, fmt: str, split_on: str | None) -> Iterator[Record 
 
 
 def encode_record(
-    record: Record, tokenizer: DataTokenizer, json_key: str = "auto", prepend_bos: bool = False
-) -> Encoded | BadLine:
+    record: Record,
+    tokenizer: DataTokenizer,
+    json_key: str = "auto",
+    prepend_bos: bool = False,
+    multi_turn: str = "each",
+) -> list[Encoded] | BadLine:
     """Tokenize one record and append EOD, or return a ``BadLine`` with the reason why that is not possible.
+
+    A text is one document. A chat may be several, see ``data.chat.encode_chat``.
 
     EOD is appended unless the document already ends with it. In a chat it counts only if the token before it does, that
     is, if the template does not end the assistant's last message. In a JSONL line with ``"finish": "length"``, which
@@ -114,24 +125,29 @@ def encode_record(
         QADError: the tokenizer does not support the input (chat without a chat template).
     """
     try:
-        ids, mask, is_truncated = _encode(record, tokenizer, json_key)
+        value, is_truncated = _parse(record, json_key)
+        is_chat = isinstance(value, Chat)
+        documents = tokenizer.encode_chat(value, multi_turn) if is_chat else [(_encode_text(value, tokenizer), None)]
     except BadDocument as error:
         line = record.line + error.line_offset
         return BadLine(record.file, line, str(error))
-    if prepend_bos and ids[0] != tokenizer.bos:
-        ids.insert(0, tokenizer.bos)
-        if mask is not None:
-            mask.insert(0, 0)
-    if ids[-1] != tokenizer.eod:
-        ids.append(tokenizer.eod)
-        if mask is not None:
-            mask.append(mask[-1])
-    if is_truncated:
-        mask = _mask_end(ids, mask or [1] * len(ids), tokenizer.special)
-    return Encoded(ids, mask)
+    encoded = []
+    for i, (ids, mask) in enumerate(documents, start=1):
+        if prepend_bos and ids[0] != tokenizer.bos:
+            ids.insert(0, tokenizer.bos)
+            if mask is not None:
+                mask.insert(0, 0)
+        if ids[-1] != tokenizer.eod:
+            ids.append(tokenizer.eod)
+            if mask is not None:
+                mask.append(mask[-1])
+        if is_truncated and i == len(documents):
+            mask = _mask_end(ids, mask or bytearray([1]) * len(ids), tokenizer.special)
+        encoded.append(Encoded(ids, mask, is_chat))
+    return encoded
 
 
-def _mask_end(ids: list[int], mask: list[int], special: frozenset[int]) -> list[int]:
+def _mask_end(ids: array, mask: bytearray, special: frozenset[int]) -> bytearray:
     """Clear ``mask`` at the special tokens that end the last run of counted tokens."""
     last = max(i for i, counts in enumerate(mask) if counts)
     while last > 0 and mask[last] and ids[last] in special:
@@ -140,69 +156,59 @@ def _mask_end(ids: list[int], mask: list[int], special: frozenset[int]) -> list[
     return mask
 
 
-def _encode(record: Record, tokenizer: DataTokenizer, json_key: str) -> tuple[list[int], list[int] | None, bool]:
-    """Return (ids, mask, whether the text is truncated), without EOD."""
+def _parse(record: Record, json_key: str) -> tuple[str | Chat, bool]:
+    """Return (the text or the chat, whether it is truncated)."""
     try:
         text = record.data.decode("utf-8")
     except UnicodeDecodeError as error:
         bad = BadDocument(f"not UTF-8: byte {record.data[error.start]:#04x} ({error.reason})")
         bad.line_offset = record.data.count(b"\n", 0, error.start)
         raise bad from error
-    mask, is_truncated = None, False
-    if record.is_json:
-        key, value, tools, is_truncated = _json_document(text, json_key)
-        if key == "messages":
-            ids, mask = tokenizer.encode_chat(value, tools)
-        else:
-            ids = _encode_text(value, tokenizer)
-    else:
-        ids = _encode_text(text, tokenizer)
-    if not ids:
-        raise BadDocument("the text has no tokens")
-    return ids, mask, is_truncated
+    return _json_document(text, json_key) if record.is_json else (text, False)
 
 
-def _encode_text(text: str, tokenizer: DataTokenizer) -> list[int]:
+def _encode_text(text: str, tokenizer: DataTokenizer) -> array:
     if not text.strip():
         raise BadDocument("the text is empty")
-    return tokenizer.encode(text)
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise BadDocument("the text has no tokens")
+    return array("i", ids)
 
 
-def _json_document(text: str, json_key: str) -> tuple[str, str | list, list | None, bool]:
-    """Return (key, value, tools, whether the text is truncated) of a JSONL line."""
+def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:
+    """Return (the text or the chat of a JSONL line, whether it is truncated)."""
     try:
         line = json.loads(text)
+        is_unicode = _is_unicode(text, line)
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"not JSON: {error}") from error
     if not isinstance(line, dict):
         raise BadDocument(f"expected a JSON object with 'text' or 'messages', found {type(line).__name__}")
-    keys = [k for k in ("text", "messages") if k in line] if json_key == "auto" else [json_key]
+    # Libraries that write tables give each line every key; those that a line lacks are null.
+    keys = [k for k in ("text", "messages") if line.get(k) is not None] if json_key == "auto" else [json_key]
     if len(keys) == 2:
         raise BadDocument("has both 'text' and 'messages'; choose one with --json-key")
-    if not keys or keys[0] not in line:
+    if not keys or line.get(keys[0]) is None:
         expected = "'text' or 'messages'" if json_key == "auto" else repr(json_key)
-        raise BadDocument(f"has no {expected}; its keys are {sorted(line)[:10]}")
-    if not _is_unicode(text):
+        keys = [key[:50] for key in sorted(line) if line[key] is not None]
+        raise BadDocument(f"has no {expected}; its keys that are not null are {keys[:10]}")
+    if not is_unicode:
         raise BadDocument("has a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
-    key, value, is_truncated = keys[0], line[keys[0]], line.get("finish") == "length"
-    if key == "text":
-        if not isinstance(value, str):
-            raise BadDocument(f"'text' is {type(value).__name__}, expected a string")
-        return key, value, None, is_truncated
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) and "role" in m for m in value):
-        raise BadDocument("'messages' is not a non-empty list of objects with a 'role'")
-    tools = line.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise BadDocument(f"'tools' is {type(tools).__name__}, expected a list of JSON schemas")
-    return key, value, tools or None, is_truncated
+    if keys[0] == "messages":
+        chat = parse_chat(line)
+        return chat, chat.is_truncated
+    if not isinstance(line["text"], str):
+        raise BadDocument(f"'text' is {type(line['text']).__name__}, expected a string")
+    return line["text"], line.get("finish") == "length"
 
 
-def _is_unicode(json_text: str) -> bool:
-    """Whether no string of the JSON text decodes to a lone surrogate (only an escape can produce one)."""
+def _is_unicode(json_text: str, value: Any) -> bool:
+    """Whether no string of the JSON value decodes to a lone surrogate (only an escape can produce one)."""
     if "\\u" not in json_text:
         return True
     try:
-        json.dumps(json.loads(json_text), ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True

@@ -5,10 +5,14 @@ Nothing is downloaded, and no code from a tokenizer's directory is run. Not supp
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
 from megatron_qad.data.chat import encode_chat
+from megatron_qad.data.chat_messages import Chat
+from megatron_qad.data.chat_template import ChatTemplate
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 
@@ -22,10 +26,14 @@ _HF_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
 """The files that map pieces to ids. Settings and templates may differ: they change how text is split, not the meaning
 of ids."""
+
+PROBE = "  Hello,  World!\n\n\tdef f(x1):  return 3.14159  # don't 123456 \u00e9t\u00e9 \u6570 \U0001f600\u00a0 ABCdef"
+"""A text whose ids tell how a tokenizer cuts text: spaces, lines, digits, capitals, scripts, four-byte characters."""
 
 
 def files_sha256(files: Iterable[Path]) -> dict[str, str]:
@@ -58,17 +66,31 @@ class DataTokenizer:
     special: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a plain document without EOD; BOS comes first if the tokenizer adds it."""
+        """Return the ids of a plain document without EOD; BOS comes first if the tokenizer adds it.
+
+        Raises:
+            BadDocument: the tokenizer cannot encode the text.
+        """
         raise NotImplementedError
 
-    def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
-        """Return the ids and loss mask of a conversation without EOD; see ``chat.encode_chat``."""
+    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
+        """Return the ids and loss masks of a conversation's documents, without EOD; see ``chat.encode_chat``."""
         raise NotImplementedError
 
     def vocab_sha256(self) -> str:
         """Return a hash of the map piece -> id, which does not depend on how the files were written."""
         pieces = json.dumps(sorted((id_, piece) for piece, id_ in self.vocab.items()), ensure_ascii=True)
         return hashlib.sha256(pieces.encode("ascii")).hexdigest()
+
+    def probe_sha256(self) -> str:
+        """Return a hash of the ids of ``PROBE`` without BOS: equal for tokenizers that cut text in the same way.
+
+        Empty if the tokenizer cannot encode it."""
+        try:
+            ids = self.encode(PROBE)
+        except QADError:
+            return ""
+        return hashlib.sha256(json.dumps(ids[1:] if ids[:1] == [self.bos] else ids).encode("ascii")).hexdigest()
 
     def files_sha256(self) -> dict[str, str]:
         """Return {file name: SHA-256 of its bytes} of the tokenizer's files."""
@@ -84,11 +106,13 @@ class HFTokenizer(DataTokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self.hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            # The tokenizers library raises plain Exception for most damage, and panics.
+            with failures_are_bad_documents("transformers cannot read it"):
+                self.hf = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except BadDocument as error:
             raise QADError(
-                f"--tokenizer {directory}: transformers cannot read it ({type(error).__name__}: {error}). Expected a "
-                "directory with tokenizer.json and tokenizer_config.json that needs no remote code."
+                f"--tokenizer {directory}: {error}. Expected a directory with tokenizer.json and tokenizer_config.json "
+                "that needs no remote code."
             ) from error
         if self.hf.eos_token_id is None:
             raise QADError(
@@ -96,18 +120,20 @@ class HFTokenizer(DataTokenizer):
                 "tokenizer_config.json."
             )
         self.name = directory.resolve().name
-        self.files = [directory / name for name in _HF_FILES if (directory / name).is_file()]
+        self.files = [f for pattern in _HF_FILES for f in sorted(directory.glob(pattern)) if f.is_file()]
         self.vocab = self.hf.get_vocab()
         # Ids may have gaps; the model needs a row for the largest id.
         self.vocab_size = max(self.vocab.values()) + 1
         self.eod, self.bos, self.unk = self.hf.eos_token_id, self.hf.bos_token_id, self.hf.unk_token_id
         added = {id_ for id_, token in self.hf.added_tokens_decoder.items() if token.special}
         self.special = frozenset(added | set(self.hf.all_special_ids))
+        self._templates: dict[str, ChatTemplate] = {}
 
     def encode(self, text: str) -> list[int]:
-        return list(self.hf(text, verbose=False)["input_ids"])
+        with failures_are_bad_documents("the tokenizer rejected the text"):
+            return list(self.hf(text, verbose=False)["input_ids"])
 
-    def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         if not self.hf.chat_template:
             raise QADError(
                 f"The input has chat messages, but the tokenizer {self.name} has no chat template. Add "
@@ -118,7 +144,24 @@ class HFTokenizer(DataTokenizer):
                 f"Chat messages need a fast tokenizer (one with character offsets); {self.name} is a "
                 f"{type(self.hf).__name__}. Save it with a tokenizer.json."
             )
-        return encode_chat(self.hf, messages, tools)
+        return encode_chat(self.hf, self._template(chat), chat, multi_turn)
+
+    def _template(self, chat: Chat) -> ChatTemplate:
+        """Return the template that transformers and servers use: "tool_use" for chats with tools, if there is one."""
+        templates = self.hf.chat_template
+        templates = templates if isinstance(templates, dict) else {"default": templates}
+        name = "tool_use" if chat.tools and "tool_use" in templates else "default"
+        source = templates.get(name)
+        if not isinstance(source, str):
+            raise QADError(
+                f"--tokenizer {self.name}: expected a chat template that is text and is named 'default', found "
+                f"{', '.join(f'{key!r} ({type(value).__name__})' for key, value in templates.items())}. Name one "
+                "'default', or save it as chat_template.jinja."
+            )
+        if name not in self._templates:
+            owner = f"The chat template {name!r} of --tokenizer {self.name}"
+            self._templates[name] = ChatTemplate(source, self.hf.special_tokens_map, owner)
+        return self._templates[name]
 
 
 class SentencePieceTokenizer(DataTokenizer):
@@ -149,9 +192,10 @@ class SentencePieceTokenizer(DataTokenizer):
         self.special = frozenset({self.eod})
 
     def encode(self, text: str) -> list[int]:
-        return self.sp.encode(text)
+        with failures_are_bad_documents("the tokenizer rejected the text"):
+            return self.sp.encode(text)
 
-    def encode_chat(self, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+    def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         raise QADError(
             f"The input has chat messages, but the sentencepiece model {self.name} has no chat template. Give a "
             "Hugging Face tokenizer directory that has one, or plain text."

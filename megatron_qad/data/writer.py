@@ -1,6 +1,7 @@
 """Write documents to the indexed datasets of tokens and loss mask, and rename them to their final prefix."""
 
 import contextlib
+import itertools
 import os
 from pathlib import Path
 
@@ -23,24 +24,26 @@ class DocumentWriter:
         dtype = DType.optimal_dtype(tokenizer.vocab_size)
         self.tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         self.mask = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
-        self.documents = self.chat_documents = self.num_tokens = self.supervised = self.unknown = 0
+        self.records = self.documents = self.chats = self.chat_documents = 0
+        self.num_tokens = self.supervised = self.unknown = 0
         self.bad_lines = self.blank_lines = 0
 
-    def add(self, results: list[Encoded | BadLine], bad_path: Path) -> None:
+    def add(self, results: list[list[Encoded] | BadLine], bad_path: Path) -> None:
         bad = [result for result in results if isinstance(result, BadLine)]
         if bad:
             self.bad_lines += len(bad)
             with bad_path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
                 stream.writelines(" ".join(str(line).split("\n")) + "\n" for line in bad)
-        for document in results:
-            if isinstance(document, BadLine):
-                continue
+        good = [documents for documents in results if not isinstance(documents, BadLine)]
+        self.records += len(good)
+        self.chats += sum(documents[0].is_chat for documents in good)
+        for document in itertools.chain.from_iterable(good):
             ids = np.asarray(document.ids, dtype=np.int64)
             if document.mask is None:
                 mask = np.ones(len(ids), dtype=np.uint8)
             else:
                 mask = np.asarray(document.mask, dtype=np.uint8)
-                self.chat_documents += 1
+            self.chat_documents += document.is_chat
             self.tokens.add_document(ids, [len(ids)])
             self.mask.add_document(mask, [len(ids)])
             self.documents += 1
@@ -65,9 +68,11 @@ class DocumentWriter:
             tokenizer_kind=self.tokenizer.kind,
             tokenizer_files_sha256=self.tokenizer.files_sha256(),
             vocab_sha256=self.tokenizer.vocab_sha256(),
+            probe_sha256=self.tokenizer.probe_sha256(),
             vocab_size=self.tokenizer.vocab_size,
             eod=self.tokenizer.eod,
             documents=self.documents,
+            chats=self.chats,
             chat_documents=self.chat_documents,
             tokens=self.num_tokens,
             supervised_tokens=self.supervised,

@@ -1,8 +1,12 @@
-"""Process groups for tools that run alone as well as under torchrun."""
+"""Process groups for tools that run alone as well as under torchrun, and checks whose result all ranks share."""
 
 import os
+from collections.abc import Callable
 
 import torch
+
+from megatron_qad.engine.entry_point import describe
+from megatron_qad.engine.errors import QADError
 
 
 def init_process_group() -> None:
@@ -18,3 +22,50 @@ def init_process_group() -> None:
 def rank_and_size() -> tuple[int, int]:
     """Return this process's rank and the number of ranks."""
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def on_every_rank[T](work: Callable[[int, int], T]) -> list[T]:
+    """Run ``work(rank, number of ranks)`` on every rank and return the results of all, by rank. Collective.
+
+    Without a process group, ``work(0, 1)`` runs here alone.
+
+    Raises:
+        QADError: ``work`` raised a QADError or an OSError on some rank; every rank raises that of the first such rank.
+    """
+    if not torch.distributed.is_initialized():
+        return [_unpack(_try(lambda: work(0, 1)))]
+    rank, size = rank_and_size()
+    outcomes = [None] * size
+    torch.distributed.all_gather_object(outcomes, _try(lambda: work(rank, size)))
+    failed = [outcome for outcome in outcomes if outcome[1] is not None]
+    return [_unpack(outcome) for outcome in failed[:1] or outcomes]
+
+
+def on_rank_0[T](work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result on every rank. Collective.
+
+    Raises:
+        QADError: ``work`` raised a QADError or an OSError; every rank raises it.
+    """
+    if not torch.distributed.is_initialized():
+        return _unpack(_try(work))
+    outcome = [_try(work) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    return _unpack(outcome[0])
+
+
+def _try[T](work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return the result of ``work``, or the text of its error."""
+    try:
+        return work(), None
+    except QADError as error:
+        return None, str(error)
+    except OSError as error:
+        return None, describe(error)
+
+
+def _unpack[T](outcome: tuple[T, str | None]) -> T:
+    result, problem = outcome
+    if problem is not None:
+        raise QADError(problem)
+    return result

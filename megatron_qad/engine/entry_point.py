@@ -4,7 +4,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 from megatron_qad.engine.errors import QADError
 
@@ -20,8 +19,8 @@ _ADVICE = {
 }
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run ``main`` and end the process with its status: 0 for None, 1 after an error that a user can fix.
+def run(main: Callable[[], int | None]) -> None:
+    """Run ``main``; end the process with the status that it returns, or with 1 after an error that a user can fix.
 
     Such errors are ``QADError`` and those of the operating system (a full disk, a missing permission, no memory), which
     are printed without a traceback. Any other exception is a bug and keeps its traceback.
@@ -39,7 +38,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(f"error: {describe(error)}")
     except MemoryError:
         sys.exit("error: out of memory. Free memory, raise the limit (ulimit -v), or use a smaller batch.")
-    sys.exit(status or 0)
+    if status:
+        sys.exit(status)
 
 
 def describe(error: OSError) -> str:

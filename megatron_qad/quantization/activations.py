@@ -211,16 +211,21 @@ class ActivationQuantizers:
         return percentile_amax(counts, self.percentile)
 
     def _choose_fallbacks(self, amaxes: dict[str, float], num_tokens: list[int]) -> dict[str, str]:
-        """Return the linear whose amax to use, for every expert linear with too few tokens, and fill ``fallbacks``."""
+        """Return the linear whose amax to use, and fill ``fallbacks``, for expert linears with too few tokens, and for
+        dead ones, whose input was always zero: any amax is right for them until training revives them."""
         source, siblings = {}, sibling_experts(amaxes)
         for name, tokens in zip(amaxes, num_tokens, strict=True):
             largest = max(siblings.get(name, [name]), key=amaxes.__getitem__)
-            if amaxes[largest] > amaxes[name] and tokens < MIN_EXPERT_TOKENS:
+            if amaxes[largest] > amaxes[name] and (tokens < MIN_EXPERT_TOKENS or amaxes[name] == 0):
                 self.fallbacks[name], source[name] = (largest, tokens), largest
             elif amaxes[name] == 0:
+                scope = name.partition(".experts.")[0] + ".experts.*" if name in siblings else name
+                what = "every expert of its layer" if name in siblings else "it"
                 raise QADError(
-                    f"calibration: the input of {name} has amax 0.0; expected a positive number. {name} received no "
-                    "input other than zeros. Look for a dead layer, or calibrate on more samples."
+                    f"calibration: the input of {name} has amax 0.0; expected a positive number. In {tokens} tokens, "
+                    f"{what} received no input other than zeros. Calibrate on more samples "
+                    f"(--qad-calibration-samples), or, if the layer is dead, leave it in BF16: --qad-policy-override "
+                    f"'{scope}=bf16'."
                 )
         return source
 

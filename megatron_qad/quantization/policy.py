@@ -88,7 +88,8 @@ def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str
 
     Raises:
         QADError: a rule matches no linear, names a layer that the model does not have or is fully overridden by later
-            rules; no rule matches a linear; a rule quantizes a tied head; a KV cache format without attention layers.
+            rules; no rule matches a linear; a rule quantizes a tied head; the experts of a layer have several formats;
+            a KV cache format without attention layers.
 
     Example:
         >>> formats = resolve(load("nvfp4-all-linear"), family_of(config).linears(config))
@@ -120,7 +121,30 @@ def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str
                 f"{linear.megatron}: the policy quantizes the head, but this model's head is tied to its embedding "
                 "table, which would be quantized too. Keep head=bf16."
             )
-    return {linear.megatron: final_rules[linear.megatron].format for linear in linears}
+    formats = {linear.megatron: final_rules[linear.megatron].format for linear in linears}
+    _check_experts_agree(policy, linears, formats)
+    return formats
+
+
+def _check_experts_agree(policy: Policy, linears: Sequence[Linear], formats: dict[str, str]) -> None:
+    """Check that all experts of a layer have one format, in all their linears.
+
+    Servers run a layer's experts with one fused method. vLLM takes the method of the layer's first name that it knows,
+    so one expert in BF16 leaves the complete layer without quantization, or with scales that were never loaded.
+    """
+    first: dict[int | None, Linear] = {}
+    for linear in linears:
+        if ".experts." not in linear.megatron:  # kind "expert" also has the projections into the latent space
+            continue
+        other = first.setdefault(linear.layer, linear)
+        found, expected = formats[linear.megatron], formats[other.megatron]
+        if found != expected:
+            layer = module_name(linear).partition(".experts.")[0]
+            raise QADError(
+                f"policy {policy.name}: {module_name(linear)} is {found}, but {module_name(other)} of the same layer "
+                f"is {expected}. Servers compute all experts of a layer in one format. Give them one, for example "
+                f"'{layer}.experts.*={found}'."
+            )
 
 
 def layer_kinds_of(linears: Sequence[Linear]) -> list[str | None]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_job
 from fork_server import ForkServer
+from prepared import write_prepared
 
 from megatron_qad.engine.run_directory import json_records
 
@@ -16,17 +17,9 @@ VOCAB = tiny_job.LLAMA["vocab_size"]
 FIXED = ["--lr", "0", "--min-lr", "0", "--qad-policy", "bf16"]
 
 
-def write_data(prefix: Path, masks: list) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    counted = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
+def write_data(prefix: Path, masks: list, vocab_size: int = VOCAB) -> None:
     rng = np.random.default_rng(0)
-    for mask in masks:
-        tokens.add_document(rng.integers(0, VOCAB, size=len(mask)), [len(mask)])
-        counted.add_document(np.asarray(mask, dtype=np.uint8), [len(mask)])
-    tokens.finalize(f"{prefix}.idx")
-    counted.finalize(f"{prefix}_loss_mask.idx")
+    write_prepared(prefix, [rng.integers(0, vocab_size, size=len(mask)) for mask in masks], masks)
 
 
 class Shop:
@@ -177,3 +170,31 @@ def test_split_without_counted_tokens_is_rejected_on_every_rank(shop):
     write_data(shop.directory / "nothing", [[int(i < 48)] * 40 for i in range(60)])
     output = shop.run("--tensor-model-parallel-size", "2", data="nothing", nproc=2, fails=True)
     assert output.count("error: The valid split of ") == 2 and "Traceback" not in output
+
+
+def test_data_that_the_model_cannot_read_is_rejected_on_every_rank(shop, masks):
+    """At TP2 the embedding has 256 rows, so ids of the padding are looked up without an error."""
+    parallel = {"nproc": 2, "fails": True}
+    write_data(shop.directory / "large", masks, vocab_size=VOCAB + 5)
+    output = shop.run("--tensor-model-parallel-size", "2", data="large", **parallel)
+    assert output.count(f"large.bin has the token id {VOCAB + 4}, but the model has the ids 0 to {VOCAB - 1}") == 2
+    assert "Traceback" not in output
+    write_data(shop.directory / "damaged", masks)
+    file = shop.directory / "damaged_loss_mask.bin"
+    file.write_bytes(bytes(1 - value for value in file.read_bytes()))
+    output = shop.run("--data-cache-path", str(file), data="damaged", **parallel)  # nor can the record be written
+    assert output.count("damaged_loss_mask.bin is not the file that") == 2 and "Traceback" not in output
+
+
+def test_every_machine_needs_the_same_data(server, masks, tmp_path):
+    machines = {"machine0": dict.fromkeys(("same", "other", "lost"), masks)}
+    machines["machine1"] = {"same": masks, "other": masks[:-1]}
+    for machine, data in machines.items():
+        (tmp_path / machine).mkdir()
+        for name, its_masks in data.items():
+            write_data(tmp_path / machine / name, its_masks)
+    given = {"directory": str(tmp_path), "prefixes": ["same", "other", "lost"]}
+    output = server.run("data_jobs:check", 2, given)
+    assert output.count("same: whole") == 2
+    assert len(re.findall(r"other: other\S* differs between the machines of the job: \d+ bytes on rank 0", output)) == 2
+    assert output.count("lost: --data-path lost: lost.bin and lost.idx not found") == 2

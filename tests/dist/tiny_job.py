@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from prepared import write_prepared
 from safetensors.torch import save_file
 
 from megatron_qad.models.families import family_of
@@ -52,15 +53,10 @@ def write_hf(
 
 def write_data(prefix: Path, *, vocab_size: int, num_documents: int = 60, seed: int = 0) -> Path:
     """Write random tokens with loss masks; documents count different shares of their tokens, some of them none."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    rng = np.random.default_rng(seed)
-    tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    mask = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
+    rng, documents, masks = np.random.default_rng(seed), [], []
     for i in range(num_documents):
         length = int(rng.integers(20, 60))
-        tokens.add_document(rng.integers(0, vocab_size, size=length), [length])
-        mask.add_document((rng.random(length) < (i % 5) / 4).astype(np.uint8), [length])
-    tokens.finalize(f"{prefix}.idx")
-    mask.finalize(f"{prefix}_loss_mask.idx")
+        documents.append(rng.integers(0, vocab_size, size=length))
+        masks.append((rng.random(length) < (i % 5) / 4).astype(np.uint8))
+    write_prepared(prefix, documents, masks)
     return prefix

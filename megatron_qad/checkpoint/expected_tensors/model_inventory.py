@@ -16,6 +16,8 @@ class Inventory:
     """Linears that may be quantized: module -> [N, K]."""
     fused: list[tuple[str, ...]] = field(default_factory=list)
     """Groups of linears that servers fuse and that must share their scales."""
+    experts: list[tuple[str, ...]] = field(default_factory=list)
+    """Linears of all experts of a layer, one tuple per layer, which servers compute in one format."""
     never_quantized: list[str] = field(default_factory=list)
     """Modules that servers build as linears but that are never quantized."""
     float32: set[str] = field(default_factory=set)

@@ -78,6 +78,7 @@ def _experts(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
         model.linears |= {f"{mixer}.fc1_latent_proj": (latent, hidden), f"{mixer}.fc2_latent_proj": (hidden, latent)}
     for index in range(num_experts):
         _mlp(model, config, f"{mixer}.experts.{index}", latent or hidden, width)
+    model.experts.append(tuple(name for name in model.linears if name.startswith(f"{mixer}.experts.")))
     if config.get("n_shared_experts", 1):
         _mlp(
             model,

@@ -28,4 +28,5 @@ def expected_tensors(config: dict[str, Any]) -> Inventory:
             model.linears[f"{expert}.gate_proj"] = model.linears[f"{expert}.up_proj"] = (width, hidden)
             model.linears[f"{expert}.down_proj"] = (hidden, width)
             model.fused.append((f"{expert}.gate_proj", f"{expert}.up_proj"))
+        model.experts.append(tuple(name for name in model.linears if name.startswith(f"{mlp}.experts.")))
     return model

@@ -84,7 +84,7 @@ def is_number(text: str) -> bool:
 def validations(root: Path) -> list[dict]:
     """Return the ranked validations of the run in ``root``, best first; empty if there are none.
 
-    Each has "iteration", the KL and, except in files of older versions, "num_tokens".
+    Each has "iteration", the KL and, except in files of older versions, "num_tokens" and "tokens_sha256".
     """
     return read_record(root, BEST_FILE) or []
 

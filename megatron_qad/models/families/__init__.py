@@ -36,6 +36,10 @@ def family_of(hf_config: dict) -> Family:
     for architecture in architectures:
         if architecture in FAMILIES:
             return FAMILIES[architecture]
+        if str(architecture).endswith("Model"):  # a model without a head, as AutoModel saves it
+            base = str(architecture).removesuffix("Model")
+            if (full := f"{base}ForCausalLM") in FAMILIES:
+                return FAMILIES[full]
     raise QADError(
         f"config.json: architecture {architectures[0]!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
     )

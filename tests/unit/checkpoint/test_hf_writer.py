@@ -70,7 +70,7 @@ def test_tokenizer_and_generation_files_are_copied_but_not_weights(tmp_path):
     (source / "additional_chat_templates").mkdir(parents=True)
     (source / "additional_chat_templates/tool.jinja").write_text("t")
     for name in ("tokenizer.json", "tokenizer.model", "generation_config.json", "chat_template.jinja", "merges.txt"):
-        (source / name).write_text(name)
+        (source / name).write_text('{"model": {}}' if name.endswith(".json") else name)
     for name in ("model.safetensors", "config.json", "training_args.bin"):
         (source / name).write_text("old")
     write(tmp_path / "out", source=source)
@@ -81,6 +81,27 @@ def test_tokenizer_and_generation_files_are_copied_but_not_weights(tmp_path):
     }
     assert json.loads((tmp_path / "out/config.json").read_text())["hidden_size"] == 32
     assert (tmp_path / "out/tokenizer.model").read_text() == "tokenizer.model"
+
+
+@pytest.mark.parametrize("layout", ["bf16", "modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_non_finite_tensors_are_refused_in_every_layout(tmp_path, layout, name, bad):
+    stream = list(items())
+    (item,) = [item for item in stream if item.name == name]
+    item.tensor.view(-1)[-1] = bad
+    with pytest.raises(QADError, match=rf"{name} has NaN or Inf values \(1 of {item.tensor.numel()}\)"):
+        write(tmp_path / "out", layout, stream)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_that_lead_out_of_the_source_are_not_copied(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "secret").write_text("private")
+    (tmp_path / "source" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(QADError, match="tokenizer.json: leads to .*secret, which is outside the model directory"):
+        write(tmp_path / "out", source=tmp_path / "source")
+    assert not (tmp_path / "out").exists()
 
 
 def test_views_of_one_storage_are_written_separately(tmp_path):

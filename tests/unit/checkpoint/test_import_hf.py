@@ -22,9 +22,11 @@ import tiny_hybrids  # noqa: E402
 import tiny_job  # noqa: E402
 import tiny_models  # noqa: E402
 
+from megatron_qad.checkpoint import provenance  # noqa: E402
 from megatron_qad.checkpoint.export_hf import export_hf  # noqa: E402
 from megatron_qad.checkpoint.hf_reader import HFReader  # noqa: E402
 from megatron_qad.checkpoint.import_hf import _read, copy_assets, import_hf  # noqa: E402
+from megatron_qad.checkpoint.release import write_release  # noqa: E402
 from megatron_qad.engine.distributed import init_process_group  # noqa: E402
 from megatron_qad.engine.run_directory import json_records, manifest  # noqa: E402
 from megatron_qad.models.families import family_of  # noqa: E402
@@ -123,6 +125,55 @@ def test_non_finite_weights_are_an_error(damaged, refuses, bad):
     refuses(damaged, f"{Q_PROJ} has NaN or Inf values")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int64, "I64"),
+        (torch.bool, "BOOL"),
+        (torch.float64, "F64"),
+        (torch.complex64, "C64"),
+    ],
+)
+def test_dtypes_other_than_those_of_weights_are_errors(damaged, refuses, dtype, name):
+    change_weights(damaged, lambda weights: weights.update({Q_PROJ: weights[Q_PROJ].to(dtype)}))
+    refuses(damaged, f"{Q_PROJ} has dtype {name}, expected F32, BF16, F16")
+
+
+def test_float8_weight_is_an_error(damaged, refuses):
+    change_weights(damaged, lambda weights: weights.update({Q_PROJ: weights[Q_PROJ].to(torch.float8_e4m3fn)}))
+    refuses(damaged, f"is quantized .F8_E4M3., for example {Q_PROJ}")
+
+
+def test_values_that_overflow_in_bfloat16_are_an_error(damaged, refuses):
+    """The largest bfloat16 is 3.39e38, the largest float32 3.40e38."""
+
+    def put(value):
+        def change(weights):
+            weights[Q_PROJ] = weights[Q_PROJ].float()
+            weights[Q_PROJ][0, 0] = value
+
+        change_weights(damaged, change)
+
+    put(-3.4e38)
+    refuses(damaged, rf"{Q_PROJ} has values up to 3.4e\+38, which overflow to Inf in bfloat16 .* --dtype float32")
+    assert _read(damaged, torch.float32, 0, 1)[2] > 10
+    put(3.389e38)
+    assert _read(damaged, torch.bfloat16, 0, 1)[2] > 10
+
+
+def test_passthrough_tensors_may_be_integers_but_not_nan(tmp_path):
+    tiny_job.write_hf(tmp_path / "hf", tiny_hybrids.CASES["attention"])
+    index, scale = torch.tensor([3, 7]), torch.tensor([1.5], dtype=torch.float64)
+    change_weights(tmp_path / "hf", lambda weights: weights.update({"mtp.index": index, "mtp.scale": scale}))
+    passthrough = _read(tmp_path / "hf", torch.bfloat16, 0, 1)[1]
+    assert torch.equal(passthrough["mtp.index"], index) and passthrough["mtp.scale"].dtype == torch.float64
+    change_weights(tmp_path / "hf", lambda weights: weights["mtp.scale"].fill_(float("inf")))
+    with pytest.raises(QADError, match="mtp.scale has NaN or Inf values .1 of 1."):
+        _read(tmp_path / "hf", torch.bfloat16, 0, 1)
+
+
 def test_unsupported_family_and_rope_are_errors(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
     refuses(damaged, "'MambaForCausalLM' is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH")
@@ -193,6 +244,19 @@ def test_import_is_reused_only_for_the_same_model(damaged, tmp_path, tool):
         tool("import_hf", *flags)
 
 
+def test_record_of_an_import_includes_weights_in_a_subdirectory(damaged):
+    weights = load_file(damaged / WEIGHTS)
+    before = provenance.model_provenance(damaged, "bfloat16")
+    (damaged / "weights").mkdir()
+    (damaged / WEIGHTS).rename(damaged / "weights" / WEIGHTS)
+    index = {"weight_map": dict.fromkeys(weights, f"weights/{WEIGHTS}")}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    first = provenance.model_provenance(damaged, "bfloat16")
+    change_weights(damaged / "weights", lambda weights: weights[Q_PROJ].neg_())
+    second = provenance.model_provenance(damaged, "bfloat16")
+    assert len({record["sha256"] for record in (before, first, second)}) == 3
+
+
 def test_export_is_reused_only_for_the_same_weights(damaged, tmp_path, tool):
     """After more training the newest iteration differs, so the earlier export must not be reused."""
     run, output = tmp_path / "run", tmp_path / "out"
@@ -232,6 +296,68 @@ def test_export_is_reused_only_for_the_same_weights(damaged, tmp_path, tool):
         tool("export_hf", *flags, "--layout", "modelopt", "--iteration", "2")
     with pytest.raises(QADError, match="names 2, but iter_0000004 is newer. Name the iteration"):
         tool("export_hf", *flags)
+
+
+def test_link_that_leads_out_is_an_error_before_anything_is_written(damaged, refuses, tmp_path):
+    (tmp_path / "secret").write_text("private")
+    (damaged / "chat_template.jinja").unlink(missing_ok=True)
+    (damaged / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    refuses(damaged, "^[^ ]*chat_template.jinja: leads to [^ ]*secret, which is outside the model directory")
+
+
+def test_fp8_base_model_becomes_a_bfloat16_model(tmp_path, tool):
+    """Neither the import's config nor that of an export declares FP8, and both name the architecture with a head."""
+    config = tiny_job.LLAMA | {"tie_word_embeddings": True, "torch_dtype": "bfloat16"}
+    tiny_job.write_hf(tmp_path / "hf", config, dtype=torch.bfloat16)
+    scale, expected = torch.tensor([[0.25, 0.5], [1.0, 3.0]]), {}
+
+    def quantize(weights):
+        for name in list(weights):
+            tensor = weights.pop(name)
+            if name.endswith("q_proj.weight"):
+                quantized, blocks = tensor.to(torch.float8_e4m3fn), torch.ones(40, 40)
+                weights |= {name: quantized, f"{name}_scale_inv": scale.clone()}
+                tensor = (quantized.float() * torch.kron(scale, blocks)[:64, :64]).bfloat16()
+            else:
+                weights[name] = tensor
+            expected[name] = tensor
+        for name in list(weights):
+            weights[name.removeprefix("model.")] = weights.pop(name)
+
+    change_weights(tmp_path / "hf", quantize)
+    declared = {"quant_method": "fp8", "weight_block_size": [40, 40]}
+    change_config(tmp_path / "hf", quantization_config=declared, architectures=["LlamaModel"])
+    flags = ("--hf-model", tmp_path / "hf", "--output", tmp_path / "import")
+    assert "wrote" in tool("import_hf", *flags)
+    assert "is up to date" in tool("import_hf", *flags, "--reuse-existing")
+    tool("export_hf", "--checkpoint", tmp_path / "import", "--output", tmp_path / "out", "--layout", "bf16")
+    for directory in (tmp_path / "import" / "hf", tmp_path / "out"):
+        assert json.loads((directory / "config.json").read_text()) == config
+    exported = load_file(tmp_path / "out" / WEIGHTS)
+    assert exported.keys() == expected.keys() and len(expected) > 10
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    change_weights(tmp_path / "hf", lambda weights: weights["layers.0.self_attn.q_proj.weight_scale_inv"].neg_())
+    with pytest.raises(QADError, match="was made from"):
+        tool("import_hf", *flags, "--reuse-existing")
+
+
+def test_export_of_non_finite_or_too_large_weights_is_an_error(tmp_path, tool):
+    tiny_job.write_hf(tmp_path / "hf", tiny_job.LLAMA | {"torch_dtype": "float16"})
+    change_weights(tmp_path / "hf", lambda weights: weights[Q_PROJ].view(-1)[:1].fill_(-70000.0))
+    tool("import_hf", "--hf-model", tmp_path / "hf", "--output", tmp_path / "import", "--dtype", "float32")
+    flags = ("--checkpoint", tmp_path / "import", "--output", tmp_path / "out", "--layout", "bf16")
+    with pytest.raises(
+        QADError, match=f"{Q_PROJ} has values up to 70000, which overflow to Inf in float16 .largest value"
+    ):
+        tool("export_hf", *flags)
+    diverged = _read(tmp_path / "hf", torch.float32, 0, 1)[0]
+    diverged["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"].data[:3] = float("nan")
+    init_process_group()
+    write_release(tmp_path / "diverged", diverged, lambda aside: copy_assets(tmp_path / "hf", aside / "hf"))
+    torch.distributed.destroy_process_group()
+    with pytest.raises(QADError, match=f"{NORM} has NaN or Inf values .3 of 64."):
+        tool("export_hf", "--checkpoint", tmp_path / "diverged", *flags[2:])
+    assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_import_leaves_no_target(complete, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def process_group():
 def hf(tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    (tmp_path / "hf" / "tokenizer.json").write_text('{"model": {}}')
     return tmp_path / "hf"
 
 
@@ -103,7 +103,7 @@ def test_stacked_layers_become_pairs_of_layers(source, hf, tmp_path, capsys):
             assert torch.equal(imported[target], original[name][block]), target
     assert torch.equal(imported["decoder.final_norm.weight"], original["decoder.final_layernorm.weight"])
     assert torch.equal(imported[HEAD], original[HEAD][:40])
-    assert (tmp_path / "target" / "hf" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "target" / "hf" / "tokenizer.json").read_text() == '{"model": {}}'
     assert read_config(tmp_path / "target") == CONFIG
 
 
@@ -115,7 +115,9 @@ def test_checkpoint_that_contradicts_the_config_is_refused(tmp_path, source, ref
 
 def test_values_that_are_not_finite(tmp_path, refused):
     text = refused(save(tmp_path / "megatron", {**weights(), FC1: torch.full((3, 48, 16), torch.nan)}))
-    assert f"{FC1}[0] has NaN or Inf values" in text
+    assert f"{FC1}[0] has NaN or Inf values (768 of 768)" in text
+    text = refused(save(tmp_path / "large", {**weights(), FC1: torch.full((3, 48, 16), 3.4e38)}))
+    assert "overflow to Inf in bfloat16" in text and "Import with --dtype float32" in text
 
 
 class Unknown:

@@ -403,3 +403,19 @@ def test_provenance_record_is_accepted_and_detects_changed_weights(tmp_path, lay
     content[-1] ^= 1
     file.write_bytes(content)
     assert issues(tmp_path / "out") == ["model.safetensors: has changed since it was written"]
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_experts_of_a_layer_must_have_one_format(tmp_path, layout):
+    """One expert in BF16 leaves vLLM's fused method for the complete layer without its scales."""
+    config = TINY_HYBRID | {"model_type": "nemotron_h"}
+    experts = [module for module in linears(config) if ".experts." in module]
+
+    def mixed_formats(unquantized):
+        directory = export(tmp_path / unquantized[-1], layout, config, ("lm_head", *unquantized))
+        return [issue for issue in issues(directory) if "one format for all experts" in issue]
+
+    assert mixed_formats(experts) == []
+    one = [module for module in experts if ".experts.1." in module]
+    (issue,) = mixed_formats(one)
+    assert issue.startswith(f"{one[0]}: is bf16, but {experts[0]} is nvfp4 (2 of 6 linears")

@@ -9,8 +9,10 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.tokenizers import MegatronTokenizer
+from prepared import write_indexed, write_prepared
+from torch._utils import ExceptionWrapper
 
-from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
+from megatron_qad.data.dataset import QADDataset, QADDatasetConfig, SampleError
 from megatron_qad.data.metadata import loss_mask_prefix
 from megatron_qad.engine.errors import QADError
 
@@ -201,3 +203,34 @@ def test_missing_or_mismatched_loss_mask_is_an_error(build, chats, texts):
     os.remove(loss_mask_prefix(chats) + ".bin")
     with pytest.raises(QADError, match=r"chats.json records a loss mask"):
         build(([chats], None), [4, 4, None])
+
+
+def test_sample_with_an_unknown_id_is_refused(build, tmp_path):
+    """Also in a data worker, from which torch passes errors on with the worker's traceback."""
+    rows = [np.full(SEQUENCE, 100 + i) for i in range(20)]
+    rows[7][3:5] = (448, 9)
+    prefix = write_indexed(f"{tmp_path}/rows", rows, np.int32)
+    error = f"{prefix}.bin: document 7 has the token id 448, but the model has 448 ids. Prepare the data with the "
+    train = build(([prefix], None), [30, 0, 0], split="100,0,0", vocab_size=448)[0]
+    with pytest.raises(SampleError) as raised:
+        list(train)
+    assert str(raised.value) == error + "model's tokenizer."
+    try:
+        list(train)
+    except SampleError:
+        from_worker = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(SampleError) as raised:
+        from_worker.reraise()
+    assert str(raised.value) == error + "model's tokenizer."
+    list(build(([prefix], None), [30, 0, 0], split="100,0,0", vocab_size=449)[0])
+    rows[7][3:5] = (-1, -7)  # -1 is also the id of padding
+    write_indexed(prefix, rows, np.int32)
+    with pytest.raises(SampleError, match="rows.bin: document 7 has the token id -1, but ids below 0 do not exist"):
+        list(build(([prefix], None), [30, 0, 0], split="100,0,0")[0])
+
+
+def test_mask_that_is_neither_zero_nor_one_is_refused(build, tmp_path):
+    prefix = write_prepared(f"{tmp_path}/rows", [np.arange(1, 17)] * 20, [np.arange(16) % 3] * 20)
+    train = build(([prefix], None), [10, 0, 0], split="100,0,0")[0]
+    with pytest.raises(SampleError, match=r"rows_loss_mask.bin: document \d+ has the value 2, expected 0 or 1"):
+        train[0]

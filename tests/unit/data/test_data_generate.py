@@ -127,17 +127,31 @@ def test_model_with_pickled_weights_is_rejected(model_dir, tmp_path):
         generate_documents(pickled, None, tmp_path / "own.jsonl", OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("chat_template.jinja", "{% for m in %}", "chat template or the tokenizer of .* failed: TemplateSyntaxError"),
+        ("chat_template.jinja", "{{ raise_exception('no') }}", "failed: TemplateError: no"),
+        ("tokenizer.json", '{"model": 3}', "transformers cannot load its tokenizer"),
+    ],
+)
+def test_failures_of_templates_and_tokenizers_are_errors(model_dir, tmp_path, file, content, message):
+    damaged = Path(shutil.copytree(model_dir, tmp_path / "damaged"))
+    (damaged / file).write_text(content)
+    with pytest.raises(QADError, match=message):
+        generate_documents(damaged, ["Why?"], tmp_path / "out.jsonl", OPTIONS)
+
+
 def test_the_command_line(model_dir, tmp_path, monkeypatch, capsys):
     tool = Path(__file__).resolve().parents[3] / "tools" / "generate_data.py"
     arguments = ["--model", str(model_dir), "--output", str(tmp_path / "o.jsonl"), "--max-new-tokens", "4"]
     monkeypatch.setattr(sys, "argv", [str(tool), *arguments, "--device", "cpu"])
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match="--num-documents is needed"):
         runpy.run_path(str(tool), run_name="__main__")
-    assert exit_.value.code == 1 and "--num-documents is needed" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-documents", "2"])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(tool), run_name="__main__")
-    assert exit_.value.code == 0 and len(read(tmp_path / "o.jsonl")) == 2
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--num-documents", "1"])
+    runpy.run_path(str(tool), run_name="__main__")
+    assert len(read(tmp_path / "o.jsonl")) == 1
+    assert "o.jsonl: 1 document written, 1 in total" in capsys.readouterr().out
 
 
 def test_cached_generation_of_a_hybrid_matches_uncached_passes(tmp_path, hf_tokenizer):

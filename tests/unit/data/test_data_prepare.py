@@ -76,15 +76,17 @@ def test_file_with_chats_and_texts(write_jsonl, prepared, hf_dir, hf_tokenizer):
 def test_eod_counts_if_the_template_does_not_end_the_answer(make_hf_dir):
     tokenizer = load_tokenizer(make_hf_dir("{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"))
     line = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    encoded = encode_record(Record("f", 1, True, json.dumps(line).encode()), tokenizer)
+    [encoded] = encode_record(Record("f", 1, True, json.dumps(line).encode()), tokenizer)
     assert encoded.ids[-1] == tokenizer.eod and encoded.mask[-1] == 1
 
 
 BAD = [
     ('{"text": "cut off', "not JSON"),
     ("[1, 2]", "expected a JSON object"),
-    ('{"content": "x"}', "has no 'text' or 'messages'; its keys are ['content']"),
+    ('{"content": "x"}', "has no 'text' or 'messages'; its keys that are not null are ['content']"),
     ('{"text": 3}', "'text' is int"),
+    ('{"text": null}', "has no 'text' or 'messages'"),
+    ('{"text": "a"' + ', "b": ' + "[" * 100000 + "]" * 100000 + "}", "not JSON"),
     ('{"text": "  "}', "the text is empty"),
     ('{"text": "a", "messages": []}', "has both"),
     ('{"messages": []}', "'messages' is not"),
@@ -98,7 +100,7 @@ BAD = [
 def test_end_of_truncated_text_does_not_count(chat, hf_tokenizer):
     turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because it"}]
     line = {"messages": turns} if chat else {"text": "Because it"}
-    complete, truncated = (
+    [complete], [truncated] = (
         encode_record(Record("f", 1, True, json.dumps(line | finish).encode()), hf_tokenizer)
         for finish in ({"finish": "eos"}, {"finish": "length"})
     )
@@ -107,6 +109,35 @@ def test_end_of_truncated_text_does_not_count(chat, hf_tokenizer):
     (end,) = (i for i, (a, b) in enumerate(zip(counts, truncated.mask, strict=True)) if a != b)
     assert (counts[end], truncated.mask[end], complete.ids[end]) == (1, 0, hf_tokenizer.eod)
     assert hf_tokenizer.hf.decode([i for i, m in zip(truncated.ids, truncated.mask, strict=True) if m]) == "Because it"
+
+
+def test_truncated_texts_are_not_chats(write_jsonl, prepared, hf_dir):
+    """Their last token does not count, so they have a mask as chats do."""
+    _, metadata = prepared(write_jsonl([{"text": "Because it", "finish": "length"}]), hf_dir)
+    assert (metadata.documents, metadata.chats, metadata.chat_documents) == (1, 0, 0)
+    assert metadata.loss_mask and metadata.supervised_tokens == metadata.tokens - 1
+
+
+def test_chats_of_several_documents(write_jsonl, prepared, make_hf_dir):
+    """The template removes earlier answers. The end of the last turn alone is truncated."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content if loop.last or m.role == 'user' else '...' }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [{"role": role, "content": role} for role in ("user", "assistant")]
+    path = write_jsonl([{"messages": turns * 3, "finish": "length"}, "bad", {"text": "plain"}, {"messages": turns}])
+    tokenizer = make_hf_dir(template)
+    prefix, metadata = prepared(path, tokenizer, max_bad_fraction=0.25)
+    assert (metadata.documents, metadata.chats, metadata.chat_documents, metadata.bad_lines) == (5, 2, 4, 1)
+    end = load_tokenizer(tokenizer).eod
+    tokens, masks = documents(prefix), documents(loss_mask_prefix(prefix))
+    counted_ends = [sum(m for t, m in zip(*pair, strict=True) if t == end) for pair in zip(tokens, masks, strict=True)]
+    assert counted_ends == [1, 1, 0, 1, 1]
+    with pytest.raises(QADError, match="1 of 4 records is bad"):  # records of the input, not documents
+        prepared(path, tokenizer, name="strict", max_bad_fraction=0.2)
+    _, last = prepared(path, tokenizer, name="last", max_bad_fraction=0.25, multi_turn="last")
+    assert (last.documents, last.chats, last.chat_documents) == (3, 2, 2)
 
 
 def test_bad_lines_are_listed_with_reasons(write_jsonl, prepared, hf_dir):
@@ -122,7 +153,7 @@ def test_bad_lines_are_listed_with_reasons(write_jsonl, prepared, hf_dir):
 
 def test_too_many_bad_lines_write_only_their_list(tmp_path, write_jsonl, prepared, hf_dir):
     path = write_jsonl([{"text": "good"}, "broken"])
-    with pytest.raises(QADError, match=r"1 of 2 records are bad.*input.jsonl:2: not JSON"):
+    with pytest.raises(QADError, match=r"1 of 2 records is bad.*input.jsonl:2: not JSON"):
         prepared(path, hf_dir)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["input.jsonl", "out.bad.txt"]
 
@@ -161,7 +192,7 @@ def test_existing_output_is_replaced_only_with_force(write_jsonl, prepared, hf_d
     text = write_jsonl([{"text": "plain"}])
     with pytest.raises(QADError, match=r"out\.bin.*exists.*--force"):
         prepared(text, hf_dir)
-    with pytest.raises(QADError, match="records are bad"):
+    with pytest.raises(QADError, match="1 of 1 record is bad"):
         prepared(write_jsonl(["broken"], "broken.jsonl"), hf_dir, force=True)
     assert {p: p.read_bytes() for p in output_files(prefix)} == before, (
         "a failed replacement must not change the output"
@@ -197,6 +228,7 @@ def test_prepend_bos_adds_one_bos(write_jsonl, prepared, sp_model):
         ({"tokenizer": "org/name"}, "names on the Hub are not downloaded"),
         ({"split_on": "("}, "--split-on '\\(' is not a regular expression"),
         ({"workers": 0}, "--workers 0"),
+        ({"multi_turn": "all"}, "--multi-turn 'all': expected one of each, last"),
         ({"max_bad_fraction": 2}, "--max-bad-fraction 2"),
         ({"json_key": "messages"}, "has no chat template"),
     ],
@@ -214,24 +246,25 @@ def test_an_empty_input_is_an_error(write_jsonl, prepared, sp_model):
 
 
 def run_tool(monkeypatch, *arguments):
+    """Run the tool and return the error that ends it, or None."""
     monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-    with pytest.raises(SystemExit) as exit_:
+    try:
         runpy.run_path(str(TOOL), run_name="__main__")
-    return exit_.value.code
+    except SystemExit as exit_:
+        return exit_.code
 
 
 def test_the_command_line(tmp_path, write_jsonl, sp_model, monkeypatch, capsys):
     common = ["--tokenizer", str(sp_model), "--output", str(tmp_path / "out")]
-    assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}, "bad"]), *common) == 1
-    assert "input.jsonl:2" in capsys.readouterr().err
-    assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}]), *common) == 0
-    assert "1 documents (0 chats)" in capsys.readouterr().out
+    assert "input.jsonl:2" in run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}, "bad"]), *common)
+    assert run_tool(monkeypatch, "--input", write_jsonl([{"text": "a"}]), *common) is None
+    assert "out: 1 document, 2 tokens, 2 of them in the loss, 0 unknown" in capsys.readouterr().out
 
 
 def test_data_without_counted_tokens_is_an_error(prepared, write_jsonl, hf_dir, tmp_path):
     """Every answer is truncated before its first word."""
     messages = [{"role": "user", "content": "Who answers?"}, {"role": "assistant", "content": "<|im_end|>"}]
     questions = write_jsonl([{"messages": messages, "finish": "length"}] * 3)
-    with pytest.raises(QADError, match=r"none of the \d+ tokens of its 3 documents would count in the loss"):
+    with pytest.raises(QADError, match=r"no token of its 3 documents would count in the loss"):
         prepared(questions, hf_dir)
     assert not list(tmp_path.glob("out*"))

@@ -1,14 +1,16 @@
 """The datasets provider with Megatron's own arguments, in one process."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_qad.data.checks import check_data
 from megatron_qad.data.data_options import DataOptions
-from megatron_qad.data.provider import DatasetsProvider, check_data, dataset_config
+from megatron_qad.data.provider import DatasetsProvider, dataset_config, prefixes_of
 from megatron_qad.engine.errors import QADError
 
 
@@ -37,7 +39,7 @@ def test_blend_has_the_samples_that_calibration_reads_ahead(provider_for, chats,
 
 def check(args, *checkpoints):
     options = DataOptions(calibration_samples=8, checkpoints=checkpoints)
-    check_data(args, dataset_config(args, options), options)
+    check_data(args, prefixes_of(dataset_config(args, options)), options)
 
 
 def test_missing_prefix_is_an_error(args_for, chats):
@@ -71,14 +73,6 @@ def test_data_without_supervised_tokens_is_an_error(args_for, chats):
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"supervised_tokens": 0}))
     with pytest.raises(QADError, match=r"out: none of its \d+ tokens counts in the loss .*out.json, supervised_tokens"):
         check(args_for("--data-path", chats))
-
-
-def test_vocabulary_larger_than_the_models_is_an_error(args_for, chats):
-    args = args_for("--data-path", chats)
-    check(args)
-    args.padded_vocab_size = 448
-    with pytest.raises(QADError, match=r"chatml, which has 500 ids, but the model has 448"):
-        check(args)
 
 
 def test_data_of_another_tokenizer_is_an_error(args_for, write_jsonl, prepared, sp_model):
@@ -149,8 +143,12 @@ def test_data_must_match_the_tokenizer_of_the_checkpoint(null_tokenizer_args, ch
         QADError, match=r"tokenizer chatml, whose files differ from those of .*ckpt/hf, which cannot be loaded"
     ):
         check(*null_tokenizer_args(checkpoint, "--data-path", hf_data))
-    file.unlink()  # without a tokenizer in the checkpoint nothing is compared
-    check(*null_tokenizer_args(checkpoint, "--data-path", hf_data, sp_data))
+    file.unlink()  # without a tokenizer in the checkpoint, data is compared with other data
+    check(*null_tokenizer_args(checkpoint, "--data-path", hf_data))
+    with pytest.raises(
+        QADError, match=r"sp was made with the tokenizer tiny.model, and .*hf with chatml, whose ids mean"
+    ):
+        check(*null_tokenizer_args(checkpoint, "--data-path", hf_data, sp_data))
 
 
 def test_sentencepiece_model_under_another_file_name_matches(
@@ -176,9 +174,12 @@ def test_eod_mask_loss_uses_the_eod_of_the_data(
     assert sum(map(len, after_eod)) > 0 and not torch.cat(after_eod).any()
 
 
-def test_eod_mask_loss_with_unknown_eod_is_an_error(null_tokenizer_args, checkpoint_with, chats, hf_dir):
-    Path(f"{chats}.json").unlink()
-    flags = ("--data-path", chats, "--eod-mask-loss")
+def test_eod_mask_loss_with_unknown_eod_is_an_error(
+    null_tokenizer_args, checkpoint_with, write_jsonl, prepared, hf_dir
+):
+    texts, _ = prepared(write_jsonl([{"text": "plain text"}] * 40), hf_dir)
+    Path(f"{texts}.json").unlink()
+    flags = ("--data-path", texts, "--eod-mask-loss")
     checkpoint = checkpoint_with(hf_dir)
     with pytest.raises(QADError, match=r"--eod-mask-loss needs the id of EOD, but .*out.json, .* does not exist"):
         check(*null_tokenizer_args(checkpoint, *flags))
@@ -189,3 +190,64 @@ def test_eod_mask_loss_with_unknown_eod_is_an_error(null_tokenizer_args, checkpo
 def test_reset_flags_that_do_not_separate_documents_are_errors(args_for, chats, flag):
     with pytest.raises(QADError, match=f"{flag} does not separate .* --dataloader-inter-document-masking instead"):
         check(args_for("--data-path", chats, flag))
+
+
+def test_tokenizer_that_cuts_text_differently_is_reported(
+    null_tokenizer_args, checkpoint_with, write_jsonl, prepared, sp_model, capsys
+):
+    """A Hugging Face tokenizer with the pieces of a sentencepiece model, but without its white space rules."""
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(sp_model))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Whitespace(), decoders.Metaspace()
+    directory = sp_model.parent / "as_hf"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>").save_pretrained(directory)
+    shutil.copyfile(sp_model, directory / "tokenizer.model")
+    checkpoint = checkpoint_with(directory)
+    texts = write_jsonl([{"text": "hello"}] * 3)
+    by_pieces, by_hf = prepared(texts, sp_model, name="pieces")[0], prepared(texts, directory, name="hf")[0]
+    warning = r"WARNING: .*pieces was made with the tokenizer tiny.model \(sentencepiece\), and the model's tokenizer"
+    check(*null_tokenizer_args(checkpoint, "--data-path", by_pieces, by_hf))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cuts text differently" in line]
+    assert re.search(warning, line)
+    metadata = Path(f"{by_pieces}.json")  # an older version recorded no ids of the probe text
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"probe_sha256": ""}))
+    check(*null_tokenizer_args(checkpoint, "--data-path", by_pieces))
+    assert "cuts text differently" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--split", "0,100,0"], "No training data was given. Give --train-data-path, a training share in --split, or"),
+        (["--split", "2,-1,0"], "--split '2,-1,0': expected the shares"),
+        (["--train-data-path", "CHATS"], "--data-path and --train-data-path both give data. Give one of them"),
+        (
+            ["--per-dataset-sequences-path", "FILE"],
+            "counts.json: 'a' has the value 5. Expected its numbers of sequences",
+        ),
+    ],
+)
+def test_flags_that_give_no_usable_data(args_for, chats, tmp_path, flags, message):
+    (tmp_path / "counts.json").write_text('{"a": 5}')
+    names = {"CHATS": chats, "FILE": str(tmp_path / "counts.json")}
+    given = ["--data-path", chats, "--split", "80,20,0", *(names.get(flag, flag) for flag in flags)]
+    with pytest.raises(QADError, match=message):
+        check(args_for(*given))
+
+
+def test_validation_only_needs_no_training_data(args_for, chats):
+    check(args_for("--data-path", chats, "--split", "0,100,0", "--skip-train"))
+
+
+def test_repeated_data_is_reported(provider_for, chats, one_process, capsys):
+    provider_for("--train-data-path", "0.6", chats, "0.4", chats, "--valid-data-path", chats)([1, 1, 0])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "is given" in line]
+    assert [line.split(" is given ")[1].split(":")[0] for line in lines] == [
+        "2 times in one blend",
+        "for training and for validation",
+    ]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from prepared import write_prepared
 
 from megatron_qad.data import provider
 from megatron_qad.data.validation_set import ValidationSet
@@ -13,19 +14,13 @@ SEQUENCE = 16
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path, hf_tokenizer):
     """``write(name, masks)``: write documents of random tokens with these masks and return the prefix."""
 
     def make(name, masks, seed=0):
-        prefix, rng = f"{tmp_path}/{name}", np.random.default_rng(seed)
-        tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        counted = IndexedDatasetBuilder(f"{prefix}_loss_mask.bin", dtype=np.uint8)
-        for mask in masks:
-            tokens.add_document(rng.integers(0, 500, size=len(mask)), [len(mask)])
-            counted.add_document(np.asarray(mask, dtype=np.uint8), [len(mask)])
-        tokens.finalize(f"{prefix}.idx")
-        counted.finalize(f"{prefix}_loss_mask.idx")
-        return prefix
+        rng = np.random.default_rng(seed)
+        documents = [rng.integers(0, 500, size=len(mask)) for mask in masks]
+        return write_prepared(f"{tmp_path}/{name}", documents, masks, tokenizer=hf_tokenizer)
 
     return make
 
@@ -74,6 +69,27 @@ def test_an_evaluation_counts_every_token_once(provided, some):
         )
         assert read(other, other.num_samples) == first and args.consumed_valid_samples == 0
         assert other.samples_per_evaluation % batch == 0 and other.samples_per_evaluation - len(first) < batch
+
+
+def test_hash_tells_held_out_tokens_apart(provided, write, some):
+    """It depends on tokens, masks and cuts; not on the prefix, the seed, the batch size or the training data."""
+    _, valid, _ = provided("--data-path", some)
+    expected = valid.sha256()
+    rng = np.random.default_rng(3)
+    masks = [[0, *(rng.random(int(rng.integers(5, 40))) < 0.5)] for _ in range(40)]
+    same = write("same", masks)
+    other_tokens = write("tokens", masks, seed=1)
+    masks[-1][-1] = not masks[-1][-1]
+    other_mask = write("mask", masks)
+    sums = [
+        provided("--data-path", same, "--seed", "5", eval_global_batch_size=2)[1].sha256(),
+        provided("--train-data-path", other_tokens, "--valid-data-path", some, "--eval-iters", "1000")[1].sha256(),
+        provided("--data-path", other_tokens)[1].sha256(),
+        provided("--data-path", other_mask)[1].sha256(),
+        provided("--data-path", some, "--eval-iters", "2")[1].sha256(),
+        provided("--data-path", some, "--dataloader-inter-document-masking")[1].sha256(),
+    ]
+    assert sums[0] == expected and len({expected, *sums}) == 6
 
 
 def test_fillers_do_not_count_and_the_next_evaluation_restarts():
@@ -147,3 +163,12 @@ def test_split_without_counted_tokens_is_an_error(provided, write, split):
 def test_cyclic_dataloader_is_an_error(provided, some):
     with pytest.raises(QADError, match="--dataloader-type cyclic would read the validation set in a different order"):
         provided("--data-path", some, "--dataloader-type", "cyclic")
+
+
+@pytest.mark.parametrize("flag", ["--dataloader-inter-document-masking", "--eod-mask-loss"])
+def test_data_in_which_only_first_tokens_count_is_an_error(provided, write, flag):
+    """The first token of a document is not a label if the documents are separated."""
+    prefix = write("first", [[1] + [0] * 20] * 40)
+    provided("--data-path", prefix)
+    with pytest.raises(QADError, match="The train split of .*first: no token counts in the loss"):
+        provided("--data-path", prefix, flag)

@@ -140,5 +140,19 @@ def test_expert_with_few_tokens_takes_a_larger_sibling_amax(experts, own_amax, e
 def test_error_if_no_expert_received_tokens(experts):
     chunk, names = experts()
     quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
-    with pytest.raises(QADError, match=r"experts\.0\.linear_fc1 received no input"), quantizers.calibrating():
+    message = (
+        r"experts\.0\.linear_fc1 has amax 0\.0.*every expert of its layer.*'decoder\.layers\.0\.mlp\.experts\.\*=bf16'"
+    )
+    with pytest.raises(QADError, match=message), quantizers.calibrating():
         pass
+
+
+def test_dead_expert_takes_the_largest_sibling_amax(experts):
+    """An expert that received many tokens, all zeros, as the second linear of an expert behind a dead ReLU does."""
+    chunk, names = experts()
+    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
+    with quantizers.calibrating():
+        for i, size in enumerate((0.0, 2.0, 1.5)):
+            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((2 * MIN_TOKENS, 32), size))
+    assert [quantizers.quantizers[n]._amax.item() for n in names] == [2.0, 2.0, 1.5]
+    assert quantizers.fallbacks == {names[0]: (names[1], 2 * MIN_TOKENS)}

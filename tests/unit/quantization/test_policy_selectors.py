@@ -82,7 +82,7 @@ def layers(names: list[str]) -> list[int]:
         ({"projection": ["in_proj", "linear_qkv"]}, [0, 2, 4, 6, 7]),
         ({"kind": "mlp", "projection": "linear_fc2"}, [1, 5]),
         ({"name": "decoder.layers.[01].*"}, [0, 1]),
-        ({"name": "*.experts.1.*"}, [3]),
+        ({"name": "*.experts.*"}, [3]),
         ({"name": "*fc1", "first": 2}, [1]),
     ],
 )
@@ -93,8 +93,19 @@ def test_selectors_choose_layers(tmp_path, rule, expected):
 
 def test_linear_must_match_all_selectors_of_a_rule(tmp_path):
     rule = {"kind": ["expert", "shared_expert"], "projection": "linear_fc1", "name": "*.experts.*", "format": "fp8"}
-    names = quantized(make_policy(tmp_path, BASE, rule))
-    assert names == ["3.mlp.experts.experts.0.linear_fc1", "3.mlp.experts.experts.1.linear_fc1"]
+    with pytest.raises(QADError, match=r"experts\.0\.linear_fc2 is bf16, but .*experts\.0\.linear_fc1 .* is fp8"):
+        quantized(make_policy(tmp_path, BASE, rule))
+    rule["projection"] = ["linear_fc1", "linear_fc2"]
+    experts = [f"3.mlp.experts.experts.{i}.linear_fc{j}" for i in range(2) for j in (1, 2)]
+    assert quantized(make_policy(tmp_path, BASE, rule)) == experts
+
+
+@pytest.mark.parametrize("selector", [{"name": "*.experts.1.*"}, {"name": "*.experts.1.linear_fc2"}])
+def test_experts_of_a_layer_must_have_one_format(tmp_path, selector):
+    base = {"kind": ALL, "format": "nvfp4"}
+    with pytest.raises(QADError, match="is bf16, but .*of the same layer is nvfp4.*experts.\\*=bf16'"):
+        resolve(make_policy(tmp_path, base, {**selector, "format": "bf16"}), LINEARS)
+    resolve(make_policy(tmp_path, base, {"name": "*.mlp.experts.*", "format": "bf16"}), LINEARS)
 
 
 def test_policies_accept_every_registered_format(tmp_path):

@@ -35,27 +35,27 @@ def entries(tmp_path) -> list[dict]:
 def test_nan_is_ranked_last(started, tmp_path):
     best = started()
     for iteration, kl in ((100, math.nan), (200, 0.3), (300, 0.1), (400, math.inf)):
-        best.add(iteration, kl, 64)
+        best.add(iteration, kl, (64, "a"))
     assert best.ranked([100, 200, 300, 400]) == [300, 200, 100, 400]
-    assert entries(tmp_path)[0] == {"iteration": 300, "kl_to_teacher": 0.1, "num_tokens": 64}
+    assert entries(tmp_path)[0] == {"iteration": 300, "kl_to_teacher": 0.1, "num_tokens": 64, "tokens_sha256": "a"}
     assert list(validated_kl(tmp_path)) == [300, 200, 100, 400]
 
 
 def test_validation_without_counted_tokens_is_ignored(started, tmp_path):
     best = started()
-    best.add(100, math.nan, 0)
+    best.add(100, math.nan, (0, "a"))
     assert best.ranked([100]) == [] and not (tmp_path / BEST_FILE).exists()
 
 
 def test_validations_on_different_tokens_are_not_compared(started, tmp_path, capsys):
     best = started()
-    best.add(100, 0.1, 64)
-    best.add(200, 0.2, 64)
+    best.add(100, 0.1, (64, "a"))
+    best.add(200, 0.2, (64, "a"))
     assert "no longer ranked" not in capsys.readouterr().out
     best = started(200)  # the resumed job reads a longer prefix
     assert best.ranked([100, 200]) == [100, 200]
-    best.add(300, 0.3, 128)
-    best.add(400, 0.25, 128)
+    best.add(300, 0.3, (128, "a"))
+    best.add(400, 0.25, (128, "a"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no longer ranked" in line]
     assert "iteration 300 was validated on 128 tokens, 100, 200 on 64" in line
     assert best.ranked([100, 200, 300, 400]) == [400, 300]
@@ -63,14 +63,32 @@ def test_validations_on_different_tokens_are_not_compared(started, tmp_path, cap
 
 
 def test_new_validation_of_an_iteration_on_other_tokens_replaces_the_old(started, tmp_path):
-    started().add(100, 0.1, 64)
-    started(100).add(100, 0.3, 128)
-    assert entries(tmp_path) == [{"iteration": 100, "kl_to_teacher": 0.3, "num_tokens": 128}]
+    started().add(100, 0.1, (64, "a"))
+    started(100).add(100, 0.3, (128, "a"))
+    assert entries(tmp_path) == [{"iteration": 100, "kl_to_teacher": 0.3, "num_tokens": 128, "tokens_sha256": "a"}]
+
+
+def test_validations_on_equally_many_other_tokens_are_not_compared(started, tmp_path, capsys):
+    started().add(100, 0.1, (64, "a"))
+    best = started(100)
+    best.add(200, 0.2, (64, "a"))
+    assert best.ranked([100, 200]) == [100, 200]
+    best.add(300, 0.3, (64, "b"))
+    assert "iteration 300 was validated on 64 tokens, 100, 200 on 64 others." in capsys.readouterr().out
+    assert best.ranked([100, 200, 300]) == [300]
+    assert [entry["tokens_sha256"] for entry in entries(tmp_path)] == ["b"]
 
 
 def test_entries_of_older_versions_have_no_token_count(started, tmp_path, capsys):
     json_records.write(tmp_path / BEST_FILE, [{"iteration": 100, "kl_to_teacher": 0.1}])
     best = started(100)
     assert best.ranked([100]) == [100]
-    best.add(200, 0.2, 64)
+    best.add(200, 0.2, (64, "a"))
     assert best.ranked([100, 200]) == [200] and "100 on an unknown number of" in capsys.readouterr().out
+
+
+def test_entries_of_older_versions_have_no_hash(started, tmp_path, capsys):
+    json_records.write(tmp_path / BEST_FILE, [{"iteration": 100, "kl_to_teacher": 0.1, "num_tokens": 64}])
+    best = started(100)
+    best.add(200, 0.2, (64, "a"))
+    assert best.ranked([100, 200]) == [200] and "100 on unknown tokens." in capsys.readouterr().out

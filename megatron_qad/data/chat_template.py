@@ -1,0 +1,158 @@
+"""Renders chats with a tokenizer's chat template, within limits of time and length.
+
+A template is a program in a language with loops, from the directory of a model. It runs in transformers' sandbox, which
+keeps it from files and from Python, and here within limits: what fails for one chat is a bad line, and what fails for
+every chat is one error about the template.
+
+How parts of text reach the template follows vLLM: a template that loops over parts receives them, and for any other
+template they are joined with newlines. vLLM reads the template's syntax tree to tell the two apart. Here a short chat
+is rendered in both forms, which also works for loops inside macros. In roles other than user and assistant the parts
+are always joined; vLLM joins those of tools.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
+from megatron_qad.data.chat_messages import Chat
+from megatron_qad.data.time_limit import TimeLimitExceeded, time_limit
+from megatron_qad.engine.errors import QADError
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+_MAX_TIMEOUTS = 5
+"""Number of chats in a row after whose timeouts the preparation ends: 10,000 of them would take days."""
+
+
+class TemplateLimitExceeded(BadDocument):
+    """The template used too much time or emitted too much text."""
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: the text of the template.
+        variables: the tokenizer's special tokens.
+        owner: names the template in errors.
+        max_seconds: processor time that all renderings of one chat may take.
+        max_characters: number of characters that one rendering, and all documents of one chat, may have.
+
+    Raises:
+        QADError: the template has a syntax error, or exceeds a limit even for a chat of two words.
+
+    Attributes:
+        marks_assistant: whether the template marks the assistant's text with ``{% generation %}``.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        variables: dict[str, Any],
+        owner: str,
+        max_seconds: float = 20.0,
+        max_characters: int = 50_000_000,
+    ):
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        self.owner, self.max_seconds, self.max_characters = owner, max_seconds, max_characters
+        self.marks_assistant = _GENERATION_TAG.search(source) is not None
+        self._variables = variables
+        self._timeouts = 0
+        try:
+            # Compiling computes constant expressions, so it also needs the limit.
+            with self.limit(), failures_are_bad_documents("it cannot be compiled"):
+                self._compiled = _compile_jinja_template(source)
+            self._forms = {role: self._content_form(role) for role in ("user", "assistant")}
+        except BadDocument as error:
+            line = getattr(error.__cause__, "lineno", None)
+            where = f"{owner}, line {line}," if line else owner
+            raise QADError(f"{where} cannot be used for any chat: {error}. Correct the template.") from error
+
+    @contextlib.contextmanager
+    def limit(self) -> Iterator[None]:
+        """Limit the processor time of a block, which renders one chat.
+
+        Raises:
+            BadDocument: the block took more than ``max_seconds``.
+            QADError: so did the four blocks before.
+        """
+        try:
+            with time_limit(self.max_seconds):
+                yield
+            self._timeouts = 0
+        except TimeLimitExceeded as error:
+            self._timeouts += 1
+            reason = f"does not finish within {self.max_seconds:g} seconds of processor time"
+            if self._timeouts == _MAX_TIMEOUTS:
+                raise QADError(
+                    f"{self.owner} {reason} for {_MAX_TIMEOUTS} chats in a row. Correct the template, or give "
+                    "--multi-turn last if the chats have hundreds of turns."
+                ) from error
+            raise TemplateLimitExceeded(f"the chat template {reason}") from error
+
+    def render(self, chat: Chat, end: int, *, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of ``chat.messages[:end]`` and the character ranges inside of ``{% generation %}``.
+
+        With ``prompt`` the text ends with the generation prompt.
+
+        Raises:
+            BadDocument: the template rejects the messages, or emits more than ``max_characters``.
+        """
+        blocks: list[str] = []
+        spans: list[tuple[int, int]] = []
+        length = 0
+        with failures_are_bad_documents("the chat template rejected the messages"):
+            messages = [self._with_content(message) for message in chat.messages[:end]]
+            variables = self._variables | chat.template_kwargs
+            stream = self._compiled.generate(
+                messages=messages,
+                tools=chat.tools,
+                documents=chat.documents,
+                add_generation_prompt=prompt,
+                **variables,
+            )
+            with self._compiled.environment.activate_tracker(blocks, spans):
+                for block in stream:
+                    blocks.append(block)
+                    length += len(block)
+                    self.check_length(length)
+        return "".join(blocks), spans
+
+    def check_length(self, characters: int) -> None:
+        if characters > self.max_characters:
+            raise TemplateLimitExceeded(f"the chat template emits more than {self.max_characters:,} characters")
+
+    def _with_content(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return the message with its content in the form that the template takes for its role."""
+        loops_over_parts, needs_parts = self._forms.get(message["role"], (False, self._forms["user"][1]))
+        content = message["content"]
+        if isinstance(content, list) and not loops_over_parts:
+            content = "\n".join(part["text"] for part in content)
+        if isinstance(content, str) and needs_parts:
+            content = [{"type": "text", "text": content}]
+        return message | {"content": content}
+
+    def _content_form(self, role: str) -> tuple[bool, bool]:
+        """Return (whether the template renders every part of a list, whether it renders lists only)."""
+        self._forms = {"user": (True, False), "assistant": (True, False)}  # content reaches the template unchanged
+        texts = ("needle", "thread")
+        parts = [{"type": "text", "text": text} for text in texts]
+        as_string, one, two = (self._try_to_render(role, content) for content in (texts[0], parts[:1], parts))
+        is_printed = "'type'" in one or '"type"' in one
+        needs_parts = texts[0] not in as_string and texts[0] in one and not is_printed
+        loops_over_parts = (one == as_string or needs_parts) and all(text in two for text in texts)
+        return loops_over_parts, needs_parts
+
+    def _try_to_render(self, role: str, content: str | list[dict]) -> str:
+        """Return the text of a chat in which ``role`` has this content, or "" if the template rejects it."""
+        chat = [{"role": other, "content": content if other == role else "Hello"} for other in ("user", "assistant")]
+        try:
+            with self.limit():
+                return self.render(Chat(chat), 2)[0]
+        except TemplateLimitExceeded:
+            raise
+        except BadDocument:
+            return ""
