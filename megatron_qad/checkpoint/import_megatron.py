@@ -24,6 +24,7 @@ from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write
 from megatron_qad.checkpoint.slice_reader import SliceReader, Stored
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.plural import count
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.run_directory.iterations import iteration_dir, saved_iterations
 from megatron_qad.engine.run_directory.run_files import IMPORT_FILE, TRACKER
@@ -67,9 +68,9 @@ def import_megatron(
     with lock_output(target):
         target = run_on_all_ranks(lambda: new_directory(target))
         directory = run_on_all_ranks(lambda: iteration_to_import(source))
-        sharded, count = run_on_all_ranks(lambda: _read(directory, assets, dtype))
+        sharded, num_tensors = run_on_all_ranks(lambda: _read(directory, assets, dtype))
         write_release(target, sharded, lambda aside: _finish(directory, assets, aside, dtype))
-    return count
+    return num_tensors
 
 
 def assets_of(hf_config: str | Path) -> Path:
@@ -165,8 +166,8 @@ def _weights(reader: SliceReader, verbose: bool) -> dict[str, Stored]:
     left_out = sorted(name for name in stored if name.startswith(_MTP))
     if left_out and verbose:
         print(
-            f"megatron_qad: {len(left_out)} tensors of multi-token prediction layers ({left_out[0]}, ...) are left "
-            "out. Exports of this checkpoint have none."
+            f"megatron_qad: {count(len(left_out), 'tensor')} of multi-token prediction layers ({left_out[0]}, ...) "
+            "left out. Exports of this checkpoint have none."
         )
     return {name: tensor for name, tensor in stored.items() if not name.startswith(_MTP)}
 

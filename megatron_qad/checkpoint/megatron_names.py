@@ -16,6 +16,7 @@ import torch
 
 from megatron_qad.checkpoint.slice_reader import Slice, Stored
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.plural import count
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.models.weight_loading import GATED_HALVES
 
@@ -62,8 +63,8 @@ def is_gpt(stored: Mapping[str, Stored], checkpoint: object) -> bool:
     first = sorted(stored)[0] if stored else "no tensor"
     raise QADError(
         f"{checkpoint}: expected either {_GPT_NORM!r} (a GPTModel) or {_HYBRID_NORM!r} (a HybridModel or MambaModel), "
-        f"found {'both' if _GPT_NORM in stored else 'neither'}. The first of {len(stored)} tensors is {first!r}. Other "
-        "models cannot be imported."
+        f"found {'both' if _GPT_NORM in stored else 'neither'}. The first of {count(len(stored), 'tensor')} is "
+        f"{first!r}. Other models cannot be imported."
     )
 
 
@@ -160,9 +161,9 @@ def _check_names(missing: list[str], unexpected: list[str], gpt: bool, checkpoin
         return
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors of the model in config.json are missing, first {missing[0]!r}")
+        parts.append(f"it lacks {count(len(missing), 'tensor')} of the model in config.json, first {missing[0]!r}")
     if unexpected:
-        parts.append(f"{len(unexpected)} tensors are not part of that model, first {unexpected[0]!r}")
+        parts.append(f"it has {count(len(unexpected), 'tensor')} that the model lacks, first {unexpected[0]!r}")
     hint = ""
     if unexpected == ["output_layer.weight"]:
         hint = " The head is stored separately: config.json must have tie_word_embeddings false."

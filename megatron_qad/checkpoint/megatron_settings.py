@@ -137,7 +137,7 @@ def check_settings(settings: Mapping[str, Any], source: str, config: dict, *, gp
         if name in settings and not _equal(settings[name], expected):
             differences.append(f"{name} is {settings[name]!r}, config.json implies {expected!r}")
     if differences:
-        more = f" ({len(differences)} settings differ)" if len(differences) > 1 else ""
+        more = f" ({len(differences)} settings differ)" if len(differences) > 3 else ""
         raise QADError(
             f"{source}: {'; '.join(differences[:3])}{more}. Give the config.json of this model with --hf-config."
         )

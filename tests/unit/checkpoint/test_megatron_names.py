@@ -30,10 +30,10 @@ def error_of(changes: dict, **config) -> str:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({QKV: None}, "3 tensors of the model in config.json are missing, first 'decoder.layers.0.self_attention."),
+        ({QKV: None}, "it lacks 3 tensors of the model in config.json, first 'decoder.layers.0.self_attention."),
         (
             {"decoder.layers.mlp.linear_fc2.bias": (3, 16)},
-            "not part of that model, first 'decoder.layers.mlp.linear_fc2",
+            "it has 1 tensor that the model lacks, first 'decoder.layers.mlp.linear_fc2",
         ),
         ({QKV: (3, 48, 16)}, f"{QKV} has shape [3, 48, 16], but config.json implies [3, 32, 16]"),
         ({QKV: (2, 32, 16)}, f"{QKV} has shape [2, 32, 16], but config.json implies [3, 32, 16]"),
