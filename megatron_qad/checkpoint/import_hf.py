@@ -100,11 +100,11 @@ def _read(
     source_names.resolve(reader, maps)
     passthrough = _read_passthrough(reader) if rank == 0 else {}
     local_maps = maps[rank::size]
-    stored = {name: part for m in local_maps for name, part in _split(m, _convert(reader, m, dtype))}
+    stored = {name: part for m in local_maps for name, part in stored_parts(m, _convert(reader, m, dtype))}
     return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, passthrough, len(maps)
 
 
-def _split(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parts in which Megatron stores a tensor, with their names."""
     rows = tensor_map.checkpoint_splits
     for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):

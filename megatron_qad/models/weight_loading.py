@@ -1,7 +1,7 @@
 """Loading the weights of a torch_dist checkpoint into a model with any parallelism.
 
-Checkpoints come from ``tools/import_hf.py`` or from a QAD job. Only weights are read. When a job resumes, Megatron's
-``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
+Checkpoints come from an import (``tools/import_hf.py``, ``tools/import_megatron.py``) or from a QAD job. Only weights
+are read. When a job resumes, Megatron's ``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
 """
 
 from collections.abc import Iterator, Sequence
