@@ -356,7 +356,7 @@ def test_command_line_prints_issues_and_exits_with_1(tmp_path):
     edit(directory, drop(f"{DOWN}.input_scale"))
     damaged = run(directory)
     assert damaged.returncode == 1 and f"ISSUE {DOWN}.input_scale: is missing" in damaged.stdout
-    assert "1 issues" in damaged.stdout
+    assert "1 issue" in damaged.stdout
     assert issues(tmp_path / "nowhere") == [
         f"{tmp_path / 'nowhere'}: is not a directory; expected an exported checkpoint"
     ]
