@@ -46,7 +46,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
         torch.distributed.barrier()
         if is_first:
             shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error) if isinstance(error, QADError) else "a rank could not write its files"
+        reason = str(error).rstrip(".") if isinstance(error, QADError) else "a rank could not write its files"
         raise QADError(
             f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Free space, or choose another "
             "directory."

@@ -22,6 +22,7 @@ from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.local_models import local_config
 from megatron_qad.engine.run_directory import locks, manifest
+from megatron_qad.engine.system_errors import naming
 from megatron_qad.engine.text_files import read_json
 
 
@@ -91,6 +92,7 @@ def _generate(
     model, tokenizer = _load(hf_model_dir, options.dtype, device)
     written = 0
     with (
+        naming(output),
         output.open("a", encoding="utf-8") as stream,
         tqdm(total=options.num_documents, initial=done, unit="doc", desc="generating", disable=None) as bar,
     ):

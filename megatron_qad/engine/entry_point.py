@@ -26,7 +26,7 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted.", file=sys.stderr)
         status = 130
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         if (message := explain(error)) is None:
             raise
         _end_stdout()

@@ -3,6 +3,10 @@
 import errno
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 
@@ -64,9 +68,24 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def describe(error: OSError) -> str:
-    """Return what failed, why, and the next step, in one line."""
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Add the name of ``file`` to an error of the operating system that has none, such as that of a failed write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def describe(error: OSError, with_advice: bool = True) -> str:
+    """Return what failed, why, and the next step (``with_advice``), in one line."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # copytree: (from, to, reason) of each
+        _, target, reason = error.args[0][0]
+        code = int(match[1]) if (match := re.match(r"\[Errno (\d+)\]", reason)) else None
+        error = OSError(code, os.strerror(code) if code else reason, target)
     path = error.filename2 or error.filename
     what = f"{os.fsdecode(path)}: " if isinstance(path, str | bytes | os.PathLike) else ""
-    advice = _ADVICE.get(error.errno or 0, "")
+    advice = _ADVICE.get(error.errno or 0, "") if with_advice else ""
     return f"{what}{error.strerror or error}. {advice}".rstrip()

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure  # not pyplot: no display
 
 from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.system_errors import naming
 from megatron_qad.training.sensitivity import Sensitivities
 
 
@@ -91,4 +92,5 @@ def _draw(sensitivities: Sensitivities, formats, file: Path, title: str, chosen)
         axes.set_xticks(range(0, len(labels), step), labels[::step], fontsize="small")
         axes.grid(axis="y", alpha=0.3)
         axes.legend()
-    figure.savefig(file, dpi=110)
+    with naming(file):
+        figure.savefig(file, dpi=110)

@@ -23,7 +23,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.patches import replace
 from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import manifest
-from megatron_qad.engine.system_errors import explain
+from megatron_qad.engine.system_errors import describe, explain
 
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 """Suffixes of a checkpoint that is being written, was replaced by a newer one, or is being removed."""
@@ -196,6 +196,8 @@ def on_first_rank(work: Callable[[], None]) -> None:
     if torch.distributed.get_rank() == 0:
         try:
             work()
+        except OSError as error:
+            problem = [describe(error, with_advice=False)]
         except Exception as error:
             problem = [explain(error)]
             if problem == [None]:

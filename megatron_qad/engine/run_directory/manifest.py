@@ -18,6 +18,7 @@ import torch
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.new_files import open_new
+from megatron_qad.engine.system_errors import naming
 from megatron_qad.engine.text_files import read_json
 
 FILE = "integrity.json"
@@ -195,16 +196,15 @@ def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content atomically: a reader, also after a crash, sees the old content or the new one."""
     aside = file.with_name(file.name + ".new")
     try:
-        with open_new(aside) as stream:
+        with naming(file), open_new(aside) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(aside, file)
-    except OSError as error:
+    except OSError:
         with contextlib.suppress(OSError):  # a read-only file system
             aside.unlink(missing_ok=True)
-        # Errors of writes name no file.
-        raise OSError(error.errno, error.strerror, str(file)) from error
+        raise
     sync(file.parent)
 
 

@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import IO
 
+from megatron_qad.engine.system_errors import naming
+
 
 def open_new(file: Path, mode: str = "w") -> IO:
     """Create ``file`` after removing a file or link of that name, and open it for writing ("w" or "wb")."""
@@ -37,7 +39,11 @@ def remove(path: Path) -> None:
 
 
 def copy_new(source: Path, target: Path) -> None:
-    """Copy a file with its permissions and times to ``target``, which is created as ``open_new`` does."""
-    with open(source, "rb") as data, open_new(target, "wb") as copy:
-        shutil.copyfileobj(data, copy)
-    shutil.copystat(source, target)
+    """Copy a file with its permissions and times to ``target``, created as by ``open_new``; a failure leaves none."""
+    try:
+        with open(source, "rb") as data, naming(target), open_new(target, "wb") as copy:
+            shutil.copyfileobj(data, copy)
+        shutil.copystat(source, target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise

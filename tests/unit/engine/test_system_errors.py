@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import subprocess
 import sys
 from traceback import StackSummary
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.engine import QADError, entry_point
+from megatron_qad.engine.run_directory import locks
 from megatron_qad.engine.system_errors import explain
 
 
@@ -95,3 +97,43 @@ def test_rank_that_waits_for_a_failed_one(tmp_path):
     assert (tmp_path / "stderr1").read_text() == "error: the reason.\n"
     line = "error: the connection to another rank was lost. That rank has probably failed; see its error.\n"
     assert (tmp_path / "stderr0").read_text() == line
+
+
+def _as_nobody(directory: str, result) -> None:
+    os.setgroups([])
+    os.setuid(65534)
+    try:
+        with locks.lock_output(f"{directory}/out"):
+            pass
+    except QADError as error:
+        result.put(str(error))
+    try:
+        open(f"{directory}/secret")
+    except OSError as error:
+        result.put(explain(error))
+
+
+def test_missing_permission(tmp_path):
+    """Root may do everything, so the process becomes another user."""
+    if os.getuid():
+        pytest.skip("becoming another user needs root")
+    fork = multiprocessing.get_context("fork")
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "secret").chmod(0o600)
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    result = fork.SimpleQueue()
+    process = fork.Process(target=_as_nobody, args=(str(tmp_path), result))
+    process.start()
+    process.join(20)
+    assert f"--output {tmp_path}/out: cannot be written (Permission denied: {tmp_path}/.out.lock). Ch" in result.get()
+    assert result.get() == f"{tmp_path}/secret: Permission denied. Change the permissions or choose another path."
+
+
+def test_limit_of_address_space():
+    command = "ulimit -v 2000000; exec python -c 'import megatron_qad'"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: the limit of address space is 2.05 GB (ulimit -v); torch and Megatron alone")
+    assert done.stderr.count("\n") == 1
