@@ -18,6 +18,10 @@ if ! command -v python >/dev/null; then
   echo "error: no program named python. Activate the virtual environment of tools/setup_env.sh, or add its bin to PATH." >&2
   exit 2
 fi
+if [[ $(ulimit -v) != unlimited && $(ulimit -v) -lt $((4 << 20)) ]]; then  # torch could not be imported
+  echo "error: the limit of address space is $(ulimit -v) KiB (ulimit -v); torch and Megatron alone need $((4 << 20)). Raise it: ulimit -v unlimited." >&2
+  exit 2
+fi
 # shellcheck source=launch/integers.sh
 source "$here/integers.sh"
 nodes=$(integer NNODES "${NNODES:-1}" 1)
@@ -28,6 +32,10 @@ if [[ $1 != -* && ! -e $1 && -e $root/$1 ]]; then set -- "$root/$1" "${@:2}"; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # scripts in tools/ import megatron_qad
 
 num_gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || num_gpus=0
+if [[ -z ${NPROC_PER_NODE:-} && $num_gpus -eq 0 ]] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
+  echo "error: this machine has GPUs (/dev/nvidia*), but nvidia-smi does not list them or is missing. Set NPROC_PER_NODE." >&2
+  exit 2
+fi
 processes=$(integer NPROC_PER_NODE "${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}" 1)
 if [[ $nodes -gt 1 ]]; then
   : "${MASTER_ADDR:?NNODES=$nodes needs the address of node 0}" "${NODE_RANK:?NNODES=$nodes needs the rank of this node, 0 to $((nodes - 1))}"

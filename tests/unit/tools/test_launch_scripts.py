@@ -101,3 +101,28 @@ def test_pipeline_reports_missing_settings(tmp_path):
     settings = {"QAD_MODEL": str(tmp_path), "QAD_WORK": str(tmp_path / "work"), "QAD_STAGES": "export publish"}
     code, text = run("launch/pipeline.sbatch", **settings)
     assert code == 2 and "no stage 'publish'" in text and not (tmp_path / "work").exists()
+
+
+def test_limit_of_address_space():
+    code, text = run("bash", "-c", "ulimit -v 2000000; exec launch/torchrun.sh tools/import_hf.py")
+    assert code == 2 and text.startswith("error: the limit of address space is 2000000 KiB") and text.count("\n") == 1
+
+
+def test_gpus_that_nvidia_smi_does_not_list(tmp_path):
+    """Without this, a job would use one of eight GPUs."""
+    mounts = f"touch {tmp_path}/null {tmp_path}/nvidia0 && mount --bind /dev/null {tmp_path}/null && "
+    command = ["unshare", "-rm", "bash", "-c", f'{mounts} mount --rbind {tmp_path} /dev && exec "$@"', "bash"]
+    if run(*command, "true")[0]:
+        pytest.skip("/dev cannot be replaced in a namespace here")
+    code, text = run(*command, "launch/torchrun.sh", "tools/import_hf.py")
+    assert code == 2 and text.startswith(
+        "error: this machine has GPUs (/dev/nvidia*), but nvidia-smi does not list them"
+    )
+
+
+def test_pipeline_without_slurm(tmp_path):
+    if shutil.which("sbatch"):
+        pytest.skip("SLURM is installed")
+    settings = {"QAD_MODEL": str(tmp_path), "QAD_WORK": str(tmp_path / "work")}
+    code, text = run("launch/pipeline.sbatch", **settings)
+    assert code == 2 and text.startswith("error: no program named sbatch.") and not (tmp_path / "work").exists()
