@@ -11,13 +11,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 MOUNTS = 'mount -t tmpfs -o ro none {d}/readonly && exec "$@"'
 MOUNT = "umount {d}/full; mount -t tmpfs -o size={size} none {d}/full"
 JOB = (
-    "--qad-teacher {d}/teacher --data-path {d}/data --data-cache-path {d}/cache --split 80,20,0 --seq-length 32 "
-    "--micro-batch-size 2 --global-batch-size 2 --bf16 --train-iters 2 --lr 1e-3 --eval-interval 2 --eval-iters 1 "
-    "--log-interval 1 --qad-calibration-samples 2 --save-interval 2 --num-workers 0"
+    "--qad-teacher {d}/teacher --data-path {d}/good/prepare --data-cache-path {d}/cache --split 80,20,0 "
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 2 --bf16 --train-iters 2 --lr 1e-3 --eval-interval 2 "
+    "--eval-iters 1 --log-interval 1 --qad-calibration-samples 2 --save-interval 2 --num-workers 0"
 )
 PROGRAMS = {
     "import": "tools/import_hf.py --hf-model {d}/hf --output {out}/import",
-    "prepare": "tools/prepare_data.py --input {d}/text.txt --tokenizer {d}/hf --output {out}/prepare",
+    "prepare": "tools/prepare_data.py --input {d}/text.txt --split-on blank --tokenizer {d}/hf --output {out}/prepare",
     "generate": "tools/generate_data.py --model {d}/hf --num-documents 4 --max-new-tokens 4 --output {out}/generate",
     "qad": "pretrain_qad.py --save {out}/qad --tensorboard-dir {out}/qad/tensorboard " + JOB,
     "ptq": "pretrain_qad.py --save {out}/ptq --qad-ptq " + JOB,
@@ -47,7 +47,7 @@ def shop(tmp_path_factory):
 
         models = [(f"{directory}/hf", f"{directory}/teacher", "bfloat16")]
         server.run("training_jobs:import_checkpoints", 1, {"models": models})
-        tiny_job.write_data(directory / "data", vocab_size=tiny_job.LLAMA["vocab_size"])
+        run("prepare", "good", fails=False)
         run("qad", "good", fails=False)
         (directory / "good" / "qad").rename(directory / "run")
         run.server, run.directory = server, directory
@@ -61,7 +61,7 @@ def write_inputs(directory) -> None:
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(directory / "hf")
-    (directory / "text.txt").write_text("w1 w2 w3 " * 20000)
+    (directory / "text.txt").write_text(("w1 w2 w3 w4 w5 " * 8 + "\n\n") * 1000)
 
 
 def refused(shop, program: str, disk: str) -> str:
@@ -81,7 +81,7 @@ def test_read_only_output(shop, program):
 
 
 # The disks hold the lock, or all files but the last ones; "qad" fills up in its start, and in its last save.
-FULL = [("prepare", "160k"), ("generate", "8k"), ("qad", "8k"), ("export", "80k"), ("report", "80k"), ("smooth", "4m")]
+FULL = [("prepare", "80k"), ("generate", "8k"), ("qad", "8k"), ("export", "80k"), ("report", "80k"), ("smooth", "4m")]
 FULL += [("sensitivity", "16k")]
 MORE = [("import", "4m"), ("prepare", "8k"), ("qad", "40k"), ("qad", "17m"), ("ptq", "1m"), ("export", "8k")]
 MORE += [("report", "8k"), ("report", "40k"), ("sensitivity", "8k"), ("smooth", "40k")]
