@@ -26,7 +26,7 @@ _ADVICE = {
 _OUT_OF_MEMORY = "out of memory. Free memory, raise the limit (ulimit -v), or use a smaller batch."
 _BY_TEXT = (
     (r"can't allocate memory|std::bad_alloc|Cannot allocate memory", _OUT_OF_MEMORY),
-    (r"CUDA out of memory", "out of GPU memory. Use a smaller --micro-batch-size, or more parallelism."),
+    (r"CUDA out of memory", "out of memory. The GPU is full: use a smaller --micro-batch-size or more parallelism."),
     (r"can't start new thread", "no more threads can be started. Raise the limit (ulimit -u)."),
     (
         r"PytorchStreamWriter failed|inline_container\.cc:\d+\] \. (unexpected pos|open file failed)",
