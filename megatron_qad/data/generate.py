@@ -21,7 +21,8 @@ from megatron_qad.data.sampling import Sampler
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.local_models import local_config
-from megatron_qad.engine.run_directory import locks
+from megatron_qad.engine.run_directory import locks, manifest
+from megatron_qad.engine.system_errors import naming
 from megatron_qad.engine.text_files import read_json
 
 
@@ -91,6 +92,7 @@ def _generate(
     model, tokenizer = _load(hf_model_dir, options.dtype, device)
     written = 0
     with (
+        naming(output),
         output.open("a", encoding="utf-8") as stream,
         tqdm(total=options.num_documents, initial=done, unit="doc", desc="generating", disable=None) as bar,
     ):
@@ -148,7 +150,7 @@ def _resume(output: Path, options: GenerateOptions, model_dir: str | Path, promp
     settings |= {k: v for k, v in asdict(options).items() if k != "num_documents"}  # does not change earlier lines
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest.write_atomically(settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return 0
     if not settings_path.is_file():
         raise QADError(f"{output} exists without {settings_path.name}, so it cannot be resumed. Choose another file.")

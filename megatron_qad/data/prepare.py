@@ -9,6 +9,7 @@ import collections
 import multiprocessing
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -92,7 +93,7 @@ def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
     bad_path = Path(f"{options.output}.bad.txt")
     bad_path.unlink(missing_ok=True)
     _remove_leftovers(options.output)
-    aside = f"{options.output}.incomplete-{os.getpid()}"
+    aside = f"{options.output}.incomplete-{secrets.token_hex(4)}"  # nobody can plant a link of that name
     try:
         writer = DocumentWriter(aside, tokenizer)
         for results, blank in _encode_all(options, tokenizer):
@@ -115,7 +116,7 @@ def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
 
 def _remove_leftovers(prefix: str) -> None:
     """Remove files of killed preparations of the same output. None can be running: this process has the lock."""
-    leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-\d+(_loss_mask)?\.(bin|idx|json)")
+    leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-[0-9a-f]+(_loss_mask)?\.(bin|idx|json)")
     for path in Path(prefix).parent.iterdir():
         if leftover.fullmatch(path.name):
             path.unlink()

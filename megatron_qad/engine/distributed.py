@@ -18,6 +18,7 @@ def init_process_group() -> None:
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo listens although there is no other process
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.new_files import open_new
 from megatron_qad.engine.text_files import read_json
 
 _MAX_SECONDS_BETWEEN = 5
@@ -84,7 +85,8 @@ class Heartbeat:
             if self._file is not None and place != written:
                 try:
                     aside = self._file.with_suffix(".new")
-                    aside.write_text(json.dumps(place))
+                    with open_new(aside) as stream:
+                        stream.write(json.dumps(place))
                     aside.replace(self._file)
                     written = place
                 except OSError:

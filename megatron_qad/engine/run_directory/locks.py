@@ -122,6 +122,11 @@ class _Lock:
         Raises:
             QADError: a process holds it.
         """
+        if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
+            raise QADError(
+                f"{self.description}: its lock file {self.file} is a link or another special file, which no process of "
+                "megatron_qad creates. Remove it."
+            )
         holder = _read(self.file)
         if holder is None:
             return
@@ -165,7 +170,7 @@ class _Lock:
         """Return the seconds since the lock was touched, by the clock of its file system; None if it is gone."""
         probe = self.file.with_name(f"{self.file.name}.{secrets.token_hex(4)}")
         try:
-            with open(probe, "wb") as now, open(self.file, "rb") as lock:  # opened: NFS then asks its server
+            with open(probe, "xb") as now, open(self.file, "rb") as lock:  # opened: NFS then asks its server
                 return os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
         except FileNotFoundError:
             return None

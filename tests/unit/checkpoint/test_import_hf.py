@@ -80,6 +80,16 @@ def test_model_with_unsupported_blocks_is_an_error(damaged, refuses):
     refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'. Such blocks can be inspected.*not imported")
 
 
+def test_planted_link_is_not_followed(complete, tmp_path):
+    init_process_group()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".target.partial").symlink_to(tmp_path / "elsewhere")
+    import_hf(complete, tmp_path / "target")
+    assert (tmp_path / "target" / "release" / ".metadata").is_file() and not (tmp_path / "target").is_symlink()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    torch.distributed.destroy_process_group()
+
+
 def test_missing_directory_and_invalid_config_are_errors(damaged, refuses, tmp_path):
     refuses(tmp_path / "nowhere", "nowhere: no config.json")
     (damaged / "config.json").write_text("{")
