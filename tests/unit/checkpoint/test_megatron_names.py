@@ -58,13 +58,14 @@ def test_config_with_fewer_blocks_than_a_stacked_checkpoint():
     """The attention of the second block would be lost."""
     blocks = [{"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": 24}} for _ in range(3)]
     blocks[1] = {"attention": {"no_op": True}, "ffn": {"intermediate_size": 24}}
-    text = error_of({}, architectures=["DeciLMForCausalLM"], block_configs=blocks)
+    text = error_of({}, architectures=["DeciLMForCausalLM"], model_type="nemotron-nas", block_configs=blocks)
     assert "layer_norm_weight has shape [3, 16], but the model in config.json has only 2 of its 3 parts" in text
 
 
 def test_names_of_transformer_engine():
     """With Transformer Engine an expert layer has a norm of its own, and grouped experts are one tensor."""
-    config = CONFIG | {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "moe_intermediate_size": 8}
+    config = CONFIG | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    config |= {"num_experts": 4, "moe_intermediate_size": 8}
     maps = family_of(config | {"num_experts_per_tok": 2}).tensors(config)
     shapes = {name: shape for name, shape in GPT.items() if ".mlp." not in name}
     shapes |= {f"decoder.layers.self_attention.{x}_layernorm.weight": (3, 4) for x in "qk"}
