@@ -8,6 +8,7 @@ this; tensors are not gathered over ranks here.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from megatron_qad.checkpoint.layouts import (
 )
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import json_records, locks, manifest
+from megatron_qad.engine.run_directory import json_records, locks, manifest, new_files
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 
@@ -114,8 +115,7 @@ def write_hf_checkpoint(
     shards = _Shards(aside, max_shard_bytes)
     with ExitStack() as stack:
         stack.enter_context(locks.lock_output(directory))
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-        aside.mkdir()
+        new_files.make_new_directory(aside)  # removes what a killed process left
         stack.callback(shutil.rmtree, aside, ignore_errors=True)  # does nothing after a successful rename
         try:
             formats = {
@@ -192,8 +192,8 @@ class _Shards:
         try:
             save_file(self.pending, path, metadata={"format": "pt"})
         except SafetensorError as error:  # the library wraps the operating system's error without its errno
-            if code := next((n for n in _DISK_FULL if f"(os error {n})" in str(error)), None):
-                raise OSError(code, os.strerror(code), str(path)) from error
+            if match := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
             raise
         manifest.sync(path)
         self.weight_map.update(dict.fromkeys(self.pending, len(self.names)))

@@ -20,6 +20,7 @@ from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
 from megatron_qad.checkpoint.source_quantization import without_quantization
+from megatron_qad.engine.config_values import dtype_name
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
@@ -94,15 +95,16 @@ def _read(
         find_files(source, ASSETS)  # raises now instead of after gigabytes are written
     family = family_of(reader.config)
     family.megatron_args(reader.config)  # raises an error if training could not build the model
+    dtype_name(reader.config)  # raises an error that an export would meet
     maps = family.tensors(reader.config)
     source_names.resolve(reader, maps)
     passthrough = _read_passthrough(reader) if rank == 0 else {}
     local_maps = maps[rank::size]
-    stored = {name: part for m in local_maps for name, part in _split(m, _convert(reader, m, dtype))}
+    stored = {name: part for m in local_maps for name, part in stored_parts(m, _convert(reader, m, dtype))}
     return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, passthrough, len(maps)
 
 
-def _split(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parts in which Megatron stores a tensor, with their names."""
     rows = tensor_map.checkpoint_splits
     for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):

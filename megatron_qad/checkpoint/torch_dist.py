@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
+from megatron_qad.engine.run_directory.restricted_unpickling import one_error
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.models.weight_loading import AMAX, GATED_HALVES
 
@@ -36,7 +37,8 @@ class TorchDistReader:
         self.checkpoint = Path(checkpoint)
         self.directory = iteration_to_read(checkpoint, iteration)
         manifest.verify_checkpoint(self.directory)
-        self._metadata = dist_checkpointing.load_tensors_metadata(str(self.directory))
+        with one_error():
+            self._metadata = dist_checkpointing.load_tensors_metadata(str(self.directory))
 
     def __contains__(self, name: str) -> bool:
         return name in self._metadata
@@ -68,7 +70,8 @@ class TorchDistReader:
             stored = self._metadata[name]
             empty = torch.empty(stored.global_shape, dtype=stored.dtype)
             requested[name] = ShardedTensor.from_rank_offsets(name, empty)
-        return dist_checkpointing.load(requested, str(self.directory), validate_access_integrity=False)
+        with one_error():
+            return dist_checkpointing.load(requested, str(self.directory), validate_access_integrity=False)
 
     def layers(self, maps: Sequence[ParamMapping]) -> Iterator[tuple[ParamMapping, torch.Tensor]]:
         """Yield the tensors of ``maps`` in order, read layer by layer, without vocabulary padding, shapes checked."""

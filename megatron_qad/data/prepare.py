@@ -12,6 +12,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -74,7 +75,8 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
 
 
 def _prepare(options: PrepareOptions, inputs: list[Path], tokenizer: DataTokenizer) -> DataMetadata:
-    outputs = {f"{prefix}.incomplete-{os.getpid()}": prefix for prefix in options.prefixes()}
+    token = secrets.token_hex(4)  # nobody can plant a link of that name
+    outputs = {f"{prefix}.incomplete-{token}": prefix for prefix in options.prefixes()}
     try:
         bad_lines_file(options.output).unlink(missing_ok=True)
         _remove_leftovers(outputs.values())
@@ -106,13 +108,14 @@ def _write(
     num_bad = num_blank = 0
     for results, blank in _encode_all(options, inputs, tokenizer):
         num_blank += blank
-        for result in results:
-            if isinstance(result, BadLine):
-                num_bad += 1
-                with bad_lines_file(options.output).open("a", encoding="utf-8", errors="backslashreplace") as stream:
-                    stream.write(" ".join(str(result).split("\n")) + "\n")
-            else:
-                writers[is_held_out(result, options.validation_fraction or 0)].add(result)
+        bad = [result for result in results if isinstance(result, BadLine)]
+        if bad:
+            num_bad += len(bad)
+            with bad_lines_file(options.output).open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.writelines(" ".join(str(line).split("\n")) + "\n" for line in bad)
+        for documents in results:
+            if not isinstance(documents, BadLine):
+                writers[is_held_out(documents, options.validation_fraction or 0)].add(documents)
     return num_bad, num_blank
 
 
@@ -131,7 +134,7 @@ def is_held_out(documents: Sequence[Encoded], fraction: float) -> bool:
 def _remove_leftovers(prefixes: Iterable[str]) -> None:
     """Remove files of killed preparations of the same outputs. None can be running: this process has the locks."""
     for prefix in prefixes:
-        leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-\d+(_loss_mask)?\.(bin|idx|json)")
+        leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-[0-9a-f]+(_loss_mask)?\.(bin|idx|json)")
         for path in Path(prefix).parent.iterdir():
             if leftover.fullmatch(path.name):
                 path.unlink()

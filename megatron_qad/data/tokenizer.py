@@ -17,6 +17,7 @@ from megatron_qad.data.chat import encode_chat
 from megatron_qad.data.chat_messages import Chat
 from megatron_qad.data.chat_template import ChatTemplate
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.local_models import check_json_files
 from megatron_qad.engine.run_directory import manifest
 
 # The files of a Hugging Face tokenizer, which determine how text becomes ids.
@@ -110,6 +111,7 @@ class HFTokenizer(DataTokenizer):
     def __init__(self, directory: Path):
         from transformers import AutoTokenizer
 
+        check_json_files(directory)
         try:
             # The tokenizers library raises plain Exception for most damage, and panics.
             with failures_are_bad_documents("transformers cannot read it"):

@@ -75,8 +75,19 @@ def change_config(directory: Path, **changes) -> None:
 
 def test_model_with_unsupported_blocks_is_an_error(damaged, refuses):
     blocks = [{"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
-    change_config(damaged, architectures=["DeciLMForCausalLM"], num_hidden_layers=1, block_configs=blocks)
+    family = {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}
+    change_config(damaged, **family, num_hidden_layers=1, block_configs=blocks)
     refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'. Such blocks can be inspected.*not imported")
+
+
+def test_planted_link_is_not_followed(complete, tmp_path):
+    init_process_group()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".target.partial").symlink_to(tmp_path / "elsewhere")
+    import_hf(complete, tmp_path / "target")
+    assert (tmp_path / "target" / "release" / ".metadata").is_file() and not (tmp_path / "target").is_symlink()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    torch.distributed.destroy_process_group()
 
 
 def test_missing_directory_and_invalid_config_are_errors(damaged, refuses, tmp_path):
@@ -176,7 +187,7 @@ def test_passthrough_tensors_may_be_integers_but_not_nan(tmp_path):
 
 def test_unsupported_family_and_rope_are_errors(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
-    refuses(damaged, "'MambaForCausalLM' is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH")
+    refuses(damaged, "'MambaForCausalLM' .* is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, ")
     change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
     refuses(damaged, "rope type 'yarn' is not supported. Expected default or llama3")
 

@@ -217,7 +217,9 @@ def test_records_that_are_too_large_are_bad_lines(tmp_path, monkeypatch):
     assert isinstance(large, BadLine) and "--split-on" in large.reason
 
 
-def test_chats_that_are_too_large_are_bad_lines(hf_tokenizer, monkeypatch):
+def test_chats_that_are_too_large_are_bad_lines(hf_tokenizer):
     messages = [{"role": "user", "content": "x" * records.MAX_CHAT_BYTES}, {"role": "assistant", "content": "y"}]
-    bad = encode_record(records.Record("f", 3, True, json.dumps({"messages": messages}).encode()), hf_tokenizer)
-    assert str(bad) == "f:3: the chat has 8,388,698 bytes, more than the 8,388,608 that a chat may have. Split it"
+    data = json.dumps({"messages": messages}).encode()
+    assert str(encode_record(records.Record("f", 3, True, data), hf_tokenizer)) == (
+        f"f:3: the chat has {len(data):,} bytes, more than the 8,388,608 that a chat may have. Split it"
+    )

@@ -349,7 +349,7 @@ def test_tensor_parallelism_must_divide_every_mlp():
         ([{**BLOCK, "ffn": {"ffn_mult": 1.0, "gated": False}}], "has gated False"),
         ([BLOCK, {**BLOCK, "attention": {}}], r"n_heads_in_group \[.*None.*\]"),
         ([BLOCK, {**BLOCK, "attention": None}], r"block_configs\[1\] has no 'attention'"),
-        ([BLOCK, "none"], r"block_configs\[1\] has no 'attention'"),
+        ([BLOCK, "none"], r"block_configs\[1\] is the text 'none', expected one of a list of objects"),
         ([NO_ATTENTION], r"n_heads_in_group \[\]"),
         ([NO_FFN], "and 0 MLPs"),
     ],
@@ -385,7 +385,7 @@ def test_validator_inventory_of_nas_llama_matches_name_map(config):
     [
         ({"block_configs": None}, "block_configs describes 0 blocks"),
         ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": "a"}}]}, "ffn_mult 'a'"),
-        ({"block_configs": [{"ffn": {"ffn_mult": 1.0}}]}, "n_heads_in_group is None"),
+        ({"block_configs": [{"ffn": {"ffn_mult": 1.0}}]}, "no 'n_heads_in_group'"),
         ({"block_configs": [{"attention": 3}]}, "block_configs describes 0 blocks"),
         ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": float("inf")}}]}, "ffn_mult inf"),
         ({"block_configs": [{"attention": {"no_op": True}, "ffn": {"ffn_mult": float("nan")}}]}, "ffn_mult nan"),
