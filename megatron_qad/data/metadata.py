@@ -42,12 +42,14 @@ class DataMetadata:
     unknown_tokens: int
     """Number of tokens that are the tokenizer's <unk>."""
     bad_lines: int
+    """Number of records of all inputs that could not become a document."""
     blank_lines: int
-    """Number of empty lines in JSONL files and of empty pieces of split text."""
+    """Number of empty lines in JSONL files and of empty pieces of split text, of all inputs."""
     loss_mask: bool
     """Whether PREFIX_loss_mask.bin/.idx exists."""
     sha256: dict[str, str]
-    """File suffix ("bin", "idx", "loss_mask.bin") -> SHA-256, compared when a job starts (``checks``)."""
+    """File suffix ("bin", "idx", and "loss_mask.bin", "loss_mask.idx" of a mask) -> SHA-256, compared when a job starts
+    (``checks``)."""
     chats: int | None = None
     """Number of lines with chat messages. None: prepared before this was counted."""
     format_version: int = FORMAT_VERSION
@@ -61,6 +63,11 @@ class DataMetadata:
 def loss_mask_prefix(prefix: str) -> str:
     """Return the prefix of the loss mask's indexed dataset."""
     return f"{prefix}_loss_mask"
+
+
+def valid_prefix(prefix: str) -> str:
+    """Return the prefix of the documents that ``--validation-fraction`` holds out."""
+    return f"{prefix}_valid"
 
 
 def metadata_path(prefix: str) -> Path:

@@ -15,7 +15,8 @@ from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documen
 from megatron_qad.data.chat import encode_chat
 from megatron_qad.data.chat_messages import parse_chat
 from megatron_qad.data.chat_template import ChatTemplate
-from megatron_qad.data.sources import BadLine, Record, encode_record
+from megatron_qad.data.records import BadLine, Record
+from megatron_qad.data.sources import encode_record
 from megatron_qad.data.time_limit import TimeLimitExceeded, time_limit
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine.errors import QADError
