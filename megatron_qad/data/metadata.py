@@ -14,6 +14,10 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_json
 
 FORMAT_VERSION = 1
+_ADVICE = (
+    "tools/prepare_data.py writes its metadata under this name. If the file is something else, rename it; if not, "
+    "prepare the data again."
+)
 
 
 @dataclasses.dataclass
@@ -94,7 +98,7 @@ def load_metadata(prefix: str) -> DataMetadata | None:
     path = metadata_path(prefix)
     if not path.exists():
         return None
-    content = read_json(path)
+    content = read_json(path, _ADVICE)
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         found = "is not metadata of tools/prepare_data.py" if version is None else f"has format version {version}"

@@ -7,7 +7,7 @@ lists for hours, and are far above every released model.
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_qad.engine.errors import QADError
@@ -136,14 +136,6 @@ def with_defaults(config: Config, defaults: Mapping[str, Any]) -> Section:
 def entries(config: Config, key: str) -> list[Section]:
     """Return the list of objects at ``key`` as ``Section`` objects."""
     return [_named(value, f"{place(config)}: {key}[{index}]") for index, value in enumerate(items(config, key, dict))]
-
-
-def one_of(config: Config, key: str, choices: Iterable[str], default: str | _Required = REQUIRED) -> str:
-    """Return the string at ``key``, which must be one of ``choices``."""
-    value, choices = text(config, key, default), tuple(choices)
-    if value not in choices:
-        raise _wrong(config, key, value, " or ".join(map(repr, choices)))
-    return value
 
 
 def dtype_name(config: Config) -> str | None:

@@ -22,6 +22,9 @@ QWEN_DEFAULTS = MappingProxyType(
 )
 """What transformers' config classes of Qwen2 and Qwen3 assume of keys that a config.json lacks, where Llama's class
 assumes something else."""
+# Qwen2 has these biases, and Qwen3 these norms, whether or not an entry says so. Qwen3-Coder's files have use_qk_norm.
+_QKV_BIAS_KEYS = frozenset({"attention_bias"})
+_QK_NORM_KEYS = frozenset({"use_qk_norm"})
 CONFIG_KEYS = frozenset(
     ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     + ("hidden_act", "rms_norm_eps", "vocab_size", "rope_parameters")
@@ -44,7 +47,9 @@ def layer_pattern(config: dict) -> str:
 
 def megatron_args(config: dict, *, qkv_bias: bool, qk_norm: bool) -> dict:
     """Return the Megatron options. Raises QADError for entries that Megatron would ignore or compute differently."""
-    _check_supported(config, qkv_bias)
+    _check_supported(
+        config, built=(_QKV_BIAS_KEYS if qkv_bias else frozenset()) | (_QK_NORM_KEYS if qk_norm else frozenset())
+    )
     num_heads, num_groups, head_dim = heads(config)
     if head_dim % 2:
         raise QADError(f"{values.place(config)}: head_dim {head_dim} is odd. Rotary embeddings need an even one.")
@@ -77,7 +82,7 @@ def is_tied(config: dict) -> bool:
     return values.flag(config, "tie_word_embeddings", False)
 
 
-def _check_supported(config: dict, qkv_bias: bool) -> None:
+def _check_supported(config: dict, built: frozenset[str]) -> None:
     rope_scaling(config)  # raises on unsupported types
     if (act := values.text(config, "hidden_act", "silu")) != "silu":
         raise QADError(f"{values.place(config)}: hidden_act {act!r:.100} is not supported. Expected 'silu'.")
@@ -87,8 +92,7 @@ def _check_supported(config: dict, qkv_bias: bool) -> None:
             f"{values.place(config)}: layer_types has {len(layer_types)} entries, num_hidden_layers is "
             f"{num_layers(config)}."
         )
-    # Qwen2 has these biases, whether or not an entry says so.
-    check_built(config, frozenset({"attention_bias"} if qkv_bias else ()))
+    check_built(config, built)
 
 
 def tensors(config: dict, *, qkv_bias: bool, qk_norm: bool) -> list[ParamMapping]:

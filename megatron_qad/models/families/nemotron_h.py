@@ -33,8 +33,7 @@ _KEYS = frozenset(
 )
 # Values that are fixed in Megatron's Mamba mixer.
 _MAMBA_VALUES = {"conv_kernel": 4, "use_conv_bias": True, "layer_norm_epsilon": 1e-5, "mamba_hidden_act": "silu"}
-# Infinity as JSON's bare Infinity, and as transformers 5 writes it.
-_NO_TIME_STEP_LIMIT = (None, [0.0, math.inf], [0.0, {"__float__": "Infinity"}])
+_NO_TIME_STEP_LIMIT = 1e9  # far above every time step, which is softplus of a projection; some files have 1e30
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _mamba_args(config: dict) -> dict:
                 f"{values.place(config)}: {key} {config[key]!r:.100} is not supported. Megatron's Mamba layers "
                 f"have {value!r}."
             )
-    if (limit := config.get("time_step_limit")) not in _NO_TIME_STEP_LIMIT:
+    if not _is_unlimited(limit := config.get("time_step_limit")):
         raise QADError(
             f"{values.place(config)}: time_step_limit {limit!r:.100} is not supported. Megatron's Mamba layers "
             "have no limits."
@@ -135,6 +134,17 @@ def _mamba_args(config: dict) -> dict:
         "mamba-num-groups": num_groups,
         "mamba-state-dim": values.integer(config, "ssm_state_size"),
     }
+
+
+def _is_unlimited(limit: object) -> bool:
+    """Return whether a ``time_step_limit`` has no effect: it is absent, or from 0 to infinity or a huge number."""
+    if not isinstance(limit, list):
+        return limit is None
+    if limit[1:] == [{"__float__": "Infinity"}]:  # as transformers 5 writes it
+        limit = [limit[0], math.inf]
+    if len(limit) != 2 or any(type(value) not in (int, float) for value in limit):
+        return False
+    return limit[0] == 0 and limit[1] >= _NO_TIME_STEP_LIMIT
 
 
 def _expert_args(config: dict) -> dict:
