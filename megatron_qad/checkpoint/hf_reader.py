@@ -11,6 +11,7 @@ from megatron_qad.checkpoint.hf_writer import COPIED_FILES
 from megatron_qad.checkpoint.model_directory import check_file
 from megatron_qad.engine.config_values import dtype_name
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.local_models import missing_config
 from megatron_qad.engine.text_files import read_json
 
 PASSTHROUGH_FILE = "passthrough.safetensors"
@@ -54,7 +55,7 @@ class HFReader:
         if (snapshots := self.directory / "snapshots").is_dir() and not file.exists():
             raise QADError(f"{self.directory}: is a cache of Hugging Face. Give a directory in {snapshots}.")
         if not file.exists() and not file.is_symlink():
-            raise QADError(f"{self.directory}: no config.json. Give a Hugging Face model directory.")
+            raise QADError(missing_config(self.directory, "Give a Hugging Face model directory."))
         return read_json(check_file(self.directory, file))
 
     def _find_tensors(self) -> dict[str, Path]:

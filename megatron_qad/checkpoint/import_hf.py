@@ -29,6 +29,7 @@ from megatron_qad.engine.text_files import read_json
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 """dtypes, as safetensors calls them, of the weights that are imported. Others would change a weight without a word."""
 
@@ -125,6 +126,11 @@ def copy_assets(source: Path, target: Path) -> None:
         exported["architectures"] = [architecture]
     if exported != config:
         (target / "config.json").write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
+    if not any((target / name).is_file() for name in _TOKENIZER_FILES):
+        print(
+            f"megatron_qad: WARNING: {source} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so exports will have "
+            "none, and servers need one. Copy its files to that directory and import again."
+        )
 
 
 def _read_passthrough(reader: HFReader) -> dict[str, torch.Tensor]:

@@ -24,6 +24,7 @@ from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write
 from megatron_qad.checkpoint.slice_reader import SliceReader, Stored
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.local_models import missing_config
 from megatron_qad.engine.plural import count
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.run_directory.iterations import iteration_dir, saved_iterations
@@ -78,9 +79,7 @@ def assets_of(hf_config: str | Path) -> Path:
     path = Path(hf_config)
     directory = path.parent if path.name == "config.json" else path
     if not (directory / "config.json").is_file():
-        raise QADError(
-            f"{path}: no config.json. Give the Hugging Face directory with config and tokenizer of the model."
-        )
+        raise QADError(missing_config(path, "Give the Hugging Face directory with config and tokenizer of the model."))
     return directory
 
 

@@ -206,6 +206,8 @@ def _check_save(flags: MegatronFlags, options: QADOptions, models: Sequence[Mode
         return
     student = models[0].checkpoint
     saving_checks.refuse_model_directory(flags.save, {"--qad-teacher": options.qad_teacher, "--qad-student": student})
+    if options.qad_dry_run:
+        saving_checks.check_writable(flags.save)
     if options.qad_ptq:
         saving_checks.refuse_training_run(flags.save)
 

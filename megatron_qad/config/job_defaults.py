@@ -44,6 +44,8 @@ def default_flags(
     if flags.micro_batch_size is None:
         added["micro-batch-size"] = 1
         notes.append("--micro-batch-size 1, because none was given; a larger one is faster if it fits in memory")
+    if trains:
+        notes += _notes_on_training(flags, options)
     if trains and flags.save is not None and flags.tensorboard_dir is None:
         added["tensorboard-dir"] = f"{flags.save}/tensorboard"
     if trains and flags.save is None and not flags.skip_train:
@@ -52,6 +54,24 @@ def default_flags(
             "ends. Add --save DIR to keep them."
         )
     return added, notes
+
+
+def _notes_on_training(flags: MegatronFlags, options: QADOptions) -> list[str]:
+    """Return notes on defaults of Megatron that a user would rather choose than get."""
+    notes = []
+    if flags.global_batch_size is None and not options.qad_ptq:
+        notes.append("--global-batch-size: none was given, so a step has one microbatch per data-parallel rank")
+    if not flags.bf16:
+        notes.append("weights and activations in float32, because --bf16 was not given")
+    if flags.data_path and flags.split is None:
+        notes.append("--split 969,30,1, because none was given: 3% of the data is held out for validation")
+    saves_once = flags.save_interval and flags.train_iters and flags.save_interval >= flags.train_iters
+    if flags.save is not None and saves_once and not options.qad_ptq:
+        notes.append(
+            f"--save-interval {flags.save_interval}: the only checkpoint is the one after the last step, so a crash "
+            "loses all steps. Give a smaller one to save more often"
+        )
+    return notes
 
 
 def check_seq_length(seq_length: int, max_lengths: Mapping[str, int]) -> None:

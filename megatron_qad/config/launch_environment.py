@@ -1,6 +1,7 @@
 """Reads and checks the environment variables with which a launcher starts the ranks, and a batch script the job."""
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine.errors import QADError
 
-_TORCHRUN = "torchrun --nproc-per-node NUM_RANKS pretrain_qad.py ..."
+_TORCHRUN = f"torchrun --nproc-per-node NUM_RANKS {sys.argv[0] or 'pretrain_qad.py'} ..."
+_SCRIPT = f"launch/torchrun.sh {sys.argv[0] or 'pretrain_qad.py'} ..."
 
 
 def world_size(flags: MegatronFlags, options: QADOptions, environ: Mapping[str, str]) -> int:
@@ -34,7 +36,9 @@ def check_ranks(environ: Mapping[str, str]) -> None:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if not environ.get(name)]
     if len(missing) == len(names):
-        raise QADError(f"the job was started without a launcher. Start it with {_TORCHRUN}, also for one rank.")
+        raise QADError(
+            f"the job was started without a launcher. Start it with {_SCRIPT} or {_TORCHRUN}, also for one rank."
+        )
     if missing:
         found = ", ".join(f"{name}={environ[name]}" for name in names if name not in missing)
         raise QADError(

@@ -1,5 +1,6 @@
 """Rejects flags about saving, keeping and logging that contradict each other, and directories that must not change."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def check_wandb(flags: MegatronFlags) -> None:
         raise QADError("--wandb-exp-name '': expected the run's name in wandb. Set a name or leave the flag out.")
     if flags.wandb_project and flags.save is None and not flags.wandb_save_dir:
         raise QADError("--wandb-project needs a directory for wandb's files. Pass --save or --wandb-save-dir.")
+
+
+def check_writable(save: str) -> None:
+    """Check, without creating anything, that a job could create or write its ``--save`` directory."""
+    directory = Path(save).absolute()
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir():
+        reason = f"Not a directory: {existing}"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        reason = f"no permission to write, or a read-only file system: {existing}"
+    else:
+        return
+    raise QADError(f"--save {save}: cannot be written ({reason}). Choose another place or make it writable.")
 
 
 def refuse_training_run(save: str | None) -> None:

@@ -248,7 +248,9 @@ def load_tokenizer(path: str | Path) -> DataTokenizer:
     path = Path(path)
     if path.is_dir():
         if not any((path / name).is_file() for name in _HF_FILES):
-            raise QADError(f"--tokenizer {path} has no tokenizer file; expected one of {', '.join(_HF_FILES)}.")
+            is_checkpoint = (path / "hf" / "config.json").is_file()
+            hint = f" The tokenizer of this checkpoint is in {path / 'hf'}." if is_checkpoint else ""
+            raise QADError(f"--tokenizer {path} has no tokenizer file; expected one of {', '.join(_HF_FILES)}.{hint}")
         return HFTokenizer(path)
     if path.is_file():
         if path.name == "tokenizer.json":

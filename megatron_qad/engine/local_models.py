@@ -30,6 +30,20 @@ def check_json_files(directory: str | Path) -> None:
             read_json(file)
 
 
+def missing_config(path: str | Path, advice: str) -> str:
+    """Return the message for a model directory without ``config.json``: what the path is instead, then ``advice``."""
+    path = Path(path)
+    if path.is_file():
+        found = " The path is a file."
+    elif not path.exists():
+        found = " The path does not exist; names on the Hub are not downloaded."
+    elif (path / "hf" / "config.json").is_file():
+        found = f" The directory is a Megatron checkpoint; config and tokenizer of its model are in {path / 'hf'}."
+    else:
+        found = ""
+    return f"{path}: no config.json. {advice}{found}"
+
+
 def local_config(directory: str | Path) -> "PretrainedConfig":
     """Return the config of a model directory, with the implementations that transformers itself chooses.
 
@@ -38,6 +52,8 @@ def local_config(directory: str | Path) -> "PretrainedConfig":
             needs code of its own.
     """
     directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise QADError(missing_config(directory, "Give a Hugging Face directory with model and tokenizer."))
     check_json_files(directory)
     content = read_json(directory / "config.json")
     for path, value in _implementations(content):

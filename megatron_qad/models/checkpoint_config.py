@@ -31,7 +31,9 @@ def read_config(checkpoint: str | Path) -> dict:
 
 
 def _next_step(directory: Path) -> str:
-    """Return the sentence that names the import which a directory of other software needs, or an empty string."""
+    """Return the sentence that names the right directory, or the import that this one needs, or an empty string."""
+    if (directory.parent / "hf" / "config.json").is_file() and directory.is_dir():
+        return f" Give {directory.parent}, and its iteration with --iteration."
     holds_iteration = holds_checkpoints(directory) or (directory / ".metadata").is_file()
     if holds_iteration and not (directory / JOB_FILE).is_file():
         return (

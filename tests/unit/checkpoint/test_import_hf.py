@@ -91,7 +91,7 @@ def test_planted_link_is_not_followed(complete, tmp_path):
 
 
 def test_missing_directory_and_invalid_config_are_errors(damaged, refuses, tmp_path):
-    refuses(tmp_path / "nowhere", "nowhere: no config.json")
+    refuses(tmp_path / "nowhere", "nowhere: no config.json.*The path does not exist; names on the Hub are not downl")
     (damaged / "config.json").write_text("{")
     refuses(damaged, "config.json: not valid JSON")
 
@@ -437,7 +437,13 @@ def test_export_without_config_job_file_or_tracker_is_an_error(complete, tmp_pat
         export_hf(complete, tmp_path / "out", "bf16")
     copy_assets(complete, tmp_path / "checkpoint" / "hf")
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")
-    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py"):
+    (tmp_path / "checkpoint" / "iter_0000002").mkdir()
+    with pytest.raises(
+        QADError, match="iter_0000002: no hf/config.json.* Give .*checkpoint, and its iteration with --it"
+    ):
+        export_hf(tmp_path / "checkpoint" / "iter_0000002", tmp_path / "out", "modelopt")
+    (tmp_path / "checkpoint" / "iter_0000002").rmdir()
+    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py.*--layout bf16"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
     with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "bf16")
@@ -458,3 +464,12 @@ def test_command_lines_print_one_error_line(complete, tmp_path, tool, server):
     (line,) = [line for line in output.splitlines() if "error" in line.lower() or "Traceback" in line]
     assert line.startswith("error: ") and expected[tool] in line
     assert not (tmp_path / "out").exists()
+
+
+def test_model_without_tokenizer_is_imported_with_a_warning(complete, tmp_path, capsys):
+    copy_assets(complete, tmp_path / "with")
+    assert "has no tokenizer" not in capsys.readouterr().out
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((complete / "config.json").read_text())
+    copy_assets(tmp_path / "bare", tmp_path / "without")
+    assert f"WARNING: {tmp_path}/bare has no tokenizer (tokenizer.json, " in capsys.readouterr().out

@@ -213,7 +213,12 @@ CONFIG_DAMAGE = {
         None,
         "hf_quant_config.json: quantization.kv",
     ),
-    "no config": ("modelopt", config_change(QC, None), None, "config.json: quantization_config.quant_method is None"),
+    "no config": (
+        "modelopt",
+        config_change(QC, None),
+        None,
+        "config.json: quantization_config.quant_method is None, so the model is not",
+    ),
     "family": (
         "modelopt",
         config_change("model_type", "mamba"),
@@ -359,6 +364,11 @@ def test_command_line_prints_issues_and_exits_with_1(tmp_path):
     assert "1 issue" in damaged.stdout
     assert issues(tmp_path / "nowhere") == [
         f"{tmp_path / 'nowhere'}: is not a directory; expected an exported checkpoint"
+    ]
+    (tmp_path / "run" / "hf").mkdir(parents=True)
+    (tmp_path / "run" / "hf" / "config.json").write_text("{}")
+    assert issues(tmp_path / "run") == [
+        f"{tmp_path / 'run'}: is a Megatron checkpoint; expected an exported one (tools/export_hf.py)"
     ]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -134,7 +135,7 @@ def test_missing_shape_of_a_microbatch_gets_a_default(checkpoint):
     config = read_job_config(argv, parser, CPU, {})
     assert (config.flags.seq_length, config.flags.micro_batch_size) == (64, 1)
     assert config.megatron_argv[-4:] == ("--seq-length", "64", "--micro-batch-size", "1")
-    seq_length, micro_batch_size, no_save = config.notes
+    seq_length, micro_batch_size, *_, no_save = config.notes
     assert seq_length.startswith(f"--seq-length 64, because none was given (64 positions in {checkpoint}")
     assert micro_batch_size.startswith("--micro-batch-size 1, because none was given")
     three = ["--context-parallel-size", "3"]  # rows must be a multiple of 6 tokens
@@ -142,9 +143,40 @@ def test_missing_shape_of_a_microbatch_gets_a_default(checkpoint):
 
 
 def test_job_that_keeps_nothing_says_so(read):
-    (warning,) = read().notes
+    chosen = ("--bf16", "--global-batch-size", "4", "--save-interval", "4")
+    (warning,) = read(*chosen).notes
     assert warning.startswith("WARNING: no --save: this job keeps nothing.")
-    assert read("--save", "run").notes == read("--skip-train").notes == ()
+    assert read(*chosen, "--save", "run").notes == read(*chosen, "--skip-train").notes == ()
+
+
+@pytest.mark.parametrize(
+    "flags, note",
+    [
+        (["--bf16"], "--global-batch-size: none was given, so a step has one microbatch per data-parallel rank"),
+        (["--global-batch-size", "4"], "weights and activations in float32, because --bf16 was not given"),
+        (["--bf16", "--data-path", "7"], "--split 969,30,1, because none was given: 3% of the data is held out"),
+        (["--bf16", "--save", "run"], "--save-interval 1000: the only checkpoint is the one after the last step"),
+    ],
+)
+def test_defaults_that_surprise_are_noted(read, flags, note):
+    assert any(line.startswith(note) for line in read(*flags).notes)
+    chosen = ("--bf16", "--global-batch-size", "4", "--split", "9,1,0", "--save", "run", "--save-interval", "4")
+    assert not any(line.startswith(note.split(" ")[0]) for line in read(*flags, *chosen).notes)
+
+
+def test_dry_run_refuses_a_save_directory_that_cannot_be_written(read, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QADError, match=r"--save .*file/run: cannot be written \(Not a directory: .*file\)"):
+        read("--qad-dry-run", "--save", f"{tmp_path}/file/run")
+    read("--qad-dry-run", "--save", f"{tmp_path}/new/run")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every directory")
+def test_dry_run_refuses_a_read_only_save_directory(read, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(QADError, match="cannot be written .no permission to write"):
+        read("--qad-dry-run", "--save", f"{tmp_path}/run")
 
 
 def test_tensorboard_events_are_next_to_the_checkpoints(read):

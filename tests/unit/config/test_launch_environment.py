@@ -22,7 +22,7 @@ def test_complete_variables_pass():
 @pytest.mark.parametrize(
     "environ, message",
     [
-        ({}, "the job was started without a launcher. Start it with torchrun"),
+        ({}, "the job was started without a launcher. Start it with launch/torchrun.sh"),
         ({"RANK": "0"}, "WORLD_SIZE and MASTER_ADDR and MASTER_PORT: not set, although RANK=0 is."),
         ({"WORLD_SIZE": "8"}, "RANK and MASTER_ADDR and MASTER_PORT: not set, although WORLD_SIZE=8 is."),
         (ONE | {"MASTER_ADDR": ""}, "MASTER_ADDR: not set, although RANK=0, WORLD_SIZE=1, MASTER_PORT=29500 is."),

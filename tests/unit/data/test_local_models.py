@@ -138,3 +138,26 @@ def test_damaged_settings_of_a_resumed_output_are_one_error(model_dir, content):
     generate_documents(model_dir, None, output, OPTIONS)
     (model_dir.parent / "out.jsonl.settings.json").write_bytes(content)
     refuses(model_dir, "out.jsonl.settings.json: .*Choose another output file|not UTF-8")
+
+
+def test_path_without_config_says_what_it_is_instead(tmp_path):
+    (tmp_path / "checkpoint" / "hf").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "hf" / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    expected = {
+        "checkpoint": f"The directory is a Megatron checkpoint; config and tokenizer of its model are in {tmp_path}/ch",
+        "model.safetensors": "The path is a file.",
+        "org/model": "The path does not exist; names on the Hub are not downloaded.",
+    }
+    for name, reason in expected.items():
+        with pytest.raises(QADError, match=f"{name}: no config.json. Give a Hugging Face directory .* {reason}"):
+            local_config(tmp_path / name)
+
+
+def test_checkpoint_given_as_tokenizer_names_the_tokenizer_directory(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(
+        QADError, match=f"has no tokenizer file; .* The tokenizer of this checkpoint is in {tmp_path}/hf"
+    ):
+        load_tokenizer(tmp_path)
