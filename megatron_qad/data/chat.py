@@ -29,6 +29,7 @@ from megatron_qad.data.chat_template import ChatTemplate, TemplateLimitExceeded
 
 MULTI_TURN = ("each", "last")
 """Which turns of the assistant count, the values of ``--multi-turn``."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass
@@ -68,11 +69,29 @@ def encode_chat(
     """
     with template.limit():
         renderings = _renderings(template, chat, multi_turn)
+    _check_roles_are_rendered(chat, renderings)
     encoded = [_encode(hf_tokenizer, r, drop_after_eos=not template.marks_assistant) for r in renderings]
     documents = [(ids, mask) for ids, mask in encoded if any(mask)]
     if not documents:
         raise BadDocument("the assistant's messages have no token that could count in the loss")
     return documents
+
+
+def _check_roles_are_rendered(chat: Chat, renderings: Sequence[_Rendering]) -> None:
+    """Check that the template renders messages whose role is not one of the usual ones, such as "human".
+
+    A template that compares roles with names leaves the others out without an error, and the answer to a question that
+    is not there would count.
+    """
+    for i, message in enumerate(chat.messages[: chat.assistant_turns()[-1]]):
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        rendered = all(any(part.strip() in r.text for r in renderings) for part in parts)
+        if message["role"] not in _ROLES and not rendered:
+            raise BadDocument(
+                f"messages[{i}] ({message['role'][:20]}): the chat template leaves out messages of this role. Use a "
+                "role that it knows, such as 'user'"
+            )
 
 
 def _renderings(template: ChatTemplate, chat: Chat, multi_turn: str) -> list[_Rendering]:

@@ -32,8 +32,11 @@ def read_config(checkpoint: str | Path) -> dict:
 
 def _next_step(directory: Path) -> str:
     """Return the sentence that names the right directory, or the import that this one needs, or an empty string."""
-    if (directory.parent / "hf" / "config.json").is_file() and directory.is_dir():
-        return f" Give {directory.parent}, and its iteration with --iteration."
+    is_within = (directory.parent / "hf" / "config.json").is_file() and directory.is_dir()
+    if is_within and (directory.name != "hf" or holds_checkpoints(directory.parent)):
+        number = directory.name.removeprefix("iter_").lstrip("0")
+        iteration = f", and --iteration {number} to an export" if number.isdigit() else ""
+        return f" Give {directory.parent}{iteration}."
     holds_iteration = holds_checkpoints(directory) or (directory / ".metadata").is_file()
     if holds_iteration and not (directory / JOB_FILE).is_file():
         return (

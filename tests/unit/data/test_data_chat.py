@@ -455,3 +455,17 @@ def test_a_long_chat_takes_a_moment(with_template):
     [(ids, mask)] = tokenizer.encode_chat(chat)
     assert time.process_time() - start < 2
     assert len(counted_runs(tokenizer, ids, mask)) == 200
+
+
+def test_role_that_the_template_leaves_out_is_a_bad_line(make_hf_dir):
+    only = "{% if m.role in ['user', 'assistant'] %}"
+    named = CHATML.replace("<|im_start|>{{ m.role }}", only + "<|im_start|>{{ m.role }}")
+    named = named.replace("<|im_end|>\n{% endfor %}", "<|im_end|>\n{% endif %}{% endfor %}")
+    any_role = named.replace(only, "{% if true %}")
+    messages = [{"role": "human", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+    with pytest.raises(
+        BadDocument, match=r"messages\[0\] \(human\): the chat template leaves out messages of this role"
+    ):
+        load_tokenizer(make_hf_dir(named)).encode_chat(parse_chat({"messages": messages}))
+    [(ids, mask)] = load_tokenizer(make_hf_dir(any_role)).encode_chat(parse_chat({"messages": messages}))
+    assert 0 < sum(mask) < len(ids)
