@@ -21,13 +21,9 @@ class RunningAmax(MaxCalibrator):
     modelopt's calibrator raises on NaN, without the linear's name and on one rank only. Here all ranks raise together,
     with the name, after the passes, and no pass waits for the device."""
 
-    num_tokens = 0
-    """Number of tokens (input rows) collected so far."""
-
     def collect(self, x: torch.Tensor) -> None:
-        if x.numel() == 0:  # an expert that received no tokens
+        if x.numel() == 0:  # no token reached an expert of this rank
             return
-        self.num_tokens += x.numel() // x.shape[-1]
         amax = tensor_amax(x)
         self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
 
