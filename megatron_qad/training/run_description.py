@@ -4,12 +4,17 @@ import os
 import shutil
 from pathlib import Path
 
+from megatron.core import dist_checkpointing
+
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
-from megatron_qad.engine.run_directory.iterations import smoothing_record
+from megatron_qad.engine.run_directory.iterations import iteration_dir, smoothing_record
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, RUN_RECORDS, SMOOTHING_FILE, read_record
 from megatron_qad.models.checkpoint_config import read_job
+
+_GROUPED_EXPERTS = {"expert_parameters": "grouped"}
+"""Entry of ``qad.json``: all local experts of a projection are one parameter. Older versions had one per expert."""
 
 
 def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> None:
@@ -58,8 +63,33 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
         "kv_cache": config.policy.kv_cache,
         "scale_rule": options.qad_weight_scale_rule,
         "formats": dict(formats),
+        **_GROUPED_EXPERTS,
     }
     json_records.write(save / JOB_FILE, job)
+
+
+def check_optimizer_order(config: JobConfig, load: Path, iteration: int) -> None:
+    """Check that the optimizer state of a checkpoint is stored in the order of this version's parameters.
+
+    By default the distributed optimizer stores its flat buffers. Their sizes do not depend on the order of the
+    parameters, so that state of separate experts would be loaded without an error, for the wrong weights. All other
+    formats store the state by the name of the weight and can be loaded.
+
+    Raises:
+        QADError: the checkpoint has flat buffers of a version in which every expert had its own parameters.
+    """
+    directory = iteration_dir(load, iteration)
+    content = dist_checkpointing.load_content_metadata(str(directory)) or {}
+    has_experts = "E" in config.student.family.layer_pattern(config.student.hf)
+    if not has_experts or content.get("distrib_optim_sharding_type") != "dp_reshardable":
+        return
+    job = json_records.read(directory / JOB_FILE) if (directory / JOB_FILE).is_file() else {}
+    if not _GROUPED_EXPERTS.items() <= job.items():
+        raise QADError(
+            f"--load {load}: the optimizer state of {directory.name} is in the order of separate parameters for every "
+            "expert; this version has one parameter for all experts of a projection. Resume with the version that "
+            "saved it, or pass --no-load-optim to continue from the weights alone."
+        )
 
 
 def _describe_smoothing(checkpoint: Path, save: Path, load: Path | None) -> None:

@@ -32,7 +32,7 @@ def test_grouped_equals_loop(dtype, load):
     assert can_group(x, weight)
     actual = value_and_gradients(grouped_product, x, weight, output_grad, LOADS[load])
     expected = value_and_gradients(looped_product, x, weight, output_grad, LOADS[load])
-    # Two float32 sums of n <= 48 products in different orders differ by at most 2 * n roundings (2^-24) of the sum of the
+    # Two float32 sums of n <= 48 products in different orders differ by at most 2 * n roundings (2^-24) of the sum of
     # magnitudes, n * the largest product. A bfloat16 result is such a sum, rounded once: one more ulp, 2^-7.
     largest = max(t.abs().max().item() for t in (x, weight, output_grad)) ** 2
     tolerances = {"atol": 2 * 48 * 2**-24 * 48 * largest, "rtol": 2**-7 if dtype == torch.bfloat16 else 0}
