@@ -1,8 +1,4 @@
-"""Linear of all local experts: one weight [experts, out, in], multiplied by grouped GEMMs.
-
-Tokens arrive sorted by expert. ``torch.nn.functional.grouped_mm`` multiplies each expert's rows with its matrix in one
-call; dtypes and sizes that it does not support are multiplied in a loop over the experts.
-"""
+"""Linear of all local experts: one weight [experts, out, in] in memory, one tensor for each expert in checkpoints."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,48 +10,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from megatron_qad.models.grouped_product import grouped_product
 from megatron_qad.models.weight_loading import GATED_HALVES
-
-_ALIGNMENT = 16
-"""Number of bytes by which ``grouped_mm`` requires every row to be aligned."""
-_GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def grouped_product(x: Tensor, weight: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
-    """Multiply the rows of each expert with its matrix.
-
-    Args:
-        x: [tokens, in], sorted by expert.
-        weight: [experts, out, in], of the same dtype.
-        tokens_per_expert: number of rows of each expert; may be 0.
-
-    Returns:
-        [tokens, out], ``x[i] @ weight[expert of i].T``. Experts without tokens get a gradient of zeros.
-
-    Example:
-        >>> x, weight = torch.ones(3, 4), torch.stack([torch.ones(4, 4), 2 * torch.ones(4, 4)])
-        >>> grouped_product(x, weight, [1, 2])[:, 0]
-        tensor([4., 8., 8.])
-    """
-    if not can_group(x, weight):
-        return looped_product(x, weight, tokens_per_expert)
-    ends = torch.tensor(tokens_per_expert, pin_memory=x.is_cuda).cumsum(0, dtype=torch.int32)
-    # The copy must not wait for the device, which still computes earlier layers.
-    ends = ends.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else ends
-    return torch.nn.functional.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=ends)
-
-
-def looped_product(x: Tensor, weight: Tensor, tokens_per_expert: Sequence[int]) -> Tensor:
-    """Compute ``grouped_product`` expert by expert, for every dtype and size. This is the reference."""
-    # unbind has one gradient for all experts; indexing would create a zero gradient of the full weight for each.
-    return torch.cat([rows @ w.t() for rows, w in zip(x.split(list(tokens_per_expert)), weight.unbind(), strict=True)])
-
-
-def can_group(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``grouped_mm`` supports the product and its gradients: dtype, aligned rows, and at least one row."""
-    elements = _ALIGNMENT // x.element_size()
-    is_aligned = all(size % elements == 0 for size in weight.shape[1:])
-    return x.dtype in _GROUPED_DTYPES and x.dtype == weight.dtype and is_aligned and len(x) > 0
 
 
 class GroupedLinear(torch.nn.Module):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_qad.models.grouped_linear import can_group, grouped_product, looped_product
+from megatron_qad.models.grouped_product import can_group, grouped_product, looped_product
 
 LOADS = {
     "balanced": [5, 5, 5, 5],
@@ -78,3 +78,17 @@ def test_supported_products_are_grouped():
     x, weight, _ = operands(20, torch.float32)
     output = grouped_product(x, weight.requires_grad_(), [5] * 4)
     assert type(output.grad_fn).__name__ == "GroupedMmBackward0"
+
+
+@pytest.mark.parametrize(
+    "total", [torch.sum, lambda y: y.t().contiguous().square().sum()], ids=["expanded", "transposed"]
+)
+def test_gradients_of_any_strides(total):
+    x, weight, _ = operands(20, torch.float32)
+    grads = []
+    for product in (grouped_product, looped_product):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        grads.append(torch.autograd.grad(total(product(*inputs, [5] * 4)), inputs))
+    for a, b in zip(*grads, strict=True):
+        # The bound above. Operands are at most 4.5, so outputs at most 32 * 4.5^2, and their gradient is twice that.
+        torch.testing.assert_close(a, b, rtol=0, atol=2 * 48 * 2**-24 * 48 * (2 * 32 * 4.5**2) * 4.5)
