@@ -35,7 +35,7 @@ from megatron_qad.training.calibration_pass import CalibrationPass
 from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
 from megatron_qad.training.models import build_teacher, check_disjoint, model_config
-from megatron_qad.training.run_description import check_optimizer_order, describe_run
+from megatron_qad.training.run_description import check_expert_state, describe_run
 from megatron_qad.training.teacher import Teacher
 
 
@@ -153,7 +153,7 @@ class QADJob:
         resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
         resumes = args.load is not None and checkpoint_exists(args.load)
         if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
-            check_optimizer_order(config, Path(args.load), resumes_at)
+            check_expert_state(config, args, Path(args.load), resumes_at)
         events.job_begins(self, resumes_at)
         if not resumes or self.needs_initial_weights:
             events.phase("loading the student", is_long=True)

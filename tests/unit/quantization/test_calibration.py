@@ -9,7 +9,6 @@ from megatron_qad.engine import QADError
 from megatron_qad.formats import nvfp4
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
-from megatron_qad.quantization.names import of_expert
 
 
 def collect_counts(*batches) -> torch.Tensor:
@@ -72,34 +71,6 @@ def test_percentile_excludes_outliers_and_100_is_the_maximum(make_chunk, linears
 
 
 EXPERTS = "decoder.layers.0.mlp.experts.experts.*.linear_fc1"
-
-
-class AllExperts(torch.nn.Module):
-    """One linear of each of three experts, with the attributes of ``GroupedLinear``."""
-
-    first_expert = 3
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0)))
-
-    def forward(self, x, tokens_per_expert):
-        return torch.cat([rows @ w.t() for rows, w in zip(x.split(tokens_per_expert), self.weight, strict=True)]), None
-
-
-@pytest.fixture
-def experts(make_chunk):
-    """Function that returns a chunk with one layer of experts, their linear, and the formats of all of the layer."""
-
-    def make():
-        chunk = make_chunk((32, 32))
-        layer = chunk.decoder.layers[0]
-        layer.mlp = torch.nn.Module()
-        layer.mlp.experts = torch.nn.Module()
-        layer.mlp.experts.linear_fc1 = AllExperts()
-        return chunk, layer.mlp.experts.linear_fc1, {f"{of_expert(EXPERTS, i)}.weight": "nvfp4" for i in range(6)}
-
-    return make
 
 
 @pytest.mark.parametrize("percentile", [None, 99.0])
