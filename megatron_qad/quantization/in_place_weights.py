@@ -98,7 +98,8 @@ class InPlaceWeights:
         Args:
             then_updated: whether an optimizer step follows the block (training), after which the weights are stale.
         """
-        masters = {name: w.detach().clone() for name, w in self.weights.items() if w.dtype == torch.float32}
+        float32 = [name for name, linear in self.linears.items() if linear.parameter.dtype == torch.float32]
+        masters = {name: self.weights[name].detach().clone() for name in float32}
         if self.is_stale:
             self.quantize_()
         self.is_stale = then_updated or bool(masters)
@@ -112,7 +113,7 @@ class InPlaceWeights:
     def were_not_updated(self) -> None:
         """Record that the announced optimizer step was skipped: 16-bit weights are still quantized, and quantizing
         again could change one. Float32 weights were restored and stay stale."""
-        self.is_stale = any(w.dtype == torch.float32 for w in self.weights.values())
+        self.is_stale = any(linear.parameter.dtype == torch.float32 for linear in self.linears.values())
 
     def were_loaded(self) -> None:
         """Record that the weights come from a checkpoint, which may contain quantized ones."""

@@ -17,7 +17,7 @@ from torch import Tensor
 ALL_EXPERTS = "*"
 """Index in the names of modules and quantizers that all experts of a layer share."""
 _GROUPED = re.compile(r"(.*\.experts)\.(linear_fc[12](\..*)?)")
-_EXPERT = re.compile(r"\.experts\.(\d+|\*)\.")
+_EXPERT = re.compile(r"(\.experts\.)(\d+|\*)(?=\.)")
 
 
 def named_modules_globally(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -94,3 +94,8 @@ def name_is_shared(name: str) -> bool:
 def of_expert(name: str, index: int) -> str:
     """Return the name of one expert's linear, from the name that all experts of its layer share."""
     return name.replace(ALL_EXPERTS, str(index))
+
+
+def of_all_experts(name: str) -> str:
+    """Return the name that all experts of a layer share, from the name of one; other names are returned unchanged."""
+    return _EXPERT.sub(rf"\1{ALL_EXPERTS}", name)

@@ -133,3 +133,26 @@ def merged_amaxes(checkpoint: str, flags: list[str], result: str) -> None:
             merged[name] = factory.merge_fn([torch.tensor([float(i + 1)]) for i in indices])
         if torch.distributed.get_rank() == 0:
             torch.save(merged, result)
+
+
+def trace_nan_gradient(checkpoint: str, flags: list[str], result: str) -> None:
+    """Save what the NaN trace finds if the gradient of the second expert of the last rank contains NaN."""
+    from worker_job import job
+
+    from megatron_qad.models.builder import build_chunks
+    from megatron_qad.models.experts import Experts
+    from megatron_qad.training.models import model_config
+    from megatron_qad.training.nan_trace import NaNTrace
+
+    sizes = ["--seq-length", "8", "--micro-batch-size", "1", "--global-batch-size", "8"]
+    with job(checkpoint, 1, 1, *sizes, *flags) as started:
+        chunks = build_chunks(model_config(started.config, started.args, started.config.teacher))
+        first = next(module for module in chunks[0].modules() if isinstance(module, Experts))
+        first.linear_fc2.weight.grad = torch.zeros_like(first.linear_fc2.weight)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            first.linear_fc2.weight.grad[1, 0, 0] = torch.nan
+        trace = NaNTrace()
+        trace.check_gradients(chunks, order=0)
+        found = trace.gather()
+        if torch.distributed.get_rank() == 0:
+            torch.save(found, result)

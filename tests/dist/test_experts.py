@@ -71,6 +71,14 @@ def test_amaxes_of_older_checkpoints_load_as_their_maximum(workshop):
     assert all(torch.equal(amax, torch.tensor([8.0])) for amax in merged.values())
 
 
+def test_nan_is_traced_to_the_expert(workshop):
+    result = str(workshop.directory / "trace")
+    arguments = {"checkpoint": f"{workshop.directory}/gated_teacher", "flags": EP2, "result": result}
+    workshop.server.run("expert_jobs:trace_nan_gradient", 2, arguments)
+    name = "decoder.layers.1.mlp.experts.experts.5.linear_fc2.weight"
+    assert torch.load(result) == [(1, f"the gradient: 1 of {4 * 64 * 32} values of {name} are NaN or Inf")]
+
+
 # Parallelism of each step, and flags and tolerance of the loss. In BF16 other partial sums are rounded to 8 bits, which
 # changes the loss by 2e-3 here.
 RESHARDED = [("tp2ep2", 4, TP2 + EP2), ("ep4", 4, EP4), ("ep2", 2, EP2)]

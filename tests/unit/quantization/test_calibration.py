@@ -8,7 +8,12 @@ from hypothesis import strategies as st
 from megatron_qad.engine import QADError
 from megatron_qad.formats import nvfp4
 from megatron_qad.quantization.activations import ActivationQuantizers
-from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
+from megatron_qad.quantization.calibration import (
+    MagnitudeCounts,
+    largest_over_experts,
+    make_calibrator,
+    percentile_amax,
+)
 
 
 def collect_counts(*batches) -> torch.Tensor:
@@ -116,3 +121,18 @@ def test_using_other_formats_of_experts(experts):
     assert torch.equal(linear(x, [3, 3, 3])[0], unquantized) and not torch.equal(quantized, unquantized)
     quantizers.use(formats)
     assert torch.equal(linear(x, [3, 3, 3])[0], quantized)
+
+
+def test_amaxes_of_experts_calibrated_alone_become_their_maximum():
+    """As in checkpoints of older versions. Layers, projections and other linears keep their own."""
+    layer = "decoder.layers.{}.mlp.experts.experts.{}.linear_fc{}.input_quantizer._amax"
+    amaxes = {
+        layer.format(n, i, fc): torch.tensor([n + 10.0 * i + 100 * fc])
+        for n in (1, 3)
+        for i in (0, 12, 2)
+        for fc in (1, 2)
+    }
+    amaxes["decoder.layers.1.mlp.shared_experts.linear_fc1.input_quantizer._amax"] = torch.tensor([7.0])
+    shared = {name: amax.item() for name, amax in largest_over_experts(amaxes).items()}
+    expected = {layer.format(n, i, fc): n + 120.0 + 100 * fc for n in (1, 3) for i in (0, 12, 2) for fc in (1, 2)}
+    assert shared == expected | {"decoder.layers.1.mlp.shared_experts.linear_fc1.input_quantizer._amax": 7.0}
