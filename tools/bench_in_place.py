@@ -101,6 +101,7 @@ def in_every_forward(in_place: type) -> type:
     class InEveryForward(in_place):
         def __init__(self, chunks, formats, *args, **kwargs):
             super().__init__(chunks, formats, *args, **kwargs)
+            assert all(linear.expert is None for linear in self.linears.values()), "not supported: experts"
             self.num_in_forward = self.num_schedules = 0
             self._is_counting = False  # calibration runs its forward passes outside quantized_weights
             register_quant_backend("bench_nvfp4_weights", self._quantize)

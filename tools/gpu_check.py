@@ -2,11 +2,11 @@
 
     python tools/gpu_check.py [--device cuda|cpu] [--tiny] [--only NAME ...] [--seconds 480]
 
-The checks compare kernels with their references, a copy's rate and modelopt; they measure the fused output layer; and
-they compare a training step with modelopt's distillation and its memory with the dry run. Without a GPU, they run in
-plain PyTorch with tiny sizes. Each check (gpu_check_*.py) runs in its own process with its own time limit. A check that
-raises, breaks its CUDA context or hangs becomes a failed row, and the others still run. The exit status is 1 if a row
-has the verdict "fail".
+The checks compare kernels with their references, a copy's rate and modelopt; they measure the fused output layer; they
+compare a training step with modelopt's distillation and its memory with the dry run, and grouped with looped experts.
+Without a GPU, they run in plain PyTorch with tiny sizes. Each check (gpu_check_*.py) runs in its own process with its
+own time limit. A check that raises, breaks its CUDA context or hangs becomes a failed row, and the others still run.
+The exit status is 1 if a row has the verdict "fail".
 """
 
 import argparse
@@ -24,6 +24,7 @@ from dataclasses import asdict, astuple
 from pathlib import Path
 
 import psutil  # also a dependency of accelerate
+from gpu_check_experts import experts
 from gpu_check_losses import fused_output_layer, kl, kl_compiled
 from gpu_check_nvfp4 import nvfp4
 from gpu_check_step import training_step
@@ -36,6 +37,7 @@ CHECKS = (
     Check("fused output layer", 50, fused_output_layer),
     Check("training step", 190, training_step),
     Check("KL, torch.compile", 45, kl_compiled),
+    Check("experts", 15, experts),
 )
 """The checks, in the order of the table. Each is a function that yields rows. Without a GPU, sizes are tiny, PyTorch
 replaces the kernels, rows that need a kernel say so, and no speed is judged. All time limits together are <= 480 s."""

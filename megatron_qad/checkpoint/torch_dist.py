@@ -14,6 +14,7 @@ from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.engine.run_directory.restricted_unpickling import one_error
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.models.weight_loading import AMAX, GATED_HALVES
+from megatron_qad.quantization.calibration import largest_over_experts
 
 
 class TorchDistReader:
@@ -51,11 +52,11 @@ class TorchDistReader:
         return {name: torch.cat([loaded.pop(part) for part in group]) for name, group in parts.items()}
 
     def read_amaxes(self) -> dict[str, torch.Tensor]:
-        """Return the amax of every quantizer by name.
+        """Return the amax of every quantizer by name; that of an input is the same for all experts of a layer.
 
         They are read at once because each ``read`` loads the index of the checkpoint, which takes a second for a model
         with thousands of experts."""
-        return self.read([name for name in self._metadata if name.endswith(AMAX)])
+        return largest_over_experts(self.read([name for name in self._metadata if name.endswith(AMAX)]))
 
     def _load(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         for name in names:

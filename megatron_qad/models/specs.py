@@ -65,7 +65,8 @@ def _te_spec(qk_layernorm: bool, trains_router: bool) -> ModuleSpec:
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec as upstream
 
     layers = upstream.submodules
-    # Megatron's TE experts are one grouped GEMM, in which all expert inputs would share one quantizer.
+    # The routed experts are those of the local spec. TE's grouped linears have one parameter per expert, no torch
+    # reference, and run only on a GPU.
     mlp = moe_mlp(MoELayer, TEColumnParallelLinear, TERowParallelLinear, trains_router=trains_router)
     layer_specs = {"moe_layer": _with_submodules(layers.moe_layer, mlp=mlp)}
     if qk_layernorm:  # Megatron's attention spec has no QK norm

@@ -13,18 +13,24 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer, register_quant_backend
-from modelopt.torch.quantization.nn.modules.quant_module import QuantLinearConvBase
+from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase, QuantLinearConvBase
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
+from modelopt.torch.utils.distributed import ParallelState
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.quantization.calibration import make_calibrator, percentile_amax, zero_counts
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
-from megatron_qad.quantization.names import named_modules_globally, sibling_experts
+from megatron_qad.quantization.names import name_is_shared, named_modules_globally, of_expert
 
-MIN_EXPERT_TOKENS = 16
-"""Minimum number of calibration tokens for which an expert's own amax is reliable."""
+
+class QuantGroupedLinear(QuantInputBase):
+    """Linear of all local experts with one quantizer for the inputs of all of them."""
+
+    def _setup(self):
+        super()._setup()
+        self.parallel_state = ParallelState(None)  # ours reduces the amax; without it modelopt warns
 
 
 class FakeQuantSTE(torch.autograd.Function):
@@ -67,7 +73,8 @@ class ActivationQuantizers:
         chunks: unwrapped model chunks; modelopt replaces their linears in place.
         formats: the format of every linear, by global Megatron weight name.
         groups: the tensor-parallel and data-parallel process groups, in this order. The amax of an activation is the
-            maximum over all their ranks; ranks may hold different experts.
+            maximum over all their ranks. The experts of a layer share one amax per projection, as servers compute with
+            the maximum over all experts.
         kv_cache: KV cache format, one of ``KV_CACHE_FORMATS``.
         percentile: percentage of the input magnitudes that an amax covers. None means the maximum.
     """
@@ -81,28 +88,23 @@ class ActivationQuantizers:
         kv_cache: str = "bf16",
         percentile: float | None = None,
     ):
-        # Tensor-parallel ranks process the same tokens, data-parallel ranks different ones.
-        ops = (torch.distributed.ReduceOp.MAX, torch.distributed.ReduceOp.SUM)
-        reductions = [(g, op) for g, op in zip(groups, ops, strict=False) if g is not None and g.size() > 1]
-        self.groups, self.count_ops = [g for g, _ in reductions], [op for _, op in reductions]
+        self.groups = [group for group in groups if group is not None and group.size() > 1]
         self.percentile = percentile
         self.quantizers: dict[str, TensorQuantizer] = {}
-        """Quantizers by global name: ``LINEAR``, or ``ATTENTION.k_bmm_quantizer``."""
-        self.fallbacks: dict[str, tuple[str, int]] = {}
-        """Expert linears with too few calibration tokens, over all ranks of ``groups``: the linear whose amax each one
-        uses, and its own number of tokens."""
+        """Quantizers by global name: ``LINEAR``, with "*" as the index of experts, or ``ATTENTION.k_bmm_quantizer``."""
         self._calibrated = False
         for chunk in chunks:
             _register(chunk, ".core_attention", QuantCoreAttention)
             _register(chunk, "_latent_proj", QuantLinearConvBase)
+            for projection in ("linear_fc1", "linear_fc2"):
+                _register(chunk, f".experts.{projection}", QuantGroupedLinear)
             mtq.replace_quant_module(chunk)
             for module in chunk.modules():
                 if isinstance(module, TensorQuantizer):
                     module.disable()
             for name, module in named_modules_globally(chunk):
-                linear_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)]
-                if linear_format.input is not None:
-                    module.input_quantizer.set_from_attribute_config(input_attributes(linear_format.input))
+                if (number_format := _input_format(name, formats)) is not None:
+                    module.input_quantizer.set_from_attribute_config(input_attributes(number_format))
                     self.quantizers[name] = module.input_quantizer
             if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
                 self.quantizers |= quantize_kv_cache(chunk, input_attributes(kv_format.number))
@@ -133,24 +135,21 @@ class ActivationQuantizers:
             formats: formats by Megatron weight name. Every linear in it must have been calibrated.
         """
         for name, quantizer in self.quantizers.items():
-            input_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].input
-            if input_format is None:
+            number_format = _input_format(name, formats)
+            if number_format is None:
                 quantizer.disable()
             else:
-                quantizer.set_from_attribute_config(input_attributes(input_format))
+                quantizer.set_from_attribute_config(input_attributes(number_format))
 
     @contextmanager
     def calibrating(self) -> Iterator[None]:
         """Calibrate: forward passes inside this block run unquantized and collect the magnitudes of each input.
 
-        An expert linear with fewer than ``MIN_EXPERT_TOKENS`` tokens over all ranks gets the largest amax of the same
-        linear in the experts of its layer, and is listed in ``fallbacks``.
-
         Raises:
-            QADError: the input of any other linear was always zero, or an input contained NaN or Inf.
+            QADError: the input of a linear, or of all experts of a layer, was always zero, or an input contained NaN or
+                Inf.
         """
         self._calibrated = False
-        self.fallbacks = {}
         for quantizer in self.quantizers.values():
             quantizer.reset_amax()
             quantizer._calibrator = make_calibrator("max" if self.percentile is None else "percentile")
@@ -165,69 +164,33 @@ class ActivationQuantizers:
 
     def _reduced_amaxes(self) -> dict[str, torch.Tensor]:
         """Return the amaxes by name, float32 scalars that are equal on all ranks."""
-        names = self._all_names()
-        if not names:
+        if not self.quantizers:
             return {}
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
         zero = torch.zeros((), dtype=torch.float32, device=device)
-        calibrators = [self.quantizers[name]._calibrator if name in self.quantizers else None for name in names]
-        local = [None if calibrator is None else calibrator.compute_amax() for calibrator in calibrators]
+        calibrators = [quantizer._calibrator for quantizer in self.quantizers.values()]
+        local = [calibrator.compute_amax() for calibrator in calibrators]
         amaxes = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in local])
         amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)  # a max all-reduce may ignore NaN
         for group in self.groups:
             torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-        values = dict(zip(names, amaxes.tolist(), strict=True))
-        _check_finite(values)
+        _check_finite(dict(zip(self.quantizers, amaxes.tolist(), strict=True)))
         if self.percentile is not None:
             amaxes = torch.stack([self._percentile_amax(calibrator, zero) for calibrator in calibrators])
-            values = dict(zip(names, amaxes.tolist(), strict=True))
-        source = self._choose_fallbacks(values, self._num_tokens(calibrators, device))
-        index = {name: i for i, name in enumerate(names)}
-        return {name: amaxes[index[source.get(name, name)]] for name in self.quantizers}
-
-    def _all_names(self) -> list[str]:
-        """Return the quantizer names of all ranks of ``groups``, in the same order on all of them.
-
-        The ranks may hold different experts."""
-        names = list(self.quantizers)
-        for group in self.groups:
-            gathered: list[list[str]] = [[] for _ in range(group.size())]
-            torch.distributed.all_gather_object(gathered, names, group=group)
-            names = list(dict.fromkeys(name for rank_names in gathered for name in rank_names))
-        return names
-
-    def _num_tokens(self, calibrators: list, device) -> list[int]:
-        counts = torch.tensor([getattr(c, "num_tokens", 0) for c in calibrators], dtype=torch.int64, device=device)
-        for group, op in zip(self.groups, self.count_ops, strict=True):
-            torch.distributed.all_reduce(counts, op=op, group=group)
-        return counts.tolist()
+        _check_positive(dict(zip(self.quantizers, amaxes.tolist(), strict=True)))
+        return dict(zip(self.quantizers, amaxes, strict=True))
 
     def _percentile_amax(self, calibrator, zero: torch.Tensor) -> torch.Tensor:
         # One all-reduce of 255 KiB per quantizer, once per job.
-        counts = getattr(calibrator, "counts", None)
-        counts = zero_counts(zero.device) if counts is None else counts
+        counts = zero_counts(zero.device) if calibrator.counts is None else calibrator.counts
         for group in self.groups:
             torch.distributed.all_reduce(counts, group=group)
         return percentile_amax(counts, self.percentile)
 
-    def _choose_fallbacks(self, amaxes: dict[str, float], num_tokens: list[int]) -> dict[str, str]:
-        """Return the linear whose amax to use, and fill ``fallbacks``, for expert linears with too few tokens, and for
-        dead ones, whose input was always zero: any amax is right for them until training revives them."""
-        source, siblings = {}, sibling_experts(amaxes)
-        for name, tokens in zip(amaxes, num_tokens, strict=True):
-            largest = max(siblings.get(name, [name]), key=amaxes.__getitem__)
-            if amaxes[largest] > amaxes[name] and (tokens < MIN_EXPERT_TOKENS or amaxes[name] == 0):
-                self.fallbacks[name], source[name] = (largest, tokens), largest
-            elif amaxes[name] == 0:
-                scope = name.partition(".experts.")[0] + ".experts.*" if name in siblings else name
-                what = "every expert of its layer" if name in siblings else "it"
-                raise QADError(
-                    f"calibration: the input of {name} has amax 0.0; expected a positive number. In {tokens} tokens, "
-                    f"{what} received no input other than zeros. Calibrate on more samples "
-                    f"(--qad-calibration-samples), or, if the layer is dead, leave it in BF16: --qad-policy-override "
-                    f"'{scope}=bf16'."
-                )
-        return source
+
+def _input_format(name: str, formats: Mapping[str, str]) -> NumberFormat | None:
+    """Return the format of a linear's input. All experts of a layer have one format (``policy``)."""
+    return FORMATS[formats.get(f"{of_expert(name, 0)}.weight", UNQUANTIZED.name)].input
 
 
 def _check_finite(amaxes: dict[str, float]) -> None:
@@ -236,6 +199,18 @@ def _check_finite(amaxes: dict[str, float]) -> None:
             raise QADError(
                 f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
                 "Look for NaN in the weights of the layers before it."
+            )
+
+
+def _check_positive(amaxes: dict[str, float]) -> None:
+    for name, amax in amaxes.items():
+        if amax == 0:
+            scope = name.partition(".experts.")[0] + ".experts.*" if name_is_shared(name) else name
+            what = "no expert of its layer" if name_is_shared(name) else "it never"
+            raise QADError(
+                f"calibration: the input of {name} has amax 0.0; expected a positive number: {what} received an input "
+                "other than zeros. Calibrate on more samples (--qad-calibration-samples), or, if the layer is dead, "
+                f"leave it in BF16: --qad-policy-override '{scope}=bf16'."
             )
 
 

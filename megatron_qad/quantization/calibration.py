@@ -6,10 +6,13 @@ percentiles of bfloat16 inputs are exact. Its counts are integers, so the result
 or the order of samples.
 """
 
+from collections.abc import Mapping
+
 import torch
 from modelopt.torch.quantization.calib import MaxCalibrator
 
 from megatron_qad.formats.common import tensor_amax
+from megatron_qad.quantization.names import of_all_experts
 
 _NUM_BINS = 0x7F80  # bfloat16 bit patterns from 0 up to, but not including, infinity
 _CHUNK = 1 << 20  # elements per bincount call, which needs an int64 copy
@@ -21,13 +24,9 @@ class RunningAmax(MaxCalibrator):
     modelopt's calibrator raises on NaN, without the linear's name and on one rank only. Here all ranks raise together,
     with the name, after the passes, and no pass waits for the device."""
 
-    num_tokens = 0
-    """Number of tokens (input rows) collected so far."""
-
     def collect(self, x: torch.Tensor) -> None:
-        if x.numel() == 0:  # an expert that received no tokens
+        if x.numel() == 0:  # no token reached an expert of this rank
             return
-        self.num_tokens += x.numel() // x.shape[-1]
         amax = tensor_amax(x)
         self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
 
@@ -76,3 +75,15 @@ def percentile_amax(counts: torch.Tensor, percentile: float) -> torch.Tensor:
     first = torch.searchsorted(counts.cumsum(-1), target).squeeze(-1)
     edges = (torch.arange(_NUM_BINS, dtype=torch.int32, device=counts.device) << 16).view(torch.float32)
     return torch.where(total.squeeze(-1) == 0, 0.0, edges[first.clamp(max=_NUM_BINS - 1)])
+
+
+def largest_over_experts(amaxes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the amaxes by name, with the largest of a layer's experts for all of them, as servers compute.
+
+    They are equal already, except in checkpoints of older versions, in which each expert was calibrated alone.
+    """
+    largest: dict[str, torch.Tensor] = {}
+    for name, amax in amaxes.items():
+        shared = of_all_experts(name)
+        largest[shared] = torch.maximum(amax, largest.get(shared, amax))
+    return {name: largest[of_all_experts(name)] for name in amaxes}

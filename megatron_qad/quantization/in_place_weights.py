@@ -19,7 +19,13 @@ import torch
 from megatron_qad.formats.format import NumberFormat, check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.formats.nvfp4_multi_tensor import amax_list
-from megatron_qad.quantization.names import is_expert, named_modules_globally
+from megatron_qad.quantization.names import (
+    LinearWeight,
+    WeightViews,
+    is_expert,
+    linear_weights,
+    named_modules_globally,
+)
 
 
 class InPlaceWeights:
@@ -51,19 +57,25 @@ class InPlaceWeights:
         expert_tp_group=None,
     ):
         self.scale_rule = scale_rule
-        parameters: dict[str, torch.nn.Parameter] = {}
+        linears: dict[str, LinearWeight] = {}
         self._number_formats: dict[str, NumberFormat] = {}
         for chunk in chunks:
-            for name, module in named_modules_globally(chunk):
-                number_format = FORMATS[formats.get(f"{name}.weight", UNQUANTIZED.name)].weight
-                if number_format is not None:
-                    check_columns(f"{name}.weight", module.weight.shape[-1], number_format)
-                    parameters[f"{name}.weight"] = module.weight
-                    self._number_formats[f"{name}.weight"] = number_format
+            for module_name, module in named_modules_globally(chunk):
+                if not isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+                    continue
+                for name, weight in linear_weights(module_name, module).items():
+                    number_format = FORMATS[formats.get(name, UNQUANTIZED.name)].weight
+                    if number_format is not None:
+                        check_columns(name, module.weight.shape[-1], number_format)
+                        linears[name] = weight
+                        self._number_formats[name] = number_format
         self.formats = {name: number_format.name for name, number_format in self._number_formats.items()}
         """Names of the weights' number formats, by global Megatron weight name."""
-        self.weights = {name: parameters[name] for name in sorted(parameters, key=is_expert)}
-        """Weights by global Megatron name, experts last, so that each tensor-parallel group has a contiguous range."""
+        self.linears = {name: linears[name] for name in sorted(linears, key=is_expert)}
+        """Where each weight is stored, by global Megatron name. Experts are last, so that each tensor-parallel group
+        has a contiguous range."""
+        self.weights = WeightViews(self.linears)
+        """The weights [out, in] themselves, in the same order."""
         first_expert = sum(not is_expert(name) for name in self.weights)
         ranges = ((tp_group, slice(first_expert)), (expert_tp_group or tp_group, slice(first_expert, None)))
         self._sharded_ranges = [
@@ -86,7 +98,8 @@ class InPlaceWeights:
         Args:
             then_updated: whether an optimizer step follows the block (training), after which the weights are stale.
         """
-        masters = {name: w.detach().clone() for name, w in self.weights.items() if w.dtype == torch.float32}
+        float32 = [name for name, linear in self.linears.items() if linear.parameter.dtype == torch.float32]
+        masters = {name: self.weights[name].detach().clone() for name in float32}
         if self.is_stale:
             self.quantize_()
         self.is_stale = then_updated or bool(masters)
@@ -100,7 +113,7 @@ class InPlaceWeights:
     def were_not_updated(self) -> None:
         """Record that the announced optimizer step was skipped: 16-bit weights are still quantized, and quantizing
         again could change one. Float32 weights were restored and stay stale."""
-        self.is_stale = any(w.dtype == torch.float32 for w in self.weights.values())
+        self.is_stale = any(linear.parameter.dtype == torch.float32 for linear in self.linears.values())
 
     def were_loaded(self) -> None:
         """Record that the weights come from a checkpoint, which may contain quantized ones."""

@@ -19,8 +19,10 @@ from torch import Tensor
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
-from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS
-from megatron_qad.quantization.names import named_modules_globally
+from megatron_qad.quantization.names import named_modules_globally, of_expert
+
+MIN_EXPERT_TOKENS = 16
+"""Minimum number of tokens for which an expert's channel statistics are reliable. With fewer, it is not smoothed."""
 
 _MIN_RELATIVE_SQUARE = 2.0**-16
 """Lower bound of a channel's mean square, relative to its block. A channel that was zero in calibration may change."""
@@ -47,7 +49,7 @@ class SmoothingPair:
     Args:
         name: global Megatron name of the consumer.
         rows: weight views that the factors divide, [channels, ...] (or [groups, channels per group, ...]).
-        columns: weights [out, inputs] that the factors multiply.
+        columns: weights [..., inputs] that the factors multiply.
         watch: registers a hook that calls its argument with the activation, [..., inputs]; returns the hook's handle.
         channel_of: channel index of each input column, int64 [inputs]. None means that column i reads channel i.
         power: exponent with which a row's factor reaches the columns (2 after a squared ReLU, else 1).
@@ -81,7 +83,7 @@ class SmoothingPair:
         Raises:
             QADError: the activation contained NaN or Inf.
         """
-        inputs = self.columns[0].shape[1]
+        inputs = self.columns[0].shape[-1]
         device = self.columns[0].device
         squares = torch.zeros(inputs, dtype=torch.float64, device=device) if self._squares is None else self._squares
         totals = torch.cat([squares, squares.new_tensor([self._num_tokens])])
@@ -167,7 +169,7 @@ def _pairs(chunk: torch.nn.Module, formats: Mapping[str, str], groups: Groups) -
         for pair in _layer_pairs(layer, names, groups):
             # Match names from the policy, not local modules: experts on other ranks consume the same norm output.
             consumers = re.compile(pair.consumers or re.escape(pair.name))
-            if any(map(consumers.fullmatch, smoothed)) and pair.columns[0].shape[1] % BLOCK_SIZE == 0:
+            if any(map(consumers.fullmatch, smoothed)) and pair.columns[0].shape[-1] % BLOCK_SIZE == 0:
                 yield pair
 
 
@@ -183,8 +185,7 @@ def _layer_pairs(layer: torch.nn.Module, names: dict[int, str], groups: Groups) 
     mlp = getattr(layer, "mlp", None)
     if hasattr(mlp, "router"):
         yield _moe_norm_pair(names[id(mlp)], layer.pre_mlp_layernorm, mlp, norm_group)
-        for expert in mlp.experts.local_experts:
-            yield from _mlp_pairs(names[id(expert.linear_fc2)], expert, groups.expert_data, MIN_EXPERT_TOKENS)
+        yield from _expert_pairs(names[id(mlp.experts.linear_fc2)], mlp.experts, groups.expert_data)
         if mlp.shared_experts is not None:
             shared = mlp.shared_experts
             yield from _mlp_pairs(names[id(shared.linear_fc2)], shared, groups.data)
@@ -206,7 +207,7 @@ def _norm_pair(
 def _moe_norm_pair(name: str, norm: torch.nn.Module, moe: torch.nn.Module, group) -> SmoothingPair:
     """Return the pair of the norm before router, experts (or their latent projection) and shared experts."""
     latent = getattr(moe, "fc1_latent_proj", None)
-    consumers = [moe.router] + ([latent] if latent is not None else [e.linear_fc1 for e in moe.experts.local_experts])
+    consumers = [moe.router, moe.experts.linear_fc1 if latent is None else latent]
     if moe.shared_experts is not None:
         consumers.append(moe.shared_experts.linear_fc1)
         assert moe.shared_experts.gate_weight is None, "not supported: a gate of the shared experts that reads the norm"
@@ -231,16 +232,35 @@ def _value_pairs(name: str, attention: torch.nn.Module, groups: Groups) -> Itera
     yield SmoothingPair(name, values, [proj.weight], _input_watcher(proj), channel_of, group=groups.data)
 
 
-def _mlp_pairs(name: str, mlp: torch.nn.Module, group, min_tokens: int = 1) -> Iterator[SmoothingPair]:
+def _mlp_pairs(name: str, mlp: torch.nn.Module, group) -> Iterator[SmoothingPair]:
     """Yield the pair of the up projection, or of the single projection before a squared ReLU, and ``linear_fc2``."""
     fc1, fc2 = mlp.linear_fc1, mlp.linear_fc2
-    power = 1 if mlp.config.gated_linear_unit else 2
-    if power == 2 and mlp.config.activation_func is not squared_relu:
-        return  # other activation functions do not commute with scaling
-    inner = fc2.weight.shape[1]
-    rows = [tensor[-inner:] for tensor in (fc1.weight, fc1.bias) if tensor is not None]  # after the rows of the gate
-    watch = _input_watcher(fc2)
-    yield SmoothingPair(name, rows, [fc2.weight], watch, power=power, group=group, min_tokens=min_tokens)
+    if (power := _power(mlp.config)) is not None:
+        inner = fc2.weight.shape[1]
+        rows = [tensor[-inner:] for tensor in (fc1.weight, fc1.bias) if tensor is not None]  # after those of the gate
+        yield SmoothingPair(name, rows, [fc2.weight], _input_watcher(fc2), power=power, group=group)
+
+
+def _expert_pairs(name: str, experts: torch.nn.Module, group) -> Iterator[SmoothingPair]:
+    """Yield the pair of ``_mlp_pairs`` for each local expert, whose activations are consecutive rows."""
+    fc1, fc2 = experts.linear_fc1, experts.linear_fc2
+    if (power := _power(experts.config)) is None:
+        return
+    for i in range(len(fc2.weight)):
+
+        def watch(observe, i=i):
+            return fc2.register_forward_pre_hook(lambda _, inputs: observe(inputs[0].split(inputs[1])[i]))
+
+        up, down = fc1.weight.data[i, -fc2.weight.shape[2] :], fc2.weight.data[i]
+        expert = of_expert(name, fc2.first_expert + i)
+        yield SmoothingPair(expert, [up], [down], watch, power=power, group=group, min_tokens=MIN_EXPERT_TOKENS)
+
+
+def _power(config) -> int | None:
+    """Return the exponent with which a factor of the up projection reaches its output. None: it does not commute."""
+    if config.gated_linear_unit:
+        return 1
+    return 2 if config.activation_func is squared_relu else None
 
 
 def _input_watcher(linear: torch.nn.Module) -> Callable:

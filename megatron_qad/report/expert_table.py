@@ -1,14 +1,13 @@
-"""Expert statistics of a run: load in the last evaluation, and experts that saw few tokens in calibration.
+"""Load of the experts of a run in its last evaluation.
 
-Read from ``expert_load.json`` and ``calibration.json``, which a job writes next to its checkpoints; empty for a model
-without experts.
+Read from ``expert_load.json``, which a job writes next to its checkpoints; empty for a model without experts.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE, LOAD_FILE, read_record
+from megatron_qad.engine.run_directory.run_files import LOAD_FILE, read_record
 
 
 @dataclass(frozen=True)
@@ -17,14 +16,11 @@ class Experts:
 
     layers: dict[int, dict] = field(default_factory=dict)
     """Token counts as returned by ``ExpertLoad.take``, by index in the layer pattern."""
-    few_tokens: dict[str, dict] = field(default_factory=dict)
-    """Expert linears that saw few tokens in calibration: "tokens" is their number, "amax_of" the source of the amax."""
 
     @classmethod
     def read(cls, directory: str | Path) -> "Experts":
-        load, calibration = (read_record(directory, name) or {} for name in (LOAD_FILE, CALIBRATION_FILE))
-        layers = {int(index): counts for index, counts in load.get("layers", {}).items()}
-        return cls(layers, calibration.get("few_tokens", {}))
+        load = read_record(directory, LOAD_FILE) or {}
+        return cls({int(index): counts for index, counts in load.get("layers", {}).items()})
 
 
 def expert_rows(name: str, experts: Experts) -> list[list[str]]:

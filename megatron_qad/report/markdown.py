@@ -25,7 +25,7 @@ def markdown(results: Results) -> str:
         "A linear is one of Megatron's weights: q, k and v are one weight, gate and up are one weight. Formats are "
         "those that the job resolved from its policy and added rules.",
     ]
-    if any(run.experts.layers or run.experts.few_tokens for run in results.runs):
+    if any(run.experts.layers for run in results.runs):
         parts += ["## Experts", *_experts_section(results.runs)]
     if results.linears:
         parts += ["## Weights", *_weights_section(results)]
@@ -91,7 +91,7 @@ def _job_table(runs: Sequence[Run]) -> str:
 
 
 def _experts_section(runs: Sequence[Run]) -> list[str]:
-    """Return the table of expert loads and the list of experts that saw few tokens in calibration."""
+    """Return the table of expert loads."""
     rows = [row for run in runs for row in expert_rows(run.name, run.experts)]
     heads = [
         "run",
@@ -102,22 +102,11 @@ def _experts_section(runs: Sequence[Run]) -> list[str]:
         "busiest",
         "least busy",
     ]
-    parts = []
-    if rows:
-        parts = [
-            "For the tokens of the last evaluation: the share that was routed to other experts than in the teacher, "
-            "and the load of the busiest and the least busy expert relative to the mean load of the layer.",
-            _table(heads, rows, left=1),
-        ]
-    for run in runs:
-        if few := run.experts.few_tokens:
-            fewest = sorted(few, key=lambda name: few[name]["tokens"])[:NUM_WORST]
-            examples = ", ".join(f"`{name}` ({few[name]['tokens']} tokens)" for name in fewest)
-            parts.append(
-                f"{_escape(run.name)}: {len(few)} expert linears saw too few tokens in calibration and use the largest "
-                f"input amax of the experts of their layer. Those with the fewest tokens: {examples}."
-            )
-    return parts
+    return [
+        "For the tokens of the last evaluation: the share that was routed to other experts than in the teacher, and "
+        "the load of the busiest and the least busy expert relative to the mean load of the layer.",
+        _table(heads, rows, left=1),
+    ]
 
 
 def _weights_section(results: Results) -> list[str]:

@@ -68,7 +68,7 @@ def _to_json(results: Results) -> dict:
             "checkpoint_iteration": run.checkpoint_iteration,
             "job": run.job,
             "training_loss": {"name": loss_name, "curve": loss} if run.is_trained else None,
-            "experts": {"layers": run.experts.layers, "few_tokens": run.experts.few_tokens},
+            "experts": {"layers": run.experts.layers},
             "validation_curves": {metric: run.validation_curve(metric) for metric in metrics},
         }
     linears = [dataclasses.asdict(linear) for linear in results.linears]

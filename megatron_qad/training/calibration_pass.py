@@ -5,21 +5,14 @@ The microbatches are returned afterwards, so that training sees the same data as
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
-from megatron.core import mpu
 from megatron.core.utils import unwrap_model
-from megatron.training import print_rank_0
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
 
-from megatron_qad.engine.run_directory import json_records
-from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE
 from megatron_qad.models.output_layer import ModelOutput
 from megatron_qad.training.batch import Batch, iterators, num_calibration_batches
-
-_MAX_PRINTED = 8
 
 
 class CalibrationPass:
@@ -87,7 +80,6 @@ class CalibrationPass:
                 forward_only=True,
                 **job.reader.schedule_shape(**shape),
             )
-        report_fallbacks(job.activations.fallbacks, job.args.save)
 
 
 def forward_without_loss(
@@ -108,22 +100,3 @@ def forward_without_loss(
 
     on_batch()
     return job.forward(model, next(batches), hidden=is_fused), no_loss
-
-
-def report_fallbacks(fallbacks: dict[str, tuple[str, int]], save: str | None) -> None:
-    """Log the expert linears of all pipeline stages that saw too few tokens in calibration.
-
-    Args:
-        fallbacks: name of a linear -> (linear whose amax it takes, number of tokens that it saw).
-        save: directory in which to write them to ``calibration.json``, or None.
-    """
-    stages: list[dict] = [{} for _ in range(mpu.get_pipeline_model_parallel_world_size())]
-    torch.distributed.all_gather_object(stages, fallbacks, group=mpu.get_pipeline_model_parallel_group())
-    all_fallbacks = {name: fallback for stage in stages for name, fallback in stage.items()}
-    for name, (other, tokens) in list(all_fallbacks.items())[:_MAX_PRINTED]:
-        print_rank_0(f"megatron_qad: calibration: {name} saw {tokens} tokens and takes the amax of {other}")
-    if len(all_fallbacks) > _MAX_PRINTED:
-        print_rank_0(f"megatron_qad: calibration: and {len(all_fallbacks) - _MAX_PRINTED} more expert linears")
-    if save is not None and is_rank0():
-        entries = {name: {"tokens": tokens, "amax_of": other} for name, (other, tokens) in all_fallbacks.items()}
-        json_records.write_or_warn(Path(save) / CALIBRATION_FILE, {"few_tokens": entries})

@@ -39,7 +39,7 @@ from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
 from megatron_qad.training.models import build_teacher, check_disjoint, model_config
 from megatron_qad.training.resume_check import check_resume
-from megatron_qad.training.run_description import describe_run
+from megatron_qad.training.run_description import check_expert_state, describe_run
 from megatron_qad.training.teacher import Teacher
 
 
@@ -171,6 +171,8 @@ class QADJob:
         resumes = args.load is not None and checkpoint_exists(args.load)
         if resumes_at:
             check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
+        if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
+            check_expert_state(config, args, Path(args.load), resumes_at)
         events.job_begins(self, resumes_at)
         if not resumes or self.needs_initial_weights:
             events.phase("loading the student", is_long=True)

@@ -13,7 +13,7 @@ import torch
 from megatron.core import mpu
 
 from megatron_qad.models.output_layer import ModelOutput
-from megatron_qad.quantization.names import named_modules_globally
+from megatron_qad.quantization.names import linear_weights, name_is_shared, named_modules_globally
 from megatron_qad.training.calibration_pass import forward_without_loss
 
 
@@ -66,7 +66,11 @@ class NaNTrace:
                 for kind, parameter in module.named_parameters(recurse=False):
                     grad = getattr(parameter, "main_grad", parameter.grad)
                     if grad is not None and (bad := int((~grad.isfinite()).sum())):
-                        message = f"the gradient: {bad} of {grad.numel()} values of {module_name}.{kind} are NaN or Inf"
+                        name = f"{module_name}.{kind}"
+                        if name_is_shared(module_name):
+                            experts = linear_weights(module_name, module).items()
+                            name = next(n for n, expert in experts if not expert.part_of(grad).isfinite().all())
+                        message = f"the gradient: {bad} of {grad.numel()} values of {name} are NaN or Inf"
                         # Modules come in forward order, so the last one is kept; later stages come first.
                         self.first = (order, -mpu.get_pipeline_model_parallel_rank(), message)
 

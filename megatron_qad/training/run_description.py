@@ -1,15 +1,21 @@
 """Writes the files that describe a run next to its checkpoints: job settings, formats and Hugging Face assets."""
 
+import argparse
 import os
 import shutil
 from pathlib import Path
 
+from megatron.core import dist_checkpointing
+
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest, new_files
-from megatron_qad.engine.run_directory.iterations import smoothing_record
+from megatron_qad.engine.run_directory.iterations import iteration_dir, smoothing_record
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, RUN_RECORDS, SMOOTHING_FILE, read_record
 from megatron_qad.models.checkpoint_config import read_job
+
+_GROUPED_EXPERTS = {"expert_parameters": "grouped"}
+"""Entry of ``qad.json``: all local experts of a projection are one parameter. Older versions had one per expert."""
 
 
 def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> None:
@@ -58,8 +64,55 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
         "kv_cache": config.policy.kv_cache,
         "scale_rule": options.qad_weight_scale_rule,
         "formats": dict(formats),
+        **_GROUPED_EXPERTS,
     }
     json_records.write(save / JOB_FILE, job)
+
+
+def check_expert_state(config: JobConfig, args: argparse.Namespace, load: Path, iteration: int) -> None:
+    """Check that the optimizer state of a model with experts can be loaded for this job's parameters.
+
+    By default the distributed optimizer stores its flat buffers. Their sizes do not depend on the order of the
+    parameters, so that state of separate experts would be loaded without an error, for the wrong weights. All other
+    formats store the state by the name of the weight and can be loaded.
+
+    Args:
+        args: Megatron's arguments of the job.
+        load: directory from which the job resumes.
+        iteration: checkpoint whose optimizer state it loads.
+
+    Raises:
+        QADError: the checkpoint has flat buffers of a version in which every expert had its own parameters; or only one
+            of checkpoint and job has an optimizer of its own for experts.
+    """
+    if "E" not in config.student.family.layer_pattern(config.student.hf):
+        return
+    directory = iteration_dir(load, iteration)
+    common = dist_checkpointing.load_common_state_dict(str(directory))
+    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    job = json_records.read(directory / JOB_FILE) if (directory / JOB_FILE).is_file() else {}
+    if content.get("distrib_optim_sharding_type") == "dp_reshardable" and not _GROUPED_EXPERTS.items() <= job.items():
+        raise QADError(
+            f"--load {load}: the optimizer state of {directory.name} is in the order of separate parameters for every "
+            "expert; this version has one parameter for all experts of a projection. Resume with the version that "
+            "saved it, or pass --no-load-optim to continue from the weights alone."
+        )
+    saved = common["args"]
+    if _has_expert_optimizer(saved) != _has_expert_optimizer(args):
+        raise QADError(
+            f"--load {load}: {directory.name} was saved with {_expert_parallelism(saved)}, this job has "
+            f"{_expert_parallelism(args)}. Megatron has an optimizer of its own for experts only if their parallelism "
+            "differs from that of other weights, and cannot load the state of one kind into the other. Resume with the "
+            "parallelism of the checkpoint, or pass --no-load-optim to continue from the weights alone."
+        )
+
+
+def _has_expert_optimizer(args: argparse.Namespace) -> bool:
+    return args.expert_model_parallel_size > 1 or args.expert_tensor_parallel_size != args.tensor_model_parallel_size
+
+
+def _expert_parallelism(args: argparse.Namespace) -> str:
+    return f"EP {args.expert_model_parallel_size} and ETP {args.expert_tensor_parallel_size}"
 
 
 def _describe_smoothing(checkpoint: Path, save: Path, load: Path | None) -> None:

@@ -215,7 +215,7 @@ def test_last_and_best_checkpoints_are_kept(jobs, tmp_path, flags):
     for directory in run.glob("iter_*"):
         assert set(json.loads((directory / "integrity.json").read_text())["files"]) == {
             *("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"),
-            *("qad.json", "calibration.json", "best_checkpoints.json", "event_files.json"),
+            *("qad.json", "best_checkpoints.json", "event_files.json"),
         }
 
 

@@ -79,11 +79,11 @@ def workspace(tmp_path_factory, server):
 def test_list_of_files_is_complete(workspace):
     """Fails if a job writes a new file: add it here, and the other tests will damage it, too."""
     names = {name for name in workspace.names if "tfevents" not in name}
-    in_checkpoint = (".metadata", "__0_0.distcp", "metadata.json", "integrity.json", "qad.json", "calibration.json")
+    in_checkpoint = (".metadata", "__0_0.distcp", "metadata.json", "integrity.json", "qad.json")
     assert names == {
         *(f"iter_0000006/{name}" for name in (*in_checkpoint, "best_checkpoints.json", "event_files.json")),
         *("hf/config.json", "hf/integrity.json", "heartbeats/rank_00000.json", "latest_checkpointed_iteration.txt"),
-        *("qad.json", "calibration.json", "best_checkpoints.json"),
+        *("qad.json", "best_checkpoints.json"),
     }
     assert len(workspace.names) == len(names) + 1
 

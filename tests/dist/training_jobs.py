@@ -166,7 +166,7 @@ class _Watch(Callback):
         from megatron.core import mpu
         from megatron.training import get_args
 
-        from megatron_qad.quantization.names import named_modules_globally
+        from megatron_qad.quantization.names import is_expert, linear_weights, named_modules_globally
 
         args = get_args()
         is_tied = not args.untie_embeddings_and_output_weights
@@ -181,10 +181,15 @@ class _Watch(Callback):
                         continue
                     is_sharded = getattr(parameter, "tensor_model_parallel", False)
                     axis = parameter.partition_dim if is_sharded else None
-                    kind = kind.replace("conv1d_", "conv1d.")  # the name in a checkpoint
-                    is_expert = ".experts.experts." in name
-                    rank = mpu.get_expert_tensor_parallel_rank() if is_expert else mpu.get_tensor_model_parallel_rank()
                     value = value.clone() if copy else value
+                    if is_expert(name):
+                        rank = mpu.get_expert_tensor_parallel_rank()
+                        for expert_name, weight in linear_weights(name, module).items():
+                            parts = _part_rows(name, weight.part_of(parameter), args.swiglu)
+                            shards[expert_name] = (weight.part_of(value), axis - 1, parts, rank)
+                        continue
+                    kind = kind.replace("conv1d_", "conv1d.")  # the name in a checkpoint
+                    rank = mpu.get_tensor_model_parallel_rank()
                     shards[f"{name}.{kind}"] = (value, axis, _part_rows(name, parameter, args.swiglu), rank)
         return shards
 

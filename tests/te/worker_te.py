@@ -134,8 +134,8 @@ def _compare(views: dict[str, dict]) -> list[str]:
     if views["local"]["te_linears"]:
         problems.append(f"the local spec has linears of Transformer Engine: {views['local']['te_linears'][:3]}")
     for name in views["te"]["quantizers"]:
-        is_kv = name.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))
-        if name not in views["te"]["te_linears"] and name != "output_layer" and not is_kv:
+        is_other = name.endswith(("k_bmm_quantizer", "v_bmm_quantizer")) or ".experts.experts.*." in name
+        if name not in views["te"]["te_linears"] and name != "output_layer" and not is_other:
             problems.append(f"te: {name} is quantized but not a linear of Transformer Engine")
     return problems
 

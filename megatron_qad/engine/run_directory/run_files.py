@@ -16,8 +16,6 @@ JOB_FILE = "qad.json"
 """Description of the job: models, policy, loss."""
 BEST_FILE = "best_checkpoints.json"
 """The checkpoints with the lowest validation KL."""
-CALIBRATION_FILE = "calibration.json"
-"""Expert linear layers that received too few tokens in calibration."""
 EVENTS_FILE = "event_files.json"
 """State of the TensorBoard event files: in each checkpoint, and in the run directory after a normal end of the job."""
 START_TAG = "job/start"
@@ -31,7 +29,7 @@ EXPORT_FILE = "qad_export.json"
 SMOOTHING_FILE = "qad_smoothing.json"
 """How tools/smooth.py smoothed the weights: in its output, and in checkpoints of jobs that started from it."""
 
-RUN_RECORDS = (JOB_FILE, BEST_FILE, CALIBRATION_FILE, LOAD_FILE, SMOOTHING_FILE)
+RUN_RECORDS = (JOB_FILE, BEST_FILE, LOAD_FILE, SMOOTHING_FILE)
 """Names of the records that describe a run."""
 
 

@@ -29,7 +29,7 @@ class ScalePenalty(Callback):
 
     def student_ready(self, student: Sequence[torch.nn.Module]) -> None:
         weights = self._job.weights
-        self._weights = weights.weights
+        self._linears = weights.linears
         self._initial = {
             name: block_amaxes(copy) for name, copy in weights.quantized_copies() if weights.formats[name] == NVFP4.name
         }
@@ -55,20 +55,20 @@ class ScalePenalty(Callback):
         torch.distributed.all_reduce(num_tokens, group=mpu.get_data_parallel_group(with_context_parallel=True))
         self._value.zero_()
         for name, initial in self._initial.items():
-            weight = self._weights[name]
-            is_expert = not getattr(weight, "allreduce", True)
+            linear, parameter = self._linears[name], self._linears[name].parameter
+            is_expert = not getattr(parameter, "allreduce", True)
             group = (
                 mpu.get_expert_data_parallel_group()
                 if is_expert
                 else mpu.get_data_parallel_group(with_context_parallel=True)
             )
-            value, gradient = scale_growth(weight, initial)
-            weight.main_grad.add_(gradient.mul_(factor * num_tokens / group.size()))
+            value, gradient = scale_growth(linear.part_of(parameter), initial)
+            linear.part_of(parameter.main_grad).add_(gradient.mul_(factor * num_tokens / group.size()))
             if is_expert:
                 # The log sums over tensor-parallel ranks and averages over data-parallel ranks. Experts are sharded
                 # differently over them; this factor makes each shard count once.
                 value = value * mpu.get_data_parallel_world_size(with_context_parallel=True) / group.size()
-            elif not getattr(weight, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_rank() > 0:
+            elif not getattr(parameter, "tensor_model_parallel", False) and mpu.get_tensor_model_parallel_rank() > 0:
                 value = torch.zeros_like(value)  # a replicated weight counts on the first rank only
             self._value += value
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megatron_qad.quantization.names import of_expert
+
 
 @pytest.fixture
 def make_chunk():
@@ -27,3 +29,33 @@ def make_chunk():
 def linears():
     """Function that returns the linears of a chunk, in order."""
     return lambda chunk: [layer.linear for layer in chunk.decoder.layers]
+
+
+class AllExperts(torch.nn.Module):
+    """One linear of each of three experts, 3 to 5 of the model, with the attributes of ``GroupedLinear``."""
+
+    first_expert = 3
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+        self.weight = torch.nn.Parameter(weight * torch.tensor([1.0, 3.0, 0.2]).view(3, 1, 1))
+
+    def forward(self, x, tokens_per_expert):
+        return torch.cat([rows @ w.t() for rows, w in zip(x.split(tokens_per_expert), self.weight, strict=True)]), None
+
+
+@pytest.fixture
+def experts(make_chunk):
+    """Function that returns a chunk with one layer of experts, their linear, and the formats of all six experts."""
+
+    def make():
+        chunk = make_chunk((32, 32))
+        layer = chunk.decoder.layers[0]
+        layer.mlp = torch.nn.Module()
+        layer.mlp.experts = torch.nn.Module()
+        layer.mlp.experts.linear_fc1 = AllExperts()
+        name = "decoder.layers.0.mlp.experts.experts.*.linear_fc1.weight"
+        return chunk, layer.mlp.experts.linear_fc1, {of_expert(name, i): "nvfp4" for i in range(6)}
+
+    return make

@@ -1,4 +1,4 @@
-"""Tests of percentile calibration and of the fallback amaxes of experts with few tokens."""
+"""Tests of percentile calibration and of the amax that the experts of a layer share."""
 
 import pytest
 import torch
@@ -6,10 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_qad.engine import QADError
-from megatron_qad.quantization.activations import MIN_EXPERT_TOKENS as MIN_TOKENS
+from megatron_qad.formats import nvfp4
 from megatron_qad.quantization.activations import ActivationQuantizers
-from megatron_qad.quantization.calibration import MagnitudeCounts, make_calibrator, percentile_amax
-from megatron_qad.quantization.names import sibling_experts
+from megatron_qad.quantization.calibration import (
+    MagnitudeCounts,
+    largest_over_experts,
+    make_calibrator,
+    percentile_amax,
+)
 
 
 def collect_counts(*batches) -> torch.Tensor:
@@ -71,88 +75,64 @@ def test_percentile_excludes_outliers_and_100_is_the_maximum(make_chunk, linears
     assert amaxes[None] == amaxes[100.0] == 1000.0 and 2.0 < amaxes[99.0] < 4.0
 
 
-EXPERT = "decoder.layers.{}.mlp.experts.experts.{}.{}"
-
-
-def test_siblings_are_the_same_linear_in_all_experts_of_a_layer():
-    names = [EXPERT.format(layer, i, fc) for layer in (1, 3) for i in (0, 1, 12) for fc in ("linear_fc1", "linear_fc2")]
-    names.append("decoder.layers.1.mlp.shared_experts.linear_fc1")
-    siblings = sibling_experts(names)
-    assert siblings[names[0]] == [EXPERT.format(1, i, "linear_fc1") for i in (0, 1, 12)]
-    assert siblings.keys() == set(names[:-1])
-
-
-class OneRank:
-    """Expert-parallel process group of a single rank."""
-
-    def rank(self):
-        return 0
-
-
-@pytest.fixture
-def experts(make_chunk):
-    """Function that returns a chunk with one layer of three experts, one linear each, and the linears' names."""
-
-    def make():
-        chunk = make_chunk((32, 32))
-        layer = chunk.decoder.layers[0]
-        layer.mlp = torch.nn.Module()
-        layer.mlp.experts = torch.nn.Module()
-        layer.mlp.experts.ep_group, layer.mlp.experts.num_local_experts = OneRank(), 3
-        layer.mlp.experts.local_experts = torch.nn.ModuleList()
-        for _ in range(3):
-            expert = torch.nn.Module()
-            expert.linear_fc1 = torch.nn.Linear(32, 16, bias=False)
-            layer.mlp.experts.local_experts.append(expert)
-        return chunk, [EXPERT.format(0, i, "linear_fc1") for i in range(3)]
-
-    return make
+EXPERTS = "decoder.layers.0.mlp.experts.experts.*.linear_fc1"
 
 
 @pytest.mark.parametrize("percentile", [None, 99.0])
-def test_expert_without_tokens_takes_the_largest_sibling_amax(experts, percentile):
-    chunk, names = experts()
-    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names}, percentile=percentile)
+def test_experts_share_one_amax(experts, percentile):
+    """It is that of the tokens of all experts, as if they were one linear; an expert without tokens needs none."""
+    chunk, linear, formats = experts()
+    quantizers = ActivationQuantizers([chunk], formats, percentile=percentile)
+    assert list(quantizers.quantizers) == [EXPERTS]
+    x = torch.randn(90, 32, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    x[50:] *= 8  # tokens of the third expert
     with quantizers.calibrating():
-        for i, size in ((0, 1.0), (2, 3.0)):
-            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((MIN_TOKENS, 32), size))
-        chunk.decoder.layers[0].mlp.experts.local_experts[1].linear_fc1(torch.ones(0, 32))  # as Megatron does
-    assert [quantizers.quantizers[n]._amax.item() for n in names] == [1.0, 3.0, 3.0]
-    assert quantizers.fallbacks == {names[1]: (names[2], 0)} and quantizers.calibrated
-    # A later calibration with tokens for this expert removes the fallback.
-    with quantizers.calibrating():
-        for i in range(3):
-            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((MIN_TOKENS, 32), 1.0 + i))
-    assert [quantizers.quantizers[n]._amax.item() for n in names] == [1.0, 2.0, 3.0] and not quantizers.fallbacks
+        linear(x[:20], [20, 0, 0])
+        linear(x[:0], [0, 0, 0])
+        linear(x[20:], [30, 0, 40])
+    expected = x.abs().max() if percentile is None else percentile_amax(collect_counts(x), percentile)
+    assert quantizers.quantizers[EXPERTS]._amax.item() == expected.item() and quantizers.calibrated
+    scale = nvfp4.global_scale_from_amax(expected)
+    output, _ = linear(x[48:52], [2, 0, 2])
+    quantized = nvfp4.fake_quant(x[48:52], scale)
+    assert torch.equal(output, torch.cat([quantized[:2] @ linear.weight[0].t(), quantized[2:] @ linear.weight[2].t()]))
 
 
-@pytest.mark.parametrize(("own_amax", "expected"), [(1.0, 2.0), (5.0, 5.0)])
-def test_expert_with_few_tokens_takes_a_larger_sibling_amax(experts, own_amax, expected):
-    chunk, names = experts()
-    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
-    with quantizers.calibrating():
-        for i, (rows, size) in enumerate(((MIN_TOKENS - 1, own_amax), (MIN_TOKENS, 2.0), (MIN_TOKENS, 1.5))):
-            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((rows, 32), size))
-    assert [quantizers.quantizers[n]._amax.item() for n in names] == [expected, 2.0, 1.5]
-    assert quantizers.fallbacks == ({names[0]: (names[1], MIN_TOKENS - 1)} if expected > own_amax else {})
-
-
-def test_error_if_no_expert_received_tokens(experts):
-    chunk, names = experts()
-    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
+@pytest.mark.parametrize("tokens", [[0, 0, 0], [2, 1, 1]])
+def test_error_if_all_experts_are_dead(experts, tokens):
+    """No token of the layer, or only zeros, as the second linears of experts behind dead ReLUs receive."""
+    chunk, linear, formats = experts()
+    quantizers = ActivationQuantizers([chunk], formats)
     message = (
-        r"experts\.0\.linear_fc1 has amax 0\.0.*every expert of its layer.*'decoder\.layers\.0\.mlp\.experts\.\*=bf16'"
+        r"experts\.\*\.linear_fc1 has amax 0\.0.*no expert of its layer.*'decoder\.layers\.0\.mlp\.experts\.\*=bf16'"
     )
     with pytest.raises(QADError, match=message), quantizers.calibrating():
-        pass
+        linear(torch.zeros(sum(tokens), 32), tokens)
 
 
-def test_dead_expert_takes_the_largest_sibling_amax(experts):
-    """An expert that received many tokens, all zeros, as the second linear of an expert behind a dead ReLU does."""
-    chunk, names = experts()
-    quantizers = ActivationQuantizers([chunk], {f"{n}.weight": "nvfp4" for n in names})
+def test_using_other_formats_of_experts(experts):
+    chunk, linear, formats = experts()
+    quantizers = ActivationQuantizers([chunk], formats)
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
     with quantizers.calibrating():
-        for i, size in enumerate((0.0, 2.0, 1.5)):
-            chunk.decoder.layers[0].mlp.experts.local_experts[i].linear_fc1(torch.full((2 * MIN_TOKENS, 32), size))
-    assert [quantizers.quantizers[n]._amax.item() for n in names] == [2.0, 2.0, 1.5]
-    assert quantizers.fallbacks == {names[0]: (names[1], 2 * MIN_TOKENS)}
+        unquantized, _ = linear(x, [3, 3, 3])
+    quantized, _ = linear(x, [3, 3, 3])
+    quantizers.use({})
+    assert torch.equal(linear(x, [3, 3, 3])[0], unquantized) and not torch.equal(quantized, unquantized)
+    quantizers.use(formats)
+    assert torch.equal(linear(x, [3, 3, 3])[0], quantized)
+
+
+def test_amaxes_of_experts_calibrated_alone_become_their_maximum():
+    """As in checkpoints of older versions. Layers, projections and other linears keep their own."""
+    layer = "decoder.layers.{}.mlp.experts.experts.{}.linear_fc{}.input_quantizer._amax"
+    amaxes = {
+        layer.format(n, i, fc): torch.tensor([n + 10.0 * i + 100 * fc])
+        for n in (1, 3)
+        for i in (0, 12, 2)
+        for fc in (1, 2)
+    }
+    amaxes["decoder.layers.1.mlp.shared_experts.linear_fc1.input_quantizer._amax"] = torch.tensor([7.0])
+    shared = {name: amax.item() for name, amax in largest_over_experts(amaxes).items()}
+    expected = {layer.format(n, i, fc): n + 120.0 + 100 * fc for n in (1, 3) for i in (0, 12, 2) for fc in (1, 2)}
+    assert shared == expected | {"decoder.layers.1.mlp.shared_experts.linear_fc1.input_quantizer._amax": 7.0}

@@ -179,3 +179,28 @@ def test_fp8_nan_error_names_the_weight(make_chunk, linears):
     linears(chunk)[1].weight.data[3, 4] = float("nan")
     with pytest.raises(QADError, match=r"decoder\.layers\.1\.linear\.weight"):
         InPlaceWeights([chunk], FP8).quantize_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_each_expert_has_its_own_scale(experts, dtype):
+    """All local experts are one parameter; each is quantized like a weight of its own, under its global index."""
+    chunk, linear, formats = experts()
+    linear.to(dtype)
+    before = linear.weight.detach().clone()
+    weights = InPlaceWeights([chunk], formats)
+    names = [f"decoder.layers.0.mlp.experts.experts.{i}.linear_fc1.weight" for i in (3, 4, 5)]
+    assert list(weights.weights) == names
+    assert weights.amaxes().tolist() == [w.abs().max().item() for w in before]
+    linear.weight.data = linear.weight.data.clone()  # Megatron moves parameters into its buffers
+    with weights.quantized_weights(then_updated=True):
+        assert torch.equal(linear.weight, torch.stack([fake_quantized(w) for w in before]))
+        assert all(torch.equal(weights.weights[name], linear.weight[i]) for i, name in enumerate(names))
+    assert torch.equal(linear.weight, before) == (dtype == torch.float32)  # float32 masters are restored
+
+
+def test_part_of_an_expert_is_a_view(experts):
+    chunk, linear, formats = experts()
+    linear.weight.main_grad = torch.zeros(3, 16, 32)
+    second = list(InPlaceWeights([chunk], formats).linears.values())[1]
+    second.part_of(second.parameter.main_grad).add_(1)
+    assert linear.weight.main_grad.sum((1, 2)).tolist() == [0, 16 * 32, 0]

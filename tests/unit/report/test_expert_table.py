@@ -1,4 +1,4 @@
-"""Expert table of the run report, from expert_load.json and calibration.json."""
+"""Expert table of the run report, from expert_load.json."""
 
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.report.collect import Results
@@ -10,7 +10,6 @@ LAYERS = {
     "3": {"teacher": [30, 10, 20, 20], "student": [32, 8, 20, 20], "compared": 40, "changed": 2},
     "1": {"teacher": None, "student": [0, 0, 8, 0], "compared": 0, "changed": 0},
 }
-FEW = {f"decoder.layers.3.mlp.experts.experts.{i}.linear_fc1": {"tokens": i, "amax_of": "another"} for i in range(12)}
 
 
 def render_report(experts: Experts) -> str:
@@ -19,9 +18,8 @@ def render_report(experts: Experts) -> str:
     return markdown(Results("a title", "a teacher", model, [run], [], []))
 
 
-def test_report_has_expert_load_and_experts_with_few_tokens(tmp_path):
+def test_report_has_expert_load(tmp_path):
     json_records.write(tmp_path / "expert_load.json", {"iteration": 7, "layers": LAYERS})
-    json_records.write(tmp_path / "calibration.json", {"few_tokens": FEW})
     experts = Experts.read(tmp_path)
     assert expert_rows("QAD", experts) == [
         ["QAD", "1", "not compared", "not compared", "not compared", "4.00", "0.00"],
@@ -29,9 +27,6 @@ def test_report_has_expert_load_and_experts_with_few_tokens(tmp_path):
     ]
     text = render_report(experts)
     assert "| QAD | 3 | 5.00% | 1.50 | 0.50 | 1.60 | 0.40 |" in text
-    assert "12 expert linears saw too few tokens" in text
-    assert "experts.0.linear_fc1` (0 tokens)" in text and "experts.9.linear_fc1` (9 tokens)" in text
-    assert "experts.10." not in text  # only the ten with the fewest tokens are listed
 
 
 def test_model_without_experts_has_no_section(tmp_path):
