@@ -172,7 +172,7 @@ class QADJob:
         if resumes_at:
             check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
         if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
-            check_expert_state(config, args, Path(args.load), resumes_at)
+            check_expert_state(config, Path(args.load), resumes_at)
         events.job_begins(self, resumes_at)
         if not resumes or self.needs_initial_weights:
             events.phase("loading the student", is_long=True)

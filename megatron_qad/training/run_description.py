@@ -1,6 +1,5 @@
 """Writes the files that describe a run next to its checkpoints: job settings, formats and Hugging Face assets."""
 
-import argparse
 import os
 import shutil
 from pathlib import Path
@@ -69,21 +68,19 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
     json_records.write(save / JOB_FILE, job)
 
 
-def check_expert_state(config: JobConfig, args: argparse.Namespace, load: Path, iteration: int) -> None:
+def check_expert_state(config: JobConfig, load: Path, iteration: int) -> None:
     """Check that the optimizer state of a model with experts can be loaded for this job's parameters.
 
-    By default the distributed optimizer stores its flat buffers. Their sizes do not depend on the order of the
-    parameters, so that state of separate experts would be loaded without an error, for the wrong weights. All other
-    formats store the state by the name of the weight and can be loaded.
+    With --no-dist-ckpt-optim-fully-reshardable the distributed optimizer stores its flat buffers. Their sizes do not
+    depend on the order of the parameters, so that state of separate experts would be loaded without an error, for the
+    wrong weights. All other formats store the state by the name of the weight and can be loaded.
 
     Args:
-        args: Megatron's arguments of the job.
         load: directory from which the job resumes.
         iteration: checkpoint whose optimizer state it loads.
 
     Raises:
-        QADError: the checkpoint has flat buffers of a version in which every expert had its own parameters; or only one
-            of checkpoint and job has an optimizer of its own for experts.
+        QADError: the checkpoint has flat buffers of a version in which every expert had its own parameters.
     """
     if "E" not in config.student.family.layer_pattern(config.student.hf):
         return
@@ -97,22 +94,6 @@ def check_expert_state(config: JobConfig, args: argparse.Namespace, load: Path, 
             "expert; this version has one parameter for all experts of a projection. Resume with the version that "
             "saved it, or pass --no-load-optim to continue from the weights alone."
         )
-    saved = common["args"]
-    if _has_expert_optimizer(saved) != _has_expert_optimizer(args):
-        raise QADError(
-            f"--load {load}: {directory.name} was saved with {_expert_parallelism(saved)}, this job has "
-            f"{_expert_parallelism(args)}. Megatron has an optimizer of its own for experts only if their parallelism "
-            "differs from that of other weights, and cannot load the state of one kind into the other. Resume with the "
-            "parallelism of the checkpoint, or pass --no-load-optim to continue from the weights alone."
-        )
-
-
-def _has_expert_optimizer(args: argparse.Namespace) -> bool:
-    return args.expert_model_parallel_size > 1 or args.expert_tensor_parallel_size != args.tensor_model_parallel_size
-
-
-def _expert_parallelism(args: argparse.Namespace) -> str:
-    return f"EP {args.expert_model_parallel_size} and ETP {args.expert_tensor_parallel_size}"
 
 
 def _describe_smoothing(checkpoint: Path, save: Path, load: Path | None) -> None:
