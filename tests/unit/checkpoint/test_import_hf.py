@@ -439,7 +439,7 @@ def test_export_without_config_job_file_or_tracker_is_an_error(complete, tmp_pat
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")
     (tmp_path / "checkpoint" / "iter_0000002").mkdir()
     with pytest.raises(
-        QADError, match="iter_0000002: no hf/config.json.* Give .*checkpoint, and its iteration with --it"
+        QADError, match="iter_0000002: no hf/config.json.* Give .*checkpoint, and --iteration 2 to an export"
     ):
         export_hf(tmp_path / "checkpoint" / "iter_0000002", tmp_path / "out", "modelopt")
     (tmp_path / "checkpoint" / "iter_0000002").rmdir()
