@@ -1,7 +1,7 @@
-"""Encoding of NVFP4 blocks that are expected to be on the grid already, with a check of every value.
+"""Encoding of NVFP4 blocks that are expected to be representable already, with a check of every value.
 
 For such blocks, rounding is only a way to find the nearest E2M1 number: the quotient of a value and its block's scale
-is within 2^-7 of one, so the cheapest rounding serves. Whether the block was on the grid is decided afterwards, by
+is within 2^-7 of one, so the cheapest rounding serves. Whether the block is representable is decided afterwards, by
 decoding its codes with the arithmetic of ``nvfp4.dequantize``. Most steps work on the 16 bits of a bfloat16, which take
 half the time of float32, and in buffers that are allocated once and stay in the cache.
 """
@@ -20,7 +20,7 @@ _MAGNITUDE = 0x7FFF
 
 
 class ExactEncoder:
-    """Encoder of blocks of 16 values, up to ``max_blocks`` at a time, that finds the blocks which are not on the grid.
+    """Encoder of blocks of 16 values, up to ``max_blocks`` at a time, that finds the blocks which are not representable.
 
     Example:
         >>> blocks, scale = torch.tensor([[0.5, 1.0, -6.0, *[0.0] * 13]]), torch.ones(1, 1)

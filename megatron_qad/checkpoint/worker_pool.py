@@ -1,0 +1,81 @@
+"""Runs independent tasks in worker processes with one thread each.
+
+Conversions consist of short operations on tiles that fit into a core's cache. They do not scale with threads: tiles are
+too small to be divided, and threads of one process wait for Python's lock between the operations. So every core gets a
+process. Workers are forked, as those of PyTorch's DataLoader: they share the open files and the plan of their parent.
+"""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+
+import torch
+
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.processes import end_with_parent
+
+_work: Callable | None = None
+"""The function of this worker process."""
+
+
+def default_num_workers() -> int:
+    """Return the number of cores for each rank of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def run[T, R](tasks: Sequence[T], work: Callable[[T], R], num_workers: int) -> Iterator[tuple[T, R]]:
+    """Yield each task with ``work(task)``, in the order in which they are done.
+
+    One worker, or one task, runs in this process. Tasks and results are pickled, ``work`` is not.
+
+    Raises:
+        QADError: a worker process was killed.
+        Exception: what ``work`` raised first. Tasks that have started are finished before it is raised.
+    """
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
+        with _one_thread():
+            for task in tasks:
+                yield task, work(task)
+        return
+    pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start_worker, (work, os.getpid()))
+    try:
+        with warnings.catch_warnings():
+            # Python warns of forks of processes with threads. Here these serve locks and gloo, which workers don't use.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            futures = {pool.submit(_call, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise QADError(
+            "a worker process was killed, probably because memory ran out. Use fewer --num-workers, or more memory."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(work: Callable, parent: int) -> None:
+    global _work
+    _work = work
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    torch.set_num_threads(1)
+
+
+def _call(task):
+    return _work(task)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
