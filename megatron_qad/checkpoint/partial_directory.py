@@ -1,9 +1,9 @@
 """The directory next to an output in which a conversion writes it, and which a restarted conversion continues.
 
-It is named ``.NAME.partial``, belongs to the user, admits no one else, and is renamed to the output at the end. Each
-finished part has a record in ``progress/``: what the part holds, its size and its SHA-256. A conversion that finds the
-directory continues it if it would write the same output, and starts afresh otherwise. Records are written after their
-part is on the disk, and parts are verified before they are used.
+It is named ``.NAME.partial``, belongs to the user and admits no one else. It has ``output/``, which is renamed to the
+output at the end, and ``progress/`` with a record of each finished part: what it holds, its size and its SHA-256. A
+conversion that finds the directory continues it if it would write the same output, and starts afresh otherwise. Records
+are written after their part is on the disk, and parts are verified before they are used.
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
 
-_JOB, _PROGRESS = "job.json", "progress"
+_OUTPUT, _PROGRESS, _JOB = "output", "progress", "job.json"
 
 
 class PartialDirectory:
@@ -28,8 +28,10 @@ class PartialDirectory:
 
     def __init__(self, output: Path, job: dict[str, Any]):
         self.output, self._job = output, job
-        self.path = output.parent / f".{output.name}.partial"
-        self._progress = self.path / _PROGRESS
+        self._root = output.parent / f".{output.name}.partial"
+        self.path = self._root / _OUTPUT
+        """The directory that becomes the output."""
+        self._progress = self._root / _PROGRESS
 
     def open(self) -> None:
         """Create the directory, or keep the one of an earlier process. One process calls this.
@@ -40,21 +42,22 @@ class PartialDirectory:
         if self._can_continue():
             return
         self.remove()
-        self.path.mkdir(mode=0o700)
+        self._root.mkdir(mode=0o700)
+        self.path.mkdir()
         self._progress.mkdir()
         json_records.write(self._progress / _JOB, self._job)
 
     def remove(self) -> None:
         """Remove the directory, or a file or link of its name. Does nothing if there is none."""
         try:
-            if self.path.is_dir() and not self.path.is_symlink():
-                shutil.rmtree(self.path)
+            if self._root.is_dir() and not self._root.is_symlink():
+                shutil.rmtree(self._root)
             else:
-                self.path.unlink(missing_ok=True)
+                self._root.unlink(missing_ok=True)
         except OSError as error:
             raise QADError(
-                f"{self.path}: cannot be removed ({error.strerror}). It is what an earlier process left, or belongs to "
-                "another user. Remove it, or choose another output."
+                f"{self._root}: cannot be removed ({error.strerror}). An earlier process left it, or it belongs to another "
+                "user. Remove it, or choose another output."
             ) from error
 
     def finished(self, part: str) -> dict | None:
@@ -69,22 +72,19 @@ class PartialDirectory:
         json_records.write(self._progress / f"{part}.json", record)
 
     def publish(self) -> None:
-        """Rename the complete directory to the output. One process calls this, after all have finished."""
-        shutil.rmtree(self._progress)
-        mask = os.umask(0o077)
-        os.umask(mask)
+        """Rename the complete output. One process calls this, after all have finished."""
         for path in (*self.path.rglob("*"), self.path):
             manifest.sync(path)
-        self.path.chmod(0o777 & ~mask)
         os.rename(self.path, self.output)  # atomic; replaces an empty directory
         manifest.sync(self.output.parent)
+        shutil.rmtree(self._root, ignore_errors=True)
 
     def _can_continue(self) -> bool:
         try:
-            found = os.lstat(self.path)
+            found = os.lstat(self._root)
             is_private = found.st_uid == os.geteuid() and not stat.S_IMODE(found.st_mode) & 0o077
             if not stat.S_ISDIR(found.st_mode) or not is_private:
                 return False
-            return json_records.read(self._progress / _JOB) == self._job
+            return self.path.is_dir() and json_records.read(self._progress / _JOB) == self._job
         except (OSError, QADError):
             return False

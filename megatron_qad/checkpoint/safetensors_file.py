@@ -5,6 +5,7 @@ file are those of ``safetensors.torch.save_file``: 8 bytes of length, a JSON hea
 tensors ordered by dtype and name, which aligns every tensor.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -70,6 +71,11 @@ class Layout:
         text += b" " * (-len(text) % 8)
         header = struct.pack("<Q", len(text)) + text
         return cls(header, {name: (len(header) + starts[name], specs[name]) for name in specs}, len(header) + end)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the header: names, dtypes, shapes and places."""
+        return hashlib.sha256(self.header).hexdigest()
 
     def create(self, file: Path) -> None:
         """Create the file with its header. FileExistsError if there is a file or link of that name."""

@@ -50,7 +50,7 @@ def stream_release[T](
         on_rank_0(lambda: release.mkdir(exist_ok=True))
         write = _Writer(partial, release, parts, convert)
         local_parts = range(rank, len(parts), size)
-        run_on_all_ranks(lambda: _explained(target, lambda: write.all(local_parts, num_workers, is_shown=rank == 0)))
+        run_on_all_ranks(lambda: explained(target, lambda: write.all(local_parts, num_workers, is_shown=rank == 0)))
 
         def complete() -> None:
             written = [Part.from_record(partial.finished(part_name(i))) for i in range(len(parts))]
@@ -63,7 +63,7 @@ def stream_release[T](
             manifest.write_atomically(partial.path / TRACKER, "release")
             partial.publish()
 
-        on_rank_0(lambda: _explained(target, complete))
+        on_rank_0(lambda: explained(target, complete))
     except QADError:
         on_rank_0(partial.remove)
         raise
@@ -98,10 +98,10 @@ class _Writer[T]:
         self._partial.finish(name, torch_dist_writer.write_part(file, tensors).record())
 
 
-def _explained(target: Path, work: Callable[[], None]) -> None:
-    """Run ``work``; an error of the operating system is raised as QADError."""
+def explained[R](target: Path, work: Callable[[], R]) -> R:
+    """Return ``work()``; an error of the operating system is raised as QADError."""
     try:
-        work()
+        return work()
     except OSError as error:
         free = shutil.disk_usage(target.parent).free
         reason = f"{error.strerror or error}{f': {os.fspath(error.filename)}' if error.filename else ''}"

@@ -8,8 +8,9 @@ process. Workers are forked, as those of PyTorch's DataLoader: they share the op
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
@@ -28,35 +29,47 @@ def default_num_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def run[T, R](tasks: Sequence[T], work: Callable[[T], R], num_workers: int) -> Iterator[tuple[T, R]]:
+def run[T, R](tasks: Iterable[T], work: Callable[[T], R], num_workers: int) -> Iterator[tuple[T, R]]:
     """Yield each task with ``work(task)``, in the order in which they are done.
 
     One worker, or one task, runs in this process. Tasks and results are pickled, ``work`` is not.
+
+    Args:
+        tasks: started in their order. The caller may add tasks to a deque at any time.
 
     Raises:
         QADError: a worker process was killed.
         Exception: what ``work`` raised first. Tasks that have started are finished before it is raised.
     """
-    num_workers = min(num_workers, len(tasks))
-    if num_workers <= 1:
+    queue = tasks if isinstance(tasks, deque) else deque(tasks)
+    if min(num_workers, len(queue)) <= 1:
         with _one_thread():
-            for task in tasks:
+            while queue:
+                task = queue.popleft()
                 yield task, work(task)
         return
     pool = ProcessPoolExecutor(num_workers, get_context("fork"), _start_worker, (work, os.getpid()))
+    futures: dict[Future, T] = {}
     try:
-        with warnings.catch_warnings():
-            # Python warns of forks of processes with threads. Here these serve locks and gloo, which workers don't use.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            futures = {pool.submit(_call, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
+        while queue or futures:
+            while queue and len(futures) < 2 * num_workers:  # few, so that an added task does not wait for all others
+                task = queue.popleft()
+                futures[_submit(pool, task)] = task
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                yield futures.pop(future), future.result()
     except BrokenProcessPool as error:
         raise QADError(
             "a worker process was killed, probably because memory ran out. Use fewer --num-workers, or more memory."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, task) -> Future:
+    with warnings.catch_warnings():
+        # Python warns of forks of processes with threads. Here these serve locks and gloo, which workers do not use.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return pool.submit(_call, task)
 
 
 def _start_worker(work: Callable, parent: int) -> None:

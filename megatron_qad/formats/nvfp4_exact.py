@@ -20,7 +20,7 @@ _MAGNITUDE = 0x7FFF
 
 
 class ExactEncoder:
-    """Encoder of blocks of 16 values, up to ``max_blocks`` at a time, that finds the blocks which are not representable.
+    """Encoder of blocks of 16 values, up to ``max_blocks`` at a time, that finds those which are not representable.
 
     Example:
         >>> blocks, scale = torch.tensor([[0.5, 1.0, -6.0, *[0.0] * 13]]), torch.ones(1, 1)

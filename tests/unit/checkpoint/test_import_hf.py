@@ -430,7 +430,7 @@ def test_reading_a_missing_tensor_is_an_error(complete):
         HFReader(complete).read("lm_head.bias")
 
 
-def test_export_without_config_job_file_or_tracker_is_an_error(complete, tmp_path):
+def test_export_without_config_job_file_or_tracker_is_an_error(complete, refuses, tmp_path):
     with pytest.raises(QADError, match="no hf/config.json. Expected a checkpoint directory written by import_hf.py"):
         export_hf(complete, tmp_path / "out", "bf16")
     copy_assets(complete, tmp_path / "checkpoint" / "hf")

@@ -109,7 +109,7 @@ def test_worker_processes_write_the_same_bytes(model, undisturbed, tmp_path):
 
 def test_finished_parts_are_kept_and_others_written_again(model, undisturbed, tmp_path):
     partial = leave_partial(undisturbed, tmp_path / "target")
-    release = partial / "release"
+    release = partial / "output" / "release"
     (partial / "progress" / "part_00001.json").unlink()
     (release / "__1_0.distcp").write_bytes(b"half a tensor")  # the process was killed while it wrote
     (release / "__2_0.distcp").write_bytes(b"\0" * (release / "__2_0.distcp").stat().st_size)
@@ -128,8 +128,8 @@ def test_finished_parts_are_kept_and_others_written_again(model, undisturbed, tm
 def test_partial_directory_of_another_import_is_not_used(change, model, undisturbed, tmp_path):
     """It has a directory in the place of a file, so the import would fail if it used it."""
     partial = leave_partial(undisturbed, tmp_path / "target")
-    (partial / "release" / ".metadata").unlink(missing_ok=True)
-    (partial / "release" / ".metadata").mkdir()
+    (partial / "output" / "release" / ".metadata").unlink(missing_ok=True)
+    (partial / "output" / "release" / ".metadata").mkdir()
     if change == "admits others":
         partial.chmod(0o755)
     if change == "damaged record":
