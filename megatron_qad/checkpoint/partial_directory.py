@@ -56,8 +56,8 @@ class PartialDirectory:
                 self._root.unlink(missing_ok=True)
         except OSError as error:
             raise QADError(
-                f"{self._root}: cannot be removed ({error.strerror}). An earlier process left it, or it belongs to another "
-                "user. Remove it, or choose another output."
+                f"{self._root}: cannot be removed ({error.strerror}). An earlier process left it, or it belongs to "
+                "another user. Remove it, or choose another output."
             ) from error
 
     def finished(self, part: str) -> dict | None:
