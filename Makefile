@@ -52,7 +52,7 @@ format: env
 
 # Generates docs/patches.md from the table of patches to other packages.
 patches-page: env
-	$(RUN) python -c "from megatron_qad.engine.patches import page; print(page(), end='')" > docs/patches.md
+	$(RUN) python -c "from megatron_qad.engine.patches_page import page; print(page(), end='')" > docs/patches.md
 
 # Compares names, sharded state, conversion and quantizers of Transformer Engine's layers with the local ones, without a GPU.
 # Needs transformer_engine: either installed, or TE_WHEEL=FILE with a built wheel of its torch extension.

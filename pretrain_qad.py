@@ -25,13 +25,12 @@ init_runtime(for_compute=True)  # selects the CPU backend if there is no GPU; mu
 import torch  # noqa: E402
 from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import pretrain, print_rank_0  # noqa: E402
-from megatron.training.argument_utils import pretrain_cfg_container_from_args  # noqa: E402
 
 from megatron_qad.engine.events import Callback  # noqa: E402
 from megatron_qad.training.batch import Batch  # noqa: E402
 from megatron_qad.training.job import QADJob, Step  # noqa: E402
 from megatron_qad.training.plan import print_plan  # noqa: E402
-from megatron_qad.training.start import read_command_line, start_job  # noqa: E402
+from megatron_qad.training.start import check_dry_run, read_command_line, start_job  # noqa: E402
 
 
 def qad_step(job: QADJob, step: Step) -> list[dict]:
@@ -69,10 +68,10 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) 
     job = start_job(config, callbacks)
     print_rank_0(init_runtime().report())
     if config.options.qad_dry_run:
-        return print_plan(config, job.args)
+        return print_plan(config, job.args, check_dry_run(job, qad_step))
     with job.loop.running():
         pretrain(
-            pretrain_cfg_container_from_args(job.args, job.model_config(qad_step)),
+            job.pretrain_config(qad_step),
             job.datasets_provider,
             ModelType.encoder_or_decoder,
             partial(forward_step, job),

@@ -29,7 +29,7 @@ make_inputs() {
 # train NAME FLAGS...: runs a training job with the settings of train.yaml.
 train() {
   local name=$1; shift
-  step "$name" torchrun --standalone --nproc-per-node "$ranks" pretrain_qad.py --config "$here/train.yaml" \
+  NPROC_PER_NODE=$ranks step "$name" launch/torchrun.sh pretrain_qad.py --config "$here/train.yaml" \
     --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard" --valid-data-path "$out/data/heldout" "$@"
   grep -hE 'megatron_qad (validation|experts)' "$out/log/$name.txt" | tail -n 2 | sed 's/.*at iteration/        iteration/'
 }

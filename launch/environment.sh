@@ -1,4 +1,4 @@
-# Environment variables of every rank. Sourced by torchrun.sh; variables that the caller has set are kept.
+# Environment variables of every rank. Sourced by torchrun.sh after integers.sh; variables that the caller has set are kept.
 # shellcheck shell=bash
 
 # Megatron overlaps tensor-parallel collectives with GEMMs and needs kernels to start in the order in which they were issued.
@@ -6,7 +6,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
 # The ranks of a node share its cores, so more than one thread for each rank would only cause contention. A single process on a
 # node of a SLURM job, such as an export, uses all cores of the job.
 threads=1
-[[ ${NPROC_PER_NODE:-} != 1 ]] || threads=${SLURM_CPUS_ON_NODE:-1}
+[[ ${NPROC_PER_NODE:-} != 1 ]] || threads=$(integer SLURM_CPUS_ON_NODE "${SLURM_CPUS_ON_NODE:-1}" 1)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
 # Data workers are forked: the tokenizers library would warn and disable its threads in each of them.
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
@@ -38,7 +38,9 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$qad_cache/inductor}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A failed rank ends the job immediately instead of leaving the others waiting in a collective.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-# The network interface for the sockets of NCCL and gloo; agent.py binds the rendezvous to it.
+# The network interface for the sockets of NCCL and gloo; agent.py binds the rendezvous to it. A job on one node needs no
+# network: its sockets listen on the loopback interface only, where other machines cannot reach them.
+if [[ $(integer NNODES "${NNODES:-1}" 1) -eq 1 ]]; then export QAD_INTERFACE=lo; fi
 if [[ -n ${QAD_INTERFACE:-} ]]; then
   export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$QAD_INTERFACE}
   export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$QAD_INTERFACE}

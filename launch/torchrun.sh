@@ -5,7 +5,8 @@
 # Variables:
 #   NPROC_PER_NODE  number of processes on this node; default: its number of GPUs, or 1
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   number of nodes, rank of this node, address of node 0, its port (29400)
-#   QAD_INTERFACE   network interface (such as ib0) for the rendezvous, NCCL and gloo; node 0's address must be on it
+#   QAD_INTERFACE   network interface (such as ib0) of several nodes for the rendezvous, NCCL and gloo; node 0's address must be
+#                   on it. A job on one node listens on the loopback interface only.
 #   QAD_JOB_DIR     directory for stop requests to the job (docs/launching.md)
 #   QAD_JOIN_TIMEOUT   seconds to wait for the other nodes, including the start of node 0 (900)
 # The program is searched for in the current directory, then in the project's directory.
@@ -13,6 +14,17 @@
 set -euo pipefail
 if [[ $# -eq 0 ]]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2; fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if ! command -v python >/dev/null; then
+  echo "error: no program named python. Activate the virtual environment of tools/setup_env.sh, or add its bin to PATH." >&2
+  exit 2
+fi
+if [[ $(ulimit -v) != unlimited && $(ulimit -v) -lt $((4 << 20)) ]]; then  # torch could not be imported
+  echo "error: the limit of address space is $(ulimit -v) KiB (ulimit -v); torch and Megatron alone need $((4 << 20)). Raise it: ulimit -v unlimited." >&2
+  exit 2
+fi
+# shellcheck source=launch/integers.sh
+source "$here/integers.sh"
+nodes=$(integer NNODES "${NNODES:-1}" 1)
 # shellcheck source=launch/environment.sh
 source "$here/environment.sh"
 root=${here%/*}
@@ -20,14 +32,19 @@ if [[ $1 != -* && ! -e $1 && -e $root/$1 ]]; then set -- "$root/$1" "${@:2}"; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # scripts in tools/ import megatron_qad
 
 num_gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || num_gpus=0
-processes=${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}
-nodes=${NNODES:-1}
+if [[ -z ${NPROC_PER_NODE:-} && $num_gpus -eq 0 ]] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
+  echo "error: this machine has GPUs (/dev/nvidia*), but nvidia-smi does not list them or is missing. Set NPROC_PER_NODE." >&2
+  exit 2
+fi
+processes=$(integer NPROC_PER_NODE "${NPROC_PER_NODE:-$((num_gpus > 0 ? num_gpus : 1))}" 1)
 if [[ $nodes -gt 1 ]]; then
   : "${MASTER_ADDR:?NNODES=$nodes needs the address of node 0}" "${NODE_RANK:?NNODES=$nodes needs the rank of this node, 0 to $((nodes - 1))}"
+  rank=$(integer NODE_RANK "$NODE_RANK" 0 $((nodes - 1)))
+  port=$(integer MASTER_PORT "${MASTER_PORT:-29400}" 1 65535)
   # read_timeout limits the wait for node 0's store; join_timeout starts when it is reached.
-  join=${QAD_JOIN_TIMEOUT:-900}
-  rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29400}" --rdzv-id "${QAD_RENDEZVOUS_ID:-qad}"
-    --rdzv-conf "is_host=$((NODE_RANK == 0)),join_timeout=$join,read_timeout=$join")
+  join=$(integer QAD_JOIN_TIMEOUT "${QAD_JOIN_TIMEOUT:-900}" 1)
+  rendezvous=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "${QAD_RENDEZVOUS_ID:-qad}"
+    --rdzv-conf "is_host=$((rank == 0)),join_timeout=$join,read_timeout=$join")
 else
   rendezvous=(--standalone)
 fi

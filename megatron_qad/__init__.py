@@ -10,4 +10,17 @@ Importing this package has no side effects. Its subpackages are on levels; each 
 5. ``report``        run reports
 """
 
+import resource as _resource
+import sys as _sys
+
+_MIN_ADDRESS_SPACE = 4 << 30
+"""Bytes that torch and Megatron map when they are imported, without any model: 3.2 GB on a CPU."""
+
+_limit = _resource.getrlimit(_resource.RLIMIT_AS)[0]
+if _limit != _resource.RLIM_INFINITY and _limit < _MIN_ADDRESS_SPACE:  # their imports would fail in many strange ways
+    _sys.exit(
+        f"error: the limit of address space is {_limit / 1e9:.3g} GB (ulimit -v); torch and Megatron alone need "
+        f"{_MIN_ADDRESS_SPACE / 1e9:.3g} GB. Raise it: ulimit -v unlimited."
+    )
+
 __version__ = "0.2.0"

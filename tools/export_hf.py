@@ -53,7 +53,7 @@ def main() -> None:
     print(
         f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, in {len(written.shards)} file(s) to "
         f"{written.directory}: {', '.join(f'{n} linears {fmt}' for fmt, n in counts.items())}"
-        f"{', ' if counts else ''}{len(written.excluded)} left in BF16"
+        f"{f', {len(written.excluded)} left in BF16' if counts else 'no linear quantized'}"
     )
 
 

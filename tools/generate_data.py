@@ -10,14 +10,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-
 from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts  # noqa: E402
 from megatron_qad.engine import QADError, entry_point  # noqa: E402
 from megatron_qad.engine.plural import count  # noqa: E402
 
 
 def main() -> None:
+    import torch
+
     defaults = GenerateOptions(num_documents=1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face directory with model and tokenizer")

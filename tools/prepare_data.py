@@ -1,4 +1,4 @@
-"""Prepare text and JSONL files as Megatron's .bin/.idx, with loss masks for chats (see ``megatron_qad.data.prepare``).
+"""Prepare text, JSON or parquet as Megatron's .bin/.idx, with loss masks for chats (see ``megatron_qad.data.prepare``).
 
 python tools/prepare_data.py --input chats.jsonl --tokenizer my_model/ --output data/chats --workers 8
 """
@@ -10,13 +10,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_qad.data.chat import MULTI_TURN  # noqa: E402
+from megatron_qad.data.metadata import DataMetadata, load_metadata, valid_prefix  # noqa: E402
 from megatron_qad.data.prepare import PrepareOptions, prepare_data  # noqa: E402
 from megatron_qad.data.sources import JSON_KEYS  # noqa: E402
 from megatron_qad.engine import entry_point, init_runtime  # noqa: E402
 from megatron_qad.engine.plural import count  # noqa: E402
 
 EPILOG = """
-A JSONL line has "text" (a string) or "messages" (a list of {"role", "content"}, optionally with "tools"). Messages are
+Inputs: text; JSON, one object per line or one list; both also compressed (gzip, zstd, bzip2, xz); parquet files;
+directories of Hugging Face datasets. Nothing is downloaded. docs/prepared_data.md has the details.
+A record has "text" (a string), "messages" (a list of {"role", "content"}, optionally with "tools"), or "conversations"
+(ShareGPT: a list of {"from", "value"}). Messages are
 rendered with the tokenizer's chat template, and only the assistant's tokens count in the loss. EOD ends each document.
 If the template removes earlier thoughts (Qwen3, Nemotron), a chat becomes several documents; docs/chats.md says which
 messages are accepted and how they are rendered.
@@ -33,7 +37,9 @@ def parse_options() -> PrepareOptions:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help="text or JSONL files")
+    parser.add_argument(
+        "--input", dest="inputs", nargs="+", required=True, metavar="FILE", help="files or dataset directories"
+    )
     parser.add_argument(
         "--tokenizer", required=True, help="Hugging Face tokenizer directory or sentencepiece .model file"
     )
@@ -42,13 +48,13 @@ def parse_options() -> PrepareOptions:
         "--format",
         choices=["auto", "text", "jsonl"],
         default=defaults.format,
-        help="input format; auto: .jsonl and .ndjson are JSONL, other files are text",
+        help="format of text and JSON files; auto: .jsonl, .ndjson and .json are JSON, other files are text",
     )
     parser.add_argument(
         "--json-key",
         choices=JSON_KEYS,
         default=defaults.json_key,
-        help="key of the JSONL lines to use; auto: the one that a line has",
+        help="key of the records to use; messages includes conversations; auto: the one that a record has",
     )
     parser.add_argument(
         "--split-on",
@@ -67,6 +73,13 @@ def parse_options() -> PrepareOptions:
         "--prepend-bos", action="store_true", help="prepend BOS if the tokenizer does not do so (sentencepiece)"
     )
     parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        metavar="F",
+        help="write this fraction of the documents to OUTPUT_valid instead, chosen by a hash of their tokens, so that "
+        "equal documents are on the same side",
+    )
+    parser.add_argument(
         "--max-bad-fraction",
         type=float,
         default=defaults.max_bad_fraction,
@@ -83,13 +96,21 @@ def main() -> None:
     options = parse_options()
     init_runtime()  # must run before Megatron, whose index writer is used, is imported
     metadata = prepare_data(options)
+    report(options.output, metadata)
+    if options.validation_fraction is not None:
+        held_out = valid_prefix(options.output)
+        report(held_out, load_metadata(held_out))
+    if metadata.bad_lines:
+        print(f"bad lines are listed in {options.output}.bad.txt")
+
+
+def report(prefix: str, metadata: DataMetadata) -> None:
     chats = f" ({metadata.chat_documents} from {count(metadata.chats, 'chat')})" if metadata.chats else ""
-    listed = f", listed in {options.output}.bad.txt" if metadata.bad_lines else ""
     print(
-        f"{options.output}: {count(metadata.documents, 'document')}{chats}, {count(metadata.tokens, 'token')}, "
+        f"{prefix}: {count(metadata.documents, 'document')}{chats}, {count(metadata.tokens, 'token')}, "
         f"{metadata.supervised_tokens} of them in the loss, {metadata.unknown_tokens} unknown; "
         f"vocabulary {metadata.vocab_size} ({metadata.tokenizer_name}); {count(metadata.blank_lines, 'blank line')}, "
-        f"{count(metadata.bad_lines, 'bad line')}{listed}"
+        f"{count(metadata.bad_lines, 'bad line')}"
     )
 
 

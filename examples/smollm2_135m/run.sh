@@ -23,7 +23,7 @@ step() {
 
 job() {
   local script=$1; shift
-  torchrun --standalone --nproc-per-node "$ranks" "$script" --config "$here/train.yaml" \
+  NPROC_PER_NODE=$ranks launch/torchrun.sh "$script" --config "$here/train.yaml" \
     --train-data-path 0.75 "$out/data/train-1" 0.25 "$out/data/train-2" --valid-data-path "$out/data/heldout" "$@"
 }
 
@@ -67,7 +67,7 @@ wait_all
 tail -qn 1 "$out"/log/validate-*.txt
 step report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$out/smoothed" --run PTQ="$out/ptq" \
   --run QAD="$out/qad" --output "$out/report" &
-step compare torchrun --standalone --nproc-per-node 1 "$here/compare.py" --config "$here/train.yaml" --qad-teacher "$out/teacher" \
+NPROC_PER_NODE=1 step compare launch/torchrun.sh "$here/compare.py" --config "$here/train.yaml" --qad-teacher "$out/teacher" \
   --load "$out/qad" --hf-model "$out/hf-compressed-tensors" --text "$out/prompts/heldout.txt"
 wait_all
 grep -h '^prompt\|^answer\|inputs, Megatron' "$out/log/compare.txt"

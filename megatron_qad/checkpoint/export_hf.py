@@ -170,7 +170,7 @@ def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | st
     if layout != "bf16" and read_job(checkpoint) is None:
         raise QADError(
             f"{checkpoint}: no {JOB_FILE}; only checkpoints of pretrain_qad.py can be exported quantized. Use "
-            "layout 'bf16'."
+            "--layout bf16, or quantize it first: pretrain_qad.py --qad-ptq, or a QAD job."
         )
     directory = iteration_to_read(checkpoint, iteration)
     return directory, read_job(checkpoint, directory) or {}

@@ -4,13 +4,15 @@ The safetensors header (eight bytes of length, JSON, data) is parsed here becaus
 issues, not as an exception of the library for the first one. This module does not depend on models or quantization.
 """
 
-import json
 import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from megatron_qad.engine import text_files
+from megatron_qad.engine.errors import QADError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -27,6 +29,9 @@ ITEM_BYTES = {
     "F8_E4M3": 1,
     "BOOL": 1,
 }
+
+_MAX_HEADER_BYTES = 100_000_000
+"""Largest header that the safetensors library reads."""
 
 AddIssue = Callable[[str, str], None]  # (name of the tensor or file, value found and value expected)
 
@@ -56,8 +61,9 @@ def read_shards(directory: Path, issue: AddIssue) -> Shards:
     index_path, single = directory / INDEX_NAME, directory / SINGLE_NAME
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     weight_map: dict[str, str] | None = None
+    total_size = None
     if index_path.exists():
-        weight_map = _read_index(index_path, issue)
+        weight_map, total_size = _read_index(index_path, issue)
         if single.exists():
             issue(
                 SINGLE_NAME,
@@ -78,36 +84,34 @@ def read_shards(directory: Path, issue: AddIssue) -> Shards:
             shards.tensors[tensor] = stored
             shards.num_bytes += stored.num_bytes
     if weight_map is not None:
-        _compare_with_index(weight_map, shards, issue)
+        _compare_with_index(weight_map, total_size, shards, issue)
     return shards
 
 
 def read_json(path: Path, issue: AddIssue) -> dict[str, Any] | None:
     """Return the JSON object in ``path``; None, and an issue, if it is missing or not an object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         issue(path.name, "is missing")
         return None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        issue(path.name, f"is not valid JSON: {error}")
+    try:
+        return text_files.read_json(path)
+    except QADError as error:
+        issue(path.name, str(error).removeprefix(f"{path}: "))
         return None
-    if not isinstance(value, dict):
-        issue(path.name, f"is a {type(value).__name__}, expected a JSON object")
-        return None
-    return value
 
 
-def _read_index(path: Path, issue: AddIssue) -> dict[str, str]:
-    index = read_json(path, issue) or {}
-    weight_map = index.get("weight_map")
+def _read_index(path: Path, issue: AddIssue) -> tuple[dict[str, str], Any]:
+    """Return the map from tensor names to file names, and the total size, of an index."""
+    if (index := read_json(path, issue)) is None:
+        return {}, None
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         issue(path.name, "has no weight_map, expected a map from tensor names to file names")
-        return {}
-    return weight_map
+        weight_map = {}
+    return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-def _compare_with_index(weight_map: dict[str, str], shards: Shards, issue: AddIssue) -> None:
+def _compare_with_index(weight_map: dict[str, str], total: Any, shards: Shards, issue: AddIssue) -> None:
     for tensor, name in weight_map.items():
         stored = shards.tensors.get(tensor)
         if stored is None:
@@ -116,12 +120,8 @@ def _compare_with_index(weight_map: dict[str, str], shards: Shards, issue: AddIs
             issue(tensor, f"is in {stored.file.name}, but {INDEX_NAME} lists {name}")
     for tensor in sorted(set(shards.tensors) - set(weight_map)):
         issue(tensor, f"is in {shards.tensors[tensor].file.name}, but not in {INDEX_NAME}, so loaders will not find it")
-    if shards.tensors:
-        directory = next(iter(shards.tensors.values())).file.parent
-        metadata = json.loads((directory / INDEX_NAME).read_text(encoding="utf-8")).get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        if total is not None and total != shards.num_bytes:
-            issue(INDEX_NAME, f"has total_size {total}, but the tensors of the shards have {shards.num_bytes} bytes")
+    if shards.tensors and total is not None and total != shards.num_bytes:
+        issue(INDEX_NAME, f"has total_size {total}, but the tensors of the shards have {shards.num_bytes} bytes")
 
 
 def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, StoredTensor]:
@@ -132,10 +132,13 @@ def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, Store
         if length == 0 or 8 + length > size:
             issue(path.name, f"is truncated or not a safetensors file: {size} bytes are too few for its header")
             return {}
+        if length > _MAX_HEADER_BYTES:
+            issue(path.name, f"has a header of {length} bytes, more than the {_MAX_HEADER_BYTES} that loaders read")
+            return {}
         try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            issue(path.name, f"has an unreadable header: {error}")
+            header = text_files.parse_json(file.read(length), "has an unreadable header", "Export it again.")
+        except QADError as error:
+            issue(path.name, str(error))
             return {}
     if not isinstance(header, dict):
         issue(path.name, f"has an unreadable header: a {type(header).__name__}, expected a JSON object")
@@ -146,7 +149,7 @@ def _read_header(path: Path, shards: Shards, issue: AddIssue) -> dict[str, Store
         try:
             first, last = (int(offset) for offset in entry["data_offsets"])
             shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             issue(path.name, f"has an unreadable header: the entry of {tensor!r} is {entry!r}")
             return {}
         end = max(end, last)

@@ -9,14 +9,15 @@ from safetensors import SafetensorError
 from megatron_qad.checkpoint import source_quantization, weight_files
 from megatron_qad.checkpoint.hf_writer import COPIED_FILES
 from megatron_qad.checkpoint.model_directory import check_file
+from megatron_qad.engine.config_values import dtype_name
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.local_models import missing_config
 from megatron_qad.engine.text_files import read_json
 
 PASSTHROUGH_FILE = "passthrough.safetensors"
 """File in a checkpoint's ``hf/`` with the tensors that are not part of the Megatron model."""
 ASSETS = ("config.json", *COPIED_FILES)
 """File patterns that an import copies to ``hf/`` and an export copies to its output."""
-_WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class HFReader:
@@ -54,7 +55,7 @@ class HFReader:
         if (snapshots := self.directory / "snapshots").is_dir() and not file.exists():
             raise QADError(f"{self.directory}: is a cache of Hugging Face. Give a directory in {snapshots}.")
         if not file.exists() and not file.is_symlink():
-            raise QADError(f"{self.directory}: no config.json. Give a Hugging Face model directory.")
+            raise QADError(missing_config(self.directory, "Give a Hugging Face model directory."))
         return read_json(check_file(self.directory, file))
 
     def _find_tensors(self) -> dict[str, Path]:
@@ -141,16 +142,10 @@ def declared_dtype(config: dict) -> torch.dtype | None:
     """Return ``dtype`` (in older files ``torch_dtype``) of a ``config.json``; None if it has neither.
 
     Raises:
-        QADError: a dtype in which weights are not stored.
+        QADError: a dtype in which weights are not stored, or both keys with different values.
     """
-    name = str(config.get("dtype", config.get("torch_dtype"))).removeprefix("torch.")
-    if not isinstance(getattr(torch, name, None), torch.dtype):
-        return None
-    if name not in _WEIGHT_DTYPES:
-        raise QADError(
-            f"config.json: dtype is {name!r}, expected {', '.join(_WEIGHT_DTYPES)}. Write the dtype of the BF16 model."
-        )
-    return _WEIGHT_DTYPES[name]
+    name = dtype_name(config)
+    return None if name is None else getattr(torch, name)
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from megatron_qad.checkpoint.layouts import (
 )
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import json_records, locks, manifest
+from megatron_qad.engine.run_directory import json_records, locks, manifest, new_files
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 
@@ -114,8 +114,7 @@ def write_hf_checkpoint(
     shards = _Shards(aside, max_shard_bytes)
     with ExitStack() as stack:
         stack.enter_context(locks.lock_output(directory))
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed process
-        aside.mkdir()
+        new_files.make_new_directory(aside)  # removes what a killed process left
         stack.callback(shutil.rmtree, aside, ignore_errors=True)  # does nothing after a successful rename
         try:
             formats = {

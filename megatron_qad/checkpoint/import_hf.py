@@ -23,6 +23,7 @@ from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
 from megatron_qad.checkpoint.source_quantization import without_quantization
 from megatron_qad.checkpoint.stream_release import stream_release
 from megatron_qad.checkpoint.worker_pool import default_num_workers
+from megatron_qad.engine.config_values import dtype_name
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
@@ -31,6 +32,7 @@ from megatron_qad.engine.text_files import read_json
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 """dtypes, as safetensors calls them, of the weights that are imported. Others would change a weight without a word."""
 _PART_BYTES, _MAX_PARTS = 512 << 20, 1024
@@ -104,6 +106,7 @@ class ModelImport:
             find_files(source, ASSETS)  # raises now instead of after gigabytes are written
         family = family_of(reader.config)
         family.megatron_args(reader.config)  # raises an error if training could not build the model
+        dtype_name(reader.config)  # raises an error that an export would meet
         maps = family.tensors(reader.config)
         source_names.resolve(reader, maps)
         for tensor_map in maps:
@@ -131,10 +134,7 @@ class ModelImport:
 
     def convert(self, tensor_map: ParamMapping) -> Iterator[tuple[str, torch.Tensor]]:
         """Read one tensor and yield the parts in which Megatron stores it, with their names."""
-        rows = tensor_map.checkpoint_splits
-        tensor = self._read(tensor_map)
-        for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
-            yield tensor_map.megatron + ending, part
+        return stored_parts(tensor_map, self._read(tensor_map))
 
     def write_passthrough(self, file: Path) -> None:
         """Write the passthrough tensors, one by one, after checking that they are finite."""
@@ -180,6 +180,14 @@ def _check_source(reader: HFReader, tensor_map: ParamMapping) -> None:
             raise QADError(f"{where} has shape {list(stored_shape)}, but config.json implies {list(shape)}.")
 
 
+def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parts in which Megatron stores a tensor, with their names."""
+    rows = tensor_map.checkpoint_splits
+    for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
+        # Cloned, because torch.save writes all of a view's storage.
+        yield tensor_map.megatron + ending, part if len(rows) == 1 else part.clone()
+
+
 def copy_assets(source: Path, target: Path) -> None:
     """Copy the config, generation config and tokenizer files to the checkpoint's ``hf/``.
 
@@ -193,6 +201,11 @@ def copy_assets(source: Path, target: Path) -> None:
         exported["architectures"] = [architecture]
     if exported != config:
         (target / "config.json").write_text(json.dumps(exported, indent=2) + "\n", encoding="utf-8")
+    if not any((target / name).is_file() for name in _TOKENIZER_FILES):
+        print(
+            f"megatron_qad: WARNING: {source} has no tokenizer ({', '.join(_TOKENIZER_FILES)}), so exports will have "
+            "none, and servers need one. Copy its files to that directory and import again."
+        )
 
 
 def _passthrough_names(reader: HFReader) -> list[str]:

@@ -5,6 +5,7 @@ user into a directory that is published. Hugging Face's cache consists of links 
 config.json`` -> ``../../blobs/HASH``); these are allowed, and the model directory itself may be a link.
 """
 
+import codecs
 import os
 import shutil
 from collections.abc import Iterable
@@ -43,7 +44,7 @@ def find_files(directory: Path, patterns: Iterable[str]) -> list[Path]:
 
     Raises:
         QADError: see ``check_file``; a link to a directory, which could contain itself; a JSON file that is not a JSON
-            object; or a tokenizer.json without a tokenizer model.
+            object or that begins with a byte order mark; or a tokenizer.json without a tokenizer model.
     """
     paths = {path for pattern in patterns for path in directory.glob(pattern)}
     for path in paths:
@@ -61,6 +62,9 @@ def find_files(directory: Path, patterns: Iterable[str]) -> list[Path]:
 
 def _check_json(file: Path) -> None:
     """Check the content of a copied file as far as every loader needs it; a server would fail on it much later."""
+    with file.open("rb") as stream:
+        if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            raise QADError(f"{file}: begins with a byte order mark, which transformers does not read. Save it without.")
     content = read_json(file)
     if file.name == "tokenizer.json" and not isinstance(content.get("model"), dict):
         raise QADError(f"{file}: no object 'model', which every tokenizer.json has. Download it again.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory import json_records, manifest, new_files
 
 _OUTPUT, _PROGRESS, _JOB = "output", "progress", "job.json"
 
@@ -50,10 +50,7 @@ class PartialDirectory:
     def remove(self) -> None:
         """Remove the directory, or a file or link of its name. Does nothing if there is none."""
         try:
-            if self._root.is_dir() and not self._root.is_symlink():
-                shutil.rmtree(self._root)
-            else:
-                self._root.unlink(missing_ok=True)
+            new_files.remove(self._root)
         except OSError as error:
             raise QADError(
                 f"{self._root}: cannot be removed ({error.strerror}). An earlier process left it, or it belongs to "

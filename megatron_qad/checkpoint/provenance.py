@@ -29,6 +29,17 @@ def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
     return {"model": source.resolve().name, "dtype": dtype, "sha256": _digest(_hf_parts(source, weights))}
 
 
+def megatron_provenance(directory: Path, assets: Path, dtype: str) -> dict[str, Any]:
+    """Return the provenance record of an import of an iteration that Megatron saved.
+
+    Args:
+        directory: directory of the iteration.
+        assets: Hugging Face directory with config and tokenizer.
+    """
+    names = {"checkpoint": directory.parent.resolve().name, "iteration": directory.name, "dtype": dtype}
+    return names | {"sha256": _digest([*_iteration_parts(directory), *_hf_parts(assets)])}
+
+
 def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, Any]:
     """Return the provenance record of an export.
 

@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.megatron_fixes import save_checkpoints_in_this_process
-from megatron_qad.engine.run_directory import atomic_checkpoint, locks, manifest
+from megatron_qad.engine.run_directory import atomic_checkpoint, locks, manifest, new_files
 from megatron_qad.engine.run_directory.run_files import TRACKER
+from megatron_qad.engine.system_errors import explain
 
 
 def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -> None:
@@ -28,9 +29,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
     """
     aside = target.parent / f".{target.name}.partial"  # renamed when complete, so a killed process leaves no target
     is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-    torch.distributed.barrier()
+    atomic_checkpoint.on_first_rank(lambda: new_files.make_new_directory(aside))
     save_checkpoints_in_this_process()
     atomic_checkpoint.AtomicCheckpoints().install()
 
@@ -47,7 +46,7 @@ def write_release(target: Path, sharded: dict, finish: Callable[[Path], None]) -
         torch.distributed.barrier()
         if is_first:
             shutil.rmtree(aside, ignore_errors=True)
-        reason = str(error) if isinstance(error, QADError) else "a rank could not write its files"
+        reason = str(error).rstrip(".") if isinstance(error, QADError) else "a rank could not write its files"
         raise QADError(
             f"{target}: not written: {reason} ({free / 1e9:.3g} GB are free there). Free space, or choose another "
             "directory."
@@ -66,12 +65,13 @@ def lock_output(output: str | Path) -> Iterator[None]:
 
 
 def run_on_all_ranks(work: Callable):
-    """Return ``work()`` of this rank; a QADError of any rank is raised on all ranks."""
+    """Return ``work()`` of this rank; an error of any rank that ``explain`` knows is raised on all as a QADError."""
     result, message = None, None
     try:
         result = work()
-    except QADError as error:
-        message = str(error)
+    except Exception as error:
+        if (message := explain(error)) is None:
+            raise
     messages: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(messages, message)
     if first := next((message for message in messages if message), None):

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.restricted_unpickling import one_error
 
 
 class TorchDistFiles:
@@ -28,7 +29,9 @@ class TorchDistFiles:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        metadata = FileSystemReader(str(directory)).read_metadata()  # with restricted unpickling
+        self._reader = FileSystemReader(str(directory))
+        with one_error():
+            metadata = self._reader.read_metadata()  # with restricted unpickling
         self._places = metadata.storage_data
         self._tensors = {
             name: stored
@@ -76,7 +79,7 @@ class TorchDistFiles:
         place = self._places[MetadataIndex(name, offsets)]
         file = self.directory / place.relative_path
         try:
-            with open(file, "rb") as stream:
+            with one_error(), self._reader.fs.create_stream(file, "rb") as stream:  # opens no file outside
                 view = _create_file_view(stream, place.offset, place.length)
                 return torch.load(view, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

@@ -83,6 +83,9 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
     if not result.directory.is_dir():
         result.add(str(directory), "is not a directory; expected an exported checkpoint")
         return result
+    if (result.directory / "hf" / "config.json").is_file():
+        result.add(str(directory), "is a Megatron checkpoint; expected an exported one (tools/export_hf.py)")
+        return result
     config = read_json(result.directory / "config.json", result.add)
     shards = read_shards(result.directory, result.add)
     result.num_tensors, result.num_bytes = len(shards.tensors), shards.num_bytes
@@ -133,9 +136,9 @@ def _find_layout(config: dict[str, Any], result: ValidationResult) -> PackedLayo
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in tuple(PACKED_LAYOUTS):
-        result.add(
-            "config.json", f"quantization_config.quant_method is {method!r}, expected {' or '.join(PACKED_LAYOUTS)}"
-        )
+        expected = " or ".join(PACKED_LAYOUTS)
+        unquantized = ", so the model is not quantized" if quantization is None else ""
+        result.add("config.json", f"quantization_config.quant_method is {method!r}{unquantized}; expected {expected}")
         return None
     result.layout = method
     return PACKED_LAYOUTS[method]

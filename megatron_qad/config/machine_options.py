@@ -17,6 +17,7 @@ def machine_options(machine: Capabilities, layer_spec: str | None = None) -> dic
         "no-check-for-nan-in-loss-and-grad": True,  # callbacks/nan_guard.py checks, and can also skip an update
         # Megatron's default, nvrx, is a separate package.
         "async-strategy": "nvrx" if importlib.util.find_spec("nvidia_resiliency_ext") else "mcore",
+        "dist-ckpt-optim-fully-reshardable": True,  # the default resumes with other DP sizes only
         "save-interval": 1000,  # Megatron has no default and stops at --save without one
         "eval-interval": 1000,  # without a value Megatron raises a TypeError
         "tokenizer-type": "NullTokenizer",  # the data is already tokenized; its metadata names the tokenizer

@@ -34,13 +34,46 @@ class MegatronFlags:
     dataloader_inter_document_masking: bool = False
 
     # Durations and intervals.
+    train_iters: int | None = None
+    train_samples: int | None = None
+    skip_train: bool = False
     eval_iters: int | None = None
     """Iterations of an evaluation. None means that the user set none; Megatron's own default is 100."""
     eval_interval: int | None = None
     save_interval: int | None = None
     iterations_to_skip: list = dataclasses.field(default_factory=list)
 
+    # Learning rate and weight decay.
+    lr: float | None = None
+    min_lr: float = 0.0
+    lr_warmup_init: float = 0.0
+    lr_warmup_fraction: float | None = None
+    lr_warmup_iters: int = 0
+    lr_warmup_samples: int = 0
+    lr_decay_style: str = "linear"
+    lr_decay_iters: int | None = None
+    lr_decay_samples: int | None = None
+    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_samples: int | None = None
+    weight_decay: float = 0.01
+    weight_decay_incr_style: str = "constant"
+    start_weight_decay: float | None = None
+    end_weight_decay: float | None = None
+    override_opt_param_scheduler: bool = False
+    use_checkpoint_opt_param_scheduler: bool = False
+
+    # Data.
+    data_path: list | None = None
+    train_data_path: list | None = None
+    valid_data_path: list | None = None
+    test_data_path: list | None = None
+    data_args_path: str | None = None
+    per_split_data_args_path: str | None = None
+    mock_data: bool = False
+    split: str | None = None
+
     # Precision and optimizer.
+    use_distributed_optimizer: bool = False
     bf16: bool = False
     fp16: bool = False
     fp8: str | None = None

@@ -120,7 +120,10 @@ def _problems(flags, options, shapes, world: int) -> Iterator[str]:
     yield from _expert_problems(flags, shapes, tp, pp, world)
     yield from _mamba_problems(shapes, tp, cp)
     if world % (tp * pp * cp):
-        yield f"TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp} ranks; this job has {world}"
+        yield (
+            f"TP {tp} x PP {pp} x CP {cp} needs a multiple of {tp * pp * cp} ranks; this job has {world} "
+            "(torchrun --nproc-per-node sets it; launch/torchrun.sh takes NPROC_PER_NODE, or the number of GPUs)"
+        )
     yield from _sequence_problems(flags, options, tp, cp)
     yield from _batch_problems(flags, options, pp, virtual, world // (tp * pp * cp))
 

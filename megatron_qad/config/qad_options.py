@@ -48,7 +48,7 @@ class QADOptions:
 
     qad_calibration_samples: int = 64
     """Number of training sequences that set the amax of the activation quantizers before the first step, rounded up to
-    whole microbatches. Default: 64."""
+    whole microbatches; at most 65536. Default: 64."""
 
     qad_calibration_percentile: float | None = None
     """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; larger magnitudes saturate.
@@ -118,8 +118,8 @@ class QADOptions:
     sets; without it, off."""
 
     qad_dry_run: bool = False
-    """Print the plan (model, formats, parallelism, tokens, bytes per rank) and exit without building weights. Default:
-    off."""
+    """Print the plan (model, formats, parallelism, tokens, epochs, bytes per rank) and exit without building weights.
+    Reads the flags, the data and the checkpoint to resume, and refuses what the job would refuse. Default: off."""
 
     @classmethod
     def from_args(cls, parsed: argparse.Namespace) -> "QADOptions":

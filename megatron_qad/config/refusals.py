@@ -1,6 +1,8 @@
 """Rejects flags that QAD does not support or that contradict each other. The checks have no side effects.
 
-``parallelism`` checks the parallelism, ``output_mode`` the output flags.
+Other modules check the parallelism (``parallelism``), the output flags (``output_mode``), numbers (``number_checks``),
+the learning rate and the training length (``schedule_checks``), the data (``data_flags``), saving (``saving_checks``)
+and the model's shape (``shape_flags``).
 """
 
 import math
@@ -13,7 +15,6 @@ from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import WeightedLosses
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory.iterations import iteration_of, saved_iterations
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format import check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
@@ -21,31 +22,14 @@ from megatron_qad.models.families.base import ParamMapping
 
 # Linears whose columns tensor parallelism splits.
 _ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
-_SIZES = (
-    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-    *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank"),
-    *("seq_length", "micro_batch_size", "global_batch_size", "make_vocab_size_divisible_by"),
-    *("qad_teacher_micro_batch_size", "qad_calibration_samples", "qad_pad_documents_to"),
-)
 
 
 def check_option_values(options: QADOptions) -> None:
-    """Check that values of ``--qad-*`` flags are among the choices or in the valid range."""
+    """Check that values of ``--qad-*`` flags are among the choices; ``number_checks`` checks the numbers."""
     if options.qad_weight_scale_rule not in SCALE_RULES:
         raise QADError(
             f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(SCALE_RULES)}."
         )
-    percentile = options.qad_calibration_percentile
-    if percentile is not None and not 0 < percentile <= 100:
-        raise QADError(f"--qad-calibration-percentile {percentile}: expected a number above 0 and up to 100.")
-
-
-def check_sizes(flags: MegatronFlags, options: QADOptions) -> None:
-    """Check that sizes are 1 or more, because other sizes are divided by them."""
-    for name in _SIZES:
-        size = getattr(flags, name, None) if hasattr(flags, name) else getattr(options, name)
-        if size is not None and size < 1:
-            raise QADError(f"--{name.replace('_', '-')} {size}: expected a number of 1 or more.")
 
 
 def check_models(options: QADOptions, losses: WeightedLosses) -> None:
@@ -187,79 +171,6 @@ def check_skipped(flags: MegatronFlags, options: QADOptions) -> None:
         raise QADError(
             f"--iterations-to-skip {read_ahead[0]}: the data of steps up to {last} is read ahead for calibration. Skip "
             "later steps, or calibrate on fewer samples (--qad-calibration-samples)."
-        )
-
-
-def check_saving(flags: MegatronFlags, options: QADOptions, has_teacher: bool) -> None:
-    """Reject flags about saving and keeping checkpoints that contradict each other."""
-    last, best = options.qad_keep_last, options.qad_keep_best
-    for flag, value in (("--qad-keep-last", last), ("--qad-keep-best", best)):
-        if value is not None and value < 1:
-            raise QADError(f"{flag} {value}: expected a number of checkpoints, 1 or more. Leave it out to keep all.")
-    if flags.enable_msc:
-        raise QADError(
-            "--enable-msc: a checkpoint becomes visible by a rename, which object stores lack. Save to a file system."
-        )
-    factor = options.qad_spike_factor
-    if factor is not None and (factor <= 1 or flags.save is None):
-        raise QADError(
-            f"--qad-spike-factor {factor:g}: expected more than 1, and --save, whose checkpoints the job rolls back to."
-        )
-    if (last or best) and flags.save_retain_interval:
-        raise QADError(
-            "--save-retain-interval removes checkpoints, too. Use either it or --qad-keep-last and --qad-keep-best."
-        )
-    if best and not has_teacher:
-        raise QADError(
-            "--qad-keep-best ranks checkpoints by their KL to the teacher; this job has no --qad-teacher. Pass one."
-        )
-    if best and flags.eval_iters == 0:
-        raise QADError("--qad-keep-best ranks checkpoints by their validation; --eval-iters 0 turns validation off.")
-    if factor is not None and flags.no_save_optim and not options.qad_ptq:  # a PTQ job never saves an optimizer
-        raise QADError(
-            "--qad-spike-factor rolls back to checkpoints with optimizer state, which --no-save-optim leaves out. "
-            "Remove one of the two flags."
-        )
-    if best and (not flags.eval_interval or flags.save_interval % flags.eval_interval):
-        raise QADError(
-            f"--qad-keep-best needs a validation at each checkpoint: --save-interval {flags.save_interval} is not a "
-            f"multiple of --eval-interval {flags.eval_interval}. Change one of them."
-        )
-
-
-def check_wandb(flags: MegatronFlags) -> None:
-    """Check the flags that wandb needs to start."""
-    if flags.wandb_project and flags.wandb_exp_name == "":
-        raise QADError("--wandb-exp-name '': expected the run's name in wandb. Set a name or leave the flag out.")
-    if flags.wandb_project and flags.save is None and not flags.wandb_save_dir:
-        raise QADError("--wandb-project needs a directory for wandb's files. Pass --save or --wandb-save-dir.")
-
-
-def refuse_training_run(save: str | None) -> None:
-    """Reject a training run in ``--save`` of a PTQ job, whose iteration 1 would become the newest checkpoint."""
-    if save is not None and any(iteration_of(path) > 1 for path in saved_iterations(save)):
-        raise QADError(
-            f"--save {save}: holds a training run, which --qad-ptq would reset to its start. Choose another directory."
-        )
-
-
-def refuse_model_directory(save: str, models: Mapping[str, str | None]) -> None:
-    """Reject ``--save`` if it is the directory of an imported model, whose files a job must not change.
-
-    The files of the job would describe the model as quantized, and an export would round its weights.
-
-    Args:
-        models: flag -> checkpoint directory that the job reads.
-    """
-    target = Path(save).resolve()
-    for flag, directory in models.items():
-        if directory is not None and target == Path(directory).resolve():
-            raise QADError(
-                f"--save {save}: is the directory of {flag}, which a job must not change. Choose another directory."
-            )
-    if (target / "release").exists():
-        raise QADError(
-            f"--save {save}: holds an imported model (release/), which a job must not change. Choose another directory."
         )
 
 

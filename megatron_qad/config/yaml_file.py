@@ -1,10 +1,10 @@
 """``--config FILE.yaml``: turns Megatron and QAD options in YAML into flags that the command line overrides."""
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_qad.config.flag_names import advice
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_yaml
 
@@ -40,9 +40,9 @@ def _read_flags(file: Path, parser: argparse.ArgumentParser) -> list[str]:
     for key, value in options.items():
         option = _find_option(str(key), valid)
         if option is None:
-            names = sorted({name.removeprefix("--") for name in valid})
-            near = difflib.get_close_matches(str(key).replace("_", "-"), names, n=1)
-            raise QADError(f"--config {file}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            hint = advice(str(key), {name.removeprefix("--") for name in valid})
+            raise QADError(f"--config {file}: unknown key {key!r}" + (f"; {hint}" if hint else ""))
+        _check_value(file, key, value, valid[option])
         if value is True and valid[option].nargs == 0:
             flags.append(option)
         elif value is None or (value is False and valid[option].nargs == 0):
@@ -51,6 +51,21 @@ def _read_flags(file: Path, parser: argparse.ArgumentParser) -> list[str]:
             values = value if isinstance(value, list) else [value]
             flags += [option, *(str(v) for v in values)]
     return flags
+
+
+def _check_value(file: Path, key: str, value: object, action: argparse.Action) -> None:
+    """Check that a value has the form that the option needs; the parser checks its type."""
+    if value is None:
+        return
+    if action.nargs == 0 and not isinstance(value, bool):
+        expected = "true or false"
+    elif isinstance(value, dict) or isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
+        expected = "a value or a list of values"
+    elif action.nargs is None and isinstance(value, list):
+        expected = "one value, not a list"
+    else:
+        return
+    raise QADError(f"--config {file}: {key}: {value!r}: expected {expected}.")
 
 
 def _find_option(key: str, valid: dict) -> str | None:

@@ -17,6 +17,7 @@ Special tokens in the text of a message become special tokens, as on servers, wh
 Not supported: slow tokenizers (no character offsets) and sentencepiece models (no chat template).
 """
 
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from megatron_qad.data.chat_template import ChatTemplate, TemplateLimitExceeded
 
 MULTI_TURN = ("each", "last")
 """Which turns of the assistant count, the values of ``--multi-turn``."""
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass
@@ -67,11 +69,29 @@ def encode_chat(
     """
     with template.limit():
         renderings = _renderings(template, chat, multi_turn)
+    _check_roles_are_rendered(chat, renderings)
     encoded = [_encode(hf_tokenizer, r, drop_after_eos=not template.marks_assistant) for r in renderings]
     documents = [(ids, mask) for ids, mask in encoded if any(mask)]
     if not documents:
         raise BadDocument("the assistant's messages have no token that could count in the loss")
     return documents
+
+
+def _check_roles_are_rendered(chat: Chat, renderings: Sequence[_Rendering]) -> None:
+    """Check that the template renders messages whose role is not one of the usual ones, such as "human".
+
+    A template that compares roles with names leaves the others out without an error, and the answer to a question that
+    is not there would count.
+    """
+    for i, message in enumerate(chat.messages[: chat.assistant_turns()[-1]]):
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        rendered = all(any(part.strip() in r.text for r in renderings) for part in parts)
+        if message["role"] not in _ROLES and not rendered:
+            raise BadDocument(
+                f"messages[{i}] ({message['role'][:20]}): the chat template leaves out messages of this role. Use a "
+                "role that it knows, such as 'user'"
+            )
 
 
 def _renderings(template: ChatTemplate, chat: Chat, multi_turn: str) -> list[_Rendering]:
@@ -95,22 +115,25 @@ def _renderings(template: ChatTemplate, chat: Chat, multi_turn: str) -> list[_Re
 def _render_turn(template: ChatTemplate, chat: Chat, i: int) -> _Rendering | None:
     """Render the messages up to the turn ``chat.messages[i]``, of which the turn counts.
 
-    None: it does not count, because no user or tool speaks before it and the template cannot render that. Such a
-    greeting was not written by the model.
+    None: it does not count, because no user or tool speaks before it and the template cannot render that, or begins
+    the text in another way than the generation prompt. Such a greeting was not written by the model.
     """
+    is_answer = bool({m["role"] for m in chat.messages[:i]} & {"user", "tool"})
     try:
         prompt, _ = template.render(chat, i, prompt=True)
         text, marked = template.render(chat, i + 1)
     except BadDocument as error:
-        if isinstance(error, TemplateLimitExceeded) or {m["role"] for m in chat.messages[:i]} & {"user", "tool"}:
+        if isinstance(error, TemplateLimitExceeded) or is_answer:
             raise
         return None
     if chat.is_truncated and i == len(chat.messages) - 1 and _is_open_thought(chat.messages[i], prompt):
         text = prompt + chat.messages[i]["content"]
-        return _Rendering(text, [(len(prompt), len(text))])
+        return _after_prompt(prompt, text, len(prompt), [(len(prompt), len(text))])
+    if not is_answer and not text.startswith(prompt):
+        return None
     start = _start_of_turn(template, chat, i, prompt, text)
     lost = [what for what, part in _parts_of_turn(chat.messages[i]) if part.strip() not in text[start:]]
-    if lost == [_THOUGHT]:
+    if set(lost) == {_THOUGHT} or not lost and _loses_empty_thought(chat.messages[i], prompt, text[start:]):
         return _render_with_thought(template, chat, i, prompt)
     if lost:
         raise BadDocument(
@@ -128,20 +151,43 @@ def _is_open_thought(message: dict, prompt: str) -> bool:
     return content.lstrip().startswith("<think>") or prompt.rstrip().endswith("<think>")
 
 
+def _loses_empty_thought(message: dict, prompt: str, turn: str) -> bool:
+    """Whether a template removed the empty thought of a message, and the generation prompt does not have it instead."""
+    content = message["content"]
+    is_there = isinstance(content, str) and _EMPTY_THOUGHT.match(content) is not None
+    return is_there and "</think>" not in turn and not prompt.rstrip().endswith("</think>")
+
+
 def _after_prompt(prompt: str, text: str, start: int, spans: list[tuple[int, int]]) -> _Rendering:
     """Return ``text`` with the spans from ``start``, where it leaves the generation prompt.
 
-    If the prompt opens a thought that the text closes only, the content is what a server returned, without the prompt's
-    end. The prompt is then completed.
+    A server's text begins with the whole prompt. If the prompt opens a thought that the text closes only, the content
+    is what a server returned, without the prompt's end; if the prompt has a closed thought that the text lacks, the
+    template shows it in prompts only. The prompt is then completed. The message's own opening tag or empty thought is
+    left out after a prompt that ends with the same.
     """
-    rest = text[start:]
-    if "<think>" in prompt[start:] and "</think>" in rest and "<think>" not in rest.split("</think>")[0]:
-        text, shift = prompt + rest, len(prompt) - start
-    else:
-        shift = 0
-    return _Rendering(text, [(max(a, start) + shift, b + shift) for a, b in spans if b > start])
+    end, rest = prompt[start:], text[start:]
+    is_closed_by_rest = "<think>" in end and "</think>" in rest and "<think>" not in rest.split("</think>")[0]
+    is_closed_by_prompt = end.rstrip().endswith("</think>") and "</think>" not in rest
+    if is_closed_by_rest or is_closed_by_prompt:
+        start, spans = len(prompt), [(a + len(end), b + len(end)) for a, b in spans if b > start]
+    elif not end and (repeated := _repeated_thought(prompt, rest)):
+        rest = rest[repeated:]
+        spans = [(a - repeated, b - repeated) for a, b in spans if b > start + repeated]
+    text = prompt[:start] + rest
+    return _Rendering(text, [(max(a, start), b) for a, b in spans if b > start])
 
 
+def _repeated_thought(prompt: str, turn: str) -> int:
+    """Return the length of the opening tag or the empty thought at the start of ``turn`` that ``prompt`` ends with."""
+    end = prompt.rstrip()
+    pattern = _OPEN_THOUGHT if end.endswith("<think>") else _EMPTY_THOUGHT if end.endswith("</think>") else None
+    match = pattern.match(turn) if pattern else None
+    return match.end() if match else 0
+
+
+_OPEN_THOUGHT = re.compile(r"\s*<think>\n?")
+_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\n*")
 _THOUGHT = "the thought before </think>"
 
 
@@ -150,7 +196,7 @@ def _parts_of_turn(message: dict) -> Iterator[tuple[str, str]]:
     content = message["content"]
     for part in [content] if isinstance(content, str) else [part["text"] for part in content]:
         *thoughts, answer = part.split("</think>")
-        yield from ((_THOUGHT, thought.split("<think>")[-1]) for thought in thoughts)
+        yield from ((_THOUGHT, piece) for thought in thoughts for piece in thought.split("<think>"))
         yield "the content", answer
     yield "'reasoning_content'", message.get("reasoning_content", "")
 

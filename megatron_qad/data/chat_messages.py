@@ -13,6 +13,8 @@ from megatron_qad.data.bad_document import BadDocument
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part -> the key of its text. The types are those of OpenAI's two APIs, which vLLM also accepts."""
+_STRUCTURED = {"tools", "functions", "tool_calls", "function_call", "documents", "chat_template_kwargs"}
+"""Keys whose values are objects or lists of objects."""
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "chat_template", "tokenize"}
 """Names that ``chat_template_kwargs`` cannot give to a template."""
 
@@ -147,6 +149,8 @@ def _part_text(part: Any, where: str) -> str:
 def _tool_calls(message: dict[str, Any], where: str) -> list[dict]:
     """Return the calls in "tool_calls", or in "function_call" of OpenAI's older format, in one form."""
     calls, old = message.get("tool_calls"), message.get("function_call")
+    if isinstance(calls, str):
+        calls = _from_json(calls, f"{where}: 'tool_calls' is text that") or None
     if calls is None and old is None:
         return []
     if message["role"] != "assistant":
@@ -186,8 +190,17 @@ def _from_json(text: str, what: str) -> Any:
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without the keys that are null or an empty list: libraries write them for what is absent."""
-    return {key: item for key, item in value.items() if item is not None and item != []}
+    """Return a copy without the keys that are null or an empty list: libraries write them for what is absent.
+
+    Tables write an empty string, or an object whose values are all null, for a call or a list of tools that is absent.
+    """
+    return {key: item for key, item in value.items() if not _is_absent(item, key in _STRUCTURED)}
+
+
+def _is_absent(item: Any, is_structured: bool) -> bool:
+    if is_structured and (item == "" or isinstance(item, dict) and all(part is None for part in item.values())):
+        return True
+    return item is None or item == []
 
 
 def _is_list_of_objects(value: Any) -> bool:

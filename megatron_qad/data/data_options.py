@@ -15,5 +15,7 @@ class DataOptions:
     """Documents of packed rows start at multiples of this many tokens."""
     vocab_size: int | None = None
     """Number of ids of the model, without padding. None: unknown, and ids are not compared with it."""
+    is_ptq: bool = False
+    """Whether the job only calibrates and evaluates."""
     checkpoints: tuple[str | None, ...] = ()
     """Model directories that are searched for the tokenizer that the data must have been made with."""

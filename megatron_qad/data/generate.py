@@ -20,7 +20,10 @@ from megatron_qad.data.bad_document import failures_are_bad_documents
 from megatron_qad.data.sampling import Sampler
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import locks
+from megatron_qad.engine.local_models import local_config
+from megatron_qad.engine.run_directory import locks, manifest
+from megatron_qad.engine.system_errors import naming
+from megatron_qad.engine.text_files import read_json
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def _generate(
     model, tokenizer = _load(hf_model_dir, options.dtype, device)
     written = 0
     with (
+        naming(output),
         output.open("a", encoding="utf-8") as stream,
         tqdm(total=options.num_documents, initial=done, unit="doc", desc="generating", disable=None) as bar,
     ):
@@ -146,11 +150,11 @@ def _resume(output: Path, options: GenerateOptions, model_dir: str | Path, promp
     settings |= {k: v for k, v in asdict(options).items() if k != "num_documents"}  # does not change earlier lines
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        settings_path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        manifest.write_atomically(settings_path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         return 0
     if not settings_path.is_file():
         raise QADError(f"{output} exists without {settings_path.name}, so it cannot be resumed. Choose another file.")
-    recorded = json.loads(settings_path.read_text(encoding="utf-8"))
+    recorded = read_json(settings_path, "Choose another output file.")
     differing = sorted(k for k in settings.keys() | recorded.keys() if settings.get(k) != recorded.get(k))
     if differing:
         raise QADError(
@@ -169,15 +173,21 @@ def _prompts_digest(prompts: Sequence[str]) -> str:
 
 
 def _load(model_dir: str | Path, dtype: str, device: str):
+    if not Path(model_dir).is_dir():
+        raise QADError(
+            f"--model {model_dir} is not a directory. Expected a local Hugging Face model; nothing is downloaded."
+        )
+    try:
+        config = local_config(model_dir)
+    except QADError:
+        raise
+    except Exception as error:  # transformers raises errors of any class for damaged files
+        raise _cannot_load(model_dir, error) from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
     from megatron_qad.engine.cpu.speedups.grouped_attention import register
 
-    if not Path(model_dir).is_dir():
-        raise QADError(
-            f"--model {model_dir} is not a directory. Expected a local Hugging Face model; nothing is downloaded."
-        )
     # MLP layers of Nemotron-H have no cache, like its expert layers; transformers 5.14 maps only the latter.
     DYNAMIC_LAYER_TYPE_MAPPING.setdefault("mlp", DYNAMIC_LAYER_TYPE_MAPPING["moe"])
     with failures_are_bad_documents(f"--model {model_dir}: transformers cannot load its tokenizer"):
@@ -185,6 +195,7 @@ def _load(model_dir: str | Path, dtype: str, device: str):
     try:
         model = AutoModelForCausalLM.from_pretrained(
             str(model_dir),
+            config=config,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,  # other files are pickles, which can run code
@@ -192,11 +203,19 @@ def _load(model_dir: str | Path, dtype: str, device: str):
         )
         if torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(register())
-    except (OSError, ValueError, KeyError) as error:
-        raise QADError(f"--model {model_dir}: transformers cannot load it: {error}") from error
+    except Exception as error:  # transformers raises errors of any class for damaged files
+        raise _cannot_load(model_dir, error) from error
     # Only the EOS ids of generation_config.json are kept: a repetition penalty would change the model's distribution.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    ends = model.generation_config.eos_token_id
+    if ends is not None and not all(type(id_) is int for id_ in (ends if isinstance(ends, list) else [ends])):
+        raise QADError(f"--model {model_dir}: eos_token_id is {ends!r:.100}, expected an integer or a list of them.")
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     return model.to(device).eval(), tokenizer
+
+
+def _cannot_load(model_dir: str | Path, error: Exception) -> QADError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return QADError(f"--model {model_dir}: transformers cannot load it: {reason:.500}")
 
 
 def _sample_batch(model, tokenizer, prompts: list[str] | None, size: int, options: GenerateOptions) -> list[dict]:

@@ -14,6 +14,10 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_json
 
 FORMAT_VERSION = 1
+_ADVICE = (
+    "tools/prepare_data.py writes its metadata under this name. If the file is something else, rename it; if not, "
+    "prepare the data again."
+)
 
 
 @dataclasses.dataclass
@@ -42,12 +46,14 @@ class DataMetadata:
     unknown_tokens: int
     """Number of tokens that are the tokenizer's <unk>."""
     bad_lines: int
+    """Number of records of all inputs that could not become a document."""
     blank_lines: int
-    """Number of empty lines in JSONL files and of empty pieces of split text."""
+    """Number of empty lines in JSONL files and of empty pieces of split text, of all inputs."""
     loss_mask: bool
     """Whether PREFIX_loss_mask.bin/.idx exists."""
     sha256: dict[str, str]
-    """File suffix ("bin", "idx", "loss_mask.bin") -> SHA-256, compared when a job starts (``checks``)."""
+    """File suffix ("bin", "idx", and "loss_mask.bin", "loss_mask.idx" of a mask) -> SHA-256, compared when a job starts
+    (``checks``)."""
     chats: int | None = None
     """Number of lines with chat messages. None: prepared before this was counted."""
     format_version: int = FORMAT_VERSION
@@ -61,6 +67,11 @@ class DataMetadata:
 def loss_mask_prefix(prefix: str) -> str:
     """Return the prefix of the loss mask's indexed dataset."""
     return f"{prefix}_loss_mask"
+
+
+def valid_prefix(prefix: str) -> str:
+    """Return the prefix of the documents that ``--validation-fraction`` holds out."""
+    return f"{prefix}_valid"
 
 
 def metadata_path(prefix: str) -> Path:
@@ -87,7 +98,7 @@ def load_metadata(prefix: str) -> DataMetadata | None:
     path = metadata_path(prefix)
     if not path.exists():
         return None
-    content = read_json(path)
+    content = read_json(path, _ADVICE)
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         found = "is not metadata of tools/prepare_data.py" if version is None else f"has format version {version}"

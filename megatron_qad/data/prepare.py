@@ -1,4 +1,4 @@
-"""Prepare text and JSONL files as Megatron's PREFIX.bin/.idx with a loss mask and metadata (PREFIX.json).
+"""Prepare text and JSON files or datasets as Megatron's PREFIX.bin/.idx with a loss mask and metadata (PREFIX.json).
 
 The order of the records is kept; a chat may become several documents (``data.chat``). Files are written under a
 temporary prefix and renamed when complete, so an output is either complete or absent. No record is dropped silently:
@@ -6,20 +6,27 @@ each bad record is listed in PREFIX.bad.txt with its line and the reason, and to
 """
 
 import collections
+import contextlib
+import hashlib
+import itertools
 import multiprocessing
 import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from megatron_qad.data.chat import MULTI_TURN
+from megatron_qad.data.input_files import compression
 from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files
-from megatron_qad.data.sources import BLANK_LINES, BadLine, Encoded, Record, encode_record, file_format, read_records
+from megatron_qad.data.prepare_options import PrepareOptions, bad_lines_file, check_options
+from megatron_qad.data.readers import BLANK_LINES, file_format, read_records
+from megatron_qad.data.records import BadLine, Record
+from megatron_qad.data.sources import Encoded, encode_record
 from megatron_qad.data.tokenizer import DataTokenizer, load_tokenizer
 from megatron_qad.data.writer import DocumentWriter, publish
 from megatron_qad.engine.errors import QADError
@@ -29,37 +36,10 @@ from megatron_qad.engine.run_directory import locks
 
 _BATCH_RECORDS = 64
 _BATCH_BYTES = 1 << 20  # a batch is sent to a worker: large enough to hide the transfer, small enough to hold several
+_HELD_BYTES = 1 << 26  # of batches in workers: a batch is larger than _BATCH_BYTES if a record is
 
 type Results = list[list[Encoded] | BadLine]
 """For each record its documents, or why there are none."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """Options of ``prepare_data``."""
-
-    inputs: Sequence[str]
-    """Input files, in the order of the output."""
-    tokenizer: str
-    """Hugging Face tokenizer directory or sentencepiece .model file."""
-    output: str
-    """Prefix of the output files."""
-    format: str = "auto"
-    """Input format: "text", "jsonl", or "auto" (JSONL for .jsonl and .ndjson, text otherwise)."""
-    json_key: str = "auto"
-    """Key of the JSONL lines to use: "text", "messages", or "auto" (the one that a line has)."""
-    split_on: str | None = None
-    """Separator between documents of a text file: a regular expression or "blank". None: one document per file."""
-    multi_turn: str = "each"
-    """Which turns of the assistant count: "each" or "last", see ``data.chat.encode_chat``."""
-    prepend_bos: bool = False
-    """Prepend BOS to documents if the tokenizer does not do so itself."""
-    max_bad_fraction: float = 0.01
-    """Largest accepted fraction of bad records; above it no data is written. 0 accepts none."""
-    workers: int = 1
-    """Number of processes that tokenize. 1 means this process."""
-    force: bool = False
-    """Whether to replace an existing output."""
 
 
 def prepare_data(options: PrepareOptions) -> DataMetadata:
@@ -67,12 +47,16 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
 
     Token ids are uint16 below a vocabulary of 65500, else int32 (Megatron's own rule); masks are uint8.
 
+    With a validation fraction, a part of the documents is written to ``options.output``_valid instead, a second output
+    with its own metadata. Both appear, or neither.
+
     Returns:
-        The metadata of the output.
+        The metadata of ``options.output``.
 
     Raises:
-        QADError: a missing input, an existing output, an unreadable tokenizer, no document, no token that counts in the
-            loss, more bad records than allowed (then only PREFIX.bad.txt is written), or a failed write.
+        QADError: an input that is missing, damaged or of an unknown kind, an existing output, an unreadable tokenizer,
+            no document or no token that counts in the loss (on either side), more bad records than allowed (then only
+            PREFIX.bad.txt is written), or a failed write.
 
     Example::
 
@@ -80,88 +64,99 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
         metadata = prepare_data(PrepareOptions(inputs=["chats.jsonl"], tokenizer="my_model", output="data/chats"))
         print(metadata.documents, metadata.supervised_tokens)
     """
-    _check_options(options)
+    inputs = check_options(options)
     tokenizer = load_tokenizer(options.tokenizer)
     if options.prepend_bos and tokenizer.bos is None:
         raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Omit the flag.")
-    with locks.lock_output(options.output):
-        return _prepare(options, tokenizer)
+    with contextlib.ExitStack() as stack:
+        for prefix in options.prefixes():
+            stack.enter_context(locks.lock_output(prefix))
+        return _prepare(options, inputs, tokenizer)
 
 
-def _prepare(options: PrepareOptions, tokenizer: DataTokenizer) -> DataMetadata:
-    bad_path = Path(f"{options.output}.bad.txt")
-    bad_path.unlink(missing_ok=True)
-    _remove_leftovers(options.output)
-    aside = f"{options.output}.incomplete-{os.getpid()}"
+def _prepare(options: PrepareOptions, inputs: list[Path], tokenizer: DataTokenizer) -> DataMetadata:
+    token = secrets.token_hex(4)  # nobody can plant a link of that name
+    outputs = {f"{prefix}.incomplete-{token}": prefix for prefix in options.prefixes()}
     try:
-        writer = DocumentWriter(aside, tokenizer)
-        for results, blank in _encode_all(options, tokenizer):
-            writer.blank_lines += blank
-            writer.add(results, bad_path)
-        metadata = writer.finish()
-        _check_documents(writer, options, bad_path)
-        metadata.save(metadata_path(aside))
-        publish(aside, options.output)
+        bad_lines_file(options.output).unlink(missing_ok=True)
+        _remove_leftovers(outputs.values())
+        writers = [DocumentWriter(aside, tokenizer) for aside in outputs]
+        num_bad, num_blank = _write(writers, options, inputs, tokenizer)
+        metadata = [writer.finish(num_bad, num_blank) for writer in writers]
+        _check_bad_lines(num_bad, sum(writer.records for writer in writers), options)
+        for writer, prefix in zip(writers, outputs.values(), strict=True):
+            _check_documents(writer, options, prefix, num_blank)
+        for aside, one in zip(outputs, metadata, strict=True):
+            one.save(metadata_path(aside))
+        publish(outputs)
     except OSError as error:
         raise QADError(
             f"Preparing {options.output} failed: {error}. No data was written. If the disk is full, free space or "
             "choose another --output."
         ) from error
     finally:
-        for path in output_files(aside):
-            path.unlink(missing_ok=True)
-    return metadata
+        for path in itertools.chain.from_iterable(map(output_files, outputs)):
+            with contextlib.suppress(OSError):  # the file system became read-only
+                path.unlink(missing_ok=True)
+    return metadata[0]
 
 
-def _remove_leftovers(prefix: str) -> None:
-    """Remove files of killed preparations of the same output. None can be running: this process has the lock."""
-    leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-\d+(_loss_mask)?\.(bin|idx|json)")
-    for path in Path(prefix).parent.iterdir():
-        if leftover.fullmatch(path.name):
-            path.unlink()
+def _write(
+    writers: list[DocumentWriter], options: PrepareOptions, inputs: list[Path], tokenizer: DataTokenizer
+) -> tuple[int, int]:
+    """Write all documents, held-out ones with the second writer; return the numbers of bad and of blank records."""
+    num_bad = num_blank = 0
+    for results, blank in _encode_all(options, inputs, tokenizer):
+        num_blank += blank
+        bad = [result for result in results if isinstance(result, BadLine)]
+        if bad:
+            num_bad += len(bad)
+            with bad_lines_file(options.output).open("a", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.writelines(" ".join(str(line).split("\n")) + "\n" for line in bad)
+        for documents in results:
+            if not isinstance(documents, BadLine):
+                writers[is_held_out(documents, options.validation_fraction or 0)].add(documents)
+    return num_bad, num_blank
 
 
-def _check_options(options: PrepareOptions) -> None:
-    """Check everything that can be checked before reading the inputs."""
-    missing = [f for f in options.inputs if not Path(f).is_file()]
-    if missing or not options.inputs:
-        raise QADError(f"--input: {', '.join(missing) or '(none)'} is not a file. Give existing text or JSONL files.")
-    for file in options.inputs:
-        file_format(Path(file), options.format)
-    if not 0 <= options.max_bad_fraction <= 1:
-        raise QADError(f"--max-bad-fraction {options.max_bad_fraction} is not between 0 and 1. Give such a fraction.")
-    if options.multi_turn not in MULTI_TURN:
-        raise QADError(f"--multi-turn {options.multi_turn!r}: expected one of {', '.join(MULTI_TURN)}.")
-    try:
-        re.compile(options.split_on or "")
-    except re.error as error:
-        raise QADError(
-            f"--split-on {options.split_on!r} is not a regular expression: {error}. Escape special characters."
-        ) from error
-    if options.workers < 1:
-        raise QADError(f"--workers {options.workers} is less than 1. Give 1 or more.")
-    existing = [str(p) for p in output_files(options.output) if p.exists()]
-    if existing and not options.force:
-        raise QADError(
-            f"--output: {', '.join(existing)} already exists. Choose another prefix, or give --force to replace it."
-        )
+def is_held_out(documents: Sequence[Encoded], fraction: float) -> bool:
+    """Whether the documents of one record belong to the validation data.
+
+    It depends on their tokens only: equal records are on the same side, whatever their order and the other records, and
+    with a larger fraction those of a smaller one are still held out.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for document in documents:
+        digest.update(np.asarray(document.ids, dtype="<i4"))
+    return int.from_bytes(digest.digest(), "little") < fraction * 2**64
 
 
-def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[tuple[Results, int]]:
+def _remove_leftovers(prefixes: Iterable[str]) -> None:
+    """Remove files of killed preparations of the same outputs. None can be running: this process has the locks."""
+    for prefix in prefixes:
+        leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-[0-9a-f]+(_loss_mask)?\.(bin|idx|json)")
+        for path in Path(prefix).parent.iterdir():
+            if leftover.fullmatch(path.name):
+                path.unlink()
+
+
+def _encode_all(options: PrepareOptions, inputs: list[Path], tokenizer: DataTokenizer) -> Iterator[tuple[Results, int]]:
     """Yield (results, number of blank records) batch by batch in input order, with a progress bar over input bytes."""
     split_on = BLANK_LINES if options.split_on == "blank" else options.split_on
-    total = sum(Path(f).stat().st_size for f in options.inputs)
+    # The size of the content is known before it is read only if that is neither compressed nor a table.
+    known = all(file.is_file() and not compression(file) and file_format(file, "text") == "text" for file in inputs)
+    total = sum(file.stat().st_size for file in inputs) if known else None
     blanks = collections.deque()
 
-    def batches() -> Iterator[list[Record]]:
+    def batches() -> Iterator[list[Record | BadLine]]:
         batch, size, blank = [], 0, 0
-        for file in options.inputs:
-            for record in read_records(Path(file), file_format(Path(file), options.format), split_on):
+        for file in inputs:
+            for record in read_records(file, file_format(file, options.format), split_on):
                 if isinstance(record, int):
                     blank += record
                     continue
                 batch.append(record)
-                size += len(record.data)
+                size += _num_bytes([record])
                 if len(batch) >= _BATCH_RECORDS or size >= _BATCH_BYTES:
                     blanks.append(blank)
                     yield batch
@@ -177,23 +172,25 @@ def _encode_all(options: PrepareOptions, tokenizer: DataTokenizer) -> Iterator[t
 
 
 def _ordered_map(
-    batches: Iterable[list[Record]], options: PrepareOptions, tokenizer: DataTokenizer
+    batches: Iterable[list[Record | BadLine]], options: PrepareOptions, tokenizer: DataTokenizer
 ) -> Iterator[tuple[Results, int]]:
-    """Encode batches in this process or in worker processes; at most four batches per worker are held at a time."""
+    """Encode batches in this process or in worker processes, of which a limited number and size is held at a time."""
     if options.workers == 1:
         for batch in batches:
-            yield _encode_batch(batch, tokenizer, options), sum(len(r.data) for r in batch)
+            yield _encode_batch(batch, tokenizer, options), _num_bytes(batch)
         return
     # spawn: the parent has threads (tokenizers, torch), and forking a process with threads may deadlock.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(options.workers, context, initializer=_start_worker, initargs=(options, os.getpid()))
     with pool:
-        pending = collections.deque()
+        pending, held = collections.deque(), 0
         try:
             for batch in batches:
-                pending.append((pool.submit(_encode_in_worker, batch), sum(len(r.data) for r in batch)))
-                if len(pending) >= 4 * options.workers:
+                pending.append((pool.submit(_encode_in_worker, batch), _num_bytes(batch)))
+                held += pending[-1][1]
+                while pending and (len(pending) >= 4 * options.workers or held > _HELD_BYTES):
                     future, size = pending.popleft()
+                    held -= size
                     yield future.result(), size
             while pending:
                 future, size = pending.popleft()
@@ -207,9 +204,13 @@ def _ordered_map(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_batch(batch: list[Record], tokenizer: DataTokenizer, options: PrepareOptions) -> Results:
+def _num_bytes(batch: Iterable[Record | BadLine]) -> int:
+    return sum(len(record.data) for record in batch if isinstance(record, Record))
+
+
+def _encode_batch(batch: list[Record | BadLine], tokenizer: DataTokenizer, options: PrepareOptions) -> Results:
     settings = (options.json_key, options.prepend_bos, options.multi_turn)
-    return [encode_record(record, tokenizer, *settings) for record in batch]
+    return [record if isinstance(record, BadLine) else encode_record(record, tokenizer, *settings) for record in batch]
 
 
 _worker: tuple[DataTokenizer, PrepareOptions]
@@ -223,26 +224,35 @@ def _start_worker(options: PrepareOptions, parent: int) -> None:
     _worker = (load_tokenizer(options.tokenizer), options)
 
 
-def _encode_in_worker(batch: list[Record]) -> Results:
+def _encode_in_worker(batch: list[Record | BadLine]) -> Results:
     return _encode_batch(batch, *_worker)
 
 
-def _check_documents(writer: DocumentWriter, options: PrepareOptions, bad_path: Path) -> None:
-    """Check, before the output is put in place, the number of bad records, documents and counted tokens."""
-    records = writer.records + writer.bad_lines
-    if writer.bad_lines > options.max_bad_fraction * records:
-        first = bad_path.read_text(encoding="utf-8").split("\n", 1)[0]
-        verb = "is" if writer.bad_lines == 1 else "are"
+def _check_bad_lines(num_bad: int, num_good: int, options: PrepareOptions) -> None:
+    """Check, before the output is put in place, the number of bad records."""
+    records, bad_path = num_bad + num_good, bad_lines_file(options.output)
+    if num_bad > options.max_bad_fraction * records:
+        with bad_path.open(encoding="utf-8") as stream:
+            first = stream.readline().rstrip("\n")
+        verb = "is" if num_bad == 1 else "are"
         raise QADError(
-            f"{writer.bad_lines} of {count(records, 'record')} {verb} bad, more than --max-bad-fraction "
+            f"{num_bad} of {count(records, 'record')} {verb} bad, more than --max-bad-fraction "
             f"{options.max_bad_fraction} allows. The first: {first}. All are listed in {bad_path}. No data was "
             "written. Fix the records or allow a larger fraction."
         )
+
+
+def _check_documents(writer: DocumentWriter, options: PrepareOptions, prefix: str, num_blank: int) -> None:
+    """Check, before the output is put in place, the number of documents and of counted tokens of one side."""
+    side = f"--input {' '.join(options.inputs)}"
+    if options.validation_fraction is not None:
+        side += f" with --validation-fraction {options.validation_fraction}: the data for {prefix}"
     if not writer.documents:
-        blank = count(writer.blank_lines, "blank line")
-        raise QADError(f"--input {' '.join(options.inputs)} has no document ({blank}). Give other files.")
+        blank = count(num_blank, "blank line")
+        advice = "Give other files." if options.validation_fraction is None else "Give more data or another fraction."
+        raise QADError(f"{side} has no document ({blank}). {advice}")
     if not writer.supervised:
         raise QADError(
-            f"--input {' '.join(options.inputs)}: no token of its {count(writer.documents, 'document')} "
+            f"{side}: no token of its {count(writer.documents, 'document')} "
             "would count in the loss. In chats only the assistant's tokens count; give such chats."
         )

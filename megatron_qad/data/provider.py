@@ -21,6 +21,7 @@ from megatron_qad.data.blends import Blend, notes, parse_split, read_blends
 from megatron_qad.data.checks import check_data
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.dataset import QADDataset, QADDatasetConfig
+from megatron_qad.data.epochs import describe_epochs
 from megatron_qad.data.validation_set import (
     DEFAULT_TOKENS,
     ValidationSet,
@@ -49,6 +50,20 @@ class DatasetsProvider:
         self.validation_sha256: str | None = None
         """Hash of the held-out tokens of every evaluation, the same on every rank; None until they are known."""
 
+    def check(self) -> QADDatasetConfig:
+        """Check the flags and the files of the data. Returns the configuration of the datasets.
+
+        Raises:
+            QADError: see ``__call__``.
+        """
+        config = dataset_config(self.args, self._options)
+        check_data(self.args, prefixes_of(config), self._options)
+        return config
+
+    def describe(self, config: QADDatasetConfig, num_samples: int) -> list[str]:
+        """Return lines that say how often a job reads its data to train on ``num_samples`` sequences."""
+        return [] if self.args.skip_train or self._options.is_ptq else describe_epochs(config, num_samples)
+
     def __call__(self, train_val_test_num_samples: list[int | None], vp_stage: int | None = None):
         """Build the datasets.
 
@@ -66,14 +81,14 @@ class DatasetsProvider:
                 which no token counts.
         """
         args, options = self.args, self._options
-        config = dataset_config(args, options)
+        is_first = vp_stage in (None, 0)
+        config = self.check() if is_first else dataset_config(args, options)
         config.unwritable_caches = self._unwritable_caches
-        if vp_stage in (None, 0):
-            check_data(args, prefixes_of(config), options)
-            for line in notes(config.blend, config.blend_per_split):
-                print_rank_0(f"megatron_qad: {line}")
-        print_rank_0("megatron_qad: building the training and validation datasets")
         num_train = train_val_test_num_samples[0]
+        lines = [*notes(config.blend, config.blend_per_split), *self.describe(config, num_train)] if is_first else []
+        for line in lines:
+            print_rank_0(f"megatron_qad: {line}")
+        print_rank_0("megatron_qad: building the training and validation datasets")
         # Calibration reads ahead, possibly more than a short job trains on; a blend has only the requested samples.
         num_train = max(num_train, options.calibration_samples + args.micro_batch_size * args.data_parallel_size)
         is_built = partial(_is_built_on_rank, vp_stage)

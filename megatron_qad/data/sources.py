@@ -1,39 +1,17 @@
-"""Read input files as records with their file and line, and encode records as documents.
-
-A JSONL file has one record per line. A text file is one record unless a pattern splits it. Records are bytes:
-``encode_record`` decodes and parses them in the worker, where a problem becomes a ``BadLine``. Not supported:
-compressed files, JSON arrays, directories.
-"""
+"""Encode the records of the input files as documents; a problem becomes a ``BadLine``."""
 
 import json
-import re
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_qad.data.bad_document import BadDocument
 from megatron_qad.data.chat_messages import Chat, parse_chat
+from megatron_qad.data.records import MAX_CHAT_BYTES, BadLine, Record
+from megatron_qad.data.sharegpt import with_messages
 from megatron_qad.data.tokenizer import DataTokenizer
-from megatron_qad.engine.errors import QADError
 
-BLANK_LINES = r"\n(?:[ \t\r]*\n)+"
-"""Pattern of ``--split-on blank``: documents are separated by one or more blank lines."""
-
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
 JSON_KEYS = ("auto", "text", "messages")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One input record: a candidate document."""
-
-    file: str
-    line: int
-    """Line of the file where the record starts, from 1."""
-    is_json: bool
-    data: bytes
 
 
 @dataclass(frozen=True)
@@ -45,64 +23,6 @@ class Encoded:
     """Loss mask: 1 where a token counts, else 0. None means that every token counts."""
     is_chat: bool = False
     """Whether it was chat messages."""
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """One record that could not become a document, and the reason."""
-
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
-
-
-def file_format(path: Path, requested: str) -> str:
-    """Return "text" or "jsonl" for an input file; ``requested`` is --format, where "auto" uses the suffix."""
-    if requested != "auto":
-        return requested
-    if path.suffix.lower() in JSONL_SUFFIXES:
-        return "jsonl"
-    if path.suffix.lower() == ".json":
-        raise QADError(
-            f"--input {path}: a .json file may be one value or one value per line. Give --format jsonl or text."
-        )
-    return "text"
-
-
-def read_records(path: Path, fmt: str, split_on: str | None) -> Iterator[Record | int]:
-    """Yield the records of one file in order; an int is a number of blank lines or pieces that were skipped.
-
-    Args:
-        path: the file.
-        fmt: "text" or "jsonl".
-        split_on: regular expression (over UTF-8 bytes, ^ and $ match at lines) that separates the documents of a text
-            file, or None for one document per file.
-    """
-    if fmt == "jsonl":
-        with path.open("rb") as stream:
-            for line_number, line in enumerate(stream, start=1):
-                # A byte order mark at the start of the file is not part of the first line.
-                line = line.removeprefix(b"\xef\xbb\xbf") if line_number == 1 else line
-                yield Record(str(path), line_number, True, line) if line.strip() else 1
-        return
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if split_on is None:
-        yield Record(str(path), 1, False, content) if content.strip() else 1
-        return
-    start, line_number = 0, 1
-    for match in re.finditer(split_on.encode("utf-8"), content, flags=re.MULTILINE):
-        if match.end() == match.start():
-            raise QADError(f"--split-on {split_on!r} matches the empty string at byte {match.start()} of {path}.")
-        piece = content[start : match.start()]
-        yield Record(str(path), line_number, False, piece) if piece.strip() else 1
-        line_number += content.count(b"\n", start, match.end())
-        start = match.end()
-    if start < len(content):
-        piece = content[start:]
-        yield Record(str(path), line_number, False, piece) if piece.strip() else 1
 
 
 def encode_record(
@@ -127,6 +47,9 @@ def encode_record(
     try:
         value, is_truncated = _parse(record, json_key)
         is_chat = isinstance(value, Chat)
+        if is_chat and len(record.data) > MAX_CHAT_BYTES:
+            size = f"{len(record.data):,} bytes, more than the {MAX_CHAT_BYTES:,} that a chat may have"
+            raise BadDocument(f"the chat has {size}. Split it")
         documents = tokenizer.encode_chat(value, multi_turn) if is_chat else [(_encode_text(value, tokenizer), None)]
     except BadDocument as error:
         line = record.line + error.line_offset
@@ -161,7 +84,8 @@ def _parse(record: Record, json_key: str) -> tuple[str | Chat, bool]:
     try:
         text = record.data.decode("utf-8")
     except UnicodeDecodeError as error:
-        bad = BadDocument(f"not UTF-8: byte {record.data[error.start]:#04x} ({error.reason})")
+        advice = "If it is Latin-1, convert the file: iconv -f LATIN1 -t UTF-8"
+        bad = BadDocument(f"not UTF-8: byte {record.data[error.start]:#04x} ({error.reason}). {advice}")
         bad.line_offset = record.data.count(b"\n", 0, error.start)
         raise bad from error
     return _json_document(text, json_key) if record.is_json else (text, False)
@@ -173,7 +97,7 @@ def _encode_text(text: str, tokenizer: DataTokenizer) -> array:
     ids = tokenizer.encode(text)
     if not ids:
         raise BadDocument("the text has no tokens")
-    return array("i", ids)
+    return ids if isinstance(ids, array) else array("i", ids)
 
 
 def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:
@@ -185,6 +109,7 @@ def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:
         raise BadDocument(f"not JSON: {error}") from error
     if not isinstance(line, dict):
         raise BadDocument(f"expected a JSON object with 'text' or 'messages', found {type(line).__name__}")
+    line = with_messages(line)
     # Libraries that write tables give each line every key; those that a line lacks are null.
     keys = [k for k in ("text", "messages") if line.get(k) is not None] if json_key == "auto" else [json_key]
     if len(keys) == 2:

@@ -6,14 +6,18 @@ Nothing is downloaded, and no code from a tokenizer's directory is run. Not supp
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from megatron_qad.data import long_texts
 from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
 from megatron_qad.data.chat import encode_chat
 from megatron_qad.data.chat_messages import Chat
 from megatron_qad.data.chat_template import ChatTemplate
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.local_models import check_json_files
 from megatron_qad.engine.run_directory import manifest
 
 # The files of a Hugging Face tokenizer, which determine how text becomes ids.
@@ -65,8 +69,10 @@ class DataTokenizer:
     unk: int | None
     special: frozenset[int]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int] | array:
         """Return the ids of a plain document without EOD; BOS comes first if the tokenizer adds it.
+
+        They are an ``array("i")`` if the text is long and was encoded in pieces (``long_texts``).
 
         Raises:
             BadDocument: the tokenizer cannot encode the text.
@@ -105,6 +111,7 @@ class HFTokenizer(DataTokenizer):
     def __init__(self, directory: Path):
         from transformers import AutoTokenizer
 
+        check_json_files(directory)
         try:
             # The tokenizers library raises plain Exception for most damage, and panics.
             with failures_are_bad_documents("transformers cannot read it"):
@@ -129,9 +136,29 @@ class HFTokenizer(DataTokenizer):
         self.special = frozenset(added | set(self.hf.all_special_ids))
         self._templates: dict[str, ChatTemplate] = {}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int] | array:
         with failures_are_bad_documents("the tokenizer rejected the text"):
-            return list(self.hf(text, verbose=False)["input_ids"])
+            if len(text) <= 2 * long_texts.PIECE_CHARS:
+                return list(self.hf(text, verbose=False)["input_ids"])
+            if not self.hf.is_fast:
+                raise BadDocument(
+                    f"has {len(text)} characters, more than the {2 * long_texts.PIECE_CHARS} that {self.name} can "
+                    "encode: it is not a fast tokenizer (one with character offsets). Save it with a tokenizer.json"
+                )
+            before, after = self._added_around("a")
+            return array("i", before) + long_texts.encode_in_pieces(text, self._encode_piece) + array("i", after)
+
+    def _encode_piece(self, text: str) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        encoded = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts, ends = zip(*encoded["offset_mapping"], strict=True) if encoded["input_ids"] else ((), ())
+        return encoded["input_ids"], starts, ends
+
+    def _added_around(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the special ids that the tokenizer adds before and after a text."""
+        ids = list(self.hf(text)["input_ids"])
+        bare = list(self.hf(text, add_special_tokens=False)["input_ids"])
+        start = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+        return ids[:start], ids[start + len(bare) :]
 
     def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         if not self.hf.chat_template:
@@ -191,9 +218,19 @@ class SentencePieceTokenizer(DataTokenizer):
         self.unk = self.sp.unk_id() if self.sp.unk_id() >= 0 else None
         self.special = frozenset({self.eod})
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int] | array:
         with failures_are_bad_documents("the tokenizer rejected the text"):
-            return self.sp.encode(text)
+            if len(text) <= 2 * long_texts.PIECE_CHARS:
+                return self.sp.encode(text)
+            # Shorter pieces: a unigram model sums scores in float32, which breaks ties differently in a long sum.
+            return long_texts.encode_in_pieces(text, self._encode_piece, 1 << 15)
+
+    def _encode_piece(self, text: str) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        pieces = self.sp.encode(text, return_type="proto").pieces
+        # Offsets are in UTF-8 bytes. Continuation bytes are 10xxxxxx, so the others before an offset are its character.
+        is_first = (np.frombuffer(text.encode("utf-8"), dtype=np.uint8) & 0xC0) != 0x80
+        characters = np.concatenate(([0], np.cumsum(is_first)))
+        return [p.id for p in pieces], characters[[p.begin for p in pieces]], characters[[p.end for p in pieces]]
 
     def encode_chat(self, chat: Chat, multi_turn: str = "each") -> list[tuple[array, bytearray]]:
         raise QADError(
@@ -211,7 +248,9 @@ def load_tokenizer(path: str | Path) -> DataTokenizer:
     path = Path(path)
     if path.is_dir():
         if not any((path / name).is_file() for name in _HF_FILES):
-            raise QADError(f"--tokenizer {path} has no tokenizer file; expected one of {', '.join(_HF_FILES)}.")
+            is_checkpoint = (path / "hf" / "config.json").is_file()
+            hint = f" The tokenizer of this checkpoint is in {path / 'hf'}." if is_checkpoint else ""
+            raise QADError(f"--tokenizer {path} has no tokenizer file; expected one of {', '.join(_HF_FILES)}.{hint}")
         return HFTokenizer(path)
     if path.is_file():
         if path.name == "tokenizer.json":

@@ -1,14 +1,13 @@
 """Write documents to the indexed datasets of tokens and loss mask, and rename them to their final prefix."""
 
 import contextlib
-import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 
 from megatron_qad.data.metadata import DataMetadata, loss_mask_prefix, metadata_path, output_files
-from megatron_qad.data.sources import BadLine, Encoded
+from megatron_qad.data.sources import Encoded
 from megatron_qad.data.tokenizer import DataTokenizer
 from megatron_qad.engine.run_directory import manifest
 
@@ -26,19 +25,13 @@ class DocumentWriter:
         self.mask = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
         self.records = self.documents = self.chats = self.chat_documents = 0
         self.num_tokens = self.supervised = self.unknown = 0
-        self.bad_lines = self.blank_lines = 0
 
-    def add(self, results: list[list[Encoded] | BadLine], bad_path: Path) -> None:
-        bad = [result for result in results if isinstance(result, BadLine)]
-        if bad:
-            self.bad_lines += len(bad)
-            with bad_path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.writelines(" ".join(str(line).split("\n")) + "\n" for line in bad)
-        good = [documents for documents in results if not isinstance(documents, BadLine)]
-        self.records += len(good)
-        self.chats += sum(documents[0].is_chat for documents in good)
-        for document in itertools.chain.from_iterable(good):
-            ids = np.asarray(document.ids, dtype=np.int64)
+    def add(self, documents: list[Encoded]) -> None:
+        """Write the documents of one record."""
+        self.records += 1
+        self.chats += documents[0].is_chat
+        for document in documents:
+            ids = np.asarray(document.ids)
             if document.mask is None:
                 mask = np.ones(len(ids), dtype=np.uint8)
             else:
@@ -51,8 +44,8 @@ class DocumentWriter:
             self.supervised += int(mask.sum())
             self.unknown += 0 if self.tokenizer.unk is None else int((ids == self.tokenizer.unk).sum())
 
-    def finish(self) -> DataMetadata:
-        """Close the data files, remove a mask of all ones, and return the metadata."""
+    def finish(self, bad_lines: int, blank_lines: int) -> DataMetadata:
+        """Close the data files, remove a mask of all ones, and return the metadata, with these counts of the inputs."""
         mask_prefix = loss_mask_prefix(self.prefix)
         self.tokens.finalize(f"{self.prefix}.idx")
         self.mask.finalize(f"{mask_prefix}.idx")
@@ -60,6 +53,7 @@ class DocumentWriter:
         sha256 = {"bin": _sha256(f"{self.prefix}.bin"), "idx": _sha256(f"{self.prefix}.idx")}
         if has_mask:
             sha256["loss_mask.bin"] = _sha256(f"{mask_prefix}.bin")
+            sha256["loss_mask.idx"] = _sha256(f"{mask_prefix}.idx")
         else:
             for suffix in (".bin", ".idx"):
                 Path(mask_prefix + suffix).unlink()
@@ -77,27 +71,39 @@ class DocumentWriter:
             tokens=self.num_tokens,
             supervised_tokens=self.supervised,
             unknown_tokens=self.unknown,
-            bad_lines=self.bad_lines,
-            blank_lines=self.blank_lines,
+            bad_lines=bad_lines,
+            blank_lines=blank_lines,
             loss_mask=has_mask,
             sha256=sha256,
         )
 
 
-def publish(aside: str, prefix: str) -> None:
-    """Rename the finished files of the prefix ``aside`` to ``prefix``.
+def publish(outputs: dict[str, str]) -> None:
+    """Rename the finished files of each prefix in ``outputs`` to the prefix that it maps to.
 
-    The index and metadata of an earlier output are removed first and the new ones renamed last, so that an interruption
-    leaves an incomplete output rather than a mixture of two.
+    The index and metadata of earlier outputs are removed first and the new ones renamed last, so that an interruption
+    leaves incomplete outputs rather than a mixture of two. After a failure none of the outputs exists.
     """
-    metadata_path(prefix).unlink(missing_ok=True)
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for source, target in zip(output_files(aside), output_files(prefix), strict=True):
-        if source.exists():
-            os.replace(source, target)
-        else:  # the replaced output may have a loss mask although this one has none
-            with contextlib.suppress(FileNotFoundError):
-                target.unlink()
+    moves = [
+        pair
+        for aside, prefix in outputs.items()
+        for pair in zip(output_files(aside), output_files(prefix), strict=True)
+    ]
+    moves.sort(key=lambda pair: pair[1].suffix == ".json")  # stable: all data before the first metadata
+    for prefix in outputs.values():
+        metadata_path(prefix).unlink(missing_ok=True)
+        Path(f"{prefix}.idx").unlink(missing_ok=True)
+    try:
+        for source, target in moves:
+            if source.exists():
+                os.replace(source, target)
+            else:  # the replaced output may have a loss mask although this one has none
+                target.unlink(missing_ok=True)
+    except OSError:
+        for _, target in moves:
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+        raise
 
 
 def _sha256(path: str) -> str:

@@ -14,12 +14,12 @@ and TO from step END on. The same in YAML is a list:
 
 import ast
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 
 from megatron_qad.distillation.loss_registry import REGISTRY, Loss, losses_of_type
 from megatron_qad.distillation.vocab_parallel import LogitLoss
-from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, did_you_mean
+from megatron_qad.distillation.weighted_losses import Term, Weight, WeightedLosses, did_you_mean, is_number
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_yaml
 
@@ -43,8 +43,10 @@ def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
     try:
         parsed = _read_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _read_string(text)
         built = [(name, _build(name, settings, temperature), weight) for name, settings, weight in parsed]
-    except (QADError, ValueError, TypeError) as error:
-        raise QADError(f"--qad-loss {text!r}: {error}") from error
+    except (QADError, ValueError) as error:
+        raise QADError(f"--qad-loss {text!r:.200}: {error}") from error
+    except (RecursionError, MemoryError) as error:
+        raise QADError(f"--qad-loss {text!r:.200}: nested too deeply, or too many terms.") from error
     terms: list[Term] = []
     for name, loss, weight in built:
         num_earlier = sum(term.name.split()[0] == name for term in terms)
@@ -70,8 +72,24 @@ def _build(name: str, settings: dict, temperature: float) -> Loss:
                 f"{name} has no setting {key!r}, its settings are {', '.join(sorted(valid)) or 'none'}"
                 f"{did_you_mean(key, valid)}"
             )
+    for field in fields(loss):
+        if field.name in settings:
+            _check_type(name, field, settings[field.name])
     default = {"temperature": temperature} if "temperature" in valid else {}
     return loss(**(default | settings))
+
+
+def _check_type(name: str, field: Field, value: object) -> None:
+    """Check the type of a setting. Losses check lists and the range of numbers themselves."""
+    if field.type is bool and type(value) is not bool:
+        expected = "true or false"
+    elif field.type is int and type(value) is not int:
+        expected = "an integer"
+    elif field.type in (float, float | None) and not is_number(value) and not (value is None and field.default is None):
+        expected = "a finite number"
+    else:
+        return
+    raise QADError(f"{name}({field.name}={value!r:.100}): expected {expected}.")
 
 
 def _read_string(text: str) -> list[_ParsedTerm]:
@@ -95,6 +113,9 @@ def _parse_term(node: ast.expr) -> _ParsedTerm:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         if node.args:
             raise QADError(f"{ast.unparse(node)}: expected settings with names, such as jsd(beta=0.5).")
+        names = [keyword.arg for keyword in node.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise QADError(f"{ast.unparse(node):.200}: expected each setting once, such as jsd(beta=0.5).")
         return node.func.id, {keyword.arg: _literal(keyword.value) for keyword in node.keywords}, weight
     raise QADError(f"{ast.unparse(node)}: expected [WEIGHT *] LOSS or [WEIGHT *] LOSS(setting=value).")
 
@@ -108,8 +129,8 @@ def _parse_weight(node: ast.expr) -> Weight:
 
 
 def _constant_weight(value) -> Weight:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise QADError(f"weight {value!r}: expected a number or a schedule.")
+    if not is_number(value):
+        raise QADError(f"weight {value!r:.100}: expected a finite number or a schedule.")
     return Weight(start_weight=float(value))
 
 
@@ -138,5 +159,7 @@ def _read_yaml(file: Path) -> list[_ParsedTerm]:
             weight = Weight(**({"schedule": "linear"} | weight))
         else:
             weight = _constant_weight(weight)
-        terms.append((str(entry["loss"]), settings, weight))
+        if not isinstance(entry["loss"], str):
+            raise QADError(f"loss {entry['loss']!r:.100}: expected the name of a loss.")
+        terms.append((entry["loss"], settings, weight))
     return terms

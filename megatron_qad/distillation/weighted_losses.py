@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Weight:
 
     def __post_init__(self):
         numbers = (self.start_weight, self.end_weight, self.start, self.end)
-        if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        if not all(is_number(n) for n in numbers):
             raise QADError(f"weight schedule {self.schedule}{numbers}: expected four finite numbers.")
         if self.schedule not in ("constant", "linear", "cosine"):
             nearest = did_you_mean(self.schedule, ("linear", "cosine"))
@@ -63,6 +64,11 @@ class WeightedLosses:
     @property
     def needs_teacher(self) -> bool:
         return any(term.loss.needs_teacher for term in self.terms)
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite integer or float, and not a boolean."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_qad.engine import adamw, processes
+from megatron_qad.engine import adamw, megatron_warnings, processes
 from megatron_qad.engine.cpu import device, mamba_packages
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.run_directory import restricted_unpickling
@@ -82,7 +82,7 @@ def capabilities() -> Capabilities:
 def init_runtime(*, for_compute: bool = False) -> Capabilities:
     """Install the CPU backend if there is no GPU, and restrict unpickling. Call this before importing ``megatron``.
 
-    Later calls change nothing.
+    Also hides some warnings of Megatron (``megatron_warnings``). Later calls change nothing.
 
     Args:
         for_compute: whether the process will train or evaluate. On a machine without a GPU, Transformer Engine is then
@@ -97,6 +97,7 @@ def init_runtime(*, for_compute: bool = False) -> Capabilities:
     processes.end_with_launcher()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
     restricted_unpickling.restrict_unpickling()
+    megatron_warnings.hide()
     machine = capabilities()
     if machine.device == "cpu":
         device.install()

@@ -1,7 +1,9 @@
 """Process groups for tools that run alone as well as under torchrun, and checks whose result all ranks share."""
 
+import errno
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -16,6 +18,7 @@ def init_process_group() -> None:
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     else:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo listens although there is no other process
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
 
 
@@ -69,3 +72,27 @@ def _unpack[T](outcome: tuple[T, str | None]) -> T:
     if problem is not None:
         raise QADError(problem)
     return result
+
+
+def check_port_is_free(environ: Mapping[str, str]) -> None:
+    """Check on the first rank that ``MASTER_PORT``, on which it will wait for the others, is free.
+
+    Under torchrun the agent holds the port, and the ranks are its clients.
+
+    Raises:
+        QADError: another process uses the port.
+    """
+    if environ.get("RANK") != "0" or environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = environ["MASTER_PORT"]
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+        try:
+            probe.bind(("", int(port)))
+        except OverflowError as error:
+            raise QADError(f"MASTER_PORT={port}: expected a number up to 65535.") from error
+        except OSError as error:
+            problem = "is in use by another process" if error.errno == errno.EADDRINUSE else error.strerror
+            raise QADError(
+                f"MASTER_PORT={port}: {problem}. Choose another port (torchrun --master-port), or end that process."
+            ) from error

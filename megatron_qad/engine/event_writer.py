@@ -114,7 +114,7 @@ class _EventFile:
 
     def _append(self, data: bytes) -> None:
         """Append all of ``data``, or raise; leftovers of a failed write are overwritten."""
-        descriptor = os.open(self._file, os.O_WRONLY)
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_NOFOLLOW)
         try:
             if os.fstat(descriptor).st_size < self._num_bytes:
                 raise FileNotFoundError(f"{self._file} is shorter than the data written to it; a new file is started")

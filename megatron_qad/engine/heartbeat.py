@@ -16,6 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.new_files import open_new
+from megatron_qad.engine.text_files import read_json
+
 _MAX_SECONDS_BETWEEN = 5
 _GRACE_SECONDS = 30
 _LONG = 10  # factor on the limit for phases that read or write the whole model
@@ -81,7 +85,8 @@ class Heartbeat:
             if self._file is not None and place != written:
                 try:
                     aside = self._file.with_suffix(".new")
-                    aside.write_text(json.dumps(place))
+                    with open_new(aside) as stream:
+                        stream.write(json.dumps(place))
                     aside.replace(self._file)
                     written = place
                 except OSError:
@@ -116,8 +121,8 @@ class Heartbeat:
         places = {}
         for rank in range(self._size) if self._file is not None else ():
             try:
-                places[rank] = json.loads(_heartbeat_file(self._file.parent, rank).read_text())
-            except (OSError, ValueError):
+                places[rank] = read_json(_heartbeat_file(self._file.parent, rank))
+            except QADError:  # it has not started, or is writing
                 places[rank] = {"rank": rank, "host": "an unknown host", "pid": "unknown", "step": 0}
                 places[rank] |= {"phase": "never seen", "num_phases": -1, "time": self._started}
         return places

@@ -177,12 +177,22 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "torch.distributed.checkpoint.filesystem",
-        ("pickle",),
+        ("pickle", "FileSystem"),
         *_TORCH,
-        why="reading the metadata of an untrusted checkpoint can run code that the file names",
+        why="reading the metadata of an untrusted checkpoint can run code that the file names; links in it lead to "
+        "other files, and errors in an object do not name its file",
         where="engine/run_directory/restricted_unpickling.py",
-        until="torch reads the metadata without pickle",
-        sources=("module",),
+        until="torch reads the metadata without pickle, opens no link and names the file",
+        sources=("module", "11a93228d2e9"),
+    ),
+    Patch(
+        "torch",
+        ("load",),
+        *_TORCH,
+        why="for a file with another class, the error advises to let it run code (weights_only=False)",
+        where="engine/run_directory/restricted_unpickling.py",
+        until="torch's error names the file and gives no such advice",
+        sources=("eabc8a404157",),
     ),
     Patch(
         "torch.distributed.elastic.multiprocessing.api:PContext",
@@ -373,27 +383,3 @@ def source_of(owner: Any, name: str) -> str:
     except OSError:  # compiled
         source = None
     return type(value).__name__ if source is None else hashlib.sha256(source.encode()).hexdigest()[:12]
-
-
-def page() -> str:
-    """``docs/patches.md``: the table as Markdown, one section per package."""
-    lines = [
-        "# Patches",
-        "",
-        "This page lists everything that megatron_qad replaces in other packages. `make patches-page` generates it",
-        "from the table in `megatron_qad/engine/patches.py`. A test compares each row with the installed packages and",
-        "fails if a new version has changed the replaced code.",
-    ]
-    for package in dict.fromkeys(f"{patch.package} {patch.version}" for patch in PATCHES):
-        header = "| replaced | why | replaced in | can be removed when |"
-        lines += ["", f"## {package}", "", header, "|---|---|---|---|"]
-        for patch in PATCHES:
-            if f"{patch.package} {patch.version}" == package:
-                names = ", ".join(f"`{name}`" for name in patch.names)
-                why = f"{patch.why} ({patch.issue})" if patch.issue else patch.why
-                lines.append(f"| `{patch.owner}`: {names} | {why} | `{patch.where}` | {patch.until} |")
-    header = "| module | why | implemented in | can be removed when |"
-    lines += ["", "## Replaced or hidden modules", "", header, "|---|---|---|---|"]
-    for stand_in in STAND_INS:
-        lines.append(f"| `{stand_in.module}` | {stand_in.why} | `{stand_in.where}` | {stand_in.until} |")
-    return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ class QADModelConfig(HybridModelConfig):
 
     builder: ClassVar[str] = "megatron_qad.models.builder.QADModelBuilder"
     rope_scaling: dict | None = None
-    """The ``rope_scaling`` entry of the Hugging Face config if its type is "llama3". None means plain rope."""
+    """Parameters of llama3 rope scaling, from ``Family.rope_scaling``. None means plain rope."""
 
 
 class QADModelBuilder(HybridModelBuilder):

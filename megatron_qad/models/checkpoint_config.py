@@ -1,11 +1,12 @@
 """Reading and checking the metadata of a checkpoint directory: the model's config and the job that saved it."""
 
-import json
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory.iterations import holds_checkpoints
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, read_record
+from megatron_qad.engine.text_files import read_json
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 
@@ -23,10 +24,28 @@ def read_config(checkpoint: str | Path) -> dict:
     if not file.is_file():
         raise QADError(
             f"{checkpoint}: no hf/config.json. Expected a checkpoint directory written by import_hf.py or "
-            "pretrain_qad.py."
+            f"pretrain_qad.py.{_next_step(Path(checkpoint))}"
         )
     manifest.verify_file(file)
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file, "Import the model again.")
+
+
+def _next_step(directory: Path) -> str:
+    """Return the sentence that names the right directory, or the import that this one needs, or an empty string."""
+    is_within = (directory.parent / "hf" / "config.json").is_file() and directory.is_dir()
+    if is_within and (directory.name != "hf" or holds_checkpoints(directory.parent)):
+        number = directory.name.removeprefix("iter_").lstrip("0")
+        iteration = f", and --iteration {number} to an export" if number.isdigit() else ""
+        return f" Give {directory.parent}{iteration}."
+    holds_iteration = holds_checkpoints(directory) or (directory / ".metadata").is_file()
+    if holds_iteration and not (directory / JOB_FILE).is_file():
+        return (
+            f" Import a checkpoint of Megatron first: python tools/import_megatron.py --checkpoint {directory} "
+            "--hf-config DIR --output NEW"
+        )
+    if (directory / "config.json").is_file():
+        return f" Import a Hugging Face model first: python tools/import_hf.py --hf-model {directory} --output NEW"
+    return ""
 
 
 def read_job(checkpoint: str | Path, iteration: Path | None = None) -> dict | None:

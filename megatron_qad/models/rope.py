@@ -15,7 +15,7 @@ def llama3_inv_freq(dim: int, base: float, scaling: dict) -> torch.Tensor:
     Args:
         dim: rotary dimension, the size of one head.
         base: ``rope_theta``.
-        scaling: Hugging Face config entry with ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
+        scaling: parameters from ``Family.rope_scaling``, with ``factor``, ``low_freq_factor``, ``high_freq_factor`` and
             ``original_max_position_embeddings``.
     """
     original = scaling["original_max_position_embeddings"]

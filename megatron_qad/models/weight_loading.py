@@ -1,7 +1,7 @@
 """Loading the weights of a torch_dist checkpoint into a model with any parallelism.
 
-Checkpoints come from ``tools/import_hf.py`` or from a QAD job. Only weights are read. When a job resumes, Megatron's
-``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
+Checkpoints come from an import (``tools/import_hf.py``, ``tools/import_megatron.py``) or from a QAD job. Only weights
+are read. When a job resumes, Megatron's ``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ from megatron.core.utils import unwrap_model
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_dir
+from megatron_qad.engine.run_directory.restricted_unpickling import one_error
 
 # Megatron's training loop saves gate and up of a gated MLP as two tensors with these endings (metadata key
 # "singleton_local_shards"). The importer saves them as the halves of one tensor, which is Megatron's default.
@@ -28,7 +29,8 @@ AMAX = "_quantizer._amax"
 
 def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
     """Return the global shape of every tensor in a checkpoint by name."""
-    metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint)))
+    with one_error():
+        metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint)))
     return {name: tuple(tensor.global_shape) for name, tensor in metadata.items()}
 
 
@@ -64,7 +66,8 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
             if not any(part in name for part in skipped)
         }
         _check_shapes(sharded, stored, checkpoint)
-        loaded = dist_checkpointing.load(sharded, str(iteration_dir(checkpoint)))
+        with one_error():
+            loaded = dist_checkpointing.load(sharded, str(iteration_dir(checkpoint)))
         loaded = {name: loaded[name] for name in sharded}  # a job's checkpoint also has args, iteration, ...
         missing, unexpected = chunk.load_state_dict(loaded, strict=False)
         not_shared = [n for n in missing if not any(part in n for part in (_EXTRA_STATE, _QUANTIZER))] + list(

@@ -21,6 +21,7 @@ KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_
 LAYER_KINDS = ("attention", "mamba", "mlp", "expert")
 """Kinds of layers in the pattern. An ``expert`` layer also contains its router and shared experts."""
 SELECTORS = ("kind", "layer", "first", "last", "before", "projection", "name")
+_INDEX = re.compile("[0-9]{1,5}")  # no model has 100,000 layers; a longer range would fill the memory
 _NOT_A_GEMM = ("conv1d", "norm", "layernorm", "bias", "vision")
 _NEVER = "routers, embeddings, norms, conv1d and vision encoders stay unquantized under every policy"
 
@@ -140,7 +141,7 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
     """
     if not isinstance(entry, dict) or "format" not in entry or len(entry) < 2:
         raise QADError(
-            f"{where}: found the rule {entry!r}. A rule needs 'format' and at least one of {', '.join(SELECTORS)}."
+            f"{where}: found the rule {entry!r:.200}. A rule needs 'format' and at least one of {', '.join(SELECTORS)}."
         )
     for key in entry:
         check_choice("key", key, ("format", *SELECTORS), where)
@@ -156,7 +157,7 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
         if never:
             raise QADError(f"{where}: a rule gives {never[0]!r} the format {entry['format']}, but {_NEVER}. Remove it.")
     before = entry.get("before")
-    if before is not None:
+    if "before" in entry:
         check_choice("kind of layer", before, LAYER_KINDS, where)
         if not kinds:
             raise QADError(
@@ -170,7 +171,7 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
         last=_num_layers(entry, "last", where),
         before=before,
         projections=projections,
-        name=None if "name" not in entry else str(entry["name"]),
+        name=_pattern(entry, where),
         is_override=is_override,
     )
 
@@ -194,7 +195,7 @@ def parse_override(text: str, flag: str = "--qad-policy-override") -> Rule:
     entry = {}
     for part in selector.split(","):
         key, _, value = part.partition(":")
-        values = [int(v) if v.isdecimal() else v for v in (value.split("+") if key != "name" else [value])]
+        values = [int(v) if _INDEX.fullmatch(v) else v for v in (value.split("+") if key != "name" else [value])]
         entry[key] = values if len(values) > 1 else values[0]
     return parse_rule({**entry, "format": fmt}, where, is_override=True)
 
@@ -204,7 +205,9 @@ def check_choice(label: str, value: object, valid: Iterable[str], where: str) ->
     valid = tuple(valid)
     if value in valid:
         return
-    raise QADError(f"{where}: unknown {label} {value!r}{did_you_mean(value, valid)}. Choose one of {', '.join(valid)}.")
+    raise QADError(
+        f"{where}: unknown {label} {value!r:.200}{did_you_mean(value, valid)}. Choose one of {', '.join(valid)}."
+    )
 
 
 def did_you_mean(value: object, valid: Iterable[str]) -> str:
@@ -222,6 +225,13 @@ def _strings(entry: dict, key: str, where: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _pattern(entry: dict, where: str) -> str | None:
+    name = entry.get("name")
+    if "name" in entry and (not isinstance(name, str) or not name):
+        raise QADError(f"{where}: 'name' must be a pattern of module names; found {name!r:.200}.")
+    return name
+
+
 def _num_layers(entry: dict, key: str, where: str) -> int | None:
     count = entry.get(key)
     if key in entry and (type(count) is not int or count < 1):
@@ -235,12 +245,15 @@ def _layer_indices(entry: dict, where: str) -> tuple[int, ...]:
         return ()
     indices = []
     for item in entry["layer"] if isinstance(entry["layer"], list) else [entry["layer"]]:
-        bounds = re.fullmatch(r"(\d+)-(\d+)", str(item)) or re.fullmatch(r"((\d+))", str(item))
-        if bounds is None or isinstance(item, bool) or int(bounds[2]) < int(bounds[1]):
+        first, _, last = str(item).partition("-")
+        last = last or first
+        if isinstance(item, bool) or not (
+            _INDEX.fullmatch(first) and _INDEX.fullmatch(last) and int(first) <= int(last)
+        ):
             raise QADError(
-                f"{where}: 'layer' must be an index, a range such as 0-3, or a list of these; found {item!r}."
+                f"{where}: 'layer' must be an index, a range such as 0-3, or a list of these; found {item!r:.200}."
             )
-        indices += range(int(bounds[1]), int(bounds[2]) + 1)
+        indices += range(int(first), int(last) + 1)
     if not indices:
         raise QADError(f"{where}: 'layer' is an empty list. Give at least one layer.")
     return tuple(indices)

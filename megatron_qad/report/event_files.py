@@ -6,7 +6,6 @@ killed job can leave a truncated last record; any other deviation is damage.
 """
 
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, START_TAG
+from megatron_qad.engine.text_files import read_json
 
 _NEXT_STEP = "Restore the file from a copy, or accept the gap with --accept-gaps."
 
@@ -166,10 +166,10 @@ def _find_records(run: Path) -> list[Path]:
 
 def _parse(record: Path) -> tuple[dict[str, tuple[int, str]], str]:
     try:
-        content = json.loads(record.read_text())
+        content = read_json(record)
         files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
         return files, str(content["directory"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (QADError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise QADError(f"{record}: not a valid record of event files ({error}). Restore it from a copy.") from None
 
 

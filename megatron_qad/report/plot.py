@@ -9,6 +9,7 @@ from matplotlib.figure import Figure  # not pyplot: this draws with Agg and need
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from megatron_qad.engine.system_errors import naming
 from megatron_qad.report.runs import Run
 from megatron_qad.report.scalars import Curve
 from megatron_qad.report.weight_errors import LinearError
@@ -35,7 +36,8 @@ def write_png(file: Path, title: str, runs: Sequence[Run], linears: Sequence[Lin
     if agreement.lines:
         agreement.yaxis.set_major_formatter(PercentFormatter(1.0))
     _weights(weights, linears, [run.name for run in runs if run.is_trained])
-    figure.savefig(file, dpi=110)
+    with naming(file):
+        figure.savefig(file, dpi=110)
 
 
 def _curves(axes: Axes, heading: str, unit: str, curves: dict[str, tuple[str, Curve]], *, log: bool) -> None:

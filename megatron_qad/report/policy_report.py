@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, exclusions
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.local_models import missing_config
 from megatron_qad.engine.text_files import read_json
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
@@ -101,7 +102,7 @@ def report_policy(hf_model: str | Path, policy: str, overrides: Sequence[str] = 
     """
     file = Path(hf_model) if Path(hf_model).is_file() else Path(hf_model) / "config.json"
     if not file.is_file():
-        raise QADError(f"{hf_model}: no config.json. Give the directory of a Hugging Face model, or that file.")
+        raise QADError(missing_config(hf_model, "Give the directory of a Hugging Face model, or that file."))
     return resolve_report(read_json(file), policies.load(policy, overrides, flag="--rule"))
 
 

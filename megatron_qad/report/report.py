@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_qad.engine.run_directory import locks
+from megatron_qad.engine.run_directory import locks, manifest
 from megatron_qad.report.collect import Results, collect
 from megatron_qad.report.markdown import markdown
 from megatron_qad.report.plot import write_png
@@ -49,8 +49,9 @@ def write_report(
     with locks.lock_output(output):
         output.mkdir(parents=True, exist_ok=True)
         write_png(output / "report.png", results.title, results.runs, results.linears)
-        (output / "report.md").write_text(markdown(results))
-        (output / "results.json").write_text(json.dumps(_to_json(results), indent=1, allow_nan=False) + "\n")
+        manifest.write_atomically(output / "report.md", markdown(results))
+        text = json.dumps(_to_json(results), indent=1, allow_nan=False)
+        manifest.write_atomically(output / "results.json", f"{text}\n")
     return results
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure  # not pyplot: no display
 
+from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.system_errors import naming
 from megatron_qad.training.sensitivity import Sensitivities
 
 
@@ -22,7 +24,8 @@ def write_sensitivity(
     """Write sensitivity.md, .png and .json to ``output``, with the proposed format of each unit if there is one."""
     output.mkdir(parents=True, exist_ok=True)
     _write_json(sensitivities, output / "sensitivity.json", chosen, proposal_kl)
-    (output / "sensitivity.md").write_text(_markdown(sensitivities, formats, title, chosen, proposal_kl, budget_bytes))
+    text = _markdown(sensitivities, formats, title, chosen, proposal_kl, budget_bytes)
+    manifest.write_atomically(output / "sensitivity.md", text)
     _draw(sensitivities, formats, output / "sensitivity.png", title, chosen)
 
 
@@ -66,7 +69,7 @@ def _write_json(sensitivities: Sensitivities, file: Path, chosen, proposal_kl) -
         "units": [{"name": name, "format": fmt, "kl": kl} for (name, fmt), kl in sensitivities.by_unit.items()],
         "proposal": None if chosen is None else {"formats": dict(chosen), "kl": proposal_kl},
     }
-    file.write_text(json.dumps(document, indent=1) + "\n")
+    manifest.write_atomically(file, json.dumps(document, indent=1) + "\n")
 
 
 def _draw(sensitivities: Sensitivities, formats, file: Path, title: str, chosen) -> None:
@@ -89,4 +92,5 @@ def _draw(sensitivities: Sensitivities, formats, file: Path, title: str, chosen)
         axes.set_xticks(range(0, len(labels), step), labels[::step], fontsize="small")
         axes.grid(axis="y", alpha=0.3)
         axes.legend()
-    figure.savefig(file, dpi=110)
+    with naming(file):
+        figure.savefig(file, dpi=110)

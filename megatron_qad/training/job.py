@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from megatron.core import mpu
 from megatron.training import print_rank_0
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.checkpointing import checkpoint_exists
+from megatron.training.config import PretrainConfigContainer
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.data.provider import DatasetsProvider
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
+from megatron_qad.engine.megatron_args import megatrons_refusals
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
 from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, RUN_RECORDS, record_text
@@ -35,6 +38,7 @@ from megatron_qad.training.calibration_pass import CalibrationPass
 from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
 from megatron_qad.training.models import build_teacher, check_disjoint, model_config
+from megatron_qad.training.resume_check import check_resume
 from megatron_qad.training.run_description import describe_run
 from megatron_qad.training.teacher import Teacher
 
@@ -70,7 +74,7 @@ class QADJob:
 
         job = start_job(read_command_line(["--config", "job.yaml"]))  # training.start
         with job.loop.running():  # arguments of Megatron's pretrain: see pretrain_qad.py
-            pretrain(pretrain_cfg_container_from_args(job.args, job.model_config(qad_step)), job.datasets_provider, ...)
+            pretrain(job.pretrain_config(qad_step), job.datasets_provider, ...)
 
     Args:
         config: configuration of the job.
@@ -137,6 +141,19 @@ class QADJob:
         student_config.pre_wrap_hooks.append(partial(self._prepare, qad_step))
         return student_config
 
+    def pretrain_config(self, qad_step: Callable[["QADJob", Step], list[dict]]) -> PretrainConfigContainer:
+        """Return the config of ``pretrain``, with that of the student.
+
+        Args:
+            qad_step: runs the parts of a step.
+
+        Raises:
+            QADError: Megatron refuses the flags.
+        """
+        student_config = self.model_config(qad_step)
+        with megatrons_refusals("__post_init__", "pretrain_cfg_container_from_args"):
+            return pretrain_cfg_container_from_args(self.args, student_config)
+
     def evaluated(self, model) -> dict[str, float]:
         """Reduce the metrics of an evaluation over the data-parallel ranks and report them, at the end of each one."""
         total = self.loss.take_metrics().all_reduce(mpu.get_data_parallel_group(with_context_parallel=True))
@@ -152,6 +169,8 @@ class QADJob:
         self.student = chunks
         resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
         resumes = args.load is not None and checkpoint_exists(args.load)
+        if resumes_at:
+            check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
         events.job_begins(self, resumes_at)
         if not resumes or self.needs_initial_weights:
             events.phase("loading the student", is_long=True)

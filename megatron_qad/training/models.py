@@ -10,7 +10,7 @@ from megatron.training.argument_utils import hybrid_config_from_args
 from megatron_qad.config.job_config import JobConfig, ModelConfig
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.yaml_file import to_flags
-from megatron_qad.engine.megatron_args import make_parser
+from megatron_qad.engine.megatron_args import make_parser, megatrons_refusals
 from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.models.weight_loading import load_weights
@@ -24,8 +24,12 @@ def model_config(config: JobConfig, args: argparse.Namespace, model: ModelConfig
 
     Args:
         args: Megatron's arguments with the shape of this model (``replace_model_shape``).
+
+    Raises:
+        QADError: Megatron refuses the flags.
     """
-    builder_config = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
+    with megatrons_refusals("__post_init__", "hybrid_config_from_args"):
+        builder_config = hybrid_config_from_args(args, model_config_cls=QADModelConfig)
     builder_config.hybrid_stack_spec = hybrid_stack_spec(
         config.layer_spec,
         qk_layernorm=builder_config.transformer.qk_layernorm,

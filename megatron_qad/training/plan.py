@@ -1,4 +1,4 @@
-"""``--qad-dry-run``: prints the models, formats, parallelism and bytes per rank of a job, from its configs alone.
+"""``--qad-dry-run``: prints the models, formats, parallelism, epochs and bytes per rank of a job.
 
 Counts the tensors whose size is known in advance: weights, teacher, gradients, optimizer state, logits or hidden
 states. Not counted: activations, communication buffers and memory fragmentation. The largest pipeline stage is shown.
@@ -6,7 +6,7 @@ states. Not counted: activations, communication buffers and memory fragmentation
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.config.parallelism import ranks_of_layers, split_into_stages
@@ -15,16 +15,17 @@ from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.quantization.format_table import format_rows, render
 
 
-def print_plan(config: JobConfig, args: argparse.Namespace) -> None:
+def print_plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str]) -> None:
     """Print the plan of a job.
 
     Args:
         args: validated arguments of Megatron.
+        data: lines about the data, from ``start.check_dry_run``.
     """
-    print("\n".join(plan(config, args)))
+    print("\n".join(plan(config, args, data)))
 
 
-def plan(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
+def plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str] = ()) -> Iterator[str]:
     """Yield the lines of the plan."""
     student, options = config.student, config.options
     tensors = student.family.tensors(student.hf)
@@ -39,7 +40,11 @@ def plan(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield from render(format_rows(student.family.linears(student.hf), config.formats))
     yield from _parallelism(args)
+    yield from (f"{'data' if i == 0 else '':<11} {line}" for i, line in enumerate(data))
     yield from _bytes_per_rank(config, args, tensors)
+    if config.notes:
+        yield ""
+        yield from (f"note        {note}" for note in config.notes)
 
 
 def _parallelism(args: argparse.Namespace) -> Iterator[str]:

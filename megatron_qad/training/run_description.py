@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory import json_records, manifest, new_files
 from megatron_qad.engine.run_directory.iterations import smoothing_record
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, RUN_RECORDS, SMOOTHING_FILE, read_record
 from megatron_qad.models.checkpoint_config import read_job
@@ -81,5 +81,5 @@ def _copy_atomically(source: str, target: str) -> None:
     ours, copied = Path(source).stat(), Path(target).stat() if Path(target).is_file() else None
     if copied is None or (ours.st_size, ours.st_mtime_ns) != (copied.st_size, copied.st_mtime_ns):
         partial = f"{target}.partial"
-        shutil.copy2(source, partial)  # keeps the modification time, which is compared above
+        new_files.copy_new(Path(source), Path(partial))  # keeps the modification time, which is compared above
         os.replace(partial, target)

@@ -4,19 +4,25 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from megatron.training import print_rank_0
 
 from megatron_qad.config import refusals
 from megatron_qad.config.job_config import JobConfig, read_job_config
+from megatron_qad.config.launch_environment import check_ranks
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine import capabilities, megatron_fixes
+from megatron_qad.engine.distributed import check_port_is_free
 from megatron_qad.engine.events import Callback
 from megatron_qad.engine.loggers import Loggers, continue_wandb_run
 from megatron_qad.engine.megatron_args import make_parser, parse_globally
 from megatron_qad.engine.run_directory import locks
 from megatron_qad.models.context_parallel import partitioned_indices
-from megatron_qad.training.job import QADJob
+from megatron_qad.training.job import QADJob, Step
+from megatron_qad.training.models import model_config, replace_model_shape
+from megatron_qad.training.resume_check import check_resume, checkpoint_to_resume
 
 
 def read_command_line(argv: Sequence[str], *, trains: bool = True) -> JobConfig:
@@ -31,26 +37,58 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
         callbacks: additional callbacks, which run after the job's own.
 
     Raises:
-        QADError: another process writes to ``--save``. Megatron's own checks raise the same errors as upstream.
+        QADError: another process writes to ``--save``, the launcher's variables are incomplete, or Megatron refuses
+            the flags.
     """
-    flags = config.flags
-    if flags.save is not None and not config.options.qad_dry_run and os.environ.get("RANK", "0") == "0":
+    flags, is_dry_run = config.flags, config.options.qad_dry_run
+    if not is_dry_run:
+        check_ranks(os.environ)
+        check_port_is_free(os.environ)
+    if flags.save is not None and not is_dry_run and os.environ.get("RANK", "0") == "0":
         # Only the first rank takes the lock, because the ranks are not connected yet. If it fails, the launcher ends
         # the others. This comes before parsing, which starts wandb and TensorBoard and so writes files.
         locks.lock_directory(flags.save, "--save")
     atexit.register(_end_data_workers)
-    if not config.options.qad_dry_run:
+    if not is_dry_run:
         continue_wandb_run(flags.wandb_project, flags.save, os.environ)
     loggers = Loggers(flags.save, flags.tensorboard_dir, flags.wandb_save_dir or f"{flags.save}/wandb")
     loggers.install()
     _fix_megatron()
-    args = parse_globally(config.megatron_argv, QADOptions, config.world_size)
+    args = parse_globally(config.megatron_argv, QADOptions, config.world_size, is_quiet=is_dry_run)
     derived = MegatronFlags.from_args(args)  # Megatron derives flags from others, such as --enable-cuda-graph
     refusals.check_masters(derived)
     refusals.check_step(derived)
     if not args.async_save:
         megatron_fixes.save_checkpoints_in_this_process()
+    if not is_dry_run:
+        for note in config.notes:
+            print_rank_0(f"megatron_qad: {note}")
     return QADJob(config, args, loggers, callbacks)
+
+
+def check_dry_run(job: QADJob, qad_step: Callable[[QADJob, Step], list[dict]]) -> list[str]:
+    """Check what a job checks after its start: Megatron's configs, the data, the checkpoint from which it resumes.
+
+    Args:
+        qad_step: runs the parts of a step; not called.
+
+    Returns:
+        Lines for the plan: how often the data is read.
+
+    Raises:
+        QADError: the job would end with the same error.
+    """
+    job.pretrain_config(qad_step)
+    if job.config.teacher is not None:
+        model_config(job.config, replace_model_shape(job.config, job.args, job.config.teacher), job.config.teacher)
+    dataset_config = job.datasets_provider.check()
+    directory = checkpoint_to_resume(job.args)
+    if directory is not None:
+        check_resume(directory, job.args)
+    args = job.args
+    return job.datasets_provider.describe(
+        dataset_config, args.train_samples or args.train_iters * args.global_batch_size
+    )
 
 
 def _fix_megatron() -> None:

@@ -227,26 +227,27 @@ RESHARDED = [
 ]
 
 
-# Flags and tolerance of the loss. NVFP4: the last bit may decide the code of an input (test_training). BF16: partial
-# sums of tensor-parallel ranks are rounded to 8 bits, which changes the loss by 4e-4 here.
+# A distributed optimizer with experts has a state of its own for them.
+EXPERTS_RESHARDED = [("dp2", 2, []), ("tp2", 2, TP2 + SP), ("pp2", 2, PP2)]
+# Model, flags, tolerance of the loss, and the parallelism of each step. NVFP4: the last bit may decide the code of an
+# input (test_training). BF16: partial sums of tensor-parallel ranks are rounded to 8 bits, which changes the loss by
+# 4e-4 here.
 RESUMED = {
-    "float32": (["--qad-policy", "bf16"], TOLERANCE),
-    "nvfp4": (["--qad-policy", "nvfp4-all-linear"], 0.02),
-    "distributed optimizer": (
-        ["--qad-policy", "bf16", "--bf16", *SHARDED, "--dist-ckpt-optim-fully-reshardable"],
-        2e-3,
-    ),
+    "float32": ("wide", ["--qad-policy", "bf16"], TOLERANCE, RESHARDED),
+    "nvfp4": ("wide", ["--qad-policy", "nvfp4-all-linear"], 0.02, RESHARDED),
+    "distributed optimizer": ("wide", ["--qad-policy", "bf16", "--bf16", *SHARDED], 2e-3, RESHARDED),
+    "experts": ("qwen3-moe", ["--qad-policy", "bf16", "--bf16", *SHARDED], 2e-3, EXPERTS_RESHARDED),
 }
 
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_checkpoint_resumes_with_other_parallelism(workshop, tmp_path, case):
     """Each step resumes with other parallelism; the losses equal those of an uninterrupted run on one process."""
-    flags, tolerance = RESUMED[case]
-    argv = workshop.argv(*flags, *STEADY, kind="wide", num_steps=len(RESHARDED))
+    kind, flags, tolerance, resharded = RESUMED[case]
+    argv = workshop.argv(*flags, *STEADY, kind=kind, num_steps=len(resharded))
     expected, _ = workshop.train(argv, whole=False)
     amaxes: dict = {}
-    for i, (name, nproc, parallelism) in enumerate(RESHARDED):
+    for i, (name, nproc, parallelism) in enumerate(resharded):
         saving = ["--save", str(tmp_path), "--save-interval", "1", "--exit-interval", str(i + 1)]
         loading = ["--load", str(tmp_path)] if i else []
         (step,), _ = workshop.train([*argv, *parallelism, *saving, *loading], nproc, whole=False)
@@ -256,6 +257,25 @@ def test_checkpoint_resumes_with_other_parallelism(workshop, tmp_path, case):
         assert bool(step["amaxes"]) == (case == "nvfp4")
         assert all(torch.equal(amax, amaxes.get(n, amax)) for n, amax in step["amaxes"].items())
         amaxes |= step["amaxes"]
+
+
+@pytest.mark.parametrize("kind", ["wide", "qwen3-moe"])
+def test_checkpoint_of_a_fixed_division_names_the_flag(workshop, tmp_path, kind):
+    """Without its default, the optimizer state loads with the same division only."""
+    argv = workshop.argv("--qad-policy", "bf16", "--bf16", *SHARDED, "--save", str(tmp_path), kind=kind, num_steps=1)
+    workshop.train([*argv, "--no-dist-ckpt-optim-fully-reshardable"], 2, whole=False)
+    error = workshop.fail([*argv, *TP2, *SP], 2)
+    assert error.startswith(f"error: --tensor-model-parallel-size 2: {tmp_path}/iter_0000001 was saved with 1 and ")
+    assert "without --dist-ckpt-optim-fully-reshardable" in error and "--no-load-optim" in error
+
+
+def test_optimizer_of_experts_stays_separate_or_not(workshop, tmp_path):
+    """Megatron gives the experts an optimizer of their own with expert parallelism, and does not convert the state."""
+    argv = workshop.argv("--qad-policy", "bf16", "--bf16", "--save", str(tmp_path), kind="qwen3-moe", num_steps=1)
+    workshop.train([*argv, *SHARDED], whole=False)
+    error = workshop.fail([*argv, *SHARDED, *EP2], 2)
+    assert error.startswith(f"error: --expert-model-parallel-size 2: {tmp_path}/iter_0000001 was saved with 1.")
+    workshop.train([*argv, *SHARDED, *EP2, "--no-load-optim"], 2, whole=False)
 
 
 OFFLOADED = {

@@ -215,7 +215,7 @@ def test_last_and_best_checkpoints_are_kept(jobs, tmp_path, flags):
     for directory in run.glob("iter_*"):
         assert set(json.loads((directory / "integrity.json").read_text())["files"]) == {
             *("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json"),
-            *("qad.json", "calibration.json", "best_checkpoints.json"),
+            *("qad.json", "calibration.json", "best_checkpoints.json", "event_files.json"),
         }
 
 
@@ -234,7 +234,7 @@ def test_save_to_model_directory_is_refused(jobs, tmp_path):
 
 def test_conflicting_retention_flags_are_refused(jobs, tmp_path):
     for flags, message in {
-        ("--qad-keep-last", "0"): "--qad-keep-last 0: expected a number of checkpoints",
+        ("--qad-keep-last", "0"): "--qad-keep-last 0: expected a number of 1 or more",
         ("--qad-keep-best", "1", "--eval-interval", "3"): "--save-interval 2 is not a multiple of --eval-interval 3",
         ("--qad-keep-last", "1", "--save-retain-interval", "4"): "--save-retain-interval removes checkpoints, too",
         ("--qad-keep-best", "1", "--eval-iters", "0"): "--eval-iters 0 turns validation off",

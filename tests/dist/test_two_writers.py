@@ -58,10 +58,10 @@ def test_second_job_is_refused(tmp_path, server):
             assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.1)
         for nproc in (1, 2):
-            arguments = {"argv": [*argv, "--tensorboard-dir", str(run / "tensorboard")]}
+            arguments = {"argv": [*argv, "--tensorboard-dir", str(run / "events")]}
             error = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
             assert f"--save {run}: is in use by process " in error and "pretrain_qad.py" in error
-        assert not (run / "tensorboard").exists()
+        assert not (run / "events").exists()
         saved = log.read_text().count("successfully saved")
         while log.read_text().count("successfully saved") < saved + 2:
             assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]

@@ -33,7 +33,7 @@ def inventory(config: dict[str, Any]) -> Inventory:
     if model_type not in tuple(EXPECTED_TENSORS):  # a tuple, because a damaged file may hold an unhashable value
         supported = ", ".join(sorted(EXPECTED_TENSORS))
         raise QADError(
-            f"config.json: model_type is {model_type!r}, expected one of {supported}. "
+            f"config.json: model_type is {model_type!r:.100}, expected one of {supported}. "
             "docs/howto/add_a_family.md explains how to add a family."
         )
     return EXPECTED_TENSORS[model_type](config)

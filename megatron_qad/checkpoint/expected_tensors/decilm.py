@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from megatron_qad.checkpoint.expected_tensors import llama
-from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, positive_integer
+from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, num_layers, positive_integer
 from megatron_qad.engine.errors import QADError
 
 
@@ -13,7 +13,7 @@ def expected_tensors(config: dict[str, Any]) -> Inventory:
     hidden, heads, blocks = positive_integer(config, "hidden_size"), positive_integer(config, "num_attention_heads"), []
     if isinstance(config.get("block_configs"), list):
         blocks = [block for block in config["block_configs"] if _is_block(block)]
-    if len(blocks) != positive_integer(config, "num_hidden_layers"):
+    if len(blocks) != num_layers(config):
         raise QADError(
             f"config.json: block_configs describes {len(blocks)} blocks, expected num_hidden_layers of them."
         )

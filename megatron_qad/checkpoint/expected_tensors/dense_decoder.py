@@ -2,18 +2,16 @@
 
 from typing import Any
 
-from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, positive_integer
+from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, is_set, num_layers, positive_integer
 
 
-def dense_decoder(
-    config: dict[str, Any], *, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bool, head_dim: int | None = None
-) -> Inventory:
+def dense_decoder(config: dict[str, Any], *, qkv_bias: bool, o_bias: bool, mlp_bias: bool, qk_norm: bool) -> Inventory:
     """Return the inventory of a dense decoder: pre-norm, grouped-query attention, gated MLP."""
     hidden, heads = positive_integer(config, "hidden_size"), positive_integer(config, "num_attention_heads")
     kv_heads = positive_integer(config, "num_key_value_heads", heads)
-    head_dim = positive_integer(config, "head_dim", head_dim or hidden // heads)
+    head_dim = positive_integer(config, "head_dim", hidden // heads)
     ffn, vocab = positive_integer(config, "intermediate_size"), positive_integer(config, "vocab_size")
-    model = Inventory(tied_head=bool(config.get("tie_word_embeddings", False)))
+    model = Inventory(tied_head=is_set(config, "tie_word_embeddings"))
     model.tensors[model.embedding] = (vocab, hidden)
     model.tensors["model.norm.weight"] = (hidden,)
     model.linears[model.head] = (vocab, hidden)
@@ -24,7 +22,7 @@ def dense_decoder(
             model.tensors[f"{name}.bias"] = (rows,)
         return name
 
-    for index in range(positive_integer(config, "num_hidden_layers")):
+    for index in range(num_layers(config)):
         layer = f"model.layers.{index}"
         model.tensors[f"{layer}.input_layernorm.weight"] = (hidden,)
         model.tensors[f"{layer}.post_attention_layernorm.weight"] = (hidden,)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_qad.engine.errors import QADError
+from megatron_qad.engine import config_values as values
 
 
 @dataclass
@@ -44,8 +44,19 @@ class Inventory:
 
 def positive_integer(config: dict[str, Any], key: str, default: int | None = None) -> int:
     """Return a positive integer entry of config.json; ``default`` if it is missing or null."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise QADError(f"config.json: {key} is {value!r}, expected a positive integer.")
-    return value
+    return values.integer(config, key, values.REQUIRED if default is None else default)
+
+
+def is_set(config: dict[str, Any], key: str, default: bool = False) -> bool:
+    """Return a boolean entry of config.json."""
+    return values.flag(config, key, default)
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    """Return ``num_hidden_layers``."""
+    return values.integer(config, "num_hidden_layers", maximum=values.MAX_LAYERS)
+
+
+def num_experts(config: dict[str, Any], key: str, num_expert_layers: int) -> int:
+    """Return the number of experts in each of some layers."""
+    return values.integer(config, key, maximum=values.MAX_EXPERTS // max(num_expert_layers, 1))

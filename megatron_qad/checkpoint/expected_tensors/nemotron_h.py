@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, positive_integer
+from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, is_set, num_experts, positive_integer
+from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
 
 
@@ -11,7 +12,7 @@ def expected_tensors(config: dict[str, Any], prefix: str = "") -> Inventory:
     """Return the inventory with the tensor names of the Hub, prepended with ``prefix``."""
     hidden, vocab = positive_integer(config, "hidden_size"), positive_integer(config, "vocab_size")
     model = Inventory(
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        tied_head=is_set(config, "tie_word_embeddings"),
         embedding=f"{prefix}backbone.embeddings.weight",
         head=f"{prefix}lm_head",
         passthrough_prefixes=(f"{prefix}mtp.",) if config.get("num_nextn_predict_layers") else (),
@@ -33,8 +34,13 @@ def _mixers(config: dict) -> list[Callable]:
         add |= {"linear_attention": _mamba, "full_attention": _attention}
     layers, supported = config.get(key), tuple(add)  # a tuple, because a damaged file may hold an unhashable value
     if not isinstance(layers, str if "M" in supported else list) or any(layer not in supported for layer in layers):
-        raise QADError(f"config.json: {key} is {layers!r}, expected one of {', '.join(add)} for each layer.")
-    return [add[layer] for layer in layers]
+        raise QADError(f"config.json: {key} is {layers!r:.100}, expected one of {', '.join(add)} for each layer.")
+    if len(layers) > values.MAX_LAYERS:
+        raise QADError(f"config.json: {key} has {len(layers)} layers, expected at most {values.MAX_LAYERS:,}.")
+    mixers = [add[layer] for layer in layers]
+    if _experts in mixers:
+        num_experts(config, "n_routed_experts", mixers.count(_experts))  # raises before millions are listed
+    return mixers
 
 
 def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
@@ -54,8 +60,10 @@ def _mamba(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
 
 def _attention(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
     heads = positive_integer(config, "num_attention_heads")
+    # 8 key-value heads of size 128 are the defaults of the config class. Old files have attention_head_dim.
+    config = {"num_key_value_heads": 8, "head_dim": config.get("attention_head_dim", 128)} | config
     kv_heads = positive_integer(config, "num_key_value_heads", heads)
-    head_dim = positive_integer(config, "head_dim", positive_integer(config, "attention_head_dim", hidden // heads))
+    head_dim = positive_integer(config, "head_dim", hidden // heads)
     qkv = tuple(f"{mixer}.{x}_proj" for x in "qkv")
     model.linears |= {name: (n * head_dim, hidden) for name, n in zip(qkv, (heads, kv_heads, kv_heads), strict=True)}
     model.linears[f"{mixer}.o_proj"] = (hidden, heads * head_dim)
@@ -69,17 +77,17 @@ def _mlp(model: Inventory, config: dict, mixer: str, hidden: int, width: int | N
 
 
 def _experts(model: Inventory, config: dict, mixer: str, hidden: int) -> None:
-    num_experts, width = positive_integer(config, "n_routed_experts"), positive_integer(config, "moe_intermediate_size")
-    latent = config.get("moe_latent_size")
+    count, width = num_experts(config, "n_routed_experts", 1), positive_integer(config, "moe_intermediate_size")
+    latent = values.integer(config, "moe_latent_size", None)
     bias = f"{mixer}.gate.e_score_correction_bias"
-    model.tensors |= {f"{mixer}.gate.weight": (num_experts, hidden), bias: (num_experts,)}
+    model.tensors |= {f"{mixer}.gate.weight": (count, hidden), bias: (count,)}
     model.float32.add(bias)
     if latent:
         model.linears |= {f"{mixer}.fc1_latent_proj": (latent, hidden), f"{mixer}.fc2_latent_proj": (hidden, latent)}
-    for index in range(num_experts):
+    for index in range(count):
         _mlp(model, config, f"{mixer}.experts.{index}", latent or hidden, width)
     model.experts.append(tuple(name for name in model.linears if name.startswith(f"{mixer}.experts.")))
-    if config.get("n_shared_experts", 1):
+    if values.integer(config, "n_shared_experts", 1, minimum=0):
         _mlp(
             model,
             config,

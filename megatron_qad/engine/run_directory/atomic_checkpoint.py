@@ -23,6 +23,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.patches import replace
 from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.system_errors import describe, explain
 
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 """Suffixes of a checkpoint that is being written, was replaced by a newer one, or is being removed."""
@@ -190,13 +191,17 @@ def _check_and_rename(sums: dict[str, manifest.Sum], texts: dict[str, str], asid
 
 
 def on_first_rank(work: Callable[[], None]) -> None:
-    """Run ``work`` on rank 0; its OSError or QADError is raised as SaveFailed on every rank."""
+    """Run ``work`` on rank 0; its error is raised as SaveFailed on every rank if ``explain`` knows it."""
     problem: list[str | None] = [None]
     if torch.distributed.get_rank() == 0:
         try:
             work()
-        except (OSError, QADError) as error:
-            problem = [str(error)]
+        except OSError as error:
+            problem = [describe(error, with_advice=False)]
+        except Exception as error:
+            problem = [explain(error)]
+            if problem == [None]:
+                raise
     torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise SaveFailed(problem[0])

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.text_files import parse_json, read_text
 
 
 def to_text(name: str, content: Any) -> str:
@@ -34,12 +35,7 @@ def read(file: Path) -> Any:
     Raises:
         QADError: the file is missing, unreadable or damaged.
     """
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise QADError(f"{file}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise QADError(f"{file}: is damaged (not valid JSON: {error})") from error
+    record = parse_json(read_text(file), f"{file}: is damaged", advice="")
     if not isinstance(record, dict) or set(record) != {"sha256", "content"}:
         raise QADError(f'{file}: is damaged, or is not a record of megatron_qad (expected "sha256" and "content")')
     if record["sha256"] != _sum(file.name, record["content"]):

@@ -18,12 +18,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.text_files import parse_json
 
 NAME = "qad.lock"
 """File name of the lock inside a directory that one job owns."""
 SECONDS_BETWEEN_BEATS = 10
 SECONDS_UNTIL_STALE = 120
 """Time without a beat after which the lock of another machine is stale."""
+
+_KEYS = {"pid", "host", "command", "started"}
+"""What each lock says about its holder."""
 
 _held: dict[Path, "_Lock"] = {}
 
@@ -118,6 +122,11 @@ class _Lock:
         Raises:
             QADError: a process holds it.
         """
+        if self.file.is_symlink() or (self.file.exists() and not self.file.is_file()):
+            raise QADError(
+                f"{self.description}: its lock file {self.file} is a link or another special file, which no process of "
+                "megatron_qad creates. Remove it."
+            )
         holder = _read(self.file)
         if holder is None:
             return
@@ -161,7 +170,7 @@ class _Lock:
         """Return the seconds since the lock was touched, by the clock of its file system; None if it is gone."""
         probe = self.file.with_name(f"{self.file.name}.{secrets.token_hex(4)}")
         try:
-            with open(probe, "wb") as now, open(self.file, "rb") as lock:  # opened: NFS then asks its server
+            with open(probe, "xb") as now, open(self.file, "rb") as lock:  # opened: NFS then asks its server
                 return os.fstat(now.fileno()).st_mtime - os.fstat(lock.fileno()).st_mtime
         except FileNotFoundError:
             return None
@@ -227,7 +236,7 @@ def _start_ticks(pid: int) -> int | None:
     """Return when a process of this machine started, which tells reused pids apart; None if it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
+    except (OSError, IndexError, ValueError):
         return None
     return None if fields[0] in "ZX" else int(fields[19])
 
@@ -239,12 +248,12 @@ def _is_running(holder: dict) -> bool:
 def _read(file: Path) -> dict | None:
     """Return the content of the lock; empty if it is being written or damaged, None if there is no lock."""
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes(), str(file), advice="")
     except FileNotFoundError:
         return None
-    except ValueError:
+    except QADError:
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) and content.keys() >= _KEYS else {}
 
 
 def _describe(holder: dict) -> str:

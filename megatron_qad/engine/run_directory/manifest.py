@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory.new_files import open_new
+from megatron_qad.engine.system_errors import naming
+from megatron_qad.engine.text_files import read_json
 
 FILE = "integrity.json"
 _NEEDED = (".metadata", "metadata.json")
@@ -80,13 +83,13 @@ def read(directory: Path) -> dict[str, tuple[int | None, str]]:
         QADError: the manifest is missing or damaged.
     """
     file = directory / FILE
+    if not file.is_file():
+        raise QADError(f"{directory.name} has no {FILE}, so damage cannot be detected")
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         sizes = content.get("bytes", {})
         return {str(name): (sizes.get(name), str(digest)) for name, digest in content["files"].items()}
-    except FileNotFoundError:
-        raise QADError(f"{directory.name} has no {FILE}, so damage cannot be detected") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (QADError, KeyError, AttributeError) as error:
         raise QADError(f"{directory.name}/{FILE} is not readable") from error
 
 
@@ -94,7 +97,8 @@ def find_problems(directory: Path, rank: int = 0, size: int = 1, needed: Sequenc
     """Return the problems of a checkpoint, one phrase for each file; an empty list if it is valid.
 
     Checks names and sizes of all files, and the contents of this rank's share: every ``size``-th file from ``rank`` on.
-    A file that the manifest does not list is a problem, because Megatron loads some files by name.
+    A file that the manifest does not list is a problem, because Megatron loads some files by name. So is a file outside
+    of the directory, or a link to one; the directory itself may be a link.
 
     Args:
         needed: files that must exist.
@@ -108,7 +112,9 @@ def find_problems(directory: Path, rank: int = 0, size: int = 1, needed: Sequenc
     problems = [f"{directory.name}/{name} is not listed in {FILE}" for name in files_in(directory) if name not in sums]
     for name, (expected, _) in sums.items():
         file = directory / name
-        if not file.is_file():
+        if not file.resolve().is_relative_to(directory.resolve()):
+            problems.append(f"{directory.name}/{name} is outside of the directory, or a link that leads out of it")
+        elif not file.is_file():
             problems.append(f"{directory.name}/{name} is missing")
         elif expected is not None and file.stat().st_size != expected:
             problems.append(f"{directory.name}/{name} has {file.stat().st_size} bytes, not {expected}")
@@ -189,11 +195,16 @@ def verify_directory(directory: Path, *needed: str) -> None:
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content atomically: a reader, also after a crash, sees the old content or the new one."""
     aside = file.with_name(file.name + ".new")
-    with open(aside, "w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, file)
+    try:
+        with naming(file), open_new(aside) as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(aside, file)
+    except OSError:
+        with contextlib.suppress(OSError):  # a read-only file system
+            aside.unlink(missing_ok=True)
+        raise
     sync(file.parent)
 
 
@@ -202,8 +213,6 @@ def write_or_warn(file: Path, text: str) -> None:
     try:
         write_atomically(file, text)
     except OSError as error:
-        with contextlib.suppress(OSError):  # a file system that became read-only
-            file.with_name(file.name + ".new").unlink(missing_ok=True)
         print(f"megatron_qad: ERROR: {file} could not be written: {error}.", flush=True)
 
 

@@ -25,7 +25,7 @@ START_TAG = "job/start"
 LOAD_FILE = "expert_load.json"
 """Distribution of tokens over the experts of teacher and student."""
 IMPORT_FILE = "qad_import.json"
-"""Source of an imported checkpoint: the Hugging Face model."""
+"""Source of an imported checkpoint: the Hugging Face model, or an iteration that Megatron saved."""
 EXPORT_FILE = "qad_export.json"
 """Source of an exported Hugging Face directory: the checkpoint and its iteration."""
 SMOOTHING_FILE = "qad_smoothing.json"
@@ -51,7 +51,7 @@ def read_record(root: str | Path, name: str) -> Any:
     try:
         return json_records.read(file)
     except QADError as error:
-        raise QADError(f"{error}. {restore}") from error
+        raise QADError(f"{str(error).rstrip('.')}. {restore}") from error
 
 
 def record_text(root: str | Path, name: str) -> str | None:

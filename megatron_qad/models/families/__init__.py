@@ -1,9 +1,11 @@
 """Model families, one file each: Megatron arguments from the Hugging Face config, weight names on both sides, and
 weights that are never quantized. ``dense_decoder`` and ``router_options`` have the shared parts. Needs no Megatron."""
 
+from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import decilm, llama, nemotron_h, nemotron_vl, qwen2, qwen3, qwen3_moe
 from megatron_qad.models.families.base import Family
+from megatron_qad.models.families.nearest import refusal
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -24,7 +26,8 @@ def family_of(hf_config: dict) -> Family:
     """Return the family of a Hugging Face ``config.json`` by its ``architectures`` entry.
 
     Raises:
-        QADError: the architecture is not supported. The message lists the supported ones.
+        QADError: no architecture, several of them, one that is not supported (the message names the nearest family and
+            what is not built), or a ``model_type`` of another family.
 
     Example::
 
@@ -32,17 +35,24 @@ def family_of(hf_config: dict) -> Family:
         family_of(config).architecture  # "LlamaForCausalLM"
         family_of(config).layer_pattern(config)  # "*-*-"
     """
-    architectures = hf_config.get("architectures") or ["(no architectures entry)"]
-    for architecture in architectures:
-        if architecture in FAMILIES:
-            return FAMILIES[architecture]
-        if str(architecture).endswith("Model"):  # a model without a head, as AutoModel saves it
-            base = str(architecture).removesuffix("Model")
-            if (full := f"{base}ForCausalLM") in FAMILIES:
-                return FAMILIES[full]
-    raise QADError(
-        f"config.json: architecture {architectures[0]!r} is not supported. Supported: {', '.join(sorted(FAMILIES))}."
-    )
+    architectures = values.items(hf_config, "architectures", str, [])
+    if len(architectures) > 1:
+        raise QADError(
+            f"{values.place(hf_config)}: architectures has {', '.join(architectures):.200}. Expected one: loaders "
+            "disagree which one counts. Remove the others."
+        )
+    architecture = architectures[0] if architectures else "(no entry)"
+    # A model without a head, as AutoModel saves it, is LlamaModel.
+    full = architecture.removesuffix("Model") + "ForCausalLM" if architecture.endswith("Model") else architecture
+    if full not in FAMILIES:
+        raise refusal(hf_config, architecture, FAMILIES.values())
+    family = FAMILIES[full]
+    if (model_type := values.text(hf_config, "model_type", family.model_type)) != family.model_type:
+        raise QADError(
+            f"{values.place(hf_config)}: architectures is {family.architecture}, but model_type is "
+            f"{model_type!r:.100}, expected {family.model_type!r}. Correct the wrong one."
+        )
+    return family
 
 
 def text_config(hf_config: dict) -> dict:

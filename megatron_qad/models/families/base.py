@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_qad.engine.errors import QADError
-
 
 @dataclass(frozen=True)
 class ParamMapping:
@@ -123,6 +121,8 @@ class Family:
 
     architecture: str
     """Entry of ``architectures`` in config.json."""
+    model_type: str
+    """``model_type`` in config.json."""
     layer_pattern: Callable[[dict], str]
     """config -> layer pattern of ``HybridModel``, one symbol per layer (``LAYER_KINDS``)."""
     megatron_args: Callable[[dict], dict]
@@ -143,6 +143,8 @@ class Family:
     """Tensor names saved by transformers 5 -> names on the hub, which are read and written here."""
     passthrough_tensors: Callable[[dict], list[ParamMapping]] = lambda hf_config: []
     """config -> the passthrough tensors that are known from the config alone."""
+    config_keys: frozenset[str] = frozenset()
+    """Keys of config.json that its models have. The refusal of another model finds the nearest family by them."""
 
     def layer_kinds(self, hf_config: dict) -> list[str]:
         """Return the kind of every layer of the pattern, as named in policies."""
@@ -175,10 +177,3 @@ class Family:
 
 LAYER_KINDS = {"*": "attention", "M": "mamba", "-": "mlp", "E": "expert"}
 """Symbols of the layer pattern of ``HybridModel``. An expert layer includes its router and its shared experts."""
-
-
-def required(hf_config: dict, key: str):
-    """Return the value of a key that must be in the config."""
-    if hf_config.get(key) is None:
-        raise QADError(f"config.json of {hf_config.get('architectures')}: no {key!r}, which is required.")
-    return hf_config[key]

@@ -2,4 +2,4 @@
 
 from megatron_qad.models.families import dense_decoder
 
-FAMILY = dense_decoder.family("LlamaForCausalLM")
+FAMILY = dense_decoder.family("LlamaForCausalLM", "llama")

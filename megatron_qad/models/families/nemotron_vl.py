@@ -11,9 +11,10 @@ defined here; keys of the same names override them.
 
 from collections.abc import Iterator
 
+from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import nemotron_h
-from megatron_qad.models.families.base import Family, ParamMapping, required
+from megatron_qad.models.families.base import Family, ParamMapping
 
 _PREFIX = "language_model."
 _VISION = "vision_model.radio_model.model"
@@ -28,8 +29,8 @@ _DEFAULTS = {
 
 def language_config(config: dict) -> dict:
     """Return the config of the language model inside the vision-language config."""
-    inner = config.get("llm_config") or config.get("text_config")
-    return inner if inner is not None else required(config, "llm_config")
+    key = "text_config" if config.get("llm_config") is None and config.get("text_config") is not None else "llm_config"
+    return values.section(config, key)
 
 
 def layer_pattern(config: dict) -> str:
@@ -38,10 +39,8 @@ def layer_pattern(config: dict) -> str:
 
 def megatron_args(config: dict) -> dict:
     inner = language_config(config)
-    if inner.get("tie_word_embeddings"):
-        raise QADError(
-            "config.json: tie_word_embeddings in llm_config is not supported. This family has an untied head."
-        )
+    if values.flag(inner, "tie_word_embeddings", False):
+        raise QADError(f"{values.place(inner)}: tie_word_embeddings is not supported. This family has an untied head.")
     passthrough_tensors(config)  # raises now instead of at the export if the config is incomplete
     return nemotron_h.megatron_args(inner)
 
@@ -55,11 +54,13 @@ def passthrough_tensors(config: dict) -> list[ParamMapping]:
 
 
 def _vision_encoder(config: dict) -> Iterator[ParamMapping]:
-    vision = _DEFAULTS | {k: v for k, v in required(config, "vision_config").items() if v is not None}
-    width = required(config, "vit_hidden_size")
-    ffn, patch = vision["intermediate_size"], 3 * vision["patch_size"] ** 2
-    grid = (vision["max_resolution"] // vision["patch_size"]) ** 2
-    yield _passthrough(f"{_VISION}.patch_generator.cls_token.token", (vision["num_cls_tokens"], width))
+    section = values.section(config, "vision_config")
+    sizes = {key: values.integer(section, key, size) for key, size in _DEFAULTS.items()}
+    num_blocks = values.integer(section, "num_hidden_layers", sizes["num_hidden_layers"], maximum=values.MAX_LAYERS)
+    width = values.integer(config, "vit_hidden_size")
+    ffn, patch = sizes["intermediate_size"], 3 * sizes["patch_size"] ** 2
+    grid = (sizes["max_resolution"] // sizes["patch_size"]) ** 2
+    yield _passthrough(f"{_VISION}.patch_generator.cls_token.token", (sizes["num_cls_tokens"], width))
     yield _passthrough(f"{_VISION}.patch_generator.pos_embed", (1, grid, width))
     yield _passthrough(f"{_VISION}.patch_generator.embedder.weight", (width, patch), never_quantized=True)
     linears = {
@@ -68,7 +69,7 @@ def _vision_encoder(config: dict) -> Iterator[ParamMapping]:
         "mlp.fc1": (ffn, width),
         "mlp.fc2": (width, ffn),
     }
-    for block in range(vision["num_hidden_layers"]):
+    for block in range(num_blocks):
         name = f"{_VISION}.blocks.{block}"
         for module, shape in linears.items():
             yield _passthrough(f"{name}.{module}.weight", shape, never_quantized=True)
@@ -80,13 +81,13 @@ def _vision_encoder(config: dict) -> Iterator[ParamMapping]:
 
 def _projector(config: dict) -> Iterator[ParamMapping]:
     """Yield the tensors of norm, linear, squared ReLU, linear. The input is a square of concatenated patches."""
-    side = round(1 / config.get("downsample_ratio", 0.5))
-    width = required(config, "vit_hidden_size") * side**2
-    middle = required(config, "projector_hidden_size")
+    side = round(1 / values.number(config, "downsample_ratio", 0.5, above=0.01, maximum=1))
+    width = values.integer(config, "vit_hidden_size") * side**2
+    middle = values.integer(config, "projector_hidden_size")
     yield _passthrough("mlp1.0.weight", (width,))
     yield _passthrough("mlp1.1.weight", (middle, width), never_quantized=True)
     yield _passthrough(
-        "mlp1.3.weight", (required(language_config(config), "hidden_size"), middle), never_quantized=True
+        "mlp1.3.weight", (values.integer(language_config(config), "hidden_size"), middle), never_quantized=True
     )
 
 
@@ -96,6 +97,7 @@ def _passthrough(name: str, shape: tuple[int, ...], **kwargs) -> ParamMapping:
 
 FAMILY = Family(
     architecture="NemotronH_Nano_VL_V2",
+    model_type="NemotronH_Nano_VL_V2",
     layer_pattern=layer_pattern,
     megatron_args=megatron_args,
     tensors=tensors,
@@ -103,4 +105,5 @@ FAMILY = Family(
     text_config=language_config,
     passthrough_prefixes=("vision_model.", "mlp1.", f"{_PREFIX}mtp."),
     passthrough_tensors=passthrough_tensors,
+    config_keys=frozenset({"llm_config", "vision_config", "vit_hidden_size", "projector_hidden_size"}),
 )

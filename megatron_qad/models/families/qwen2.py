@@ -2,4 +2,4 @@
 
 from megatron_qad.models.families import dense_decoder
 
-FAMILY = dense_decoder.family("Qwen2ForCausalLM", qkv_bias=True)
+FAMILY = dense_decoder.family("Qwen2ForCausalLM", "qwen2", qkv_bias=True, defaults=dense_decoder.QWEN_DEFAULTS)

@@ -2,4 +2,6 @@
 
 from megatron_qad.models.families import dense_decoder
 
-FAMILY = dense_decoder.family("Qwen3ForCausalLM", qk_norm=True)
+FAMILY = dense_decoder.family(
+    "Qwen3ForCausalLM", "qwen3", qk_norm=True, defaults=dense_decoder.QWEN_DEFAULTS | {"head_dim": 128}
+)

@@ -1,4 +1,23 @@
-"""Megatron's mixture-of-experts options, shared by the families with experts."""
+"""Experts in a ``config.json`` and Megatron's mixture-of-experts options, shared by the families with experts."""
+
+from megatron_qad.engine import config_values as values
+from megatron_qad.engine.errors import QADError
+
+
+def num_experts(config: dict, key: str, num_layers: int) -> int:
+    """Return the number of routed experts of a layer. ``num_layers``: the number of layers with experts."""
+    count = values.integer(config, key, maximum=values.MAX_EXPERTS)
+    if count * num_layers > values.MAX_EXPERTS:
+        raise QADError(
+            f"{values.place(config)}: {key} {count} in {num_layers} layers are more than {values.MAX_EXPERTS:,} "
+            "experts. Correct the number."
+        )
+    return count
+
+
+def experts_per_token(config: dict, num_experts: int) -> int:
+    """Return ``num_experts_per_tok``, at most the number of experts."""
+    return values.integer(config, "num_experts_per_tok", maximum=num_experts)
 
 
 def router_args(

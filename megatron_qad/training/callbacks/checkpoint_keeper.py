@@ -118,7 +118,7 @@ def _remove_partial_files(root: Path, iteration: int | None) -> None:
 def _reason(error: BaseException, saves: AtomicCheckpoints) -> str:
     """Return the message of the first failed rank, instead of torch's tracebacks of all ranks."""
     if not isinstance(error, CheckpointException):
-        return str(error)
+        return str(error).rstrip(".")
     messages = {rank: str(failure[0]) for rank, failure in error.failures.items()}
     rank = min(messages, default=None)
     if not messages:

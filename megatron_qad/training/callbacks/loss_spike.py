@@ -7,10 +7,12 @@ from pathlib import Path
 
 from megatron.training import print_rank_0
 
+from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, TrainedStep, Update
 from megatron_qad.engine.rollback import roll_back
 from megatron_qad.engine.run_directory.iterations import iteration_dir
 from megatron_qad.engine.run_directory.run_files import TRACKER
+from megatron_qad.engine.text_files import parse_json, read_text
 
 _HISTORY_FILE = "loss_history.json"
 _WINDOW = 64
@@ -40,7 +42,7 @@ class LossSpike(Callback):
         if args.load is not None and (Path(args.load) / TRACKER).is_file():
             file = iteration_dir(args.load, args.ckpt_step or None) / _HISTORY_FILE
             if file.is_file():
-                self._losses.extend(json.loads(file.read_text()))
+                self._losses.extend(_read_history(file))
 
     def before_update(self, update: Update) -> None:
         if update.is_left_out or self._factor is None or len(self._losses) < _MIN_HISTORY:
@@ -65,3 +67,11 @@ class LossSpike(Callback):
             self._job.events.phase("rolling back", is_long=True)
             self._rejected |= roll_back(self._job.args, step.model, step.optimizer, step.scheduler, self._rejected)
             self._job.weights.were_loaded()
+
+
+def _read_history(file: Path) -> list[float]:
+    advice = "Remove the file to start without a history."
+    losses = parse_json(read_text(file), str(file), advice)
+    if not isinstance(losses, list) or not all(type(loss) in (int, float) for loss in losses):
+        raise QADError(f"{file}: expected a list of losses, found {losses!r:.100}. {advice}")
+    return losses

@@ -142,6 +142,16 @@ def test_link_is_followed_and_mount_point_is_an_error(tmp_path):
         write("/proc")
 
 
+@pytest.mark.parametrize("target", ["elsewhere", "elsewhere/none"])
+def test_planted_link_is_not_followed(tmp_path, target):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "notes.txt").write_text("mine")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / target)
+    write(tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["notes.txt"]
+
+
 def broken_stream():
     for i, item in enumerate(items()):
         if i == 12:

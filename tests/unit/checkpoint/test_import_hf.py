@@ -83,12 +83,23 @@ def change_config(directory: Path, **changes) -> None:
 
 def test_model_with_unsupported_blocks_is_an_error(damaged, refuses):
     blocks = [{"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}}]
-    change_config(damaged, architectures=["DeciLMForCausalLM"], num_hidden_layers=1, block_configs=blocks)
+    family = {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas"}
+    change_config(damaged, **family, num_hidden_layers=1, block_configs=blocks)
     refuses(damaged, r"block_configs\[0\] has 'replace_with_linear'. Such blocks can be inspected.*not imported")
 
 
+def test_planted_link_is_not_followed(complete, tmp_path):
+    init_process_group()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".target.partial").symlink_to(tmp_path / "elsewhere")
+    import_hf(complete, tmp_path / "target")
+    assert (tmp_path / "target" / "release" / ".metadata").is_file() and not (tmp_path / "target").is_symlink()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    torch.distributed.destroy_process_group()
+
+
 def test_missing_directory_and_invalid_config_are_errors(damaged, refuses, tmp_path):
-    refuses(tmp_path / "nowhere", "nowhere: no config.json")
+    refuses(tmp_path / "nowhere", "nowhere: no config.json.*The path does not exist; names on the Hub are not downl")
     (damaged / "config.json").write_text("{")
     refuses(damaged, "config.json: not valid JSON")
 
@@ -185,7 +196,7 @@ def test_passthrough_tensors_may_be_integers_but_not_nan(tmp_path):
 
 def test_unsupported_family_and_rope_are_errors(damaged, refuses):
     change_config(damaged, architectures=["MambaForCausalLM"])
-    refuses(damaged, "'MambaForCausalLM' is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, NemotronH")
+    refuses(damaged, "'MambaForCausalLM' .* is not supported. Supported: DeciLMForCausalLM, LlamaForCausalLM, ")
     change_config(damaged, architectures=["LlamaForCausalLM"], rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
     refuses(damaged, "rope type 'yarn' is not supported. Expected default or llama3")
 
@@ -435,7 +446,13 @@ def test_export_without_config_job_file_or_tracker_is_an_error(complete, refuses
         export_hf(complete, tmp_path / "out", "bf16")
     copy_assets(complete, tmp_path / "checkpoint" / "hf")
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")
-    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py"):
+    (tmp_path / "checkpoint" / "iter_0000002").mkdir()
+    with pytest.raises(
+        QADError, match="iter_0000002: no hf/config.json.* Give .*checkpoint, and its iteration with --it"
+    ):
+        export_hf(tmp_path / "checkpoint" / "iter_0000002", tmp_path / "out", "modelopt")
+    (tmp_path / "checkpoint" / "iter_0000002").rmdir()
+    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py.*--layout bf16"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
     with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "bf16")
@@ -456,3 +473,12 @@ def test_command_lines_print_one_error_line(complete, tmp_path, tool, server):
     (line,) = [line for line in output.splitlines() if "error" in line.lower() or "Traceback" in line]
     assert line.startswith("error: ") and expected[tool] in line
     assert not (tmp_path / "out").exists()
+
+
+def test_model_without_tokenizer_is_imported_with_a_warning(complete, tmp_path, capsys):
+    copy_assets(complete, tmp_path / "with")
+    assert "has no tokenizer" not in capsys.readouterr().out
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((complete / "config.json").read_text())
+    copy_assets(tmp_path / "bare", tmp_path / "without")
+    assert f"WARNING: {tmp_path}/bare has no tokenizer (tokenizer.json, " in capsys.readouterr().out

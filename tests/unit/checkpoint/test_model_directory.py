@@ -17,6 +17,7 @@ TOKENIZER = json.dumps({"model": {"type": "BPE"}})
         ("tokenizer.json", "[]", "expected a JSON object, found a list"),
         ("tokenizer.json", TOKENIZER[:-1], "not valid JSON"),
         ("tokenizer_config.json", "", "not valid JSON"),
+        ("tokenizer_config.json", "\ufeff{}", "begins with a byte order mark, which transformers does not read"),
         ("tokenizer_config.json", '{"a": ' * 100_000, "nested too deeply"),
         ("chat_template.jinja", b"\xff\xfe{", "not UTF-8"),
         ("tokenizer.json", None, "is a directory, expected a file"),

@@ -263,18 +263,18 @@ def test_missing_block_size_is_an_error(tmp_path):
         HFReader(directory).read(f"{LINEAR}.weight")
 
 
-@pytest.mark.parametrize("name", ["int8", "uint8", "float8_e4m3fn", "bool", "complex64", "torch.int64", "float64"])
+@pytest.mark.parametrize(
+    "name", ["auto", "int8", "uint8", "float8_e4m3fn", "bool", "complex64", "torch.int64", "float64"]
+)
 def test_declared_dtype_must_be_one_of_weights(name):
-    with pytest.raises(
-        QADError, match=f"dtype is {name.removeprefix('torch.')!r}, expected float32, bfloat16, float16"
-    ):
+    with pytest.raises(QADError, match=f"dtype is the text {name.removeprefix('torch.')!r}, expected bfloat16 or"):
         declared_dtype({"torch_dtype": name})
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [({"dtype": "torch.bfloat16"}, torch.bfloat16), ({"torch_dtype": "float16"}, torch.float16), ({}, None),
-     ({"dtype": "auto"}, None), ({"dtype": None}, None)],
+     ({"dtype": None, "torch_dtype": "float16"}, torch.float16), ({"dtype": None}, None)],
 )  # fmt: skip
 def test_declared_dtype(config, expected):
     assert declared_dtype(config) is expected

@@ -213,7 +213,12 @@ CONFIG_DAMAGE = {
         None,
         "hf_quant_config.json: quantization.kv",
     ),
-    "no config": ("modelopt", config_change(QC, None), None, "config.json: quantization_config.quant_method is None"),
+    "no config": (
+        "modelopt",
+        config_change(QC, None),
+        None,
+        "config.json: quantization_config.quant_method is None, so the model is not",
+    ),
     "family": (
         "modelopt",
         config_change("model_type", "mamba"),
@@ -319,7 +324,7 @@ def test_damaged_files_are_reported(tmp_path):
     edit_json(directory / INDEX, lambda index: index["metadata"].update(total_size=7))
     assert any(f.startswith(f"{INDEX}: has total_size 7") for f in issues(directory))
     (directory / INDEX).write_text("{")
-    assert any(f.startswith(f"{INDEX}: is not valid JSON") for f in issues(directory))
+    assert any(f.startswith(f"{INDEX}: not valid JSON") for f in issues(directory))
     (directory / INDEX).unlink()
     assert any("has neither" in f for f in issues(directory))
 
@@ -356,9 +361,14 @@ def test_command_line_prints_issues_and_exits_with_1(tmp_path):
     edit(directory, drop(f"{DOWN}.input_scale"))
     damaged = run(directory)
     assert damaged.returncode == 1 and f"ISSUE {DOWN}.input_scale: is missing" in damaged.stdout
-    assert "1 issues" in damaged.stdout
+    assert "1 issue" in damaged.stdout
     assert issues(tmp_path / "nowhere") == [
         f"{tmp_path / 'nowhere'}: is not a directory; expected an exported checkpoint"
+    ]
+    (tmp_path / "run" / "hf").mkdir(parents=True)
+    (tmp_path / "run" / "hf" / "config.json").write_text("{}")
+    assert issues(tmp_path / "run") == [
+        f"{tmp_path / 'run'}: is a Megatron checkpoint; expected an exported one (tools/export_hf.py)"
     ]
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import typing
@@ -45,7 +46,7 @@ def checkpoint(tmp_path) -> str:
     """A checkpoint directory with the files that ``read_job_config`` reads."""
     hf = tmp_path / "model" / "hf"
     hf.mkdir(parents=True)
-    (hf / "config.json").write_text(json.dumps(TINY_LLAMA))
+    (hf / "config.json").write_text(json.dumps(TINY_LLAMA | {"max_position_embeddings": 64}))
     manifest.write_manifest(hf)
     return str(tmp_path / "model")
 
@@ -55,7 +56,7 @@ def read(checkpoint):
     """read(*flags, world=1) returns the configuration of a job with the tiny model."""
 
     def make(*flags, world: int = 1, teacher: str = checkpoint, **environ):
-        sizes = ["--seq-length", "32", "--micro-batch-size", "2"]
+        sizes = ["--seq-length", "32", "--micro-batch-size", "2", "--train-iters", "8", "--lr", "1e-4"]
         argv = ["--qad-teacher", teacher, *sizes, *flags]
         parser = parser_for(MegatronFlags, QADOptions)
         return read_job_config(argv, parser, CPU, {"WORLD_SIZE": str(world), **environ})
@@ -102,6 +103,7 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "--global-batch-size 4 is not a multiple of 3"),
         (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
+        (["--seq-length", "128"], "--seq-length 128: is longer than the 64 positions of"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
         (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),
         (
@@ -126,9 +128,73 @@ def test_invalid_flags_are_rejected(read, flags, message):
     assert message in str(error.value)
 
 
-def test_missing_sequence_length_is_rejected(checkpoint):
-    with pytest.raises(QADError, match="--seq-length is not set"):
-        read_job_config(["--qad-teacher", checkpoint], parser_for(MegatronFlags, QADOptions), CPU, {})
+def test_missing_shape_of_a_microbatch_gets_a_default(checkpoint):
+    """The models' longest sequence, as a multiple of what the parallelism needs; the notes say what was chosen."""
+    argv = ["--qad-teacher", checkpoint, "--train-iters", "8", "--lr", "1e-4"]
+    parser = parser_for(MegatronFlags, QADOptions)
+    config = read_job_config(argv, parser, CPU, {})
+    assert (config.flags.seq_length, config.flags.micro_batch_size) == (64, 1)
+    assert config.megatron_argv[-4:] == ("--seq-length", "64", "--micro-batch-size", "1")
+    seq_length, micro_batch_size, *_, no_save = config.notes
+    assert seq_length.startswith(f"--seq-length 64, because none was given (64 positions in {checkpoint}")
+    assert micro_batch_size.startswith("--micro-batch-size 1, because none was given")
+    three = ["--context-parallel-size", "3"]  # rows must be a multiple of 6 tokens
+    assert read_job_config([*argv, *three], parser, CPU, {"WORLD_SIZE": "3"}).flags.seq_length == 60
+
+
+def test_job_that_keeps_nothing_says_so(read):
+    chosen = ("--bf16", "--global-batch-size", "4", "--save-interval", "4")
+    (warning,) = read(*chosen).notes
+    assert warning.startswith("WARNING: no --save: this job keeps nothing.")
+    assert read(*chosen, "--save", "run").notes == read(*chosen, "--skip-train").notes == ()
+
+
+@pytest.mark.parametrize(
+    "flags, note",
+    [
+        (["--bf16"], "--global-batch-size: none was given, so a step has one microbatch per data-parallel rank"),
+        (["--global-batch-size", "4"], "weights and activations in float32, because --bf16 was not given"),
+        (["--bf16", "--data-path", "7"], "--split 969,30,1, because none was given: 3% of the data is held out"),
+        (["--bf16", "--save", "run"], "--save-interval 1000: the only checkpoint is the one after the last step"),
+    ],
+)
+def test_defaults_that_surprise_are_noted(read, flags, note):
+    assert any(line.startswith(note) for line in read(*flags).notes)
+    chosen = ("--bf16", "--global-batch-size", "4", "--split", "9,1,0", "--save", "run", "--save-interval", "4")
+    assert not any(line.startswith(note.split(" ")[0]) for line in read(*flags, *chosen).notes)
+
+
+def test_dry_run_refuses_a_save_directory_that_cannot_be_written(read, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QADError, match=r"--save .*file/run: cannot be written \(Not a directory: .*file\)"):
+        read("--qad-dry-run", "--save", f"{tmp_path}/file/run")
+    read("--qad-dry-run", "--save", f"{tmp_path}/new/run")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to every directory")
+def test_dry_run_refuses_a_read_only_save_directory(read, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(QADError, match="cannot be written .no permission to write"):
+        read("--qad-dry-run", "--save", f"{tmp_path}/run")
+
+
+def test_tensorboard_events_are_next_to_the_checkpoints(read):
+    assert read("--save", "run").flags.tensorboard_dir == "run/tensorboard"
+    assert read("--save", "run", "--tensorboard-dir", "events").flags.tensorboard_dir == "events"
+    assert read("--save", "run", "--tensorboard-dir", "").flags.tensorboard_dir == ""  # turned off
+    assert read().flags.tensorboard_dir is None
+
+
+def test_ptq_ignores_the_schedule_of_a_training(read):
+    """A script gives the flags of a training to its PTQ job, too; Megatron refuses half of them at learning rate 0."""
+    schedule = ["--lr-warmup-init", "1e-6", "--lr-warmup-fraction", "0.1", "--lr-decay-iters", "6", "--min-lr", "1e-5"]
+    config = read("--qad-ptq", *schedule, "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "3")
+    flags = config.flags
+    assert (flags.train_iters, flags.lr, flags.min_lr, flags.lr_warmup_init, flags.lr_warmup_iters) == (1, 0, 0, 0, 0)
+    assert (flags.lr_warmup_fraction, flags.lr_decay_iters, flags.lr_decay_style) == (None, None, "linear")
+    samples = ["--train-samples", "64", "--lr-decay-samples", "64", "--lr-warmup-samples", "8"]
+    assert read("--qad-ptq", *samples).flags.train_samples is None
 
 
 def test_configuration_is_frozen(read):
@@ -164,7 +230,7 @@ for package in ("megatron", "modelopt", "transformer_engine"):
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_job_config import CPU, MegatronFlags, QADOptions, parser_for, read_job_config
 before = dict(os.environ), list(sys.argv), sorted(os.listdir("."))
-argv = ["--qad-teacher", {checkpoint!r}, "--seq-length", "32", "--micro-batch-size", "2", "--save", "run", "--bf16",
+argv = ["--qad-teacher", {checkpoint!r}, "--train-iters", "8", "--lr", "1e-4", "--save", "run", "--bf16",
         "--wandb-project", "p", "--tensorboard-dir", "events"]
 config = read_job_config(argv, parser_for(MegatronFlags, QADOptions), CPU, {{"WORLD_SIZE": "2"}})
 assert (dict(os.environ), list(sys.argv), sorted(os.listdir("."))) == before

@@ -12,9 +12,8 @@ from megatron_qad.config.refusals import (  # noqa: E402
     check_masters,
     check_skipped,
     check_step,
-    check_wandb,
-    refuse_training_run,
 )
+from megatron_qad.config.saving_checks import check_wandb, refuse_training_run  # noqa: E402
 from megatron_qad.engine.megatron_args import make_parser  # noqa: E402
 
 FLAGS = [

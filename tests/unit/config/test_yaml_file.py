@@ -94,6 +94,21 @@ def test_unknown_key_without_a_similar_one(parse):
 
 
 @pytest.mark.parametrize(
+    "text, message",
+    [
+        ("bf16: 1\n", "bf16: 1: expected true or false"),
+        ("bf16: [true]\n", "bf16: .*: expected true or false"),
+        ("lr: [1, 2]\n", "lr: .*: expected one value, not a list"),
+        ("lr: {max: 1}\n", "lr: .*: expected a value or a list of values"),
+        ("data-path: [[a]]\n", "data-path: .*: expected a value or a list of values"),
+    ],
+)
+def test_values_of_the_wrong_form_are_rejected(parse, text, message):
+    with pytest.raises(QADError, match=rf"job\.yaml: {message}"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
     "text, message", [("- a\n", "expected a mapping.*found list"), ("", "found NoneType"), ("a: [}", "not valid YAML")]
 )
 def test_invalid_yaml_is_rejected(parse, text, message):

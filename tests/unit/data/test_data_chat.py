@@ -309,6 +309,14 @@ def test_greeting_before_the_first_user(with_template):
     assert counted_runs(rendering, *encode(rendering, chat)) == ["Welcome!<|im_end|>", "1<|im_end|>"]
 
 
+def test_greeting_after_a_system_message_of_the_template(with_template):
+    """SmolLM2's template adds a system message to a chat, but not to none: it must not become the assistant's text."""
+    system = "{% if messages and messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    tokenizer = with_template(system + CHATML)
+    chat = [{"role": "assistant", "content": "Welcome!"}, *turns(("One", "1"))]
+    assert counted_runs(tokenizer, *encode(tokenizer, chat)) == ["1<|im_end|>"]
+
+
 # As DeepSeek R1 and Nemotron Super: thoughts are removed from every message, also from the last one.
 CUTTING = """\
 {%- for m in messages %}
@@ -349,6 +357,60 @@ def test_thoughts_that_the_generation_prompt_opens(with_template, name):
     for i, (text, counted) in zip((1, 3), documents, strict=True):
         assert text == render(chat[:i]) + chat[i]["content"] + "<|im_end|>\n"
         assert counted.removesuffix("<|im_end|>") == chat[i]["content"]
+
+
+OPENING = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' %}{{- 'OPEN' }}SHOWN{% else %}{{- m.content + '<|im_end|>' }}{% endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\nOPEN' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("is_tagged", [False, True])
+@pytest.mark.parametrize(
+    ("opening", "content", "counted"),
+    [
+        ("<think>\n\n", "<think>\nhm\n</think>\n\n1", "hm\n</think>\n\n1"),
+        ("<think>\n\n", "hm\n</think>\n\n1", "hm\n</think>\n\n1"),
+        ("<think></think>", "<think>\n\n</think>\n\n1", "1"),
+        ("<think></think>", "<think>\nhm\n</think>\n\n1", "<think>\nhm\n</think>\n\n1"),
+    ],
+)
+def test_thought_that_the_prompt_and_the_message_open(with_template, opening, content, counted, is_tagged):
+    """Nemotron Nano 2 puts its opening before the last message as well; the tag is there once on servers."""
+    shown = "{{ m.content + '<|im_end|>' }}"
+    shown = "{% generation %}" + shown + "{% endgeneration %}" if is_tagged else shown
+    tokenizer = with_template(OPENING.replace("SHOWN", shown).replace("OPEN", opening))
+    prompt = "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\n" + opening
+    documents = as_text(tokenizer, tokenizer.encode_chat(parse_chat({"messages": turns(("One", content))})))
+    assert documents == [(f"{prompt}{counted}<|im_end|>\n", f"{counted}<|im_end|>")]
+
+
+@pytest.mark.parametrize(
+    ("opening", "content", "counted"),
+    [
+        ("", "<think>\n\n</think>\n\n1", "<think>\n\n</think>\n\n1"),
+        ("<think>\n", "<think>\n\n</think>\n\n1", "\n</think>\n\n1"),
+        ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n1", "1"),
+        ("<think>\n\n</think>\n\n", "1", "1"),
+    ],
+)
+def test_empty_thoughts_of_a_template_that_removes_all(with_template, opening, content, counted):
+    """The text is the server's prompt, which has a closed thought if thinking is off, and what the model wrote."""
+    tokenizer = with_template(CUTTING.replace("OPEN", opening).replace("[-1]", "[-1].lstrip()"))
+    prompt = "<|im_start|>user\nOne<|im_end|>\n<|im_start|>assistant\n" + opening
+    documents = as_text(tokenizer, tokenizer.encode_chat(parse_chat({"messages": turns(("One", content))})))
+    assert documents == [(f"{prompt}{counted}<|im_end|>\n", f"{counted}<|im_end|>")]
+
+
+def test_tags_in_the_middle_of_an_answer(with_template):
+    """Qwen3's template takes the text between them for a thought and drops the text before it."""
+    tokenizer = with_template(QWEN3)
+    answer = "Write <think> and </think> around it."
+    [(_, counted)] = as_text(tokenizer, tokenizer.encode_chat(parse_chat({"messages": turns(("How?", answer))})))
+    assert counted == f"<think>\n\n</think>\n\n{answer}<|im_end|>"
 
 
 @pytest.mark.parametrize(("name", "opening"), [("nemotron", ""), ("qwen3", "<think>\n"), ("qwen3_tagged", "<think>\n")])
@@ -393,3 +455,17 @@ def test_a_long_chat_takes_a_moment(with_template):
     [(ids, mask)] = tokenizer.encode_chat(chat)
     assert time.process_time() - start < 2
     assert len(counted_runs(tokenizer, ids, mask)) == 200
+
+
+def test_role_that_the_template_leaves_out_is_a_bad_line(make_hf_dir):
+    only = "{% if m.role in ['user', 'assistant'] %}"
+    named = CHATML.replace("<|im_start|>{{ m.role }}", only + "<|im_start|>{{ m.role }}")
+    named = named.replace("<|im_end|>\n{% endfor %}", "<|im_end|>\n{% endif %}{% endfor %}")
+    any_role = named.replace(only, "{% if true %}")
+    messages = [{"role": "human", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}]
+    with pytest.raises(
+        BadDocument, match=r"messages\[0\] \(human\): the chat template leaves out messages of this role"
+    ):
+        load_tokenizer(make_hf_dir(named)).encode_chat(parse_chat({"messages": messages}))
+    [(ids, mask)] = load_tokenizer(make_hf_dir(any_role)).encode_chat(parse_chat({"messages": messages}))
+    assert 0 < sum(mask) < len(ids)

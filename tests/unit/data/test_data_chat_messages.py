@@ -37,6 +37,7 @@ def text_part(text, **others):
         ),
         (ANSWER | {"tool_calls": None, "name": None, "reasoning_content": None, "images": []}, ANSWER),
         (ANSWER | {"tool_calls": [], "function_call": None}, ANSWER),
+        (ANSWER | {"tool_calls": "", "function_call": {"name": None, "arguments": None}}, ANSWER),
         (ANSWER | {"content": ""}, ANSWER | {"content": ""}),
         (
             {"role": "assistant", "content": None, "reasoning_content": "hm"},
@@ -58,6 +59,7 @@ def test_messages_as_servers_read_them(message, expected):
         {"tool_calls": [CALL]},
         {"tool_calls": [{"type": None, "function": {"name": "f", "arguments": '{"a": 1}'}}]},
         {"tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
+        {"tool_calls": json.dumps([CALL])},
         {"function_call": {"name": "f", "arguments": '{"a": 1}'}, "tool_calls": None},
     ],
 )
@@ -138,7 +140,8 @@ NOTHING = r"messages\[0\] \(assistant\): has neither content nor tool calls nor 
         (ANSWER | {"weight": 0.5}, "'weight' is 0.5, expected 0 or 1"),
         (USER | {"tool_calls": [CALL]}, "which only a message of the assistant can have"),
         (ANSWER | {"tool_calls": CALL}, "'tool_calls' is an object, expected a list"),
-        (ANSWER | {"tool_calls": "f()"}, "'tool_calls' is a string, expected a list"),
+        (ANSWER | {"tool_calls": "f()"}, "'tool_calls' is text that is not JSON"),
+        (ANSWER | {"tool_calls": '"f"'}, "'tool_calls' is a string, expected a list"),
         (ANSWER | {"tool_calls": [CALL], "function_call": {"name": "f"}}, "has both 'tool_calls' and 'function_call'"),
         (ANSWER | {"tool_calls": ["f"]}, r"tool_calls\[0\] is a string, expected an object"),
         (ANSWER | {"tool_calls": [CALL, {}]}, r"tool_calls\[1\] has no 'function' with a 'name'"),

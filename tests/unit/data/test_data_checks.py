@@ -156,6 +156,13 @@ def test_changed_metadata_is_refused(check, data, change, message):
         check(f"{data}/a")
 
 
+def test_other_data_under_the_name_of_the_metadata(check, data):
+    """Such as the text from which Megatron's tool made data with the same prefix."""
+    (data / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(QADError, match=r"a.json: not valid JSON .*If the file is something else, rename it"):
+        check(f"{data}/a")
+
+
 def test_ids_that_the_model_does_not_have_are_refused(check, tmp_path):
     """VOCAB is padded to 512 rows of the embedding, in which 510 would be trained on without an error."""
     for name, write in (("ours", write_prepared), ("foreign", lambda *a: write_indexed(*a, np.uint16))):

@@ -14,7 +14,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix, output_files
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
-from megatron_qad.data.sources import BLANK_LINES, BadLine, Record, encode_record, read_records
+from megatron_qad.data.readers import BLANK_LINES, read_records
+from megatron_qad.data.records import BadLine, Record
+from megatron_qad.data.sources import encode_record
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine.errors import QADError
 
@@ -178,10 +180,11 @@ def test_splitting_keeps_line_numbers(tmp_path):
 def test_several_workers_keep_the_order(write_jsonl, prepared, sp_model):
     lines = [{"text": f"document {i} " * (i % 7 + 1)} if i % 50 else "bad" for i in range(400)]
     path = write_jsonl(lines)
-    one, metadata_one = prepared(path, sp_model, name="one", max_bad_fraction=0.1)
-    two, metadata_two = prepared(path, sp_model, name="two", max_bad_fraction=0.1, workers=2)
+    options = {"max_bad_fraction": 0.1, "validation_fraction": 0.3}
+    one, metadata_one = prepared(path, sp_model, name="one", **options)
+    two, metadata_two = prepared(path, sp_model, name="two", workers=2, **options)
     assert metadata_one == metadata_two
-    for suffix in (".bin", ".idx", ".bad.txt"):
+    for suffix in (".bin", ".idx", ".bad.txt", "_valid.bin", "_valid.idx", "_valid.json"):
         assert Path(one + suffix).read_bytes() == Path(two + suffix).read_bytes()
 
 
@@ -224,7 +227,7 @@ def test_prepend_bos_adds_one_bos(write_jsonl, prepared, sp_model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inputs": ["nowhere.jsonl"]}, "nowhere.jsonl is not a file"),
+        ({"inputs": ["nowhere.jsonl"]}, "nowhere.jsonl does not exist"),
         ({"tokenizer": "org/name"}, "names on the Hub are not downloaded"),
         ({"split_on": "("}, "--split-on '\\(' is not a regular expression"),
         ({"workers": 0}, "--workers 0"),

@@ -92,7 +92,7 @@ def test_yaml_file_equals_string(tmp_path):
         ("ce(temperature=2)", "ce has no setting 'temperature', its settings are none"),
         ("jsd(0.5)", "expected settings with names"),
         ("jsd(beta=2)", "jsd(beta=2): expected a number between 0 and 1"),
-        ("topk(k=0.5)", "topk(k=0.5): expected a positive integer"),
+        ("topk(k=0.5)", "topk(k=0.5): expected an integer"),
         ("kl(temperature=0)", "temperature 0: expected a finite number above 0"),
         ("kl-ce", "kl - ce: expected [WEIGHT *] LOSS"),
         ("kl+", "expected losses joined by +"),
@@ -104,6 +104,17 @@ def test_yaml_file_equals_string(tmp_path):
         ("ce*kl", "ce: expected a number"),
         ("kl(temperature='hot')", "'hot'"),
         ("none.yaml", "no such file"),
+        ("kl(temperature=True)", "kl(temperature=True): expected a finite number"),
+        ("kl(temperature=[1])", "kl(temperature=[1]): expected a finite number"),
+        ("kl(temperature=1j)", "kl(temperature=1j): expected a finite number"),
+        ("kl(temperature=1e400)", "kl(temperature=inf): expected a finite number"),
+        ("kl(teacher_temperature='2')", "kl(teacher_temperature='2'): expected a finite number"),
+        ("kl(temperature=2, temperature=3)", "expected each setting once"),
+        ("kl(**{'temperature': 2})", "expected each setting once"),
+        ("topk(k=True)", "topk(k=True): expected an integer"),
+        ("mse(centred=1)", "mse(centred=1): expected true or false"),
+        ("linear(True, 0, 1, 5)*kl", "expected four finite numbers"),
+        ("kl\x00", "expected losses joined by +"),
     ],
 )
 def test_invalid_strings_raise(text, message):
@@ -118,9 +129,18 @@ def test_invalid_strings_raise(text, message):
         ("loss: kl", "expected a list of mappings"),
         ("- {name: kl}", "each with the key 'loss'"),
         ("- {loss: kl, weight: {from: 1}}", "weight has no key 'from', its keys are start_weight, end_weight"),
-        ("- {loss: kl, weight: much}", "weight 'much': expected a number or a schedule"),
+        ("- {loss: kl, weight: much}", "weight 'much': expected a finite number or a schedule"),
         ("- {loss: kl, weight: {schedule: linear, start_weight: x, end: 4}}", "expected four finite numbers"),
         ("[", "not valid YAML"),
+        ("- {loss: [kl]}", "loss ['kl']: expected the name of a loss"),
+        ("- {loss: null}", "loss None: expected the name of a loss"),
+        ("- {loss: kl, loss: ce}", "the key 'loss' is there twice"),
+        ("- {loss: kl, temperature: null}", "kl(temperature=None): expected a finite number"),
+        ("- {loss: kl, temperature: 2020-01-01}", "expected a finite number"),
+        ("- {loss: kl, weight: 1" + "0" * 400 + "}", "expected a finite number or a schedule"),
+        ("- {loss: kl, weight: .nan}", "weight nan: expected a finite number"),
+        ("- {loss: kl, weight: {schedule: [linear], start_weight: 1, end: 5}}", "unknown schedule ['linear']"),
+        ("- {loss: kl, 1: 2}", "kl has no setting 1"),
     ],
 )
 def test_invalid_files_raise(tmp_path, content, message):
@@ -129,3 +149,10 @@ def test_invalid_files_raise(tmp_path, content, message):
     with pytest.raises(QADError) as error:
         parse_loss(str(file))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["+".join(["kl"] * 20_000), "kl(temperature=" + "-" * 20_000 + "1)", "(" * 500 + "kl"])
+def test_hostile_strings_are_one_short_error(text):
+    with pytest.raises(QADError, match="--qad-loss ") as error:
+        parse_loss(text)
+    assert len(str(error.value)) < 1000

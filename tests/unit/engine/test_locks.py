@@ -133,3 +133,30 @@ def test_one_of_several_processes_gets_a_stale_lock(tmp_path):
 def test_unwritable_place_is_an_error():
     with pytest.raises(QADError, match=r"--output /proc/out: cannot be written"), locks.lock_output("/proc/out"):
         pass
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "link to a file", "directory", "pipe"])
+def test_special_file_instead_of_a_lock_is_an_error(tmp_path, kind):
+    """A process waited forever for the holder of a link that leads nowhere, and for the content of a pipe."""
+    lock = tmp_path / ".out.lock"
+    if "link" in kind:
+        lock.symlink_to(tmp_path / "target")
+        if kind == "link to a file":
+            (tmp_path / "target").write_text("mine")
+    else:
+        os.mkfifo(lock) if kind == "pipe" else lock.mkdir()
+    with pytest.raises(QADError, match=f"its lock file {lock} is a link or another special file.* Remove it."):
+        with locks.lock_output(tmp_path / "out"):
+            pass
+    assert kind != "link to a file" or (tmp_path / "target").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"machine": MACHINE}', '{"machine": MACHINE, "start_ticks": 1}', "[" * 9999, "7"]
+)
+def test_lock_with_other_content_is_stale(tmp_path, monkeypatch, content):
+    """It is not from a process of this version; on this machine nothing can tell whether its process still runs."""
+    monkeypatch.setattr(locks, "SECONDS_UNTIL_STALE", 0)
+    (tmp_path / ".out.lock").write_text(content.replace("MACHINE", json.dumps(locks._machine())))
+    with locks.lock_output(tmp_path / "out"):
+        assert json.loads((tmp_path / ".out.lock").read_text())["pid"] == os.getpid()

@@ -78,3 +78,26 @@ def test_file_is_replaced_atomically(tmp_path):
     manifest.write_atomically(file, "1")
     manifest.write_atomically(file, "2")
     assert file.read_text() == "2" and list(tmp_path.iterdir()) == [file]
+
+
+def test_file_outside_of_the_checkpoint_is_a_problem(checkpoint, tmp_path):
+    outside = tmp_path / "other.distcp"
+    (checkpoint / "__0_0.distcp").rename(outside)
+    (checkpoint / "__0_0.distcp").symlink_to(outside)  # the same bytes
+    problem = "is outside of the directory, or a link that leads out of it"
+    assert manifest.find_problems(checkpoint) == [f"iter_0000010/__0_0.distcp {problem}"]
+    (checkpoint / "__0_0.distcp").unlink()
+    for name in ("../other.distcp", str(outside)):
+        sums = {key: manifest.sum_of(checkpoint / key) for key in (*FILES, name) if key != "__0_0.distcp"}
+        manifest.write_sums(checkpoint, sums)
+        assert manifest.find_problems(checkpoint) == [f"iter_0000010/{name} {problem}"]
+
+
+def test_directory_may_be_a_link_and_files_may_be_links_in_it(checkpoint, tmp_path):
+    (checkpoint / "__0_0.distcp").rename(checkpoint / "shared")
+    (checkpoint / "__0_0.distcp").symlink_to("shared")
+    manifest.write_sums(checkpoint, {name: manifest.sum_of(checkpoint / name) for name in (*FILES, "shared")})
+    link = tmp_path / "run" / "iter_0000010"
+    link.parent.mkdir()
+    link.symlink_to(checkpoint)
+    assert manifest.find_problems(link) == [] == manifest.find_problems(checkpoint)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_qad.engine import patches
+from megatron_qad.engine import patches, patches_page
 from megatron_qad.engine.patches import PATCHES, replace, restore
 
 ROOT = Path(__file__).parents[3]
@@ -147,7 +147,7 @@ def test_parser_finds_every_form_of_replacement(source, lines):
 
 
 def test_page_shows_the_table():
-    assert (ROOT / "docs" / "patches.md").read_text() == patches.page()
+    assert (ROOT / "docs" / "patches.md").read_text() == patches_page.page()
 
 
 def test_stand_ins_are_installed_where_the_page_says():

@@ -1,5 +1,7 @@
 """Files that others wrote: each damaged or hostile one is one error that names the file and what is wrong with it."""
 
+import json
+
 import pytest
 
 from megatron_qad.engine import QADError
@@ -15,6 +17,8 @@ ALIASES = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     [
         (b"\xff\xfe{\x00}\x00", "not UTF-8: byte 0xff at position 0"),
         (b"[" * 200_000, "nested too deeply"),
+        (b'{"a":' * 200 + b"1" + b"}" * 200, "nested too deeply"),
+        (b'{"a": [' + b"[" * 150 + b"]" * 150 + b"]}", "nested too deeply"),
         (b"[1]", "expected a JSON object, found a list"),
         (b'{"a": ', "not valid JSON"),
         (b'{"a": 1' + b"0" * 5000 + b"}", "not valid JSON"),
@@ -36,6 +40,8 @@ def test_json_is_refused_by_name(content, message, tmp_path):
         (ALIASES, "aliases expand to more than 100,000 values"),
         ("a: &a [*a]", "an alias contains itself"),
         ("day: 2026-13-45", "not valid YAML"),
+        ("lr: 1\nseed: 2\nlr: 3", "the key 'lr' is there twice .line 3."),
+        ("- a: [{b: 1, b: 1}]", "the key 'b' is there twice .line 1."),
         ("? [a]\n: 1", "not valid YAML"),
         ("a: \x01", "not valid YAML"),
         ("!!python/object:os.system {}", "not valid YAML"),
@@ -55,3 +61,13 @@ def test_text_without_its_byte_order_mark(tmp_path):
     assert read_yaml(tmp_path / "a", "a") == {"a": 1}
     with pytest.raises(QADError, match="cannot be read"):
         read_text(tmp_path)
+
+
+def test_values_that_are_not_too_deep_or_repeated(tmp_path):
+    deep = b'{"a":' * 100 + b"1" + b"}" * 100
+    (tmp_path / "a.json").write_bytes(deep)
+    assert read_json(tmp_path / "a.json") == json.loads(deep)
+    (tmp_path / "a.yaml").write_text(
+        "base: &base {a: 1}\nother: {<<: *base, b: 1}\nlist: [{a: 1}, {a: 1}]\n1: x\n'1': y"
+    )
+    assert read_yaml(tmp_path / "a.yaml", "a")["other"] == {"a": 1, "b": 1}

@@ -142,7 +142,10 @@ def literals(source: str) -> list[tuple[int, str]]:
 
 
 def is_of_a_format(file: Path) -> bool:
-    """Whether ``file`` is the arithmetic, kernels or description of one format and may contain its name."""
+    """Whether ``file`` may contain the name of a format: it is the arithmetic, kernels or description of one, or it
+    recognizes the quantization methods of other programs, some of which have the same names."""
+    if file == PACKAGE / "checkpoint" / "source_quantization.py":
+        return True
     number = {name.split("-")[0] for name in NUMBER_FORMATS}
     return file.parent == PACKAGE / "formats" and file.stem.split("_")[0] in number
 

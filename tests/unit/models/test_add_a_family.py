@@ -44,7 +44,7 @@ def expected(monkeypatch):
 
 
 def test_family_is_unknown_before_step_2():
-    with pytest.raises(QADError, match="'AcmeForCausalLM' is not supported"):
+    with pytest.raises(QADError, match="'AcmeForCausalLM' .* is not supported. .* nearest is LlamaForCausalLM"):
         family_of(CONFIG)
 
 
@@ -54,8 +54,10 @@ def test_config_becomes_megatron_options(registered):
     llama_options = family_of(llama).megatron_args(llama)
     assert options == llama_options | {"add-qkv-bias": True, "qk-layernorm": True} != llama_options
     assert (options["hybrid-layer-pattern"], options["hidden-size"], options["kv-channels"]) == ("*-*-*-", 64, 32)
-    with pytest.raises(QADError, match="logit_softcap 30.0 is not supported"):
-        registered.megatron_args(CONFIG | {"logit_softcap": 30.0})
+    with pytest.raises(QADError, match="acme_scale 30.0 is not supported"):
+        registered.megatron_args(CONFIG | {"acme_scale": 30.0})
+    with pytest.raises(QADError, match="acme_scale is the text '1'"):
+        registered.megatron_args(CONFIG | {"acme_scale": "1"})
     with pytest.raises(QADError, match="no 'hidden_size', which is required"):
         registered.megatron_args(CONFIG | {"hidden_size": None})
 

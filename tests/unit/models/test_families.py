@@ -85,7 +85,7 @@ def test_unsupported_family_error_lists_supported_ones():
     [
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'.*default or llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*default or llama3"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*default or llama3"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary",
@@ -97,7 +97,7 @@ def test_unsupported_family_error_lists_supported_ones():
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_sliding_window": True}, "sliding"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
+        ({"layer_types": ["full_attention", "full_attention", "sliding_attention"]}, "sliding"),
         ({"hidden_size": None}, "'hidden_size'"),
         ({"vocab_size": None}, "'vocab_size'"),
     ],

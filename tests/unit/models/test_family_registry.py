@@ -13,7 +13,8 @@ from megatron_qad.models import families
 from megatron_qad.models.families import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[3]
-SHARED = {"__init__", "base", "dense_decoder", "router_options", "model_inventory"}
+SHARED = {"__init__", "base", "dense_decoder", "router_options", "rope_config", "attention_heads"}
+SHARED |= {"unbuilt", "nearest", "model_inventory"}
 
 
 def family_files(package) -> set[str]:

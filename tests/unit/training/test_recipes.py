@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny_job
 import yaml
 
 from megatron_qad.engine.run_directory import manifest
@@ -27,8 +28,9 @@ def config_of(recipe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory, server):
-    """Output of a dry run of each recipe, which only needs the config.json of its model."""
+    """Output of a dry run of each recipe, which only needs the config.json of its model, and data."""
     directory, outputs = tmp_path_factory.mktemp("recipes"), {}
+    tiny_job.write_data(directory / "d", vocab_size=1000)
     for recipe in RECIPES:
         checkpoint = directory / recipe.stem
         (checkpoint / "hf").mkdir(parents=True)
@@ -53,5 +55,7 @@ def test_recipe_equals_the_papers(plans, name):
     trained = int(re.search(r"iterations = ([\d,]+) tokens", plan)[1].replace(",", ""))
     assert trained == pytest.approx(tokens * 1e9, rel=0.01)
     assert re.search(rf"parallelism +{ranks} ranks", plan)
+    assert re.search(r"data +[\d,]+ training tokens are [\d.e+]+ epochs", plan) and "is read" in plan
+    assert "end of arguments" not in plan and "INFO:" not in plan  # 750 lines of Megatron's
     # Weights, gradients and optimizer states leave a fifth of 80 GB for activations.
     assert int(re.search(r"  sum +([\d,]+)", plan)[1].replace(",", "")) < 64e9

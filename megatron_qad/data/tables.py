@@ -1,0 +1,52 @@
+"""Reads parquet and Arrow files and Hugging Face dataset directories as JSON records, with the ``datasets`` library.
+
+Rows are streamed or mapped into memory. Nothing is fetched, and no code of a dataset is run: ``datasets`` gets files
+only. Not supported: a directory whose README.md defines its files, CSV.
+"""
+
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
+from megatron_qad.engine.errors import QADError
+
+_DOCUMENT_COLUMNS = ("text", "messages", "conversations")
+_COLUMNS = (*_DOCUMENT_COLUMNS, "system", "tools", "functions", "documents", "chat_template_kwargs", "finish")
+"""Columns that a record uses. Others, such as images, are not decoded."""
+
+
+def read_rows(path: Path) -> Iterator[str]:
+    """Yield the rows of a parquet or Arrow file, or of a directory of ``save_to_disk``, as JSON objects.
+
+    Raises:
+        QADError: the file is damaged, or has no column with documents.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as cache, failures_are_bad_documents("the datasets library cannot read it"):
+            dataset = _open(path, cache)
+            columns = dataset.column_names
+            if columns is not None and not set(columns) & set(_DOCUMENT_COLUMNS):
+                raise BadDocument(f"has none of the columns {', '.join(_DOCUMENT_COLUMNS)}; it has {columns[:10]}")
+            for row in dataset.select_columns([c for c in columns or _COLUMNS if c in _COLUMNS]):
+                # Null: what the row lacks. default: dates and the like become their text.
+                row = {key: value for key, value in row.items() if value is not None}
+                yield json.dumps(row, ensure_ascii=False, default=str)
+    except BadDocument as error:
+        raise QADError(f"--input {path}: {error}. Give another file, or download it again if it is damaged.") from error
+
+
+def _open(path: Path, cache: str):
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import datasets
+
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    if path.suffix.lower() == ".arrow":
+        return datasets.Dataset.from_file(str(path))
+    files = [glob.escape(str(path.absolute()))]
+    dataset = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=cache)
+    return dataset if dataset.column_names else dataset._resolve_features()

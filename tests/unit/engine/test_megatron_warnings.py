@@ -1,0 +1,44 @@
+"""Warnings of Megatron that say nothing to a user are hidden; the installed version must still contain them."""
+
+import importlib.util
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+
+from megatron_qad.engine import megatron_warnings
+
+ROOT = Path(importlib.util.find_spec("megatron.core").origin).parents[1]
+FILES = (
+    *("core/optimizer/__init__.py", "core/optimizer/clip_grads.py", "core/_rank_utils.py", "core/models/backends.py"),
+    *("core/extensions/transformer_engine_spec_provider.py", "training/utils/common_utils.py"),
+    *("core/dist_checkpointing/strategies/torch.py", "training/arguments.py"),
+)
+
+
+@pytest.fixture
+def hidden():
+    """Megatron's warnings are hidden in the test, and are not after it."""
+    logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        megatron_warnings.hide()
+        yield seen
+    for log_filter in list(logger.filters):
+        logger.removeFilter(log_filter)
+
+
+def test_hidden_texts_are_those_of_the_installed_megatron():
+    source = "".join((ROOT / file).read_text() for file in FILES)
+    assert [text for text in megatron_warnings.HIDDEN if text not in source] == []
+
+
+def test_hidden_warnings_do_not_appear_and_others_do(hidden, caplog):
+    for text in (*megatron_warnings.HIDDEN, "Another warning"):
+        warnings.warn(f"{text} and more", stacklevel=1)
+    assert [str(warning.message) for warning in hidden] == ["Another warning and more"]
+    logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    for text in ("MCore's async save is deprecated and will be removed in the future releases. Use", "a full disk"):
+        logger.warning(text)
+    assert caplog.messages == ["a full disk"]
