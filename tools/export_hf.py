@@ -1,4 +1,7 @@
-"""Export to Hugging Face: ``python tools/export_hf.py --checkpoint DIR --output DIR --layout modelopt``."""
+"""Export to Hugging Face: ``python tools/export_hf.py --checkpoint DIR --output DIR --layout modelopt``.
+
+torchrun's ranks share the shards. After a kill, the same command continues after the finished shards.
+"""
 
 import argparse
 from collections import Counter
@@ -11,7 +14,7 @@ REUSE = "succeed without exporting if --output is a complete export of this iter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="checkpoint directory of pretrain_qad.py")
     parser.add_argument("--output", required=True, help="Hugging Face directory to write; must be new or empty")
     parser.add_argument(
@@ -26,6 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--max-shard-gb", type=float, default=5.0, help="maximum size of a safetensors file, in 10^9 bytes"
     )
+    parser.add_argument("--num-workers", type=int, help="processes that convert tensors; default: one for each core")
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     if options.iteration not in (None, "best") and not options.iteration.isdigit():
@@ -42,7 +46,9 @@ def main() -> None:
         return print(f"{options.output} already exists and is up to date")
     init_process_group()
     shard_bytes = int(options.max_shard_gb * 1e9)
-    written = export_hf(options.checkpoint, options.output, options.layout, shard_bytes, options.iteration)
+    written = export_hf(
+        options.checkpoint, options.output, options.layout, shard_bytes, options.iteration, options.num_workers
+    )
     counts = Counter(written.quantized.values())
     print(
         f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, in {len(written.shards)} file(s) to "

@@ -1,4 +1,7 @@
-"""Import a Hugging Face model: ``python tools/import_hf.py --hf-model DIR --output CHECKPOINT [--dtype bfloat16]``."""
+"""Import a Hugging Face model: ``python tools/import_hf.py --hf-model DIR --output CHECKPOINT [--dtype bfloat16]``.
+
+torchrun's ranks share the tensors. After a kill, the same command continues after the finished files.
+"""
 
 import argparse
 from pathlib import Path
@@ -11,10 +14,11 @@ REUSE = "succeed without importing if --output is a complete import of this mode
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-model", required=True, help="Hugging Face model directory (config.json, *.safetensors)")
     parser.add_argument("--output", required=True, help="checkpoint directory to write; must be new or empty")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stored weights")
+    parser.add_argument("--num-workers", type=int, help="processes that convert tensors; default: one for each core")
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     init_runtime()
@@ -29,7 +33,7 @@ def main() -> None:
         provenance.check_same_provenance(Path(options.output), IMPORT_FILE, expected)
         return print(f"{options.output} already exists and is up to date")
     init_process_group()
-    num_tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype))
+    num_tensors = import_hf(options.hf_model, options.output, getattr(torch, options.dtype), options.num_workers)
     if torch.distributed.get_rank() == 0:
         print(f"wrote {num_tensors} tensors to {options.output}")
 

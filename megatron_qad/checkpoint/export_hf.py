@@ -1,30 +1,52 @@
-"""Export torch_dist checkpoints to Hugging Face, in BF16 or quantized, one layer at a time, without a model or a GPU.
+"""Export torch_dist checkpoints to Hugging Face, in BF16 or quantized, one tensor at a time, without a model or a GPU.
 
 The architecture comes from ``hf/config.json``, the format of every linear from ``qad.json``. A weight that was saved
 quantized is packed exactly. A weight that was saved between an optimizer step and its quantization is quantized here,
-with the same arithmetic and global scale as in the next forward pass.
+with the same arithmetic and global scale as in the next forward pass. Worker processes and torchrun's ranks share the
+tensors (``stream_shards``); an export that was killed continues after its finished shards.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from megatron_qad.checkpoint import finite, provenance
+import megatron_qad
+from megatron_qad.checkpoint import finite, provenance, safetensors_file
 from megatron_qad.checkpoint.hf_reader import PASSTHROUGH_FILE, declared_dtype
-from megatron_qad.checkpoint.hf_writer import DEFAULT_SHARD_BYTES, Written, new_directory, write_hf_checkpoint
-from megatron_qad.checkpoint.layouts import HFTensor, LayoutName, check_format, kv_scales
+from megatron_qad.checkpoint.hf_writer import (
+    DEFAULT_SHARD_BYTES,
+    Description,
+    Written,
+    describe,
+    new_directory,
+    write_index,
+)
+from megatron_qad.checkpoint.layouts import (
+    PACKED_LAYOUTS,
+    HFTensor,
+    LayoutName,
+    check_format,
+    kv_scales,
+    stored_tensors,
+)
+from megatron_qad.checkpoint.partial_directory import PartialDirectory
+from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
+from megatron_qad.checkpoint.safetensors_file import Spec
 from megatron_qad.checkpoint.source_quantization import without_quantization
+from megatron_qad.checkpoint.stream_release import explained
+from megatron_qad.checkpoint.stream_shards import Piece, ShardPlan, ShardWriter
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.checkpoint.worker_pool import default_num_workers
+from megatron_qad.engine.distributed import on_rank_0, rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.engine.run_directory.run_files import JOB_FILE
-from megatron_qad.formats.format import KVCacheFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.checkpoint_config import read_config, read_job
 from megatron_qad.models.families import family_of
@@ -39,10 +61,12 @@ def export_hf(
     layout: LayoutName,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     iteration: int | str | None = None,
+    num_workers: int | None = None,
 ) -> Written:
     """Write an iteration of ``checkpoint`` as the Hugging Face directory ``output``.
 
-    torch.distributed must be initialized. Tensors that are not packed are written in the dtype declared in
+    torch.distributed must be initialized; every rank calls this. Peak memory of a process, beyond what it has imported:
+    the largest tensor and its result. Tensors that are not packed are written in the dtype declared in
     ``config.json``, which servers expect, also if the job trained in float32. If the config declares none, packed
     layouts use bfloat16.
 
@@ -53,9 +77,11 @@ def export_hf(
             that the packed layouts decode to.
         max_shard_bytes: maximum size of the tensor data of a safetensors file.
         iteration: a number, "best" (by validation KL) or None for the newest.
+        num_workers: worker processes of this rank. None: one for each core.
 
     Raises:
-        QADError: a damaged checkpoint, missing tensors or amaxes, no ``qad.json``, or an error of the writer.
+        QADError: a damaged checkpoint, missing tensors or amaxes, no ``qad.json``, an output that is not empty or is a
+            mount point, a full disk, and errors of ``stored_tensors``. Nothing is left behind.
 
     Example::
 
@@ -63,7 +89,19 @@ def export_hf(
         written = export_hf("runs/qad", "exports/qad-nvfp4", "modelopt")
         print(written.num_tensors, written.excluded)
     """
-    checkpoint, output = Path(checkpoint), new_directory(output)  # fails before gigabytes are verified and read
+    with lock_output(output):
+        output = run_on_all_ranks(lambda: new_directory(output))
+        export, description = _prepare(Path(checkpoint), layout, max_shard_bytes, iteration)
+        plan = run_on_all_ranks(lambda: ShardPlan.of(export.pieces(), max_shard_bytes))
+        excluded = _write(export, plan, description, output, num_workers or default_num_workers())
+    shards = tuple(plan.names)
+    return Written(output, len(plan.weight_map), plan.num_bytes, shards, export.quantized_modules(), tuple(excluded))
+
+
+def _prepare(
+    checkpoint: Path, layout: LayoutName, max_shard_bytes: int, iteration: int | str | None
+) -> tuple["Export", Description]:
+    """Check and read everything but the weights."""
     config = read_config(checkpoint)
     manifest.verify_directory(checkpoint / "hf", "config.json")
     family = family_of(config)
@@ -84,10 +122,9 @@ def export_hf(
         )
     reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
     amaxes = reader.read_amaxes() if layout != "bf16" else {}
-    export = Export(reader, layout, formats, kv_cache, scale_rule, declared_dtype(config), amaxes)
-    return write_hf_checkpoint(
-        chain(export.items(family.tensors(config)), (HFTensor(name, tensor) for name, tensor in passthrough.items())),
-        output,
+    maps, dtype = family.tensors(config), declared_dtype(config)
+    export = Export(reader, layout, formats, kv_cache, scale_rule, dtype, amaxes, maps, passthrough)
+    description = describe(
         config=config,
         layout=layout,
         linear_modules=[*family.linear_modules(config), *_passthrough_linears(passthrough)],
@@ -96,6 +133,30 @@ def export_hf(
         kv_cache=kv_cache,
         record=provenance.iteration_provenance(directory, layout, job),
     )
+    return export, description
+
+
+def _write(export: "Export", plan: ShardPlan, description: Description, output: Path, num_workers: int) -> list[str]:
+    """Write the output; return the linears that are not quantized."""
+    job = {"export": description.record, "shards": [layout.digest for layout in plan.layouts]}
+    partial, (rank, size) = PartialDirectory(output, job | {"version": megatron_qad.__version__}), rank_and_size()
+    on_rank_0(partial.open)
+    try:
+        writer = ShardWriter(plan, partial, export.stored)
+        local_shards = range(rank, len(plan.names), size)
+        run_on_all_ranks(lambda: explained(output, lambda: writer.write(local_shards, num_workers, rank == 0)))
+
+        def complete() -> list[str]:
+            weight_map = {name: plan.names[shard] for name, shard in plan.weight_map.items()}
+            write_index(partial.path, weight_map, plan.num_bytes)
+            excluded = description.write(partial.path, export.quantized_modules(), writer.sums())
+            partial.publish()
+            return excluded
+
+        return on_rank_0(lambda: explained(output, complete))
+    except QADError:
+        on_rank_0(partial.remove)
+        raise
 
 
 def export_provenance(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
@@ -147,12 +208,55 @@ class Export:
     amaxes: dict[str, torch.Tensor]
     """Amaxes of inputs, keys and values by the names of the quantizers' buffers."""
 
+    maps: Sequence[ParamMapping] = ()
+    """The tensors of the model."""
+    passthrough: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors that are stored unchanged, by Hugging Face name; views of a mapped file."""
+
+    def pieces(self) -> list[Piece["ParamMapping | str"]]:
+        """Return all tensors to export, with the dtypes and shapes that ``stored`` will return. Reads no weight."""
+        pieces = [Piece(m, prod(m.shape) * self.reader.stored_dtype(m).itemsize, self._specs(m)) for m in self.maps]
+        specs = {name: safetensors_file.spec_of(tensor) for name, tensor in self.passthrough.items()}
+        return pieces + [Piece(name, tensor.nbytes, {name: specs[name]}) for name, tensor in self.passthrough.items()]
+
+    def stored(self, source: "ParamMapping | str") -> Iterator[tuple[str, torch.Tensor]]:
+        """Read, convert and yield the stored tensors of one Megatron tensor, or of a passthrough tensor."""
+        is_map = isinstance(source, ParamMapping)
+        for item in self.items([source]) if is_map else [HFTensor(source, self.passthrough[source])]:
+            yield from stored_tensors(item, self.layout).items()
+
+    def quantized_modules(self) -> dict[str, str]:
+        """Return {Hugging Face module: format} of the linears that are stored quantized."""
+        return {
+            name.removesuffix(".weight"): self.format_of(tensor_map)
+            for tensor_map in self.maps
+            if self._is_packed(tensor_map)
+            for name in tensor_map.hf
+        }
+
+    def format_of(self, tensor_map: ParamMapping) -> str:
+        return self.formats.get(tensor_map.megatron, UNQUANTIZED.name)
+
+    def _is_packed(self, tensor_map: ParamMapping) -> bool:
+        return self.layout != "bf16" and FORMATS[self.format_of(tensor_map)].quantizes
+
+    def _specs(self, tensor_map: ParamMapping) -> dict[str, Spec]:
+        specs: dict[str, Spec] = {}
+        stored_dtype = self.reader.stored_dtype(tensor_map)
+        dtype = stored_dtype if tensor_map.is_float32 else self.dtype or stored_dtype
+        for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
+            if self._is_packed(tensor_map):
+                parts = PACKED_LAYOUTS[self.layout].expected(self.format_of(tensor_map), *shape)
+                specs |= {f"{name.removesuffix('.weight')}.{part}": spec for part, spec in parts.items()}
+            else:
+                specs[name] = safetensors_file.DTYPES[dtype], shape
+        return specs | {item.name: safetensors_file.spec_of(item.tensor) for item in self._kv_scales(tensor_map)}
+
     def items(self, maps: list[ParamMapping]) -> Iterator[HFTensor]:
         """Yield every tensor layer by layer in the order of ``maps``; KV cache scales follow the projection weights."""
-        kv_format = KV_CACHE_FORMATS[self.kv_cache]
         for tensor_map, tensor in self.reader.layers(maps):
-            fmt = self.formats.get(tensor_map.megatron, UNQUANTIZED.name)
-            if self.layout == "bf16" or not FORMATS[fmt].quantizes:
+            fmt = self.format_of(tensor_map)
+            if not self._is_packed(tensor_map):
                 if (number_format := FORMATS[fmt].weight) is not None:
                     name = tensor_map.megatron
                     tensor = number_format.as_exported(tensor, name=name, rule=self.scale_rule)
@@ -161,8 +265,7 @@ class Export:
                     yield HFTensor(name, finite.cast(part, dtype, name, _OVERFLOW).contiguous())
             else:
                 yield from self._pack(tensor_map, tensor, fmt)
-            if kv_format is not None and tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
-                yield from self._kv_scales(tensor_map, kv_format)
+            yield from self._kv_scales(tensor_map)
 
     def _pack(self, tensor_map: ParamMapping, tensor: torch.Tensor, fmt: str) -> Iterator[HFTensor]:
         """Yield the parts of one Megatron weight, which servers fuse (q, k, v; gate, up), with shared scales."""
@@ -186,7 +289,11 @@ class Export:
                 codes=None if codes is None else codes[i],
             )
 
-    def _kv_scales(self, tensor_map: ParamMapping, kv_format: KVCacheFormat) -> Iterator[HFTensor]:
+    def _kv_scales(self, tensor_map: ParamMapping) -> Iterator[HFTensor]:
+        """Yield the scales of the KV cache, if it is quantized and this is the weight of q, k and v."""
+        kv_format = KV_CACHE_FORMATS[self.kv_cache]
+        if kv_format is None or not tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
+            return
         attention = tensor_map.megatron_module.rsplit(".", 1)[0]
         amaxes = [self._amax(f"{attention}.core_attention.{x}_bmm_quantizer._amax") for x in "kv"]
         _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor_map.hf)

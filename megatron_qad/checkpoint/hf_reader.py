@@ -103,7 +103,18 @@ class HFReader:
 
     def stored_dtype(self, name: str) -> str:
         """Return the dtype of a tensor in its file, as safetensors calls it: "BF16", "F8_E4M3", "I64", ..."""
-        return self._open[self._files[name]].get_slice(self._stored_names.get(name, name)).get_dtype()
+        return self._slice(name).get_dtype()
+
+    def read_dtype(self, name: str) -> str:
+        """Return the dtype in which ``read`` returns the tensor."""
+        return "BF16" if self.is_dequantized(name) else self.stored_dtype(name)
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str):
+        return self._open[self._files[name]].get_slice(self._stored_names.get(name, name))
 
     def is_dequantized(self, name: str) -> bool:
         """Return whether ``read`` dequantizes the tensor."""

@@ -8,7 +8,6 @@ this; tensors are not gathered over ranks here.
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_qad.checkpoint import safetensors_file
 from megatron_qad.checkpoint.layout_configs import hf_quant_config, quantization_config
 from megatron_qad.checkpoint.layouts import (
     HFTensor,
@@ -102,15 +100,16 @@ def write_hf_checkpoint(
         QADError: a non-empty directory or a mount point, a full disk, a duplicate name, and errors of
             ``stored_tensors``.
     """
-    check_layout(layout)
     directory = new_directory(directory)
-    source = _check_source(source)
-    if max_shard_bytes <= 0:
-        raise QADError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes.")
-    if "quantization_config" in config:
-        raise QADError(
-            "config.json already has a quantization_config; expected the config of a BF16 model. Remove the entry."
-        )
+    description = describe(
+        config=config,
+        layout=layout,
+        linear_modules=linear_modules,
+        source=source,
+        max_shard_bytes=max_shard_bytes,
+        kv_cache=kv_cache,
+        record=record,
+    )
     aside = directory.parent / f".{directory.name}.partial"
     shards = _Shards(aside, max_shard_bytes)
     with ExitStack() as stack:
@@ -124,13 +123,7 @@ def write_hf_checkpoint(
                 if item.fmt != UNQUANTIZED.name and layout != "bf16"
             }
             shards.finish()
-            excluded = exclusions(linear_modules, formats) if layout != "bf16" else []
-            if source is not None:
-                copy_files(source, aside, COPIED_FILES)
-            _write_configs(aside, config, layout, excluded, formats, kv_cache)
-            if record is not None:
-                sums = manifest.sums_of(aside, manifest.files_in(aside))
-                json_records.write(aside / EXPORT_FILE, {**record, "files": sums})
+            excluded = description.write(aside, formats)
             for path in (*aside.rglob("*"), aside):
                 manifest.sync(path)
             os.rename(aside, directory)  # atomic; replaces an empty directory
@@ -140,6 +133,41 @@ def write_hf_checkpoint(
                 raise _disk_full(directory, shards) from error
             raise
     return Written(directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), formats, tuple(excluded))
+
+
+@dataclass(frozen=True)
+class Description:
+    """The files of a checkpoint besides its weights. The fields are arguments of ``write_hf_checkpoint``."""
+
+    config: dict[str, Any]
+    layout: LayoutName
+    linear_modules: Sequence[str]
+    source: Path | None
+    kv_cache: str
+    record: Mapping[str, Any] | None
+
+    def write(
+        self, directory: Path, formats: dict[str, str], sums: Mapping[str, manifest.Sum] | None = None
+    ) -> list[str]:
+        """Write configurations, copied files and the provenance record.
+
+        Args:
+            formats: module -> format of the quantized linears.
+            sums: known sums of files in ``directory``; the others are hashed here.
+
+        Returns:
+            The linears that are not quantized.
+        """
+        sums = sums or {}
+        excluded = exclusions(self.linear_modules, formats) if self.layout != "bf16" else []
+        if self.source is not None:
+            copy_files(self.source, directory, COPIED_FILES)
+        _write_configs(directory, self.config, self.layout, excluded, formats, self.kv_cache)
+        if self.record is not None:
+            others = [name for name in manifest.files_in(directory) if name not in sums]
+            all_sums = dict(sorted({**sums, **manifest.sums_of(directory, others)}.items()))
+            json_records.write(directory / EXPORT_FILE, {**self.record, "files": all_sums})
+        return excluded
 
 
 def _write_items(items: Iterable[HFTensor], shards: "_Shards", layout: LayoutName) -> Iterable[HFTensor]:
@@ -175,31 +203,42 @@ class _Shards:
             self._flush()
         if not self.weight_map:
             raise QADError("No tensor was given to the checkpoint writer. Check the export that calls it.")
-        num_shards = len(self.names)
-        final_names = [f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors" for i in range(num_shards)]
-        final_names = final_names if num_shards > 1 else ["model.safetensors"]
+        final_names = shard_names(len(self.names))
         for old, new in zip(self.names, final_names, strict=True):
             os.rename(self.directory / old, self.directory / new)
         self.names = final_names
         self.weight_map = {name: final_names[shard] for name, shard in self.weight_map.items()}
-        if num_shards > 1:
-            index = {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(self.weight_map.items()))}
-            _write_json(self.directory / "model.safetensors.index.json", index)
+        write_index(self.directory, self.weight_map, self.num_bytes)
 
     def _flush(self) -> None:
         file_name = f"shard-{len(self.names):05d}.safetensors"
         path = self.directory / file_name
-        try:
-            save_file(self.pending, path, metadata={"format": "pt"})
-        except SafetensorError as error:  # the library wraps the operating system's error without its errno
-            if match := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from error
-            raise
+        specs = {name: safetensors_file.spec_of(tensor) for name, tensor in self.pending.items()}
+        safetensors_file.write_file(path, specs, self.pending.items())
         manifest.sync(path)
         self.weight_map.update(dict.fromkeys(self.pending, len(self.names)))
         self.names.append(file_name)
         self.num_bytes += self.pending_bytes
         self.pending, self._data_ptrs, self.pending_bytes = {}, set(), 0
+
+
+def shard_names(num_shards: int) -> list[str]:
+    """Return the file names of a checkpoint's shards."""
+    if num_shards == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{num_shards:05d}.safetensors" for i in range(num_shards)]
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], num_bytes: int) -> None:
+    """Write the index of several shards; a single one has none.
+
+    Args:
+        weight_map: tensor name -> file name.
+        num_bytes: size of all tensors.
+    """
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(directory / "model.safetensors.index.json", index)
 
 
 def _own_storage(tensor: Tensor, data_ptrs: set[int]) -> Tensor:
@@ -227,6 +266,27 @@ def new_directory(path: str | Path) -> Path:
             f"{directory}: exists and is not empty. Give a new directory or remove this one; it is not overwritten."
         )
     return directory
+
+
+def describe(
+    *,
+    config: dict[str, Any],
+    layout: LayoutName,
+    linear_modules: Sequence[str],
+    source: str | Path | None,
+    max_shard_bytes: int,
+    kv_cache: str,
+    record: Mapping[str, Any] | None,
+) -> Description:
+    """Check arguments of ``write_hf_checkpoint`` before anything is written. Raises QADError."""
+    check_layout(layout)
+    if max_shard_bytes <= 0:
+        raise QADError(f"max_shard_bytes is {max_shard_bytes}, expected a positive number of bytes.")
+    if "quantization_config" in config:
+        raise QADError(
+            "config.json already has a quantization_config; expected the config of a BF16 model. Remove the entry."
+        )
+    return Description(config, layout, linear_modules, _check_source(source), kv_cache, record)
 
 
 def _check_source(source: str | Path | None) -> Path | None:

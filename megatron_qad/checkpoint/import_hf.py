@@ -1,25 +1,28 @@
 """Import Hugging Face checkpoints to torch_dist with Megatron's global tensor names, readable at any TP, PP or EP size.
 
-Needs no model and no GPU: the conversion follows the family's name map. Under torchrun each rank imports a share of the
-tensors and holds it in memory until it is saved, so a single process needs memory for the complete model. Values are
-copied and at most cast to the requested dtype; FP8 weights with ``weight_scale_inv`` are dequantized to bfloat16.
+Needs no model and no GPU: the conversion follows the family's name map. Tensors stream: a process holds one at a time,
+and reads it from the mapped source file. The checkpoint consists of parts, files of consecutive tensors, which worker
+processes and torchrun's ranks share; an import that was killed continues after its finished parts. Values are copied
+and at most cast to the requested dtype; FP8 weights with ``weight_scale_inv`` are dequantized to bfloat16.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from megatron_qad.checkpoint import finite, provenance, source_names
+import megatron_qad
+from megatron_qad.checkpoint import finite, provenance, safetensors_file, source_names
 from megatron_qad.checkpoint.hf_reader import ASSETS, PASSTHROUGH_FILE, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
-from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
+from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
 from megatron_qad.checkpoint.source_quantization import without_quantization
+from megatron_qad.checkpoint.stream_release import stream_release
+from megatron_qad.checkpoint.worker_pool import default_num_workers
 from megatron_qad.engine.config_values import dtype_name
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
@@ -32,17 +35,28 @@ from megatron_qad.models.families.base import ParamMapping
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 """dtypes, as safetensors calls them, of the weights that are imported. Others would change a weight without a word."""
+_PART_BYTES, _MAX_PARTS = 512 << 20, 1024
 
 
-def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16) -> int:
+def import_hf(
+    source: str | Path,
+    target: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    num_workers: int | None = None,
+    part_bytes: int = _PART_BYTES,
+) -> int:
     """Import ``source`` as the checkpoint ``target``: ``release/`` (torch_dist) and ``hf/`` (config and tokenizer).
 
-    torch.distributed must be initialized; every rank calls this.
+    torch.distributed must be initialized; every rank calls this. Peak memory of a process, beyond what it has imported
+    and the mapped source files: two times the largest tensor.
 
     Args:
         source: Hugging Face model directory.
         target: a new or empty directory.
         dtype: dtype of the stored weights.
+        num_workers: worker processes of this rank. None: one for each core.
+        part_bytes: a file of ``release/`` ends with the tensor that reaches this size. It is larger for models that
+            would have more than 1024 files.
 
     Returns:
         The number of imported tensors.
@@ -50,7 +64,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
     Raises:
         QADError: an unsupported family; missing, unexpected, truncated, wrong-shaped or non-finite tensors; a dtype
             other than float32, bfloat16 and float16; a quantized model, except FP8 with ``weight_scale_inv``; several
-            sets of weights; a target that is not empty or is a mount point; a full disk.
+            sets of weights; a target that is not empty or is a mount point; a full disk. Nothing is left behind.
 
     Example::
 
@@ -58,58 +72,119 @@ def import_hf(source: str | Path, target: str | Path, dtype: torch.dtype = torch
         init_process_group()  # megatron_qad.engine.distributed
         num_tensors = import_hf("my_model", "checkpoints/teacher")
     """
-    source, rank, size = Path(source), *rank_and_size()
+    source, (rank, _) = Path(source), rank_and_size()
     with lock_output(target):
         target = run_on_all_ranks(lambda: new_directory(target))
-        sharded, passthrough, count = run_on_all_ranks(lambda: _read(source, dtype, rank, size))
-        write_release(target, sharded, lambda aside: _finish(source, aside, passthrough, dtype))
-    return count
-
-
-def _finish(source: Path, aside: Path, passthrough: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Write the files next to the weights; called on the first rank."""
-    copy_assets(source, aside / "hf")
-    if passthrough:
-        try:
-            save_file(passthrough, aside / "hf" / PASSTHROUGH_FILE)
-        except SafetensorError as error:  # the library wraps the operating system's error
-            raise QADError(str(error)) from error
-        first = next(iter(passthrough))
-        print(
-            f"megatron_qad: {len(passthrough)} tensors ({first}, ...) are passed through unchanged, not trained or "
-            "quantized"
+        plan = run_on_all_ranks(lambda: ModelImport.of(source, dtype, with_passthrough=rank == 0))
+        record = provenance.model_provenance(source, str(dtype).removeprefix("torch."))
+        parts = plan.parts(part_bytes)
+        stream_release(
+            target,
+            parts=[[(m, plan.num_bytes(m)) for m in part] for part in parts],
+            convert=plan.convert,
+            finish=lambda aside: plan.finish(aside, record),
+            job={"import": record, "parts": [len(part) for part in parts], "version": megatron_qad.__version__},
+            num_workers=num_workers or default_num_workers(),
         )
-    record = provenance.model_provenance(source, str(dtype).removeprefix("torch."))
-    json_records.write(aside / IMPORT_FILE, record)
+    return len(plan.maps)
 
 
-def _read(
-    source: Path, dtype: torch.dtype, rank: int, size: int
-) -> tuple[dict[str, ShardedTensor], dict[str, torch.Tensor], int]:
-    """Read and convert this rank's share of the tensors.
+@dataclass(frozen=True)
+class ModelImport:
+    """A model that is imported: its tensors by their checked names, shapes and dtypes. They are read by ``convert``."""
 
-    Returns:
-        (converted tensors of this rank, passthrough tensors on rank 0, number of converted tensors over all ranks).
-    """
-    reader = HFReader(source)
-    if rank == 0:
-        find_files(source, ASSETS)  # raises now instead of after gigabytes are written
-    family = family_of(reader.config)
-    family.megatron_args(reader.config)  # raises an error if training could not build the model
-    dtype_name(reader.config)  # raises an error that an export would meet
-    maps = family.tensors(reader.config)
-    source_names.resolve(reader, maps)
-    passthrough = _read_passthrough(reader) if rank == 0 else {}
-    local_maps = maps[rank::size]
-    stored = {name: part for m in local_maps for name, part in stored_parts(m, _convert(reader, m, dtype))}
-    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in stored.items()}, passthrough, len(maps)
+    reader: HFReader
+    maps: Sequence[ParamMapping]
+    passthrough: Sequence[str]
+    """Names of the passthrough tensors; empty except on rank 0."""
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, source: Path, dtype: torch.dtype, with_passthrough: bool = True) -> "ModelImport":
+        reader = HFReader(source)
+        if with_passthrough:
+            find_files(source, ASSETS)  # raises now instead of after gigabytes are written
+        family = family_of(reader.config)
+        family.megatron_args(reader.config)  # raises an error if training could not build the model
+        dtype_name(reader.config)  # raises an error that an export would meet
+        maps = family.tensors(reader.config)
+        source_names.resolve(reader, maps)
+        for tensor_map in maps:
+            _check_source(reader, tensor_map)
+        return cls(reader, maps, _passthrough_names(reader) if with_passthrough else (), dtype)
+
+    def dtype_of(self, tensor_map: ParamMapping) -> torch.dtype:
+        return torch.float32 if tensor_map.is_float32 else self.dtype
+
+    def num_bytes(self, tensor_map: ParamMapping) -> int:
+        return prod(tensor_map.shape) * self.dtype_of(tensor_map).itemsize
+
+    def parts(self, part_bytes: int) -> list[list[ParamMapping]]:
+        """Divide the tensors into parts of at least ``part_bytes``. All ranks and a later run get the same parts."""
+        part_bytes = max(part_bytes, sum(map(self.num_bytes, self.maps)) // _MAX_PARTS)
+        parts: list[list[ParamMapping]] = []
+        size = part_bytes
+        for tensor_map in self.maps:
+            if size >= part_bytes:
+                parts.append([])
+                size = 0
+            parts[-1].append(tensor_map)
+            size += self.num_bytes(tensor_map)
+        return parts
+
+    def convert(self, tensor_map: ParamMapping) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read one tensor and yield the parts in which Megatron stores it, with their names."""
+        return stored_parts(tensor_map, self._read(tensor_map))
+
+    def write_passthrough(self, file: Path) -> None:
+        """Write the passthrough tensors, one by one, after checking that they are finite."""
+
+        def read(name: str) -> torch.Tensor:
+            tensor = self.reader.read(name)
+            finite.check_finite(tensor, f"{self.reader.directory}: {name}")
+            return tensor
+
+        specs = {name: (self.reader.read_dtype(name), self.reader.stored_shape(name)) for name in self.passthrough}
+        safetensors_file.write_file(file, specs, ((name, read(name)) for name in self.passthrough))
+
+    def _read(self, tensor_map: ParamMapping) -> torch.Tensor:
+        parts = []
+        for name in tensor_map.hf:
+            where = f"{self.reader.directory}: {name}"
+            advice = "Import with --dtype float32, or use another model."
+            parts.append(finite.cast(self.reader.read(name), self.dtype_of(tensor_map), where, advice))
+        return tensor_map.to_megatron(parts).contiguous()
+
+    def finish(self, aside: Path, record: dict) -> None:
+        """Write the files next to the weights; called on the first rank."""
+        copy_assets(self.reader.directory, aside / "hf")
+        if names := self.passthrough:
+            self.write_passthrough(aside / "hf" / PASSTHROUGH_FILE)
+            print(
+                f"megatron_qad: {len(names)} tensors ({names[0]}, ...) are passed through unchanged, not trained or "
+                "quantized"
+            )
+        json_records.write(aside / IMPORT_FILE, record)
+
+
+def _check_source(reader: HFReader, tensor_map: ParamMapping) -> None:
+    """Check dtypes and shapes of a tensor's sources, from the headers of their files."""
+    for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
+        where, stored_dtype = f"{reader.directory}: {name}", reader.stored_dtype(name)
+        if stored_dtype not in _WEIGHT_DTYPES and not reader.is_dequantized(name):
+            raise QADError(
+                f"{where} has dtype {stored_dtype}, expected {', '.join(_WEIGHT_DTYPES)}. Save the model in one of "
+                "these."
+            )
+        if (stored_shape := reader.stored_shape(name)) != shape:
+            raise QADError(f"{where} has shape {list(stored_shape)}, but config.json implies {list(shape)}.")
 
 
 def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parts in which Megatron stores a tensor, with their names."""
     rows = tensor_map.checkpoint_splits
     for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
-        # Cloned, because Megatron clones views when it saves and would then hold both.
+        # Cloned, because torch.save writes all of a view's storage.
         yield tensor_map.megatron + ending, part if len(rows) == 1 else part.clone()
 
 
@@ -133,31 +208,11 @@ def copy_assets(source: Path, target: Path) -> None:
         )
 
 
-def _read_passthrough(reader: HFReader) -> dict[str, torch.Tensor]:
-    """Read the passthrough tensors and check that they are finite and that those implied by the config exist."""
+def _passthrough_names(reader: HFReader) -> list[str]:
+    """Return the names of the passthrough tensors, after checking that those implied by the config exist."""
     family, names = family_of(reader.config), source_names.passthrough_names(reader)
     implied = [name for tensor_map in family.passthrough_tensors(reader.config) for name in tensor_map.hf]
     for prefix in family.passthrough_prefixes:
         if any(name.startswith(prefix) for name in implied) and not any(name.startswith(prefix) for name in names):
             raise QADError(f"{reader.directory}: no tensor name starts with {prefix!r}. Download the model again.")
-    tensors = {name: reader.read(name).contiguous() for name in names}
-    for name, tensor in tensors.items():
-        finite.check_finite(tensor, f"{reader.directory}: {name}")
-    return tensors
-
-
-def _convert(reader: HFReader, tensor_map: ParamMapping, dtype: torch.dtype) -> torch.Tensor:
-    parts = []
-    for name, shape in zip(tensor_map.hf, tensor_map.hf_shapes(), strict=True):
-        where, stored_dtype = f"{reader.directory}: {name}", reader.stored_dtype(name)
-        if stored_dtype not in _WEIGHT_DTYPES and not reader.is_dequantized(name):
-            raise QADError(
-                f"{where} has dtype {stored_dtype}, expected {', '.join(_WEIGHT_DTYPES)}. Save the model in one of "
-                "these."
-            )
-        tensor = reader.read(name)
-        if tuple(tensor.shape) != shape:
-            raise QADError(f"{where} has shape {list(tensor.shape)}, but config.json implies {list(shape)}.")
-        target = torch.float32 if tensor_map.is_float32 else dtype
-        parts.append(finite.cast(tensor, target, where, "Import with --dtype float32, or use another model."))
-    return tensor_map.to_megatron(parts).contiguous()
+    return names

@@ -46,6 +46,8 @@ _ENDINGS = {
 """Endings of the names of tensors that only quantized models have."""
 _UNUSED = "activation_scale"
 """Ending of the input scales next to FP8 weights, which the weights do not depend on."""
+_TILE_ROWS = 128
+"""Rows of a weight that are dequantized at a time, to need little memory."""
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 
 
@@ -75,9 +77,11 @@ class FP8Source:
                 f"{name}: is {_describe(weight)} with a {name}{SCALE} of {_describe(scale)}. Expected float8_e4m3fn "
                 "with two dimensions and a float32 or bfloat16 scale. Give the BF16 model."
             )
-        values, scale = weight.float(), scale.float()
+        result, scale = torch.empty_like(weight, dtype=torch.bfloat16), scale.float()
         if scale.numel() == 1 and (self.block_size is None or scale.dim() < 2):
-            return (values * scale.reshape(())).bfloat16()
+            for out, part in zip(result.split(_TILE_ROWS), weight.split(_TILE_ROWS), strict=True):
+                out.copy_(part.float() * scale.reshape(()))
+            return result
         if self.block_size is None:
             raise QADError(
                 f"{name}{SCALE}: has shape {list(scale.shape)}, but config.json has no "
@@ -89,9 +93,11 @@ class FP8Source:
                 f"{name}{SCALE}: has shape {list(scale.shape)}, expected {list(expected)} for a weight of "
                 f"{list(weight.shape)} in blocks of {self.block_size[0]}x{self.block_size[1]}. Download it again."
             )
-        for axis, block in enumerate(self.block_size):
-            scale = scale.repeat_interleave(block, axis).narrow(axis, 0, weight.shape[axis])
-        return (values * scale).bfloat16()
+        rows, columns = self.block_size
+        scale = scale.repeat_interleave(columns, 1).narrow(1, 0, weight.shape[1])
+        for out, part, row_scale in zip(result.split(rows), weight.split(rows), scale, strict=True):
+            out.copy_(part.float() * row_scale)
+        return result
 
 
 def find_quantization(directory: Path, config: dict, dtypes: Mapping[str, str]) -> FP8Source | None:

@@ -4,28 +4,25 @@ Quantizing a fake-quantized weight again with the ``max`` rule does not always r
 largest code of a block need not be 6. Even under ``max``, a block has no code 6 if its scale was rounded up to one of
 the few subnormal E4M3 numbers: scale 2 * 2^-9 with largest code 4 is measured again as 4 * 2 / 6 = 1.33 * 2^-9, which
 rounds to 1 * 2^-9 and saturates. In float32 the tensor's amax, and with it the global scale, can also change by an ulp.
-This module searches for the block scale and the global scale and verifies every result by decoding it. It never
-rounds a value.
+This module searches for the block scale and the global scale and verifies every result by decoding it
+(``nvfp4_exact``). It never rounds a value.
 """
 
 import torch
 from torch import Tensor
 
+from megatron_qad.formats import block_scales
 from megatron_qad.formats.common import (
     E4M3_MAX,
     E4M3_MIN,
     NotRepresentableError,
-    tensor_amax,
+    amax_bits,
+    check_finite,
     tile_slices,
 )
 from megatron_qad.formats.e2m1 import decode_codes, encode, pack_codes
-from megatron_qad.formats.nvfp4 import (
-    BLOCK_SIZE,
-    check_global_scale,
-    check_quantizable,
-    dequantize,
-    quantize,
-)
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE, check_global_scale, check_quantizable
+from megatron_qad.formats.nvfp4_exact import ExactEncoder
 
 __all__ = ["NotRepresentableError", "is_representable", "pack_representable"]
 
@@ -55,26 +52,35 @@ def pack_representable(weight: Tensor, global_scale: Tensor, *, name: str = "ten
     """
     check_quantizable(weight, name, "max")
     check_global_scale(global_scale.float(), name)
-    dim = weight.shape[-1]
-    rows = weight.detach().reshape(-1, dim)
-    packed = torch.empty(len(rows), dim // 2, dtype=torch.uint8, device=weight.device)
-    block_scale = torch.empty(len(rows), dim // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=weight.device)
-    for part in tile_slices(rows):
-        packed[part], block_scale[part] = quantize(rows[part], global_scale, name=name)
-        wrong = _wrong_blocks(rows[part], packed[part], block_scale[part], global_scale)
-        if not bool(wrong.any()):
+    dim, device = weight.shape[-1], weight.device
+    scale = global_scale.detach().float().reshape(()).to(device)
+    all_blocks = weight.detach().reshape(-1, BLOCK_SIZE).contiguous()
+    packed = torch.empty(len(all_blocks), BLOCK_SIZE // 2, dtype=torch.uint8, device=device)
+    block_scale = torch.empty(len(all_blocks), dtype=torch.float8_e4m3fn, device=device)
+    tiles = tile_slices(all_blocks)
+    size = tiles[0].stop if tiles else 0
+    encoder = ExactEncoder(size, weight.dtype, device)
+    work = torch.empty(size, BLOCK_SIZE, device=device)
+    scratch = torch.empty(size, BLOCK_SIZE, dtype=torch.int32, device=device)
+    for part in tiles:
+        blocks = all_blocks[part]
+        values = blocks if blocks.dtype == torch.float32 else work[: len(blocks)].copy_(blocks)
+        amax = amax_bits(values, -1, scratch[: len(blocks)])
+        if not bool(torch.isfinite(amax).all()):
+            check_finite(values, name, "NVFP4")
+        scales = block_scales.max_scale(amax, scale)
+        packed[part], wrong = encoder.encode(blocks, values, scales * scale)
+        block_scale[part] = scales.view(-1)  # the cast is exact
+        if wrong is None:
             continue
-        blocks = rows[part].reshape(-1, BLOCK_SIZE)[wrong]
         try:
-            codes, scales = _search(blocks, global_scale, name, blocks_seen=part.stop * (dim // BLOCK_SIZE))
+            codes, found = _search(blocks.index_select(0, wrong), scale, name, blocks_seen=part.stop, encoder=encoder)
         except NotRepresentableError:
-            remaining = rows[part.stop :]
-            if not bool(torch.isfinite(tensor_amax(remaining))):
-                quantize(remaining, global_scale, name=name)  # raises, because NaN and Inf are the worse problem
+            check_finite(all_blocks[part.stop :], name, "NVFP4")  # raises, because NaN and Inf are the worse problem
             raise
-        packed[part].view(-1, BLOCK_SIZE // 2)[wrong] = pack_codes(codes)
+        packed[part].index_copy_(0, wrong, codes)
         # PyTorch has no indexed assignment of float8 on the CPU, so view it as uint8.
-        block_scale[part].view(torch.uint8).view(-1)[wrong] = scales.view(torch.uint8)
+        block_scale[part].view(torch.uint8).index_copy_(0, wrong, found.view(torch.uint8))
     return packed.view(*weight.shape[:-1], dim // 2), block_scale.view(*weight.shape[:-1], dim // BLOCK_SIZE)
 
 
@@ -87,13 +93,7 @@ def is_representable(weight: Tensor, global_scale: Tensor, *, name: str = "tenso
     return True
 
 
-def _wrong_blocks(rows: Tensor, packed: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
-    """Return bool [B], true for blocks whose decoded values differ from ``rows`` (-0.0 equals 0.0)."""
-    decoded = dequantize(packed, block_scale, global_scale, rows.dtype)
-    return (decoded != rows).reshape(-1, BLOCK_SIZE).any(dim=-1)
-
-
-def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -> tuple[Tensor, Tensor]:
+def _search(blocks: Tensor, scale: Tensor, name: str, blocks_seen: int, encoder: ExactEncoder) -> tuple[Tensor, Tensor]:
     """Search for the smallest E4M3 scale that decodes each block [B, 16] exactly.
 
     If the block's amax is a subnormal number of its dtype, the scale may be any that decodes exactly.
@@ -105,21 +105,27 @@ def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -
     0.5 * 2^-9 * 2^-126); the error from rounding to the weight's dtype is 2^-9 for normal numbers of that dtype. Only a
     block whose amax is subnormal in its own dtype (such as a float16 expert near 1e-6) may need all 126 scales.
 
+    Args:
+        blocks: [B, 16] in any float dtype.
+        scale: the global scale, float32 [], on the same device.
+
     Returns:
-        codes uint8 [B, 16] and scales float8_e4m3fn [B].
+        packed codes uint8 [B, 8] and scales float8_e4m3fn [B].
     """
-    scale = global_scale.float().reshape(()).to(blocks.device)
-    amax = blocks.abs().amax(dim=-1).float()
-    codes = torch.zeros(blocks.shape, dtype=torch.uint8, device=blocks.device)
-    scales = torch.zeros(len(blocks), dtype=torch.uint8, device=blocks.device)  # E4M3 bytes; 0 means not found
-    left = torch.arange(len(blocks), device=blocks.device)
+    amax = amax_bits(blocks.float(), -1).view(-1)
+    codes = torch.empty(len(blocks), BLOCK_SIZE // 2, dtype=torch.uint8, device=blocks.device)
+    scales = torch.empty(len(blocks), dtype=torch.uint8, device=blocks.device)  # E4M3 bytes
+    left, blocks_left = torch.arange(len(blocks), device=blocks.device), blocks
     for largest in _LARGEST_CODES:
-        candidates = (amax[left] / (largest * scale)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
-        tried, exact = _encode_exactly(blocks[left], candidates.float() * scale)
-        codes[left[exact]], scales[left[exact]] = tried[exact], candidates.view(torch.uint8)[exact]
-        left = left[~exact]
-        if not len(left):
+        candidates = (amax.index_select(0, left) / (largest * scale)).clamp_(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn)
+        decode_scale = (candidates.float() * scale).unsqueeze(-1)
+        tried, wrong = encoder.encode(blocks_left, blocks_left.float(), decode_scale)
+        # Wrong blocks are overwritten in a later round.
+        codes.index_copy_(0, left, tried)
+        scales.index_copy_(0, left, candidates.view(torch.uint8))
+        if wrong is None:
             return codes, scales.view(torch.float8_e4m3fn)
+        left, blocks_left = left[wrong], blocks_left.index_select(0, wrong)
     subnormal = amax[left] < torch.finfo(blocks.dtype).tiny
     num_unsolved = int((~subnormal).sum())
     if not num_unsolved:
@@ -128,12 +134,13 @@ def _search(blocks: Tensor, global_scale: Tensor, name: str, blocks_seen: int) -
         for part in left.split(_SEARCH_BLOCKS):
             tried, exact = _encode_exactly(blocks[part].unsqueeze(1), decode_scales)  # [B, 126, 16] and [B, 126]
             first = exact.int().argmax(dim=-1)
-            codes[part], scales[part] = tried[torch.arange(len(part), device=part.device), first], candidates[first]
+            best = tried[torch.arange(len(part), device=part.device), first]
+            codes[part], scales[part] = pack_codes(best), candidates[first]
             num_unsolved += int((~exact.any(dim=-1)).sum())
     if num_unsolved:
         raise NotRepresentableError(
             f"{name}: at least {num_unsolved} of the first {blocks_seen} blocks of {BLOCK_SIZE} values are not "
-            f"representable in NVFP4 under the global scale {global_scale.item()}. Expected a tensor fake-quantized "
+            f"representable in NVFP4 under the global scale {scale.item()}. Expected a tensor fake-quantized "
             "with exactly this scale. Check whether it was changed since, or whether it shares another tensor's scale."
         )
     return codes, scales.view(torch.float8_e4m3fn)

@@ -174,7 +174,8 @@ def record(harness: Harness, file: Path, seconds: float) -> None:
         "",
         "Every start resumed from the checkpoint that the tracker named, and that checkpoint was valid. Every run "
         "ended with the weights, masters and moments of an undisturbed run, bit for bit. A killed job lost at most "
-        f"{max(lost)} steps, {sum(lost) / len(lost):.1f} on average. A killed export was lost.",
+        f"{max(lost)} steps, {sum(lost) / len(lost):.1f} on average. A killed export continues after its finished "
+        "shards.",
         "",
         'Kills named "asynchronous saves" ran with `--async-save`, which megatron-core 0.19.2 turns off here: they '
         "were synchronous saves ([limitations](limitations.md)).",

@@ -103,6 +103,7 @@ STATE_OF_A_PROCESS = {
     "engine/run_directory/locks.py": {"_held"},  # the locks that this process holds
     "engine/run_directory/manifest.py": {"_verified"},  # checkpoints that it has read and found whole
     "data/prepare.py": {"_worker"},  # the tokenizer of a tokenizing process
+    "checkpoint/worker_pool.py": {"_work"},  # the function that a worker process runs
 }
 """Module-level state that belongs to a process. All other state is in attributes of a job's objects."""
 

@@ -9,6 +9,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.common import MAX_ULPS
 from megatron_qad.formats.e2m1 import E2M1_VALUES, pack_codes, round_to_e2m1_, unpack_codes
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
+from megatron_qad.formats.nvfp4_exact import ExactEncoder
 from megatron_qad.formats.nvfp4_format import NVFP4
 from megatron_qad.formats.nvfp4_pack import (
     NotRepresentableError,
@@ -167,3 +168,34 @@ def test_packed_bytes_equal_those_of_quantize():
     low, high = packed & 0x0F, packed >> 4
     plus_zero = torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
     assert torch.equal(plus_zero, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_that_its_own_scale_represents_has_the_codes_of_quantize(dtype):
+    weight = spread_weight(0, dtype, spread=1.0)
+    scale = global_scale_from_amax(tensor_amax(weight))
+    weight = fake_quant(weight, scale)
+    packed, block_scale = quantize(weight, scale)
+    exact = (dequantize(packed, block_scale, scale, dtype) == weight).view(-1, 16).all(-1)
+    assert exact.float().mean() > 0.9
+    found, found_scale = pack_representable(weight, scale)
+    assert torch.equal(found.view(-1, 8)[exact], packed.view(-1, 8)[exact])
+    assert torch.equal(found_scale.view(torch.uint8).view(-1)[exact], block_scale.view(torch.uint8).view(-1)[exact])
+
+
+@pytest.mark.parametrize("decode_scale", [1.0, 1.1, 0.007, 1.9 * 2.0**-100, 1.5 * 2.0**-130])
+def test_exact_encoder_accepts_the_values_of_the_grid_and_no_other(decode_scale):
+    """Try all finite bfloat16 numbers; a block holds one number, zeros, and a negative zero."""
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = values[values.isfinite()]
+    blocks = torch.zeros(len(values), 16, dtype=torch.bfloat16)
+    blocks[:, 5], blocks[:, 9] = values, -0.0
+    scale = torch.full((len(values), 1), decode_scale)
+    packed, wrong = ExactEncoder(len(values), torch.bfloat16, blocks.device).encode(blocks, blocks.float(), scale)
+    codes = unpack_codes(packed)
+    grid = (torch.tensor(E2M1_VALUES) * scale[0]).bfloat16()
+    on_grid = torch.isin(values, grid + 0.0)
+    exact = torch.ones(len(values), dtype=torch.bool).index_fill(0, wrong, False)
+    assert on_grid.sum() >= 9 and torch.equal(exact, on_grid)
+    assert torch.equal(grid[codes[exact, 5].int()], values[exact])
+    assert not codes[exact][values[exact] == 0].any() and not codes[:, 9].any()
