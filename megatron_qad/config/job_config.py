@@ -101,6 +101,11 @@ class JobConfig:
         return self.flags.dataloader_inter_document_masking
 
     @property
+    def runs_teacher(self) -> bool:
+        """Whether the job builds its teacher. PTQ needs it only for validation."""
+        return self.teacher is not None and not (self.options.qad_ptq and self.flags.eval_iters == 0)
+
+    @property
     def data_on_every_stage(self) -> bool:
         """Whether middle pipeline stages need the loss mask, because some loss is not computed from logits."""
         return len(self.losses.terms_of_type(LogitLoss)) < len(self.losses.terms)
@@ -168,6 +173,7 @@ def read_job_config(
     resumes = flags.load is None and flags.save is not None and not options.qad_ptq and holds_checkpoints(flags.save)
     if options.qad_ptq:
         refusals.refuse_training_run(flags.save)
+        refusals.check_ptq(flags)
         argv = remove_flags(argv, *_SAMPLE_FLAGS)
         argv += to_flags({"train-iters": 1, "lr": 0.0, "min-lr": 0.0, "lr-warmup-iters": 0, "no-save-optim": True})
         flags, _ = _parse(argv, parser, machine)

@@ -243,6 +243,18 @@ def refuse_training_run(save: str | None) -> None:
         )
 
 
+def check_ptq(flags: MegatronFlags) -> None:
+    """Reject flags that ask a PTQ job to resume or to skip what it does not do."""
+    if flags.load is not None:
+        raise QADError(
+            f"--load {flags.load}: --qad-ptq does not resume. Pass the checkpoint to be quantized with --qad-student."
+        )
+    if flags.skip_train:
+        raise QADError(
+            "--skip-train: --qad-ptq trains nothing, it calibrates, saves and validates. Leave out one of the flags."
+        )
+
+
 def refuse_model_directory(save: str, models: Mapping[str, str | None]) -> None:
     """Reject ``--save`` if it is the directory of an imported model, whose files a job must not change.
 

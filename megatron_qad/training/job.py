@@ -26,7 +26,7 @@ from megatron_qad.engine.loop import Loop, gather_parameters
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
 from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, RUN_RECORDS, record_text
-from megatron_qad.models.builder import QADModelConfig
+from megatron_qad.models.builder import QADModelConfig, freeze
 from megatron_qad.models.weight_loading import has_amaxes, load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
@@ -163,7 +163,7 @@ class QADJob:
         if resumes and has_amaxes(args.load):
             self.activations.expect_amax(device=torch.cuda.current_device())
         events.phase("loading the teacher", is_long=True)
-        if config.teacher is not None:
+        if config.runs_teacher:
             self.teacher = build_teacher(config, args, self.forward)
             check_disjoint(self.teacher.chunks, chunks)
         self.weights = self.quantize_weights(chunks)
@@ -178,7 +178,7 @@ class QADJob:
         self.saves.install()
         self.loop.install(chunks, partial(self._run_step, qad_step))
         events.phase("Megatron's setup: optimizer, checkpoint, index of the data", is_long=True)
-        return chunks
+        return [freeze(chunk) for chunk in chunks] if config.options.qad_ptq else chunks
 
     def _run_step(self, qad_step: Callable[["QADJob", Step], list[dict]], schedule: Callable, **call) -> list[dict]:
         """Replaces ``schedule``: read the microbatches, calibrate before the first of them, run ``qad_step``."""
