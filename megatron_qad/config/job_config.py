@@ -171,6 +171,7 @@ def read_job_config(
             flags.save, {"--qad-teacher": options.qad_teacher, "--qad-student": student.checkpoint}
         )
     resumes = flags.load is None and flags.save is not None and not options.qad_ptq and holds_checkpoints(flags.save)
+    refusals.check_sequential_ptq(flags, options)
     if options.qad_ptq:
         refusals.refuse_training_run(flags.save)
         refusals.check_ptq(flags)

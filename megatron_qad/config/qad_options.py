@@ -112,6 +112,10 @@ class QADOptions:
     """Post-training quantization only: calibrate, save and validate the student as iteration 1. Nothing is trained, so
     that the job holds no gradients and no optimizer. Default: off."""
 
+    qad_ptq_sequential: bool = False
+    """Hold one layer of the model at a time in a --qad-ptq job, and the hidden states of all calibration and validation
+    sequences in host memory. For models that do not fit into memory; data parallelism only. Default: off."""
+
     qad_job_dir: str | None = None
     """Directory for messages between a batch script and the job: a file 'stop' in it makes the job save after the
     current step and exit with status 0. Default: the environment variable QAD_JOB_DIR, which launch/slurm.sbatch

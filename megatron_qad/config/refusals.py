@@ -255,6 +255,26 @@ def check_ptq(flags: MegatronFlags) -> None:
         )
 
 
+def check_sequential_ptq(flags: MegatronFlags, options: QADOptions) -> None:
+    """Reject ``--qad-ptq-sequential`` without ``--qad-ptq``, or with parallelism other than over data."""
+    if not options.qad_ptq_sequential:
+        return
+    if not options.qad_ptq:
+        raise QADError("--qad-ptq-sequential holds one layer at a time, which training cannot. Add --qad-ptq.")
+    for name in ("tensor", "pipeline", "expert"):
+        size = getattr(flags, f"{name}_model_parallel_size")
+        if size > 1:
+            raise QADError(
+                f"--{name}-model-parallel-size {size}: --qad-ptq-sequential holds one layer on each rank and divides "
+                "only the data. Leave out one of the flags."
+            )
+    if flags.context_parallel_size > 1:
+        raise QADError(
+            f"--context-parallel-size {flags.context_parallel_size}: --qad-ptq-sequential divides sequences, not the "
+            "tokens of one. Leave out one of the flags."
+        )
+
+
 def refuse_model_directory(save: str, models: Mapping[str, str | None]) -> None:
     """Reject ``--save`` if it is the directory of an imported model, whose files a job must not change.
 

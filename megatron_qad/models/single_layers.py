@@ -40,6 +40,7 @@ class SingleLayers:
         is_last = index == len(self) - 1
         builder = self._config.get_builder_cls()(self._config)
         layer = builder.build_model(self._groups, pre_process=index == 0, post_process=is_last, vp_stage=index)
+        layer.vp_stage = None  # only its pattern is one of stages: Megatron's config has no virtual pipeline
         return layer.cuda(torch.cuda.current_device())
 
     def wrap(self, layer: torch.nn.Module) -> torch.nn.Module:

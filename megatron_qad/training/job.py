@@ -150,15 +150,13 @@ class QADJob:
         """Load and quantize the student, build the teacher and hook into Megatron's loop, before wrapping."""
         config, args, events = self.config, self.args, self.events
         self.student = chunks
-        resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
-        resumes = args.load is not None and checkpoint_exists(args.load)
-        events.job_begins(self, resumes_at)
+        resumes = self.begin()
         if not resumes or self.needs_initial_weights:
             events.phase("loading the student", is_long=True)
             load_weights(chunks, config.student.checkpoint)
         if not resumes:
             print_rank_0(f"megatron_qad: student starts from {config.student.checkpoint}")
-        self._describe(resumes)
+        self.describe(resumes)
         self.activations = self.quantize_activations(chunks)
         if resumes and has_amaxes(args.load):
             self.activations.expect_amax(device=torch.cuda.current_device())
@@ -196,6 +194,13 @@ class QADJob:
         self.events.forward_ended(reports, is_training)
         return reports
 
+    def begin(self) -> bool:
+        """Select the checkpoint from which the job resumes, and report its beginning. Returns whether it resumes."""
+        args = self.args
+        resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
+        self.events.job_begins(self, resumes_at)
+        return args.load is not None and checkpoint_exists(args.load)
+
     # Quantization and run directory ------------------------------------------------------------------------------
 
     @property
@@ -226,7 +231,7 @@ class QADJob:
             mpu.get_expert_tensor_parallel_group(),
         )
 
-    def _describe(self, resumes: bool) -> None:
+    def describe(self, resumes: bool) -> None:
         """Write the files that describe the run to ``--save``, and register those that each checkpoint gets."""
         save = self.args.save
         if save is None:

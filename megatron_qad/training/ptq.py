@@ -3,7 +3,7 @@
 The job holds the student's weights and, if it validates, the teacher's. It has no gradients, no optimizer and no DDP
 wrapper, so that a weight takes 2 bytes instead of the 18 of a training job (with BF16 weights and without sharding).
 The checkpoint holds the unquantized weights and the amaxes, as that of a training job before its first update does. The
-exporter quantizes the weights. ``sequential_ptq`` calibrates models that do not fit into memory.
+exporter quantizes the weights. With ``--qad-ptq-sequential`` the job holds one layer at a time (``layer_by_layer``).
 """
 
 from collections.abc import Callable
@@ -15,7 +15,12 @@ from megatron.training import get_wandb_writer
 from megatron.training import training as megatron_loop
 from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
 
+from megatron_qad.engine.run_directory.iterations import iteration_dir
+from megatron_qad.engine.run_directory.linked_weights import LinkedWeights
 from megatron_qad.models.builder import QADModelConfig, build_chunks
+from megatron_qad.training.batch import Batch, num_calibration_batches
+from megatron_qad.training.calibration_pass import report_fallbacks
+from megatron_qad.training.layer_by_layer import quantize_layers, run_teacher
 
 ITERATION = 1
 """Iteration of a PTQ job's checkpoint and validation."""
@@ -35,26 +40,82 @@ def run_ptq(job, model_config: QADModelConfig, forward_step: Callable) -> None:
     args = job.args
     initialize_megatron()
     set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
-    model = build_chunks(model_config)
     args.iteration = args.curr_iteration = 0
-    args.num_floating_point_operations_so_far = 0
+    if job.config.options.qad_ptq_sequential:
+        _run_layers(job)
+    else:
+        _run_model(job, build_chunks(model_config), forward_step)
+    if writer := get_wandb_writer():
+        writer.finish()
+    megatron_loop.maybe_finalize_async_save(blocking=True, terminate=True)
+
+
+def _run_model(job, model: list[torch.nn.Module], forward_step: Callable) -> None:
+    args = job.args
     train, valid = _data_iterators(job.datasets_provider, len(model))
-    job.calibration.calibrate(train, training_shape(args), model)
-    args.iteration, args.consumed_train_samples = ITERATION, args.global_batch_size
-    if args.save is not None:
-        save_model(model, train)
+    shape = {name: getattr(args, name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
+    job.calibration.calibrate(train, shape, model)
+    _save(job, model, train)
     if args.do_valid:
-        _validate(job, model, valid, forward_step)
-    finish()
+        job.loss.begin_step(ITERATION)
+        megatron_loop.evaluate_and_print_results(
+            f"iteration {ITERATION} on validation set",
+            forward_step,
+            valid,
+            model,
+            ITERATION,
+            None,
+            get_model_config(model[0]),
+            verbose=True,
+            non_loss_data_func=job.evaluated,
+        )
 
 
-def training_shape(args) -> dict:
-    """Return the shape arguments of a schedule for microbatches of the training data."""
-    return {name: getattr(args, name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
+def _run_layers(job) -> None:
+    """Do the same as ``_run_model`` with one layer in memory at a time. The checkpoint shares the student's weights."""
+    args, student = job.args, job.config.student.checkpoint
+    job.begin()
+    job.describe(resumes=False)
+    job.saves.install()
+    job.loop.install_saves()
+    train, valid = _data_iterators(job.datasets_provider, num_chunks=1)
+    num_batches = num_calibration_batches(job.config.options.qad_calibration_samples, args.micro_batch_size)
+    calibration = job.reader.read(train, num_batches, args.micro_batch_size, args.seq_length)
+    validation = _read_validation(job, valid) if args.do_valid else []
+    if validation and job.config.runs_teacher:
+        run_teacher(job, validation)
+    layers = quantize_layers(job, calibration, validation)
+    report_fallbacks(layers.fallbacks, args.save)
+    job.saves.weights = LinkedWeights(iteration_dir(student), layers.weights)
+    _save(job, [_Quantizers(layers.quantizers)], train)
+    if validation:
+        job.evaluated(model=None)
 
 
-def save_model(model: list[torch.nn.Module], train_iterator=None) -> None:
-    """Save a model as iteration 1, through the functions by which Megatron's loop saves. Collective."""
+def _read_validation(job, iterator) -> list[Batch]:
+    """Read the microbatches of one evaluation on this rank."""
+    args = job.args
+    per_iteration = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
+    return job.reader.read(iterator, args.eval_iters * per_iteration, args.eval_micro_batch_size, args.seq_length)
+
+
+class _Quantizers(torch.nn.Module):
+    """Stands for a model whose layers are freed, with the sharded state dict of its quantizers."""
+
+    def __init__(self, sharded: dict):
+        super().__init__()
+        self._sharded = sharded
+
+    def sharded_state_dict(self, **kwargs) -> dict:
+        return self._sharded
+
+
+def _save(job, model: list[torch.nn.Module], train_iterator) -> None:
+    """Save the model as iteration 1, if the job saves, through the functions by which Megatron's loop saves."""
+    args = job.args
+    args.iteration, args.consumed_train_samples = ITERATION, args.global_batch_size
+    if args.save is None:
+        return
     megatron_loop.save_checkpoint(
         ITERATION,
         model,
@@ -64,13 +125,6 @@ def save_model(model: list[torch.nn.Module], train_iterator=None) -> None:
         train_data_iterator=train_iterator,
         preprocess_common_state_dict_fn=megatron_loop.preprocess_common_state_dict,
     )
-
-
-def finish() -> None:
-    """End the loggers and wait for background saves, as ``pretrain`` does at its end."""
-    if writer := get_wandb_writer():
-        writer.finish()
-    megatron_loop.maybe_finalize_async_save(blocking=True, terminate=True)
 
 
 def _data_iterators(provider, num_chunks: int) -> tuple:
@@ -84,18 +138,3 @@ def _data_iterators(provider, num_chunks: int) -> tuple:
         stages.append(megatron_loop.build_train_valid_test_data_iterators(stage_provider))
     train, valid, _ = map(list, zip(*stages, strict=True))
     return train, valid
-
-
-def _validate(job, model: list[torch.nn.Module], iterator, forward_step: Callable) -> None:
-    job.loss.begin_step(ITERATION)
-    megatron_loop.evaluate_and_print_results(
-        f"iteration {ITERATION} on validation set",
-        forward_step,
-        iterator,
-        model,
-        ITERATION,
-        None,
-        get_model_config(model[0]),
-        verbose=True,
-        non_loss_data_func=job.evaluated,
-    )

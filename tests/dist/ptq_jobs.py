@@ -6,13 +6,17 @@ from megatron_qad.engine.events import Callback
 
 
 def tensors(checkpoints: list[str], result: str) -> None:
-    """Save every tensor of the newest iteration of each checkpoint: a list of dicts by name."""
+    """Save every tensor of the newest iteration of each checkpoint, gate and up joined: a list of dicts by name."""
     from megatron_qad.checkpoint.torch_dist import TorchDistReader
     from megatron_qad.engine.distributed import init_process_group
 
     init_process_group()
     readers = [TorchDistReader(checkpoint) for checkpoint in checkpoints]
-    torch.save([reader.read([n for n in reader._metadata if "_extra_state" not in n]) for reader in readers], result)
+    joined = []
+    for reader in readers:
+        names = [name.removesuffix("_w") for name in reader._metadata if not name.endswith(("_extra_state", "_v"))]
+        joined.append(reader.read(names))
+    torch.save(joined, result)
 
 
 def state(argv: list[str], result: str) -> None:
