@@ -57,6 +57,8 @@ def load_weights(
     """
     manifest.verify_checkpoint(iteration_dir(checkpoint))
     stored = stored_shapes(checkpoint)
+    # Virtual stages are loaded one after the other, so that a tied output layer is read without its embedding, too.
+    is_whole = is_whole and len(chunks) == 1
     for chunk in unwrap_model(list(chunks)):
         sharded = _sharded_weights(chunk, stored, with_amaxes)
         _check_shapes(sharded, stored, checkpoint)

@@ -1,5 +1,6 @@
 """PTQ jobs, with the whole model and layer by layer, against a training job at learning rate 0."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ MODELS = {
 }
 FLAGS = {
     "dense": ["--qad-policy-override", "attention=fp8", "--qad-weight-scale-rule", "four_over_six"],
+    "float32": [],
     # Few samples, so that some experts take the amax of another one; keys and values are quantized, too.
     "hybrid": [
         *("--qad-policy", "nemotron-3-nano-30b-a3b", "--qad-policy-override", "mlp=nvfp4", "head=nvfp4"),
@@ -69,6 +71,8 @@ def shop(tmp_path_factory, server) -> Shop:
         for role, noise in (("teacher", 0.0), ("student", 0.1)):
             source = tiny_job.write_hf(directory / f"hf_{model}_{role}", config, noise=noise, dtype=torch.bfloat16)
             models.append((str(source), f"{directory}/{model}_{role}", "bfloat16"))
+            if model == "dense":
+                models.append((str(source), f"{directory}/float32_{role}", "float32"))
     tiny_job.write_data(directory / "data", vocab_size=VOCAB)
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return Shop(directory, server)
@@ -130,6 +134,21 @@ def test_nothing_can_be_trained(shop, tmp_path):
     assert found == {"trained": 0, "wrapped": False, "is_training": False, "has_teacher": True}
 
 
+def test_virtual_stages_have_the_same_amaxes(shop, whole, tmp_path):
+    run = tmp_path / "run"
+    flags = ["--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2"]
+    output = shop.run(shop.argv("dense", "--qad-ptq", *flags, "--save", str(run)), nproc=2)
+    assert_same_tensors(*shop.tensors(whole["dense"][0], run))
+    assert validation(output)
+
+
+def test_dry_run_counts_no_training_state(shop):
+    plans = [shop.run(shop.argv("dense", *flags, "--qad-dry-run")) for flags in (UNTRAINED, ["--qad-ptq"])]
+    rows = {"\n  gradients ": True, "\n  optimizer state ": True, "nothing is trained": False}
+    for text, is_in_training in rows.items():
+        assert [text in plan for plan in plans] == [is_in_training, not is_in_training]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_sequential_equals_whole(shop, whole, model, tmp_path):
     """Layer by layer: the same tensors, amaxes, records, validation and exports as with the whole model in memory."""
@@ -140,3 +159,48 @@ def test_sequential_equals_whole(shop, whole, model, tmp_path):
     for name in ("calibration.json", "best_checkpoints.json", "qad.json"):
         assert json_records.read(run / name) == json_records.read(expected / name)
     assert shop.exported(run) == shop.exported(expected)
+
+
+def test_sequential_divides_the_sequences_over_ranks(shop, tmp_path):
+    """With data parallelism and packed rows, in float32: as with the whole model on the same ranks."""
+    outputs, runs = [], [tmp_path / "whole", tmp_path / "sequential"]
+    for run, flags in zip(runs, ([], ["--qad-ptq-sequential"]), strict=True):
+        packed = ["--dataloader-inter-document-masking", "--qad-calibration-percentile", "99.9"]
+        argv = shop.argv("float32", "--qad-ptq", *packed, *flags, "--save", str(run))
+        argv.remove("--bf16")
+        outputs.append(shop.run(argv, nproc=2))
+    assert_same_tensors(*shop.tensors(*runs))
+    assert validation(outputs[0]) == validation(outputs[1])
+
+
+def test_sequential_checkpoint_shares_the_weights(shop, tmp_path):
+    """Its files are links; a damaged link is detected, and the run can be exported without its source."""
+    run, source = tmp_path / "run", tmp_path / "source"
+    shutil.copytree(shop.directory / "dense_student", source)
+    flags = ["--qad-ptq", "--qad-ptq-sequential", "--eval-iters", "0", "--save", str(run)]
+    output = shop.run(shop.argv("dense", *flags, "--qad-student", str(source)))
+    assert "validation at iteration" not in output
+    linked = sorted((run / "iter_0000001").glob("weights*"))
+    assert linked and all(file.stat().st_nlink == 2 for file in linked)
+    shutil.rmtree(source)
+    assert shop.exported(run)
+    data = bytearray(linked[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    linked[0].write_bytes(data)
+    error = shop.server.run("ptq_jobs:tensors", 1, {"checkpoints": [str(run)], "result": "none"}, fails=True)
+    assert f"iter_0000001/{linked[0].name} has a different SHA-256" in error
+
+
+def test_sequential_refusals(shop, tmp_path):
+    for flags, nproc, message in (
+        (["--qad-ptq", "--tensor-model-parallel-size", "2"], 2, "--tensor-model-parallel-size 2: "),
+        (["--qad-ptq", "--context-parallel-size", "2"], 2, "--context-parallel-size 2: "),
+        ([], 1, "training cannot. Add --qad-ptq."),
+    ):
+        output = shop.run(shop.argv("dense", "--qad-ptq-sequential", *flags), nproc, fails=True)
+        assert message in output and "Traceback" not in output
+    argv = shop.argv("dense", "--qad-ptq", "--qad-ptq-sequential", "--save", str(tmp_path / "run"))
+    argv[argv.index("--qad-student") + 1] = f"{shop.directory}/float32_student"
+    output = shop.run(argv, fails=True)
+    assert "float32, but the job computes in torch.bfloat16. --qad-ptq-sequential keeps the stored weights" in output
+    assert "Traceback" not in output and not list((tmp_path / "run").glob("iter_*"))

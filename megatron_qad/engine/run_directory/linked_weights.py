@@ -9,6 +9,7 @@ import pickle
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 from torch.distributed.checkpoint import FileSystemReader
@@ -47,7 +48,7 @@ class LinkedWeights:
         if common := set(self.names) & state.state_dict_metadata.keys():
             raise QADError(f"{target}: already has a tensor {min(common)!r}.")
         stored = {index: info for index, info in weights.storage_data.items() if index.fqn in set(self.names)}
-        renamed = {name: f"weights{name}" for name in sorted({info.relative_path for info in stored.values()})}
+        renamed = _new_names(target, {info.relative_path for info in stored.values()})
         known = manifest.read(self.directory)
         sums = {new: _link(self.directory / old, target / new, known[old][1]) for old, new in renamed.items()}
         merged = Metadata(
@@ -70,6 +71,12 @@ class LinkedWeights:
 
 def _read_index(directory: Path) -> Metadata:
     return FileSystemReader(directory).read_metadata()
+
+
+def _new_names(target: Path, files: Collection[str]) -> dict[str, str]:
+    """Return new names in ``target`` for files: ``weights__0_0.distcp``, or ``weights1__0_0.distcp`` if that exists."""
+    prefix = next(p for p in map("weights{}".format, chain([""], count(1))) if not any(target.glob(f"{p}__*")))
+    return {file: f"{prefix}{file}" for file in sorted(files)}
 
 
 def _merge(planned: dict | None, weights: dict | None, names: Collection[str]) -> dict | None:
