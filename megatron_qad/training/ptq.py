@@ -15,8 +15,10 @@ from megatron.training import get_wandb_writer
 from megatron.training import training as megatron_loop
 from megatron.training.initialize import initialize_megatron, set_jit_fusion_options
 
+from megatron_qad.config.job_config import JobConfig
 from megatron_qad.engine.run_directory.iterations import iteration_dir
 from megatron_qad.engine.run_directory.linked_weights import LinkedWeights
+from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.models.builder import QADModelConfig, build_chunks
 from megatron_qad.training.batch import Batch, num_calibration_batches
 from megatron_qad.training.calibration_pass import report_fallbacks
@@ -79,17 +81,29 @@ def _run_layers(job) -> None:
     job.saves.install()
     job.loop.install_saves()
     train, valid = _data_iterators(job.datasets_provider, num_chunks=1)
-    num_batches = num_calibration_batches(job.config.options.qad_calibration_samples, args.micro_batch_size)
-    calibration = job.reader.read(train, num_batches, args.micro_batch_size, args.seq_length)
+    calibration = _read_calibration(job, train) if _quantizes_activations(job.config) else []
     validation = _read_validation(job, valid) if args.do_valid else []
     if validation and job.config.runs_teacher:
         run_teacher(job, validation)
     layers = quantize_layers(job, calibration, validation)
-    report_fallbacks(layers.fallbacks, args.save)
+    if calibration:
+        report_fallbacks(layers.fallbacks, args.save)
     job.saves.weights = LinkedWeights(iteration_dir(student), layers.weights)
     _save(job, [_Quantizers(layers.quantizers)], train)
     if validation:
         job.evaluated(model=None)
+
+
+def _quantizes_activations(config: JobConfig) -> bool:
+    has_inputs = any(FORMATS[name].input is not None for name in config.formats.values())
+    return has_inputs or KV_CACHE_FORMATS[config.policy.kv_cache] is not None
+
+
+def _read_calibration(job, iterator) -> list[Batch]:
+    """Read the microbatches of the calibration on this rank."""
+    args = job.args
+    num_batches = num_calibration_batches(job.config.options.qad_calibration_samples, args.micro_batch_size)
+    return job.reader.read(iterator, num_batches, args.micro_batch_size, args.seq_length)
 
 
 def _read_validation(job, iterator) -> list[Batch]:

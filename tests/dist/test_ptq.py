@@ -21,7 +21,7 @@ FLAGS = {
     # Few samples, so that some experts take the amax of another one; keys and values are quantized, too.
     "hybrid": [
         *("--qad-policy", "nemotron-3-nano-30b-a3b", "--qad-policy-override", "mlp=nvfp4", "head=nvfp4"),
-        *("--qad-calibration-samples", "2"),
+        *("--qad-calibration-samples", "2", "--qad-fused-linear-loss", "always"),
     ],
 }
 VOCAB = 120
@@ -204,3 +204,18 @@ def test_sequential_refusals(shop, tmp_path):
     output = shop.run(argv, fails=True)
     assert "float32, but the job computes in torch.bfloat16. --qad-ptq-sequential keeps the stored weights" in output
     assert "Traceback" not in output and not list((tmp_path / "run").glob("iter_*"))
+
+
+def test_sequential_without_calibration_or_teacher(shop, tmp_path):
+    """Only weights are quantized, and the loss needs no teacher: the run has the weights and no amax."""
+    outputs, runs = [], [tmp_path / "whole", tmp_path / "sequential"]
+    for run, flags in zip(runs, ([], ["--qad-ptq-sequential"]), strict=True):
+        flags = ["--qad-policy", "w4a16-all-linear", "--qad-loss", "ce", *flags, "--save", str(run)]
+        argv = shop.argv("dense", "--qad-ptq", *flags)
+        argv = [x for x in argv[2:] if x not in ("--qad-policy-override", "attention=fp8")]  # no --qad-teacher
+        outputs.append(shop.run(argv))
+    whole, sequential = shop.tensors(*runs)
+    assert not any("_amax" in name for name in sequential)
+    assert_same_tensors(whole, sequential)
+    assert validation(outputs[0]) == validation(outputs[1])
+    assert shop.exported(runs[0]) == shop.exported(runs[1])

@@ -42,19 +42,18 @@ class LinkedWeights:
             QADError: a tensor is missing or exists in both checkpoints, or a copied file is damaged.
             OSError: a link or a copy failed.
         """
-        weights, state = _read_index(self.directory), _read_index(target)
-        if missing := set(self.names) - weights.state_dict_metadata.keys():
+        weights, state, names = _read_index(self.directory), _read_index(target), set(self.names)
+        if missing := names - weights.state_dict_metadata.keys():
             raise QADError(f"{self.directory}: no tensor {min(missing)!r}.")
-        if common := set(self.names) & state.state_dict_metadata.keys():
+        if common := names & state.state_dict_metadata.keys():
             raise QADError(f"{target}: already has a tensor {min(common)!r}.")
-        stored = {index: info for index, info in weights.storage_data.items() if index.fqn in set(self.names)}
+        stored = {index: info for index, info in weights.storage_data.items() if index.fqn in names}
         renamed = _new_names(target, {info.relative_path for info in stored.values()})
         known = manifest.read(self.directory)
         sums = {new: _link(self.directory / old, target / new, known[old][1]) for old, new in renamed.items()}
         merged = Metadata(
-            state_dict_metadata=state.state_dict_metadata
-            | {name: weights.state_dict_metadata[name] for name in self.names},
-            planner_data=_merge(state.planner_data, weights.planner_data, self.names),
+            state_dict_metadata=state.state_dict_metadata | {name: weights.state_dict_metadata[name] for name in names},
+            planner_data=_merge(state.planner_data, weights.planner_data, names),
             storage_data=state.storage_data
             | {index: replace(info, relative_path=renamed[info.relative_path]) for index, info in stored.items()},
             storage_meta=state.storage_meta,
