@@ -20,10 +20,13 @@ from megatron.training.checkpointing import checkpoint_exists
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.data.provider import DatasetsProvider
+from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
+from megatron_qad.engine.run_directory.iterations import iteration_dir
+from megatron_qad.engine.run_directory.linked_weights import has_linked_weights
 from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, RUN_RECORDS, record_text
 from megatron_qad.models.builder import QADModelConfig, freeze
@@ -199,7 +202,13 @@ class QADJob:
         args = self.args
         resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
         self.events.job_begins(self, resumes_at)
-        return args.load is not None and checkpoint_exists(args.load)
+        resumes = args.load is not None and checkpoint_exists(args.load)
+        if resumes and args.swiglu and has_linked_weights(iteration_dir(args.load, args.ckpt_step or None)):
+            raise QADError(
+                f"--load {args.load}: --qad-ptq-sequential has written this run, with gate and up of each MLP as one "
+                "tensor; Megatron resumes from two. Start from it with --qad-student."
+            )
+        return resumes
 
     # Quantization and run directory ------------------------------------------------------------------------------
 

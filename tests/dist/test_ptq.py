@@ -184,6 +184,9 @@ def test_sequential_checkpoint_shares_the_weights(shop, tmp_path):
     assert linked and all(file.stat().st_nlink == 2 for file in linked)
     shutil.rmtree(source)
     assert shop.exported(run)
+    output = shop.run(shop.argv("dense", "--load", str(run), "--skip-train", "--train-iters", "1"), fails=True)
+    assert "Start from it with --qad-student" in output and "Traceback" not in output
+    shop.run(shop.argv("dense", "--qad-ptq", "--qad-student", str(run)))
     data = bytearray(linked[0].read_bytes())
     data[len(data) // 2] ^= 1
     linked[0].write_bytes(data)

@@ -19,6 +19,12 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 
 _INDEX = ".metadata"
+_PREFIX = "weights"
+
+
+def has_linked_weights(directory: Path) -> bool:
+    """Whether a checkpoint shares tensors that another one has written, in the form in which that one stores them."""
+    return any(directory.glob(f"{_PREFIX}*__*"))
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def _read_index(directory: Path) -> Metadata:
 
 def _new_names(target: Path, files: Collection[str]) -> dict[str, str]:
     """Return new names in ``target`` for files: ``weights__0_0.distcp``, or ``weights1__0_0.distcp`` if that exists."""
-    prefix = next(p for p in map("weights{}".format, chain([""], count(1))) if not any(target.glob(f"{p}__*")))
+    prefix = next(p for p in map(f"{_PREFIX}{{}}".format, chain([""], count(1))) if not any(target.glob(f"{p}__*")))
     return {file: f"{prefix}{file}" for file in sorted(files)}
 
 
