@@ -4,7 +4,10 @@ Each layer is a virtual pipeline stage of its own, so that Megatron's stages giv
 names. The first one also has the embedding, the last one the final norm and the output layer. Needs pipeline size 1.
 """
 
+import logging
+
 import torch
+from megatron.core.models.hybrid import hybrid_layer_allocation
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
@@ -30,6 +33,7 @@ class SingleLayers:
         self._num_layers = len(pattern)
         config.hybrid_layer_pattern = "|".join(pattern)
         config.perform_initialization = False  # all values are loaded
+        hybrid_layer_allocation.logger.setLevel(logging.WARNING)  # it would log a line for each layer
         self._groups = ProcessGroupCollection.use_mpu_process_groups()
 
     def __len__(self) -> int:
