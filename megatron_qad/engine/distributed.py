@@ -18,8 +18,11 @@ def init_process_group() -> None:
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo listens although there is no other process
+        before = os.environ.get("GLOO_SOCKET_IFNAME")
+        os.environ["GLOO_SOCKET_IFNAME"] = before or "lo"  # gloo listens although there is no other process
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+        if before is None:
+            del os.environ["GLOO_SOCKET_IFNAME"]  # a job on several nodes that this process starts must not inherit it
 
 
 def rank_and_size() -> tuple[int, int]:
