@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Return the seconds in which the files of a directory are copied to the disk. Removes the copy."""
+    """Return the seconds that it takes to copy a directory's files to the disk, and remove the copy."""
     start = time.monotonic()
     shutil.copytree(source, target, copy_function=shutil.copyfile)
     for file in target.iterdir():
@@ -181,7 +181,7 @@ def child(options: argparse.Namespace, step: str) -> dict:
 
 
 def memory_of(pid: int) -> Iterator[dict[str, int]]:
-    """Yield the memory of a process and of its children, in bytes by the names of Linux."""
+    """Yield the memory of a process and of each of its children: bytes by the field names of /proc/PID/status."""
     try:
         pids = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     except psutil.NoSuchProcess:
