@@ -21,7 +21,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
         from megatron_qad.checkpoint.torch_dist import TorchDistReader
 
         reader = TorchDistReader(run)
-        return reader.read(list(reader._metadata))
+        return reader.read(list(reader._files.names))
 
 
 def iteration(log: Path) -> int:
