@@ -48,6 +48,12 @@ def rooms_imported(source: str, module: str) -> set[str]:
     return subpackages
 
 
+def test_names_of_test_files_are_unique():
+    """pytest imports them by their file names, because the folders are not packages."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_each_room_has_a_floor():
     subpackages = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert subpackages == set(LEVELS)
