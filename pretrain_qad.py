@@ -9,6 +9,8 @@ amaxes of its activation quantizers. Then each training step, run by Megatron's 
    gradients pass through the quantizers unchanged (straight-through estimator),
 4. updates the float32 master weights; BF16 copies of them replace the quantized weights until the next step.
 
+With --qad-ptq nothing is trained: the student is calibrated, saved and validated, without gradients or an optimizer.
+
 Both models are on every rank and use the same tensor, pipeline, context, expert and data parallelism.
 
     torchrun --nproc-per-node 2 pretrain_qad.py [--config FILE] --qad-teacher CHECKPOINT --data-path DATA --save RUN ...
@@ -30,6 +32,7 @@ from megatron_qad.engine.events import Callback  # noqa: E402
 from megatron_qad.training.batch import Batch  # noqa: E402
 from megatron_qad.training.job import QADJob, Step  # noqa: E402
 from megatron_qad.training.plan import print_plan  # noqa: E402
+from megatron_qad.training.ptq import run_ptq  # noqa: E402
 from megatron_qad.training.start import check_dry_run, read_command_line, start_job  # noqa: E402
 
 
@@ -70,6 +73,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) 
     if config.options.qad_dry_run:
         return print_plan(config, job.args, check_dry_run(job, qad_step))
     with job.loop.running():
+        if config.options.qad_ptq:
+            return run_ptq(job, job.model_config(qad_step), partial(forward_step, job))
         pretrain(
             job.pretrain_config(qad_step),
             job.datasets_provider,

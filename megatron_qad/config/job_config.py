@@ -71,6 +71,11 @@ class JobConfig:
         return self.flags.dataloader_inter_document_masking
 
     @property
+    def runs_teacher(self) -> bool:
+        """Whether the job builds its teacher. PTQ needs it only for validation."""
+        return self.teacher is not None and not (self.options.qad_ptq and self.flags.eval_iters == 0)
+
+    @property
     def data_on_every_stage(self) -> bool:
         """Whether middle pipeline stages need the loss mask, because some loss is not computed from logits."""
         return len(self.losses.terms_of_type(LogitLoss)) < len(self.losses.terms)
@@ -134,6 +139,9 @@ def read_job_config(
     check_data_flags(flags)
     student, teacher = _models(options)
     models = [student] if teacher is None else [student, teacher]
+    refusals.check_sequential_ptq(flags, options)
+    if options.qad_ptq:
+        refusals.check_ptq(flags)
     _check_save(flags, options, models)
     added, notes = _added_flags(flags, options, models, trains=trains)
     argv = [*remove_flags(argv, *(IGNORED_BY_PTQ if options.qad_ptq else ())), *to_flags(added)]

@@ -41,6 +41,7 @@ class MegatronFlags:
     """Iterations of an evaluation. None means that the user set none; Megatron's own default is 100."""
     eval_interval: int | None = None
     save_interval: int | None = None
+    skip_train: bool = False
     iterations_to_skip: list = dataclasses.field(default_factory=list)
 
     # Learning rate and weight decay.

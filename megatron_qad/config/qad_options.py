@@ -109,8 +109,12 @@ class QADOptions:
     --distributed-timeout-minutes."""
 
     qad_ptq: bool = False
-    """Post-training quantization only: calibrate, quantize, evaluate and save, as one iteration at learning rate 0.
-    Default: off."""
+    """Post-training quantization only: calibrate, save and validate the student as iteration 1. Nothing is trained, so
+    that the job holds no gradients and no optimizer. Default: off."""
+
+    qad_ptq_sequential: bool = False
+    """Hold one layer of the model at a time in a --qad-ptq job, and the hidden states of all calibration and validation
+    sequences in host memory. For models that do not fit into memory; data parallelism only. Default: off."""
 
     qad_job_dir: str | None = None
     """Directory for messages between a batch script and the job: a file 'stop' in it makes the job save after the

@@ -174,6 +174,38 @@ def check_skipped(flags: MegatronFlags, options: QADOptions) -> None:
         )
 
 
+def check_ptq(flags: MegatronFlags) -> None:
+    """Reject flags that ask a PTQ job to resume or to skip what it does not do."""
+    if flags.load is not None:
+        raise QADError(
+            f"--load {flags.load}: --qad-ptq does not resume. Pass the checkpoint to be quantized with --qad-student."
+        )
+    if flags.skip_train:
+        raise QADError(
+            "--skip-train: --qad-ptq trains nothing, it calibrates, saves and validates. Leave out one of the flags."
+        )
+
+
+def check_sequential_ptq(flags: MegatronFlags, options: QADOptions) -> None:
+    """Reject ``--qad-ptq-sequential`` without ``--qad-ptq``, or with parallelism other than over data."""
+    if not options.qad_ptq_sequential:
+        return
+    if not options.qad_ptq:
+        raise QADError("--qad-ptq-sequential holds one layer at a time, which training cannot. Add --qad-ptq.")
+    for name in ("tensor", "pipeline", "expert"):
+        size = getattr(flags, f"{name}_model_parallel_size")
+        if size > 1:
+            raise QADError(
+                f"--{name}-model-parallel-size {size}: --qad-ptq-sequential holds one layer on each rank and divides "
+                "only the data. Leave out one of the flags."
+            )
+    if flags.context_parallel_size > 1:
+        raise QADError(
+            f"--context-parallel-size {flags.context_parallel_size}: --qad-ptq-sequential divides sequences, not the "
+            "tokens of one. Leave out one of the flags."
+        )
+
+
 def check_hidden_losses(
     flags: MegatronFlags, options: QADOptions, losses: WeightedLosses, shapes: Mapping[str, Mapping]
 ) -> None:

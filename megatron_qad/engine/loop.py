@@ -70,6 +70,10 @@ class Loop:
         config.finalize_model_grads_func = self._finalize_gradients
         self._replace("get_forward_backward_func", lambda upstream: self._wrap_schedules(upstream, run_schedule))
         self._replace("train_step", self._train_step)
+        self.install_saves()
+
+    def install_saves(self) -> None:
+        """Make Megatron report saves to this object; all that a job without a training loop needs."""
         self._replace("save_checkpoint", self._save_checkpoint)
         if self.args.async_save:
             self._replace("maybe_finalize_async_save", self._finalize_async_save)

@@ -4,7 +4,7 @@ Checkpoints come from an import (``tools/import_hf.py``, ``tools/import_megatron
 are read. When a job resumes, Megatron's ``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,11 +39,15 @@ def has_amaxes(checkpoint: str | Path) -> bool:
     return any(name.endswith(AMAX) for name in stored_shapes(checkpoint))
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False) -> None:
+def load_weights(
+    chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False, is_whole: bool = True
+) -> None:
     """Load the weights of ``checkpoint`` into model chunks, one per virtual pipeline stage.
 
     Args:
         with_amaxes: also load the amaxes of the input quantizers, whose buffers must exist (``expect_amax``).
+        is_whole: whether the chunks of all ranks are the whole model. An output layer that is tied to an embedding,
+            which Megatron expects on another rank, is otherwise an error.
 
     Raises:
         QADError: the checkpoint is damaged, lacks a tensor of the model, or has a tensor of another shape.
@@ -55,19 +59,15 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
     """
     manifest.verify_checkpoint(iteration_dir(checkpoint))
     stored = stored_shapes(checkpoint)
-    skipped = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
-    # Experts are always saved as two tensors, so they do not show how the other MLPs are saved.
-    non_expert = [name for name in stored if ".experts.experts." not in name]
-    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in non_expert)}
+    # Virtual stages are loaded one after the other, so that a tied output layer is read without its embedding, too.
+    is_whole = is_whole and len(chunks) == 1
     for chunk in unwrap_model(list(chunks)):
-        sharded = {
-            name: tensor
-            for name, tensor in chunk.sharded_state_dict(metadata=metadata).items()
-            if not any(part in name for part in skipped)
-        }
+        sharded = _sharded_weights(chunk, stored, with_amaxes)
         _check_shapes(sharded, stored, checkpoint)
         with one_error():
-            loaded = dist_checkpointing.load(sharded, str(iteration_dir(checkpoint)))
+            loaded = dist_checkpointing.load(
+                sharded, str(iteration_dir(checkpoint)), validate_access_integrity=is_whole
+            )
         loaded = {name: loaded[name] for name in sharded}  # a job's checkpoint also has args, iteration, ...
         missing, unexpected = chunk.load_state_dict(loaded, strict=False)
         not_shared = [n for n in missing if not any(part in n for part in (_EXTRA_STATE, _QUANTIZER))] + list(
@@ -75,6 +75,41 @@ def load_weights(chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, w
         )
         if not_shared:
             raise QADError(f"{checkpoint}: tensors that are not in both model and checkpoint: {not_shared[:5]}.")
+
+
+def _sharded_weights(chunk: torch.nn.Module, stored: Collection[str], with_amaxes: bool = False) -> dict:
+    """Return the sharded state dict of a chunk's weights in the form in which a checkpoint stores them.
+
+    Args:
+        stored: names of the tensors in the checkpoint.
+    """
+    skipped = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
+    # Experts are always saved as two tensors, so they do not show how the other MLPs are saved.
+    non_expert = [name for name in stored if ".experts.experts." not in name]
+    metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in non_expert)}
+    sharded = chunk.sharded_state_dict(metadata=metadata)
+    return {name: tensor for name, tensor in sharded.items() if not any(part in name for part in skipped)}
+
+
+def stored_dtypes(checkpoint: str | Path) -> dict[str, torch.dtype]:
+    """Return the dtype of every tensor in a checkpoint by name."""
+    metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint)))
+    return {name: tensor.dtype for name, tensor in metadata.items()}
+
+
+def weight_dtypes(chunk: torch.nn.Module, stored: Collection[str]) -> dict[str, torch.dtype]:
+    """Return the dtype of a chunk's weights by the names under which a checkpoint stores them.
+
+    Args:
+        stored: names of the tensors in the checkpoint.
+    """
+    return {tensor.key: tensor.dtype for tensor in _tensors(_sharded_weights(unwrap_model(chunk), stored))}
+
+
+def quantizers_to_save(chunk: torch.nn.Module) -> dict:
+    """Return the part of a chunk's sharded state dict that ``load_weights`` does not load: its quantizers' amaxes."""
+    sharded = unwrap_model(chunk).sharded_state_dict()
+    return {name: x for name, x in sharded.items() if any(part in name for part in (_EXTRA_STATE, _QUANTIZER))}
 
 
 def weights_to_save(chunks: Sequence[torch.nn.Module]) -> dict:

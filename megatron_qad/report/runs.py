@@ -49,7 +49,7 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Whether any iteration had a learning rate above 0. PTQ runs one iteration at 0, to calibrate."""
+        """Whether any iteration had a learning rate above 0. PTQ has no iteration; older jobs ran one at 0."""
         rates = self.scalars.get("learning-rate")
         return bool(self.training_loss[1]) and (rates is None or any(rate > 0 for _, rate in rates))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
@@ -44,6 +45,17 @@ class CalibrationPass:
             ready, self._read_ahead = self._read_ahead[:num_microbatches], self._read_ahead[num_microbatches:]
         num_missing = num_microbatches - len(ready)
         return ready + self._read(data_iterator, num_missing, shape) if num_missing else ready
+
+    def calibrate(self, data_iterator, shape: dict, model) -> None:
+        """Calibrate on the next microbatches of ``data_iterator`` if a quantizer has no amax; no step reads them again.
+
+        Args:
+            shape: "seq_length", "micro_batch_size" and "decoder_seq_length", as arguments of a schedule.
+            model: the student's chunks, wrapped or not.
+        """
+        if self._must_calibrate():
+            self._calibrate(get_forward_backward_func(), data_iterator, shape, model)
+            self._read_ahead = []
 
     def _must_calibrate(self) -> bool:
         """Whether any rank has a quantizer without an amax. Ranks without quantizers then run the passes, too."""

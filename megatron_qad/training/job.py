@@ -22,14 +22,17 @@ from megatron.training.config import PretrainConfigContainer
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.data.provider import DatasetsProvider
+from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.loop import Loop, gather_parameters
 from megatron_qad.engine.megatron_args import megatrons_refusals
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
+from megatron_qad.engine.run_directory.iterations import iteration_dir
+from megatron_qad.engine.run_directory.linked_weights import has_linked_weights
 from megatron_qad.engine.run_directory.resume_point import select_resume_checkpoint
 from megatron_qad.engine.run_directory.run_files import EVENTS_FILE, RUN_RECORDS, record_text
-from megatron_qad.models.builder import QADModelConfig
+from megatron_qad.models.builder import QADModelConfig, freeze
 from megatron_qad.models.weight_loading import has_amaxes, load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
@@ -167,24 +170,18 @@ class QADJob:
         """Load and quantize the student, build the teacher and hook into Megatron's loop, before wrapping."""
         config, args, events = self.config, self.args, self.events
         self.student = chunks
-        resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
-        resumes = args.load is not None and checkpoint_exists(args.load)
-        if resumes_at:
-            check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
-        if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
-            check_expert_state(config, Path(args.load), resumes_at)
-        events.job_begins(self, resumes_at)
+        resumes = self.begin()
         if not resumes or self.needs_initial_weights:
             events.phase("loading the student", is_long=True)
             load_weights(chunks, config.student.checkpoint)
         if not resumes:
             print_rank_0(f"megatron_qad: student starts from {config.student.checkpoint}")
-        self._describe(resumes)
+        self.describe(resumes)
         self.activations = self.quantize_activations(chunks)
         if resumes and has_amaxes(args.load):
             self.activations.expect_amax(device=torch.cuda.current_device())
         events.phase("loading the teacher", is_long=True)
-        if config.teacher is not None:
+        if config.runs_teacher:
             self.teacher = build_teacher(config, args, self.forward)
             check_disjoint(self.teacher.chunks, chunks)
         self.weights = self.quantize_weights(chunks)
@@ -199,7 +196,7 @@ class QADJob:
         self.saves.install()
         self.loop.install(chunks, partial(self._run_step, qad_step))
         events.phase("Megatron's setup: optimizer, checkpoint, index of the data", is_long=True)
-        return chunks
+        return [freeze(chunk) for chunk in chunks] if config.options.qad_ptq else chunks
 
     def _run_step(self, qad_step: Callable[["QADJob", Step], list[dict]], schedule: Callable, **call) -> list[dict]:
         """Replaces ``schedule``: read the microbatches, calibrate before the first of them, run ``qad_step``."""
@@ -216,6 +213,23 @@ class QADJob:
         reports = qad_step(self, step)
         self.events.forward_ended(reports, is_training)
         return reports
+
+    def begin(self) -> bool:
+        """Select the checkpoint from which the job resumes, and report its beginning. Returns whether it resumes."""
+        args = self.args
+        resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
+        resumes = args.load is not None and checkpoint_exists(args.load)
+        if resumes_at:
+            check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
+        if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
+            check_expert_state(self.config, Path(args.load), resumes_at)
+        self.events.job_begins(self, resumes_at)
+        if resumes and args.swiglu and has_linked_weights(iteration_dir(args.load, args.ckpt_step or None)):
+            raise QADError(
+                f"--load {args.load}: --qad-ptq-sequential has written this run, with gate and up of each MLP as one "
+                "tensor; Megatron resumes from two. Start from it with --qad-student."
+            )
+        return resumes
 
     # Quantization and run directory ------------------------------------------------------------------------------
 
@@ -247,7 +261,7 @@ class QADJob:
             mpu.get_expert_tensor_parallel_group(),
         )
 
-    def _describe(self, resumes: bool) -> None:
+    def describe(self, resumes: bool) -> None:
         """Write the files that describe the run to ``--save``, and register those that each checkpoint gets."""
         save = self.args.save
         if save is None:

@@ -39,7 +39,7 @@ def plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str] = ()) 
     yield f"outputs     {config.output_mode.describe()}"
     yield ""
     yield from render(format_rows(student.family.linears(student.hf), config.formats))
-    yield from _parallelism(args)
+    yield from _parallelism(config, args)
     yield from (f"{'data' if i == 0 else '':<11} {line}" for i, line in enumerate(data))
     yield from _bytes_per_rank(config, args, tensors)
     if config.notes:
@@ -47,7 +47,7 @@ def plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str] = ()) 
         yield from (f"note        {note}" for note in config.notes)
 
 
-def _parallelism(args: argparse.Namespace) -> Iterator[str]:
+def _parallelism(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
     tokens = args.global_batch_size * args.seq_length
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     yield ""
@@ -59,7 +59,9 @@ def _parallelism(args: argparse.Namespace) -> Iterator[str]:
         f"step        {args.global_batch_size} sequences of {args.seq_length} = {tokens:,} tokens in {microbatches} "
         f"microbatches of {args.micro_batch_size}"
     )
-    if args.train_iters:
+    if config.options.qad_ptq:
+        yield f"calibration {config.options.qad_calibration_samples} sequences; nothing is trained"
+    elif args.train_iters:
         yield f"training    {args.train_iters} iterations = {args.train_iters * tokens:,} tokens"
 
 
@@ -68,7 +70,7 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
     dense, experts = _largest_stage(args, tensors, args.hybrid_layer_pattern)
     student = dense + experts
     rows = {"student weights": student * width}
-    teacher = config.teacher
+    teacher = config.teacher if config.runs_teacher else None
     if teacher is not None:
         layers = teacher.family.layer_pattern(teacher.hf)
         pattern = split_into_stages(layers, args.pipeline_model_parallel_size * config.teacher_virtual_stages)
@@ -77,17 +79,15 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
             rows["teacher weights, offloaded"] = _num_offloaded_params(args, teacher_tensors) * width
         else:
             rows["teacher weights"] = sum(_largest_stage(args, teacher_tensors, pattern)) * width
-    rows["gradients"] = student * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
-    # Two moments of Adam, and a float32 master if the weights have 16 bits.
-    bytes_per_param = 12 if width == 2 else 8
-    shards = (args.data_parallel_size, _num_expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
-    rows["optimizer state"] = dense * bytes_per_param // shards[0] + experts * bytes_per_param // shards[1]
+    if not config.options.qad_ptq:
+        rows |= _training_state(args, dense, experts, width)
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     sizes, output_mode = config.output_sizes, config.output_mode
     if output_mode.fused:
         fused_sizes = sizes.fused(len(config.losses.terms_of_type(LogitLoss)), config.student.hidden_size)
         rows["logits of both models, one chunk"] = fused_sizes["chunk"]
-        rows["output weight's gradient, float32"] = fused_sizes["gradient"]
+        if not config.options.qad_ptq:
+            rows["output weight's gradient, float32"] = fused_sizes["gradient"]
     else:
         rows["student logits, one microbatch"] = sizes.logits()
     if teacher is not None:
@@ -101,6 +101,16 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
     yield f"  {'sum':<34} {sum(rows.values()):>18,}"
     if teacher is not None:
         yield f"  not kept: teacher {other}, which would take {output_sizes[other] * in_flight:,} bytes"
+
+
+def _training_state(args: argparse.Namespace, dense: int, experts: int, width: int) -> dict[str, int]:
+    """Return the bytes of gradients and optimizer state for weights of ``width`` bytes."""
+    gradients = (dense + experts) * (4 if args.accumulate_allreduce_grads_in_fp32 or width == 4 else 2)
+    # Two moments of Adam, and a float32 master if the weights have 16 bits.
+    bytes_per_param = 12 if width == 2 else 8
+    shards = (args.data_parallel_size, _num_expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
+    state = dense * bytes_per_param // shards[0] + experts * bytes_per_param // shards[1]
+    return {"gradients": gradients, "optimizer state": state}
 
 
 def _largest_stage(args: argparse.Namespace, tensors: list[ParamMapping], pattern: str) -> tuple[int, int]:

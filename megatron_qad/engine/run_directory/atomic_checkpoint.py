@@ -23,6 +23,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.patches import replace
 from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import manifest
+from megatron_qad.engine.run_directory.linked_weights import LinkedWeights
 from megatron_qad.engine.system_errors import describe, explain
 
 PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
@@ -44,6 +45,8 @@ class AtomicCheckpoints:
         self.extra_texts: dict[str, Callable[[], str | None]] = {}
         """Text files to add to every checkpoint: name -> function that rank 0 calls at each save for the content; it
         returns None to leave the file out."""
+        self.weights: LinkedWeights | None = None
+        """Tensors of another checkpoint that every checkpoint contains as links, besides those that are saved."""
         self.free_after_writing = 0
         """Free bytes on the disk after the last save wrote its large files, on rank 0; used in the message if the save
         failed."""
@@ -88,7 +91,7 @@ class AtomicCheckpoints:
             write = partial(_write_and_hash, request.async_fn, str(aside), torch.distributed.get_rank())
             request = request._replace(async_fn=write)
         request.finalize_fns.insert(0, partial(self._release_reserve, aside))
-        request.finalize_fns.append(partial(_publish, aside, final, texts))
+        request.finalize_fns.append(partial(_publish, aside, final, texts, self.weights))
         if async_sharded_save:
             return request
         request.execute_sync()
@@ -160,7 +163,7 @@ def _write_and_hash(write: Callable, directory: str, rank: int, *args, **kwargs)
         print(f"megatron_qad: rank {rank}: {error}", flush=True)  # _publish then fails for lack of the sums
 
 
-def _publish(aside: Path, final: Path, texts: dict[str, str]) -> None:
+def _publish(aside: Path, final: Path, texts: dict[str, str], weights: LinkedWeights | None) -> None:
     """Gather the sums of all ranks, check that the files are complete, and rename the checkpoint to its final name."""
     shares: list[dict] = [{} for _ in range(torch.distributed.get_world_size())]
     file = aside / f"{_SUMS}{torch.distributed.get_rank()}"
@@ -171,10 +174,14 @@ def _publish(aside: Path, final: Path, texts: dict[str, str]) -> None:
         local_sums = {}
     torch.distributed.all_gather_object(shares, local_sums)
     sums = {name: tuple(value) for share in shares for name, value in share.items()}
-    on_first_rank(lambda: _check_and_rename(sums, texts, aside, final))
+    on_first_rank(lambda: _check_and_rename(sums, texts, aside, final, weights))
 
 
-def _check_and_rename(sums: dict[str, manifest.Sum], texts: dict[str, str], aside: Path, final: Path) -> None:
+def _check_and_rename(
+    sums: dict[str, manifest.Sum], texts: dict[str, str], aside: Path, final: Path, weights: LinkedWeights | None
+) -> None:
+    if weights is not None:
+        sums |= weights.add_to(aside)
     for name, text in texts.items():
         manifest.write_atomically(aside / name, text)
     for name in (".metadata", "metadata.json", *texts):

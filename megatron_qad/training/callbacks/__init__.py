@@ -18,14 +18,14 @@ from megatron_qad.training.callbacks.validation import Validation
 
 def build_callbacks(job) -> list[Callback]:
     """Build the callbacks of a job, in the order in which they receive events. Add a new callback to this list."""
-    losses = job.config.losses
+    losses, trains = job.config.losses, not job.config.options.qad_ptq
     best = BestCheckpoints(job)
     return [
         StepTimes(job),
         NaNGuard(job),
         LossSpike(job),
-        *([HiddenStateLosses(job)] if losses.terms_of_type(HiddenLoss) else []),
-        *([ScalePenalty(job)] if losses.terms_of_type(ScaleGrowth) else []),
+        *([HiddenStateLosses(job)] if trains and losses.terms_of_type(HiddenLoss) else []),
+        *([ScalePenalty(job)] if trains and losses.terms_of_type(ScaleGrowth) else []),
         ExpertLoad(job),
         best,
         Validation(),

@@ -19,7 +19,6 @@ class NaNGuard(Callback):
     def __init__(self, job):
         self._job = job
         self._on_nan = job.config.options.qad_on_nan
-        self._trains = not job.config.options.qad_ptq  # PTQ does not learn from the batch
         self._skips_in_a_row = 0
 
     def before_update(self, update: Update) -> None:
@@ -30,7 +29,7 @@ class NaNGuard(Callback):
         """
         if not update.is_finite:
             self._handle_nan(update)
-        elif not update.num_tokens and self._trains:
+        elif not update.num_tokens:
             self._stop_or_skip(
                 update,
                 f"step {update.step}: no token of its batch counts in the loss, so there is nothing to learn from it",

@@ -10,6 +10,7 @@ from megatron_qad.config.megatron_flags import MegatronFlags  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.config.refusals import (  # noqa: E402
     check_masters,
+    check_ptq,
     check_skipped,
     check_step,
 )
@@ -93,6 +94,14 @@ def test_flags_with_which_wandb_cannot_start_are_rejected():
         check_wandb(MegatronFlags(wandb_project="p", wandb_exp_name=""))
     with pytest.raises(QADError, match="--wandb-project needs a directory"):
         check_wandb(MegatronFlags(wandb_project="p"))
+
+
+def test_ptq_neither_resumes_nor_skips():
+    check_ptq(MegatronFlags(save="runs/ptq"))
+    with pytest.raises(QADError, match="--load runs/qad: --qad-ptq does not resume.*--qad-student"):
+        check_ptq(MegatronFlags(load="runs/qad"))
+    with pytest.raises(QADError, match="--skip-train: --qad-ptq trains nothing"):
+        check_ptq(MegatronFlags(skip_train=True))
 
 
 def test_ptq_does_not_reset_a_training_run(tmp_path):
