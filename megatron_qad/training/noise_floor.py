@@ -55,10 +55,11 @@ def measure_noise(job: QADJob, num_microbatches: int, seed: int) -> NoiseFloor:
             f"--qad-policy {job.config.options.qad_policy} quantizes no input, so there is no noise to measure."
         )
     activations.expect_amax(device=torch.cuda.current_device())
+    weights = job.quantize_weights(inner)
     load_weights(inner, job.config.student.checkpoint, with_amaxes=True)
     if not activations.calibrated:
         raise QADError(f"{job.config.student.checkpoint}: saved before calibration. Give a later checkpoint.")
-    job.quantize_weights(inner).quantize_()
+    weights.quantize_()
     chunks = [freeze(chunk) for chunk in chunks]
     held_out = HeldOut(job, num_microbatches)
     held_out.set_reference(chunks)
