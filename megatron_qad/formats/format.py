@@ -39,6 +39,8 @@ class NumberFormat:
     scales."""
     tensor_bytes: int = SCALE_BYTES
     """Bytes of a stored weight in addition to its elements and block scales. Default: one float32 scale."""
+    scale_rules: tuple[str, ...] = ("max",)
+    """Rules that can choose the block scales (``block_scales``). Formats with only "max" have none to choose."""
     input_attributes: Mapping[Any, Any] | None = None
     """modelopt quantizer attributes for an input in this format. None means that the format is for weights only."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_pack
+from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
@@ -21,6 +22,7 @@ class NVFP4Numbers(NumberFormat):
     name = "nvfp4"
     bits = 4.5
     block_size = BLOCK_SIZE
+    scale_rules = SCALE_RULES
     input_attributes = {
         "num_bits": (2, 1),
         "block_sizes": {-1: BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
