@@ -109,6 +109,13 @@ class NumberFormat:
         """Return the codes of ``x`` with block scales from ``block_scales``; they decode to ``fake_quant_fixed``."""
         return self.quantize(x, scale, name=name, check=check)
 
+    def saturation_limits(self, scale: Tensor, block_scales: Tensor) -> Tensor:
+        """Return the largest magnitude that each block can hold, float32 of the shape of ``block_scales``.
+
+        Only formats whose ``block_scales`` are not None have it; see ``nvfp4_fixed.saturation_limits``.
+        """
+        raise NotImplementedError
+
     def preserves_amax(self, rule: str) -> bool:
         """Whether fake quantization under ``rule`` preserves the amax, so that ``pack`` can find the scale again.
 

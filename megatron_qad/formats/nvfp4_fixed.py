@@ -10,8 +10,10 @@ from torch import Tensor
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.block_scales import amax_of
 from megatron_qad.formats.common import check_finite, tile_slices
-from megatron_qad.formats.e2m1 import encode, pack_codes, round_to_e2m1_
+from megatron_qad.formats.e2m1 import E2M1_MAX, encode, pack_codes, round_to_e2m1_
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE, block_scales_of, check_global_scale, check_quantizable
+
+_TOP_CODE = 0x7E  # 448, the largest E4M3 number
 
 
 def block_scales(
@@ -103,6 +105,28 @@ def fake_quant_fixed(
         out[part] = round_to_e2m1_(scaled).mul_(decode_scale).view(-1, rows.shape[1])
         out[part].add_(0.0)  # no -0.0, as in nvfp4.dequantize
     return out.view(x.shape)
+
+
+def saturation_limits(global_scale: Tensor, block_scale: Tensor) -> Tensor:
+    """Return the largest magnitude for which each block scale is large enough, float32 of the shape of ``block_scale``.
+
+    It is 6 times the midpoint between the scale and the next E4M3 number: a block with a larger amax would get a larger
+    scale under the rule "max". Just above 6 * block_scale * global_scale a value still is within the rounding of its
+    scale; about half of all blocks contain such a value from the start.
+
+    Args:
+        global_scale: float32 [].
+        block_scale: float8_e4m3fn of any shape, non-negative.
+
+    Example:
+        >>> saturation_limits(torch.tensor(0.5), torch.tensor([1.0, 448.0]).to(torch.float8_e4m3fn))
+        tensor([   3.1875, 1392.0000])
+    """
+    codes = block_scale.view(torch.uint8)
+    above = (codes + 1).view(torch.float8_e4m3fn).float()
+    above = torch.where(codes == _TOP_CODE, 480.0, above)  # would follow 448
+    midpoint = (block_scale.float() + above) / 2
+    return midpoint * (E2M1_MAX * global_scale.float())
 
 
 def _scaled(rows: Tensor, scales: Tensor, global_scale: Tensor, name: str | None) -> tuple[Tensor, Tensor]:

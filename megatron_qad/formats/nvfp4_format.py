@@ -34,6 +34,7 @@ class NVFP4Numbers(NumberFormat):
     fake_quant_list_ = staticmethod(nvfp4_multi_tensor.fake_quant_list_)
     block_scales = staticmethod(nvfp4_fixed.block_scales)
     fake_quant_fixed = staticmethod(nvfp4_fixed.fake_quant_fixed)
+    saturation_limits = staticmethod(nvfp4_fixed.saturation_limits)
 
     def quantize_fixed(
         self, x: Tensor, scale: Tensor, block_scales: Tensor, *, name: str = "tensor", check: bool = True
