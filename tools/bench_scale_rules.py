@@ -2,10 +2,10 @@
 
     python tools/bench_scale_rules.py [--hf-model DIR] [--layers 6]
 
-Prints a Markdown table. The error of a rule is the sum of squared errors, divided by that of ``max``; for random tensors
-it is the mean of this ratio over seeds, with its standard error. Weights are bfloat16, each with its own global scale,
-except that q, k, v and gate, up share one. Times are for choosing the block scales and fake-quantizing, in one thread:
-medians, per million weights. ``examples/smollm2_135m/extract.py`` writes a model.
+Prints a Markdown table. The error of a rule is the sum of squared errors, divided by that of ``max``; for random
+tensors it is the mean of this ratio over seeds, with its standard error. Weights are bfloat16, each with its own
+global scale, except that q, k, v and gate, up share one. Times are for choosing the block scales and fake-quantizing,
+in one thread: medians, per million weights. ``examples/smollm2_135m/extract.py`` writes a model.
 """
 
 import argparse
