@@ -8,25 +8,26 @@ therefore gets the same block scales as the whole tensor.
   modelopt 0.47 does. The widest gap of E2M1 is between 4 and 6, so a block with values near 5/6 of its amax gains from
   a maximum of 4. The tensor's amax has the block scale 256 instead of 448 (or 384 if it maps to 4), so that every block
   can choose.
-- ``four_over_six_448``: the same with the block scale 448, where blocks with more than 0.69 of the amax map to 6.
 - ``mse``: the E4M3 scale with the smallest error among those from 2 codes below the ``max`` rule's scale to 8 codes
-  above it (the amax maps to about 7.5 down to 3). These include the candidate of ``four_over_six_448``.
+  above it (the amax maps to about 7.5 down to 3).
 - ``mse_multipliers``: modelopt's ``mse``: the block's amax times 39 values from 0.25 to 4.
 - ``mse_sweep``: modelopt's ``mse`` with ``fp8_scale_sweep``: all 126 positive E4M3 numbers.
 - ``local_hessian``: the same candidates, with the error weighted by the second moments of the layer's inputs.
 
-The rules of modelopt are in ``searched_scales``. The error of ``four_over_six_448`` and ``mse`` is the sum of squares
-over the 16 values, in float32, in units of the global scale, and ties go to the ``max`` rule's scale. All errors are
-added in a fixed order, so that a kernel chooses the same scale.
+The rules of modelopt are in ``searched_scales``. The error of ``mse`` is the sum of squares over the 16 values, in
+float32, in units of the global scale, and ties go to the ``max`` rule's scale. All errors are added in a fixed order,
+so that a kernel chooses the same scale.
 
-Which rules preserve the amax (``ScaleRule.preserves_amax``), so that ``NumberFormat.pack`` can recompute the global scale
-from a fake-quantized weight:
+``NumberFormat.pack`` can recompute the global scale from a fake-quantized weight if the rule preserves the amax
+(``ScaleRule.preserves_amax``), exactly in 16-bit dtypes and within an ulp in float32:
 
-- ``max``, ``four_over_six_448``, ``mse``: the block that holds the amax has the scale 448 and keeps it. Its largest
-  value becomes 6 * (448 * global_scale), which is the amax in 16-bit dtypes, and within an ulp of it in float32.
-- ``four_over_six``: it becomes 6 * (256 * global_scale) or 4 * (384 * global_scale), exactly the amax in every dtype: 1536
-  and 384 are sums of two powers of two, and for such n a quotient times n gives the dividend back,
-  ``(amax / n) * n == amax`` in IEEE arithmetic (Kahan). No other block decodes to more.
+- ``max``, ``mse``: the block that holds the amax has the scale 448 and keeps it. Its largest value becomes
+  6 * (448 * global_scale).
+- ``four_over_six``: it becomes 6 * (256 * global_scale) or 4 * (384 * global_scale). Both are 1536 * global_scale,
+  rounded once, with the global scale amax / 1536. No other block decodes to more: its scale is at most 256 where its
+  largest code is 6, and 384 where it is 4. 1536 is a sum of two powers of two, and for such a number n,
+  ``(amax / n) * n == amax`` in IEEE arithmetic if amax has at most one bit less than the arithmetic (Kahan). In float32
+  the amax can move by an ulp, but the global scale computed from it is the same (all mantissas were tried).
 - The other rules may choose any scale for the block with the amax, also one that clips it.
 """
 
@@ -61,7 +62,6 @@ class ScaleRule:
 SCALE_RULES: dict[str, ScaleRule] = {
     "max": ScaleRule(),
     "four_over_six": ScaleRule(top_scale=256.0, is_searched=True),
-    "four_over_six_448": ScaleRule(),
     "mse": ScaleRule(),
     "mse_multipliers": ScaleRule(preserves_amax=False, is_searched=True),
     "mse_sweep": ScaleRule(preserves_amax=False, is_searched=True),
@@ -69,12 +69,10 @@ SCALE_RULES: dict[str, ScaleRule] = {
 }
 """Rules by name, in the order of messages."""
 
-KERNEL_RULES = ("max", "four_over_six_448", "mse")
+KERNEL_RULES = ("max", "four_over_six", "mse")
 """Rules that the Triton kernels implement. PyTorch computes the others, on every device."""
 
 _TOP_CODE = 0x7E  # 448
-# The largest number that rounds to 448. In fake-quantized blocks amax / 4 can exceed 448 by the dtype's rounding error.
-_TOP_QUOTIENT = 464.0
 MSE_OFFSETS = (0, 1, 2, 3, 4, 5, 6, 7, 8, -1, -2)  # in codes, from the max rule's scale; ties go to the earlier
 
 
@@ -88,10 +86,12 @@ def scale_rule(rule: str, name: str = "tensor") -> ScaleRule:
 def amax_of(global_scale: Tensor, rule: str, dtype: torch.dtype) -> Tensor:
     """Return the amax, float32 [], from which a global scale was computed.
 
-    It is exact for ``four_over_six``, and for weights of a 16-bit ``dtype``, whose amax is a number of that dtype. For
-    float32 weights under another rule it can be an ulp off; pass the amax itself where modelopt's bits matter.
+    It is exact for weights of a 16-bit ``dtype``, whose amax is a number of that dtype. For float32 weights it can be
+    an ulp off; pass the amax itself where modelopt's bits matter.
     """
     amax = global_scale * torch.full_like(global_scale, SCALE_RULES[rule].divisor)
+    if rule in KERNEL_RULES:  # as the kernel does; exact for 16-bit dtypes
+        return amax
     rounded = amax.to(dtype).float()
     # A scale from elsewhere, such as one shared with a float32 weight, is not within an ulp of a 16-bit amax.
     return torch.where((rounded - amax).abs() <= 2.0**-23 * amax, rounded, amax)
@@ -123,11 +123,7 @@ def choose(
         amax = amax_of(global_scale, rule, torch.float32) if amax is None else amax
         return searched_scales.search(blocks, block_amax, amax, SCALE_RULES[rule].top_scale, rule, hessian)
     scale = max_scale(block_amax, global_scale)
-    if rule == "max":
-        return scale
-    if rule == "four_over_six_448":
-        return _four_over_six_448(blocks, block_amax, scale, global_scale)
-    return _mse(blocks, scale, global_scale)
+    return scale if rule == "max" else _mse(blocks, scale, global_scale)
 
 
 def max_scale(block_amax: Tensor, global_scale: Tensor) -> Tensor:
@@ -148,14 +144,6 @@ def squared_error(blocks: Tensor, block_scale: Tensor, global_scale: Tensor) -> 
         half = errors.shape[1] // 2
         errors = errors[:, :half] + errors[:, half:]
     return errors * (block_scale * block_scale)
-
-
-def _four_over_six_448(blocks: Tensor, block_amax: Tensor, six: Tensor, global_scale: Tensor) -> Tensor:
-    quotient = block_amax / (global_scale * 4.0)
-    four = round_to_e4m3_(quotient.clamp(min=E4M3_MIN))
-    better = squared_error(blocks, four, global_scale) < squared_error(blocks, six, global_scale)
-    better &= quotient <= _TOP_QUOTIENT  # a max scale of 448 stays: its quotient is >= 1.5 * 432
-    return torch.where(better, four, six)
 
 
 def _mse(blocks: Tensor, start: Tensor, global_scale: Tensor) -> Tensor:

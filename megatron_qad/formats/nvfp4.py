@@ -285,8 +285,8 @@ def block_scales_of(
 ) -> Tensor:
     """Return the E4M3 scales of float32 blocks [B, 16] as float32 [B, 1].
 
-    ``name=None`` skips the check for NaN and Inf. ``scratch``: int32 [B, 16], overwritten. The other arguments are those
-    of ``block_scales.choose``.
+    ``name=None`` skips the check for NaN and Inf. ``scratch``: int32 [B, 16], overwritten. The other arguments are
+    those of ``block_scales.choose``.
     """
     block_amax = amax_bits(blocks, -1, scratch)  # NaN where a block has one
     if name is not None and not bool(torch.isfinite(block_amax).all()):

@@ -84,8 +84,8 @@ def fake_quant_fixed(
     Args:
         x: float32, bfloat16 or float16 [..., K].
         global_scale: float32 [].
-        block_scale: float8_e4m3fn [..., K/16], as from ``block_scales``, which need not be those of ``x``. Values beyond
-            6 * block_scale * global_scale saturate. Where it is 0 the result is 0.
+        block_scale: float8_e4m3fn [..., K/16], as from ``block_scales``, which need not be those of ``x``. Values
+            beyond 6 * block_scale * global_scale saturate. Where it is 0 the result is 0.
         name: name of the tensor for errors.
         check: raise QADError for NaN and Inf in ``x``.
 
@@ -160,6 +160,6 @@ def _check_hessian(hessian: Tensor | None, num_blocks: int, name: str) -> None:
     if hessian is None or hessian.shape != expected or hessian.dtype != torch.float32:
         found = "missing" if hessian is None else f"{hessian.dtype} {list(hessian.shape)}"
         raise QADError(
-            f"{name}: its Hessian is {found}, expected torch.float32 {list(expected)}. The rule local_hessian needs the "
-            "second moments of the layer's inputs, by blocks of 16 columns."
+            f"{name}: its Hessian is {found}, expected torch.float32 {list(expected)}. The rule local_hessian needs "
+            "the second moments of the layer's inputs, by blocks of 16 columns."
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import nvfp4, nvfp4_fixed, nvfp4_multi_tensor, nvfp4_pack
-from megatron_qad.formats.block_scales import SCALE_RULES
+from megatron_qad.formats.block_scales import scale_rule
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
@@ -49,15 +49,14 @@ class NVFP4Numbers(NumberFormat):
         return {"weight": packed, "block_scale": block_scale}
 
     def preserves_amax(self, rule: str) -> bool:
-        return SCALE_RULES[rule].preserves_amax
+        return scale_rule(rule).preserves_amax
 
     def pack(
         self, weights: Sequence[Tensor], *, name: str, amax: Tensor | None = None, rule: str = "max"
     ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         scale, codes = super().pack(weights, name=name, amax=amax, rule=rule)
         if codes is None and rule == "four_over_six":
-            # Until version 0.1 this rule had the global scale of "max". Such checkpoints are exported as they were
-            # trained.
+            # Earlier this rule had the global scale of "max". Such checkpoints are exported as they were trained.
             earlier = super().pack(weights, name=name, rule="max")
             return earlier if earlier[1] is not None else (scale, None)
         return scale, codes
