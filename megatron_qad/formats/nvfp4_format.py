@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import nvfp4, nvfp4_fixed, nvfp4_multi_tensor, nvfp4_pack
-from megatron_qad.formats.block_scales import scale_rule
+from megatron_qad.formats.block_scales import SCALE_RULES, scale_rule
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE

@@ -119,7 +119,8 @@ def resolve_scales(
         default_rule: scale rule of the linears whose policy rule names none (``--qad-weight-scale-rule``).
 
     Raises:
-        QADError: as ``resolve``; or experts of a layer have several settings.
+        QADError: as ``resolve``; experts of a layer have several settings; or a setting has the rule local_hessian,
+            whose second moments of the inputs no job collects yet.
 
     Example:
         >>> policy = load("nvfp4-all-linear", ["mlp=nvfp4:four_over_six:frozen"])
@@ -132,6 +133,12 @@ def resolve_scales(
         for name, rule in _final_rules(policy, linears, layer_kinds).items()
         if has_block_scale_rules(rule.format)
     }
+    for name, setting in settings.items():
+        if setting.rule == "local_hessian":
+            raise QADError(
+                f"policy {policy.name}: {name} has the scale rule local_hessian, which needs the second moments of its "
+                "input. Jobs do not collect them yet. Choose mse_sweep, which searches the same scales."
+            )
     _check_experts_agree(policy, [linear for linear in linears if linear.megatron in settings], settings)
     return settings
 

@@ -215,6 +215,7 @@ def test_runs_with_other_scales_are_refused(workshop, tmp_path):
     record = json_records.read(run / "qad.json")
     assert record["scale_rule"] == "max" and set(record["scales"].values()) == {FROZEN} and len(record["scales"]) == 8
     other = ["--qad-policy-override", "mlp=nvfp4-w4a16:mse:frozen"]
+    assert workshop.fail([*base, *other, "--save", str(run), "--qad-dry-run"]).startswith(f"error: --load {run}: ")
     error = workshop.fail([*base, *other, "--save", str(run)])
     assert f"--load {run}: this job reads the scales of decoder.layers.1.mlp.linear_fc1.weight (mse:frozen)" in error
     error = workshop.fail([*base, *other, "--load", str(run), "--save", str(tmp_path / "new")])

@@ -146,3 +146,10 @@ def test_table_shows_settings_only_if_one_is_not_the_default(tmp_path):
     assert [line[-3] for line in lines[1:4]] == ["max", "max", "four_over_six:frozen"]
     assert lines[3][2].endswith("experts.{0..1}.linear_fc1")
     assert lines[5][2] == "output_layer" and lines[5][-3] == "fp8"  # no setting
+
+
+def test_rule_that_needs_statistics_of_inputs_is_refused():
+    with pytest.raises(QADError, match=r"output_layer\.weight has the scale rule local_hessian, .*Choose mse_sweep"):
+        resolve_scales(load("nvfp4-all-linear", ["expert=nvfp4", "head=nvfp4:local_hessian"]), LINEARS)
+    with pytest.raises(QADError, match="local_hessian"):
+        resolve_scales(load("nvfp4-all-linear"), LINEARS, default_rule="local_hessian")
