@@ -36,8 +36,8 @@ class StoredScales:
         """
         if not carries_scales(number_format, setting):
             return cls(number_format, setting.rule)
-        amax = reader.read_beside(tensor_map, AMAX).reshape(())
-        block_scales = reader.read_beside(tensor_map, BLOCK_SCALES) if setting.is_frozen else None
+        amax = reader.read_carried(tensor_map, AMAX).reshape(())
+        block_scales = reader.read_carried(tensor_map, BLOCK_SCALES) if setting.is_frozen else None
         return cls(number_format, setting.rule, amax, block_scales)
 
     def pack(

@@ -57,8 +57,8 @@ class TorchDistReader:
         """Return the amax of every quantizer by name; that of an input is the same for all experts of a layer."""
         return largest_over_experts(self.read([name for name in self._files.names if name.endswith(AMAX)]))
 
-    def read_beside(self, tensor_map: ParamMapping, what: str) -> torch.Tensor:
-        """Return a tensor that is stored beside a weight, in its parts and without vocabulary padding.
+    def read_carried(self, tensor_map: ParamMapping, what: str) -> torch.Tensor:
+        """Return a tensor that is stored next to a weight, in its parts and without vocabulary padding.
 
         Args:
             what: last part of its name, as "weight" is that of the weight's (``quantization.carried_scales``).

@@ -1,7 +1,7 @@
 """Scales of weights that a checkpoint carries, because they cannot be found again from the weights.
 
 Two kinds of weights have them: those with frozen scales (amax and block scales), and those whose scale rule does not
-preserve the amax (``NumberFormat.preserves_amax``; amax only). The scales are buffers of a module beside the layers. In
+preserve the amax (``NumberFormat.preserves_amax``; amax only). The scales are buffers of a module next to the layers. In
 checkpoints, the block scales of a weight are divided over the ranks as the weight is, so that they load with any
 parallelism: rows of q, k and v, halves of gate and up, parts of a Mamba projection, and experts under their global
 index.
@@ -20,7 +20,7 @@ from torch import Tensor
 CHILD = "carried_scales"
 """Name of the module in a model chunk."""
 AMAX, BLOCK_SCALES = "weight_amax", "weight_block_scales"
-"""Last parts of the names in checkpoints, beside "weight"."""
+"""Last parts of the names in checkpoints, next to "weight"."""
 
 
 def stored_name(weight: str, what: str) -> str:
