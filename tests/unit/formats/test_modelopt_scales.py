@@ -36,6 +36,8 @@ def made(kind: str, seed: int = 0) -> torch.Tensor:
         x[::2], x[1, :16] = 0.0, -0.0
     if kind == "one block":
         x = x[:1, :16]
+    if kind == "near ties":
+        x = near_ties()
     if kind == "small blocks":  # block scales that are subnormal or underflow
         x *= 2.0 ** -torch.arange(24.0).unsqueeze(1)
     if kind == "small tensor":  # modelopt's search replaces an amax below 2e-7 by 1
@@ -43,8 +45,20 @@ def made(kind: str, seed: int = 0) -> torch.Tensor:
     return x * (0.02 if kind == "normal" else 1.0)
 
 
-KINDS = ("normal", "heavy-tailed", "tied", "zero blocks", "one block", "small blocks", "small tensor")
+# Seed and index of blocks for which another order of additions makes another choice between 6 and 4, as it does for one
+# of a million. ``near_ties`` makes them.
+NEAR_TIES = ((1, 26649), (2, 29530), (5, 98565), (12, 17437))
+
+KINDS = ("near ties", "normal", "heavy-tailed", "tied", "zero blocks", "one block", "small blocks", "small tensor")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def near_ties() -> torch.Tensor:
+    rows = [torch.full((16,), 4.5)]
+    for seed, index in NEAR_TIES:
+        blocks = torch.randn(100_000, 16, generator=torch.Generator().manual_seed(seed))
+        rows.append(blocks[index].bfloat16().float())
+    return torch.stack(rows)
 
 
 @pytest.fixture(scope="module")
