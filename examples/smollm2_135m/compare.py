@@ -29,6 +29,7 @@ from megatron_qad.models.checkpoint_config import read_job  # noqa: E402
 from megatron_qad.models.weight_loading import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import ActivationQuantizers, backend_of, quantize_input  # noqa: E402
 from megatron_qad.quantization.in_place_weights import InPlaceWeights  # noqa: E402
+from megatron_qad.quantization.scale_record import recorded_scales  # noqa: E402
 from megatron_qad.training.batch import Batch  # noqa: E402
 from megatron_qad.training.job import QADJob  # noqa: E402
 from megatron_qad.training.models import model_config  # noqa: E402

@@ -1,8 +1,8 @@
 """Scales of weights that a checkpoint carries, because they cannot be found again from the weights.
 
 Two kinds of weights have them: those with frozen scales (amax and block scales), and those whose scale rule does not
-preserve the amax (``NumberFormat.preserves_amax``; amax only). The scales are buffers of a module next to the layers. In
-checkpoints, the block scales of a weight are divided over the ranks as the weight is, so that they load with any
+preserve the amax (``NumberFormat.preserves_amax``; amax only). The scales are buffers of a module next to the layers.
+In checkpoints, the block scales of a weight are divided over the ranks as the weight is, so that they load with any
 parallelism: rows of q, k and v, halves of gate and up, parts of a Mamba projection, and experts under their global
 index.
 """

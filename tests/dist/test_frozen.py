@@ -86,8 +86,8 @@ def test_scales_do_not_depend_on_parallelism(workshop, model, parallelism):
             assert tensor.dtype == (torch.uint8 if BLOCK_SCALES in name else torch.float32)
             assert torch.equal(actual[name], tensor), name
         elif name.startswith("decoder."):
-            # Adam's first steps have nearly the size of the learning rate, whatever the gradient is: where a gradient is
-            # near zero, other partial sums change its sign.
+            # Adam's first steps have nearly the size of the learning rate, whatever the gradient is: where a gradient
+            # is near zero, other partial sums change its sign.
             assert (actual[name] - tensor).abs().max() <= 2 * NUM_STEPS * 1e-3, name
     followed = [
         linear.megatron

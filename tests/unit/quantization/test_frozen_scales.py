@@ -1,4 +1,4 @@
-"""Tests of frozen and carried scales in one process. Parallelism, checkpoints and exports: tests/dist/test_frozen.py."""
+"""Tests of frozen and carried scales in one process. Parallelism, checkpoints, exports: tests/dist/test_frozen.py."""
 
 import pytest
 import torch
