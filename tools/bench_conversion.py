@@ -257,7 +257,7 @@ def fake_quantized(weight, rule: str):
 
     number_format = FORMATS[FORMAT].weight
     amax = weight.abs().amax().float()
-    return number_format.rounded(weight, number_format.scale_from_amax(amax), name="noise", rule=rule)
+    return number_format.rounded(weight, number_format.scale_from_amax(amax, rule=rule), name="noise", rule=rule)
 
 
 def describe_job(directory: Path, options: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ def calls(x: torch.Tensor) -> dict:
     from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 
     scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
+    scale_4o6 = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x), rule="four_over_six")
     fp8_scale = fp8.scale_from_amax(nvfp4.tensor_amax(x))
     work, source = x.clone(), x.clone()
     peer_global_scale = generate_gparam(x.float().min(), x.float().max())
@@ -86,7 +87,9 @@ def calls(x: torch.Tensor) -> dict:
         "ours: quantize + dequantize": lambda: nvfp4.dequantize(*nvfp4.quantize(source, scale), scale, source.dtype),
         MODELOPT: modelopt,
         "compressed-tensors: quantize + dequantize": compressed_tensors,
-        "ours: fake_quant_, rule four_over_six": restored(lambda w: nvfp4.fake_quant_(w, scale, rule="four_over_six")),
+        "ours: fake_quant_, rule four_over_six": restored(
+            lambda w: nvfp4.fake_quant_(w, scale_4o6, rule="four_over_six")
+        ),
         "ours: fake_quant_, rule mse": restored(lambda w: nvfp4.fake_quant_(w, scale, rule="mse")),
         "ours: FP8 fake_quant_": lambda: fp8.fake_quant_(work, fp8_scale),
         "modelopt: FP8QTensor quantize + dequantize": modelopt_fp8,

@@ -18,9 +18,10 @@ def nvfp4_bits(machine: Machine) -> Iterator[Row]:
     from nvfp4_values import differing_values, hard_values
 
     from megatron_qad.formats import nvfp4, nvfp4_multi_tensor
+    from megatron_qad.formats.block_scales import KERNEL_RULES
 
     def differing(x, rule="max"):
-        scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x))
+        scale = nvfp4.global_scale_from_amax(nvfp4.tensor_amax(x), rule=rule)
         ours = nvfp4.fake_quant(x.to(machine.device), scale.to(machine.device), rule=rule)
         return differing_values(ours, nvfp4.fake_quant(x, scale, rule=rule))
 
@@ -35,11 +36,11 @@ def nvfp4_bits(machine: Machine) -> Iterator[Row]:
         num_differing = total = 0
         rows, dim = (16, 64) if machine.is_tiny else (512, 1024)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for rule in nvfp4.SCALE_RULES:
+            for rule in KERNEL_RULES:
                 for exponent in (-110, -40, -8, 0):  # block scales that underflow, subnormal, normal
                     x = hard_values(rows, dim, dtype, seed=total, exponent=exponent)
                     num_differing, total = num_differing + differing(x, rule), total + x.numel()
-        yield row(what, f"{rows}x{dim}, 3 types, {len(nvfp4.SCALE_RULES)} rules, 4 magnitudes", num_differing, total)
+        yield row(what, f"{rows}x{dim}, 3 types, {len(KERNEL_RULES)} rules, 4 magnitudes", num_differing, total)
         for size in (64,) if machine.is_tiny else GPU_SIZES:
             num_differing = differing(hard_values(size, size, torch.bfloat16, seed=size))
             yield row(what, f"{size}x{size}, bf16", num_differing, size**2)

@@ -29,6 +29,7 @@ from megatron_qad.models.checkpoint_config import read_job  # noqa: E402
 from megatron_qad.models.weight_loading import load_weights  # noqa: E402
 from megatron_qad.quantization.activations import ActivationQuantizers, backend_of, quantize_input  # noqa: E402
 from megatron_qad.quantization.in_place_weights import InPlaceWeights  # noqa: E402
+from megatron_qad.quantization.scale_record import recorded_scales  # noqa: E402
 from megatron_qad.training.batch import Batch  # noqa: E402
 from megatron_qad.training.job import QADJob  # noqa: E402
 from megatron_qad.training.models import model_config  # noqa: E402
@@ -91,12 +92,13 @@ def megatron_logits(job: QADJob, tokens: torch.Tensor, quantize_inputs=nvfp4_inp
     formats = saved_job["formats"]
     inputs = ActivationQuantizers([chunk.module for chunk in chunks], formats)
     inputs.expect_amax(device=torch.cuda.current_device())
+    weights = InPlaceWeights(chunks, formats, scales=recorded_scales(saved_job, load))
     load_weights(chunks, load, with_amaxes=True)
     assert inputs.calibrated, f"{load} was saved before calibration"
     model = freeze(chunks[0])
     tokens = tokens.cuda()  # stays on the CPU where there is no GPU
     position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    with InPlaceWeights(chunks, formats, scale_rule=saved_job["scale_rule"]).quantized_weights(then_updated=False):
+    with weights.quantized_weights(then_updated=False):
         logits = job.forward(model, Batch(tokens=tokens, position_ids=position_ids))
     return logits[..., : student.vocab_size].cpu()
 

@@ -38,6 +38,7 @@ from megatron_qad.checkpoint.partial_directory import PartialDirectory
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
 from megatron_qad.checkpoint.safetensors_file import Spec
 from megatron_qad.checkpoint.source_quantization import without_quantization
+from megatron_qad.checkpoint.stored_scales import StoredScales
 from megatron_qad.checkpoint.stream_release import explained
 from megatron_qad.checkpoint.stream_shards import Piece, ShardPlan, ShardWriter
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
@@ -47,10 +48,13 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.engine.run_directory.run_files import JOB_FILE
+from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 from megatron_qad.models.checkpoint_config import read_config, read_job
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
+from megatron_qad.quantization.scale_record import recorded_scales
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 _OVERFLOW = "Declare dtype bfloat16 in the model's config.json, import it again, and copy its hf/ to the checkpoint."
 
@@ -120,10 +124,11 @@ def _prepare(
             f"{checkpoint}: no hf/{PASSTHROUGH_FILE}, to which the import writes all tensors outside the language "
             "model. Copy it from the imported checkpoint."
         )
-    reader, scale_rule = TorchDistReader(checkpoint, iteration), job.get("scale_rule", "max")
+    reader = TorchDistReader(checkpoint, iteration)
+    scales = recorded_scales(job, str(checkpoint / JOB_FILE)) if formats else {}
     amaxes = reader.read_amaxes() if layout != "bf16" else {}
     maps, dtype = family.tensors(config), declared_dtype(config)
-    export = Export(reader, layout, formats, kv_cache, scale_rule, dtype, amaxes, maps, passthrough)
+    export = Export(reader, layout, formats, kv_cache, scales, dtype, amaxes, maps, passthrough)
     description = describe(
         config=config,
         layout=layout,
@@ -202,7 +207,8 @@ class Export:
     layout: LayoutName
     formats: dict[str, str]
     kv_cache: str
-    scale_rule: str
+    scales: Mapping[str, ScaleSetting]
+    """How the scales of each weight with block scales were obtained, by Megatron weight name."""
     dtype: torch.dtype | None
     """dtype of tensors that are not packed. None means the stored dtype."""
     amaxes: dict[str, torch.Tensor]
@@ -258,8 +264,7 @@ class Export:
             fmt = self.format_of(tensor_map)
             if not self._is_packed(tensor_map):
                 if (number_format := FORMATS[fmt].weight) is not None:
-                    name = tensor_map.megatron
-                    tensor = number_format.as_exported(tensor, name=name, rule=self.scale_rule)
+                    tensor = self._scales(tensor_map, number_format).as_exported(tensor, tensor_map.megatron)
                 for name, part in zip(tensor_map.hf, tensor_map.to_hf(tensor), strict=True):
                     dtype = part.dtype if tensor_map.is_float32 else self.dtype or part.dtype
                     yield HFTensor(name, finite.cast(part, dtype, name, _OVERFLOW).contiguous())
@@ -274,8 +279,8 @@ class Export:
         if linear_format.input is not None:
             amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
             input_scale = linear_format.input.scale_from_amax(amax, name=name)
-        parts = [part.contiguous() for part in tensor_map.to_hf(tensor)]
-        scale, codes = linear_format.weight.pack(parts, name=name)
+        scales = self._scales(tensor_map, linear_format.weight)
+        scale, parts, codes = scales.pack(tensor_map, tensor)
         for i, (hf_name, part) in enumerate(zip(tensor_map.hf, parts, strict=True)):
             yield HFTensor(
                 name=hf_name,
@@ -285,9 +290,13 @@ class Export:
                 weight_scale=scale,
                 input_scale=input_scale,
                 is_fake_quantized=codes is not None,
-                scale_rule=self.scale_rule,
+                scale_rule=scales.rule,
                 codes=None if codes is None else codes[i],
             )
+
+    def _scales(self, tensor_map: ParamMapping, number_format: NumberFormat) -> StoredScales:
+        setting = self.scales.get(tensor_map.megatron, ScaleSetting())
+        return StoredScales.read(self.reader, tensor_map, number_format, setting)
 
     def _kv_scales(self, tensor_map: ParamMapping) -> Iterator[HFTensor]:
         """Yield the scales of the KV cache, if it is quantized and this is the weight of q, k and v."""

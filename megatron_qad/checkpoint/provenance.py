@@ -47,7 +47,9 @@ def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, A
         directory: directory of the iteration, next to ``hf/`` in the checkpoint directory.
         job: contents of ``qad.json``.
     """
-    formats = json.dumps([job.get(key) for key in ("formats", "kv_cache", "scale_rule")], sort_keys=True).encode()
+    entries = [job.get(key) for key in ("formats", "kv_cache", "scale_rule")]
+    entries += [job["scales"]] if "scales" in job else []  # exports of runs without it keep their record
+    formats = json.dumps(entries, sort_keys=True).encode()
     return {
         "checkpoint": directory.parent.resolve().name,
         "iteration": directory.name,

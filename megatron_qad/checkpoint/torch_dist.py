@@ -12,6 +12,7 @@ from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.models.weight_loading import AMAX, GATED_HALVES
 from megatron_qad.quantization.calibration import largest_over_experts
+from megatron_qad.quantization.carried_scales import BLOCK_SCALES, stored_name
 
 
 class TorchDistReader:
@@ -55,6 +56,21 @@ class TorchDistReader:
     def read_amaxes(self) -> dict[str, torch.Tensor]:
         """Return the amax of every quantizer by name; that of an input is the same for all experts of a layer."""
         return largest_over_experts(self.read([name for name in self._files.names if name.endswith(AMAX)]))
+
+    def read_carried(self, tensor_map: ParamMapping, what: str) -> torch.Tensor:
+        """Return a tensor that is stored next to a weight, in its parts and without vocabulary padding.
+
+        Args:
+            what: last part of its name, as "weight" is that of the weight's (``quantization.carried_scales``).
+        """
+        name = stored_name(tensor_map.megatron, what)
+        names = [name]
+        if name not in self and f"{name}{GATED_HALVES[0]}" not in self:
+            endings = [e for e in tensor_map.checkpoint_splits if f"{name}{e}" in self]
+            names = [f"{name}{ending}" for ending in endings] or names
+        tensor = _joined([tensor for name in names for tensor in self.read([name]).values()])
+        is_padded = tensor_map.kind == "head" and what == BLOCK_SCALES
+        return tensor[: tensor_map.shape[0]] if is_padded else tensor
 
     def layers(self, maps: Sequence[ParamMapping]) -> Iterator[tuple[ParamMapping, torch.Tensor]]:
         """Yield the tensors of ``maps`` in order, read one by one, without vocabulary padding, shapes checked."""

@@ -26,9 +26,10 @@ _ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
 
 def check_option_values(options: QADOptions) -> None:
     """Check that values of ``--qad-*`` flags are among the choices; ``number_checks`` checks the numbers."""
-    if options.qad_weight_scale_rule not in SCALE_RULES:
+    rules = [rule for rule in SCALE_RULES if rule != "local_hessian"]  # no pass collects the inputs' second moments
+    if options.qad_weight_scale_rule not in rules:
         raise QADError(
-            f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(SCALE_RULES)}."
+            f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(rules)}."
         )
 
 

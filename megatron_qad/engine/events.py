@@ -25,6 +25,8 @@ class Update:
     """Number of tokens that count in the loss, summed over all ranks that compute a loss."""
     is_finite: bool
     """Whether all losses and gradients are finite."""
+    optimizer: Any = None
+    """Megatron's optimizer, which reads the gradients next."""
     is_left_out: bool = False
     """Whether the update is skipped: weights, optimizer and learning rate do not change, but the data is consumed."""
 

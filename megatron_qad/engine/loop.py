@@ -129,7 +129,7 @@ class Loop:
         A skipped update returns (False, None, None), as Megatron's FP16 optimizer does. Megatron then counts a skipped
         iteration: its data is consumed, and the learning rate does not advance.
         """
-        update = Update(self.step, model, *_reduce_over_ranks(self._reports, model))
+        update = Update(self.step, model, *_reduce_over_ranks(self._reports, model), optimizer)
         self.events.before_update(update)
         result = (False, None, None) if update.is_left_out else optimizer.step()
         self.events.after_update(update)

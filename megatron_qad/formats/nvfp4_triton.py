@@ -135,16 +135,43 @@ def _squared_error(x, scale, global_scale, TILE: tl.constexpr):
 
 
 @triton.jit
+def _search_error(x, candidate, tensor_amax, TILE: tl.constexpr):
+    """Kernel version of ``searched_scales``' error for top scale 256: x [TILE, 16], candidate [TILE]."""
+    largest = tl.div_rn(tensor_amax * 1.75, 6.0)
+    factor = tl.div_rn(448.0, tl.where(largest <= 5.9604644775390625e-08, 1.0, largest))  # 2^-24
+    scale = _round_to_e4m3(tl.div_rn(candidate, 6.0) * factor) * tl.div_rn(1.0, factor)
+    divisor = tl.where(scale == 0.0, 1.0, scale)[:, None]
+    error = x - _round_to_e2m1(tl.div_rn(x, divisor)) * scale[:, None]
+    error = tl.sum(tl.reshape(error * error, [TILE, 2, 8]), axis=1)
+    even, odd = tl.split(tl.reshape(error, [TILE, 2, 2, 2]))
+    lanes_04, lanes_26 = tl.split(even)
+    lanes_15, lanes_37 = tl.split(odd)
+    lane_0, lane_4 = tl.split(lanes_04)
+    lane_1, lane_5 = tl.split(lanes_15)
+    lane_2, lane_6 = tl.split(lanes_26)
+    lane_3, lane_7 = tl.split(lanes_37)
+    return ((((((lane_0 + lane_1) + lane_2) + lane_3) + lane_4) + lane_5) + lane_6) + lane_7
+
+
+@triton.jit
+def _four_over_six(x, amax, global_scale, TILE: tl.constexpr):
+    """Kernel version of ``searched_scales.search`` for "four_over_six": x [TILE, 16], amax [TILE]."""
+    tensor_amax = global_scale * 1536.0  # see block_scales.amax_of
+    four = amax * 1.5
+    better = _search_error(x, four, tensor_amax, TILE) < _search_error(x, amax, tensor_amax, TILE)
+    scale = tl.div_rn(tl.where(better, four, amax), 6.0)
+    scale = tl.div_rn(tl.where(scale == 0.0, 1.0, scale) * 256.0, tl.div_rn(tensor_amax, 6.0))
+    return _round_to_e4m3(tl.maximum(scale, 0.001953125, propagate_nan=_ALL))  # 2^-9
+
+
+@triton.jit
 def _block_scale(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
     """Kernel version of ``block_scales.choose``: x [TILE, 16], amax [TILE]."""
+    if RULE == "four_over_six":
+        return _four_over_six(x, amax, global_scale, TILE)
     scale = tl.div_rn(amax, global_scale * 6.0)
     scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 0.001953125, propagate_nan=_ALL)  # 2^-9
     scale = _round_to_e4m3(scale)
-    if RULE == "four_over_six":
-        quotient = tl.div_rn(amax, global_scale * 4.0)
-        four = _round_to_e4m3(tl.maximum(quotient, 0.001953125, propagate_nan=_ALL))
-        better = _squared_error(x, four, global_scale, TILE) < _squared_error(x, scale, global_scale, TILE)
-        scale = tl.where(better & (quotient <= 464.0), four, scale)
     if RULE == "mse":
         # E4M3 codes of the values: exponent and mantissa of normal numbers, multiples of 2^-9 below 2^-6.
         normal = (scale.to(tl.int32, bitcast=True) >> 20) - 960

@@ -10,7 +10,7 @@ from megatron_qad.engine.text_files import read_json
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.families import family_of
 
-_WEIGHT_KEYS = ("formats", "kv_cache", "scale_rule")
+_WEIGHT_KEYS = ("formats", "kv_cache", "scale_rule", "scales")
 """Entries of a job's description that the saved weights depend on."""
 
 
@@ -51,8 +51,9 @@ def _next_step(directory: Path) -> str:
 def read_job(checkpoint: str | Path, iteration: Path | None = None) -> dict | None:
     """Return ``qad.json`` of a run, or None if the directory has none.
 
-    "formats" maps the global Megatron weight name of every linear to its format. "kv_cache" and "scale_rule" are the
-    other entries that an export depends on. "policy", "rules" and "loss" are the job's options.
+    "formats" maps the global Megatron weight name of every linear to its format. "kv_cache", "scale_rule" and "scales"
+    (``quantization.scale_record``) are the other entries that an export depends on. "policy", "rules" and "loss" are
+    the job's options.
 
     Args:
         iteration: directory of one checkpoint. Its copy of the file must agree on the entries that the weights depend

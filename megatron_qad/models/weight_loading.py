@@ -25,6 +25,7 @@ GATED_HALVES = ("_w", "_v")
 _EXTRA_STATE = "_extra_state"  # of Transformer Engine and modelopt modules; recreated, never loaded
 _QUANTIZER = "_quantizer."
 AMAX = "_quantizer._amax"
+_CARRIED = "carried_scales."  # quantization.carried_scales
 
 
 def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
@@ -45,7 +46,8 @@ def load_weights(
     """Load the weights of ``checkpoint`` into model chunks, one per virtual pipeline stage.
 
     Args:
-        with_amaxes: also load the amaxes of the input quantizers, whose buffers must exist (``expect_amax``).
+        with_amaxes: also load the amaxes of the input quantizers and carried scales of weights, whose buffers must
+            exist (``expect_amax``, ``InPlaceWeights``).
         is_whole: whether the chunks of all ranks are the whole model. An output layer that is tied to an embedding,
             which Megatron expects on another rank, is otherwise an error.
 
@@ -70,9 +72,8 @@ def load_weights(
             )
         loaded = {name: loaded[name] for name in sharded}  # a job's checkpoint also has args, iteration, ...
         missing, unexpected = chunk.load_state_dict(loaded, strict=False)
-        not_shared = [n for n in missing if not any(part in n for part in (_EXTRA_STATE, _QUANTIZER))] + list(
-            unexpected
-        )
+        left_out = (_EXTRA_STATE, _QUANTIZER, _CARRIED)
+        not_shared = [n for n in missing if not any(part in n for part in left_out)] + list(unexpected)
         if not_shared:
             raise QADError(f"{checkpoint}: tensors that are not in both model and checkpoint: {not_shared[:5]}.")
 
@@ -83,7 +84,7 @@ def _sharded_weights(chunk: torch.nn.Module, stored: Collection[str], with_amaxe
     Args:
         stored: names of the tensors in the checkpoint.
     """
-    skipped = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER)
+    skipped = (_EXTRA_STATE,) if with_amaxes else (_EXTRA_STATE, _QUANTIZER, _CARRIED)
     # Experts are always saved as two tensors, so they do not show how the other MLPs are saved.
     non_expert = [name for name in stored if ".experts.experts." not in name]
     metadata = {"singleton_local_shards": any(name.endswith(".weight" + GATED_HALVES[0]) for name in non_expert)}
@@ -107,9 +108,14 @@ def weight_dtypes(chunk: torch.nn.Module, stored: Collection[str]) -> dict[str, 
 
 
 def quantizers_to_save(chunk: torch.nn.Module) -> dict:
-    """Return the part of a chunk's sharded state dict that ``load_weights`` does not load: its quantizers' amaxes."""
+    """Return the part of a chunk's sharded state dict that ``load_weights`` does not load: its quantizers' amaxes, and
+    carried scales of its weights, in host memory and without a reference to the weights."""
     sharded = unwrap_model(chunk).sharded_state_dict()
-    return {name: x for name, x in sharded.items() if any(part in name for part in (_EXTRA_STATE, _QUANTIZER))}
+    state = {name: x for name, x in sharded.items() if any(part in name for part in (_EXTRA_STATE, _QUANTIZER))}
+    carried = {name: x for name, x in sharded.items() if _CARRIED in name}
+    for tensor in (tensors := list(_tensors(carried))):
+        tensor.data = tensor.data.cpu()
+    return state | {f"{_CARRIED}{tensor.key}.{tensor.global_offset}": tensor for tensor in tensors}
 
 
 def weights_to_save(chunks: Sequence[torch.nn.Module]) -> dict:

@@ -5,13 +5,13 @@ straight-through estimator is then exact and free, because the gradient of the p
 and no weight quantizer runs in a forward pass. Weights are quantized inside ``quantized_weights()``, which spans one
 schedule (all microbatches); the next ``optimizer.step`` overwrites them from its masters. Between two steps they are
 quantized only once, even if evaluations run, because quantizing twice could change a weight: NVFP4 is not idempotent
-where block scales are subnormal.
+where block scales are subnormal. Weights with frozen scales (``frozen_scales``) are quantized with them.
 
 In float32 training Megatron's optimizer has no separate masters: the parameters are the masters. In that case
 ``quantized_weights`` keeps a copy and restores it afterwards."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from megatron_qad.formats.format import NumberFormat, check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.formats.nvfp4_multi_tensor import amax_list
+from megatron_qad.quantization.frozen_scales import CarriedWeight, attach_scales, mask_gradients_
 from megatron_qad.quantization.names import (
     LinearWeight,
     WeightViews,
@@ -26,6 +27,7 @@ from megatron_qad.quantization.names import (
     linear_weights,
     named_modules_globally,
 )
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 
 class InPlaceWeights:
@@ -36,7 +38,10 @@ class InPlaceWeights:
         formats: the format of every linear, by global Megatron weight name (``policy.resolve``).
         tp_group: tensor-parallel group, over which the shards of a weight share its global scale. None means one rank.
         expert_tp_group: tensor-parallel group of the experts. None means ``tp_group``.
-        scale_rule: how NVFP4 block scales are chosen, one of ``nvfp4.SCALE_RULES``.
+        scale_rule: how NVFP4 block scales are chosen, one of ``block_scales.SCALE_RULES``, where ``scales`` has no
+            setting.
+        scales: how the scales of a weight are obtained (``policy.resolve_scales``). Weights whose scales are carried
+            give their chunk a module that saves and loads them; call ``initialize_scales`` unless a checkpoint does.
 
     Raises:
         QADError: the number of columns of a weight's shard is not a multiple of its format's block size.
@@ -55,11 +60,16 @@ class InPlaceWeights:
         tp_group=None,
         scale_rule: str = "max",
         expert_tp_group=None,
+        scales: Mapping[str, ScaleSetting] | None = None,
     ):
-        self.scale_rule = scale_rule
         linears: dict[str, LinearWeight] = {}
         self._number_formats: dict[str, NumberFormat] = {}
+        self._settings: dict[str, ScaleSetting] = {}
+        self.carried: dict[str, CarriedWeight] = {}
+        """Weights whose scales are carried, by global name."""
+        groups = (tp_group, expert_tp_group or tp_group)
         for chunk in chunks:
+            of_chunk: dict[str, tuple[torch.nn.Module, LinearWeight]] = {}
             for module_name, module in named_modules_globally(chunk):
                 if not isinstance(getattr(module, "weight", None), torch.nn.Parameter):
                     continue
@@ -67,8 +77,13 @@ class InPlaceWeights:
                     number_format = FORMATS[formats.get(name, UNQUANTIZED.name)].weight
                     if number_format is not None:
                         check_columns(name, module.weight.shape[-1], number_format)
-                        linears[name] = weight
+                        of_chunk[name] = module, weight
                         self._number_formats[name] = number_format
+                        default = ScaleSetting(scale_rule if scale_rule in number_format.scale_rules else "max")
+                        self._settings[name] = (scales or {}).get(name, default)
+            ranks = tuple(0 if group is None else group.rank() for group in groups)
+            self.carried |= attach_scales(chunk, of_chunk, self._number_formats, self._settings, ranks)
+            linears |= {name: weight for name, (_, weight) in of_chunk.items()}
         self.formats = {name: number_format.name for name, number_format in self._number_formats.items()}
         """Names of the weights' number formats, by global Megatron weight name."""
         self.linears = {name: linears[name] for name in sorted(linears, key=is_expert)}
@@ -77,7 +92,7 @@ class InPlaceWeights:
         self.weights = WeightViews(self.linears)
         """The weights [out, in] themselves, in the same order."""
         first_expert = sum(not is_expert(name) for name in self.weights)
-        ranges = ((tp_group, slice(first_expert)), (expert_tp_group or tp_group, slice(first_expert, None)))
+        ranges = ((groups[0], slice(first_expert)), (groups[1], slice(first_expert, None)))
         self._sharded_ranges = [
             (group, indices)
             for group, indices in ranges
@@ -90,6 +105,20 @@ class InPlaceWeights:
         self._may_be_quantized = True  # a checkpoint may contain quantized weights
         self.is_stale = True
         """Whether the next ``quantized_weights`` must quantize, because the weights have changed since the last one."""
+
+    def initialize_scales(self) -> None:
+        """Compute the carried scales from the current weights. Collective over the tensor-parallel groups.
+
+        Raises:
+            QADError: a weight contains NaN or Inf. The message names it.
+        """
+        amaxes = dict(zip(self.weights, self.amaxes(), strict=True)) if self.carried else {}
+        for name, weight in self.carried.items():
+            weight.initialize(amaxes[name])
+
+    def mask_gradients_(self, optimizer) -> None:
+        """Set the gradients of saturated elements of frozen weights to zero, before ``optimizer`` reads them."""
+        mask_gradients_(self.carried.values(), optimizer)
 
     @contextmanager
     def quantized_weights(self, *, then_updated: bool) -> Iterator[None]:
@@ -130,9 +159,14 @@ class InPlaceWeights:
             return
         start = time.perf_counter()
         amaxes = dict(zip(self.weights, self.amaxes(), strict=True))
-        for number_format in sorted(set(self._number_formats.values()), key=lambda fmt: fmt.name):
-            names = [name for name in self.weights if self._number_formats[name] is number_format]
-            self._quantize_format(number_format, names, torch.stack([amaxes[name] for name in names]))
+        groups: dict[tuple[NumberFormat, str], list[str]] = {}
+        for name, setting in self._settings.items():
+            if setting.is_frozen:
+                self.weights[name].data.copy_(self.carried[name].fake_quant(self.weights[name].data))
+            else:
+                groups.setdefault((self._number_formats[name], setting.rule), []).append(name)
+        for (number_format, rule), names in sorted(groups.items(), key=lambda item: (item[0][0].name, item[0][1])):
+            self._quantize_group(number_format, rule, names, amaxes)
         self._may_be_quantized = False
         self.num_quantizations += 1
         self.seconds += time.perf_counter() - start
@@ -144,22 +178,36 @@ class InPlaceWeights:
         The first step is collective over the tensor-parallel groups."""
         amaxes = self.amaxes()
         for i, (name, weight) in enumerate(self.weights.items()):
-            number_format, copy = self._number_formats[name], weight.detach().clone()
-            scale = number_format.scales_from_amaxes(amaxes[i : i + 1], [name])
-            number_format.fake_quant_list_([copy], scale, [name], self.scale_rule)
+            number_format, setting, copy = self._number_formats[name], self._settings[name], weight.detach().clone()
+            if setting.is_frozen:
+                yield name, self.carried[name].fake_quant(copy)
+                continue
+            scale = number_format.scales_from_amaxes(amaxes[i : i + 1], [name], setting.rule)
+            number_format.fake_quant_list_([copy], scale, [name], setting.rule)
             yield name, copy
 
-    def _quantize_format(self, number_format: NumberFormat, names: list[str], amaxes: torch.Tensor) -> None:
-        scales = number_format.scales_from_amaxes(amaxes, names)
-        tensors = [self.weights[name].data for name in names]
+    def _quantize_group(
+        self, number_format: NumberFormat, rule: str, names: list[str], amaxes: dict[str, torch.Tensor]
+    ) -> None:
+        """Quantize the weights of one format and rule with scales from their current amaxes."""
         if self._may_be_quantized:
-            todo = [
-                i
-                for i, (w, name) in enumerate(zip(tensors, names, strict=True))
-                if not number_format.is_representable(w, scales[i], name=name)
-            ]
-            tensors, names, scales = [tensors[i] for i in todo], [names[i] for i in todo], scales[todo]
-        number_format.fake_quant_list_(tensors, scales, names, self.scale_rule)
+            names = [name for name in names if not self._is_quantized(name, amaxes[name])]
+        if not names:
+            return
+        stacked = torch.stack([amaxes[name] for name in names])
+        scales = number_format.scales_from_amaxes(stacked, names, rule)
+        number_format.fake_quant_list_([self.weights[name].data for name in names], scales, names, rule)
+        for name in self.carried.keys() & names:
+            self.carried[name].amax.copy_(amaxes[name])
+
+    def _is_quantized(self, name: str, amax: torch.Tensor) -> bool:
+        """Whether a weight that was loaded is quantized already: with the amax that it carries, if it does."""
+        number_format, rule = self._number_formats[name], self._settings[name].rule
+        if name in self.carried:
+            known = self.carried[name].amax
+            amax = torch.where(known.isnan(), amax, known)
+        scale = number_format.scale_from_amax(amax, name=name, rule=rule)
+        return number_format.is_representable(self.weights[name].data, scale, name=name)
 
     def amaxes(self) -> torch.Tensor:
         """Return the amax of each weight over its tensor-parallel shards, float32 [num_weights]."""

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.iterations import smoothing_record
+from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
+from megatron_qad.quantization.scale_record import recorded_scales
 from megatron_qad.report.runs import Run
 from megatron_qad.report.weight_errors import LinearError, have_same_linears, linear_errors, untied_linears
 
@@ -44,7 +46,7 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, 
     config = read_config(teacher)
     loaded_runs = [Run.read(name, directory, accept_gaps) for name, directory in runs.items()]
     notes = [note for run in loaded_runs for note in _run_notes(run)] + _comparison_notes(loaded_runs)
-    formats, checkpoints, rules = {}, {}, {}
+    formats, checkpoints, scales = {}, {}, {}
     for run in loaded_runs:
         if run.job is None:
             continue
@@ -60,12 +62,12 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, 
             )
             continue
         formats[run.name] = run.job["formats"]
-        rules[run.name] = run.job.get("scale_rule", "max")
+        scales[run.name] = recorded_scales(run.job, str(Path(run.directory) / JOB_FILE))
         if run.checkpoint_iteration is not None:
             checkpoints[run.name] = run.directory
     if not formats:
         notes.append("No run has a qad.json with its quantized linears, so no weight errors are reported.")
-    linears = linear_errors(teacher, formats, checkpoints, rules) if formats else []
+    linears = linear_errors(teacher, formats, checkpoints, scales) if formats else []
     return Results(title, str(teacher), _model_facts(config), loaded_runs, linears, notes)
 
 

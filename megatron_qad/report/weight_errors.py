@@ -3,12 +3,14 @@
 Needs no model and no GPU, but torch.distributed must be initialized. Of activations only the calibrated amax is read.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_qad.checkpoint.stored_scales import StoredScales
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.run_directory.iterations import saved_iterations
 from megatron_qad.engine.run_directory.run_files import TRACKER
@@ -17,6 +19,7 @@ from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of
 from megatron_qad.models.families.base import ParamMapping
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 
 @dataclass
@@ -67,7 +70,7 @@ def linear_errors(
     teacher: str | Path,
     formats: dict[str, dict[str, str]],
     checkpoints: dict[str, str | Path],
-    rules: dict[str, str] | None = None,
+    scales: Mapping[str, Mapping[str, ScaleSetting]] | None = None,
 ) -> list[LinearError]:
     """Measure every linear whose weight is quantized in place in any run, in model order.
 
@@ -75,12 +78,16 @@ def linear_errors(
         teacher: checkpoint directory of the BF16 teacher.
         formats: run -> format of each linear by Megatron weight name (from ``qad.json``).
         checkpoints: run -> directory of a checkpoint with the teacher's shapes; other runs are not measured.
-        rules: run -> rule of NVFP4's block scales; "max" for runs that are not listed.
+        scales: run -> how the scales of a weight are obtained, by Megatron weight name (``recorded_scales``); the rule
+            max every step for weights that are not listed.
 
     Raises:
         QADError: a missing, wrong-shaped or non-finite tensor; the message has its name.
     """
-    rules = rules or {}
+
+    def setting(run: str, linear: ParamMapping) -> ScaleSetting:
+        return (scales or {}).get(run, {}).get(linear.megatron, ScaleSetting())
+
     linears = untied_linears(read_config(teacher))
     weight_formats = {
         run: {name: FORMATS[fmt].weight for name, fmt in run_formats.items()} for run, run_formats in formats.items()
@@ -92,8 +99,9 @@ def linear_errors(
         name = linear.megatron
         run = quantizes[name][0]
         number_format = weight_formats[run][name]
-        scale = number_format.scale_from_amax(tensor_amax(weight), name=name)
-        rounded = number_format.rounded(weight, scale, name=name, rule=rules.get(run, "max"))
+        rule = setting(run, linear).rule
+        scale = number_format.scale_from_amax(tensor_amax(weight), name=name, rule=rule)
+        rounded = number_format.rounded(weight, scale, name=name, rule=rule)
         errors.append(LinearError(name, linear.layer, linear.shape, relative_distance(rounded, weight)))
     for run, checkpoint in checkpoints.items():
         run_linears = [m for m in quantized if run in quantizes[m.megatron]]
@@ -103,7 +111,8 @@ def linear_errors(
         pairs = zip(TorchDistReader(teacher).layers(run_linears), reader.layers(run_linears), strict=True)
         for (linear, teacher_weight), (_, run_weight) in pairs:
             number_format = weight_formats[run][linear.megatron]
-            exported = number_format.as_exported(run_weight, name=linear.megatron, rule=rules.get(run, "max"))
+            stored = StoredScales.read(reader, linear, number_format, setting(run, linear))
+            exported = stored.as_exported(run_weight, linear.megatron)
             distance = relative_distance(exported, teacher_weight)
             by_name[linear.megatron].runs[run] = RunWeight(distance, _input_amax(amaxes, linear))
     return errors

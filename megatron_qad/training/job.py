@@ -42,7 +42,7 @@ from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
 from megatron_qad.training.models import build_teacher, check_disjoint, model_config
 from megatron_qad.training.resume_check import check_resume
-from megatron_qad.training.run_description import check_expert_state, describe_run
+from megatron_qad.training.run_description import check_expert_state, check_scale_state, describe_run
 from megatron_qad.training.teacher import Teacher
 
 
@@ -185,6 +185,8 @@ class QADJob:
             self.teacher = build_teacher(config, args, self.forward)
             check_disjoint(self.teacher.chunks, chunks)
         self.weights = self.quantize_weights(chunks)
+        if not resumes or self.needs_initial_weights:  # otherwise the checkpoint has them
+            self.weights.initialize_scales()
         print_rank_0(f"megatron_qad: {config.output_mode.describe()}")
         counts = ", ".join(f"{n} {fmt}" for fmt, n in Counter(self.weights.formats.values()).items()) or "none"
         print_rank_0(
@@ -223,6 +225,8 @@ class QADJob:
             check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
         if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
             check_expert_state(self.config, Path(args.load), resumes_at)
+        if resumes:
+            check_scale_state(self.config, Path(args.load))
         self.events.job_begins(self, resumes_at)
         if resumes and args.swiglu and has_linked_weights(iteration_dir(args.load, args.ckpt_step or None)):
             raise QADError(
@@ -259,6 +263,7 @@ class QADJob:
             mpu.get_tensor_model_parallel_group(),
             self.config.options.qad_weight_scale_rule,
             mpu.get_expert_tensor_parallel_group(),
+            self.config.scales,
         )
 
     def describe(self, resumes: bool) -> None:

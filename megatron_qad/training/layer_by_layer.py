@@ -114,6 +114,7 @@ def quantize_layers(job, calibration: Sequence[Batch], validation: Sequence[Batc
 def _quantize_layer(job, layer: torch.nn.Module, wrapped: torch.nn.Module, observed: Stream, quantized: Stream) -> None:
     """Calibrate a layer, and quantize it if there is a validation."""
     activations, weights = job.quantize_activations([layer]), job.quantize_weights([layer])
+    weights.initialize_scales()
     device = torch.cuda.current_device()
     with activations.calibrating():
         observed.advance(wrapped)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
@@ -11,7 +12,11 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest, new_files
 from megatron_qad.engine.run_directory.iterations import iteration_dir, smoothing_record
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, RUN_RECORDS, SMOOTHING_FILE, read_record
+from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.models.checkpoint_config import read_job
+from megatron_qad.quantization.frozen_scales import carries_scales
+from megatron_qad.quantization.scale_record import recorded_scales, scale_record
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 _GROUPED_EXPERTS = {"expert_parameters": "grouped"}
 """Entry of ``qad.json``: all local experts of a projection are one parameter. Older versions had one per expert."""
@@ -33,15 +38,12 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
         read_record(save, name)  # a damaged record would be copied into the new checkpoints
     job = read_job(save)
     if job is not None:
-        for setting, saved, current in (
-            ("KV cache", job.get("kv_cache", "bf16"), config.policy.kv_cache),
-            ("--qad-weight-scale-rule", job.get("scale_rule", "max"), options.qad_weight_scale_rule),
-        ):
-            if saved != current:
-                raise QADError(
-                    f"--save {save} holds checkpoints of {setting} {saved}; this job has {current}. Choose another "
-                    f"directory, or {setting} {saved}."
-                )
+        saved, current = job.get("kv_cache", "bf16"), config.policy.kv_cache
+        if saved != current:
+            raise QADError(
+                f"--save {save} holds checkpoints of KV cache {saved}; this job has {current}. Choose another "
+                f"directory, or KV cache {saved}."
+            )
         saved_formats = job["formats"]
         names = {**formats, **saved_formats}
         if different := sorted(name for name in names if formats.get(name) != saved_formats.get(name)):
@@ -50,6 +52,13 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
                 f"--save {save} holds checkpoints in which {name} is {saved_formats.get(name)}; this job's policy "
                 f"makes it {formats.get(name)} ({len(different)} linears differ). Choose another directory, or the "
                 "policy of those checkpoints."
+            )
+        if different := _different_scales(job, config.scales, str(save / JOB_FILE)):
+            name, saved, current = different[0]
+            raise QADError(
+                f"--save {save} holds checkpoints in which {name} has the scales {saved}; this job has {current} "
+                f"({len(different)} linears differ). Choose another directory, or --qad-weight-scale-rule and policy "
+                "rules that give the scales of those checkpoints."
             )
     checkpoint = Path(config.student.checkpoint)
     manifest.verify_directory(checkpoint / "hf", "config.json")
@@ -61,11 +70,40 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
         "rules": options.qad_policy_override,
         "loss": options.qad_loss,
         "kv_cache": config.policy.kv_cache,
-        "scale_rule": options.qad_weight_scale_rule,
+        **scale_record(config.scales, options.qad_weight_scale_rule),
         "formats": dict(formats),
         **_GROUPED_EXPERTS,
     }
     json_records.write(save / JOB_FILE, job)
+
+
+def check_scale_state(config: JobConfig, load: Path) -> None:
+    """Check that the checkpoints of ``load`` carry the scales that this job reads from them.
+
+    Raises:
+        QADError: their job obtained the scales of a linear in another way.
+    """
+    carried = {
+        name: setting
+        for name, setting in config.scales.items()
+        if carries_scales(FORMATS[config.formats[name]].weight, setting)
+    }
+    job = read_job(load) if carried else None
+    if different := _different_scales(job or {"formats": {}}, carried, str(load / JOB_FILE)):
+        name, saved, current = different[0]
+        raise QADError(
+            f"--load {load}: this job reads the scales of {name} ({current}) from the checkpoint, whose job "
+            f"{f'had {saved}' if saved else 'did not store them'} ({len(different)} linears differ). Start from its "
+            "weights with --qad-student, which computes the scales anew, or use the policy of that job."
+        )
+
+
+def _different_scales(
+    job: dict, current: Mapping[str, ScaleSetting], where: str
+) -> list[tuple[str, ScaleSetting | None, ScaleSetting]]:
+    """Return (name, setting in ``job``, current setting) of the linears of ``current`` whose settings differ."""
+    saved = recorded_scales(job, where)
+    return [(name, saved.get(name), setting) for name, setting in current.items() if saved.get(name) != setting]
 
 
 def check_expert_state(config: JobConfig, load: Path, iteration: int) -> None:

@@ -23,6 +23,7 @@ from megatron_qad.models.context_parallel import partitioned_indices
 from megatron_qad.training.job import QADJob, Step
 from megatron_qad.training.models import model_config, replace_model_shape
 from megatron_qad.training.resume_check import check_resume, checkpoint_to_resume
+from megatron_qad.training.run_description import check_scale_state
 
 
 def read_command_line(argv: Sequence[str], *, trains: bool = True) -> JobConfig:
@@ -85,6 +86,7 @@ def check_dry_run(job: QADJob, qad_step: Callable[[QADJob, Step], list[dict]]) -
     directory = checkpoint_to_resume(job.args)
     if directory is not None:
         check_resume(directory, job.args)
+        check_scale_state(job.config, directory.parent)
     args = job.args
     return job.datasets_provider.describe(
         dataset_config, args.train_samples or args.train_iters * args.global_batch_size

@@ -16,11 +16,13 @@ MODELS = {
     "hybrid": tiny_hybrids.NEMOTRON_H | {"torch_dtype": "bfloat16"},
 }
 FLAGS = {
-    "dense": ["--qad-policy-override", "attention=fp8", "--qad-weight-scale-rule", "four_over_six"],
+    "dense": ["--qad-policy-override", "attention=fp8", "mlp=nvfp4:frozen", "--qad-weight-scale-rule", "four_over_six"],
     "float32": [],
-    # Few samples, so that some experts take the amax of another one; keys and values are quantized, too.
+    # Few samples, so that some experts take the amax of another one; keys and values are quantized, too. Checkpoints
+    # carry scales of single weights, of experts and of Mamba layers.
     "hybrid": [
-        *("--qad-policy", "nemotron-3-nano-30b-a3b", "--qad-policy-override", "mlp=nvfp4", "head=nvfp4"),
+        *("--qad-policy", "nemotron-3-nano-30b-a3b", "--qad-policy-override", "mlp=nvfp4:mse_sweep"),
+        *("head=nvfp4:frozen", "expert=nvfp4:four_over_six:frozen", "mamba=nvfp4:frozen"),
         *("--qad-calibration-samples", "2", "--qad-fused-linear-loss", "always"),
     ],
 }
@@ -214,7 +216,8 @@ def test_sequential_without_calibration_or_teacher(shop, tmp_path):
     for run, flags in zip(runs, ([], ["--qad-ptq-sequential"]), strict=True):
         flags = ["--qad-policy", "w4a16-all-linear", "--qad-loss", "ce", *flags, "--save", str(run)]
         argv = shop.argv("dense", "--qad-ptq", *flags)
-        argv = [x for x in argv[2:] if x not in ("--qad-policy-override", "attention=fp8")]  # no --qad-teacher
+        overrides = ("--qad-policy-override", "attention=fp8", "mlp=nvfp4:frozen")
+        argv = [x for x in argv[2:] if x not in overrides]  # no --qad-teacher
         outputs.append(shop.run(argv))
     whole, sequential = shop.tensors(*runs)
     assert not any("_amax" in name for name in sequential)

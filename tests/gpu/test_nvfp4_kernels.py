@@ -8,6 +8,7 @@ import torch
 
 from megatron_qad.engine import QADError, capabilities
 from megatron_qad.formats import nvfp4
+from megatron_qad.formats.block_scales import KERNEL_RULES
 from megatron_qad.formats.common import tensor_amax
 from megatron_qad.formats.nvfp4_multi_tensor import amax_list, fake_quant_list_, global_scales_from_amaxes
 
@@ -25,21 +26,21 @@ def assert_same_bits(ours, reference):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", KERNEL_RULES)
 @pytest.mark.parametrize("exponent", [-110, -40, -8, 0])
 def test_fake_quant_equals_reference_bitwise(dtype, rule, exponent):
     for seed, (rows, dim) in enumerate([(64, 4096), (3, 16), (77, 208), (1000, 1024)]):
         x = hard_values(rows, dim, dtype, seed, exponent)
-        scale = nvfp4.global_scale_from_amax(tensor_amax(x))
+        scale = nvfp4.global_scale_from_amax(tensor_amax(x), rule=rule)
         on_gpu = nvfp4.fake_quant(x.cuda(), scale.cuda(), rule=rule)
         assert_same_bits(on_gpu, nvfp4.fake_quant(x, scale, rule=rule))
 
 
 def test_torch_path_on_gpu_equals_cpu_bitwise(monkeypatch):
     monkeypatch.setattr(nvfp4, "triton_serves", lambda x: False)
-    for rule in nvfp4.SCALE_RULES:
+    for rule in ("max", "four_over_six", "mse", "mse_multipliers", "mse_sweep"):
         x = hard_values(300, 512, torch.bfloat16, 1)
-        scale = nvfp4.global_scale_from_amax(tensor_amax(x))
+        scale = nvfp4.global_scale_from_amax(tensor_amax(x), rule=rule)
         assert_same_bits(nvfp4.fake_quant(x.cuda(), scale.cuda(), rule=rule), nvfp4.fake_quant(x, scale, rule=rule))
         packed, block_scale = nvfp4.quantize(x.cuda(), scale.cuda(), rule=rule)
         expected_packed, expected_scale = nvfp4.quantize(x, scale, rule=rule)
@@ -47,7 +48,7 @@ def test_torch_path_on_gpu_equals_cpu_bitwise(monkeypatch):
         assert torch.equal(block_scale.cpu().view(torch.uint8), expected_scale.view(torch.uint8))
 
 
-@pytest.mark.parametrize("rule", nvfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", KERNEL_RULES)
 def test_list_is_quantized_in_place_with_one_launch_per_dtype(rule, monkeypatch):
     weights = [hard_values(8 + 13 * i, 16 * (1 + i % 5), DTYPES[i % 3], i) for i in range(300)]
     weights += [torch.zeros(0, 64), torch.zeros(4, 64, dtype=torch.bfloat16)]
@@ -58,7 +59,7 @@ def test_list_is_quantized_in_place_with_one_launch_per_dtype(rule, monkeypatch)
     names = [f"w{i}" for i in range(len(weights))]
     amaxes = amax_list(on_gpu)
     assert torch.equal(amaxes.cpu(), torch.stack([tensor_amax(w) for w in weights]))
-    scales = global_scales_from_amaxes(amaxes, names)
+    scales = global_scales_from_amaxes(amaxes, names, rule)
     tables = []
     original = nvfp4_triton._tables
     monkeypatch.setattr(nvfp4_triton, "_tables", lambda tensors: tables.append(original(tensors)) or tables[-1])

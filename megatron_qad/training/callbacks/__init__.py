@@ -6,6 +6,7 @@ from megatron_qad.engine.events import Callback
 from megatron_qad.training.callbacks.best_checkpoints import BestCheckpoints
 from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper
 from megatron_qad.training.callbacks.expert_load import ExpertLoad
+from megatron_qad.training.callbacks.frozen_scale_mask import FrozenScaleMask
 from megatron_qad.training.callbacks.hang_watchdog import HangWatchdog
 from megatron_qad.training.callbacks.hidden_state_losses import HiddenStateLosses
 from megatron_qad.training.callbacks.loss_spike import LossSpike
@@ -26,6 +27,7 @@ def build_callbacks(job) -> list[Callback]:
         LossSpike(job),
         *([HiddenStateLosses(job)] if trains and losses.terms_of_type(HiddenLoss) else []),
         *([ScalePenalty(job)] if trains and losses.terms_of_type(ScaleGrowth) else []),
+        *([FrozenScaleMask(job)] if trains and any(x.is_frozen for x in job.config.scales.values()) else []),
         ExpertLoad(job),
         best,
         Validation(),

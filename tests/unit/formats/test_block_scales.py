@@ -6,14 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats import block_scales, nvfp4
-from megatron_qad.formats.block_scales import MSE_OFFSETS, SCALE_RULES, squared_error
+from megatron_qad.formats.block_scales import SCALE_RULES, squared_error
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
 from megatron_qad.formats.nvfp4_format import NVFP4
 from megatron_qad.formats.nvfp4_pack import pack_representable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE = torch.tensor(1.0)
+RULES = tuple(rule for rule in SCALE_RULES if rule != "local_hessian")  # it needs a Hessian
+PRESERVING = ("max", "four_over_six", "mse")
 
 
 def made_weight(seed, dtype, spread=1.0, rows=16, dim=128):
@@ -24,8 +25,8 @@ def made_weight(seed, dtype, spread=1.0, rows=16, dim=128):
     return weight.to(dtype)
 
 
-def scale_of(x):
-    return global_scale_from_amax(tensor_amax(x))
+def scale_of(x, rule="max"):
+    return global_scale_from_amax(tensor_amax(x), rule=rule)
 
 
 def test_four_over_six_maps_to_four_only_if_error_is_smaller():
@@ -34,20 +35,16 @@ def test_four_over_six_maps_to_four_only_if_error_is_smaller():
     assert scale.float().item() == 1.625 and fake_quant(near_five, ONE)[0, 1] != near_five[0, 1]
     _, scale = quantize(near_five, ONE, rule="four_over_six")
     assert scale.float().item() == 2.5  # 10 / 4; 10 and 8.33 become 10 and 7.5
-    too_large = torch.tensor([[2000.0] + [896.0] * 15])  # 2000 / 4 exceeds 448; 448 has less error than 320
-    assert squared_error(too_large, torch.tensor([[448.0]]), ONE) < squared_error(
-        too_large, torch.tensor([[320.0]]), ONE
-    )
-    assert quantize(too_large, ONE, rule="four_over_six")[1].float().item() == 320
+    top = torch.tensor([[1536.0, 1280.0] + [0.0] * 14])  # the block with the amax can choose as well
+    assert scale_of(top, "four_over_six") == 1 and quantize(top, ONE, rule="four_over_six")[1].float().item() == 384
     on_six = torch.tensor([[6.0, 4.0, 3.0] + [0.0] * 13])  # no error with 6, so 6 is kept
     assert quantize(on_six, ONE, rule="four_over_six")[1].float().item() == 1.0
 
 
-@pytest.mark.parametrize("rule", ["four_over_six", "mse"])
-def test_zero_blocks_store_scale_one(rule):
-    zero = torch.zeros(2, 32)
-    packed, scale = quantize(zero, ONE, rule=rule)
-    assert packed.sum() == 0 and (scale.view(torch.uint8) == 0x38).all()
+def test_zero_blocks_decode_to_zero():
+    for rule, scale in zip(RULES, (1.0, 1.0, 1.0, 1.0, 2.0**-9), strict=True):
+        packed, block_scale = quantize(torch.zeros(2, 32), ONE, rule=rule)
+        assert packed.sum() == 0 and (block_scale.float() == scale).all(), rule
 
 
 def test_unknown_rule_error_names_tensor_and_rules():
@@ -59,19 +56,17 @@ def test_unknown_rule_error_names_tensor_and_rules():
 @given(seed=st.integers(0, 2**31), spread=st.floats(0, 6), dtype=st.sampled_from(DTYPES))
 def test_block_error_decreases_from_rule_to_rule(seed, spread, dtype):
     weight = made_weight(seed, dtype, spread)
-    scale = scale_of(weight)
     blocks = weight.float().view(-1, 16)
-    scales = {rule: quantize(weight, scale, rule=rule)[1].float().view(-1, 1) for rule in SCALE_RULES}
-    chosen = [squared_error(blocks, scales[rule], scale) for rule in SCALE_RULES]
-    assert (chosen[1] <= chosen[0]).all() and (chosen[2] <= chosen[1]).all()
-    # The same with decoded values in float64. The rounding of the score (16 squares and a product, 2^-24 each) can
-    # swap two candidates only if their errors are nearly equal.
-    decoded = {rule: fake_quant(weight.float(), scale, rule=rule).double().view(-1, 16) for rule in SCALE_RULES}
-    errors = [((decoded[rule] - blocks.double()) ** 2).sum(-1) for rule in SCALE_RULES]
+    # Errors of decoded values, in float64, of pairs of rules with the same global scale. The rounding of the score (16
+    # squares and a product, 2^-24 each) can swap two candidates only if their errors are nearly equal.
+    errors = {}
+    for rule in ("max", "mse", "mse_sweep"):
+        decoded = fake_quant(weight.float(), scale_of(weight), rule=rule).double().view(-1, 16)
+        errors[rule] = ((decoded - blocks.double()) ** 2).sum(-1)
     # An error is a difference of rounded numbers, each off by up to one float32 ulp of amax.
     slack = blocks.abs().amax(-1).double() * 2.0**-22
-    for better, worse in ((errors[1], errors[0]), (errors[2], errors[1])):
-        assert (better.sqrt() <= worse.sqrt() * (1 + 2.0**-18) + slack).all()
+    for better, worse in (("mse", "max"), ("mse_sweep", "mse")):
+        assert (errors[better].sqrt() <= errors[worse].sqrt() * (1 + 2.0**-18) + slack).all(), better
 
 
 def test_mse_rule_finds_best_of_all_126_scales():
@@ -85,42 +80,32 @@ def test_mse_rule_finds_best_of_all_126_scales():
     assert torch.equal(squared_error(blocks, chosen, scale)[~top], errors[~top])
 
 
-def test_mse_candidates_include_that_of_four_over_six():
-    """Covers every block scale of the max rule, with many amaxes that round to it."""
-    amax = torch.cat([torch.linspace(2.0**-10, 2.0**-4, 20000), torch.logspace(-4, 11.4, 200000, base=2.0)])
-    amax = amax[amax <= 2688].unsqueeze(1)
-    six = block_scales.max_scale(amax, ONE).to(torch.float8_e4m3fn)
-    four = (amax / 4).clamp(2.0**-9, 448).to(torch.float8_e4m3fn)
-    offset = four.view(torch.uint8).int() - six.view(torch.uint8).int()
-    assert set(six.view(torch.uint8).flatten().tolist()) == set(range(1, 0x7F))
-    assert set(offset.flatten().tolist()) <= set(MSE_OFFSETS)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DTYPES),
     spread=st.floats(0, 6),
-    rule=st.sampled_from(SCALE_RULES[1:]),
+    rule=st.sampled_from(PRESERVING),
 )
 def test_amax_is_preserved_and_weight_packs_exactly(seed, dtype, spread, rule):
     weight = made_weight(seed, dtype, spread)
-    scale = scale_of(weight)
+    scale = scale_of(weight, rule)
     quantized = fake_quant(weight, scale, rule=rule)
-    if dtype == torch.float32:  # 6 * (448 * scale): two roundings
+    if dtype == torch.float32:  # 6 * (448 * scale) or 1536 * scale: two roundings
         assert abs(tensor_amax(quantized) / tensor_amax(weight) - 1) <= 3 * 2.0**-24
     else:
         assert tensor_amax(quantized) == tensor_amax(weight)
-    recovered = NVFP4.pack([quantized], name="w")[0]
+    recovered = NVFP4.pack([quantized], name="w", rule=rule)[0]
+    assert recovered == scale or dtype == torch.float32
     packed, block_scale = pack_representable(quantized, recovered)
     assert torch.equal(dequantize(packed, block_scale, recovered, dtype), quantized)
     assert torch.equal(dequantize(*quantize(weight, scale, rule=rule), scale, dtype), quantized)
 
 
-@pytest.mark.parametrize("rule", SCALE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_shards_get_same_scales_as_whole_tensor(rule):
     weight = made_weight(5, torch.bfloat16, 2.0)
-    scale = scale_of(weight)
+    scale = scale_of(weight, rule)
     whole = fake_quant(weight, scale, rule=rule)
     by_row = torch.cat([fake_quant(part, scale, rule=rule) for part in weight.chunk(4, 0)])
     by_column = torch.cat([fake_quant(part, scale, rule=rule) for part in weight.chunk(4, 1)], dim=1)
@@ -132,7 +117,7 @@ def test_shards_get_same_scales_as_whole_tensor(rule):
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(DTYPES),
     spread=st.floats(0, 5),
-    rule=st.sampled_from(SCALE_RULES),
+    rule=st.sampled_from(PRESERVING),
 )
 def test_quantizing_again_keeps_blocks_with_normal_scales(seed, dtype, spread, rule):
     """Fake quantization is idempotent, with the same global scale, for blocks whose E4M3 scale is a normal number
@@ -140,7 +125,7 @@ def test_quantizing_again_keeps_blocks_with_normal_scales(seed, dtype, spread, r
     docs/decisions/formats_and_scales.md. (Under mse, a subnormal max scale of 5 * 2^-9 may become 13 * 2^-9, with 2 as
     the largest code; then the search window does not include the first scale again: seed 92, spread 2.)"""
     weight = made_weight(seed, dtype, spread)
-    scale = scale_of(weight)
+    scale = scale_of(weight, rule)
     scales = torch.stack([quantize(weight, scale, rule=r)[1].float().view(-1) for r in (rule, "max")])
     once = fake_quant(weight, scale, rule=rule)
     twice = fake_quant(once, scale, rule=rule)
@@ -151,8 +136,10 @@ def test_quantizing_again_keeps_blocks_with_normal_scales(seed, dtype, spread, r
 
 def test_rules_reduce_error_of_normal_weight():
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-    scale = scale_of(weight)
-    errors = [float(((fake_quant(weight, scale, rule=rule) - weight) ** 2).mean()) for rule in SCALE_RULES]
-    print("mean squared error by rule, relative to max:", [round(error / errors[0], 4) for error in errors])
-    assert errors[1] < 0.95 * errors[0] and errors[2] < errors[1]  # measured: 0.84 and 0.73
-    assert nvfp4.SCALE_RULES is SCALE_RULES
+    errors = {
+        rule: float(((fake_quant(weight, scale_of(weight, rule), rule=rule) - weight) ** 2).mean()) for rule in RULES
+    }
+    ratios = {rule: round(error / errors["max"], 4) for rule, error in errors.items()}
+    print("mean squared error by rule, relative to max:", ratios)
+    # Measured: 0.84, 0.73, 0.74 and 0.73.
+    assert ratios["four_over_six"] < 0.87 and max(ratios[rule] for rule in RULES[2:]) < 0.77

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.formats.block_scales import SCALE_RULES, amax_of
 from megatron_qad.formats.common import MAX_ULPS
 from megatron_qad.formats.e2m1 import E2M1_VALUES, pack_codes, round_to_e2m1_, unpack_codes
 from megatron_qad.formats.nvfp4 import dequantize, fake_quant, global_scale_from_amax, quantize, tensor_amax
@@ -125,18 +126,69 @@ def test_group_recovers_its_shared_scale(dtype):
             assert torch.equal(scale, original)
 
 
-def test_recomputed_float32_scale_differs_by_at_most_one_ulp():
+@pytest.mark.parametrize("rule", ["max", "four_over_six"])
+def test_recomputed_float32_scale_differs_by_at_most_one_ulp(rule):
     """Try all 2^23 mantissas: this bound limits the search to neighbours. Exponents above the scale's minimum only
     shift the values."""
     num_moved, names = 0, ["w"] * (1 << 20)
     for part in torch.arange(0x3F800000, 0x40000000, dtype=torch.int32).split(1 << 20):
-        scale = NVFP4.scales_from_amaxes(part.view(torch.float32), names)
-        # The amax of a fake-quantized tensor has code 6 and block scale 448.
-        again = NVFP4.scales_from_amaxes(6 * (448 * scale), names)
+        scale = NVFP4.scales_from_amaxes(part.view(torch.float32), names, rule)
+        # The amax of a fake-quantized tensor has code 6 and block scale 448, or 6 and 256, or 4 and 384.
+        amax = 6 * ((448 if rule == "max" else 256) * scale)
+        assert rule == "max" or torch.equal(amax, 4 * (384 * scale))
+        again = NVFP4.scales_from_amaxes(amax, names, rule)
         ulps = (scale.view(torch.int32) - again.view(torch.int32)).abs()
         assert ulps.max() <= MAX_ULPS
         num_moved += int(ulps.sum())
-    assert num_moved > 0  # otherwise packing would not need to try neighbours
+    # Under max, packing needs to try neighbours. Under four_over_six the amax can move by an ulp, but not the scale.
+    assert (num_moved > 0) == (rule == "max")
+
+
+def test_amax_of_16_bit_dtypes_is_recovered_exactly():
+    """All mantissas of float16, which contain those of bfloat16."""
+    amax = torch.arange(1024, 2048).float() / 1024
+    for rule in (rule for rule in SCALE_RULES if SCALE_RULES[rule].is_searched):
+        scale = NVFP4.scales_from_amaxes(amax, ["w"] * 1024, rule)
+        assert torch.equal(amax_of(scale, rule, torch.float16), amax), rule
+    assert torch.equal(6 * (256 * NVFP4.scales_from_amaxes(amax, ["w"] * 1024, "four_over_six")), amax)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", ["mse_multipliers", "mse_sweep"])
+def test_rules_that_change_the_amax_pack_with_it(rule, dtype):
+    weight, changed = spread_weight(3, dtype), 0
+    for part in weight.split(1):
+        amax = tensor_amax(part)
+        scale = NVFP4.scale_from_amax(amax, rule=rule)
+        quantized = fake_quant(part, scale, rule=rule)
+        found, (codes,) = NVFP4.pack([quantized], name="w", amax=amax, rule=rule)
+        assert torch.equal(found, scale)
+        assert torch.equal(NVFP4.dequantize(codes, scale, dtype), quantized)
+        changed += tensor_amax(quantized) != amax
+        with pytest.raises(QADError, match=rf"^layers\.1\.w: its amax is missing.*{rule}.*Store the amax"):
+            NVFP4.pack([quantized], name="layers.1.w", rule=rule)
+    assert changed  # otherwise the amax could be recovered
+    scale, codes = NVFP4.pack([weight], name="w", amax=tensor_amax(weight), rule=rule)  # not quantized yet
+    assert codes is None and torch.equal(scale, NVFP4.scale_from_amax(tensor_amax(weight), rule=rule))
+
+
+def test_given_amax_finds_the_scale_of_float32_weights_at_once():
+    for seed in range(20):
+        weight = spread_weight(seed, torch.float32)
+        scale = NVFP4.scale_from_amax(tensor_amax(weight), rule="four_over_six")
+        quantized = fake_quant(weight, scale, rule="four_over_six")
+        found, codes = NVFP4.pack([quantized], name="w", amax=tensor_amax(weight), rule="four_over_six")
+        assert codes is not None and torch.equal(found, scale)
+
+
+def test_four_over_six_weights_of_earlier_versions_are_packed():
+    """Their global scale was amax / 2688; any block scales occur with it."""
+    weight = spread_weight(0, torch.bfloat16)
+    scale = global_scale_from_amax(tensor_amax(weight))
+    quantized = fake_quant(weight, scale, rule="mse")
+    found, (codes,) = NVFP4.pack([quantized], name="w", rule="four_over_six")
+    assert torch.equal(found, scale)
+    assert torch.equal(NVFP4.dequantize(codes, found, torch.bfloat16), quantized)
 
 
 def test_unrepresentable_weight_error_has_name_and_count():

@@ -8,6 +8,7 @@ import torch
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_triton
+from megatron_qad.formats.block_scales import KERNEL_RULES
 from megatron_qad.formats.common import tensor_amax
 
 
@@ -89,10 +90,10 @@ def interpret():
     make_fma_exact()
     check_quotients()
     check_extreme_scales()
-    for rule in nvfp4.SCALE_RULES:
+    for rule in KERNEL_RULES:
         for dtype in (torch.float32,) if rule == "mse" else (torch.float32, torch.float16, torch.bfloat16):
             x = made(70, 128, dtype, seed=1)  # 560 blocks: two full tiles and a partial one
-            scale = nvfp4.global_scale_from_amax(tensor_amax(x))
+            scale = nvfp4.global_scale_from_amax(tensor_amax(x), rule=rule)
             reference = expected(x, scale, rule)
             bad = nvfp4_triton.fake_quant_(x, scale, rule)
             assert bad.tolist() == [0] and same(x, reference), (rule, dtype)
@@ -106,7 +107,7 @@ def interpret():
         weights.append(torch.randn(33)[1:].view(2, 16))  # its address is not a multiple of 16
         amaxes = nvfp4_triton.amax_list(weights)
         assert torch.equal(amaxes, torch.stack([tensor_amax(weight) for weight in weights]))
-        scales = nvfp4.global_scale_from_amax(amaxes, name=[str(i) for i in range(len(weights))])
+        scales = nvfp4.global_scale_from_amax(amaxes, name=[str(i) for i in range(len(weights))], rule=rule)
         reference = [expected(weight, scale, rule) for weight, scale in zip(weights, scales, strict=True)]
         bad = nvfp4_triton.fake_quant_list_(weights, scales, rule)
         assert not bad.any() and all(same(a, b) for a, b in zip(weights, reference, strict=True)), rule
@@ -131,6 +132,8 @@ def check_dispatch():
     scale = nvfp4.global_scale_from_amax(tensor_amax(x))
     packed = nvfp4.quantize(x, scale)  # always PyTorch
     assert torch.equal(nvfp4.fake_quant(x, scale), nvfp4.dequantize(*packed, scale)) and launched == [1]
+    nvfp4.fake_quant(x, scale, rule="mse_sweep")  # a rule without a kernel
+    assert launched == [1]
     view = made(32, 20, torch.float32, 4)[:, :16].t()  # [16, 32], strided, so it is copied
     reference = nvfp4.dequantize(*nvfp4.quantize(view, scale), scale)
     assert torch.equal(nvfp4.fake_quant_(view, scale), reference) and launched == [1, 1]
@@ -172,7 +175,7 @@ def compile_for_gpus():
     table = {"table": "*i64", "length": "i32"}
     constants = {"STEPS": 13, "TYPE": tl.bfloat16, "ALIGNED": True}
     for capability in (90, 100):
-        for rule in nvfp4.SCALE_RULES[:2] if capability == 90 else ("max",):
+        for rule in KERNEL_RULES[:2] if capability == 90 else ("max",):
             ptx = _ptx(
                 nvfp4_triton._fake_quant_list_kernel,
                 {**table, "scales": "*fp32", "bad": "*i32"},

@@ -8,6 +8,7 @@ from megatron_qad.checkpoint.torch_dist import TorchDistReader
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
 from megatron_qad.formats.format_registry import FORMATS
+from megatron_qad.quantization.scale_settings import ScaleSetting
 from megatron_qad.report.weight_errors import linear_errors, relative_distance
 
 # Far above the difference of two float64 sums of the same squares in another order.
@@ -142,12 +143,13 @@ def test_export_does_not_change_a_quantized_float32_weight(fmt):
 
 
 def test_each_run_uses_its_format_and_scale_rule(teacher, formats):
-    def error(fmt, rules=None):
-        return linear_errors(teacher, {"run": dict.fromkeys(formats, fmt)}, {}, rules)[0].ptq_error
+    def error(fmt, rule="max"):
+        scales = {"run": dict.fromkeys(formats, ScaleSetting(rule))}
+        return linear_errors(teacher, {"run": dict.fromkeys(formats, fmt)}, {}, scales)[0].ptq_error
 
     nvfp4_error = error("nvfp4")
     assert error("fp8") < nvfp4_error / 3  # E4M3 rounds by at most 2^-4 of a value, E2M1 by up to a third
-    assert error("nvfp4", {"run": "mse"}) < error("nvfp4", {"run": "four_over_six"}) < nvfp4_error
+    assert error("nvfp4", "mse") < error("nvfp4", "four_over_six") < nvfp4_error
     assert error("nvfp4-w4a16") == nvfp4_error
 
 
