@@ -273,7 +273,7 @@ class Export:
         linear_format, input_scale = FORMATS[fmt], None
         if linear_format.input is not None:
             amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
-            input_scale = linear_format.input.scale_from_amax(amax, name=name)
+            input_scale = linear_format.input.input_scale_from_amax(amax, name=name)
         parts = [part.contiguous() for part in tensor_map.to_hf(tensor)]
         scale, codes = linear_format.weight.pack(parts, name=name)
         for i, (hf_name, part) in enumerate(zip(tensor_map.hf, parts, strict=True)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_pack
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
+from megatron_qad.formats.input_scales import tie_free
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 
@@ -30,6 +31,9 @@ class NVFP4Numbers(NumberFormat):
     scales_from_amaxes = staticmethod(nvfp4_multi_tensor.global_scales_from_amaxes)
     fake_quant = staticmethod(nvfp4.fake_quant)
     fake_quant_list_ = staticmethod(nvfp4_multi_tensor.fake_quant_list_)
+
+    def input_scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
+        return tie_free(self.scale_from_amax(amax, name=name, check=check)).clamp(max=nvfp4.GLOBAL_SCALE_MAX)
 
     def quantize(
         self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"

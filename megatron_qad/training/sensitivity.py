@@ -99,6 +99,7 @@ class Probe:
             dict.fromkeys(quantizable, DEFAULT_FORMAT),
             groups=(self.tp_group, self.data_group),
             percentile=job.config.options.qad_calibration_percentile,
+            headroom=job.config.options.qad_calibration_headroom,
         )
         self.chunks = [freeze(chunk) for chunk in chunks]
         self.shape = {"seq_length": args.seq_length, "micro_batch_size": args.micro_batch_size}

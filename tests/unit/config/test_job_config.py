@@ -103,6 +103,11 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "--global-batch-size 4 is not a multiple of 3"),
         (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
+        (["--qad-calibration-headroom", "28672"], "--qad-calibration-headroom 28672.0: expected a number above 0 and"),
+        (
+            ["--qad-calibration-headroom", "9", "--qad-calibration-percentile", "99"],
+            "--qad-calibration-percentile and --qad-calibration-headroom both set the amax",
+        ),
         (["--seq-length", "128"], "--seq-length 128: is longer than the 64 positions of"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
         (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),
