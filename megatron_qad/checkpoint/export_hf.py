@@ -275,7 +275,7 @@ class Export:
             amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
             input_scale = linear_format.input.input_scale_from_amax(amax, name=name)
         parts = [part.contiguous() for part in tensor_map.to_hf(tensor)]
-        scale, codes = linear_format.weight.pack(parts, name=name)
+        scale, codes = linear_format.weight.pack(parts, name=name, rule=self.scale_rule)
         for i, (hf_name, part) in enumerate(zip(tensor_map.hf, parts, strict=True)):
             yield HFTensor(
                 name=hf_name,

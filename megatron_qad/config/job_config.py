@@ -32,6 +32,7 @@ from megatron_qad.engine.run_directory.iterations import holds_checkpoints
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import text_config
 from megatron_qad.quantization import policy
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
 _TRAINING_FLAGS = (
@@ -56,6 +57,8 @@ class JobConfig:
     policy: policy.Policy
     formats: Mapping[str, str]
     """Format of each linear layer of the student, by the global name of its Megatron weight."""
+    scales: Mapping[str, ScaleSetting]
+    """How the scales of each weight with block scales are obtained, by the same name."""
     output_mode: OutputMode
     output_sizes: OutputSizes
     layer_spec: str
@@ -163,8 +166,10 @@ def read_job_config(
     saving_checks.check_saving(flags, options, has_teacher=teacher is not None)
     refusals.check_skipped(flags, options)
     job_policy = policy.load(options.qad_policy, options.qad_policy_override)
-    formats = policy.resolve(job_policy, student.family.linears(student.hf), student.family.layer_kinds(student.hf))
-    refusals.check_blocks(flags, student.family.linears(student.hf), formats)
+    linears, layer_kinds = student.family.linears(student.hf), student.family.layer_kinds(student.hf)
+    formats = policy.resolve(job_policy, linears, layer_kinds)
+    scales = policy.resolve_scales(job_policy, linears, layer_kinds, default_rule=options.qad_weight_scale_rule)
+    refusals.check_blocks(flags, linears, formats)
     shape = student.shape(flags, flags.num_virtual_stages)
     defaults = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})
     argv = remove_flags(argv, _VIRTUAL_STAGES)  # the layer pattern gives the virtual stages
@@ -179,6 +184,7 @@ def read_job_config(
         losses=losses,
         policy=job_policy,
         formats=formats,
+        scales=scales,
         output_mode=output_mode,
         output_sizes=sizes,
         layer_spec=options.qad_layer_spec or machine.layer_spec,

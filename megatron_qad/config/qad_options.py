@@ -39,12 +39,13 @@ class QADOptions:
         default_factory=list, metadata={"argparse_meta": {"type": str, "nargs": "+", "action": "extend"}}
     )
     """Rules appended to the policy, KIND=FORMAT or MODULE_PATTERN=FORMAT, such as head=nvfp4; the last match wins.
-    Rules of repeated flags and of --config files add up. Default: none."""
+    'expert=nvfp4:four_over_six:frozen' also sets the scale rule and the update of the scales. Rules of repeated flags
+    and of --config files add up. Default: none."""
 
     qad_weight_scale_rule: str = "max"
-    """How the block scales of NVFP4 weights are chosen: 'max' (maps the largest magnitude of a block to 6),
-    'four_over_six' (maps it to 6 or 4, whichever has the smaller error) or 'mse' (searches for the scale with the
-    smallest error). The stored format is the same. Default: max."""
+    """How the block scales of NVFP4 weights are chosen where the policy names no rule: 'max' (maps the largest
+    magnitude of a block to 6), 'four_over_six' (maps it to 6 or 4, whichever has the smaller error) or 'mse' (searches
+    for the scale with the smallest error). The stored format is the same. Default: max."""
 
     qad_calibration_samples: int = 64
     """Number of training sequences that set the amax of the activation quantizers before the first step, rounded up to

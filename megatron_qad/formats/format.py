@@ -39,13 +39,15 @@ class NumberFormat:
     scales."""
     tensor_bytes: int = SCALE_BYTES
     """Bytes of a stored weight in addition to its elements and block scales. Default: one float32 scale."""
+    scale_rules: tuple[str, ...] = ("max",)
+    """Rules that can choose the block scales (``block_scales``). Formats with only "max" have none to choose."""
     input_attributes: Mapping[Any, Any] | None = None
     """modelopt quantizer attributes for an input in this format. None means that the format is for weights only."""
 
     # A subclass implements these four.
 
-    def scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
-        """Return the float32 scale of each float32 amax.
+    def scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max") -> Tensor:
+        """Return the float32 scale of each float32 amax, for weights whose block scales ``rule`` chooses.
 
         Raises QADError, with ``name``, for a NaN, infinite or negative amax, unless ``check=False``.
         """
@@ -78,10 +80,45 @@ class NumberFormat:
         """Return the scale of an input with this amax. Arguments and errors are those of ``scale_from_amax``."""
         return self.scale_from_amax(amax, name=name, check=check)
 
-    def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str]) -> Tensor:
+    def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str], rule: str = "max") -> Tensor:
         """Return the scales of n tensors, float32 [n], from their amaxes, float32 [n]."""
         first = int((~amaxes.isfinite()).int().argmax())  # names the weight if there is an error
-        return self.scale_from_amax(amaxes, name=names[first])
+        return self.scale_from_amax(amaxes, name=names[first], rule=rule)
+
+    def block_scales(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        *,
+        name: str = "tensor",
+        rule: str = "max",
+        amax: Tensor | None = None,
+        hessian: Tensor | None = None,
+    ) -> Tensor | None:
+        """Return the block scales that ``rule`` chooses for ``x`` [..., K], or None if the format has none to choose.
+
+        The arguments are those of ``nvfp4_fixed.block_scales``.
+        """
+        return None
+
+    def fake_quant_fixed(
+        self, x: Tensor, scale: Tensor, block_scales: Tensor | None, *, name: str = "tensor", check: bool = True
+    ) -> Tensor:
+        """Fake-quantize ``x`` with block scales from ``block_scales``. Values beyond the largest code saturate."""
+        return self.fake_quant(x, scale, name=name, check=check)
+
+    def quantize_fixed(
+        self, x: Tensor, scale: Tensor, block_scales: Tensor | None, *, name: str = "tensor", check: bool = True
+    ) -> dict[str, Tensor]:
+        """Return the codes of ``x`` with block scales from ``block_scales``; they decode to ``fake_quant_fixed``."""
+        return self.quantize(x, scale, name=name, check=check)
+
+    def preserves_amax(self, rule: str) -> bool:
+        """Whether fake quantization under ``rule`` preserves the amax, so that ``pack`` can find the scale again.
+
+        In 16-bit dtypes the amax is the same, in float32 within an ulp.
+        """
+        return True
 
     @torch.no_grad()
     def fake_quant_list_(
@@ -110,28 +147,38 @@ class NumberFormat:
     def is_representable(self, weight: Tensor, scale: Tensor, *, name: str = "tensor") -> bool:
         return self.exact_codes(weight, scale, name=name) is not None
 
-    def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
-        """Recover the scale that saved weights share, and pack each weight with it.
+    def pack(
+        self, weights: Sequence[Tensor], *, name: str, amax: Tensor | None = None, rule: str = "max"
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        """Pack weights that share a scale, after recovering it.
 
         Args:
             weights: [N, K] each, all tensors that were quantized with one scale (q, k and v; gate and up).
             name: name of their group for errors.
+            amax: float32 [], the amax before quantization, from which the scale was computed. None: recover it from the
+                weights.
+            rule: rule that chose their block scales.
 
         Returns:
             The scale, and the codes that decode to exactly each weight. The codes are None if the format cannot
             represent the weights, because they were saved between an optimizer step and the next quantization. The
             scale is then the one which that quantization would have used.
 
-        Raises QADError for NaN and Inf.
+        Raises QADError for NaN and Inf, and without ``amax`` for a rule that does not preserve it.
         """
-        amax = torch.stack([tensor_amax(weight).cpu() for weight in weights]).amax()
-        scale = self.scale_from_amax(amax, name=name)
-        # Fake quantization preserves the amax, and so the scale, of 16-bit dtypes. A float32 amax can change by an ulp.
-        is_sure = all(weight.dtype != torch.float32 for weight in weights)
+        if amax is None and not self.preserves_amax(rule):
+            raise QADError(
+                f"{name}: its amax is missing. Block scales of the rule {rule} do not preserve the amax, so the global "
+                "scale cannot be found from the quantized weight. Store the amax with the weight."
+            )
+        found = torch.stack([tensor_amax(weight).cpu() for weight in weights]).amax()
+        scale = self.scale_from_amax(found if amax is None else amax.cpu(), name=name, rule=rule)
+        # A float32 amax can change by an ulp.
+        is_sure = amax is not None or all(weight.dtype != torch.float32 for weight in weights)
         for candidate in [scale] if is_sure else neighbours(scale):
             if (codes := self._pack_with(candidate, weights, name)) is not None:
                 return candidate, codes
-        return scale, None
+        return self.scale_from_amax(found, name=name, rule=rule), None
 
     def _pack_with(self, scale: Tensor, weights: Sequence[Tensor], name: str) -> list[dict[str, Tensor]] | None:
         """Return the exact codes of each weight; None at the first weight that has none."""
@@ -148,10 +195,10 @@ class NumberFormat:
         self.fake_quant_list_([copy], scale.reshape(1), [name], rule)
         return copy
 
-    def as_exported(self, weight: Tensor, *, name: str, rule: str = "max") -> Tensor:
+    def as_exported(self, weight: Tensor, *, name: str, amax: Tensor | None = None, rule: str = "max") -> Tensor:
         """Return the values that the exported weight decodes to: ``weight`` itself if representable, else a rounded
-        copy."""
-        scale, codes = self.pack([weight], name=name)
+        copy. Arguments and errors are those of ``pack``."""
+        scale, codes = self.pack([weight], name=name, amax=amax, rule=rule)
         return weight if codes is not None else self.rounded(weight, scale, name=name, rule=rule)
 
 

@@ -21,8 +21,10 @@ class FP8Numbers(NumberFormat):
     bits = 8
     input_attributes = {"num_bits": (4, 3), "axis": None}
 
-    scale_from_amax = staticmethod(fp8.scale_from_amax)
     fake_quant = staticmethod(fp8.fake_quant)
+
+    def scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max") -> Tensor:
+        return fp8.scale_from_amax(amax, name=name, check=check)
 
     def fake_quant_list_(
         self, tensors: Sequence[Tensor], scales: Tensor, names: Sequence[str], rule: str = "max"

@@ -25,7 +25,7 @@ class INT4Numbers(NumberFormat):
     block_size = int4.GROUP_SIZE
     tensor_bytes = 16  # the shape
 
-    def scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
+    def scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max") -> Tensor:
         if check and not bool((amax.isfinite() & (amax >= 0)).all()):
             raise QADError(f"{name}: amax is {amax.max().item()}, expected a finite number >= 0. Check the weight.")
         return torch.ones_like(amax, dtype=torch.float32)
@@ -55,7 +55,9 @@ class INT4Numbers(NumberFormat):
         found = int4.exact_codes(weight, name=name)
         return None if found is None else self._stored(weight, *found)
 
-    def pack(self, weights: Sequence[Tensor], *, name: str) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+    def pack(
+        self, weights: Sequence[Tensor], *, name: str, amax: Tensor | None = None, rule: str = "max"
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
         scale = torch.ones((), dtype=torch.float32)  # no per-tensor scale, so no neighbours to try
         return scale, self._pack_with(scale, weights, name)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import block_scales
-from megatron_qad.formats.block_scales import SCALE_RULES
+from megatron_qad.formats.block_scales import SCALE_RULES, scale_rule
 from megatron_qad.formats.common import (
     E4M3_MAX,
     E4M3_MIN,
@@ -63,17 +63,19 @@ __all__ = [
 ]
 
 BLOCK_SIZE = 16
-GLOBAL_SCALE_DIVISOR = E2M1_MAX * E4M3_MAX  # 2688
 # The smallest normal float32. It keeps block_scale * global_scale above 0 and 1 / global_scale finite.
 GLOBAL_SCALE_MIN = 2.0**-126
 # Above this, 6 * (448 * global_scale) can overflow float32. Only damaged tensors have an amax within an ulp of the
 # float32 maximum.
-GLOBAL_SCALE_MAX = torch.finfo(torch.float32).max * (1 - 2.0**-22) / GLOBAL_SCALE_DIVISOR
+GLOBAL_SCALE_MAX = torch.finfo(torch.float32).max * (1 - 2.0**-22) / (E2M1_MAX * E4M3_MAX)
 
 
-def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor", check: bool = True) -> Tensor:
+def global_scale_from_amax(
+    amax: Tensor, *, name: str | Sequence[str] = "tensor", check: bool = True, rule: str = "max"
+) -> Tensor:
     """Return the global scale ``amax / 2688``: 6, the largest E2M1 value, times 448, the largest E4M3 block scale.
 
+    Under the rule "four_over_six" it is ``amax / 1536``, so that a block scale can be 1.5 * 256.
     The result is always finite and positive: amax 0 (an all-zero tensor) gives 1.0, and a quotient below the smallest
     normal float32 is raised to it.
 
@@ -81,6 +83,7 @@ def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor"
         amax: float32 [] or [1] of one tensor, or [n] of n tensors.
         name: name of the tensor for errors; n names if ``amax`` is that of n tensors.
         check: raise QADError for a NaN, infinite or negative amax. The check synchronizes with the device.
+        rule: rule that will choose the block scales, one of SCALE_RULES.
 
     Returns:
         float32 [], or [n] for n tensors.
@@ -89,6 +92,7 @@ def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor"
         >>> global_scale_from_amax(torch.tensor(5376.0))
         tensor(2.)
     """
+    divisor = scale_rule(rule, name if isinstance(name, str) else "weights").divisor
     amax = amax.detach().float()
     amax = amax.reshape(()) if isinstance(name, str) else amax
     usable = torch.isfinite(amax) & (amax >= 0)
@@ -102,7 +106,7 @@ def global_scale_from_amax(amax: Tensor, *, name: str | Sequence[str] = "tensor"
             "The weight or activation contains NaN or Inf. Look for the first layer with such values."
         )
     # The divisor is a tensor: for a Python number, PyTorch on CUDA multiplies by the reciprocal, which is an ulp off.
-    scale = amax / torch.full_like(amax, GLOBAL_SCALE_DIVISOR)
+    scale = amax / torch.full_like(amax, divisor)
     scale = scale.clamp(min=GLOBAL_SCALE_MIN, max=GLOBAL_SCALE_MAX)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
@@ -132,12 +136,13 @@ def quantize(
         (torch.Size([8]), tensor([448.], dtype=torch.float8_e4m3fn))
     """
     rows, scale = _prepare(x, global_scale, name, check, rule)
+    amax = block_scales.amax_of(scale, rule, x.dtype)
     num_rows, dim = rows.shape
     packed = torch.empty(num_rows, dim // 2, dtype=torch.uint8, device=x.device)
     block_scale = torch.empty(num_rows, dim // BLOCK_SIZE, dtype=torch.float8_e4m3fn, device=x.device)
     for part in tile_slices(rows):
         blocks = rows[part].float().reshape(-1, BLOCK_SIZE)
-        block_scale_part = _block_scale(blocks, scale, name if check else None, rule)
+        block_scale_part = block_scales_of(blocks, scale, name if check else None, rule, amax)
         scaled = blocks / (block_scale_part * scale)
         packed[part] = pack_codes(encode(scaled)).view(-1, dim // 2)
         block_scale[part] = block_scale_part.view(-1, dim // BLOCK_SIZE)  # the cast is exact
@@ -210,13 +215,14 @@ def fake_quant_(
     if not x.is_contiguous():
         return x.copy_(fake_quant(x, global_scale, name=name, check=check, rule=rule))
     rows, scale = _prepare(x, global_scale, name, check, rule)
-    if triton_serves(x):
+    if rule in block_scales.KERNEL_RULES and triton_serves(x):
         from megatron_qad.formats import nvfp4_triton
 
         bad = nvfp4_triton.fake_quant_(x.detach(), scale, rule)
         if check:
             check_blocks(bad, [name])
         return x
+    amax = block_scales.amax_of(scale, rule, x.dtype)
     all_blocks = rows.view(-1, BLOCK_SIZE)
     tiles = tile_slices(all_blocks)
     size = (tiles[0].stop, BLOCK_SIZE) if tiles else (0, BLOCK_SIZE)
@@ -226,7 +232,7 @@ def fake_quant_(
         tile = all_blocks[part]
         scaled, bits = work[: len(tile)], scratch[: len(tile)]
         blocks = tile if tile.dtype == torch.float32 else scaled.copy_(tile)
-        decode_scale = _block_scale(blocks, scale, name if check else None, rule, bits).mul_(scale)
+        decode_scale = block_scales_of(blocks, scale, name if check else None, rule, amax, scratch=bits).mul_(scale)
         round_to_e2m1_(torch.div(blocks, decode_scale, out=scaled), bits)
         if tile.dtype == torch.float32:
             torch.mul(scaled, decode_scale, out=tile)
@@ -245,8 +251,7 @@ def check_quantizable(x: Tensor, name: str, rule: str) -> None:
             f"{BLOCK_SIZE}. With tensor parallelism this applies to each shard. Choose a smaller parallel size or "
             "exclude the layer."
         )
-    if rule not in SCALE_RULES:
-        raise QADError(f"{name}: unknown NVFP4 scale rule {rule!r}. Choose one of {', '.join(SCALE_RULES)}.")
+    scale_rule(rule, name)
 
 
 def check_global_scale(scale: Tensor, name: str) -> None:
@@ -261,17 +266,29 @@ def check_global_scale(scale: Tensor, name: str) -> None:
 def _prepare(x: Tensor, global_scale: Tensor, name: str, check: bool, rule: str) -> tuple[Tensor, Tensor]:
     """Validate the arguments; return ``x`` as rows [M, K] and the scale as float32 [] on ``x``'s device."""
     check_quantizable(x, name, rule)
+    if rule == "local_hessian":
+        raise QADError(f"{name}: the rule local_hessian needs a Hessian. Use NumberFormat.block_scales.")
     scale = global_scale.detach().float().reshape(()).to(x.device)
     if check:
         check_global_scale(scale, name)
     return x.detach().reshape(-1, x.shape[-1]), scale
 
 
-def _block_scale(
-    blocks: Tensor, global_scale: Tensor, name: str | None, rule: str, scratch: Tensor | None = None
+def block_scales_of(
+    blocks: Tensor,
+    global_scale: Tensor,
+    name: str | None,
+    rule: str,
+    amax: Tensor,
+    hessian: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
-    """Return the E4M3 scales of float32 blocks [B, 16] as float32 [B, 1]. ``name=None`` skips the NaN and Inf check."""
+    """Return the E4M3 scales of float32 blocks [B, 16] as float32 [B, 1].
+
+    ``name=None`` skips the check for NaN and Inf. ``scratch``: int32 [B, 16], overwritten. The other arguments are those
+    of ``block_scales.choose``.
+    """
     block_amax = amax_bits(blocks, -1, scratch)  # NaN where a block has one
     if name is not None and not bool(torch.isfinite(block_amax).all()):
         check_finite(blocks, name, "NVFP4")
-    return block_scales.choose(blocks, block_amax, global_scale, rule)
+    return block_scales.choose(blocks, block_amax, global_scale, rule, amax, hessian)

@@ -4,12 +4,13 @@ Tensor names and configuration entries follow modelopt 0.47's exporters and comp
 (nvfp4-pack-quantized).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megatron_qad.formats import nvfp4, nvfp4_multi_tensor, nvfp4_pack
+from megatron_qad.formats import nvfp4, nvfp4_fixed, nvfp4_multi_tensor, nvfp4_pack
+from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
 from megatron_qad.formats.input_scales import tie_free
@@ -22,6 +23,7 @@ class NVFP4Numbers(NumberFormat):
     name = "nvfp4"
     bits = 4.5
     block_size = BLOCK_SIZE
+    scale_rules = tuple(SCALE_RULES)
     input_attributes = {
         "num_bits": (2, 1),
         "block_sizes": {-1: BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},
@@ -31,6 +33,14 @@ class NVFP4Numbers(NumberFormat):
     scales_from_amaxes = staticmethod(nvfp4_multi_tensor.global_scales_from_amaxes)
     fake_quant = staticmethod(nvfp4.fake_quant)
     fake_quant_list_ = staticmethod(nvfp4_multi_tensor.fake_quant_list_)
+    block_scales = staticmethod(nvfp4_fixed.block_scales)
+    fake_quant_fixed = staticmethod(nvfp4_fixed.fake_quant_fixed)
+
+    def quantize_fixed(
+        self, x: Tensor, scale: Tensor, block_scales: Tensor, *, name: str = "tensor", check: bool = True
+    ) -> dict[str, Tensor]:
+        packed = nvfp4_fixed.quantize_fixed(x, scale, block_scales, name=name, check=check)
+        return {"weight": packed, "block_scale": block_scales}
 
     def input_scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
         return tie_free(self.scale_from_amax(amax, name=name, check=check)).clamp(max=nvfp4.GLOBAL_SCALE_MAX)
@@ -40,6 +50,20 @@ class NVFP4Numbers(NumberFormat):
     ) -> dict[str, Tensor]:
         packed, block_scale = nvfp4.quantize(x, scale, name=name, check=check, rule=rule)
         return {"weight": packed, "block_scale": block_scale}
+
+    def preserves_amax(self, rule: str) -> bool:
+        return SCALE_RULES[rule].preserves_amax
+
+    def pack(
+        self, weights: Sequence[Tensor], *, name: str, amax: Tensor | None = None, rule: str = "max"
+    ) -> tuple[Tensor, list[dict[str, Tensor]] | None]:
+        scale, codes = super().pack(weights, name=name, amax=amax, rule=rule)
+        if codes is None and rule == "four_over_six":
+            # Until version 0.1 this rule had the global scale of "max". Such checkpoints are exported as they were
+            # trained.
+            earlier = super().pack(weights, name=name, rule="max")
+            return earlier if earlier[1] is not None else (scale, None)
+        return scale, codes
 
     def dequantize(self, codes: Mapping[str, Tensor], scale: Tensor, dtype: torch.dtype) -> Tensor:
         return nvfp4.dequantize(codes["weight"], codes["block_scale"], scale, dtype)

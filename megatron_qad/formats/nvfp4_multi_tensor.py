@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats import nvfp4
+from megatron_qad.formats.block_scales import KERNEL_RULES
 from megatron_qad.formats.common import FLOAT_DTYPES, check_blocks, tensor_amax, triton_serves
 
 
@@ -26,13 +27,13 @@ def amax_list(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([tensor_amax(tensor) for tensor in tensors])
 
 
-def global_scales_from_amaxes(amaxes: Tensor, names: Sequence[str]) -> Tensor:
-    """Return the global scales, float32 [n], for amaxes, float32 [n], with one device synchronization.
+def global_scales_from_amaxes(amaxes: Tensor, names: Sequence[str], rule: str = "max") -> Tensor:
+    """Return the global scales of ``rule``, float32 [n], for amaxes, float32 [n], with one device synchronization.
 
     Raises QADError with the names of the tensors whose amax is NaN, infinite or negative.
     """
     _check_length(names, amaxes, "amaxes")
-    return nvfp4.global_scale_from_amax(amaxes, name=names)
+    return nvfp4.global_scale_from_amax(amaxes, name=names, rule=rule)
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def fake_quant_list_(
     names = [f"tensor {index}" for index in range(len(tensors))] if names is None else names
     _check_length(names, tensors, "tensors")
     _check_length(global_scales, tensors, "tensors")
-    if tensors and _can_use_kernels(tensors):
+    if tensors and rule in KERNEL_RULES and _can_use_kernels(tensors):
         from megatron_qad.formats import nvfp4_triton
 
         for tensor, name in zip(tensors, names, strict=True):

@@ -140,7 +140,7 @@ def _block_scale(x, amax, global_scale, RULE: tl.constexpr, TILE: tl.constexpr):
     scale = tl.div_rn(amax, global_scale * 6.0)
     scale = tl.maximum(tl.where(scale == 0, 1.0, scale), 0.001953125, propagate_nan=_ALL)  # 2^-9
     scale = _round_to_e4m3(scale)
-    if RULE == "four_over_six":
+    if RULE == "four_over_six_448":
         quotient = tl.div_rn(amax, global_scale * 4.0)
         four = _round_to_e4m3(tl.maximum(quotient, 0.001953125, propagate_nan=_ALL))
         better = _squared_error(x, four, global_scale, TILE) < _squared_error(x, scale, global_scale, TILE)

@@ -5,13 +5,14 @@ and its input. Experts with equal rows can be folded into one row.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.quantization.rules import Linear, module_name
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 BF16_BYTES = 2
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -42,18 +43,26 @@ class Row:
     """Size in a packed checkpoint; 0 for a tied head."""
     is_tied: bool = False
     num: int = 1
+    scales: str = ""
+    """How the block scales are obtained (``ScaleSetting``); empty for formats without block scales."""
 
 
-def format_rows(linears: Sequence[ShapedLinear], formats: dict[str, str]) -> list[Row]:
+def format_rows(
+    linears: Sequence[ShapedLinear], formats: dict[str, str], scales: Mapping[str, ScaleSetting] | None = None
+) -> list[Row]:
     """Return one row per linear, in model order. ``formats`` is keyed by Megatron weight name (``policy.resolve``).
+
+    Args:
+        scales: from ``policy.resolve_scales``. None leaves them out of the table.
 
     Raises:
         QADError: the input dimension of a linear is not a multiple of its format's block size.
     """
-    return [_row(linear, formats[linear.megatron]) for linear in linears]
+    scales = scales or {}
+    return [_row(linear, formats[linear.megatron], str(scales.get(linear.megatron, ""))) for linear in linears]
 
 
-def _row(linear: ShapedLinear, name: str) -> Row:
+def _row(linear: ShapedLinear, name: str, scales: str) -> Row:
     fmt, (rows, columns) = FORMATS[name], linear.shape
     if columns % (block := fmt.block_size):
         raise QADError(
@@ -63,14 +72,15 @@ def _row(linear: ShapedLinear, name: str) -> Row:
     if linear.is_tied:
         before = after = 0
     hf = tuple(tensor.removesuffix(".weight") for tensor in linear.hf)
-    return Row(linear.layer, linear.kind, module_name(linear), hf, linear.shape, name, before, after, linear.is_tied)
+    module = module_name(linear)
+    return Row(linear.layer, linear.kind, module, hf, linear.shape, name, before, after, linear.is_tied, scales=scales)
 
 
 def fold_experts(rows: Sequence[Row]) -> list[Row]:
     """Merge rows of a layer that differ only in the expert index into one: ``experts.{0..127}.linear_fc1``."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        key = (row.layer, row.kind, _EXPERT.sub(".experts.{}.", row.module), row.shape, row.format)
+        key = (row.layer, row.kind, _EXPERT.sub(".experts.{}.", row.module), row.shape, row.format, row.scales)
         groups.setdefault(key, []).append(row)
     return [_fold(group, key[2]) for key, group in groups.items()]
 
@@ -124,14 +134,19 @@ def totals(rows: Sequence[Row]) -> dict[str, Total]:
 
 
 def render(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of the table, with experts folded, and of the totals."""
-    cells = [("layer", "kind", "module", "shape", "format", "bytes before", "bytes after")]
+    """Yield the lines of the table, with experts folded, and of the totals.
+
+    The table has a column of scale settings if a setting differs from the default, the rule max every step."""
+    has_scales = any(row.scales not in ("", str(ScaleSetting())) for row in rows)
+    cells = [("layer", "kind", "module", "shape", "format", *(["scales"] * has_scales), "bytes before", "bytes after")]
     for row in fold_experts(rows):
         layer = "-" if row.layer is None else str(row.layer)
         module = row.module + (" (tied to the embedding)" if row.is_tied else "")
         shape = " x ".join(map(str, (row.num, *row.shape) if row.num > 1 else row.shape))
-        cells.append((layer, row.kind, module, shape, row.format, f"{row.bytes_before:,}", f"{row.bytes_after:,}"))
-    yield from _aligned(cells, right=(0, 5, 6))
+        fmt = (row.format, row.scales) if has_scales else (row.format,)
+        cells.append((layer, row.kind, module, shape, *fmt, f"{row.bytes_before:,}", f"{row.bytes_after:,}"))
+    num = len(cells[0])
+    yield from _aligned(cells, right=(0, num - 2, num - 1))
     yield ""
     cells = [("linears", "number", "weights", "bytes before", "bytes after")]
     for name, total in totals(rows).items():

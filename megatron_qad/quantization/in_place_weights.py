@@ -36,7 +36,7 @@ class InPlaceWeights:
         formats: the format of every linear, by global Megatron weight name (``policy.resolve``).
         tp_group: tensor-parallel group, over which the shards of a weight share its global scale. None means one rank.
         expert_tp_group: tensor-parallel group of the experts. None means ``tp_group``.
-        scale_rule: how NVFP4 block scales are chosen, one of ``nvfp4.SCALE_RULES``.
+        scale_rule: how NVFP4 block scales are chosen, one of ``block_scales.SCALE_RULES``.
 
     Raises:
         QADError: the number of columns of a weight's shard is not a multiple of its format's block size.
@@ -145,12 +145,12 @@ class InPlaceWeights:
         amaxes = self.amaxes()
         for i, (name, weight) in enumerate(self.weights.items()):
             number_format, copy = self._number_formats[name], weight.detach().clone()
-            scale = number_format.scales_from_amaxes(amaxes[i : i + 1], [name])
+            scale = number_format.scales_from_amaxes(amaxes[i : i + 1], [name], self.scale_rule)
             number_format.fake_quant_list_([copy], scale, [name], self.scale_rule)
             yield name, copy
 
     def _quantize_format(self, number_format: NumberFormat, names: list[str], amaxes: torch.Tensor) -> None:
-        scales = number_format.scales_from_amaxes(amaxes, names)
+        scales = number_format.scales_from_amaxes(amaxes, names, self.scale_rule)
         tensors = [self.weights[name].data for name in names]
         if self._may_be_quantized:
             todo = [

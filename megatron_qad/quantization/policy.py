@@ -1,10 +1,10 @@
-"""Quantization policies: ordered rules that assign a format to each linear of a model.
+"""Quantization policies: ordered rules that assign a format, and how its scales are obtained, to each linear.
 
 Later rules win. Every rule must match a linear, every linear must match a rule, and later rules of a policy file must
 not fully override an earlier one. This way no linear stays in BF16 by accident. ``rules`` parses single rules.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from megatron_qad.quantization.rules import (
     parse_override,
     parse_rule,
 )
+from megatron_qad.quantization.scale_settings import ScaleSetting, has_block_scale_rules
 
 SHIPPED = Path(__file__).parent / "policies"
 
@@ -96,6 +97,49 @@ def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str
         >>> formats["decoder.layers.1.mlp.linear_fc1.weight"], formats["output_layer.weight"]
         ('nvfp4', 'bf16')
     """
+    formats = {name: rule.format for name, rule in _final_rules(policy, linears, layer_kinds).items()}
+    _check_experts_agree(policy, linears, formats)
+    return formats
+
+
+def resolve_scales(
+    policy: Policy,
+    linears: Sequence[Linear],
+    layer_kinds: Sequence[str | None] | None = None,
+    *,
+    default_rule: str = "max",
+) -> dict[str, ScaleSetting]:
+    """Return how the scales of each weight with block scales are obtained, by Megatron weight name.
+
+    q, k and v are one linear, and so are gate and up. So what servers fuse agrees, except for experts, which are
+    checked.
+
+    Args:
+        linears, layer_kinds: as for ``resolve``.
+        default_rule: scale rule of the linears whose policy rule names none (``--qad-weight-scale-rule``).
+
+    Raises:
+        QADError: as ``resolve``; or experts of a layer have several settings.
+
+    Example:
+        >>> policy = load("nvfp4-all-linear", ["mlp=nvfp4:four_over_six:frozen"])
+        >>> scales = resolve_scales(policy, family_of(config).linears(config))
+        >>> str(scales["decoder.layers.1.mlp.linear_fc1.weight"])
+        'four_over_six:frozen'
+    """
+    settings = {
+        name: ScaleSetting(rule.scales or default_rule, rule.update or "every_step")
+        for name, rule in _final_rules(policy, linears, layer_kinds).items()
+        if has_block_scale_rules(rule.format)
+    }
+    _check_experts_agree(policy, [linear for linear in linears if linear.megatron in settings], settings)
+    return settings
+
+
+def _final_rules(
+    policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str | None] | None
+) -> dict[str, Rule]:
+    """Return the rule that decides each linear, by Megatron weight name. Errors are those of ``resolve``."""
     layer_kinds = layer_kinds_of(linears) if layer_kinds is None else layer_kinds
     if policy.kv_cache != "bf16" and "attention" not in layer_kinds:
         raise QADError(
@@ -121,13 +165,11 @@ def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str
                 f"{linear.megatron}: the policy quantizes the head, but this model's head is tied to its embedding "
                 "table, which would be quantized too. Keep head=bf16."
             )
-    formats = {linear.megatron: final_rules[linear.megatron].format for linear in linears}
-    _check_experts_agree(policy, linears, formats)
-    return formats
+    return {linear.megatron: final_rules[linear.megatron] for linear in linears}
 
 
-def _check_experts_agree(policy: Policy, linears: Sequence[Linear], formats: dict[str, str]) -> None:
-    """Check that all experts of a layer have one format, in all their linears.
+def _check_experts_agree(policy: Policy, linears: Sequence[Linear], found_by_name: Mapping[str, object]) -> None:
+    """Check that all experts of a layer have one format, or one setting of their scales, in all their linears.
 
     Servers run a layer's experts with one fused method. vLLM takes the method of the layer's first name that it knows,
     so one expert in BF16 leaves the complete layer without quantization, or with scales that were never loaded.
@@ -137,13 +179,15 @@ def _check_experts_agree(policy: Policy, linears: Sequence[Linear], formats: dic
         if ".experts." not in linear.megatron:  # kind "expert" also has the projections into the latent space
             continue
         other = first.setdefault(linear.layer, linear)
-        found, expected = formats[linear.megatron], formats[other.megatron]
+        found, expected = found_by_name[linear.megatron], found_by_name[other.megatron]
         if found != expected:
             layer = module_name(linear).partition(".experts.")[0]
+            is_format = isinstance(found, str)
             raise QADError(
-                f"policy {policy.name}: {module_name(linear)} is {found}, but {module_name(other)} of the same layer "
-                f"is {expected}. Servers compute all experts of a layer in one format. Give them one, for example "
-                f"'{layer}.experts.*={found}'."
+                f"policy {policy.name}: {module_name(linear)} {'is' if is_format else 'has scales'} {found}, but "
+                f"{module_name(other)} of the same layer {'is' if is_format else 'has'} {expected}. Servers compute "
+                f"all experts of a layer together. Give them one {'format' if is_format else 'scale setting'}, for "
+                f"example '{layer}.experts.*={found if is_format else f'FORMAT:{found}'}'."
             )
 
 
@@ -168,7 +212,7 @@ def _check_has_effect(policy: Policy, rule: Rule, selected: list[str], final_rul
     if rule.is_override or not selected:
         return
     final = {name: final_rules[name] for name in selected}
-    if any(later.format == rule.format or later.is_override for later in final.values()):
+    if any(later.result == rule.result or later.is_override for later in final.values()):
         return  # the rule has an effect, a later rule agrees with it, or the command line overrides it on purpose
     later_rules = ", ".join(dict.fromkeys(f"'{later}'" for later in final.values()))
     raise QADError(

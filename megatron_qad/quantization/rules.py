@@ -2,8 +2,10 @@
 
 A rule has a ``format`` and at least one selector. It applies to the linears that match all its selectors. In YAML a
 rule is a mapping. On the command line it is ``KIND=FORMAT``, ``MODULE_PATTERN=FORMAT`` or a list of selectors such as
-``kind:mamba,before:attention=bf16`` (``+`` separates several values: ``kind:mlp+expert=nvfp4``). Layer positions refer
-to Megatron's layer pattern, where attention and MLP are separate layers: block i of a Llama is layers 2i and 2i + 1.
+``kind:mamba,before:attention=bf16`` (``+`` separates several values: ``kind:mlp+expert=nvfp4``). For formats with block
+scales, ``scales`` and ``update`` say how these are obtained (``expert=nvfp4:four_over_six:frozen``). Layer positions
+refer to Megatron's layer pattern, where attention and MLP are separate layers: block i of a Llama is layers 2i and
+2i + 1.
 """
 
 import difflib
@@ -14,13 +16,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format_registry import FORMATS
+from megatron_qad.quantization.scale_settings import UPDATES, has_block_scale_rules
 
 NEVER_QUANTIZED = ("router", "embedding")
 KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_QUANTIZED)
 LAYER_KINDS = ("attention", "mamba", "mlp", "expert")
 """Kinds of layers in the pattern. An ``expert`` layer also contains its router and shared experts."""
 SELECTORS = ("kind", "layer", "first", "last", "before", "projection", "name")
+_SCALE_KEYS = {"scales": SCALE_RULES, "update": UPDATES}
 _INDEX = re.compile("[0-9]{1,5}")  # no model has 100,000 layers; a longer range would fill the memory
 _NOT_A_GEMM = ("conv1d", "norm", "layernorm", "bias", "vision")
 _NEVER = "routers, embeddings, norms, conv1d and vision encoders stay unquantized under every policy"
@@ -45,6 +50,10 @@ class Rule:
     """A format and the selectors that choose its linears. A linear must match every selector that is set."""
 
     format: str
+    scales: str | None = None
+    """Rule that chooses the block scales, one of ``SCALE_RULES``. None means the default of the job."""
+    update: str | None = None
+    """When scales are updated, one of ``UPDATES``. None means every step."""
     kinds: tuple[str, ...] = ()
     """Kinds of linears, from ``KINDS``."""
     layers: tuple[int, ...] = ()
@@ -113,11 +122,17 @@ class Rule:
 
     def __str__(self):
         """Return the rule in command-line syntax."""
+        result = ":".join(filter(None, self.result))
         if self.name is not None and not self._parts(skip="name"):
-            return f"{self.name}={self.format}"
+            return f"{self.name}={result}"
         if self.kinds and not self._parts(skip="kind"):
-            return f"{'+'.join(self.kinds)}={self.format}"
-        return f"{','.join(self._parts())}={self.format}"
+            return f"{'+'.join(self.kinds)}={result}"
+        return f"{','.join(self._parts())}={result}"
+
+    @property
+    def result(self) -> tuple[str, str | None, str | None]:
+        """What the rule gives its linears: format, scales and update."""
+        return self.format, self.scales, self.update
 
     def _parts(self, skip: str = "") -> list[str]:
         values = {
@@ -143,9 +158,12 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
         raise QADError(
             f"{where}: found the rule {entry!r:.200}. A rule needs 'format' and at least one of {', '.join(SELECTORS)}."
         )
+    if not any(key in SELECTORS for key in entry) and all(key in ("format", *_SCALE_KEYS) for key in entry):
+        raise QADError(f"{where}: found the rule {entry!r:.200}. A rule needs at least one of {', '.join(SELECTORS)}.")
     for key in entry:
-        check_choice("key", key, ("format", *SELECTORS), where)
+        check_choice("key", key, ("format", *_SCALE_KEYS, *SELECTORS), where)
     check_choice("format", entry["format"], FORMATS, where)
+    _check_scales(entry, where)
     kinds = _strings(entry, "kind", where)
     for kind in kinds:
         if kind in _NOT_A_GEMM:
@@ -165,6 +183,8 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
             )
     return Rule(
         format=entry["format"],
+        scales=entry.get("scales"),
+        update=entry.get("update"),
         kinds=kinds,
         layers=_layer_indices(entry, where),
         first=_num_layers(entry, "first", where),
@@ -176,6 +196,21 @@ def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:
     )
 
 
+def _check_scales(entry: dict, where: str) -> None:
+    """Check ``scales`` and ``update``, which only formats with block scales can have (apart from the rule max)."""
+    for key, choices in _SCALE_KEYS.items():
+        if key not in entry:
+            continue
+        value, fmt = entry[key], entry["format"]
+        check_choice("scale rule" if key == "scales" else "update", value, choices, where)
+        if not has_block_scale_rules(fmt) and value not in ("max", "every_step"):
+            formats = [name for name in FORMATS if has_block_scale_rules(name)]
+            raise QADError(
+                f"{where}: found '{key}: {value}' with format {fmt}, whose scales always follow from the largest "
+                f"magnitude. Remove '{key}', or choose a format with block scales: {', '.join(formats)}."
+            )
+
+
 def parse_override(text: str, flag: str = "--qad-policy-override") -> Rule:
     """Parse a rule in command-line form. ``flag`` is the option that error messages name.
 
@@ -183,21 +218,38 @@ def parse_override(text: str, flag: str = "--qad-policy-override") -> Rule:
         >>> rule = parse_override("kind:mamba,before:attention=bf16")
         >>> rule.kinds, rule.before, rule.format
         (('mamba',), 'attention', 'bf16')
+        >>> rule = parse_override("expert=nvfp4:four_over_six:frozen")
+        >>> rule.format, rule.scales, rule.update
+        ('nvfp4', 'four_over_six', 'frozen')
     """
-    selector, separator, fmt = text.rpartition("=")
+    selector, separator, result = text.rpartition("=")
     if not separator or not selector:
         raise QADError(f"{flag} {text!r}: expected KIND=FORMAT or PATTERN=FORMAT, for example head=nvfp4.")
     where = f"{flag} {text}"
+    result = _parse_result(result, where)
     if ":" not in selector:
         kinds = selector.split("+")
         entry = {"kind": kinds} if all(kind in KINDS or kind in _NOT_A_GEMM for kind in kinds) else {"name": selector}
-        return parse_rule({**entry, "format": fmt}, where, is_override=True)
+        return parse_rule({**entry, **result}, where, is_override=True)
     entry = {}
     for part in selector.split(","):
         key, _, value = part.partition(":")
         values = [int(v) if _INDEX.fullmatch(v) else v for v in (value.split("+") if key != "name" else [value])]
         entry[key] = values if len(values) > 1 else values[0]
-    return parse_rule({**entry, "format": fmt}, where, is_override=True)
+    return parse_rule({**entry, **result}, where, is_override=True)
+
+
+def _parse_result(text: str, where: str) -> dict[str, str]:
+    """Return the entries of "FORMAT[:SCALES][:UPDATE]"; a missing part has no entry."""
+    fmt, *options = text.split(":")
+    result = {"format": fmt}
+    for option in options:
+        check_choice("scale rule or update", option, (*SCALE_RULES, *UPDATES), where)
+        key = "scales" if option in SCALE_RULES else "update"
+        if key in result:
+            raise QADError(f"{where}: found {result[key]!r} and {option!r}, expected one of them. Remove the other.")
+        result[key] = option
+    return result
 
 
 def check_choice(label: str, value: object, valid: Iterable[str], where: str) -> None:

@@ -110,8 +110,9 @@ def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
     """Resolve a policy for a model given its parsed config; see ``report_policy``."""
     family = family_of(hf_config)
     linears = family.linears(hf_config)
-    formats = policies.resolve(policy, linears, family.layer_kinds(hf_config))
-    rows = format_rows(linears, formats)
+    layer_kinds = family.layer_kinds(hf_config)
+    formats = policies.resolve(policy, linears, layer_kinds)
+    rows = format_rows(linears, formats, policies.resolve_scales(policy, linears, layer_kinds))
     quantized = [name for row in rows if FORMATS[row.format].quantizes for name in row.hf]
     return PolicyReport(
         architecture=family.architecture,

@@ -92,8 +92,9 @@ def linear_errors(
         name = linear.megatron
         run = quantizes[name][0]
         number_format = weight_formats[run][name]
-        scale = number_format.scale_from_amax(tensor_amax(weight), name=name)
-        rounded = number_format.rounded(weight, scale, name=name, rule=rules.get(run, "max"))
+        rule = rules.get(run, "max")
+        scale = number_format.scale_from_amax(tensor_amax(weight), name=name, rule=rule)
+        rounded = number_format.rounded(weight, scale, name=name, rule=rule)
         errors.append(LinearError(name, linear.layer, linear.shape, relative_distance(rounded, weight)))
     for run, checkpoint in checkpoints.items():
         run_linears = [m for m in quantized if run in quantizes[m.megatron]]

@@ -38,7 +38,7 @@ def plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str] = ()) 
     yield f"loss        {options.qad_loss}, temperature {options.qad_temperature:g}; policy {options.qad_policy}"
     yield f"outputs     {config.output_mode.describe()}"
     yield ""
-    yield from render(format_rows(student.family.linears(student.hf), config.formats))
+    yield from render(format_rows(student.family.linears(student.hf), config.formats, config.scales))
     yield from _parallelism(config, args)
     yield from (f"{'data' if i == 0 else '':<11} {line}" for i, line in enumerate(data))
     yield from _bytes_per_rank(config, args, tensors)
