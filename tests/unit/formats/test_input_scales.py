@@ -1,7 +1,8 @@
 """Tests of the scales of inputs, keys and values: all serving kernels compute the same codes with them.
 
-The forms are those of the kernels listed in ``docs/decisions/formats_and_scales.md``: division, reciprocals and fused
-factors, with reciprocals that are exact, or an ulp too small or too large, as ``rcp.approx`` may return them.
+The forms are those of serving kernels, beside our division: reciprocals and fused factors (vLLM, FlashInfer, SGLang and
+TensorRT-LLM; Transformer Engine; CUTLASS's epilogues), with reciprocals that are exact, or an ulp too small or too
+large, as ``rcp.approx`` may return them.
 """
 
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_qad.formats import fp8, nvfp4
+from megatron_qad.formats.block_scales import max_scale
 from megatron_qad.formats.common import E4M3_MIN, round_to_e4m3_
 from megatron_qad.formats.e2m1 import round_to_e2m1_
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
@@ -29,7 +31,7 @@ def e4m3(x: torch.Tensor) -> torch.Tensor:
 def block_scales(scale: torch.Tensor, amax: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return the E4M3 scales of blocks with these amaxes under a global scale, by form."""
     sixth = torch.tensor(1 / 6)
-    forms = {"division": e4m3(amax / (scale * 6.0)), "two divisions": e4m3((amax / 6.0) / scale)}
+    forms = {"division": max_scale(amax, scale), "two divisions": e4m3((amax / 6.0) / scale)}
     for ulps in (-1, 0, 1):
         g = reciprocal(scale, ulps)
         forms[f"reciprocal {ulps}"] = e4m3(g * (amax * sixth))
