@@ -1,6 +1,6 @@
 """Tests of the scales of inputs, keys and values: all serving kernels compute the same codes with them.
 
-The forms are those of serving kernels, beside our division: reciprocals and fused factors (vLLM, FlashInfer, SGLang and
+The forms are our division and those of serving kernels: reciprocals and fused factors (vLLM, FlashInfer, SGLang and
 TensorRT-LLM; Transformer Engine; CUTLASS's epilogues), with reciprocals that are exact, or an ulp too small or too
 large, as ``rcp.approx`` may return them.
 """
