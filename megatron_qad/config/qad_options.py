@@ -55,6 +55,11 @@ class QADOptions:
     """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; larger magnitudes saturate.
     Default: off, the amax is the maximum."""
 
+    qad_calibration_headroom: float | None = None
+    """Raise the amax of NVFP4 inputs to this factor, such as 16384, times a small block of the calibration (percentile
+    1), so that larger inputs than those of the calibration do not saturate; below 28672. The top 0.01 %% of the blocks
+    may saturate. Default: off."""
+
     qad_train_router: bool = False
     """Train the routers of expert layers and update their bias by the load. Default: off, routers stay equal to the
     teacher's, so that tokens keep their experts."""

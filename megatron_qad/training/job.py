@@ -253,6 +253,7 @@ class QADJob:
             ),
             kv_cache=self.config.policy.kv_cache,
             percentile=self.config.options.qad_calibration_percentile,
+            headroom=self.config.options.qad_calibration_headroom,
         )
 
     def quantize_weights(self, chunks: Sequence[torch.nn.Module]) -> InPlaceWeights:

@@ -80,10 +80,18 @@ class Probe:
         job: a job whose ``--qad-teacher`` is the model and whose validation split is the data.
         quantizable: Megatron weight names of all linears that may be quantized. Their inputs are calibrated here.
         num_microbatches: microbatches per data-parallel rank; fewer if the validation set is smaller.
+
+    Raises:
+        QADError: the job calibrates with headroom.
     """
 
     def __init__(self, job: QADJob, quantizable: Sequence[str], num_microbatches: int):
         self.job, args = job, job.args
+        if job.config.options.qad_calibration_headroom is not None:
+            raise QADError(
+                "--qad-calibration-headroom: all formats are measured with one amax per input, and only NVFP4 has room "
+                "for a larger one. Leave it out."
+            )
         chunks = build_chunks(model_config(job.config, args, job.config.student))
         load_weights(chunks, job.config.options.qad_teacher)
         self.tp_group = mpu.get_tensor_model_parallel_group()

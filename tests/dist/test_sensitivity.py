@@ -92,10 +92,11 @@ def test_kls_do_not_depend_on_parallelism(shop, tmp_path):
         assert actual["kl"] == pytest.approx(expected["kl"], rel=0.1), actual["name"]
 
 
-def test_small_budget_and_empty_policy_are_rejected(shop, tmp_path):
+def test_small_budget_empty_policy_and_headroom_are_rejected(shop, tmp_path):
     assert "takes" not in (error := shop(tmp_path, "--budget-mb", "0.001", fails=True))
     assert "a budget of 1,000 bytes is below the" in error
     assert "quantizes nothing" in shop(tmp_path, "--qad-policy", "bf16", fails=True)
+    assert "only NVFP4 has room" in shop(tmp_path, "--qad-calibration-headroom", "9", fails=True)
 
 
 def test_proposed_policy_has_the_fewest_rules(shop, tmp_path):
