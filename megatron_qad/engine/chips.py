@@ -35,8 +35,8 @@ def bf16_peak(device_name: str) -> float | None:
     Args:
         device_name: as reported by ``torch.cuda.get_device_name``, such as "NVIDIA H100 80GB HBM3".
     """
-    words = device_name.replace("-", " ").split()
+    parts = device_name.replace("-", " ").split()
     for name, peak in BF16_PEAKS.items():
-        if all(word in words for word in name.split()):
+        if all(part in parts for part in name.split()):
             return peak
     return None
