@@ -56,7 +56,7 @@ def test_backward_pass(counts, name):
     scores = forward_flops(family_of(config), config).per_pair * ROWS * LENGTH**2
     unused = 0
     if name == "hybrid":
-        # With one chunk, the scan's first state is zero (no gradient of it) and its last one is not used (none of x, B).
+        # With one chunk, the first state is zero (no gradient of it) and the last one is not used (none of x and B).
         inner, num_mamba = config["mamba_num_heads"] * config["mamba_head_dim"], 2
         unused = 3 * num_mamba * 2 * ROWS * LENGTH * inner * config["ssm_state_size"]
     assert both == (1 + BACKWARD) * forward + scores // 2 - unused
