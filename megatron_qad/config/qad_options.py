@@ -127,6 +127,10 @@ class QADOptions:
     current step and exit with status 0. Default: the environment variable QAD_JOB_DIR, which launch/slurm.sbatch
     sets; without it, off."""
 
+    qad_verbose: bool = False
+    """Show on the terminal what Megatron and other packages print. Default: off; it goes to megatron.log in --save
+    (from the last rank to megatron.rankN.log), and without --save nowhere."""
+
     qad_dry_run: bool = False
     """Print the plan (model, formats, parallelism, tokens, epochs, bytes per rank) and exit without building weights.
     Reads the flags, the data and the checkpoint to resume, and refuses what the job would refuse. Default: off."""
