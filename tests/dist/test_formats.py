@@ -130,7 +130,7 @@ def _check_weights(params: dict, stored: dict, by_part: dict, rule: str) -> None
         fmt = by_part.get({"attention": "attn", "mlp": "mlp"}.get(tensor_map.kind), "bf16")
         weight = params[tensor_map.megatron].clone()
         if number_format := FORMATS[fmt].weight:
-            scale = number_format.scale_from_amax(weight.abs().max().float())
+            scale = number_format.scale_from_amax(weight.abs().max().float(), rule=rule)
             number_format.fake_quant_list_([weight], scale.view(1), [tensor_map.megatron], rule)
         for name, part in zip(tensor_map.hf, tensor_map.to_hf(weight), strict=True):
             decoded = stored[name]
