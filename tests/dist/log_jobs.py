@@ -26,6 +26,19 @@ class _Breaks(Callback):
             torch.nn.functional.linear(torch.zeros(2), torch.zeros(3))
 
 
+class _Documents(Callback):
+    """Prints the sums of the lengths of this rank's documents, and of their squares."""
+
+    def forward_begins(self, batches, is_training):
+        if is_training:
+            lengths = [length for batch in batches for length in batch.documents.document_lengths]
+            print("documents", sum(lengths), sum(length**2 for length in lengths))
+
+
+def count_documents(argv: list[str]) -> None:
+    train(argv, callbacks=[_Documents()])
+
+
 def speak(argv: list[str]) -> None:
     warnings.simplefilter("default", UserWarning)  # the server's environment ignores all warnings
     train(argv, callbacks=[_Speaks()])

@@ -127,6 +127,22 @@ def test_job_without_save_drops_it_or_shows_it(shop):
     assert "---- arguments ----" in shown and "megatron_qad step times" not in shown  # one rank waits for nobody
 
 
+def test_flops_of_packed_rows_count_documents(shop, tmp_path):
+    """Attention within documents only. An early end is said."""
+    flags = ("--dataloader-inter-document-masking", "--exit-interval", "2", "--tensorboard-dir", str(tmp_path))
+    output = shop.run(*flags, "--save", str(tmp_path / "run"), function="count_documents")
+    sums = [(int(tokens), int(squares)) for tokens, squares in re.findall(r"documents (\d+) (\d+)", output)]
+    ranks = sums[:2], sums[2:]
+    model, curves = forward_flops(family_of(tiny_job.LLAMA), tiny_job.LLAMA), read_scalars(tmp_path)
+    for step in (0, 1):
+        tokens, squares = (sum(rank[step][i] for rank in ranks) for i in (0, 1))
+        assert tokens == BATCH * SEQ_LENGTH and squares < tokens * SEQ_LENGTH
+        seconds = tokens / curves["speed/tokens_per_second"][step][1]
+        student = curves["speed/student_tflops_per_rank"][step][1] * 1e12 * 2 * seconds
+        assert student == pytest.approx(3 * model.of_sums(tokens, squares), rel=1e-6)  # event files hold float32
+    assert "megatron_qad: the job stops after iteration 2 of 8; started again, it continues there" in output
+
+
 def test_failure_in_another_package_is_on_the_terminal(shop):
     output = shop.run(function="fail", fails=True)
     assert output.count("Traceback") >= 1 and "RuntimeError: " in output and "torch.nn.functional.linear(" in output

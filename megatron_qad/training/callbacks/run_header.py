@@ -22,6 +22,13 @@ class RunHeader(Callback):
         for line in self._lines(resumes_at):
             print_rank_0(f"megatron_qad: {line}")
 
+    def job_ends(self, is_done: bool) -> None:
+        if not is_done:  # Megatron's own message is in the file
+            done, of = self._job.loop.iteration, self._job.args.train_iters
+            print_rank_0(
+                f"megatron_qad: the job stops after iteration {done} of {of}; started again, it continues there"
+            )
+
     def closes(self) -> None:
         self._job.output.close()
 
