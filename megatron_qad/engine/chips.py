@@ -2,11 +2,10 @@
 
 _TERA = 1e12
 BF16_PEAKS = {
-    # More specific names first. Dense BF16 with FP32 accumulation, from NVIDIA's data sheets; where they give the rate
-    # with sparsity only, half of it.
-    "GB300": 2500 * _TERA,
+    # More specific names first. Dense BF16 with FP32 accumulation, half of what data sheets give with sparsity.
+    # Published tables agree for A100, A800, A10, H100, H800, H20, H200, B200 and GB200; the others were not looked up
+    # again. B300 and GB300 are left out, because such tables contradict each other.
     "GB200": 2500 * _TERA,
-    "B300": 2250 * _TERA,
     "B200": 2250 * _TERA,
     "GH200": 989.5 * _TERA,
     "H200 NVL": 835.5 * _TERA,

@@ -23,7 +23,7 @@ def test_known_chips(name, tera):
     assert bf16_peak(name) == tera * 1e12
 
 
-@pytest.mark.parametrize("name", ["cpu", "", "NVIDIA RTX A1000", "NVIDIA A100X", "Tesla V100-SXM2-32GB"])
+@pytest.mark.parametrize("name", ["cpu", "", "NVIDIA B300", "NVIDIA RTX A1000", "NVIDIA A100X", "Tesla V100-SXM2-32GB"])
 def test_unknown_chips_have_no_peak(name):
     assert bf16_peak(name) is None
 
