@@ -10,6 +10,7 @@ from megatron_qad.config.megatron_flags import MegatronFlags  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 from megatron_qad.config.refusals import (  # noqa: E402
     check_masters,
+    check_option_values,
     check_ptq,
     check_skipped,
     check_step,
@@ -31,6 +32,13 @@ FLAGS = [
 def parser():
     megatron_parser = make_parser(QADOptions)
     return lambda argv: MegatronFlags.from_args(megatron_parser.parse_args(argv))
+
+
+@pytest.mark.parametrize("rule", ["local_hessian", "min"])
+def test_scale_rules_that_no_job_can_use_are_rejected(rule):
+    check_option_values(QADOptions(qad_weight_scale_rule="mse_sweep"))
+    with pytest.raises(QADError, match=f"{rule}.*expected one of max, four_over_six, mse, mse_multipliers, mse_sweep"):
+        check_option_values(QADOptions(qad_weight_scale_rule=rule))
 
 
 @pytest.mark.parametrize("flag", FLAGS)
