@@ -40,7 +40,10 @@ def main() -> None:
                 str(options.nproc),
             ]
             done = subprocess.run(
-                [*command, __file__, "--variant", variant, *job_args], capture_output=True, text=True, cwd=ROOT
+                [*command, __file__, "--variant", variant, *job_args, "--qad-verbose"],
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
             )
             if done.returncode:
                 sys.exit(f"error: the job failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

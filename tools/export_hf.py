@@ -27,7 +27,7 @@ def main() -> None:
         "--iteration", help="iteration to export: a number, or 'best' by validation KL; default: the newest"
     )
     parser.add_argument(
-        "--max-shard-gb", type=float, default=5.0, help="maximum size of a safetensors file, in 10^9 bytes"
+        "--max-shard-gb", type=float, default=2.0, help="maximum size of a safetensors file, in 10^9 bytes"
     )
     parser.add_argument("--num-workers", type=int, help="processes that convert tensors; default: one for each core")
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)

@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--hf-config", required=True, help=CONFIG)
     parser.add_argument("--output", required=True, help="checkpoint directory to write; must be new or empty")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the stored weights")
+    parser.add_argument("--num-workers", type=int, help="processes that convert tensors; default: one for each core")
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
     init_runtime()
@@ -37,7 +38,9 @@ def main() -> None:
         provenance.check_same_provenance(Path(options.output), IMPORT_FILE, expected)
         return print(f"{options.output} already exists and is up to date")
     init_process_group()
-    num_tensors = imports.import_megatron(options.checkpoint, options.hf_config, options.output, dtype)
+    num_tensors = imports.import_megatron(
+        options.checkpoint, options.hf_config, options.output, dtype, options.num_workers
+    )
     if torch.distributed.get_rank() == 0:
         print(f"wrote {num_tensors} tensors to {options.output}")
 

@@ -278,7 +278,7 @@ class Export:
         linear_format, input_scale = FORMATS[fmt], None
         if linear_format.input is not None:
             amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
-            input_scale = linear_format.input.scale_from_amax(amax, name=name)
+            input_scale = linear_format.input.input_scale_from_amax(amax, name=name)
         scales = self._scales(tensor_map, linear_format.weight)
         scale, parts, codes = scales.pack(tensor_map, tensor)
         for i, (hf_name, part) in enumerate(zip(tensor_map.hf, parts, strict=True)):

@@ -53,7 +53,7 @@ COPIED_FILES = (
     "NOTICE*",  # this and the next are required by Llama's licence
     "USE_POLICY*",
 )
-DEFAULT_SHARD_BYTES = 5_000_000_000  # the Hub's default
+DEFAULT_SHARD_BYTES = 2_000_000_000  # a shard is hashed by one process while others pack the next ones
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 

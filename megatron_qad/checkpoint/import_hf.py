@@ -35,7 +35,7 @@ from megatron_qad.models.families.base import ParamMapping
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 """dtypes, as safetensors calls them, of the weights that are imported. Others would change a weight without a word."""
-_PART_BYTES, _MAX_PARTS = 512 << 20, 1024
+PART_BYTES, _MAX_PARTS = 512 << 20, 1024
 
 
 def import_hf(
@@ -43,7 +43,7 @@ def import_hf(
     target: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     num_workers: int | None = None,
-    part_bytes: int = _PART_BYTES,
+    part_bytes: int = PART_BYTES,
 ) -> int:
     """Import ``source`` as the checkpoint ``target``: ``release/`` (torch_dist) and ``hf/`` (config and tokenizer).
 
@@ -77,10 +77,10 @@ def import_hf(
         target = run_on_all_ranks(lambda: new_directory(target))
         plan = run_on_all_ranks(lambda: ModelImport.of(source, dtype, with_passthrough=rank == 0))
         record = provenance.model_provenance(source, str(dtype).removeprefix("torch."))
-        parts = plan.parts(part_bytes)
+        parts = divide(plan.maps, dtype, part_bytes)
         stream_release(
             target,
-            parts=[[(m, plan.num_bytes(m)) for m in part] for part in parts],
+            parts=[[(m, num_bytes(m, dtype)) for m in part] for part in parts],
             convert=plan.convert,
             finish=lambda aside: plan.finish(aside, record),
             job={"import": record, "parts": [len(part) for part in parts], "version": megatron_qad.__version__},
@@ -113,25 +113,6 @@ class ModelImport:
             _check_source(reader, tensor_map)
         return cls(reader, maps, _passthrough_names(reader) if with_passthrough else (), dtype)
 
-    def dtype_of(self, tensor_map: ParamMapping) -> torch.dtype:
-        return torch.float32 if tensor_map.is_float32 else self.dtype
-
-    def num_bytes(self, tensor_map: ParamMapping) -> int:
-        return prod(tensor_map.shape) * self.dtype_of(tensor_map).itemsize
-
-    def parts(self, part_bytes: int) -> list[list[ParamMapping]]:
-        """Divide the tensors into parts of at least ``part_bytes``. All ranks and a later run get the same parts."""
-        part_bytes = max(part_bytes, sum(map(self.num_bytes, self.maps)) // _MAX_PARTS)
-        parts: list[list[ParamMapping]] = []
-        size = part_bytes
-        for tensor_map in self.maps:
-            if size >= part_bytes:
-                parts.append([])
-                size = 0
-            parts[-1].append(tensor_map)
-            size += self.num_bytes(tensor_map)
-        return parts
-
     def convert(self, tensor_map: ParamMapping) -> Iterator[tuple[str, torch.Tensor]]:
         """Read one tensor and yield the parts in which Megatron stores it, with their names."""
         return stored_parts(tensor_map, self._read(tensor_map))
@@ -152,7 +133,7 @@ class ModelImport:
         for name in tensor_map.hf:
             where = f"{self.reader.directory}: {name}"
             advice = "Import with --dtype float32, or use another model."
-            parts.append(finite.cast(self.reader.read(name), self.dtype_of(tensor_map), where, advice))
+            parts.append(finite.cast(self.reader.read(name), stored_dtype(tensor_map, self.dtype), where, advice))
         return tensor_map.to_megatron(parts).contiguous()
 
     def finish(self, aside: Path, record: dict) -> None:
@@ -178,6 +159,30 @@ def _check_source(reader: HFReader, tensor_map: ParamMapping) -> None:
             )
         if (stored_shape := reader.stored_shape(name)) != shape:
             raise QADError(f"{where} has shape {list(stored_shape)}, but config.json implies {list(shape)}.")
+
+
+def stored_dtype(tensor_map: ParamMapping, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a tensor in a checkpoint whose weights are imported in ``dtype``."""
+    return torch.float32 if tensor_map.is_float32 else dtype
+
+
+def num_bytes(tensor_map: ParamMapping, dtype: torch.dtype) -> int:
+    """Return the size of a tensor in a checkpoint whose weights are imported in ``dtype``."""
+    return prod(tensor_map.shape) * stored_dtype(tensor_map, dtype).itemsize
+
+
+def divide(maps: Sequence[ParamMapping], dtype: torch.dtype, part_bytes: int = PART_BYTES) -> list[list[ParamMapping]]:
+    """Divide tensors into parts of at least ``part_bytes``. All ranks and a later run get the same parts."""
+    part_bytes = max(part_bytes, sum(num_bytes(m, dtype) for m in maps) // _MAX_PARTS)
+    parts: list[list[ParamMapping]] = []
+    size = part_bytes
+    for tensor_map in maps:
+        if size >= part_bytes:
+            parts.append([])
+            size = 0
+        parts[-1].append(tensor_map)
+        size += num_bytes(tensor_map, dtype)
+    return parts
 
 
 def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

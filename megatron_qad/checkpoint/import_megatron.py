@@ -1,27 +1,30 @@
 """Import checkpoints that Megatron-LM or Megatron-Bridge saved: ``GPTModel``, ``HybridModel`` and ``MambaModel``.
 
 The source is a torch_dist checkpoint with names and layers of its own (``megatron_names``). The result is the directory
-that ``import_hf`` writes for the same model. Needs no model and no GPU. Under torchrun each rank imports a share of the
-tensors and holds it in memory until it is saved. Values are copied and at most cast to the requested dtype.
+that ``import_hf`` writes for the same model. Needs no model and no GPU. Tensors stream as in ``import_hf``: worker
+processes and torchrun's ranks share the files, and an import that was killed continues after its finished ones. Values
+are copied and at most cast to the requested dtype.
 """
 
 import re
-from collections.abc import Iterator
-from itertools import groupby, islice
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 
+import megatron_qad
 from megatron_qad.checkpoint import finite, provenance
 from megatron_qad.checkpoint.hf_reader import ASSETS
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.checkpoint.import_hf import copy_assets, stored_parts
+from megatron_qad.checkpoint.import_hf import PART_BYTES, copy_assets, divide, num_bytes, stored_dtype, stored_parts
 from megatron_qad.checkpoint.megatron_names import Piece, is_gpt, locate
 from megatron_qad.checkpoint.megatron_settings import check_settings, read_settings
 from megatron_qad.checkpoint.model_directory import find_files
-from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks, write_release
+from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
 from megatron_qad.checkpoint.slice_reader import SliceReader, Stored
+from megatron_qad.checkpoint.stream_release import stream_release
+from megatron_qad.checkpoint.worker_pool import default_num_workers
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.local_models import missing_config
@@ -38,11 +41,17 @@ _MTP = "mtp."
 
 
 def import_megatron(
-    source: str | Path, hf_config: str | Path, target: str | Path, dtype: torch.dtype = torch.bfloat16
+    source: str | Path,
+    hf_config: str | Path,
+    target: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    num_workers: int | None = None,
+    part_bytes: int = PART_BYTES,
 ) -> int:
     """Import ``source`` as the checkpoint ``target``: ``release/`` (torch_dist) and ``hf/`` (config and tokenizer).
 
-    torch.distributed must be initialized; every rank calls this.
+    torch.distributed must be initialized; every rank calls this. Peak memory of a process, beyond what it has imported:
+    two times the largest tensor, or the part of the source's files that holds it, if that is larger.
 
     Args:
         source: a checkpoint directory of Megatron, of which the newest iteration is imported, or the directory of one
@@ -51,6 +60,8 @@ def import_megatron(
             ``config.json``. Weights there are not read.
         target: a new or empty directory.
         dtype: dtype of the stored weights.
+        num_workers: worker processes of this rank. None: one for each core.
+        part_bytes: as in ``import_hf``.
 
     Returns:
         The number of imported tensors.
@@ -69,9 +80,17 @@ def import_megatron(
     with lock_output(target):
         target = run_on_all_ranks(lambda: new_directory(target))
         directory = run_on_all_ranks(lambda: iteration_to_import(source))
-        sharded, num_tensors = run_on_all_ranks(lambda: _read(directory, assets, dtype))
-        write_release(target, sharded, lambda aside: _finish(directory, assets, aside, dtype))
-    return num_tensors
+        plan = run_on_all_ranks(lambda: _MegatronImport.of(directory, assets, dtype))
+        record, parts = import_provenance(directory, assets, dtype), divide(plan.maps, dtype, part_bytes)
+        stream_release(
+            target,
+            parts=[[(m, num_bytes(m, dtype)) for m in part] for part in parts],
+            convert=plan.convert,
+            finish=lambda aside: _finish(assets, aside, record),
+            job={"import": record, "parts": [len(part) for part in parts], "version": megatron_qad.__version__},
+            num_workers=num_workers or default_num_workers(),
+        )
+    return len(plan.maps)
 
 
 def assets_of(hf_config: str | Path) -> Path:
@@ -131,32 +150,49 @@ def _format(directory: Path) -> str:
     return "torch" if any(directory.glob("mp_rank_*")) else "unknown"
 
 
-def _read(directory: Path, assets: Path, dtype: torch.dtype) -> tuple[dict[str, ShardedTensor], int]:
-    """Return this rank's share of the converted tensors, and the number of tensors over all ranks."""
-    config, (rank, size) = read_json(assets / "config.json"), rank_and_size()
-    if rank == 0:
-        find_files(assets, ASSETS)  # raises now instead of after gigabytes are written
-    family = family_of(config)
-    family.megatron_args(config)  # raises an error if training could not build the model
-    if family.passthrough_tensors(config):
-        raise QADError(
-            f"{assets / 'config.json'}: {family.architecture} has tensors outside the language model, which this "
-            "import cannot read. Import the Hugging Face model (tools/import_hf.py)."
-        )
-    maps, reader = family.tensors(config), SliceReader(directory)
-    stored = _weights(reader, verbose=rank == 0)
-    settings, text = read_settings(directory)
-    check_settings(settings, text, config, gpt=is_gpt(stored, directory))
-    if not settings and rank == 0:
-        print(
-            f"megatron_qad: WARNING: {text} Settings that tensors do not show (rotary base, norm epsilon, number of "
-            "heads, router) are taken from config.json."
-        )
-    pieces = locate(maps, stored, directory)
-    parts = {}
-    for tensor_map, tensor in _tensors(reader, maps[rank::size], pieces, dtype):
-        parts |= dict(stored_parts(tensor_map, tensor.contiguous()))
-    return {name: ShardedTensor.from_rank_offsets(name, part) for name, part in parts.items()}, len(maps)
+@dataclass(frozen=True)
+class _MegatronImport:
+    """A checkpoint that is imported: where each tensor of the model is stored in it. ``convert`` reads them."""
+
+    reader: SliceReader
+    maps: Sequence[ParamMapping]
+    pieces: Mapping[str, tuple[Piece, ...]]
+    """Megatron name of a tensor -> the parts of the source that it consists of."""
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, directory: Path, assets: Path, dtype: torch.dtype) -> "_MegatronImport":
+        """Find every tensor, after checking that the checkpoint fits the config. Reads no weight."""
+        config, (rank, _) = read_json(assets / "config.json"), rank_and_size()
+        if rank == 0:
+            find_files(assets, ASSETS)  # raises now instead of after gigabytes are written
+        family = family_of(config)
+        family.megatron_args(config)  # raises an error if training could not build the model
+        if family.passthrough_tensors(config):
+            raise QADError(
+                f"{assets / 'config.json'}: {family.architecture} has tensors outside the language model, which this "
+                "import cannot read. Import the Hugging Face model (tools/import_hf.py)."
+            )
+        maps, reader = family.tensors(config), SliceReader(directory)
+        stored = _weights(reader, verbose=rank == 0)
+        settings, text = read_settings(directory)
+        check_settings(settings, text, config, gpt=is_gpt(stored, directory))
+        if not settings and rank == 0:
+            print(
+                f"megatron_qad: WARNING: {text} Settings that tensors do not show (rotary base, norm epsilon, number "
+                "of heads, router) are taken from config.json."
+            )
+        return cls(reader, maps, locate(maps, stored, directory), dtype)
+
+    def convert(self, tensor_map: ParamMapping) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read one tensor and yield the parts in which Megatron stores it, with their names."""
+        pieces, parts = self.pieces[tensor_map.megatron], []
+        for piece, part in zip(pieces, self.reader.read([piece.slice for piece in pieces]), strict=True):
+            where = f"{self.reader.directory}: {piece.name}{list(piece.index) or ''}"
+            target = stored_dtype(tensor_map, self.dtype)
+            parts.append(finite.cast(part.reshape(piece.shape), target, where, "Import with --dtype float32."))
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return stored_parts(tensor_map, tensor[: tensor_map.shape[0]].contiguous())  # without vocabulary padding
 
 
 def _weights(reader: SliceReader, verbose: bool) -> dict[str, Stored]:
@@ -171,28 +207,10 @@ def _weights(reader: SliceReader, verbose: bool) -> dict[str, Stored]:
     return {name: tensor for name, tensor in stored.items() if not name.startswith(_MTP)}
 
 
-def _tensors(
-    reader: SliceReader, maps: list[ParamMapping], pieces: dict[str, tuple[Piece, ...]], dtype: torch.dtype
-) -> Iterator[tuple[ParamMapping, torch.Tensor]]:
-    """Yield the tensors of ``maps`` in the new dtype, read layer by layer, without vocabulary padding."""
-    for _, group in groupby(maps, key=lambda m: m.layer):
-        group = list(group)
-        wanted = [piece for m in group for piece in pieces[m.megatron]]
-        read = iter(zip(wanted, reader.read([piece.slice for piece in wanted]), strict=True))
-        for m in group:
-            parts = []
-            for piece, part in islice(read, len(pieces[m.megatron])):
-                where = f"{reader.directory}: {piece.name}{list(piece.index) or ''}"
-                target = torch.float32 if m.is_float32 else dtype
-                part = finite.cast(part.reshape(piece.shape), target, where, "Import with --dtype float32.")
-                parts.append(part)
-            yield m, torch.cat(parts)[: m.shape[0]]
-
-
-def _finish(directory: Path, assets: Path, aside: Path, dtype: torch.dtype) -> None:
+def _finish(assets: Path, aside: Path, record: dict) -> None:
     """Write the files next to the weights; called on the first rank."""
     copy_assets(assets, aside / "hf")
-    json_records.write(aside / IMPORT_FILE, import_provenance(directory, assets, dtype))
+    json_records.write(aside / IMPORT_FILE, record)
 
 
 def import_provenance(directory: Path, assets: Path, dtype: torch.dtype) -> dict:

@@ -122,7 +122,7 @@ def kv_scales(
     """
     if layout == "bf16":
         return []
-    packed_layout, scale_from_amax = PACKED_LAYOUTS[layout], kv_format.number.scale_from_amax
+    packed_layout, scale_from_amax = PACKED_LAYOUTS[layout], kv_format.number.input_scale_from_amax
     return [
         HFTensor(name, packed_layout.store_scalar(scale_from_amax(amax, name=name)))
         for name, amax in zip(kv_format.scale_names(layout, k_proj, v_proj), (k_amax, v_amax), strict=True)

@@ -2,11 +2,14 @@
 
 Names, dtypes and shapes are known before anything is converted, so every tensor has its place in a shard, and workers
 write there in any order. A rank writes every n-th shard. A shard whose tensors are all written is hashed, and a
-conversion that was killed continues after those shards.
+conversion that was killed continues after those shards. Meanwhile a thread sends what is written to the disk, so that
+no worker waits for gigabytes at the end of a shard.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,14 +123,16 @@ class ShardWriter[T]:
         missing = Counter(shard for task in tasks for shard in self._touched(task))
         progress = Progress("exporting", sum(plan.pieces[i].num_bytes for task in tasks for i in task), is_shown)
         queue: deque[tuple[int, ...] | int] = deque(tasks)
-        for task, _ in worker_pool.run(queue, self._do, num_workers):
-            if isinstance(task, int):
-                continue
-            progress.add(sum(plan.pieces[i].num_bytes for i in task))
-            for shard in self._touched(task):
-                missing[shard] -= 1
-                if not missing[shard]:
-                    queue.appendleft(shard)
+        with _background_sync() as sync:
+            for task, _ in worker_pool.run(queue, self._do, num_workers):
+                if isinstance(task, int):
+                    continue
+                progress.add(sum(plan.pieces[i].num_bytes for i in task))
+                for shard in self._touched(task):
+                    sync(self._file(shard))
+                    missing[shard] -= 1
+                    if not missing[shard]:
+                        queue.appendleft(shard)
         progress.finish()
 
     def sums(self) -> dict[str, manifest.Sum]:
@@ -166,3 +171,24 @@ class ShardWriter[T]:
         finally:
             for stream in streams.values():
                 stream.close()
+
+
+@contextmanager
+def _background_sync() -> Iterator[Callable[[Path], None]]:
+    """Context manager whose value starts to write a file to the disk in a thread, unless the thread is busy.
+
+    A failed write raises OSError in the next call or at the end: the system reports it only once, to the thread.
+    """
+    running: list[Future] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def sync(file: Path) -> None:
+            if running and not running[0].done():
+                return
+            for future in running:
+                future.result()
+            running[:] = [pool.submit(manifest.sync, file)]
+
+        yield sync
+        for future in running:
+            future.result()

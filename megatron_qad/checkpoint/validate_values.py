@@ -15,6 +15,7 @@ from megatron_qad.checkpoint.expected_tensors import Inventory
 from megatron_qad.checkpoint.hf_directory import AddIssue, Shards
 from megatron_qad.checkpoint.layouts import PackedLayout
 from megatron_qad.formats.format_registry import KV_CACHE_FORMATS
+from megatron_qad.formats.input_scales import round_up_to_bf16
 
 
 def check_values(
@@ -43,8 +44,10 @@ def check_values(
         per_tensor |= {name for role, name in parts.items() if role in ("weight_scale", "input_scale")}
         block_scales |= {name for role, name in parts.items() if role == "block_scale"}
         shapes |= {name: model.linears[module] for role, name in parts.items() if role == "shape"}
+    of_kv_cache = set()
     if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
-        per_tensor |= {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
+        of_kv_cache = {name for pair in model.attentions for name in kv_format.scale_names(layout.name, *pair)}
+        per_tensor |= of_kv_cache
     any_bits = ("U8", "I32")  # dtypes of packed codes, of which all are valid
     tied = {}
     for path, names in names_by_file.items():
@@ -61,6 +64,8 @@ def check_values(
                 if name in per_tensor:
                     scalars[name] = tensor
                     _check_scalar(name, tensor, issue)
+                    if name in of_kv_cache:
+                        _check_kv_scale(name, tensor, issue)
                 elif name in block_scales:
                     _check_block_scale(name, tensor, issue)
                 elif name in shapes:
@@ -83,6 +88,17 @@ def _check_scalar(name: str, tensor: Tensor, issue: AddIssue) -> None:
         issue(name, f"is {value}, expected a finite number > 0")
     elif not 0 < 1.0 / torch.tensor(value) < float("inf"):
         issue(name, f"is {value}, whose reciprocal is not finite in float32")
+
+
+def _check_kv_scale(name: str, tensor: Tensor, issue: AddIssue) -> None:
+    if tensor.dtype != torch.float32 or tensor.numel() != 1 or not 0 < tensor.item() < float("inf"):
+        return  # already reported
+    if (rounded := round_up_to_bf16(tensor).item()) != tensor.item():
+        issue(
+            name,
+            f"is {tensor.item()!r}, expected a bfloat16 number such as {rounded!r}: vLLM rounds KV cache scales to the "
+            "model's dtype. Exports of this version have such scales",
+        )
 
 
 def _check_block_scale(name: str, tensor: Tensor, issue: AddIssue) -> None:

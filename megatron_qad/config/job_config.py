@@ -32,6 +32,7 @@ from megatron_qad.engine.run_directory.iterations import holds_checkpoints
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import text_config
 from megatron_qad.quantization import policy
+from megatron_qad.quantization.policy_warnings import policy_warnings
 from megatron_qad.quantization.scale_settings import ScaleSetting
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
@@ -189,7 +190,7 @@ def read_job_config(
         output_sizes=sizes,
         layer_spec=options.qad_layer_spec or machine.layer_spec,
         job_dir=launch_environment.job_dir(options, environ),
-        notes=tuple(notes),
+        notes=(*notes, *(f"WARNING: {warning}." for warning in policy_warnings(linears, scales))),
     )
 
 

@@ -69,6 +69,7 @@ _RANGES = {
     "iterations_to_skip": _ONE_OR_MORE,
     "qad_calibration_samples": Range(1, MAX_CALIBRATION_SAMPLES),
     "qad_calibration_percentile": Range(0, 100, excludes_lower=True),
+    "qad_calibration_headroom": Range(0, 28672, excludes_lower=True, excludes_upper=True),
     "qad_spike_factor": Range(1, excludes_lower=True),
 }
 """Valid values by the name of the parsed option; for an option with several values, those of each one."""

@@ -55,6 +55,11 @@ class QADOptions:
     """Share, in %%, of an input's non-zero magnitudes that its amax covers, such as 99.99; larger magnitudes saturate.
     Default: off, the amax is the maximum."""
 
+    qad_calibration_headroom: float | None = None
+    """Raise the amax of NVFP4 inputs to this factor, such as 16384, times a small block of the calibration (percentile
+    1), so that larger inputs than those of the calibration do not saturate; below 28672. The top 0.01 %% of the blocks
+    may saturate. Default: off."""
+
     qad_train_router: bool = False
     """Train the routers of expert layers and update their bias by the load. Default: off, routers stay equal to the
     teacher's, so that tokens keep their experts."""
@@ -121,6 +126,10 @@ class QADOptions:
     """Directory for messages between a batch script and the job: a file 'stop' in it makes the job save after the
     current step and exit with status 0. Default: the environment variable QAD_JOB_DIR, which launch/slurm.sbatch
     sets; without it, off."""
+
+    qad_verbose: bool = False
+    """Show on the terminal what Megatron and other packages print. Default: off; it goes to megatron.log in --save
+    (from the last rank to megatron.rankN.log), and without --save nowhere."""
 
     qad_dry_run: bool = False
     """Print the plan (model, formats, parallelism, tokens, epochs, bytes per rank) and exit without building weights.

@@ -31,6 +31,10 @@ def check_option_values(options: QADOptions) -> None:
         raise QADError(
             f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(rules)}."
         )
+    if options.qad_calibration_percentile is not None and options.qad_calibration_headroom is not None:
+        raise QADError(
+            "--qad-calibration-percentile and --qad-calibration-headroom both set the amax of inputs. Choose one."
+        )
 
 
 def check_models(options: QADOptions, losses: WeightedLosses) -> None:

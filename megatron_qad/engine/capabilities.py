@@ -101,6 +101,7 @@ def init_runtime(*, for_compute: bool = False) -> Capabilities:
     machine = capabilities()
     if machine.device == "cpu":
         device.install()
+        megatron_warnings.hide(on_cpu=True)
         bf16_matmul_fallback.install()
         if for_compute:
             sys.modules["transformer_engine"] = None  # importing it now fails as if it were not installed

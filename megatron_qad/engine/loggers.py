@@ -1,14 +1,13 @@
-"""Loggers that never end a job: TensorBoard event files, wandb, Megatron's progress log and the console.
+"""Loggers that never end a job: TensorBoard event files, wandb and Megatron's progress log.
 
 Each kind of failure of a logger is printed once, on one line, and the job continues. ``Loggers`` replaces Megatron's
-loggers; ``event_writer`` implements TensorBoard's. Failures of the job's own small files are handled by
-``engine.run_directory.manifest.write_or_warn`` and ``preemption``.
+loggers; ``event_writer`` implements TensorBoard's, and ``console`` guards the terminal. Failures of the job's own small
+files are handled by ``engine.run_directory.manifest.write_or_warn`` and ``preemption``.
 """
 
 import argparse
 import atexit
 import secrets
-import sys
 from collections.abc import Callable, MutableMapping
 from functools import partial
 from pathlib import Path
@@ -55,28 +54,6 @@ def _never_raise(function: Callable, failures: FailureLog, errors: type[Exceptio
     return call
 
 
-class _Console:
-    """A wrapper of stdout or stderr that drops text on a full disk or a closed pipe instead of ending the job."""
-
-    def __init__(self, stream):
-        self._stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except OSError:
-            return len(text)  # there is no place left to report the error
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            return
-
-
 class Loggers:
     """The loggers of a job. Call ``install`` before Megatron parses its flags, because parsing starts the loggers.
 
@@ -91,7 +68,6 @@ class Loggers:
 
     def install(self) -> None:
         """Replace Megatron's loggers by those of this module."""
-        sys.stdout, sys.stderr = (s if isinstance(s, _Console) else _Console(s) for s in (sys.stdout, sys.stderr))
         replace("megatron.training.global_vars:_set_tensorboard_writer", lambda _: self._set_tensorboard_writer)
         wandb_failures = FailureLog(f"wandb in {self._wandb_dir}")
 
@@ -119,7 +95,6 @@ class Loggers:
 
     def _set_tensorboard_writer(self, args: argparse.Namespace) -> None:
         if args.tensorboard_dir and args.rank == args.world_size - 1:
-            print("> setting tensorboard ...")
             global_vars._GLOBAL_TENSORBOARD_WRITER = JobWriter(
                 args.tensorboard_dir,
                 args.tensorboard_queue_size,

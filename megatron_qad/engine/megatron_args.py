@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import io
-import logging
 import os
 import re
 import sys
@@ -48,15 +46,10 @@ def make_parser(options: type) -> argparse.ArgumentParser:
     return add_options(options, add_megatron_arguments(OneLineParser(allow_abbrev=False)))
 
 
-def parse_globally(
-    argv: Sequence[str], options: type, world_size: int, *, is_quiet: bool = False
-) -> argparse.Namespace:
+def parse_globally(argv: Sequence[str], options: type, world_size: int) -> argparse.Namespace:
     """Let Megatron parse and validate ``argv``, set its global arguments, and start its loggers and signal handler.
 
     Sets ``sys.argv``, from which Megatron reads.
-
-    Args:
-        is_quiet: drop what Megatron prints and logs, which includes all its arguments (750 lines).
 
     Raises:
         QADError: Megatron refuses the flags; the error quotes its message, or the condition that failed.
@@ -64,11 +57,8 @@ def parse_globally(
     sys.argv = [sys.argv[0], *argv]
     before = os.environ.get("WORLD_SIZE")
     os.environ["WORLD_SIZE"] = str(world_size)  # a dry run may plan for more ranks than there are
-    printed = contextlib.redirect_stdout(io.StringIO()) if is_quiet else contextlib.nullcontext()
-    if is_quiet:
-        logging.getLogger("megatron").setLevel(logging.WARNING)
     try:
-        with printed, megatrons_refusals("parse_args", "validate_args", "validate_yaml"):
+        with megatrons_refusals("parse_args", "validate_args", "validate_yaml"):
             return parse_and_validate_args(extra_args_provider=partial(add_options, options))
     finally:
         if before is None:

@@ -14,15 +14,24 @@ HIDDEN = (
 )
 """Beginnings of the messages. What was chosen instead is in the log (``Capabilities.report``) or in a job's notes."""
 
-_LOGGER = "megatron.core.dist_checkpointing.strategies.torch"
+HIDDEN_ON_CPU = ("CPU RNG state changed within GPU RNG context",)
+"""The CPU backend has one generator, so that drawing from "the GPU's" always changes the CPU's. On a GPU the warning
+tells of a difference between tensor-parallel ranks, and is logged."""
+
+_LOGGERS = ("megatron.core.dist_checkpointing.strategies.torch", "megatron.core.tensor_parallel.random")
 
 
-def hide() -> None:
-    """Hide the warnings in ``HIDDEN``, now and later. A second call changes nothing."""
+def hide(*, on_cpu: bool = False) -> None:
+    """Hide the warnings in ``HIDDEN``, now and later; ``on_cpu`` also those of the CPU backend. Calls add up."""
     for text in HIDDEN:
         warnings.filterwarnings("ignore", message=re.escape(text))
-    logging.getLogger(_LOGGER).addFilter(_is_shown)
+    for name in _LOGGERS:
+        logging.getLogger(name).addFilter(_is_shown_on_cpu if on_cpu else _is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(HIDDEN)
+
+
+def _is_shown_on_cpu(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(HIDDEN + HIDDEN_ON_CPU)

@@ -76,6 +76,10 @@ class NumberFormat:
         """Fake-quantize ``x``: ``dequantize(quantize(x))`` in ``x``'s dtype and shape, without a gradient."""
         return self.dequantize(self.quantize(x.detach(), scale, name=name, check=check), scale, x.dtype)
 
+    def input_scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
+        """Return the scale of an input with this amax. Arguments and errors are those of ``scale_from_amax``."""
+        return self.scale_from_amax(amax, name=name, check=check)
+
     def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str], rule: str = "max") -> Tensor:
         """Return the scales of n tensors, float32 [n], from their amaxes, float32 [n]."""
         first = int((~amaxes.isfinite()).int().argmax())  # names the weight if there is an error
@@ -280,8 +284,11 @@ class KVCacheFormat:
 
     name: str
     number: NumberFormat
+    """Number format of keys and values. Their scale is its ``input_scale_from_amax``."""
     stored: Mapping[str, StoredKVCache]
     """Storage by export layout."""
+    constant_amax: float | None = None
+    """Amax of all keys and values, without calibration. None means that it is calibrated."""
 
     def scale_names(self, layout: str, k_proj: str, v_proj: str) -> tuple[str, str]:
         """Return the names of a layer's key and value scales, from the Hugging Face names of its projections."""

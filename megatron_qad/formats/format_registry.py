@@ -4,7 +4,7 @@ A new format is a file of its own and one line here; see ``docs/howto/add_a_form
 """
 
 from megatron_qad.formats.format import KVCacheFormat, LinearFormat
-from megatron_qad.formats.fp8_format import FP8_KV_CACHE, FP8_W8A8
+from megatron_qad.formats.fp8_format import FP8_CAST_KV_CACHE, FP8_KV_CACHE, FP8_W8A8
 from megatron_qad.formats.int4_format import INT4_W4A16
 from megatron_qad.formats.nvfp4_format import NVFP4_W4A4, NVFP4_W4A16
 
@@ -25,6 +25,7 @@ FORMATS: dict[str, LinearFormat] = {
 KV_CACHE_FORMATS: dict[str, KVCacheFormat | None] = {
     UNQUANTIZED.name: None,
     FP8_KV_CACHE.name: FP8_KV_CACHE,
+    FP8_CAST_KV_CACHE.name: FP8_CAST_KV_CACHE,
 }
 """KV cache formats by their name in policies. None means that keys and values stay in the job's precision."""
 

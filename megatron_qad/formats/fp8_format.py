@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_qad.formats import fp8
+from megatron_qad.formats.common import E4M3_MAX
 from megatron_qad.formats.format import KVCacheFormat, LinearFormat, NumberFormat, StoredKVCache, StoredLinear
+from megatron_qad.formats.input_scales import round_up_to_bf16
 
 
 class FP8Numbers(NumberFormat):
@@ -49,7 +51,17 @@ class FP8Numbers(NumberFormat):
         return {"weight": fp8.pack_representable(weight, scale, name=name)}
 
 
+class FP8KVNumbers(FP8Numbers):
+    """FP8 numbers of keys and values, whose scales are bfloat16 numbers."""
+
+    name = "fp8_kv"
+
+    def input_scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
+        return round_up_to_bf16(self.scale_from_amax(amax, name=name, check=check))
+
+
 FP8 = FP8Numbers()
+FP8_KV = FP8KVNumbers()
 
 _PARTS = {
     "weight": ("weight", "F8_E4M3"),
@@ -81,17 +93,17 @@ FP8_W8A8 = LinearFormat(
     },
 )
 
-FP8_KV_CACHE = KVCacheFormat(
-    "fp8",
-    FP8,
-    stored={
-        "modelopt": StoredKVCache(
-            scale_names=("{k_proj}.k_scale", "{v_proj}.v_scale"),
-            scheme=_MODELOPT,  # read by vLLM; other loaders read ``algo``
-            algo="FP8",
-        ),
-        "compressed-tensors": StoredKVCache(
-            scale_names=("{attention}.k_scale", "{attention}.v_scale"), scheme=_COMPRESSED_TENSORS
-        ),
-    },
-)
+_KV_STORED = {
+    "modelopt": StoredKVCache(
+        scale_names=("{k_proj}.k_scale", "{v_proj}.v_scale"),
+        scheme=_MODELOPT,  # read by vLLM; other loaders read ``algo``
+        algo="FP8",
+    ),
+    "compressed-tensors": StoredKVCache(
+        scale_names=("{attention}.k_scale", "{attention}.v_scale"), scheme=_COMPRESSED_TENSORS
+    ),
+}
+
+FP8_KV_CACHE = KVCacheFormat("fp8", FP8_KV, _KV_STORED)
+# Scale 1, as in modelopt's recipes that end in kv_fp8_cast: keys and values are cast to E4M3.
+FP8_CAST_KV_CACHE = KVCacheFormat("fp8_cast", FP8_KV, _KV_STORED, constant_amax=E4M3_MAX)

@@ -13,6 +13,7 @@ from megatron_qad.formats import nvfp4, nvfp4_fixed, nvfp4_multi_tensor, nvfp4_p
 from megatron_qad.formats.block_scales import SCALE_RULES, scale_rule
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
+from megatron_qad.formats.input_scales import tie_free
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 
@@ -41,6 +42,9 @@ class NVFP4Numbers(NumberFormat):
     ) -> dict[str, Tensor]:
         packed = nvfp4_fixed.quantize_fixed(x, scale, block_scales, name=name, check=check)
         return {"weight": packed, "block_scale": block_scales}
+
+    def input_scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
+        return tie_free(self.scale_from_amax(amax, name=name, check=check)).clamp(max=nvfp4.GLOBAL_SCALE_MAX)
 
     def quantize(
         self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"

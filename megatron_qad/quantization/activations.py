@@ -20,7 +20,8 @@ from modelopt.torch.utils.distributed import ParallelState
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
-from megatron_qad.quantization.calibration import make_calibrator, percentile_amax, zero_counts
+from megatron_qad.quantization.calibration import MagnitudeCounts, RunningAmax
+from megatron_qad.quantization.headroom import BlockAmaxCounts
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
 from megatron_qad.quantization.names import name_is_shared, named_modules_globally, of_expert
 
@@ -49,7 +50,7 @@ class FakeQuantSTE(torch.autograd.Function):
 
 def quantize_input(number_format: NumberFormat, x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """Fake-quantize ``x`` [..., K] with the quantizer's amax and a straight-through gradient."""
-    scale = number_format.scale_from_amax(quantizer.amax, check=False)
+    scale = number_format.input_scale_from_amax(quantizer.amax, check=False)
     return FakeQuantSTE.apply(x, scale, number_format.fake_quant)
 
 
@@ -77,6 +78,7 @@ class ActivationQuantizers:
             the maximum over all experts.
         kv_cache: KV cache format, one of ``KV_CACHE_FORMATS``.
         percentile: percentage of the input magnitudes that an amax covers. None means the maximum.
+        headroom: factor between the amax of NVFP4 inputs and a small block (``headroom``). None means no headroom.
     """
 
     def __init__(
@@ -87,11 +89,15 @@ class ActivationQuantizers:
         *,
         kv_cache: str = "bf16",
         percentile: float | None = None,
+        headroom: float | None = None,
     ):
         self.groups = [group for group in groups if group is not None and group.size() > 1]
         self.percentile = percentile
+        self.headroom = headroom
         self.quantizers: dict[str, TensorQuantizer] = {}
         """Quantizers by global name: ``LINEAR``, with "*" as the index of experts, or ``ATTENTION.k_bmm_quantizer``."""
+        self._constant: list[TensorQuantizer] = []
+        self._constant_amax: float | None = None
         self._calibrated = False
         for chunk in chunks:
             _register(chunk, ".core_attention", QuantCoreAttention)
@@ -107,7 +113,12 @@ class ActivationQuantizers:
                     module.input_quantizer.set_from_attribute_config(input_attributes(number_format))
                     self.quantizers[name] = module.input_quantizer
             if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
-                self.quantizers |= quantize_kv_cache(chunk, input_attributes(kv_format.number))
+                of_kv_cache = quantize_kv_cache(chunk, input_attributes(kv_format.number))
+                self.quantizers |= of_kv_cache
+                if kv_format.constant_amax is not None:
+                    self._constant += of_kv_cache.values()
+                    self._constant_amax = kv_format.constant_amax
+        self._set_constant_amaxes()
 
     @property
     def calibrated(self) -> bool:
@@ -120,6 +131,7 @@ class ActivationQuantizers:
                 # 16-bit wrapper. That precision holds a maximum exactly. Restore the shape and dtype of calibration.
                 for quantizer in self.quantizers.values():
                     quantizer._amax = quantizer._amax.float().view(1)
+                self._set_constant_amaxes()  # a checkpoint may hold calibrated ones
         return self._calibrated
 
     def expect_amax(self, device=None) -> None:
@@ -150,42 +162,62 @@ class ActivationQuantizers:
                 Inf.
         """
         self._calibrated = False
-        for quantizer in self.quantizers.values():
+        calibrated = {name: q for name, q in self.quantizers.items() if q not in self._constant}
+        for quantizer in calibrated.values():
             quantizer.reset_amax()
-            quantizer._calibrator = make_calibrator("max" if self.percentile is None else "percentile")
-            quantizer.disable_quant()
+            quantizer._calibrator = self._calibrator(quantizer)
             quantizer.enable_calib()
+        for quantizer in self.quantizers.values():
+            quantizer.disable_quant()
         yield
-        amaxes = self._reduced_amaxes()
-        for name, quantizer in self.quantizers.items():
+        amaxes = self._reduced_amaxes({name: quantizer._calibrator for name, quantizer in calibrated.items()})
+        for name, quantizer in calibrated.items():
             quantizer.amax = amaxes[name].view(1)
             quantizer.disable_calib()
+        for quantizer in self.quantizers.values():
             quantizer.enable_quant()
 
-    def _reduced_amaxes(self) -> dict[str, torch.Tensor]:
-        """Return the amaxes by name, float32 scalars that are equal on all ranks."""
-        if not self.quantizers:
-            return {}
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        calibrators = [quantizer._calibrator for quantizer in self.quantizers.values()]
-        local = [calibrator.compute_amax() for calibrator in calibrators]
-        amaxes = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in local])
-        amaxes = torch.where(amaxes.isnan(), torch.inf, amaxes)  # a max all-reduce may ignore NaN
-        for group in self.groups:
-            torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-        _check_finite(dict(zip(self.quantizers, amaxes.tolist(), strict=True)))
+    def _calibrator(self, quantizer: TensorQuantizer) -> RunningAmax:
         if self.percentile is not None:
-            amaxes = torch.stack([self._percentile_amax(calibrator, zero) for calibrator in calibrators])
-        _check_positive(dict(zip(self.quantizers, amaxes.tolist(), strict=True)))
-        return dict(zip(self.quantizers, amaxes, strict=True))
+            return MagnitudeCounts(self.percentile)
+        if self.headroom is not None and quantizer.block_sizes is not None:  # others have no block scales
+            return BlockAmaxCounts(self.headroom)
+        return RunningAmax()
 
-    def _percentile_amax(self, calibrator, zero: torch.Tensor) -> torch.Tensor:
-        # One all-reduce of 255 KiB per quantizer, once per job.
-        counts = zero_counts(zero.device) if calibrator.counts is None else calibrator.counts
+    def _set_constant_amaxes(self) -> None:
+        for quantizer in self._constant:
+            quantizer.amax = torch.full((1,), self._constant_amax, dtype=torch.float32, device=_device())
+
+    def _reduced_amaxes(self, calibrators: Mapping[str, RunningAmax]) -> dict[str, torch.Tensor]:
+        """Return the amaxes by name, float32 scalars that are equal on all ranks."""
+        if not calibrators:
+            return {}
+        zero = torch.zeros((), dtype=torch.float32, device=_device())
+        local = [calibrator.compute_amax() for calibrator in calibrators.values()]
+        maxima = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in local])
+        maxima = torch.where(maxima.isnan(), torch.inf, maxima)  # a max all-reduce may ignore NaN
+        for group in self.groups:
+            torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX, group=group)
+        _check_finite(dict(zip(calibrators, maxima.tolist(), strict=True)))
+        amaxes = {}
+        for (name, calibrator), maximum in zip(calibrators.items(), maxima, strict=True):
+            amaxes[name] = self._amax_of_counts(name, calibrator, maximum) if calibrator.num_bins else maximum
+        _check_positive(dict(zip(amaxes, torch.stack(list(amaxes.values())).tolist(), strict=True)))
+        return amaxes
+
+    def _amax_of_counts(self, name: str, calibrator: RunningAmax, maximum: torch.Tensor) -> torch.Tensor:
+        # One all-reduce of at most 255 KiB per quantizer, once per job.
+        counts = calibrator.zero_counts(maximum.device) if calibrator.counts is None else calibrator.counts
         for group in self.groups:
             torch.distributed.all_reduce(counts, group=group)
-        return percentile_amax(counts, self.percentile)
+        amax, warning = calibrator.amax_of_counts(counts, maximum)
+        if warning is not None and all(group.rank() == 0 for group in self.groups):  # once per pipeline stage
+            print(f"megatron_qad: WARNING: calibration: the input of {name}: {warning}.", flush=True)
+        return amax
+
+
+def _device():
+    return torch.cuda.current_device() if torch.cuda.is_available() else None
 
 
 def _input_format(name: str, formats: Mapping[str, str]) -> NumberFormat | None:

@@ -1,9 +1,9 @@
 """Calibrators: collect the magnitudes of a linear's inputs and compute the amax from them.
 
-``max`` keeps the largest magnitude. ``percentile`` counts magnitudes and takes the smallest amax that covers the
+The maximum keeps the largest magnitude. A percentile counts magnitudes and takes the smallest amax that covers the
 requested percentage of them; larger values saturate. The histogram has one bin per non-negative bfloat16 value, so
 percentiles of bfloat16 inputs are exact. Its counts are integers, so the result does not depend on the number of ranks
-or the order of samples.
+or the order of samples. ``headroom`` has a third calibrator.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,21 @@ class RunningAmax(MaxCalibrator):
     modelopt's calibrator raises on NaN, without the linear's name and on one rank only. Here all ranks raise together,
     with the name, after the passes, and no pass waits for the device."""
 
+    num_bins = 0
+    """Number of bins of the histogram; 0 if the maximum is the amax."""
+    counts: torch.Tensor | None = None
+    """Histogram, int64 [num_bins], on the device of the inputs. None before the first input."""
+
+    def zero_counts(self, device) -> torch.Tensor:
+        """Return an empty histogram."""
+        return torch.zeros(self.num_bins, dtype=torch.int64, device=device)
+
+    def amax_of_counts(self, counts: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        """Return the amax, float32 [], and a warning, from a histogram and a maximum that were reduced over all ranks.
+
+        Only calibrators with bins have it."""
+        raise NotImplementedError
+
     def collect(self, x: torch.Tensor) -> None:
         if x.numel() == 0:  # no token reached an expert of this rank
             return
@@ -32,29 +47,29 @@ class RunningAmax(MaxCalibrator):
 
 
 class MagnitudeCounts(RunningAmax):
-    """Calibrator that keeps the maximum and a histogram of magnitudes, rounded up to bfloat16."""
+    """Calibrator that keeps the maximum and a histogram of magnitudes, rounded up to bfloat16.
 
-    counts: torch.Tensor | None = None
-    """Histogram, int64 [32640], on the device of the inputs. None before the first input."""
+    Args:
+        percentile: percentage of the non-zero magnitudes that the amax covers.
+    """
+
+    num_bins = _NUM_BINS
+
+    def __init__(self, percentile: float):
+        super().__init__()
+        self._percentile = percentile
 
     def collect(self, x: torch.Tensor) -> None:
         super().collect(x)
         if self.counts is None:
-            self.counts = zero_counts(x.device)
+            self.counts = self.zero_counts(x.device)
         for chunk in x.detach().reshape(-1).split(_CHUNK):
             # The upper 16 bits of a float32 are a bfloat16; adding 0xFFFF first rounds magnitudes up.
             bits = ((chunk.float().abs().view(torch.int32) + 0xFFFF) >> 16).clamp_(max=_NUM_BINS - 1)
             self.counts += torch.bincount(bits.long(), minlength=_NUM_BINS)
 
-
-def zero_counts(device) -> torch.Tensor:
-    """Return an empty histogram, int64 [32640]."""
-    return torch.zeros(_NUM_BINS, dtype=torch.int64, device=device)
-
-
-def make_calibrator(method: str) -> RunningAmax:
-    """Return a calibrator for a method, ``max`` or ``percentile``."""
-    return MagnitudeCounts() if method == "percentile" else RunningAmax()
+    def amax_of_counts(self, counts: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return percentile_amax(counts, self._percentile), None
 
 
 def percentile_amax(counts: torch.Tensor, percentile: float) -> torch.Tensor:

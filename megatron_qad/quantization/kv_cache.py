@@ -1,8 +1,8 @@
 """FP8 fake quantization of keys and values before attention, as a server with an FP8 KV cache computes them.
 
 modelopt quantizes them in Transformer Engine's attention, but not in the core attention of the local layer spec. The
-class here adds that, with the same names in checkpoints. Training uses the scale that is exported, amax / 448, without
-the clamp to 1 that other exporters add.
+class here adds that, with the same names in checkpoints. Training uses the scale that is exported: amax / 448, rounded
+up to bfloat16 (``formats.input_scales``), without the clamp to 1 that other exporters add.
 """
 
 import torch

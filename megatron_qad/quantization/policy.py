@@ -13,10 +13,12 @@ from megatron_qad.engine.text_files import read_yaml
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.quantization.rules import (
     KINDS,
+    NEVER_QUANTIZED,
     Linear,
     Rule,
     check_choice,
     did_you_mean,
+    layer_kind,
     module_name,
     parse_override,
     parse_rule,
@@ -183,7 +185,7 @@ def _check_experts_agree(policy: Policy, linears: Sequence[Linear], found_by_nam
     """
     first: dict[int | None, Linear] = {}
     for linear in linears:
-        if ".experts." not in linear.megatron:  # kind "expert" also has the projections into the latent space
+        if ".experts." not in linear.megatron:
             continue
         other = first.setdefault(linear.layer, linear)
         found, expected = found_by_name[linear.megatron], found_by_name[other.megatron]
@@ -203,15 +205,16 @@ def layer_kinds_of(linears: Sequence[Linear]) -> list[str | None]:
     kinds: dict[int, str] = {}
     for linear in linears:
         if linear.layer is not None:
-            kinds[linear.layer] = "expert" if linear.kind == "shared_expert" else linear.kind
+            kinds[linear.layer] = layer_kind(linear.kind)
     return [kinds.get(layer) for layer in range(max(kinds, default=-1) + 1)]
 
 
 def _states_default(rule: Rule, linears: Sequence[Linear]) -> bool:
-    """Whether a rule only states that embeddings, or routers that the model has, stay in BF16, as they always do."""
-    if not rule.kinds or not set(rule.kinds) <= {"embedding", "router"}:
+    """Whether a rule only states what always holds: that embeddings, multi-token prediction layers, or routers that the
+    model has, stay in BF16."""
+    if not rule.kinds or not set(rule.kinds) <= set(NEVER_QUANTIZED):
         return False
-    return "embedding" in rule.kinds or any(linear.kind == "expert" for linear in linears)
+    return set(rule.kinds) != {"router"} or any(linear.kind == "expert" for linear in linears)
 
 
 def _check_has_effect(policy: Policy, rule: Rule, selected: list[str], final_rules: dict[str, Rule]) -> None:

@@ -20,15 +20,19 @@ from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.quantization.scale_settings import UPDATES, has_block_scale_rules
 
-NEVER_QUANTIZED = ("router", "embedding")
-KINDS = ("attention", "mamba", "mlp", "expert", "shared_expert", "head", *NEVER_QUANTIZED)
+NEVER_QUANTIZED = ("router", "embedding", "mtp")
+KINDS = ("attention", "mamba", "mlp", "expert", "latent", "shared_expert", "head", *NEVER_QUANTIZED)
 LAYER_KINDS = ("attention", "mamba", "mlp", "expert")
-"""Kinds of layers in the pattern. An ``expert`` layer also contains its router and shared experts."""
+"""Kinds of layers in the pattern. An ``expert`` layer also contains its router, its shared experts and the projections
+into and out of the latent space of its experts."""
 SELECTORS = ("kind", "layer", "first", "last", "before", "projection", "name")
 _SCALE_KEYS = {"scales": SCALE_RULES, "update": UPDATES}
 _INDEX = re.compile("[0-9]{1,5}")  # no model has 100,000 layers; a longer range would fill the memory
 _NOT_A_GEMM = ("conv1d", "norm", "layernorm", "bias", "vision")
-_NEVER = "routers, embeddings, norms, conv1d and vision encoders stay unquantized under every policy"
+_NEVER = (
+    "routers, embeddings, norms, conv1d, multi-token prediction layers and vision encoders stay unquantized under "
+    "every policy"
+)
 
 
 class Linear(Protocol):
@@ -55,7 +59,7 @@ class Rule:
     update: str | None = None
     """When scales are updated, one of ``UPDATES``. None means every step."""
     kinds: tuple[str, ...] = ()
-    """Kinds of linears, from ``KINDS``."""
+    """Kinds of linears, from ``KINDS``. ``expert`` includes ``latent``."""
     layers: tuple[int, ...] = ()
     """Layer indices in the layer pattern."""
     first: int | None = None
@@ -83,7 +87,7 @@ class Rule:
     def _matches(self, linear: Linear) -> bool:
         module = module_name(linear)
         return (
-            (not self.kinds or linear.kind in self.kinds)
+            (not self.kinds or linear.kind in self.kinds or (linear.kind == "latent" and "expert" in self.kinds))
             and (not self.projections or module.rpartition(".")[2] in self.projections)
             and (self.name is None or fnmatch.fnmatchcase(module, self.name))
         )
@@ -111,7 +115,7 @@ class Rule:
         return set.intersection(*sets) if sets else None
 
     def _preceding_layers(self, layer_kinds: Sequence[str | None]) -> set[int]:
-        candidates = {"expert" if kind == "shared_expert" else kind for kind in self.kinds}
+        candidates = {layer_kind(kind) for kind in self.kinds}
         preceding, nearest = set(), None
         for layer, kind in enumerate(layer_kinds):
             if kind == self.before and nearest is not None:
@@ -145,6 +149,11 @@ class Rule:
             "name": self.name,
         }
         return [f"{key}:{value}" for key, value in values.items() if value not in ("", None) and key != skip]
+
+
+def layer_kind(kind: str) -> str:
+    """Return the kind of the layer that holds linears of a kind, one of ``LAYER_KINDS`` or ``kind`` itself."""
+    return "expert" if kind in ("shared_expert", "latent") else kind
 
 
 def parse_rule(entry: object, where: str, *, is_override: bool = False) -> Rule:

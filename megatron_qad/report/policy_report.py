@@ -17,6 +17,7 @@ from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy as policies
 from megatron_qad.quantization.format_table import BF16_BYTES, Row, format_rows, render, totals
+from megatron_qad.quantization.policy_warnings import policy_warnings
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PolicyReport:
     exclude_modules: list[str]
     """Excluded modules by exact Hugging Face name, as in the configurations of the packed layouts."""
     hf_config: dict
+    warnings: list[str]
+    """From ``policy_warnings``."""
 
     @property
     def bytes_before(self) -> int:
@@ -49,6 +52,7 @@ class PolicyReport:
         yield f"model       {self.architecture}, {self.num_weights:,} weights, layers {self.layer_pattern}"
         yield f"policy      {self.policy.name}: " + "; ".join(map(str, self.policy.rules))
         yield f"KV cache    {self.policy.kv_cache}"
+        yield from (f"WARNING     {warning}." for warning in self.warnings)
         yield ""
         yield from render(self.rows)
         yield ""
@@ -73,6 +77,7 @@ class PolicyReport:
             "policy": self.policy.name,
             "rules": [str(rule) for rule in self.policy.rules],
             "kv_cache": self.policy.kv_cache,
+            "warnings": self.warnings,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "totals": {name: dataclasses.asdict(total) for name, total in totals(self.rows).items()},
@@ -112,7 +117,8 @@ def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
     linears = family.linears(hf_config)
     layer_kinds = family.layer_kinds(hf_config)
     formats = policies.resolve(policy, linears, layer_kinds)
-    rows = format_rows(linears, formats, policies.resolve_scales(policy, linears, layer_kinds))
+    scales = policies.resolve_scales(policy, linears, layer_kinds)
+    rows = format_rows(linears, formats, scales)
     quantized = [name for row in rows if FORMATS[row.format].quantizes for name in row.hf]
     return PolicyReport(
         architecture=family.architecture,
@@ -122,4 +128,5 @@ def resolve_report(hf_config: dict, policy: policies.Policy) -> PolicyReport:
         rows=rows,
         exclude_modules=exclusions(family.linear_modules(hf_config), quantized),
         hf_config=hf_config,
+        warnings=policy_warnings(linears, scales),
     )

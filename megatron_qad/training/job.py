@@ -22,6 +22,7 @@ from megatron.training.config import PretrainConfigContainer
 
 from megatron_qad.config.job_config import JobConfig
 from megatron_qad.data.provider import DatasetsProvider
+from megatron_qad.engine.console import JobOutput
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
@@ -83,11 +84,19 @@ class QADJob:
         config: configuration of the job.
         args: Megatron's global arguments, as parsed by ``start_job``.
         loggers: provides the record of event files that checkpoints contain.
+        output: receives what other packages print; opened and closed by a callback (``callbacks.run_header``).
         callbacks: additional callbacks, which run after the job's own.
     """
 
-    def __init__(self, config: JobConfig, args: argparse.Namespace, loggers: Loggers, callbacks: Sequence[Callback]):
-        self.config, self.args, self.loggers = config, args, loggers
+    def __init__(
+        self,
+        config: JobConfig,
+        args: argparse.Namespace,
+        loggers: Loggers,
+        output: JobOutput,
+        callbacks: Sequence[Callback],
+    ):
+        self.config, self.args, self.loggers, self.output = config, args, loggers, output
         self.saves = AtomicCheckpoints()
         self.forward = ForwardPass(keeps_precision=args.bf16)
         self.reader = BatchReader(config.is_packed, config.data_on_every_stage)
@@ -253,6 +262,7 @@ class QADJob:
             ),
             kv_cache=self.config.policy.kv_cache,
             percentile=self.config.options.qad_calibration_percentile,
+            headroom=self.config.options.qad_calibration_headroom,
         )
 
     def quantize_weights(self, chunks: Sequence[torch.nn.Module]) -> InPlaceWeights:

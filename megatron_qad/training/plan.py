@@ -29,17 +29,13 @@ def plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str] = ()) 
     """Yield the lines of the plan."""
     student, options = config.student, config.options
     tensors = student.family.tensors(student.hf)
-    num_params = _num_params(tensors)
-    yield f"model       {student.family.architecture}, {num_params:,} parameters, layers {args.hybrid_layer_pattern}"
-    if config.teacher is not None:
-        family = config.teacher.family
-        num_params = _num_params(family.tensors(config.teacher.hf))
-        yield f"teacher     {family.architecture}, {num_params:,} parameters, frozen"
+    yield from model_lines(config, args)
     yield f"loss        {options.qad_loss}, temperature {options.qad_temperature:g}; policy {options.qad_policy}"
     yield f"outputs     {config.output_mode.describe()}"
     yield ""
     yield from render(format_rows(student.family.linears(student.hf), config.formats, config.scales))
-    yield from _parallelism(config, args)
+    yield ""
+    yield from parallelism_lines(config, args)
     yield from (f"{'data' if i == 0 else '':<11} {line}" for i, line in enumerate(data))
     yield from _bytes_per_rank(config, args, tensors)
     if config.notes:
@@ -47,10 +43,20 @@ def plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str] = ()) 
         yield from (f"note        {note}" for note in config.notes)
 
 
-def _parallelism(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
+def model_lines(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
+    """Yield a line about each model."""
+    student, teacher = config.student, config.teacher
+    num_params = _num_params(student.family.tensors(student.hf))
+    yield f"model       {student.family.architecture}, {num_params:,} parameters, layers {args.hybrid_layer_pattern}"
+    if teacher is not None:
+        num_params = _num_params(teacher.family.tensors(teacher.hf))
+        yield f"teacher     {teacher.family.architecture}, {num_params:,} parameters, frozen"
+
+
+def parallelism_lines(config: JobConfig, args: argparse.Namespace) -> Iterator[str]:
+    """Yield lines about the ranks, and about the tokens of a step and of the job."""
     tokens = args.global_batch_size * args.seq_length
     microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
-    yield ""
     yield (
         f"parallelism {args.world_size} ranks = TP {args.tensor_model_parallel_size} x PP "
         f"{args.pipeline_model_parallel_size} x CP {args.context_parallel_size} x DP {args.data_parallel_size}"

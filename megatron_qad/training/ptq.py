@@ -93,7 +93,8 @@ def _run_layers(job) -> None:
 
 def _quantizes_activations(config: JobConfig) -> bool:
     has_inputs = any(FORMATS[name].input is not None for name in config.formats.values())
-    return has_inputs or KV_CACHE_FORMATS[config.policy.kv_cache] is not None
+    kv_format = KV_CACHE_FORMATS[config.policy.kv_cache]
+    return has_inputs or (kv_format is not None and kv_format.constant_amax is None)
 
 
 def _read_calibration(job, iterator) -> list[Batch]:

@@ -38,8 +38,8 @@ def check_resume(directory: Path, args: argparse.Namespace) -> None:
     iteration = state.get("iteration", 0)
     if args.train_iters and iteration >= args.train_iters:
         print_rank_0(
-            f"megatron_qad: WARNING: {directory} is at iteration {iteration} of --train-iters {args.train_iters}: "
-            "nothing is left to train. To continue, raise --train-iters and add --override-opt-param-scheduler."
+            f"megatron_qad: nothing to do: iteration {iteration} of {args.train_iters} is already saved in "
+            f"{directory.parent}. To continue, raise --train-iters and add --override-opt-param-scheduler."
         )
 
 

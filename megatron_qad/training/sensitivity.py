@@ -7,17 +7,12 @@ byte. It treats the KLs of units as additive, which is nearly true while they ar
 proposal itself.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
-import torch
 from megatron.core import mpu
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.training.training import build_train_valid_test_data_iterators
 from tqdm import tqdm
 
-from megatron_qad.data.validation_set import samples_per_iteration
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import DEFAULT_FORMAT
 from megatron_qad.models.builder import build_chunks, freeze
@@ -25,10 +20,9 @@ from megatron_qad.models.weight_loading import load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.format_table import ShapedLinear, format_rows
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
-from megatron_qad.training.batch import Batch, iterators
+from megatron_qad.training.held_out import HeldOut
 from megatron_qad.training.job import QADJob
 from megatron_qad.training.models import model_config
-from megatron_qad.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -86,10 +80,18 @@ class Probe:
         job: a job whose ``--qad-teacher`` is the model and whose validation split is the data.
         quantizable: Megatron weight names of all linears that may be quantized. Their inputs are calibrated here.
         num_microbatches: microbatches per data-parallel rank; fewer if the validation set is smaller.
+
+    Raises:
+        QADError: the job calibrates with headroom.
     """
 
     def __init__(self, job: QADJob, quantizable: Sequence[str], num_microbatches: int):
         self.job, args = job, job.args
+        if job.config.options.qad_calibration_headroom is not None:
+            raise QADError(
+                "--qad-calibration-headroom: all formats are measured with one amax per input, and only NVFP4 has room "
+                "for a larger one. Leave it out."
+            )
         chunks = build_chunks(model_config(job.config, args, job.config.student))
         load_weights(chunks, job.config.options.qad_teacher)
         self.tp_group = mpu.get_tensor_model_parallel_group()
@@ -101,17 +103,9 @@ class Probe:
             percentile=job.config.options.qad_calibration_percentile,
         )
         self.chunks = [freeze(chunk) for chunk in chunks]
-        self.shape = {"seq_length": args.seq_length, "micro_batch_size": args.micro_batch_size}
-        args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
-        _, self._valid, _ = build_train_valid_test_data_iterators(job.datasets_provider)
-        at_once = args.micro_batch_size * args.data_parallel_size
-        available = args.eval_iters * samples_per_iteration(args) // at_once
-        num_microbatches = min(num_microbatches, available)  # the data would repeat after that
-        self.batches = job.reader.read(self._valid, num_microbatches, args.micro_batch_size, args.seq_length)
+        self._held_out = HeldOut(job, num_microbatches)
         with self.activations.calibrating():  # quantizers only observe, so the reference pass is unquantized
-            teacher = Teacher(self.chunks, job.forward, keeps_hidden=job.config.output_mode.teacher_hidden)
-            teacher.attach_outputs(self.batches, **job.reader.schedule_shape(**self.shape), decoder_seq_length=None)
-        self._reference = [batch.teacher_output for batch in self.batches]
+            self._held_out.set_reference(self.chunks)
 
     def kl(self, formats: Mapping[str, str]) -> tuple[float, int]:
         """Return KL(unquantized || quantized) in nats per token with only these linears quantized, and the token count.
@@ -132,33 +126,10 @@ class Probe:
         )
         saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}
         weights.quantize_()
-        for batch, output in zip(self.batches, self._reference, strict=True):
-            batch.teacher_output = output  # the loss removes it from the batch
-        with torch.no_grad():
-            get_forward_backward_func()(
-                forward_step_func=self._forward_step,
-                data_iterator=iterators(self.batches, self._valid),
-                model=self.chunks,
-                num_microbatches=len(self.batches),
-                forward_only=True,
-                **self.job.reader.schedule_shape(**self.shape),
-            )
-            for name, weight in saved.items():
-                weights.weights[name].data.copy_(weight)
-        total = self.job.loss.take_metrics().all_reduce(self.data_group)
-        if mpu.get_pipeline_model_parallel_world_size() > 1:  # only the last stage computes a loss
-            total = total.all_reduce(mpu.get_pipeline_model_parallel_group())
-        means = total.means()
-        if not means["num_tokens"]:
-            raise QADError(
-                f"no token of the {len(self.batches)} microbatches of held-out text counts in the loss, so there is "
-                "nothing to measure. Use more microbatches (--num-microbatches) or other data."
-            )
-        return means["kl_to_teacher"], means["num_tokens"]
-
-    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
-        batch = next(batches)
-        return self.job.student_pass(model, batch), partial(self.job.loss, batch, model)
+        result = self._held_out.kl(self.chunks)
+        for name, weight in saved.items():
+            weights.weights[name].data.copy_(weight)
+        return result
 
 
 def measure(probe: Probe, units: Sequence[Unit], formats: Sequence[str], *, show_progress: bool) -> Sensitivities:

@@ -4,7 +4,8 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from megatron.training import print_rank_0
 
@@ -14,6 +15,7 @@ from megatron_qad.config.launch_environment import check_ranks
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine import capabilities, megatron_fixes
+from megatron_qad.engine.console import JobOutput
 from megatron_qad.engine.distributed import check_port_is_free
 from megatron_qad.engine.events import Callback
 from megatron_qad.engine.loggers import Loggers, continue_wandb_run
@@ -49,13 +51,15 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
         # Only the first rank takes the lock, because the ranks are not connected yet. If it fails, the launcher ends
         # the others. This comes before parsing, which starts wandb and TensorBoard and so writes files.
         locks.lock_directory(flags.save, "--save")
+    output = JobOutput(None if is_dry_run else _log_file(flags.save, os.environ), shows_all=config.options.qad_verbose)
+    output.install()
     atexit.register(_end_data_workers)
     if not is_dry_run:
         continue_wandb_run(flags.wandb_project, flags.save, os.environ)
     loggers = Loggers(flags.save, flags.tensorboard_dir, flags.wandb_save_dir or f"{flags.save}/wandb")
     loggers.install()
     _fix_megatron()
-    args = parse_globally(config.megatron_argv, QADOptions, config.world_size, is_quiet=is_dry_run)
+    args = parse_globally(config.megatron_argv, QADOptions, config.world_size)
     derived = MegatronFlags.from_args(args)  # Megatron derives flags from others, such as --enable-cuda-graph
     refusals.check_masters(derived)
     refusals.check_step(derived)
@@ -64,7 +68,7 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
     if not is_dry_run:
         for note in config.notes:
             print_rank_0(f"megatron_qad: {note}")
-    return QADJob(config, args, loggers, callbacks)
+    return QADJob(config, args, loggers, output, callbacks)
 
 
 def check_dry_run(job: QADJob, qad_step: Callable[[QADJob, Step], list[dict]]) -> list[str]:
@@ -91,6 +95,18 @@ def check_dry_run(job: QADJob, qad_step: Callable[[QADJob, Step], list[dict]]) -
     return job.datasets_provider.describe(
         dataset_config, args.train_samples or args.train_iters * args.global_batch_size
     )
+
+
+def _log_file(save: str | None, environ: Mapping[str, str]) -> Path | None:
+    """Return the file for what other packages print on this rank; None if it is dropped.
+
+    Megatron prints on the first rank, and losses on the last one. Each has a file of its own, because two nodes that
+    append to one file overwrite each other on NFS. The other ranks would only repeat warnings.
+    """
+    rank, size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    if save is None or rank not in (0, size - 1):
+        return None
+    return Path(save) / ("megatron.log" if rank == 0 else f"megatron.rank{rank}.log")
 
 
 def _fix_megatron() -> None:

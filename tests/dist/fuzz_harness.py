@@ -97,8 +97,8 @@ class Fuzz:
             return "traceback", output[-3000:]
         if errors := [line for line in output.splitlines() if line.startswith("error: ")]:
             return "error", errors[0].removeprefix("error: ")
-        losses = re.findall(r"\[[^]]*\] iteration +(\d+/ +\d+).*?global batch size.*?\|(.*?)number of skipped", output)
-        validations = re.findall(r"validation loss at iteration (\d+.*)", output)
+        losses = re.findall(r"\| (iteration \d+/\d+ .*?) \| [\d,]+ tokens/s", output)
+        validations = re.findall(r"validation at iteration (\d+.*)", output)
         return ("result", repr((losses, validations))) if losses and validations else ("traceback", output[-3000:])
 
 

@@ -68,7 +68,8 @@ class Harness:
             *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "8", "--log-interval", "1"),
             *("--train-iters", str(NUM_STEPS), "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
             *("--eval-interval", "4", "--eval-iters", "1", "--qad-calibration-samples", "8"),
-            *("--use-distributed-optimizer", "--save-interval", str(SAVE_INTERVAL), "--qad-keep-last", "2", *flags),
+            *("--use-distributed-optimizer", "--save-interval", str(SAVE_INTERVAL), "--qad-keep-last", "2"),
+            *("--qad-verbose", *flags),  # Megatron says when training is done,
         ]
         argv += ["--load", f"{d}/{run}"] if (d / run / TRACKER).is_file() else []
         return self.server.run("training_jobs:train", 2, {"argv": argv}, kill=kill, fails=None if kill else False)
@@ -158,8 +159,8 @@ class Harness:
 
 
 def _iterations(output: str) -> list[tuple[int, int]]:
-    """Return the completed steps in Megatron's log, in order."""
-    return [(int(a), int(b)) for a, b in re.findall(r"\] iteration +(\d+)/ +(\d+) \|", output)]
+    """Return the completed steps in the log, in order."""
+    return [(int(a), int(b)) for a, b in re.findall(r"\| iteration (\d+)/(\d+) \|", output)]
 
 
 def record(harness: Harness, file: Path, seconds: float) -> None:

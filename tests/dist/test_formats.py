@@ -25,6 +25,7 @@ from megatron_qad.report.policy_report import resolve_report
 from megatron_qad.report.tensor_inventory import exported_tensors
 
 CONFIG = tiny_job.LLAMA | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "dtype": "bfloat16"}
+KV_SCALES = (".k_scale", ".v_scale")
 OPTIMIZER = ["--use-distributed-optimizer"]
 TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", *OPTIMIZER]
 
@@ -247,15 +248,28 @@ def test_int4_beside_another_format(shop, tmp_path, attention):
 
 
 def test_fp8_kv_cache_alone_changes_the_loss(shop, tmp_path):
-    """A student that differs from its teacher only in FP8 keys and values has a nonzero loss and calibrated amaxes."""
-    saving = ["--save", str(tmp_path / "run"), "--save-interval", "100"]
-    plain, _ = shop.train("--qad-policy", "bf16", num_steps=1)
-    steps, _ = shop.train("--qad-policy", "bf16", "--qad-policy-override", "kv_cache=fp8", *saving, num_steps=1)
-    assert plain[0]["loss"]["kl loss"] == 0 < steps[0]["loss"]["kl loss"]
+    """Calibrated or cast. The student differs from its teacher in FP8 keys and values, and in one weight, because an
+    export needs a quantized one."""
+    policy = ["--qad-policy", "bf16", "--qad-policy-override", "decoder.layers.1.mlp.linear_fc2=nvfp4-w4a16"]
+    plain, _ = shop.train(*policy, num_steps=1)
     attention = "decoder.layers.{}.self_attention.core_attention.{}_bmm_quantizer"
-    assert sorted(steps[0]["amaxes"]) == sorted(attention.format(i, x) for i in (0, 2) for x in "kv")
-    qad = json_records.read(tmp_path / "run" / "qad.json")
-    assert qad["kv_cache"] == "fp8"
+    scales = {}
+    for kv_cache in ("fp8", "fp8_cast"):
+        run, out = tmp_path / kv_cache, tmp_path / f"{kv_cache}-out"
+        saving = ["--save", str(run), "--save-interval", "100"]
+        steps, _ = shop.train(*policy, f"kv_cache={kv_cache}", *saving, num_steps=1)
+        assert steps[0]["loss"]["kl loss"] > 1.001 * plain[0]["loss"]["kl loss"]
+        assert sorted(steps[0]["amaxes"]) == sorted(attention.format(i, x) for i in (0, 2) for x in "kv")
+        assert json_records.read(run / "qad.json")["kv_cache"] == kv_cache
+        shop.server.run(
+            "training_jobs:export_checkpoint", 1, {"checkpoint": str(run), "outputs": {"modelopt": str(out)}}
+        )
+        result = validate_nvfp4(out)
+        assert not result.issues and result.kv_cache == "fp8", result.issues[:5]
+        scales[kv_cache] = [t for name, t in load_file(out / "model.safetensors").items() if name[-8:] in KV_SCALES]
+    assert [scale.item() for scale in scales["fp8_cast"]] == [1.0] * 4
+    for scale in scales["fp8"]:
+        assert torch.equal(scale.bfloat16().float(), scale) and 0 < scale < 1
 
 
 @pytest.mark.parametrize("policy", ["nvfp4-mlp-fp8-attention", "bf16"])
@@ -271,10 +285,13 @@ def test_job_with_quantized_kv_cache_resumes_bit_for_bit(shop, tmp_path, policy)
             assert all(torch.equal(resumed[key][name], expected[key][name]) for name in expected[key]), (i, key)
 
 
-@pytest.mark.parametrize("method", ["max", "percentile"])
-def test_amaxes_are_equal_for_any_number_of_ranks_and_any_run(shop, method):
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--qad-calibration-percentile", "99"], ["--qad-calibration-headroom", "64"]],
+    ids=["max", "percentile", "headroom"],
+)
+def test_amaxes_are_equal_for_any_number_of_ranks_and_any_run(shop, flags):
     """Two data-parallel ranks get the amaxes of one rank, bit for bit, and a repeated run gets them again."""
-    flags = [] if method == "max" else ["--qad-calibration-percentile", "99"]
     runs = {}
     for name, nproc in (("one", 1), ("again", 1), ("two", 2)):
         steps, _ = shop.train(*flags, nproc=nproc, num_steps=1)

@@ -30,7 +30,7 @@ def reference_steps(reference_run) -> list[dict]:
 
 def learning_rates(output: str) -> list[str]:
     """Return the logged learning rate of each step."""
-    return re.findall(r"learning rate: (\S+)", output)
+    return re.findall(r"\blr: (\S+)", output)
 
 
 def equal(a: dict, b: dict, key: str) -> bool:
@@ -82,8 +82,8 @@ def test_skipped_step_changes_no_weight(jobs, reference_steps):
     assert equal(steps[1], reference_steps[1], "masters")
     assert equal(steps[2], steps[1], "masters") and not equal(steps[3], steps[2], "masters")
     assert equal(steps[3], steps[2], "quantized") and equal(steps[2], reference_steps[2], "quantized")
-    skipped = [line for line in output.splitlines() if "number of skipped iterations:   1" in line]
-    assert len(skipped) == 1 and "iteration        3/" in skipped[0]
+    skipped = [line for line in output.splitlines() if "skipped updates: 1" in line]
+    assert len(skipped) == 1 and "iteration 3/14 | skipped" in skipped[0]
 
 
 def test_repeated_skipping_ends_the_job(jobs):
@@ -131,11 +131,12 @@ def test_repeated_spikes_roll_back_further(jobs, tmp_path):
     assert f"error: step 13: the loss spikes again from every checkpoint in {tmp_path}" in output
 
 
-def test_slow_rank_is_reported(jobs):
+def test_slow_rank_is_reported(jobs, tmp_path):
     failure = {"kind": "slow", "step": 1, "rank": 1, "from": True}
-    argv = jobs.argv("--log-interval", "2", num_steps=6)
-    _, output = jobs.train(argv, 2, FAILING, failure=failure)
-    lines = [line for line in output.splitlines() if "megatron_qad step times" in line]
+    argv = jobs.argv("--log-interval", "2", "--save", str(tmp_path / "run"), num_steps=6)
+    jobs.train(argv, 2, FAILING, failure=failure)
+    log = (tmp_path / "run" / "megatron.rank1.log").read_text()
+    lines = [line for line in log.splitlines() if "megatron_qad step times" in line]
     assert len(lines) == 3, lines
     assert all("waited for: rank 1" in line for line in lines[1:]), lines  # the first includes the ranks' start-up
 

@@ -86,7 +86,7 @@ def test_no_process_is_left(place, tmp_path, role, signum, message):
         job = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=default_sigint)
         launcher = psutil.Process(job.pid)
         try:
-            wait_for(lambda: log.read_text().count("successfully saved checkpoint") >= 2, 120, log)
+            wait_for(lambda: log.read_text().count("saved iteration") >= 2, 120, log)
             agent = next(p for p in launcher.children() if "agent.py" in " ".join(p.cmdline()))
             ranks = [p for p in agent.children() if "pretrain_qad.py" in " ".join(p.cmdline())]
             processes = [launcher, *launcher.children(recursive=True)]
@@ -114,7 +114,7 @@ def test_no_process_is_left(place, tmp_path, role, signum, message):
         assert job.returncode == 0 and "asked to stop; saving after this step" in text
     else:
         assert job.returncode != 0
-    assert ("successfully loaded checkpoint" in text) == resumes, text[-3000:]
+    assert ("resuming    from iteration" in text) == resumes, text[-3000:]
 
 
 def test_tokenizing_workers_end_with_their_parent(tmp_path):

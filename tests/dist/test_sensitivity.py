@@ -1,4 +1,4 @@
-"""tools/sensitivity.py on a tiny model: measured KLs, and a proposed policy within a byte budget."""
+"""tools/sensitivity.py and tools/noise_floor.py on a tiny model."""
 
 import json
 
@@ -6,6 +6,7 @@ import pytest
 import tiny_job
 import yaml
 
+from megatron_qad.engine.run_directory import json_records
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization import policy
 from megatron_qad.quantization.format_table import format_rows
@@ -26,15 +27,19 @@ def shop(tmp_path_factory, server):
     models = [(str(directory / "hf"), str(directory / "teacher"), "bfloat16")]
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
 
-    def run(output, *flags, parallelism="tp1", **more):
+    flags_of_jobs = [
+        *("--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data"),
+        *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
+        *("--micro-batch-size", "2", "--global-batch-size", "8", *tiny_job.READ_HERE),
+    ]
+
+    def run(output, *flags, parallelism="tp1", tool="sensitivity", **more):
         nproc, parallel_flags = PARALLELISM[parallelism]
-        argv = [
-            *("--output", str(output), "--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data"),
-            *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
-            *("--micro-batch-size", "2", "--global-batch-size", "8"),
-            *(*tiny_job.READ_HERE, *parallel_flags, *flags),
-        ]
-        return server.run("training_jobs:tool", nproc, {"name": "sensitivity", "argv": argv}, **more)
+        argv = [*(("--output", str(output)) if output else ()), *flags_of_jobs, *parallel_flags, *flags]
+        return server.run("training_jobs:tool", nproc, {"name": tool, "argv": argv}, **more)
+
+    def train(run, *flags):
+        server.run("training_jobs:train", 1, {"argv": [*flags_of_jobs, "--save", str(run), *flags]})
 
     def num_counted_tokens() -> int:
         """Return the number of counted tokens of the validation split. Arrays are views that close with the dataset."""
@@ -43,7 +48,7 @@ def shop(tmp_path_factory, server):
         masks = IndexedDataset(f"{directory}/data_loss_mask")
         return sum(int(masks[i].sum()) for i in range(len(masks) // 2, len(masks)))
 
-    run.num_counted_tokens = num_counted_tokens
+    run.num_counted_tokens, run.train = num_counted_tokens, train
     return run
 
 
@@ -87,10 +92,11 @@ def test_kls_do_not_depend_on_parallelism(shop, tmp_path):
         assert actual["kl"] == pytest.approx(expected["kl"], rel=0.1), actual["name"]
 
 
-def test_small_budget_and_empty_policy_are_rejected(shop, tmp_path):
+def test_small_budget_empty_policy_and_headroom_are_rejected(shop, tmp_path):
     assert "takes" not in (error := shop(tmp_path, "--budget-mb", "0.001", fails=True))
     assert "a budget of 1,000 bytes is below the" in error
     assert "quantizes nothing" in shop(tmp_path, "--qad-policy", "bf16", fails=True)
+    assert "only NVFP4 has room" in shop(tmp_path, "--qad-calibration-headroom", "9", fails=True)
 
 
 def test_proposed_policy_has_the_fewest_rules(shop, tmp_path):
@@ -99,3 +105,22 @@ def test_proposed_policy_has_the_fewest_rules(shop, tmp_path):
     assert document == {
         "rules": [{"layer": [0, 1, 2, 3], "format": "bf16"}, {"name": "output_layer", "format": "bf16"}]
     }
+
+
+def test_noise_floor(shop, tmp_path):
+    """Rounding errors change few inputs to other NVFP4 numbers: less than quantization does, but measurably."""
+    run, policy_flags = tmp_path / "run", ("--qad-policy-override", "head=nvfp4")
+    shop.train(run, "--qad-ptq", *policy_flags, "--eval-iters", "4")
+    (ptq,) = json_records.read(run / "best_checkpoints.json")
+    noise, common = {}, ("--qad-student", str(run), *policy_flags, "--num-microbatches", "1000")
+    jobs = (("one", "tp1", "1"), ("again", "tp1", "1"), ("other", "tp1", "2"), ("tp2", "tp2", "1"))
+    for name, parallelism, seed in jobs:
+        file = tmp_path / f"{name}.json"
+        shop(file, *common, "--noise-seed", seed, tool="noise_floor", parallelism=parallelism)
+        noise[name] = json.loads(file.read_text())
+    assert noise["one"] == noise["again"] and noise["one"]["kl"] != noise["other"]["kl"]
+    assert noise["one"]["floor"] == noise["one"]["kl"] / 2
+    assert 0 < noise["one"]["kl"] < ptq["kl_to_teacher"]
+    assert noise["tp2"]["kl"] == pytest.approx(noise["one"]["kl"], rel=0.5)  # other additions are other rounding errors
+    refused = shop(None, "--qad-student", str(run), "--qad-policy", "bf16", tool="noise_floor", fails=True)
+    assert "quantizes no input, so there is no noise to measure" in refused

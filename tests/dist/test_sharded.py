@@ -39,3 +39,10 @@ def test_amax_of_an_input_is_the_maximum_over_ranks(results):
         assert case["amax"] == [expected]
         damaged = [case for case in select(results, "inputs", size=size) if "error" in case]
         assert len(damaged) == 1 and "decoder.layers.0.linear" in damaged[0]["error"]
+
+
+def test_headroom_is_that_of_one_rank(results):
+    """The ranks' rows differ by up to 1000, so the largest result of the ranks would be another one."""
+    amaxes = [case["amax"] for size in SIZES for case in select(results, "headroom", size=size)]
+    assert len(amaxes) == 2 * len(SIZES)  # sharded along rows and columns
+    assert amaxes[0][0] > 1000 and all(amax == amaxes[0] for amax in amaxes)

@@ -54,7 +54,7 @@ def test_second_job_is_refused(tmp_path, server):
         first = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
     try:
         end = time.monotonic() + 120
-        while "successfully saved" not in log.read_text():
+        while "saved iteration" not in log.read_text():
             assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.1)
         for nproc in (1, 2):
@@ -62,8 +62,8 @@ def test_second_job_is_refused(tmp_path, server):
             error = error_of(server.run("training_jobs:train", nproc, arguments, fails=True))
             assert f"--save {run}: is in use by process " in error and "pretrain_qad.py" in error
         assert not (run / "events").exists()
-        saved = log.read_text().count("successfully saved")
-        while log.read_text().count("successfully saved") < saved + 2:
+        saved = log.read_text().count("saved iteration")
+        while log.read_text().count("saved iteration") < saved + 2:
             assert first.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.1)
     finally:

@@ -152,7 +152,7 @@ def test_step_without_counted_tokens_is_reported(shop, mostly_masked):
     assert re.match(r"error: step \d+: no token of its batch counts in the loss", error) and "Traceback" not in output
     output = shop.run(*flags, "--qad-on-nan", "skip", data=mostly_masked, num_steps=3)
     skipped = re.findall(r"WARNING: step \d+: no token of its batch counts in the loss.*The step is skipped", output)
-    assert len(skipped) == 2 and "number of skipped iterations:   2" in output
+    assert len(skipped) == 2 and output.count("skipped updates: 1") == 2
 
 
 def test_validation_without_counted_tokens_is_not_ranked(shop, mostly_masked, tmp_path):

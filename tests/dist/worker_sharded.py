@@ -108,6 +108,17 @@ def _inputs(group, value: float) -> dict:
     return {"amax": inputs.quantizers[NAME]._amax.tolist()}
 
 
+def _headroom(axis: int, group) -> dict:
+    """Each rank sees some rows or some columns of the same input, as in data or tensor parallelism."""
+    rows = torch.randn(64, 128, generator=torch.Generator().manual_seed(5)) * torch.logspace(-1, 2, 64).view(-1, 1)
+    x = rows.bfloat16().chunk(group.size(), dim=axis)[group.rank()].contiguous()
+    chunk = _one_linear(torch.ones(16, x.shape[1]).bfloat16())
+    inputs = ActivationQuantizers([chunk], {f"{NAME}.weight": "nvfp4"}, groups=(group,), headroom=16384.0)
+    with inputs.calibrating():
+        chunk.decoder.layers[0].linear(x)
+    return {"amax": inputs.quantizers[NAME]._amax.tolist()}
+
+
 def cases(arguments: dict) -> list:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -120,6 +131,7 @@ def cases(arguments: dict) -> list:
             results.append({"what": "metrics", "size": size, "dtype": str(dtype)} | _metrics(dtype, group))
         for axis in (0, 1):
             results.append({"what": "weights", "size": size} | _weights(axis, group))
+            results.append({"what": "headroom", "size": size} | _headroom(axis, group))
         for value in (-2.0, float("nan")):
             results.append({"what": "inputs", "size": size, "value": value} | _inputs(group, value))
     torch.distributed.barrier()

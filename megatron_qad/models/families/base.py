@@ -24,8 +24,8 @@ class ParamMapping:
     megatron: str
     hf: tuple[str, ...]
     kind: str
-    """Kind of the tensor for quantization policies: "attention", "mamba", "mlp", "expert", "shared_expert", "router",
-    "head", "embedding", "norm", "conv1d" or "vision"."""
+    """Kind of the tensor for quantization policies: "attention", "mamba", "mlp", "expert", "latent", "shared_expert",
+    "router", "head", "embedding", "norm", "conv1d" or "vision"."""
     shape: tuple[int, ...]
     """Global shape of the Megatron tensor without vocabulary padding."""
     layer: int | None = None

@@ -291,7 +291,7 @@ def _experts(config: dict, layer: int, hf: str) -> Iterator[ParamMapping]:
     if latent:  # projections to and from the latent space of the routed experts
         for name, shape in (("fc1_latent_proj", (latent, hidden)), ("fc2_latent_proj", (hidden, latent))):
             names = (f"{mixer}.{name}.weight",)
-            yield ParamMapping(f"{module}.{name}.weight", names, "expert", shape, layer, is_linear=True)
+            yield ParamMapping(f"{module}.{name}.weight", names, "latent", shape, layer, is_linear=True)
     width = values.integer(config, "moe_intermediate_size")
     for i in range(num_routed):
         expert = f"{module}.experts.experts.{i}"

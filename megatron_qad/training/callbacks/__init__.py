@@ -12,7 +12,9 @@ from megatron_qad.training.callbacks.hidden_state_losses import HiddenStateLosse
 from megatron_qad.training.callbacks.loss_spike import LossSpike
 from megatron_qad.training.callbacks.nan_guard import NaNGuard
 from megatron_qad.training.callbacks.preemption import Preemption
+from megatron_qad.training.callbacks.run_header import RunHeader
 from megatron_qad.training.callbacks.scale_penalty import ScalePenalty
+from megatron_qad.training.callbacks.step_log import StepLog
 from megatron_qad.training.callbacks.step_times import StepTimes
 from megatron_qad.training.callbacks.validation import Validation
 
@@ -22,7 +24,9 @@ def build_callbacks(job) -> list[Callback]:
     losses, trains = job.config.losses, not job.config.options.qad_ptq
     best = BestCheckpoints(job)
     return [
+        RunHeader(job),
         StepTimes(job),
+        *([StepLog(job)] if trains else []),
         NaNGuard(job),
         LossSpike(job),
         *([HiddenStateLosses(job)] if trains and losses.terms_of_type(HiddenLoss) else []),

@@ -73,7 +73,12 @@ class BestCheckpoints(Callback):
             self._kl.clear()
         self._tokens = tokens
         # The end of training may validate an iteration again, on the same tokens with the same weights.
-        self._kl.setdefault(iteration, kl if math.isfinite(kl) else math.inf)  # NaN cannot be sorted
+        if iteration not in self._kl:
+            before = min(self._kl.values(), default=None)
+            self._kl[iteration] = kl if math.isfinite(kl) else math.inf  # NaN cannot be sorted
+            if math.isfinite(kl) and (before is None or kl < before):
+                compared = "" if before is None else f" (before {before:.6g})"
+                print_rank_0(f"megatron_qad: new best: iteration {iteration}, KL {kl:.6g}{compared}")
         if torch.distributed.get_rank() == 0:
             entries = [
                 {"iteration": step, BEST_KEY: self._kl[step], "num_tokens": num_tokens, "tokens_sha256": sha256}

@@ -5,6 +5,7 @@ content.
 """
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class CheckpointKeeper(Callback):
         self._job, self._ranking = job, best
         options = job.config.options
         self._last, self._best = options.qad_keep_last, options.qad_keep_best
+        self._began = time.time()
         self.failed: str | None = None
         """Error message of the newest save if it failed, otherwise None."""
 
@@ -42,6 +44,7 @@ class CheckpointKeeper(Callback):
 
     def save_begins(self, save: Save) -> None:
         if save.iteration is not None:
+            self._began = time.time()
             on_first_rank(lambda: _check_free_space(self._root, save.iteration))
 
     def save_ended(self, save: Save) -> None:
@@ -54,12 +57,14 @@ class CheckpointKeeper(Callback):
             return
         if save.iteration is not None:  # None: a wait for background saves, also if an earlier save did not begin
             self.failed = None
+            verb = "began to save" if self._job.args.async_save else "saved"
+            print_rank_0(f"megatron_qad: {verb} iteration {save.iteration} in {time.time() - self._began:.2g} s")
         if torch.distributed.get_rank() == 0 and (self._last or self._best):
             for directory in self._unneeded(self._root):
-                print_rank_0(f"megatron_qad: removing {directory.name}, neither among the last nor the best")
                 removed = directory.with_name(directory.name + atomic_checkpoint.REMOVED)
                 directory.rename(removed)  # atomic, while the deletion may take long
                 shutil.rmtree(removed)
+                print_rank_0(f"megatron_qad: removed iteration {iteration_of(directory)} (keeps {self._kept()})")
 
     def job_ends(self, is_done: bool) -> None:
         """
@@ -82,6 +87,11 @@ class CheckpointKeeper(Callback):
             ) from save.error
         print_rank_0(f"megatron_qad: ERROR: {message}. The job continues; the next save is at the next interval")
         save.is_survived = True
+
+    def _kept(self) -> str:
+        """Return what is kept, such as "the last 2 and the best 3"."""
+        kinds = {"last": self._last, "best": self._best}
+        return " and ".join(f"the {kind} {number}" for kind, number in kinds.items() if number)
 
     def _unneeded(self, root: Path) -> Iterator[Path]:
         if not (root / TRACKER).is_file():

@@ -1,4 +1,4 @@
-"""Logs the step time of each rank at every log interval.
+"""Logs the step time of each rank at every log interval, next to Megatron's output (``engine.console``).
 
 Ranks wait for each other, so a step takes the same time on all of them. A slow rank shows in the wait between the end
 of its own passes and the end of the gradient reduction: the rank that all others wait for has the shortest wait. On a
@@ -10,7 +10,7 @@ import socket
 import time
 
 import torch
-from megatron.training.utils import print_rank_last
+from megatron.training import is_last_rank
 
 from megatron_qad.engine import capabilities
 from megatron_qad.engine.events import Callback, TrainedStep, Update
@@ -20,7 +20,7 @@ class StepTimes(Callback):
     """Measures the step time and the wait for the gradients on this rank."""
 
     def __init__(self, job):
-        self._log_interval = job.args.log_interval
+        self._log_interval, self._output = job.args.log_interval, job.output
         self._steps: list[float] = []
         self._waits: list[float] = []
         self._passes_ended: list = []
@@ -45,7 +45,8 @@ class StepTimes(Callback):
             local = (_mean(self._steps), _mean(self._waits), socket.gethostname())
             ranks: list = [None] * size
             torch.distributed.all_gather_object(ranks, local)
-            print_rank_last(_format_line(step.number, len(self._steps), ranks))
+            if is_last_rank():
+                self._output.log_line(_format_line(step.number, len(self._steps), ranks))
         self._steps, self._waits = [], []
 
 

@@ -107,6 +107,14 @@ def test_stacked_layers_become_pairs_of_layers(source, hf, tmp_path, capsys):
     assert read_config(tmp_path / "target") == CONFIG
 
 
+def test_processes_share_the_files(source, hf, tmp_path):
+    import_megatron(source, hf, tmp_path / "one", num_workers=1, part_bytes=1)
+    import_megatron(source, hf, tmp_path / "two", num_workers=2, part_bytes=1)
+    one, two = (sorted((tmp_path / name / "release").iterdir()) for name in ("one", "two"))
+    assert len(one) > 21 and [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+    assert not list(tmp_path.glob(".two.*"))  # progress is removed
+
+
 def test_checkpoint_that_contradicts_the_config_is_refused(tmp_path, source, refused):
     assert f"the arguments in {source}/iter_0000010: rotary_base is 500000" in refused(source, rope_theta=10000.0)
     (source / "iter_0000010" / "run_config.yaml").write_text(yaml.safe_dump({"model": BRIDGE, "train": {}}))

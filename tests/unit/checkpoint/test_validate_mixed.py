@@ -72,6 +72,10 @@ MIXED_DAMAGE = {
     "k scale missing": (drop(f"{K}.k_scale"), f"{K}.k_scale: is missing"),
     "v scale missing": (drop(f"{V}.v_scale"), f"{V}.v_scale: is missing"),
     "k scale NaN": (put(f"{K}.k_scale", torch.tensor(float("nan"))), f"{K}.k_scale: is nan"),
+    "k scale that vLLM rounds": (
+        put(f"{K}.k_scale", torch.tensor(0.1)),
+        f"{K}.k_scale: is 0.10000000149011612, expected a bfloat16 number such as 0.10009765625",
+    ),
     "v scale of shape [1]": (put(f"{V}.v_scale", lambda t: t.reshape(1)), f"{V}.v_scale: has shape [1], expected []"),
 }
 

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from tiny_configs import TINY_LLAMA
+from tiny_configs import TINY_HYBRID, TINY_LLAMA
 
 from megatron_qad.config.job_config import read_job_config
 from megatron_qad.config.megatron_flags import MegatronFlags
@@ -87,6 +87,20 @@ def test_layer_pattern_contains_virtual_stages(read):
     assert pattern.count("|") == 3 and "--num-virtual-stages-per-pipeline-rank" not in config.megatron_argv
 
 
+def test_four_over_six_for_mamba_is_a_note(read, checkpoint):
+    """Also if the rule comes from the flag. An override that gives Mamba another rule ends it."""
+    hf = Path(checkpoint) / "hf"
+    (hf / "config.json").write_text(json.dumps(TINY_HYBRID | {"model_type": "nemotron_h", "num_experts_per_tok": 2}))
+    manifest.write_manifest(hf)
+
+    def warnings(*flags):
+        return [note for note in read("--qad-weight-scale-rule", "four_over_six", *flags).notes if "84.7%" in note]
+
+    (warning,) = warnings()
+    assert warning.startswith("WARNING: decoder.layers.0.mixer.in_proj and 3 more: Mamba weights")
+    assert not warnings("--qad-policy-override", "mamba=nvfp4:max")
+
+
 def test_job_with_a_checkpoint_resumes(read, tmp_path):
     save = tmp_path / "run"
     assert read("--save", str(save)).flags.load is None
@@ -103,6 +117,11 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "--global-batch-size 4 is not a multiple of 3"),
         (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
+        (["--qad-calibration-headroom", "28672"], "--qad-calibration-headroom 28672.0: expected a number above 0 and"),
+        (
+            ["--qad-calibration-headroom", "9", "--qad-calibration-percentile", "99"],
+            "--qad-calibration-percentile and --qad-calibration-headroom both set the amax",
+        ),
         (["--seq-length", "128"], "--seq-length 128: is longer than the 64 positions of"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
         (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),

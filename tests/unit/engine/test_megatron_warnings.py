@@ -13,25 +13,29 @@ ROOT = Path(importlib.util.find_spec("megatron.core").origin).parents[1]
 FILES = (
     *("core/optimizer/__init__.py", "core/optimizer/clip_grads.py", "core/_rank_utils.py", "core/models/backends.py"),
     *("core/extensions/transformer_engine_spec_provider.py", "training/utils/common_utils.py"),
-    *("core/dist_checkpointing/strategies/torch.py", "training/arguments.py"),
+    *("core/dist_checkpointing/strategies/torch.py", "training/arguments.py", "core/tensor_parallel/random.py"),
 )
 
 
 @pytest.fixture
 def hidden():
     """Megatron's warnings are hidden in the test, and are not after it."""
-    logger = logging.getLogger("megatron.core.dist_checkpointing.strategies.torch")
+    loggers = [logging.getLogger(name) for name in megatron_warnings._LOGGERS]
+    filters = [list(logger.filters) for logger in loggers]  # init_runtime has hidden them in the tests' process
+    for logger in loggers:
+        logger.filters.clear()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         megatron_warnings.hide()
         yield seen
-    for log_filter in list(logger.filters):
-        logger.removeFilter(log_filter)
+    for logger, before in zip(loggers, filters, strict=True):
+        logger.filters[:] = before
 
 
 def test_hidden_texts_are_those_of_the_installed_megatron():
     source = "".join((ROOT / file).read_text() for file in FILES)
-    assert [text for text in megatron_warnings.HIDDEN if text not in source] == []
+    hidden = megatron_warnings.HIDDEN + megatron_warnings.HIDDEN_ON_CPU
+    assert [text for text in hidden if text not in source] == []
 
 
 def test_hidden_warnings_do_not_appear_and_others_do(hidden, caplog):
@@ -42,3 +46,14 @@ def test_hidden_warnings_do_not_appear_and_others_do(hidden, caplog):
     for text in ("MCore's async save is deprecated and will be removed in the future releases. Use", "a full disk"):
         logger.warning(text)
     assert caplog.messages == ["a full disk"]
+
+
+def test_warning_about_the_only_generator_of_a_cpu(hidden, caplog):
+    """A warning on a GPU; on a CPU, Megatron would log it for every tensor that it initializes."""
+    logger = logging.getLogger("megatron.core.tensor_parallel.random")
+    (text,) = megatron_warnings.HIDDEN_ON_CPU
+    logger.warning(text)
+    megatron_warnings.hide(on_cpu=True)
+    logger.warning(text)
+    logger.warning("another")
+    assert caplog.messages == [text, "another"]

@@ -142,7 +142,7 @@ def check_export(formats: dict[str, str], saved: dict, quantized: dict, output: 
     maps, generator = FAMILY.tensors(CONFIG), torch.Generator().manual_seed(2)
     tensors = {m.megatron: torch.randn(m.shape, generator=generator).bfloat16() for m in maps} | saved
     amaxes = {f"{linear.megatron_module}.input_quantizer._amax": torch.tensor([2.54]) for linear in QUANTIZED}
-    export = Export(Saved(tensors), "modelopt", formats, "bf16", "max", torch.bfloat16, amaxes)
+    export = Export(Saved(tensors), "modelopt", formats, "bf16", {}, torch.bfloat16, amaxes)
     linear_modules = FAMILY.linear_modules(CONFIG)
     write_hf_checkpoint(export.items(maps), output, config=CONFIG, layout="modelopt", linear_modules=linear_modules)
 

@@ -5,6 +5,7 @@ import torch
 
 from megatron_qad.engine import QADError
 from megatron_qad.formats import nvfp4
+from megatron_qad.formats.nvfp4_format import NVFP4
 from megatron_qad.quantization.activations import ActivationQuantizers
 
 FORMATS = {"decoder.layers.0.linear.weight": "nvfp4", "decoder.layers.1.linear.weight": "bf16"}
@@ -46,7 +47,7 @@ def test_forward_pass_fake_quantizes_the_input(make_chunk, linears, dtype):
     first, second = linears(chunk)
     calibrate(chunk, linears, [inputs(0, dtype)])
     x = inputs(1, dtype) * 3  # exceeds the calibrated maximum, so values saturate
-    scale = nvfp4.global_scale_from_amax(inputs(0, dtype).abs().max())
+    scale = NVFP4.input_scale_from_amax(inputs(0, dtype).abs().max())
     quantized = nvfp4.fake_quant(x, scale)
     assert not torch.equal(quantized, x)
     assert torch.equal(first(x), torch.nn.functional.linear(quantized, first.weight))

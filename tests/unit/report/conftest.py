@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter  # noqa: E402
 
 from megatron_qad.checkpoint.import_hf import import_hf  # noqa: E402
 from megatron_qad.engine.distributed import init_process_group  # noqa: E402
+from megatron_qad.engine.run_directory import manifest  # noqa: E402
 from megatron_qad.models.families import family_of  # noqa: E402
 
 METRICS = ("kl_to_teacher", "cross_entropy", "teacher_cross_entropy", "top1_agreement", "num_tokens")
@@ -90,13 +91,17 @@ def formats(teacher):
 
 @pytest.fixture
 def save_checkpoint():
-    """save_checkpoint(directory, iteration, tensors): save a torch_dist checkpoint with Megatron's own writer."""
+    """save_checkpoint(directory, iteration, tensors): save a torch_dist checkpoint with Megatron's own writer.
+
+    The manifest is added here: jobs install the writer that adds it, and import_hf writes its files without Megatron's.
+    """
 
     def save(directory, iteration, tensors):
         target = directory / f"iter_{iteration:07d}"
         target.mkdir(parents=True)
         sharded = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
         dist_checkpointing.save(sharded, str(target))
+        manifest.write_manifest(target)
         (directory / "latest_checkpointed_iteration.txt").write_text(str(iteration))
 
     return save

@@ -19,9 +19,8 @@ from megatron_qad.training.callbacks.checkpoint_keeper import CheckpointKeeper  
 def keeper(tmp_path):
     init_process_group()
     config = types.SimpleNamespace(options=QADOptions())
-    job = types.SimpleNamespace(
-        config=config, args=types.SimpleNamespace(save=str(tmp_path)), saves=AtomicCheckpoints()
-    )
+    args = types.SimpleNamespace(save=str(tmp_path), async_save=False)
+    job = types.SimpleNamespace(config=config, args=args, saves=AtomicCheckpoints())
     return CheckpointKeeper(job, best=None)
 
 
@@ -39,10 +38,11 @@ def test_failed_save_is_logged_and_raised_when_the_job_ends_early(keeper, capsys
         keeper.job_ends(is_done=False)
 
 
-def test_successful_save_clears_the_failure(keeper):
+def test_successful_save_clears_the_failure(keeper, capsys):
     keeper.save_ended(failed(4))
     keeper.save_ended(Save(8, is_last=False))
     keeper.job_ends(is_done=False)
+    assert "megatron_qad: saved iteration 8 in " in capsys.readouterr().out
 
 
 def test_failed_last_save_ends_the_job(keeper):
