@@ -88,12 +88,12 @@ def _rank(rank: int, directory: str) -> None:
 
 def test_rank_that_waits_for_a_failed_one(tmp_path):
     """It gets an error of its connection; only the failed rank knows the reason."""
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit the process group of another test file
+    ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path))) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
-        rank.join(50)
+        rank.join(120)
     assert (tmp_path / "stderr1").read_text() == "error: the reason.\n"
     line = "error: the connection to another rank was lost. That rank has probably failed; see its error.\n"
     assert (tmp_path / "stderr0").read_text() == line
