@@ -291,7 +291,7 @@ def prepare_peer(job, chunks):
     job.events.job_begins(job, 0)
     load_weights(chunks, job.config.student.checkpoint)
     job.activations = job.quantize_activations(chunks)
-    weights = job.quantize_weights(chunks)
+    weights = job.weights = job.quantize_weights(chunks)
     amaxes = dict(zip(weights.weights, weights.amaxes(), strict=True))
     quantizers = []
     for name, module in named_modules_globally(chunks[0]):

@@ -14,11 +14,13 @@ from megatron_qad.config.parallelism import ranks_of_layers, split_into_stages, 
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import WeightedLosses
 from megatron_qad.distillation.hidden_states import HiddenLoss
+from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format import check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families.base import ParamMapping
+from megatron_qad.quantization.scale_settings import ScaleSetting
 
 # Linears whose columns tensor parallelism splits.
 _ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
@@ -26,10 +28,9 @@ _ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
 
 def check_option_values(options: QADOptions) -> None:
     """Check that values of ``--qad-*`` flags are among the choices; ``number_checks`` checks the numbers."""
-    rules = [rule for rule in SCALE_RULES if rule != "local_hessian"]  # no pass collects the inputs' second moments
-    if options.qad_weight_scale_rule not in rules:
+    if options.qad_weight_scale_rule not in SCALE_RULES:
         raise QADError(
-            f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(rules)}."
+            f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(SCALE_RULES)}."
         )
     if options.qad_calibration_percentile is not None and options.qad_calibration_headroom is not None:
         raise QADError(
@@ -63,6 +64,17 @@ def check_blocks(flags: MegatronFlags, linears: Sequence[ParamMapping], formats:
         is_row_parallel = linear.megatron_module.endswith(_ROW_PARALLEL)
         ranks = (flags.expert_tensor_parallel_size or tp) if linear.kind == "expert" else tp
         check_columns(linear.megatron, linear.shape[1] // (ranks if is_row_parallel else 1), fmt)
+
+
+def check_growth(losses: WeightedLosses, scales: Mapping[str, ScaleSetting]) -> None:
+    """Check that a penalty on growing scales knows all scales when the job starts."""
+    terms = losses.terms_of_type(ScaleGrowth)
+    waiting = [name for name, setting in scales.items() if setting.needs_moments]
+    if terms and waiting:
+        raise QADError(
+            f"--qad-loss: {terms[0].name} compares scales with those at the start, but {waiting[0]} has the scale rule "
+            "local_hessian, whose scales are chosen in the calibration and then frozen. Leave one of them out."
+        )
 
 
 def check_tokenizer(flags: MegatronFlags) -> None:

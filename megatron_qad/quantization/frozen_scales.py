@@ -1,8 +1,9 @@
 """Weights whose scales are carried: frozen scales, and amaxes that the quantized weight does not preserve.
 
-Frozen scales (``update: frozen``) are computed once, from the initial weight. At each step the weight is quantized with
-them; only the weight is trained. A weight that outgrows its block saturates. Its gradient is then masked, as the
-gradient of a clamp is: without the mask the master would drift away from the value that the model computes with.
+Frozen scales (``update: frozen``) are computed once, from the initial weight; those of ``local_hessian`` also from its
+inputs in the calibration. At each step the weight is quantized with them; only the weight is trained. A weight that
+outgrows its block saturates. Its gradient is then masked, as the gradient of a clamp is: without the mask the master
+would drift away from the value that the model computes with.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from megatron_qad.engine.masters import master_part
 from megatron_qad.formats.format import NumberFormat
 from megatron_qad.quantization.carried_scales import CarriedModule, CarriedScales
 from megatron_qad.quantization.names import LinearWeight, is_expert
-from megatron_qad.quantization.scale_settings import ScaleSetting
+from megatron_qad.quantization.scale_settings import PLAIN_SWEEP, ScaleSetting
 
 
 def carries_scales(number_format: NumberFormat, setting: ScaleSetting) -> bool:
@@ -52,18 +53,31 @@ class CarriedWeight:
         """The scale of the tensor, float32 []."""
         return self.number_format.scale_from_amax(self.amax, name=self.name, check=False, rule=self.setting.rule)
 
+    @property
+    def waits_for_moments(self) -> bool:
+        """Whether the scales are still unknown, because they depend on inputs that no pass has observed."""
+        return self.setting.needs_moments and bool(self.amax.isnan())
+
     @torch.no_grad()
-    def initialize(self, amax: Tensor) -> None:
+    def initialize(self, amax: Tensor, moments: Tensor | None = None) -> None:
         """Set the amax, float32 [], and choose the block scales if they are frozen, from the current weight.
+
+        Args:
+            moments: second moments of the input, float32 [in / 16, 16, 16], for the rule ``local_hessian``. None: the
+                plain squared error decides, as in modelopt for experts without tokens.
 
         Raises:
             QADError: the weight contains NaN or Inf.
         """
         rule, weight = self.setting.rule, self.linear.part_of(self.linear.parameter.data)
+        if self.setting.needs_moments and moments is None:
+            rule = PLAIN_SWEEP
         scale = self.number_format.scale_from_amax(amax, name=self.name, rule=rule)
         self.amax.copy_(amax)
         if self.setting.is_frozen:
-            chosen = self.number_format.block_scales(weight, scale, name=self.name, rule=rule, amax=amax)
+            chosen = self.number_format.block_scales(
+                weight, scale, name=self.name, rule=rule, amax=amax, hessian=moments
+            )
             self.block_scales.view(torch.uint8).copy_(chosen.view(torch.uint8))
 
     def fake_quant(self, weight: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from megatron_qad.formats.format import NumberFormat, check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.formats.nvfp4_multi_tensor import amax_list
 from megatron_qad.quantization.frozen_scales import CarriedWeight, attach_scales, mask_gradients_
+from megatron_qad.quantization.input_moments import InputMoments
 from megatron_qad.quantization.names import (
     LinearWeight,
     WeightViews,
@@ -41,7 +42,8 @@ class InPlaceWeights:
         scale_rule: how NVFP4 block scales are chosen, one of ``block_scales.SCALE_RULES``, where ``scales`` has no
             setting.
         scales: how the scales of a weight are obtained (``policy.resolve_scales``). Weights whose scales are carried
-            give their chunk a module that saves and loads them; call ``initialize_scales`` unless a checkpoint does.
+            give their chunk a module that saves and loads them. Call ``initialize_scales`` unless a checkpoint does,
+            and ``initialize_from_inputs`` for those that are ``waiting``.
 
     Raises:
         QADError: the number of columns of a weight's shard is not a multiple of its format's block size.
@@ -109,12 +111,29 @@ class InPlaceWeights:
     def initialize_scales(self) -> None:
         """Compute the carried scales from the current weights. Collective over the tensor-parallel groups.
 
+        Those of the rule ``local_hessian`` are left to ``initialize_from_inputs``.
+
         Raises:
             QADError: a weight contains NaN or Inf. The message names it.
         """
+        self._initialize([name for name, weight in self.carried.items() if not weight.setting.needs_moments])
+
+    @property
+    def waiting(self) -> list[str]:
+        """Names of the weights whose scales ``initialize_from_inputs`` must compute: no checkpoint had them."""
+        return [name for name, weight in self.carried.items() if weight.waits_for_moments]
+
+    def initialize_from_inputs(self, moments: InputMoments) -> None:
+        """Compute the scales of ``waiting`` from the current weights and the second moments of their inputs.
+
+        Collective over the tensor-parallel groups. Errors are those of ``initialize_scales``.
+        """
+        self._initialize(self.waiting, moments)
+
+    def _initialize(self, names: Sequence[str], moments: InputMoments | None = None) -> None:
         amaxes = dict(zip(self.weights, self.amaxes(), strict=True)) if self.carried else {}
-        for name, weight in self.carried.items():
-            weight.initialize(amaxes[name])
+        for name in names:
+            self.carried[name].initialize(amaxes[name], None if moments is None else moments.of(name))
 
     def mask_gradients_(self, optimizer) -> None:
         """Set the gradients of saturated elements of frozen weights to zero, before ``optimizer`` reads them."""

@@ -122,7 +122,7 @@ def resolve_scales(
 
     Raises:
         QADError: as ``resolve``; experts of a layer have several settings; or a setting has the rule local_hessian,
-            whose second moments of the inputs no job collects yet.
+            and its scales are not frozen.
 
     Example:
         >>> policy = load("nvfp4-all-linear", ["mlp=nvfp4:four_over_six:frozen"])
@@ -136,10 +136,11 @@ def resolve_scales(
         if has_block_scale_rules(rule.format)
     }
     for name, setting in settings.items():
-        if setting.rule == "local_hessian":
+        if setting.needs_moments and not setting.is_frozen:
             raise QADError(
-                f"policy {policy.name}: {name} has the scale rule local_hessian, which needs the second moments of its "
-                "input. Jobs do not collect them yet. Choose mse_sweep, which searches the same scales."
+                f"policy {policy.name}: {name} has the scale rule local_hessian, which needs 'update: frozen', because "
+                "statistics of its input are collected once, in the calibration. Add it (on the command line "
+                "FORMAT:local_hessian:frozen), or choose mse_sweep, which searches the same scales."
             )
     _check_experts_agree(policy, [linear for linear in linears if linear.megatron in settings], settings)
     return settings

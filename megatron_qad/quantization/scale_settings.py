@@ -9,6 +9,8 @@ from megatron_qad.formats.format_registry import FORMATS
 UPDATES = ("every_step", "frozen")
 """``every_step``: the scales are computed from the current weight before each step. ``frozen``: they are computed once,
 from the initial weight, and only the weight is trained."""
+PLAIN_SWEEP = "mse_sweep"
+"""Rule with the candidates of ``local_hessian`` and the plain squared error."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class ScaleSetting:
     @property
     def is_frozen(self) -> bool:
         return self.update == "frozen"
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether the block scales depend on second moments of the linear's input (``input_moments``)."""
+        return self.rule == "local_hessian"
 
     def __str__(self) -> str:
         """Return "RULE:UPDATE", or "RULE" if the scales are updated every step, as in a rule on the command line."""

@@ -1,5 +1,8 @@
 """Calibration before the first step: forward passes with unquantized weights that set the amaxes of the quantizers.
 
+If weights have the scale rule ``local_hessian``, a second pass over the same microbatches, with quantized inputs,
+collects the second moments of these inputs. Then the scales are chosen.
+
 The microbatches are returned afterwards, so that training sees the same data as without calibration.
 """
 
@@ -37,8 +40,8 @@ class CalibrationPass:
         Microbatches that calibration has read ahead come first. Those read from training data are only returned in
         training, those read in an evaluation only in evaluations.
         """
-        if self._must_calibrate():
-            self._calibrate(schedule, data_iterator, shape, model)
+        if any(missing := self._missing()):
+            self._calibrate(*missing, schedule, data_iterator, shape, model)
             self._was_training = is_training
         ready: list[Batch] = []
         if is_training == self._was_training:
@@ -47,43 +50,61 @@ class CalibrationPass:
         return ready + self._read(data_iterator, num_missing, shape) if num_missing else ready
 
     def calibrate(self, data_iterator, shape: dict, model) -> None:
-        """Calibrate on the next microbatches of ``data_iterator`` if a quantizer has no amax; no step reads them again.
+        """Calibrate on the next microbatches of ``data_iterator`` if it is needed; no step reads them again.
 
         Args:
             shape: "seq_length", "micro_batch_size" and "decoder_seq_length", as arguments of a schedule.
             model: the student's chunks, wrapped or not.
         """
-        if self._must_calibrate():
-            self._calibrate(get_forward_backward_func(), data_iterator, shape, model)
+        if any(missing := self._missing()):
+            self._calibrate(*missing, get_forward_backward_func(), data_iterator, shape, model)
             self._read_ahead = []
 
-    def _must_calibrate(self) -> bool:
-        """Whether any rank has a quantizer without an amax. Ranks without quantizers then run the passes, too."""
+    def _missing(self) -> tuple[bool, bool]:
+        """Whether any rank has a quantizer without an amax, and whether any has weights that wait for their scales.
+
+        Ranks without them then run the passes, too."""
         if self._is_calibrated:
-            return False
-        is_missing = not self._job.activations.calibrated
-        missing = torch.tensor(is_missing, dtype=int, device=torch.cuda.current_device())
+            return False, False
+        here = [not self._job.activations.calibrated, bool(self._job.weights.waiting)]
+        missing = torch.tensor(here, dtype=int, device=torch.cuda.current_device())
         torch.distributed.all_reduce(missing, op=torch.distributed.ReduceOp.MAX)
         self._is_calibrated = True
-        return bool(missing)
+        amaxes, scales = map(bool, missing.tolist())
+        return amaxes, scales
 
     def _read(self, data_iterator, num_microbatches: int, shape: dict) -> list[Batch]:
         return self._job.reader.read(data_iterator, num_microbatches, shape["micro_batch_size"], shape["seq_length"])
 
-    def _calibrate(self, schedule: Callable, data_iterator, shape: dict, model) -> None:
+    def _calibrate(
+        self, needs_amaxes: bool, needs_scales: bool, schedule: Callable, data_iterator, shape: dict, model
+    ) -> None:
         job = self._job
         num_microbatches = num_calibration_batches(
             job.config.options.qad_calibration_samples, shape["micro_batch_size"]
         )
         job.events.phase("calibration", is_long=False)
         self._read_ahead = self._read(data_iterator, num_microbatches, shape)
-        bar = tqdm(total=num_microbatches, unit="microbatch", desc="calibrating", disable=None if is_rank0() else True)
+        run = partial(self._run, schedule, data_iterator, shape, model)
+        if needs_amaxes:
+            with job.activations.calibrating():
+                run("calibrating")
+        if needs_scales:
+            moments = job.input_moments(job.student, job.weights)
+            with moments.collecting():
+                run("second moments")
+            job.weights.initialize_from_inputs(moments)
+
+    def _run(self, schedule: Callable, data_iterator, shape: dict, model, description: str) -> None:
+        """Run the microbatches that were read ahead."""
+        job, num_microbatches = self._job, len(self._read_ahead)
+        bar = tqdm(total=num_microbatches, unit="microbatch", desc=description, disable=None if is_rank0() else True)
 
         def count_pass() -> None:
             job.num_passes += 1
             bar.update()
 
-        with job.activations.calibrating(), bar:
+        with bar:
             schedule(
                 data_iterator=iterators(self._read_ahead, data_iterator),
                 model=model,

@@ -37,6 +37,8 @@ from megatron_qad.models.builder import QADModelConfig, freeze
 from megatron_qad.models.weight_loading import has_amaxes, load_weights
 from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
+from megatron_qad.quantization.input_moments import InputMoments
+from megatron_qad.quantization.smoothing import Groups
 from megatron_qad.training.batch import Batch, BatchReader, ForwardPass, iterators
 from megatron_qad.training.calibration_pass import CalibrationPass
 from megatron_qad.training.callbacks import build_callbacks
@@ -275,6 +277,15 @@ class QADJob:
             mpu.get_expert_tensor_parallel_group(),
             self.config.scales,
         )
+
+    def input_moments(self, chunks: Sequence[torch.nn.Module], weights: InPlaceWeights) -> InputMoments:
+        """Return what observes the inputs of the weights that wait for their scales."""
+        groups = Groups(
+            mpu.get_tensor_and_data_parallel_group(with_context_parallel=True),
+            mpu.get_data_parallel_group(with_context_parallel=True),
+            mpu.get_expert_data_parallel_group(),
+        )
+        return InputMoments(chunks, weights.waiting, groups)
 
     def describe(self, resumes: bool) -> None:
         """Write the files that describe the run to ``--save``, and register those that each checkpoint gets."""

@@ -15,7 +15,7 @@ from megatron.training.utils import is_rank0
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_qad.config.job_config import ModelConfig
+from megatron_qad.config.job_config import JobConfig, ModelConfig
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import freeze
 from megatron_qad.models.output_layer import ModelOutput
@@ -98,32 +98,54 @@ def quantize_layers(job, calibration: Sequence[Batch], validation: Sequence[Batc
     result, model = QuantizedLayers(), job.config.student
     stored = stored_dtypes(model.checkpoint)
     observed, quantized = Stream(job, calibration), Stream(job, validation)
+    second = Stream(job, calibration if needs_moments(job.config) else [])
     layers = SingleLayers(model_config(job.config, job.args, model))
     for index in _indices(job, layers, "student"):
         layer = _load(layers, index, model.checkpoint)
         wrapped = layers.wrap(layer)  # converts it to the precision of the job
         dtypes = weight_dtypes(layer, stored)
         _check_precision(dtypes, stored, model)
-        _quantize_layer(job, layer, wrapped, observed, quantized)
+        _quantize_layer(job, layer, wrapped, observed, second, quantized)
         result.weights |= dtypes.keys()
         result.quantizers |= {f"{index}.{name}": value for name, value in quantizers_to_save(layer).items()}
         del layer, wrapped  # before the next one is built
     return result
 
 
-def _quantize_layer(job, layer: torch.nn.Module, wrapped: torch.nn.Module, observed: Stream, quantized: Stream) -> None:
-    """Calibrate a layer, and quantize it if there is a validation."""
+def needs_moments(config: JobConfig) -> bool:
+    """Whether scales of some weights depend on the second moments of their inputs."""
+    return any(setting.needs_moments for setting in config.scales.values())
+
+
+def _quantize_layer(
+    job, layer: torch.nn.Module, wrapped: torch.nn.Module, observed: Stream, second: Stream, quantized: Stream
+) -> None:
+    """Calibrate a layer, and quantize it if there is a validation.
+
+    Args:
+        observed: the pass with unquantized inputs, which sets the amaxes.
+        second: the pass with quantized inputs, whose second moments set scales; without microbatches if none need it.
+    """
     activations, weights = job.quantize_activations([layer]), job.quantize_weights([layer])
     weights.initialize_scales()
-    device = torch.cuda.current_device()
     with activations.calibrating():
-        observed.advance(wrapped)
-        if layer.post_process:
-            for state in observed.states:
-                ModelOutput(state.to(device), layer).hidden()  # the input of the output layer
+        _observe(wrapped, layer, observed)
+    if second.batches:
+        moments = job.input_moments([layer], weights)
+        with moments.collecting():
+            _observe(wrapped, layer, second)
+        weights.initialize_from_inputs(moments)
     if quantized.batches:
         weights.quantize_()
         _run_quantized(job, wrapped, layer.post_process, quantized)
+
+
+def _observe(wrapped: torch.nn.Module, layer: torch.nn.Module, stream: Stream) -> None:
+    """Advance the microbatches by a layer; after the last one, show the output layer's quantizer its input."""
+    stream.advance(wrapped)
+    if layer.post_process:
+        for state in stream.states:
+            ModelOutput(state.to(torch.cuda.current_device()), layer).hidden()
 
 
 def _run_quantized(job, wrapped: torch.nn.Module, is_last: bool, quantized: Stream) -> None:

@@ -21,7 +21,7 @@ from megatron_qad.engine.run_directory.linked_weights import LinkedWeights
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.models.builder import QADModelConfig, build_chunks
 from megatron_qad.training.batch import Batch, num_calibration_batches
-from megatron_qad.training.layer_by_layer import quantize_layers, run_teacher
+from megatron_qad.training.layer_by_layer import needs_moments, quantize_layers, run_teacher
 
 ITERATION = 1
 """Iteration of a PTQ job's checkpoint and validation."""
@@ -80,7 +80,7 @@ def _run_layers(job) -> None:
     job.saves.install()
     job.loop.install_saves()
     train, valid = _data_iterators(job.datasets_provider, num_chunks=1)
-    calibration = _read_calibration(job, train) if _quantizes_activations(job.config) else []
+    calibration = _read_calibration(job, train) if _needs_calibration(job.config) else []
     validation = _read_validation(job, valid) if args.do_valid else []
     if validation and job.config.runs_teacher:
         run_teacher(job, validation)
@@ -91,10 +91,10 @@ def _run_layers(job) -> None:
         job.evaluated(model=None)
 
 
-def _quantizes_activations(config: JobConfig) -> bool:
+def _needs_calibration(config: JobConfig) -> bool:
     has_inputs = any(FORMATS[name].input is not None for name in config.formats.values())
     kv_format = KV_CACHE_FORMATS[config.policy.kv_cache]
-    return has_inputs or (kv_format is not None and kv_format.constant_amax is None)
+    return has_inputs or (kv_format is not None and kv_format.constant_amax is None) or needs_moments(config)
 
 
 def _read_calibration(job, iterator) -> list[Batch]:

@@ -82,7 +82,7 @@ class Probe:
         num_microbatches: microbatches per data-parallel rank; fewer if the validation set is smaller.
 
     Raises:
-        QADError: the job calibrates with headroom.
+        QADError: the job calibrates with headroom, or its scale rule needs the inputs.
     """
 
     def __init__(self, job: QADJob, quantizable: Sequence[str], num_microbatches: int):
@@ -91,6 +91,11 @@ class Probe:
             raise QADError(
                 "--qad-calibration-headroom: all formats are measured with one amax per input, and only NVFP4 has room "
                 "for a larger one. Leave it out."
+            )
+        if job.config.options.qad_weight_scale_rule == "local_hessian":
+            raise QADError(
+                "--qad-weight-scale-rule local_hessian: its scales depend on inputs, which are not collected here. "
+                "Choose mse_sweep, which searches the same scales."
             )
         chunks = build_chunks(model_config(job.config, args, job.config.student))
         load_weights(chunks, job.config.options.qad_teacher)

@@ -92,11 +92,14 @@ def test_kls_do_not_depend_on_parallelism(shop, tmp_path):
         assert actual["kl"] == pytest.approx(expected["kl"], rel=0.1), actual["name"]
 
 
-def test_small_budget_empty_policy_and_headroom_are_rejected(shop, tmp_path):
+def test_small_budget_empty_policy_headroom_and_rule_are_rejected(shop, tmp_path):
     assert "takes" not in (error := shop(tmp_path, "--budget-mb", "0.001", fails=True))
     assert "a budget of 1,000 bytes is below the" in error
     assert "quantizes nothing" in shop(tmp_path, "--qad-policy", "bf16", fails=True)
     assert "only NVFP4 has room" in shop(tmp_path, "--qad-calibration-headroom", "9", fails=True)
+    frozen = ["--qad-policy-override", "attention=nvfp4:frozen", "mlp=nvfp4:frozen"]
+    rule = ["--qad-weight-scale-rule", "local_hessian"]
+    assert "its scales depend on inputs, which are not collected here" in shop(tmp_path, *frozen, *rule, fails=True)
 
 
 def test_proposed_policy_has_the_fewest_rules(shop, tmp_path):

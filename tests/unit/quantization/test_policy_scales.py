@@ -148,8 +148,11 @@ def test_table_shows_settings_only_if_one_is_not_the_default(tmp_path):
     assert lines[5][2] == "output_layer" and lines[5][-3] == "fp8"  # no setting
 
 
-def test_rule_that_needs_statistics_of_inputs_is_refused():
-    with pytest.raises(QADError, match=r"output_layer\.weight has the scale rule local_hessian, .*Choose mse_sweep"):
-        resolve_scales(load("nvfp4-all-linear", ["expert=nvfp4", "head=nvfp4:local_hessian"]), LINEARS)
+def test_rule_that_needs_statistics_of_inputs_needs_frozen_scales():
+    policy = load("nvfp4-all-linear", ["expert=nvfp4", "head=nvfp4:local_hessian"])
+    with pytest.raises(QADError, match=r"output_layer\.weight has the scale rule local_hessian, .*'update: frozen'"):
+        resolve_scales(policy, LINEARS)
     with pytest.raises(QADError, match="local_hessian"):
         resolve_scales(load("nvfp4-all-linear"), LINEARS, default_rule="local_hessian")
+    frozen = load("nvfp4-all-linear", ["head=nvfp4:local_hessian:frozen"])
+    assert resolve_scales(frozen, LINEARS)["output_layer.weight"] == ScaleSetting("local_hessian", "frozen")
