@@ -7,6 +7,7 @@ other ranks, reports the rank that is behind, and ends the process; the launcher
 handled here: the launcher notices them at once.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -83,18 +84,25 @@ class Heartbeat:
             place = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "step": self.step}
             place |= {"phase": self.phase, "num_phases": self._num_phases, "time": self._time}
             if self._file is not None and place != written:
-                try:
-                    aside = self._file.with_suffix(".new")
-                    with open_new(aside) as stream:
-                        stream.write(json.dumps(place))
-                    aside.replace(self._file)
+                if self._write(place):  # a full disk must not end a job; the next round tries again
                     written = place
-                except OSError:
-                    pass  # a full disk must not end a job; the next round tries again
             limit = self._hang_timeout * self._patience  # read before the time, because ``beat`` sets it after the time
             if (waited := time.time() - self._time) > limit:
                 self._report(place, waited, limit)
             self._has_ended.wait(self._every)
+
+    def _write(self, place: dict) -> bool:
+        """Write the position to the rank's file. Returns whether that succeeded; if not, nothing is left behind."""
+        aside = self._file.with_suffix(".new")
+        try:
+            with open_new(aside) as stream:
+                stream.write(json.dumps(place))
+            aside.replace(self._file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            return False
+        return True
 
     def _report(self, local: dict, waited: float, limit: float) -> None:
         places = self._read_places() | {local["rank"]: local}

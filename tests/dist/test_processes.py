@@ -48,7 +48,13 @@ def default_sigint():
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    def is_alive(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # it ended between the two
+            return False
+
+    return [process for process in processes if is_alive(process)]
 
 
 # Each case resumes the run of the previous one: target of the signal, signal, expected line on the lost steps.

@@ -34,11 +34,10 @@ def parser():
     return lambda argv: MegatronFlags.from_args(megatron_parser.parse_args(argv))
 
 
-@pytest.mark.parametrize("rule", ["local_hessian", "min"])
-def test_scale_rules_that_no_job_can_use_are_rejected(rule):
-    check_option_values(QADOptions(qad_weight_scale_rule="mse_sweep"))
-    with pytest.raises(QADError, match=f"{rule}.*expected one of max, four_over_six, mse, mse_multipliers, mse_sweep"):
-        check_option_values(QADOptions(qad_weight_scale_rule=rule))
+def test_unknown_scale_rule_is_rejected():
+    check_option_values(QADOptions(qad_weight_scale_rule="local_hessian"))
+    with pytest.raises(QADError, match="min.*expected one of max, four_over_six, mse, mse_multipliers, mse_sweep, local"):
+        check_option_values(QADOptions(qad_weight_scale_rule="min"))
 
 
 @pytest.mark.parametrize("flag", FLAGS)
