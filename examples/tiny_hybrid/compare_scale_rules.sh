@@ -36,7 +36,7 @@ quantize() {
     once "$name-ptq" pretrain_qad.py --qad-teacher "$2" --qad-policy "$out/$name.yaml" --save "$out/$name-ptq" --qad-ptq
     once "$name-$3" pretrain_qad.py --qad-teacher "$2" --qad-policy "$out/$name.yaml" --save "$out/$name-$3" \
       --train-iters 120 --lr 2e-4 --seed "$3"
-    # With the last checkpoint's own rounding errors; the same flags but for the student.
+    # The flags of the job, with its last checkpoint as the student.
     once "$name-$3-noise" tools/noise_floor.py --qad-teacher "$2" --qad-policy "$out/$name.yaml" --qad-student "$out/$name-$3" \
       --output "$out/$name-$3/noise.json"
   done

@@ -36,7 +36,7 @@ def parser():
 
 def test_unknown_scale_rule_is_rejected():
     check_option_values(QADOptions(qad_weight_scale_rule="local_hessian"))
-    with pytest.raises(QADError, match="min.*expected one of max, four_over_six, mse, mse_multipliers, mse_sweep, local"):
+    with pytest.raises(QADError, match="min.*expected one of max, four_over_six, .*, local_hessian"):
         check_option_values(QADOptions(qad_weight_scale_rule="min"))
 
 
