@@ -6,6 +6,7 @@ tracebacks and errors that another package logs always reach the terminal. Outpu
 through ``sys.stdout`` and ``sys.stderr``, is not redirected.
 """
 
+import contextlib
 import logging
 import sys
 import sysconfig
@@ -111,11 +112,13 @@ class JobOutput:
 class Console:
     """A wrapper of stdout or stderr that passes the output of other packages to ``JobOutput``.
 
-    It drops text on a full disk or a closed pipe instead of ending the job.
+    It writes whole lines at once: ``print`` writes a text and its newline apart, and two unbuffered ranks would mix
+    theirs. It drops text on a full disk or a closed pipe instead of ending the job.
     """
 
     def __init__(self, stream: TextIO, output: JobOutput | None = None):
         self.stream, self._output = stream, output
+        self._line: list[str] = []  # the beginning of an unfinished line; a list, because appending is atomic
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -123,16 +126,21 @@ class Console:
     def write(self, text: str) -> int:
         if self._output is not None and self._output.takes(text, sys._getframe().f_back):
             return len(text)
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return len(text)  # there is no place left to report the error
+        self._line.append(text)
+        if text.endswith("\n"):
+            self._write_line()
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        self._write_line()
+        with contextlib.suppress(OSError):
             self.stream.flush()
-        except OSError:
-            return
+
+    def _write_line(self) -> None:
+        parts, self._line = self._line, []
+        if parts:
+            with contextlib.suppress(OSError):  # there is no place left to report the error
+                self.stream.write("".join(parts))
 
 
 def _is_foreign(frame: FrameType | None) -> bool:

@@ -131,3 +131,25 @@ def test_disk_errors_are_reported_once(tmp_path, capsys):
     for _ in range(3):
         print("x" * 10_000, file=full, flush=True)
     assert full.fileno() > 2
+
+
+def test_a_line_is_written_at_once(tmp_path):
+    """So that unbuffered processes with one terminal do not mix their lines."""
+
+    class Stream:
+        writes: list[str] = []
+
+        def write(self, text: str) -> int:
+            self.writes.append(text)
+            return len(text)
+
+        def flush(self) -> None:
+            pass
+
+    console = Console(Stream())
+    print("first", 1, file=console)
+    print("progress", end="", file=console)
+    assert Stream.writes == ["first 1\n"]
+    console.flush()
+    print("first\nsecond", file=console)
+    assert Stream.writes[1:] == ["progress", "first\nsecond\n"]
