@@ -9,20 +9,17 @@ and at most cast to the requested dtype; FP8 weights with ``weight_scale_inv`` a
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 import torch
 
-import megatron_qad
 from megatron_qad.checkpoint import finite, provenance, safetensors_file, source_names
 from megatron_qad.checkpoint.hf_reader import ASSETS, PASSTHROUGH_FILE, HFReader
 from megatron_qad.checkpoint.hf_writer import new_directory
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
 from megatron_qad.checkpoint.source_quantization import without_quantization
-from megatron_qad.checkpoint.stream_release import stream_release
-from megatron_qad.checkpoint.worker_pool import default_num_workers
+from megatron_qad.checkpoint.stream_import import PART_BYTES, stored_dtype, stored_parts, stream_import
 from megatron_qad.engine.config_values import dtype_name
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
@@ -35,7 +32,6 @@ from megatron_qad.models.families.base import ParamMapping
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _WEIGHT_DTYPES = ("F32", "BF16", "F16")
 """dtypes, as safetensors calls them, of the weights that are imported. Others would change a weight without a word."""
-PART_BYTES, _MAX_PARTS = 512 << 20, 1024
 
 
 def import_hf(
@@ -77,14 +73,15 @@ def import_hf(
         target = run_on_all_ranks(lambda: new_directory(target))
         plan = run_on_all_ranks(lambda: ModelImport.of(source, dtype, with_passthrough=rank == 0))
         record = provenance.model_provenance(source, str(dtype).removeprefix("torch."))
-        parts = divide(plan.maps, dtype, part_bytes)
-        stream_release(
+        stream_import(
             target,
-            parts=[[(m, num_bytes(m, dtype)) for m in part] for part in parts],
+            plan.maps,
+            dtype,
             convert=plan.convert,
             finish=lambda aside: plan.finish(aside, record),
-            job={"import": record, "parts": [len(part) for part in parts], "version": megatron_qad.__version__},
-            num_workers=num_workers or default_num_workers(),
+            record=record,
+            num_workers=num_workers,
+            part_bytes=part_bytes,
         )
     return len(plan.maps)
 
@@ -159,38 +156,6 @@ def _check_source(reader: HFReader, tensor_map: ParamMapping) -> None:
             )
         if (stored_shape := reader.stored_shape(name)) != shape:
             raise QADError(f"{where} has shape {list(stored_shape)}, but config.json implies {list(shape)}.")
-
-
-def stored_dtype(tensor_map: ParamMapping, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a tensor in a checkpoint whose weights are imported in ``dtype``."""
-    return torch.float32 if tensor_map.is_float32 else dtype
-
-
-def num_bytes(tensor_map: ParamMapping, dtype: torch.dtype) -> int:
-    """Return the size of a tensor in a checkpoint whose weights are imported in ``dtype``."""
-    return prod(tensor_map.shape) * stored_dtype(tensor_map, dtype).itemsize
-
-
-def divide(maps: Sequence[ParamMapping], dtype: torch.dtype, part_bytes: int = PART_BYTES) -> list[list[ParamMapping]]:
-    """Divide tensors into parts of at least ``part_bytes``. All ranks and a later run get the same parts."""
-    part_bytes = max(part_bytes, sum(num_bytes(m, dtype) for m in maps) // _MAX_PARTS)
-    parts: list[list[ParamMapping]] = []
-    size = part_bytes
-    for tensor_map in maps:
-        if size >= part_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(tensor_map)
-        size += num_bytes(tensor_map, dtype)
-    return parts
-
-
-def stored_parts(tensor_map: ParamMapping, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parts in which Megatron stores a tensor, with their names."""
-    rows = tensor_map.checkpoint_splits
-    for ending, part in zip(rows, tensor.split(tuple(rows.values())), strict=True):
-        # Cloned, because torch.save writes all of a view's storage.
-        yield tensor_map.megatron + ending, part if len(rows) == 1 else part.clone()
 
 
 def copy_assets(source: Path, target: Path) -> None:

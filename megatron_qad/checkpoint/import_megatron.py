@@ -13,18 +13,16 @@ from pathlib import Path
 
 import torch
 
-import megatron_qad
 from megatron_qad.checkpoint import finite, provenance
 from megatron_qad.checkpoint.hf_reader import ASSETS
 from megatron_qad.checkpoint.hf_writer import new_directory
-from megatron_qad.checkpoint.import_hf import PART_BYTES, copy_assets, divide, num_bytes, stored_dtype, stored_parts
+from megatron_qad.checkpoint.import_hf import copy_assets
 from megatron_qad.checkpoint.megatron_names import Piece, is_gpt, locate
 from megatron_qad.checkpoint.megatron_settings import check_settings, read_settings
 from megatron_qad.checkpoint.model_directory import find_files
 from megatron_qad.checkpoint.release import lock_output, run_on_all_ranks
 from megatron_qad.checkpoint.slice_reader import SliceReader, Stored
-from megatron_qad.checkpoint.stream_release import stream_release
-from megatron_qad.checkpoint.worker_pool import default_num_workers
+from megatron_qad.checkpoint.stream_import import PART_BYTES, stored_dtype, stored_parts, stream_import
 from megatron_qad.engine.distributed import rank_and_size
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.local_models import missing_config
@@ -81,14 +79,16 @@ def import_megatron(
         target = run_on_all_ranks(lambda: new_directory(target))
         directory = run_on_all_ranks(lambda: iteration_to_import(source))
         plan = run_on_all_ranks(lambda: _MegatronImport.of(directory, assets, dtype))
-        record, parts = import_provenance(directory, assets, dtype), divide(plan.maps, dtype, part_bytes)
-        stream_release(
+        record = import_provenance(directory, assets, dtype)
+        stream_import(
             target,
-            parts=[[(m, num_bytes(m, dtype)) for m in part] for part in parts],
+            plan.maps,
+            dtype,
             convert=plan.convert,
             finish=lambda aside: _finish(assets, aside, record),
-            job={"import": record, "parts": [len(part) for part in parts], "version": megatron_qad.__version__},
-            num_workers=num_workers or default_num_workers(),
+            record=record,
+            num_workers=num_workers,
+            part_bytes=part_bytes,
         )
     return len(plan.maps)
 
