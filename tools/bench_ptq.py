@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def rows(size: str, options: argparse.Namespace) -> Iterator[str]:
-    """Yield the rows of one model's table; makes the model if it does not exist."""
+    """Yield the rows of one model's table. Creates the model if it does not exist."""
     model, sums = options.output / size, {}
     if not (model / "latest_checkpointed_iteration.txt").is_file():
         measure([__file__, "--output", str(options.output), "--make", size])
@@ -108,7 +108,7 @@ def rows(size: str, options: argparse.Namespace) -> Iterator[str]:
 
 
 def measure(command: list[str]) -> Measured:
-    """Run a Python command that must succeed, as a job of one rank."""
+    """Run a Python command as a job of one rank. Exits if the command fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

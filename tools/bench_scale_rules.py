@@ -66,7 +66,7 @@ def cell(ratios: list[float]) -> str:
 
 
 def random_tensors(size: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the name and a bfloat16 weight of each kind."""
+    """Yield (name, bfloat16 weight [size, size]) for each kind of random tensor."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(size, size, generator=generator) * 0.02
     yield "normal", normal.bfloat16()
@@ -80,7 +80,7 @@ def random_tensors(size: int, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def model_weights(directory: Path, num_layers: int) -> Iterator[tuple[str, list[list[list[torch.Tensor]]]]]:
-    """Yield the weights of a model's linears by kind: one case, of groups that share a scale."""
+    """Yield (kind of linear, weights): one case per kind, a list of groups of weights that share a scale."""
     names = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -100,7 +100,7 @@ def model_weights(directory: Path, num_layers: int) -> Iterator[tuple[str, list[
 
 
 def squared_error(group: list[torch.Tensor], rule: str) -> float:
-    """Return the sum of squared errors of tensors that share a scale."""
+    """Return the sum of squared quantization errors of weights that share a scale."""
     amax = torch.stack([tensor_amax(weight) for weight in group]).amax()
     scale = NVFP4.scale_from_amax(amax, rule=rule)
     return sum(
@@ -110,7 +110,7 @@ def squared_error(group: list[torch.Tensor], rule: str) -> float:
 
 
 def milliseconds(weight: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Return the time of each rule, in interleaved repeats."""
+    """Return the median time of each rule in ms per million weights. The rules take turns in each repeat."""
     times: dict[str, list[float]] = {rule: [] for rule in RULES}
     scales = {rule: NVFP4.scale_from_amax(tensor_amax(weight), rule=rule) for rule in RULES}
     for _ in range(repeats):

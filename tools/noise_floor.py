@@ -1,10 +1,10 @@
-"""Measures the noise floor of a quantized checkpoint: half of its KL to itself with other rounding errors.
+"""Measures the noise floor of a quantized checkpoint: half the KL between the model and itself with perturbed inputs.
 
     torchrun --nproc-per-node N tools/noise_floor.py [--num-microbatches 16] --qad-student RUN --qad-teacher CKPT \
       --data-path DATA ...        (Megatron's and pretrain_qad.py's flags, with the run's policy)
 
-Use the flags of the job that saved RUN; its validation split is measured. No training can bring the KL to the teacher
-below this floor. Without --bf16 the model is computed in float32, so that only the changes made here are noise.
+Use the flags of the job that saved RUN; its validation split is measured. A KL to the teacher below this
+floor is noise. Without --bf16 the model is computed in float32, so that the perturbation is the only noise.
 """
 
 import argparse
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     initialize_megatron()
     result = measure_noise(job, options.num_microbatches, options.noise_seed)
     print_rank_0(
-        f"noise floor: {result.floor:.5g} nats per token, half of KL {result.kl:.5g} to itself with inputs changed by "
-        f"a relative {NUDGE:.3g}, over {result.num_tokens} tokens"
+        f"noise floor: {result.floor:.5g} nats per token, half of KL {result.kl:.5g} to itself with inputs perturbed "
+        f"by a relative {NUDGE:.3g}, over {result.num_tokens} tokens"
     )
     if options.output is not None and is_rank0():
         record = {"floor": result.floor, "kl": result.kl, "num_tokens": result.num_tokens, "nudge": NUDGE}

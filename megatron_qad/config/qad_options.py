@@ -44,8 +44,9 @@ class QADOptions:
 
     qad_weight_scale_rule: str = "max"
     """How the block scales of NVFP4 weights are chosen where the policy names no rule: 'max' (maps the largest
-    magnitude of a block to 6), 'four_over_six' (maps it to 6 or 4, whichever has the smaller error) or 'mse' (searches
-    for the scale with the smallest error). The stored format is the same. Default: max."""
+    magnitude of a block to 6), 'four_over_six' (maps it to 6 or 4, whichever has the smaller error), 'mse' (searches
+    for the scale with the smallest error), or modelopt's searches 'mse_multipliers', 'mse_sweep' and 'local_hessian'
+    (docs/policies.md). The stored format is the same. Default: max."""
 
     qad_calibration_samples: int = 64
     """Number of training sequences that set the amax of the activation quantizers before the first step, rounded up to

@@ -76,7 +76,7 @@ class JobOutput:
         self.log(f"---- start of {time.strftime('%Y-%m-%d %H:%M:%S')} ----\n{''.join(waiting)}")
 
     def log(self, text: str) -> None:
-        """Write text to the file; also to the terminal if that shows everything."""
+        """Write text to the file. Before ``open`` it waits; without a file it is dropped."""
         if self._waiting is not None:
             self._waiting.append(text)
         elif self._file is not None:

@@ -47,7 +47,7 @@ ALL = {"kind": ["attention", "mlp", "expert", "head"], "format": "nvfp4"}
 
 
 def test_settings_come_from_the_last_rule_that_matches(tmp_path):
-    """The whole rule wins: what it does not say is the default, not the value of an earlier rule."""
+    """A later rule replaces an earlier one completely: keys that it leaves out take their defaults."""
     policy = load(
         write(tmp_path, ALL | {"scales": "mse", "update": "frozen"}, {"kind": "mlp", "format": "nvfp4-w4a16"}),
         ["expert=nvfp4:four_over_six:frozen", "head=fp8"],

@@ -26,7 +26,7 @@ def config(name: str) -> dict:
 
 @pytest.fixture(scope="module")
 def report():
-    """Function that resolves a shipped policy, once, for its model."""
+    """Return a function that resolves a shipped policy for its model and caches the result."""
     reports = {}
 
     def resolve(policy: str):
@@ -57,7 +57,7 @@ def test_counts_are_those_of_the_releases(report, policy, expected):
 
 
 def test_sizes_are_those_of_the_releases(report):
-    """In 10^9 bytes, without the multi-token prediction layers. NVIDIA gives 331 GB for Ultra."""
+    """Sizes are in 10^9 bytes and leave out multi-token prediction layers. NVIDIA gives 331 GB for Ultra."""
     assert round(report(SUPER).num_weights / 1e9, 1) == 120.7
     assert round(report(ULTRA).bytes_after / 1e9, 1) == 329.5
     assert round(report(LIGHTNING).bytes_after / 1e9, 1) == 18.9
@@ -99,7 +99,7 @@ def test_scales_are_those_of_the_recipes(report):
 
 
 def test_kind_expert_includes_the_latent_projections():
-    """As before latent became a kind of its own."""
+    """``expert`` still selects latent projections, which now have a kind of their own."""
     few_experts = config(SUPER) | {"n_routed_experts": 32}
     linears = family_of(few_experts).linears(few_experts)
     latent = {linear.megatron for linear in linears if linear.kind == "latent"}
