@@ -66,6 +66,20 @@ def check_blocks(flags: MegatronFlags, linears: Sequence[ParamMapping], formats:
         check_columns(linear.megatron, linear.shape[1] // (ranks if is_row_parallel else 1), fmt)
 
 
+def check_headroom(options: QADOptions, formats: Mapping[str, str]) -> None:
+    """Check that a job whose inputs get headroom has inputs with block scales.
+
+    Args:
+        formats: format of each quantized linear, by Megatron weight name.
+    """
+    inputs = [FORMATS[name].input for name in formats.values()]
+    if options.qad_calibration_headroom is not None and not any(fmt and fmt.block_size > 1 for fmt in inputs):
+        raise QADError(
+            f"--qad-calibration-headroom {options.qad_calibration_headroom:g}: the policy {options.qad_policy} gives no"
+            " linear NVFP4 inputs, and only these have block scales. Leave the flag out."
+        )
+
+
 def check_growth(losses: WeightedLosses, scales: Mapping[str, ScaleSetting]) -> None:
     """Check that a penalty on growing scales knows all scales when the job starts."""
     terms = losses.terms_of_type(ScaleGrowth)
