@@ -8,7 +8,6 @@ hashes of the output are used to detect damage; the remaining entries must match
 import hashlib
 import json
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,9 @@ def check_same_provenance(output: Path, record_name: str, expected: dict[str, An
             "--output."
         )
     if record_name == EXPORT_FILE:
-        problems = [f"{name} {problem}" for name, problem in find_export_problems(output).items()]
+        # The records of early versions list no files.
+        found = find_export_problems(output) if "files" in record else {}
+        problems = [f"{name} {problem}" for name, problem in found.items()]
     else:
         problems = [
             *manifest.find_problems(output / "release"),
@@ -103,19 +104,25 @@ def check_same_provenance(output: Path, record_name: str, expected: dict[str, An
         )
 
 
-def find_export_problems(output: Path, only: str = "*") -> dict[str, str]:
-    """Return {file: problem} for the damaged files of an export; empty if its record has no hashes.
+def find_export_problems(output: Path) -> dict[str, str]:
+    """Return {file: problem} for the files of an export that are missing or differ from its record.
 
-    Args:
-        only: pattern of the file names to check.
+    Raises:
+        QADError: the record is missing, damaged, or lists no files.
     """
     file = output / EXPORT_FILE
-    sums = json_records.read(file).get("files", {}) if file.is_file() else {}
-    sums = {name: (size, digest) for name, (size, digest) in sums.items() if fnmatch(name, only)}
-    missing = [name for name in sums if not (output / name).is_file()]
-    actual = manifest.sums_of(output, [name for name in sums if name not in missing])
-    changed = {name: "has changed since it was written" for name in actual if actual[name] != sums[name]}
-    return dict.fromkeys(missing, "is missing") | changed
+    record = json_records.read(file)
+    sums = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(sums, dict) or not sums:
+        raise QADError(f"{file}: lists no files with their SHA-256, as records of this version do.")
+    present = [name for name in sums if (output / name).is_file()]
+    actual = manifest.sums_of(output, present)
+    problems = dict.fromkeys((name for name in sums if name not in actual), "is missing")
+    return problems | {
+        name: "has changed since it was written (another SHA-256)"
+        for name in present
+        if list(actual[name]) != sums[name]
+    }
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from typing import Any
 from megatron_qad.checkpoint.expected_tensors import Inventory, inventory
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
-from megatron_qad.checkpoint.provenance import find_export_problems
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
+from megatron_qad.checkpoint.validate_sums import check_sums
 from megatron_qad.checkpoint.validate_values import check_values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.plural import count
-from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 
 _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -68,10 +67,13 @@ class ValidationResult:
         return ", ".join([*(f"{n} {fmt}" for fmt, n in sorted(counts.items())), f"KV cache {self.kv_cache}"])
 
 
-def validate_nvfp4(directory: str | Path) -> ValidationResult:
+def validate_nvfp4(directory: str | Path, *, with_sums: bool = True) -> ValidationResult:
     """Validate the quantized HF checkpoint ``directory`` in the modelopt or the compressed-tensors layout.
 
     Does not raise for a damaged or invalid checkpoint; every issue is in the result.
+
+    Args:
+        with_sums: whether to compare every file with its SHA-256 at the time of the export.
 
     Example::
 
@@ -86,6 +88,8 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
     if (result.directory / "hf" / "config.json").is_file():
         result.add(str(directory), "is a Megatron checkpoint; expected an exported one (tools/export_hf.py)")
         return result
+    if with_sums:
+        check_sums(result.directory, result.add)
     config = read_json(result.directory / "config.json", result.add)
     shards = read_shards(result.directory, result.add)
     result.num_tensors, result.num_bytes = len(shards.tensors), shards.num_bytes
@@ -108,17 +112,7 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
     check_config(result.directory, config, layout, model, result.quantized, result.kv_cache, result.add)
     _check_names_and_shapes(config, layout, model, shards, result)
     check_values(layout, model, shards, result.quantized, result.kv_cache, result.add)
-    _check_hashes(result)
     return result
-
-
-def _check_hashes(result: ValidationResult) -> None:
-    """Compare weight files with the exporter's hashes. Small files may be edited, such as a chat template."""
-    try:
-        for name, problem in find_export_problems(result.directory, only="*.safetensors").items():
-            result.add(name, problem)
-    except QADError as error:
-        result.add(EXPORT_FILE, str(error))
 
 
 def _passthrough_linears(model: Inventory, shards: Shards) -> list[str]:
