@@ -15,11 +15,12 @@ from megatron_qad.checkpoint.hf_reader import ASSETS
 from megatron_qad.checkpoint.weight_files import weight_files
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory.iterations import smoothing_record
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.engine.text_files import read_json
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
-_INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files")
+_INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files", "max_movement", "smoothing")
 
 
 def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
@@ -54,6 +55,23 @@ def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, A
         "iteration": directory.name,
         "layout": layout,
         "sha256": _digest([*_iteration_parts(directory), formats, *_hf_parts(directory.parent / "hf")]),
+    }
+
+
+def starting_point(directory: Path, job: dict) -> dict[str, Any]:
+    """Return the entries of an export's record that ``validate --against`` needs.
+
+    Args:
+        directory: directory of the iteration.
+        job: contents of ``qad.json``.
+    """
+    smoothing, max_lr = smoothing_record(directory.parent), job.get("max_lr")
+    number = directory.name.removeprefix("iter_")
+    return {
+        # The largest distance by which training can have moved a weight. None: unknown.
+        "max_movement": max_lr * int(number) if max_lr is not None and number.isdigit() else None,
+        # Identifies the smoothed weights that training began from. None: they were not smoothed.
+        "smoothing": None if smoothing is None else smoothing.get("result"),
     }
 
 
@@ -132,7 +150,9 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(record: dict[str, Any]) -> str:
     short = {
-        key: value[:12] if key in ("sha256", "result") else value for key, value in record.items() if key != "files"
+        key: value[:12] if key in ("sha256", "result") else value
+        for key, value in record.items()
+        if key not in ("files", "max_movement", "smoothing")
     }
     return ", ".join(f"{key} {value}" for key, value in short.items())
 
