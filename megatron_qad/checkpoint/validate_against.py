@@ -68,7 +68,7 @@ class Original:
         validate_model_files.check_config_entries(config, against, issue)
         validate_model_files.check_generation_config(directory, against, issue)
         check_weights(self.reader, layout, model, shards, quantized, self.movement, damaged, issue)
-        return validate_model_files.check_tokenizer(directory, config, against, issue)
+        return validate_model_files.check_tokenizer(directory, against, issue)
 
 
 def _record(directory: Path) -> dict[str, Any]:

@@ -25,6 +25,8 @@ _NOT_ARCHITECTURE = (
     *("transformers_version", "_name_or_path"),
 )
 _MISSING = "missing"
+_NUM_PIECES = 200
+"""Number of pieces of the vocabulary that are encoded, besides ``PROBE``."""
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
 
 
@@ -80,7 +82,7 @@ def _differences(found: Any, expected: Any, path: str = "") -> Iterator[tuple[st
             yield from _differences(found[key], expected[key], name)
 
 
-def check_tokenizer(directory: Path, config: dict[str, Any], original: Path, issue: AddIssue) -> str | None:
+def check_tokenizer(directory: Path, original: Path, issue: AddIssue) -> str | None:
     """Report a tokenizer that does not load, is larger than the vocabulary, or gives other ids than the original's.
 
     Returns:
@@ -103,7 +105,7 @@ def check_tokenizer(directory: Path, config: dict[str, Any], original: Path, iss
         issue("tokenizer", f"does not load: {error}; that of {original} does")
         return None
     vocabulary, expected_vocabulary = found.get_vocab(), expected.get_vocab()
-    num_rows = integer(text_config(config), "vocab_size")
+    num_rows = integer(text_config(text_files.read_json(original / "config.json")), "vocab_size")
     size, expected_size = (max(v.values(), default=-1) + 1 for v in (vocabulary, expected_vocabulary))
     if size > max(num_rows, expected_size):
         issue("tokenizer", f"has ids up to {size - 1}, but the model's vocabulary ends at {num_rows - 1}")
@@ -118,7 +120,8 @@ def check_tokenizer(directory: Path, config: dict[str, Any], original: Path, iss
     for name in _SPECIAL:
         if getattr(found, name) != getattr(expected, name):
             issue("tokenizer", f"{name} is {getattr(found, name)}, but {getattr(expected, name)} in {original}")
-    if not wrong and _ids(found) != _ids(expected):
+    texts = [PROBE, *sorted(expected_vocabulary)[:: len(expected_vocabulary) // _NUM_PIECES + 1]]
+    if not wrong and _ids(found, texts) != _ids(expected, texts):
         issue("tokenizer", f"splits text in another way than that of {original}")
     return None
 
@@ -132,6 +135,10 @@ def _load(directory: Path):
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
 
-def _ids(tokenizer) -> list[int]:
-    with failures_are_bad_documents("the tokenizer rejected a text"):
-        return list(tokenizer(PROBE, verbose=False)["input_ids"])
+def _ids(tokenizer, texts: list[str]) -> list[list[int]] | None:
+    """Return the ids of each text; None if the tokenizer rejects one."""
+    try:
+        with failures_are_bad_documents("the tokenizer rejected a text"):
+            return [list(tokenizer(text, verbose=False)["input_ids"]) for text in texts]
+    except QADError:
+        return None

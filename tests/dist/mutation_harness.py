@@ -69,15 +69,16 @@ class Mutations:
             sizes = {"vocab_size": config["vocab_size"], "tokenizer": load_tokenizer(hf)}
             tiny_job.write_data(directory / name / "data", **sizes)
             models.append([str(hf), str(directory / name / "teacher"), "bfloat16"])
-        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+        server.run("training_jobs:import_checkpoints", 1, {"models": models}, timeout=600)
         for name in CONFIGS:
             run = directory / name
             paths = ["--qad-teacher", run / "teacher", "--data-path", run / "data", "--save", run / "run"]
             kv_cache = ["--qad-policy-override", "kv_cache=fp8"] if name == "llama" else []
             argv = [*map(str, paths), *tiny_job.READ_HERE, *FLAGS, *kv_cache]
-            server.run("training_jobs:train", 1, {"argv": argv})
+            server.run("training_jobs:train", 1, {"argv": argv}, timeout=600)
             outputs = {layout: str(run / layout) for layout in LAYOUTS}
-            server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(run / "run"), "outputs": outputs})
+            arguments = {"checkpoint": str(run / "run"), "outputs": outputs}
+            server.run("training_jobs:export_checkpoint", 1, arguments, timeout=600)
 
     def validate(self, export: Path, model: str) -> dict[str, list[str]]:
         """Return the issues that each check finds."""

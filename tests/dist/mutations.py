@@ -262,7 +262,10 @@ MUTATIONS = [
     Mutation("tokenizer empty", empty("tokenizer.json")),
     Mutation("two ids of the tokenizer swapped", tokenizer(_swap_ids)),
     Mutation("tokenizer larger than the vocabulary", tokenizer(lambda c: c["model"]["vocab"].update({"new": 500}))),
-    Mutation("tokenizer splits text in another way", tokenizer(lambda c: c.update(normalizer={"type": "Lowercase"}))),
+    Mutation(
+        "tokenizer splits text in another way",
+        tokenizer(lambda c: c.update(normalizer={"type": "Prepend", "prepend": "_"})),
+    ),
     Mutation(
         "eos token of the tokenizer", lambda e: e.json("tokenizer_config.json", lambda c: c.update(eos_token="w9"))
     ),
