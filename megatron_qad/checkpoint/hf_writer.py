@@ -29,7 +29,7 @@ from megatron_qad.checkpoint.layouts import (
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest, new_files
-from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
+from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE, EXPORT_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 
 # Files needed by servers and tokenizers in addition to weights and config.json; *.py for models with their own code.
@@ -80,6 +80,7 @@ def write_hf_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     kv_cache: str = "bf16",
     record: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Written:
     """Write ``items``, in their order, as the HF checkpoint ``directory``.
 
@@ -95,6 +96,7 @@ def write_hf_checkpoint(
         max_shard_bytes: maximum size of a shard's tensor data; a larger tensor gets its own shard.
         kv_cache: one of ``KV_CACHE_FORMATS``, whose scales are among ``items``; recorded in the configurations.
         record: provenance of the checkpoint; written to it together with the hashes of all its files.
+        calibration: content of calibration.json (``calibration_record``); None: it is not written.
 
     Raises:
         QADError: a non-empty directory or a mount point, a full disk, a duplicate name, and errors of
@@ -109,6 +111,7 @@ def write_hf_checkpoint(
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
         record=record,
+        calibration=calibration,
     )
     aside = directory.parent / f".{directory.name}.partial"
     shards = _Shards(aside, max_shard_bytes)
@@ -145,6 +148,7 @@ class Description:
     source: Path | None
     kv_cache: str
     record: Mapping[str, Any] | None
+    calibration: Mapping[str, Any] | None = None
 
     def write(
         self, directory: Path, formats: dict[str, str], sums: Mapping[str, manifest.Sum] | None = None
@@ -163,6 +167,8 @@ class Description:
         if self.source is not None:
             copy_files(self.source, directory, COPIED_FILES)
         _write_configs(directory, self.config, self.layout, excluded, formats, self.kv_cache)
+        if self.calibration is not None and self.layout != "bf16":
+            json_records.write(directory / CALIBRATION_FILE, self.calibration)
         if self.record is not None:
             others = [name for name in manifest.files_in(directory) if name not in sums]
             all_sums = dict(sorted({**sums, **manifest.sums_of(directory, others)}.items()))
@@ -277,6 +283,7 @@ def describe(
     max_shard_bytes: int,
     kv_cache: str,
     record: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Description:
     """Check arguments of ``write_hf_checkpoint`` before anything is written. Raises QADError."""
     check_layout(layout)
@@ -286,7 +293,7 @@ def describe(
         raise QADError(
             "config.json already has a quantization_config; expected the config of a BF16 model. Remove the entry."
         )
-    return Description(config, layout, linear_modules, _check_source(source), kv_cache, record)
+    return Description(config, layout, linear_modules, _check_source(source), kv_cache, record, calibration)
 
 
 def _check_source(source: str | Path | None) -> Path | None:

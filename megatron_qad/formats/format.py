@@ -41,6 +41,8 @@ class NumberFormat:
     """Bytes of a stored weight in addition to its elements and block scales. Default: one float32 scale."""
     scale_rules: tuple[str, ...] = ("max",)
     """Rules that can choose the block scales (``block_scales``). Formats with only "max" have none to choose."""
+    rounding_error: float = 0.25
+    """Bound of the relative error of a rounded weight, ||rounded - x|| / ||x||, for the validator."""
     input_attributes: Mapping[Any, Any] | None = None
     """modelopt quantizer attributes for an input in this format. None means that the format is for weights only."""
 
