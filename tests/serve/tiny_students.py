@@ -1,8 +1,8 @@
 """Makes tiny quantized students of several families with the project's own tools: import, PTQ job, export.
 
-The weights are random and large enough that the distributions are far from uniform. The students are in float32, so that
-engines can be compared without BF16's noise. All inner sizes are multiples of 128, the block of INT4; llama.cpp's NVFP4
-needs multiples of 64.
+The weights are random and large enough that the distributions are far from uniform. The students are in float32, so
+that engines can be compared without BF16's noise. All inner sizes are multiples of 128, the block of INT4; llama.cpp's
+NVFP4 needs multiples of 64.
 """
 
 import json
@@ -20,10 +20,10 @@ from prepared import write_prepared
 
 from megatron_qad.data.tokenizer import load_tokenizer
 
-VOCAB = 258
+VOCAB = 259
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
 _SIZES |= {"head_dim": 32, "moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 128}
-_FLOAT32 = {"torch_dtype": "float32", "bos_token_id": 256, "eos_token_id": 257}
+_FLOAT32 = {"torch_dtype": "float32", "bos_token_id": 257, "eos_token_id": 258}
 _QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 _QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 CONFIGS = {
@@ -93,10 +93,10 @@ class Students:
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Return a BPE tokenizer whose tokens are single bytes, without merges, and two special tokens."""
+    """Return a BPE tokenizer of bytes, two special tokens and a merge, without which llama.cpp does not load it."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    vocab = {token: i for i, token in enumerate([*alphabet, "he", "<s>", "</s>"])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("h", "e")]))
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")

@@ -1,6 +1,6 @@
 """Exports that transformers would load wrongly: the facts, with the real transformers, and its refusal of our exports.
 
-When a test of the facts fails, transformers was mended: then ``transformers_support`` should claim less.
+When a test of the facts fails, transformers was fixed: then ``transformers_support`` should claim less.
 """
 
 import json
