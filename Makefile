@@ -8,7 +8,7 @@ RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Runs the tests in two processes (distributed by tests/conftest.py).
 RUN_TESTS = $(RUN) pytest -q tests --ignore tests/te -n 2 --dist loadfile
 
-.PHONY: demo tiny-hybrid test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env
+.PHONY: demo tiny-hybrid test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env serve-env test-serve
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -20,11 +20,21 @@ demo: env
 tiny-hybrid: env
 	$(RUN) examples/tiny_hybrid/run.sh $(HYBRID_DIR)
 
-test: env lint
+test: env lint serve-env
 	$(RUN_TESTS)
 
+# Creates or reuses the environment of the serving engines, shared by all clones (docs/serving.md). QAD_NO_SERVE=1 leaves it
+# and the tests in tests/serve out.
+serve-env:
+	@if [ -n "$$QAD_NO_SERVE" ]; then echo "QAD_NO_SERVE is set: no serving environment, and tests/serve is skipped"; \
+	else tools/setup_serving_env.sh; fi
+
+# Serves exports with real engines on the CPU and compares their log-probabilities with those of the trained students.
+test-serve: env serve-env
+	$(RUN) pytest -q -rs tests/serve
+
 # Also runs the slow tests that make test leaves out.
-test-all: env lint
+test-all: env lint serve-env
 	$(RUN_TESTS) -m 'all or not all'
 
 # Kills jobs at thirty random moments, in steps, saves and exports, and writes the results to docs/. Takes minutes.

@@ -42,6 +42,7 @@ from megatron_qad.checkpoint.stored_scales import StoredScales
 from megatron_qad.checkpoint.stream_release import explained
 from megatron_qad.checkpoint.stream_shards import Piece, ShardPlan, ShardWriter
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.checkpoint.transformers_support import transformers_problem
 from megatron_qad.checkpoint.worker_pool import default_num_workers
 from megatron_qad.engine.distributed import on_rank_0, rank_and_size
 from megatron_qad.engine.errors import QADError
@@ -99,7 +100,9 @@ def export_hf(
         plan = run_on_all_ranks(lambda: ShardPlan.of(export.pieces(), max_shard_bytes))
         excluded = _write(export, plan, description, output, num_workers or default_num_workers())
     shards = tuple(plan.names)
-    return Written(output, len(plan.weight_map), plan.num_bytes, shards, export.quantized_modules(), tuple(excluded))
+    quantized = export.quantized_modules()
+    problem = transformers_problem(description.config, layout, quantized)
+    return Written(output, len(plan.weight_map), plan.num_bytes, shards, quantized, tuple(excluded), problem)
 
 
 def _prepare(

@@ -27,6 +27,7 @@ from megatron_qad.checkpoint.layouts import (
     stored_tensors,
 )
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
+from megatron_qad.checkpoint.transformers_support import refused_by_transformers, transformers_problem
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest, new_files
 from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE, EXPORT_FILE
@@ -67,6 +68,7 @@ class Written:
     shards: tuple[str, ...]  # file names
     quantized: dict[str, str]  # module -> format
     excluded: tuple[str, ...]  # linears that are not quantized
+    transformers_problem: str | None = None  # why transformers cannot compute with it
 
 
 def write_hf_checkpoint(
@@ -135,7 +137,15 @@ def write_hf_checkpoint(
             if error.errno in _DISK_FULL:
                 raise _disk_full(directory, shards) from error
             raise
-    return Written(directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), formats, tuple(excluded))
+    return Written(
+        directory,
+        len(shards.weight_map),
+        shards.num_bytes,
+        tuple(shards.names),
+        formats,
+        tuple(excluded),
+        transformers_problem(config, layout, formats),
+    )
 
 
 @dataclass(frozen=True)
@@ -307,6 +317,7 @@ def _check_source(source: str | Path | None) -> Path | None:
 def _write_configs(
     directory: Path, config: dict, layout: LayoutName, excluded: list[str], formats: dict[str, str], kv_cache: str
 ) -> None:
+    config = refused_by_transformers(config, transformers_problem(config, layout, formats))
     if layout != "bf16":
         if not formats:
             raise QADError(

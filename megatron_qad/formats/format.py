@@ -82,6 +82,10 @@ class NumberFormat:
         """Return the scale of an input with this amax. Arguments and errors are those of ``scale_from_amax``."""
         return self.scale_from_amax(amax, name=name, check=check)
 
+    def calibrated_amax(self, amax: Tensor) -> Tensor:
+        """Return the amax to keep after a calibration that found ``amax``, float32 []: this one or a slightly larger one."""
+        return amax
+
     def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str], rule: str = "max") -> Tensor:
         """Return the scales of n tensors, float32 [n], from their amaxes, float32 [n]."""
         first = int((~amaxes.isfinite()).int().argmax())  # names the weight if there is an error

@@ -3,10 +3,14 @@
 Training, export and validation call these functions. Only amaxes are stored in checkpoints.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 _TIE_FREE = 1.0 + 2.0**-13
+MIN_MARGIN = 2.0**-20
+"""Margin above which the results of all kernels, which agree to within 2^-20.7, lie on one side of each boundary."""
 
 
 def tie_free(scale: Tensor) -> Tensor:
@@ -21,6 +25,30 @@ def tie_free(scale: Tensor) -> Tensor:
         scale: float32, any shape.
     """
     return scale * torch.full_like(scale, _TIE_FREE)
+
+
+def tie_margin(scale: Tensor) -> Tensor:
+    """Return how far, relatively, the nearest bfloat16 input is from a rounding boundary under each NVFP4 global scale.
+
+    A block with maximum a has the block scale E4M3(a / (6 * scale)), and an element x of it the code
+    E2M1(x / (block_scale * scale)). Boundaries are midpoints between neighbouring numbers. Powers of two change nothing,
+    so all pairs of mantissas of inputs, block scales and boundaries are compared.
+
+    Args:
+        scale: float32 or float64 [n], positive.
+
+    Returns:
+        float64 [n], on the CPU so that all ranks get the same.
+    """
+    inputs = 1 + torch.arange(128, dtype=torch.float64) / 128
+    block_scales = 1 + torch.arange(8, dtype=torch.float64) / 8
+    e2m1_boundaries = 1 + torch.arange(4, dtype=torch.float64) / 4
+    e4m3_boundaries = 1 + torch.arange(16, dtype=torch.float64) / 16  # normal and subnormal
+    of_codes = inputs.view(-1, 1, 1) / (block_scales.view(-1, 1) * e2m1_boundaries)
+    of_block_scales = inputs.view(-1, 1) / (6 * e4m3_boundaries)
+    quotients = torch.cat([of_codes.flatten(), of_block_scales.flatten()])
+    exponents = (quotients / scale.detach().cpu().double().view(-1, 1)).log2()
+    return torch.expm1((exponents - exponents.round()) * math.log(2)).abs().amin(1)
 
 
 def round_up_to_bf16(scale: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from megatron_qad.formats import nvfp4, nvfp4_fixed, nvfp4_multi_tensor, nvfp4_p
 from megatron_qad.formats.block_scales import SCALE_RULES, scale_rule
 from megatron_qad.formats.common import NotRepresentableError
 from megatron_qad.formats.format import LinearFormat, NumberFormat, StoredLinear
-from megatron_qad.formats.input_scales import tie_free
+from megatron_qad.formats.input_scales import MIN_MARGIN, round_up_to_bf16, tie_free, tie_margin
 from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 
@@ -48,6 +48,16 @@ class NVFP4Numbers(NumberFormat):
 
     def input_scale_from_amax(self, amax: Tensor, *, name: str = "tensor", check: bool = True) -> Tensor:
         return tie_free(self.scale_from_amax(amax, name=name, check=check)).clamp(max=nvfp4.GLOBAL_SCALE_MAX)
+
+    def calibrated_amax(self, amax: Tensor) -> Tensor:
+        """Return ``amax``, or the next bfloat16 number if its scale leaves a bfloat16 input near a rounding boundary.
+
+        No bfloat16 amax does (tested for all). Those of BF16 jobs are bfloat16 numbers, so they stay as they are. Of other
+        float32 amaxes 2 % do.
+        """
+        if tie_margin(self.input_scale_from_amax(amax)) > MIN_MARGIN:
+            return amax
+        return round_up_to_bf16(amax)
 
     def quantize(
         self, x: Tensor, scale: Tensor, *, name: str = "tensor", check: bool = True, rule: str = "max"

@@ -96,6 +96,7 @@ class ActivationQuantizers:
         self.headroom = headroom
         self.quantizers: dict[str, TensorQuantizer] = {}
         """Quantizers by global name: ``LINEAR``, with "*" as the index of experts, or ``ATTENTION.k_bmm_quantizer``."""
+        self._number_formats: dict[str, NumberFormat] = {}
         self._constant: list[TensorQuantizer] = []
         self._constant_amax: float | None = None
         self._calibrated = False
@@ -111,10 +112,11 @@ class ActivationQuantizers:
             for name, module in named_modules_globally(chunk):
                 if (number_format := _input_format(name, formats)) is not None:
                     module.input_quantizer.set_from_attribute_config(input_attributes(number_format))
-                    self.quantizers[name] = module.input_quantizer
+                    self.quantizers[name], self._number_formats[name] = module.input_quantizer, number_format
             if (kv_format := KV_CACHE_FORMATS[kv_cache]) is not None:
                 of_kv_cache = quantize_kv_cache(chunk, input_attributes(kv_format.number))
                 self.quantizers |= of_kv_cache
+                self._number_formats |= dict.fromkeys(of_kv_cache, kv_format.number)
                 if kv_format.constant_amax is not None:
                     self._constant += of_kv_cache.values()
                     self._constant_amax = kv_format.constant_amax
@@ -203,7 +205,7 @@ class ActivationQuantizers:
         for (name, calibrator), maximum in zip(calibrators.items(), maxima, strict=True):
             amaxes[name] = self._amax_of_counts(name, calibrator, maximum) if calibrator.num_bins else maximum
         _check_positive(dict(zip(amaxes, torch.stack(list(amaxes.values())).tolist(), strict=True)))
-        return amaxes
+        return {name: self._number_formats[name].calibrated_amax(amax) for name, amax in amaxes.items()}
 
     def _amax_of_counts(self, name: str, calibrator: RunningAmax, maximum: torch.Tensor) -> torch.Tensor:
         # One all-reduce of at most 255 KiB per quantizer, once per job.

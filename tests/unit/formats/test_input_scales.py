@@ -14,6 +14,7 @@ from megatron_qad.formats.block_scales import max_scale
 from megatron_qad.formats.common import E4M3_MIN, round_to_e4m3_
 from megatron_qad.formats.e2m1 import round_to_e2m1_
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
+from megatron_qad.formats.input_scales import MIN_MARGIN, tie_margin
 from megatron_qad.formats.nvfp4_format import NVFP4
 
 MANTISSAS = 1 + torch.arange(128) / 128  # of all bfloat16 numbers
@@ -82,6 +83,28 @@ def test_input_scale_covers_the_amax_and_is_never_infinite():
         plain, scale = NVFP4.scale_from_amax(amax), NVFP4.input_scale_from_amax(amax)
         assert torch.equal(plain, nvfp4.global_scale_from_amax(amax)) and plain <= scale <= plain * 1.00013
         assert torch.isfinite(6.0 * (448.0 * scale))
+
+
+def test_margin_of_every_bfloat16_amax():
+    """amax / 2688 has ties for each of them; with the factor of ``tie_free`` the margin is above 2^-19."""
+    scales = torch.stack([NVFP4.input_scale_from_amax(amax) for amax in AMAXES]).view(-1)
+    assert tie_margin(AMAXES.view(-1) / 2688).max() < 2.0**-23
+    assert tie_margin(scales).min() > 2.0**-19
+    assert all(NVFP4.calibrated_amax(amax) is amax for amax in AMAXES)
+
+
+def test_calibration_keeps_no_amax_whose_scale_has_ties():
+    """Of random float32 amaxes, some have a bfloat16 input near a boundary; the kernels' forms differ for the worst."""
+    amaxes = torch.rand(2000, generator=torch.Generator().manual_seed(1)) + 1
+    kept = torch.stack([NVFP4.calibrated_amax(amax) for amax in amaxes])
+    changed = kept != amaxes
+    assert 10 < changed.sum() < 100  # 2 % expected
+    assert torch.equal(kept[changed], kept[changed].bfloat16().float())
+    assert (kept >= amaxes).all() and (kept <= amaxes * (1 + 2.0**-7)).all()
+    before, after = (tie_margin(torch.stack([NVFP4.input_scale_from_amax(a) for a in of])) for of in (amaxes, kept))
+    assert after.min() > MIN_MARGIN >= before.min()
+    worst = NVFP4.input_scale_from_amax(amaxes[before.argmin()]).view(1, 1)
+    assert sum(num_differences(worst)) > 0
 
 
 @settings(max_examples=200, deadline=None)
