@@ -81,7 +81,7 @@ class NumberFormat:
         return self.scale_from_amax(amax, name=name, check=check)
 
     def calibrated_amax(self, amax: Tensor) -> Tensor:
-        """Return the amax to keep after a calibration that found ``amax``, float32 []: this one or a slightly larger one."""
+        """Return the amax to keep if a calibration found ``amax``, float32 []: this or a slightly larger one."""
         return amax
 
     def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str], rule: str = "max") -> Tensor:

@@ -31,8 +31,8 @@ def tie_margin(scale: Tensor) -> Tensor:
     """Return how far, relatively, the nearest bfloat16 input is from a rounding boundary under each NVFP4 global scale.
 
     A block with maximum a has the block scale E4M3(a / (6 * scale)), and an element x of it the code
-    E2M1(x / (block_scale * scale)). Boundaries are midpoints between neighbouring numbers. Powers of two change nothing,
-    so all pairs of mantissas of inputs, block scales and boundaries are compared.
+    E2M1(x / (block_scale * scale)). Boundaries are midpoints between neighbouring numbers. Powers of two change
+    nothing, so all combinations of the mantissas of inputs, block scales and boundaries are compared.
 
     Args:
         scale: float32 or float64 [n], positive.

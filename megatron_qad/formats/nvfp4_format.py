@@ -49,8 +49,8 @@ class NVFP4Numbers(NumberFormat):
     def calibrated_amax(self, amax: Tensor) -> Tensor:
         """Return ``amax``, or the next bfloat16 number if its scale leaves a bfloat16 input near a rounding boundary.
 
-        No bfloat16 amax does (tested for all). Those of BF16 jobs are bfloat16 numbers, so they stay as they are. Of other
-        float32 amaxes 2 % do.
+        No bfloat16 amax does (tested for all). Those of BF16 jobs are bfloat16 numbers, so they stay as they are. Of
+        other float32 amaxes 2 % do.
         """
         if tie_margin(self.input_scale_from_amax(amax)) > MIN_MARGIN:
             return amax
