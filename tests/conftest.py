@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import serving_table
 
 HERE = Path(__file__).parent
 # Scheduling order: the longest files first, short ones last to fill the gaps.
 SCHEDULING_ORDER = (
     "dist/test_axes.py",
+    "serve",
     "slurm",
     "dist/test_checkpoints.py",
     "dist/test_hybrid",
@@ -16,9 +18,13 @@ SCHEDULING_ORDER = (
     "gpu",
     "unit",
 )
-# Files that share an expensive session fixture: the Slurm cluster with its reference job, and the models of
-# tests/dist/conftest.py.
-SHARED_FIXTURES = {"slurm": "slurm/", "models": ("dist/test_conversion.py", "dist/test_model_parity.py")}
+# Files that share an expensive session fixture: the Slurm cluster with its reference job, the students of
+# tests/serve/conftest.py, and the models of tests/dist/conftest.py.
+SHARED_FIXTURES = {
+    "slurm": "slurm/",
+    "serve": "serve/",
+    "models": ("dist/test_conversion.py", "dist/test_model_parity.py"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +43,10 @@ def pytest_collection_modifyitems(config, items):
 
 def _position(file: str) -> int:
     return next((i for i, start in enumerate(SCHEDULING_ORDER) if file.startswith(start)), len(SCHEDULING_ORDER))
+
+
+def pytest_terminal_summary(terminalreporter):
+    serving_table.report(terminalreporter)
 
 
 @pytest.hookimpl(optionalhook=True)

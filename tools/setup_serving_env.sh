@@ -26,7 +26,8 @@ create() {
   echo "setting up $venv with $("$python" --version) (takes minutes: torch and its CUDA libraries are about 5 GB)" >&2
   rm -rf "$venv"
   "$python" -m venv "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$lock" >&2
+  # --no-compile: few of the modules are ever imported, and Python compiles those then.
+  "$venv/bin/pip" install --quiet --no-compile --disable-pip-version-check --no-deps --only-binary :all: --require-hashes -r "$lock" >&2
   "$venv/bin/python" -c 'import torch, vllm' >&2
   touch "$complete"
 }
