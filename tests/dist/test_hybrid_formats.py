@@ -77,7 +77,7 @@ def test_policy_keeps_the_layers_of_the_paper_in_bf16(trained):
     assert num_weights[True] == 4 * (8 * 2 + 2) + 2 * 2 and num_weights[False] > 8
 
 
-def test_export_is_valid_and_complete(trained):
+def test_export_is_valid_and_complete(workshop, trained):
     _, stored, directory, _ = trained
     report = validate_nvfp4(directory / "out", against=workshop.directory / "hf_bf16_student")
     assert not report.issues, report.issues[:5]
