@@ -27,6 +27,13 @@ def decoded(export: Path) -> dict[str, torch.Tensor]:
     return plain
 
 
+def shapes_of_plain_linears(export: Path) -> set[tuple[int, ...]]:
+    """Return the shapes of linears' weights that are not NVFP4, with or without quantized inputs."""
+    nvfp4 = {name for name, fmt in validate_nvfp4(export).quantized.items() if fmt.startswith("nvfp4")}
+    names = {name.removesuffix(".weight"): tensor for name, tensor in decoded(export).items() if tensor.dim() == 2}
+    return {tuple(names[name].shape) for name in names.keys() - nvfp4 if not name.endswith("embed_tokens")}
+
+
 def write_decoded(export: Path, directory: Path) -> Path:
     """Write the decoded export as a model for transformers."""
     directory.mkdir()
