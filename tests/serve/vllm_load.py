@@ -6,8 +6,9 @@ REQUESTS.json is a list of {"model": DIR, "output": FILE.pt}. The output is a di
 name, after loading and before they are rearranged for a kernel. A model that fails gets OUTPUT.error instead.
 
 A layer chooses its kernel when it is built, and no kernel for experts or for weight-only NVFP4 runs on a CPU. Only
-these choices are replaced (``KERNEL_CHOICES``): what they return is called in a forward pass and when weights are
-rearranged for a kernel, neither of which happens here. The names, shapes, mapping and copying of weights are vLLM's.
+these choices are replaced (``KERNEL_CHOICES``), and one check of the platform for experts without a gate. Kernels are
+called in a forward pass and when weights are rearranged for them, neither of which happens here. The names, shapes,
+mapping and copying of weights are vLLM's.
 """
 
 import gc
@@ -25,30 +26,36 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.kernels.linear import EmulationNvFp4LinearKernel, NvFp4LinearLayerConfig
+from vllm.model_executor.layers.fused_moe import config as fused_moe_config
 from vllm.model_executor.layers.fused_moe.oracle.nvfp4 import NvFp4MoeBackend
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 _QUANTIZATION = "vllm.model_executor.layers.quantization"
 _COMPRESSED = f"{_QUANTIZATION}.compressed_tensors"
 KERNEL_CHOICES = {
     "select_nvfp4_moe_backend": lambda *_, **__: (NvFp4MoeBackend.MARLIN, None),
-    "select_fp8_moe_backend": lambda *_, **__: (Fp8MoeBackend.MARLIN, None),
-    "init_nvfp4_linear_kernel": lambda *_, **__: None,
-    "init_fp8_linear_kernel": lambda *_, **__: None,
+    "init_nvfp4_linear_kernel": lambda *_, **__: EmulationNvFp4LinearKernel(NvFp4LinearLayerConfig()),
 }
 """Functions of vLLM that choose a kernel for the machine."""
 _MODULES = (
     f"{_QUANTIZATION}.modelopt",
     f"{_COMPRESSED}.compressed_tensors_moe.compressed_tensors_moe_w4a4_nvfp4",
-    f"{_COMPRESSED}.compressed_tensors_moe.compressed_tensors_moe_w8a8_fp8",
     f"{_COMPRESSED}.schemes.compressed_tensors_w4a4_nvfp4",
-    f"{_COMPRESSED}.schemes.compressed_tensors_w8a8_fp8",
 )
 
 
+class _PlatformOfExperts(type(current_platform)):
+    """The CPU, for ``FusedMoEConfig``, which refuses experts without a gate where no kernel computes them."""
+
+    def is_cuda_alike(self) -> bool:
+        return True
+
+
 def main(requests: list[dict]) -> None:
+    fused_moe_config.current_platform = _PlatformOfExperts()
     for module in map(importlib.import_module, _MODULES):
         for name in KERNEL_CHOICES.keys() & vars(module).keys():
             setattr(module, name, KERNEL_CHOICES[name])

@@ -64,7 +64,10 @@ class Comparison:
                 return self._check(name, self._part(held, tensor, parts.index(projection), siblings), tensor)
         if part == "A_log":  # vLLM computes A when it loads
             return self._check(name, self._named(f"{module}.A"), -tensor.float().exp())
-        self._check(name, self._named(name), tensor)
+        held = self._named(name)
+        if held is not None and tensor.numel() == 1 and held.unique().numel() == 1:
+            held = held.reshape(-1)[0]  # in_proj of Mamba has five parts and one scale
+        self._check(name, held, tensor)
 
     def _part(self, held: Tensor, tensor: Tensor, shard: int, siblings: list[Tensor]) -> Tensor:
         """Return the part of a fused parameter: a scalar, or the rows after those of earlier siblings."""
@@ -85,15 +88,14 @@ class Comparison:
     def _check(self, name: str, held: Tensor | None, tensor: Tensor) -> None:
         if held is None:
             return self.different.append(f"{name}: vLLM has no such parameter")
-        if held.dim() == tensor.dim() and len(held) > len(tensor) and name.endswith(_VOCABULARY):
+        if held.dim() == tensor.dim() > 0 and len(held) > len(tensor) and name.endswith(_VOCABULARY):
             held = held[: len(tensor)]  # vLLM pads the vocabulary
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-            same = held.dtype == tensor.dtype and torch.equal(_bits(held), _bits(tensor))
-        else:
-            # Unquantized tensors have vLLM's dtype.
-            same = torch.equal(held.reshape(-1), tensor.to(held.dtype).reshape(-1))
-        if not same:
-            self.different.append(f"{name}: {list(held.shape)} {held.dtype} differs")
+        is_exact = held.numel() == tensor.numel() and torch.equal(
+            _bits(held.to(tensor.dtype)), _bits(tensor.reshape(held.shape))
+        )
+        is_code = not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1
+        if not is_exact or (is_code and held.dtype != tensor.dtype):
+            self.different.append(f"{name}: vLLM holds other values, {held.dtype} {list(held.shape)}")
 
 
 def _bits(tensor: Tensor) -> Tensor:
