@@ -1,8 +1,8 @@
 """Makes tiny quantized students of several families with the project's own tools: import, PTQ job, export.
 
-The weights are random and large enough that the distributions are far from uniform. The students are in float32, so
-that engines can be compared without BF16's noise. All inner sizes are multiples of 128, the block of INT4; llama.cpp's
-NVFP4 needs multiples of 64.
+The weights are random and large enough that the distributions are far from uniform. The students are in float32 unless
+a test says otherwise, so that engines can be compared without BF16's noise. All inner sizes are multiples of 128, the
+block of INT4; llama.cpp's NVFP4 needs multiples of 64.
 """
 
 import json
@@ -23,15 +23,15 @@ from megatron_qad.data.tokenizer import load_tokenizer
 VOCAB = 259
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
 _SIZES |= {"head_dim": 32, "moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 128}
-_FLOAT32 = {"torch_dtype": "float32", "bos_token_id": 257, "eos_token_id": 258}
+_SIZES |= {"bos_token_id": 257, "eos_token_id": 258}
 _QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 _QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 CONFIGS = {
-    "llama": tiny_job.LLAMA | _SIZES | _FLOAT32,
-    "qwen2": tiny_job.LLAMA | _QWEN2 | _SIZES | _FLOAT32,
-    "qwen3": tiny_job.LLAMA | _QWEN3 | _SIZES | _FLOAT32,
-    "qwen3_moe": tiny_hybrids.QWEN3_MOE | _SIZES | _FLOAT32,
-    "nemotron_h": tiny_hybrids.NEMOTRON_H | _SIZES | _FLOAT32,
+    "llama": tiny_job.LLAMA | _SIZES,
+    "qwen2": tiny_job.LLAMA | _QWEN2 | _SIZES,
+    "qwen3": tiny_job.LLAMA | _QWEN3 | _SIZES,
+    "qwen3_moe": tiny_hybrids.QWEN3_MOE | _SIZES,
+    "nemotron_h": tiny_hybrids.NEMOTRON_H | _SIZES,
 }
 POLICIES = {
     "nvfp4": [],
@@ -54,12 +54,14 @@ class Students:
 
     directory: Path
     server: ForkServer
+    dtype: str = "float32"
+    """Dtype of the exports' unquantized tensors."""
 
     def prepare(self, families: list[str]) -> None:
         """Write and import the models of some families, and the data of their calibration."""
         models = []
         for family in families:
-            source = tiny_job.write_hf(self.directory / f"hf-{family}", CONFIGS[family])
+            source = tiny_job.write_hf(self.directory / f"hf-{family}", CONFIGS[family] | {"torch_dtype": self.dtype})
             byte_tokenizer().save_pretrained(source)
             models.append((str(source), f"{self.directory}/imported-{family}", "float32"))
         rng = np.random.default_rng(0)
