@@ -297,7 +297,7 @@ def test_export_is_reused_only_for_the_same_weights(damaged, tmp_path, tool):
     weights = (output / "model.safetensors").read_bytes()
     (output / "model.safetensors").write_bytes(weights[:-1] + b"\0")
     with pytest.raises(
-        QADError, match="damaged: model.safetensors has changed since it was written. Remove it to create"
+        QADError, match=r"damaged: model.safetensors has changed since it was written \(another SHA-256\)\. Remove it"
     ):
         tool("export_hf", *flags)
     (output / "model.safetensors").write_bytes(weights)
