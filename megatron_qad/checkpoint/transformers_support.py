@@ -2,7 +2,7 @@
 
 Found with transformers 5.14.1 and compressed-tensors 0.20 (tests/unit/checkpoint/test_transformers_support.py says when
 that changes): experts in NVFP4 are decompressed without their global scale, and the model computes garbage without an
-error (transformers issue 48371). The packed tensors of Nemotron-H are not found. vLLM reads all of these exports.
+error (transformers issue 48371). The packed tensors of Nemotron-H are not found. vLLM reads these exports.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,6 @@ from megatron_qad.checkpoint.layouts import COMPRESSED_TENSORS, LayoutName
 
 WEIGHTS_KEY = "transformers_weights"
 """Key of config.json that names the file from which transformers reads the weights. No server reads it."""
-_EXPERTS_READ = "pack-quantized"
-"""The only compressed-tensors format whose experts transformers decompresses correctly."""
 
 
 def transformers_problem(config: Mapping[str, Any], layout: LayoutName, formats: Mapping[str, str]) -> str | None:
@@ -30,8 +28,8 @@ def transformers_problem(config: Mapping[str, Any], layout: LayoutName, formats:
         return "transformers does not find the packed weights of Nemotron-H"
     if config.get("model_type") == "qwen3_moe":
         experts = {module for group in inventory(dict(config)).experts for module in group}
-        algos = {COMPRESSED_TENSORS.stored(fmt).algo for module, fmt in formats.items() if module in experts}
-        if algos - {_EXPERTS_READ}:
+        stored = [COMPRESSED_TENSORS.stored(fmt) for module, fmt in formats.items() if module in experts]
+        if not all(each.transformers_reads_experts for each in stored):
             return "transformers decompresses its experts without their scales and would compute garbage"
     return None
 

@@ -231,6 +231,8 @@ class StoredLinear:
     is_known_by_dtype: bool = True
     """Whether the validator can recognize the format from the dtype of ``<module>.weight`` alone. If not, it looks for
     any of the parts."""
+    transformers_reads_experts: bool = False
+    """Whether transformers 5.14 decompresses experts correctly that are stored in this way."""
 
 
 @dataclass(frozen=True)

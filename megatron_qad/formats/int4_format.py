@@ -96,6 +96,7 @@ INT4_W4A16 = LinearFormat(
                 },
             },
             is_known_by_dtype=False,
+            transformers_reads_experts=True,
         ),
     },
 )

@@ -1,5 +1,6 @@
 """The serving environment and the students that all serving tests share."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -33,6 +34,22 @@ def serving_python() -> Path:
 def serving_env() -> dict[str, str]:
     """Environment variables of vLLM's processes: its settings, and our plugin as the only path."""
     return os.environ | VLLM_SETTINGS | {"PYTHONPATH": str(ROOT / "tests/serve/vllm_plugin")}
+
+
+@pytest.fixture(scope="session")
+def run_script(serving_python):
+    """``run_script(script, requests, directory)``: run tests/serve/SCRIPT with a list of requests in one process."""
+
+    def call(script: str, requests: list[dict], directory: Path) -> None:
+        file = directory / f"{script}.json"
+        file.write_text(json.dumps(requests))
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [serving_python, ROOT / "tests/serve" / script, file]
+        done = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import tiny_students
 import torch
 import transformers
 from decoded_export import shapes_of_plain_linears, write_decoded
-from engine_scripts import run_script
 from llama_cpp_inputs import RoundedInputs
 
 MAX_KL = 3e-4
@@ -38,7 +37,7 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, server) -> dict[tuple, tuple[Path, Path]]:
+def answers(tmp_path_factory, server, run_script) -> dict[tuple, tuple[Path, Path]]:
     """Export and output of llama.cpp for each case. One process runs all."""
     directory = tmp_path_factory.mktemp("llama_cpp")
     students = tiny_students.Students(directory, server)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import tiny_students
 import torch
-from engine_scripts import run_script
 from safetensors.torch import load_file
 from vllm_names import Comparison
 
@@ -24,14 +23,14 @@ OWN_OF_POLICY = {"w4a16": ("k_scale", "v_scale", "input_scale", "input_global_sc
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory, server) -> dict[tuple, tuple[Path, Path]]:
+def loaded(tmp_path_factory, server, run_script) -> dict[tuple, tuple[Path, Path]]:
     """Export and vLLM's parameters for each case. One process loads all."""
     directory = tmp_path_factory.mktemp("vllm_loader")
     students = tiny_students.Students(directory, server, dtype="bfloat16")  # vLLM's dtype: nothing is cast
     students.prepare(sorted({family for family, _, _ in CASES}))
     found = {case: (students.export(*case), directory / f"{'-'.join(case)}.pt") for case in CASES}
     requests = [{"model": str(export), "output": str(output)} for export, output in found.values()]
-    (directory / "log").write_text(run_script("vllm_load.py", requests, directory))
+    run_script("vllm_load.py", requests, directory)
     return found
 
 
