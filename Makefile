@@ -8,7 +8,7 @@ RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Runs the tests in two processes (distributed by tests/conftest.py).
 RUN_TESTS = $(RUN) pytest -q tests --ignore tests/te -n 2 --dist loadfile
 
-.PHONY: demo tiny-hybrid test test-all test-kill test-fuzz unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env serve-env test-serve
+.PHONY: demo tiny-hybrid test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env serve-env test-serve
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -44,6 +44,10 @@ test-kill: env
 # Damages models, configurations, chats, prepared data and index caches, and writes the outcomes to docs/. Takes minutes.
 test-fuzz: env
 	$(RUN) python tests/dist/fuzz_harness.py --record docs/fuzz_test.md
+
+# Changes exports in ways that servers do not notice, and writes what the validator finds to docs/. Takes minutes.
+test-mutations: env
+	$(RUN) python tests/dist/mutation_harness.py --record docs/mutation_test.md
 
 unit: env
 	$(RUN) pytest -q tests/unit

@@ -55,6 +55,10 @@ def main() -> None:
         f"{written.directory}: {', '.join(f'{n} linears {fmt}' for fmt, n in counts.items())}"
         f"{f', {len(written.excluded)} left in BF16' if counts else 'no linear quantized'}"
     )
+    if written.transformers_problem:
+        print(
+            f"WARNING: this export is for vLLM: {written.transformers_problem}. config.json makes it refuse the export."
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ for layout in modelopt compressed-tensors; do
 done
 wait_all
 for layout in modelopt compressed-tensors; do
-  step "validate-$layout" python tools/validate_nvfp4.py "$out/hf-$layout"
+  step "validate-$layout" python tools/validate_nvfp4.py "$out/hf-$layout" --against "$out/hf-teacher"
   tail -n 1 "$out/log/validate-$layout.txt"
 done
 step report python tools/report.py --title "Tiny Llama on two CPU cores" --teacher "$out/teacher-stage2" \

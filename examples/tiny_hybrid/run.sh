@@ -28,7 +28,7 @@ for layout in modelopt bf16; do
   step "export-$layout" python tools/export_hf.py --checkpoint "$out/qad" --output "$out/hf-$layout" --layout "$layout" &
 done
 wait_all
-step validate python tools/validate_nvfp4.py "$out/hf-modelopt"
+step validate python tools/validate_nvfp4.py "$out/hf-modelopt" --against "$out/hf-teacher"
 tail -n 1 "$out/log/validate.txt"
 step report python tools/report.py --title "Tiny Nemotron-H on two CPU cores" --teacher "$out/teacher-stage2" \
   --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --output "$out/report"

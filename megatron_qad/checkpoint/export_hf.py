@@ -42,6 +42,7 @@ from megatron_qad.checkpoint.stored_scales import StoredScales
 from megatron_qad.checkpoint.stream_release import explained
 from megatron_qad.checkpoint.stream_shards import Piece, ShardPlan, ShardWriter
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.checkpoint.transformers_support import transformers_problem
 from megatron_qad.checkpoint.worker_pool import default_num_workers
 from megatron_qad.engine.distributed import on_rank_0, rank_and_size
 from megatron_qad.engine.errors import QADError
@@ -99,7 +100,9 @@ def export_hf(
         plan = run_on_all_ranks(lambda: ShardPlan.of(export.pieces(), max_shard_bytes))
         excluded = _write(export, plan, description, output, num_workers or default_num_workers())
     shards = tuple(plan.names)
-    return Written(output, len(plan.weight_map), plan.num_bytes, shards, export.quantized_modules(), tuple(excluded))
+    quantized = export.quantized_modules()
+    problem = transformers_problem(description.config, layout, quantized)
+    return Written(output, len(plan.weight_map), plan.num_bytes, shards, quantized, tuple(excluded), problem)
 
 
 def _prepare(
@@ -136,7 +139,8 @@ def _prepare(
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
-        record=provenance.iteration_provenance(directory, layout, job),
+        record=provenance.iteration_provenance(directory, layout, job) | provenance.starting_point(directory, job),
+        calibration=export.calibration() if layout != "bf16" else None,
     )
     return export, description
 
@@ -240,6 +244,19 @@ class Export:
             for name in tensor_map.hf
         }
 
+    def calibration(self) -> dict[str, dict[str, float]]:
+        """Return the amaxes of inputs, keys and values by Hugging Face module, for ``calibration.json``."""
+        record: dict[str, dict[str, float]] = {"inputs": {}, "keys": {}, "values": {}}
+        for tensor_map in self.maps:
+            modules = [name.removesuffix(".weight") for name in tensor_map.hf]
+            if self._is_packed(tensor_map) and FORMATS[self.format_of(tensor_map)].input is not None:
+                record["inputs"] |= dict.fromkeys(modules, self._input_amax(tensor_map).item())
+            if self._has_kv_scales(tensor_map):
+                pairs = zip(("keys", "values"), modules[1:], self._kv_amaxes(tensor_map), strict=True)
+                for key, module, amax in pairs:
+                    record[key][module] = amax.item()
+        return record
+
     def format_of(self, tensor_map: ParamMapping) -> str:
         return self.formats.get(tensor_map.megatron, UNQUANTIZED.name)
 
@@ -277,8 +294,7 @@ class Export:
         name = tensor_map.megatron
         linear_format, input_scale = FORMATS[fmt], None
         if linear_format.input is not None:
-            amax = self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
-            input_scale = linear_format.input.input_scale_from_amax(amax, name=name)
+            input_scale = linear_format.input.input_scale_from_amax(self._input_amax(tensor_map), name=name)
         scales = self._scales(tensor_map, linear_format.weight)
         scale, parts, codes = scales.pack(tensor_map, tensor)
         for i, (hf_name, part) in enumerate(zip(tensor_map.hf, parts, strict=True)):
@@ -300,13 +316,21 @@ class Export:
 
     def _kv_scales(self, tensor_map: ParamMapping) -> Iterator[HFTensor]:
         """Yield the scales of the KV cache, if it is quantized and this is the weight of q, k and v."""
-        kv_format = KV_CACHE_FORMATS[self.kv_cache]
-        if kv_format is None or not tensor_map.megatron.endswith("self_attention.linear_qkv.weight"):
-            return
+        if self._has_kv_scales(tensor_map):
+            _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor_map.hf)
+            amaxes, kv_format = self._kv_amaxes(tensor_map), KV_CACHE_FORMATS[self.kv_cache]
+            yield from kv_scales(k_proj, v_proj, *amaxes, self.layout, kv_format)
+
+    def _has_kv_scales(self, tensor_map: ParamMapping) -> bool:
+        is_quantized = KV_CACHE_FORMATS[self.kv_cache] is not None
+        return is_quantized and tensor_map.megatron.endswith("self_attention.linear_qkv.weight")
+
+    def _kv_amaxes(self, tensor_map: ParamMapping) -> list[torch.Tensor]:
         attention = tensor_map.megatron_module.rsplit(".", 1)[0]
-        amaxes = [self._amax(f"{attention}.core_attention.{x}_bmm_quantizer._amax") for x in "kv"]
-        _, k_proj, v_proj = (name.removesuffix(".weight") for name in tensor_map.hf)
-        yield from kv_scales(k_proj, v_proj, *amaxes, self.layout, kv_format)
+        return [self._amax(f"{attention}.core_attention.{x}_bmm_quantizer._amax") for x in "kv"]
+
+    def _input_amax(self, tensor_map: ParamMapping) -> torch.Tensor:
+        return self._amax(f"{tensor_map.megatron_module}.input_quantizer._amax")
 
     def _amax(self, name: str) -> torch.Tensor:
         if name not in self.amaxes:

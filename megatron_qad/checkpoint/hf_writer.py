@@ -27,9 +27,10 @@ from megatron_qad.checkpoint.layouts import (
     stored_tensors,
 )
 from megatron_qad.checkpoint.model_directory import copy_files, find_files
+from megatron_qad.checkpoint.transformers_support import refused_by_transformers, transformers_problem
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, locks, manifest, new_files
-from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
+from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE, EXPORT_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 
 # Files needed by servers and tokenizers in addition to weights and config.json; *.py for models with their own code.
@@ -67,6 +68,7 @@ class Written:
     shards: tuple[str, ...]  # file names
     quantized: dict[str, str]  # module -> format
     excluded: tuple[str, ...]  # linears that are not quantized
+    transformers_problem: str | None = None  # why transformers cannot compute with it
 
 
 def write_hf_checkpoint(
@@ -80,6 +82,7 @@ def write_hf_checkpoint(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     kv_cache: str = "bf16",
     record: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Written:
     """Write ``items``, in their order, as the HF checkpoint ``directory``.
 
@@ -95,6 +98,7 @@ def write_hf_checkpoint(
         max_shard_bytes: maximum size of a shard's tensor data; a larger tensor gets its own shard.
         kv_cache: one of ``KV_CACHE_FORMATS``, whose scales are among ``items``; recorded in the configurations.
         record: provenance of the checkpoint; written to it together with the hashes of all its files.
+        calibration: content of calibration.json (``calibration_record``); None: it is not written.
 
     Raises:
         QADError: a non-empty directory or a mount point, a full disk, a duplicate name, and errors of
@@ -109,6 +113,7 @@ def write_hf_checkpoint(
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
         record=record,
+        calibration=calibration,
     )
     aside = directory.parent / f".{directory.name}.partial"
     shards = _Shards(aside, max_shard_bytes)
@@ -132,7 +137,15 @@ def write_hf_checkpoint(
             if error.errno in _DISK_FULL:
                 raise _disk_full(directory, shards) from error
             raise
-    return Written(directory, len(shards.weight_map), shards.num_bytes, tuple(shards.names), formats, tuple(excluded))
+    return Written(
+        directory,
+        len(shards.weight_map),
+        shards.num_bytes,
+        tuple(shards.names),
+        formats,
+        tuple(excluded),
+        transformers_problem(config, layout, formats),
+    )
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,7 @@ class Description:
     source: Path | None
     kv_cache: str
     record: Mapping[str, Any] | None
+    calibration: Mapping[str, Any] | None = None
 
     def write(
         self, directory: Path, formats: dict[str, str], sums: Mapping[str, manifest.Sum] | None = None
@@ -163,6 +177,8 @@ class Description:
         if self.source is not None:
             copy_files(self.source, directory, COPIED_FILES)
         _write_configs(directory, self.config, self.layout, excluded, formats, self.kv_cache)
+        if self.calibration is not None and self.layout != "bf16":
+            json_records.write(directory / CALIBRATION_FILE, self.calibration)
         if self.record is not None:
             others = [name for name in manifest.files_in(directory) if name not in sums]
             all_sums = dict(sorted({**sums, **manifest.sums_of(directory, others)}.items()))
@@ -277,6 +293,7 @@ def describe(
     max_shard_bytes: int,
     kv_cache: str,
     record: Mapping[str, Any] | None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Description:
     """Check arguments of ``write_hf_checkpoint`` before anything is written. Raises QADError."""
     check_layout(layout)
@@ -286,7 +303,7 @@ def describe(
         raise QADError(
             "config.json already has a quantization_config; expected the config of a BF16 model. Remove the entry."
         )
-    return Description(config, layout, linear_modules, _check_source(source), kv_cache, record)
+    return Description(config, layout, linear_modules, _check_source(source), kv_cache, record, calibration)
 
 
 def _check_source(source: str | Path | None) -> Path | None:
@@ -300,6 +317,7 @@ def _check_source(source: str | Path | None) -> Path | None:
 def _write_configs(
     directory: Path, config: dict, layout: LayoutName, excluded: list[str], formats: dict[str, str], kv_cache: str
 ) -> None:
+    config = refused_by_transformers(config, transformers_problem(config, layout, formats))
     if layout != "bf16":
         if not formats:
             raise QADError(

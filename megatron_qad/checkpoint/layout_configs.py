@@ -16,6 +16,10 @@ from megatron_qad.checkpoint.layouts import LayoutName, check_layout
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 
+HEAD = "lm_head"
+"""Last part of the name of every family's output layer."""
+ALL_LINEARS = "Linear"
+"""Target of a group that matches every linear by its class."""
 MIXED = "MIXED_PRECISION"
 CT_MIXED = "mixed-precision"
 
@@ -100,18 +104,28 @@ def _group_size(formats: Mapping[str, str]) -> int | None:
 def _config_groups(layout: LayoutName, formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     return {
         f"group_{i}": {**deepcopy(FORMATS[fmt].stored[layout].group), "targets": targets}
-        for i, (fmt, targets) in enumerate(_targets(formats).items())
+        for i, (fmt, targets) in enumerate(_targets(layout, formats).items())
     }
 
 
-def _targets(formats: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return format -> targets of its group: "Linear" for a single format, exact module names otherwise."""
+def _targets(layout: LayoutName, formats: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return format -> targets of its group: "Linear" for a single format, exact module names otherwise.
+
+    In compressed-tensors a quantized head is named next to "Linear". vLLM builds it as a ``ParallelLMHead``, which the
+    target "Linear" does not match; the head would be left unquantized there, and its scales would fail to load.
+    """
     by_format: dict[str, list[str]] = {}
     for module, fmt in formats.items():
         by_format.setdefault(fmt, []).append(module)
     if len(by_format) == 1:
-        return {fmt: ["Linear"] for fmt in by_format}
+        heads = [module for module in sorted(formats) if is_head(module) and layout == "compressed-tensors"]
+        return {fmt: [ALL_LINEARS, *heads] for fmt in by_format}
     return {fmt: sorted(by_format[fmt]) for fmt in sorted(by_format)}
+
+
+def is_head(module: str) -> bool:
+    """Whether a module is the output layer, by its Hugging Face name."""
+    return module.rsplit(".", 1)[-1] == HEAD
 
 
 def _quantized_layers(formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,6 @@ hashes of the output are used to detect damage; the remaining entries must match
 import hashlib
 import json
 from collections.abc import Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from megatron_qad.checkpoint.hf_reader import ASSETS
 from megatron_qad.checkpoint.weight_files import weight_files
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
+from megatron_qad.engine.run_directory.iterations import smoothing_record
 from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.engine.text_files import read_json
 
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 16, 32
-_INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files")
+_INFORMATIVE_KEYS = ("model", "checkpoint", "result", "files", "max_movement", "smoothing")
 
 
 def model_provenance(source: Path, dtype: str) -> dict[str, Any]:
@@ -58,6 +58,23 @@ def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, A
     }
 
 
+def starting_point(directory: Path, job: dict) -> dict[str, Any]:
+    """Return the entries of an export's record that ``validate --against`` needs.
+
+    Args:
+        directory: directory of the iteration.
+        job: contents of ``qad.json``.
+    """
+    smoothing, max_lr = smoothing_record(directory.parent), job.get("max_lr")
+    number = directory.name.removeprefix("iter_")
+    return {
+        # The largest distance by which training can have moved a weight. None: unknown.
+        "max_movement": max_lr * int(number) if max_lr is not None and number.isdigit() else None,
+        # Identifies the smoothed weights that training began from. None: they were not smoothed.
+        "smoothing": None if smoothing is None else smoothing.get("result"),
+    }
+
+
 def smoothing_provenance(directory: Path, settings: dict[str, Any], formats: dict[str, str]) -> dict[str, Any]:
     """Return the provenance record of a smoothed checkpoint.
 
@@ -91,7 +108,9 @@ def check_same_provenance(output: Path, record_name: str, expected: dict[str, An
             "--output."
         )
     if record_name == EXPORT_FILE:
-        problems = [f"{name} {problem}" for name, problem in find_export_problems(output).items()]
+        # The records of early versions list no files.
+        found = find_export_problems(output) if "files" in record else {}
+        problems = [f"{name} {problem}" for name, problem in found.items()]
     else:
         problems = [
             *manifest.find_problems(output / "release"),
@@ -103,19 +122,25 @@ def check_same_provenance(output: Path, record_name: str, expected: dict[str, An
         )
 
 
-def find_export_problems(output: Path, only: str = "*") -> dict[str, str]:
-    """Return {file: problem} for the damaged files of an export; empty if its record has no hashes.
+def find_export_problems(output: Path) -> dict[str, str]:
+    """Return {file: problem} for the files of an export that are missing or differ from its record.
 
-    Args:
-        only: pattern of the file names to check.
+    Raises:
+        QADError: the record is missing, damaged, or lists no files.
     """
     file = output / EXPORT_FILE
-    sums = json_records.read(file).get("files", {}) if file.is_file() else {}
-    sums = {name: (size, digest) for name, (size, digest) in sums.items() if fnmatch(name, only)}
-    missing = [name for name in sums if not (output / name).is_file()]
-    actual = manifest.sums_of(output, [name for name in sums if name not in missing])
-    changed = {name: "has changed since it was written" for name in actual if actual[name] != sums[name]}
-    return dict.fromkeys(missing, "is missing") | changed
+    record = json_records.read(file)
+    sums = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(sums, dict) or not sums:
+        raise QADError(f"{file}: lists no files with their SHA-256, as records of this version do.")
+    present = [name for name in sums if (output / name).is_file()]
+    actual = manifest.sums_of(output, present)
+    problems = dict.fromkeys((name for name in sums if name not in actual), "is missing")
+    return problems | {
+        name: "has changed since it was written (another SHA-256)"
+        for name in present
+        if list(actual[name]) != sums[name]
+    }
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +150,9 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(record: dict[str, Any]) -> str:
     short = {
-        key: value[:12] if key in ("sha256", "result") else value for key, value in record.items() if key != "files"
+        key: value[:12] if key in ("sha256", "result") else value
+        for key, value in record.items()
+        if key not in ("files", "max_movement", "smoothing")
     }
     return ", ".join(f"{key} {value}" for key, value in short.items())
 

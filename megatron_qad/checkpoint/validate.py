@@ -3,7 +3,8 @@
 Needs no model and no GPU. The expected tensors come from config.json (``expected_tensors``), the stored tensors from
 the shard headers (``hf_directory``); ``validate_config`` checks the configurations and ``validate_values`` the scales.
 This covers damage that servers accept silently: a missing scale, block scales stored as U8, scales that differ within a
-fused group, exclusions that do not match. The quality of the weights is not checked.
+fused group, exclusions that do not match. ``validate_sums`` finds files that were changed, ``calibration_record``
+checks the scales of inputs, and ``validate_against`` compares the content with the model that training began from.
 """
 
 from collections import Counter
@@ -11,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_qad.checkpoint.calibration_record import check_input_scales
 from megatron_qad.checkpoint.expected_tensors import Inventory, inventory
 from megatron_qad.checkpoint.hf_directory import Shards, read_json, read_shards
 from megatron_qad.checkpoint.layouts import PACKED_LAYOUTS, PackedLayout
-from megatron_qad.checkpoint.provenance import find_export_problems
+from megatron_qad.checkpoint.validate_against import Original
 from megatron_qad.checkpoint.validate_config import check_config, declared_formats
+from megatron_qad.checkpoint.validate_sums import check_sums
 from megatron_qad.checkpoint.validate_values import check_values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.plural import count
-from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
+from megatron_qad.engine.run_directory.run_files import CALIBRATION_FILE
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
 
 _PLAIN_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -49,6 +52,8 @@ class ValidationResult:
     kv_cache: str = UNQUANTIZED.name
     num_linears: int = 0
     issues: list[ValidationIssue] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What could not be checked."""
 
     def add(self, name: str, text: str) -> None:
         """Add an issue."""
@@ -68,10 +73,20 @@ class ValidationResult:
         return ", ".join([*(f"{n} {fmt}" for fmt, n in sorted(counts.items())), f"KV cache {self.kv_cache}"])
 
 
-def validate_nvfp4(directory: str | Path) -> ValidationResult:
+def validate_nvfp4(
+    directory: str | Path, *, against: str | Path | None = None, with_sums: bool = True
+) -> ValidationResult:
     """Validate the quantized HF checkpoint ``directory`` in the modelopt or the compressed-tensors layout.
 
     Does not raise for a damaged or invalid checkpoint; every issue is in the result.
+
+    Args:
+        against: Hugging Face directory of the unquantized model that training began from, with which weights,
+            configuration and tokenizer are compared.
+        with_sums: whether to compare every file with its SHA-256 at the time of the export.
+
+    Raises:
+        QADError: ``against`` is not such a model.
 
     Example::
 
@@ -80,12 +95,15 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
         assert not result.issues, result.issues[0]
     """
     result = ValidationResult(Path(directory))
+    original = None if against is None else Original.open(Path(against), result.directory)
     if not result.directory.is_dir():
         result.add(str(directory), "is not a directory; expected an exported checkpoint")
         return result
     if (result.directory / "hf" / "config.json").is_file():
         result.add(str(directory), "is a Megatron checkpoint; expected an exported one (tools/export_hf.py)")
         return result
+    if with_sums:
+        check_sums(result.directory, result.add)
     config = read_json(result.directory / "config.json", result.add)
     shards = read_shards(result.directory, result.add)
     result.num_tensors, result.num_bytes = len(shards.tensors), shards.num_bytes
@@ -107,18 +125,24 @@ def validate_nvfp4(directory: str | Path) -> ValidationResult:
     result.kv_cache = _stored_kv_cache(layout, model, shards)
     check_config(result.directory, config, layout, model, result.quantized, result.kv_cache, result.add)
     _check_names_and_shapes(config, layout, model, shards, result)
-    check_values(layout, model, shards, result.quantized, result.kv_cache, result.add)
-    _check_hashes(result)
+    scalars, zeros = check_values(layout, model, shards, result.quantized, result.kv_cache, result.add)
+    scales = (layout, model, scalars, result.quantized, result.kv_cache)
+    if not check_input_scales(result.directory, *scales, result.add) and _needs_calibration(result):
+        result.notes.append(f"the scales of inputs were not checked: there is no {CALIBRATION_FILE}")
+    if original is None:
+        for name in zeros:
+            result.add(name, "is all zeros; if the original is as well, pass it with --against")
+        return result
+    damaged = {issue.name for issue in result.issues}
+    stored = (config, result.directory, layout, model, shards, result.quantized)
+    if note := original.check(*stored, damaged, result.add):
+        result.notes.append(note)
     return result
 
 
-def _check_hashes(result: ValidationResult) -> None:
-    """Compare weight files with the exporter's hashes. Small files may be edited, such as a chat template."""
-    try:
-        for name, problem in find_export_problems(result.directory, only="*.safetensors").items():
-            result.add(name, problem)
-    except QADError as error:
-        result.add(EXPORT_FILE, str(error))
+def _needs_calibration(result: ValidationResult) -> bool:
+    has_inputs = any(FORMATS[fmt].input is not None for fmt in result.quantized.values())
+    return has_inputs or KV_CACHE_FORMATS[result.kv_cache] is not None
 
 
 def _passthrough_linears(model: Inventory, shards: Shards) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_qad.checkpoint.expected_tensors import Inventory
 from megatron_qad.checkpoint.hf_directory import AddIssue, read_json
-from megatron_qad.checkpoint.layout_configs import MIXED, hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layout_configs import ALL_LINEARS, MIXED, hf_quant_config, is_head, quantization_config
 from megatron_qad.checkpoint.layouts import PackedLayout
 from megatron_qad.formats.format import StoredLinear
 from megatron_qad.formats.format_registry import DEFAULT_FORMAT, KV_CACHE_FORMATS
@@ -39,7 +39,7 @@ def declared_formats(quantization: dict[str, Any], layout: PackedLayout, model: 
         fmt = _declared_format(group, layout.formats)
         targets = group.get("targets")
         if fmt is not None and isinstance(targets, list):
-            declared |= dict.fromkeys(not_ignored if targets == ["Linear"] else map(str, targets), fmt)
+            declared |= dict.fromkeys(not_ignored if ALL_LINEARS in targets else map(str, targets), fmt)
     return declared
 
 
@@ -112,8 +112,12 @@ def _check_groups(actual: Any, expected: dict[str, dict[str, Any]], layout: Pack
 def _check_group(group: dict[str, Any], expected: dict[str, Any], layout: PackedLayout, issue: AddIssue) -> None:
     for key, value in expected.items():
         if not isinstance(value, dict):
-            if group.get(key, value) != value:
-                issue("config.json", f"config_groups {key} is {group.get(key)!r:.500}, expected {value!r:.500}")
+            # A loader has defaults for other missing keys, but no target means no linear.
+            if group.get(key, None if key == "targets" else value) != value:
+                heads = [target for target in value if is_head(target)] if key == "targets" else []
+                reason = f": vLLM's output layer is not a Linear, so {heads[0]} is named" if heads else ""
+                found = f"config_groups {key} is {group.get(key)!r:.500}"
+                issue("config.json", f"{found}, expected {value!r:.500}{reason}")
             continue
         for entry, expected_value in value.items():
             actual = group[key].get(entry) if isinstance(group.get(key), dict) else None

@@ -171,6 +171,7 @@ def read_job_config(
     formats = policy.resolve(job_policy, linears, layer_kinds)
     scales = policy.resolve_scales(job_policy, linears, layer_kinds, default_rule=options.qad_weight_scale_rule)
     refusals.check_blocks(flags, linears, formats)
+    refusals.check_headroom(options, formats)
     refusals.check_growth(losses, scales)
     shape = student.shape(flags, flags.num_virtual_stages)
     defaults = to_flags({**machine_options(machine, options.qad_layer_spec), **shape})

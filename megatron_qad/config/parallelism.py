@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine.errors import QADError
+from megatron_qad.models.families.base import ParamMapping
 
 _VIRTUAL_STAGES = "--num-virtual-stages-per-pipeline-rank"
 _MAX_LISTED = 12  # suggestions in an error
@@ -44,6 +45,11 @@ def split_into_stages(pattern: str, num_stages: int) -> str:
 def ranks_of_layers(pattern: str, num_ranks: int) -> list[int]:
     """Return the pipeline rank of each layer of a split pattern. Stages are assigned to the ranks in turn."""
     return [stage % num_ranks for stage, layers in enumerate(pattern.split("|")) for _ in layers]
+
+
+def is_row_parallel(linear: ParamMapping) -> bool:
+    """Whether tensor parallelism splits the columns of a linear's weight."""
+    return linear.megatron_module.endswith(("linear_proj", "linear_fc2", "out_proj"))
 
 
 def possible_tensor_parallel(shape: Mapping) -> tuple[dict[str, int], list[int]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_qad.config.megatron_flags import MegatronFlags
-from megatron_qad.config.parallelism import ranks_of_layers, split_into_stages, teacher_virtual_stages
+from megatron_qad.config.parallelism import is_row_parallel, ranks_of_layers, split_into_stages, teacher_virtual_stages
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.distillation import WeightedLosses
 from megatron_qad.distillation.hidden_states import HiddenLoss
@@ -21,9 +21,6 @@ from megatron_qad.formats.format import check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.quantization.scale_settings import ScaleSetting
-
-# Linears whose columns tensor parallelism splits.
-_ROW_PARALLEL = ("linear_proj", "linear_fc2", "out_proj")
 
 
 def check_option_values(options: QADOptions) -> None:
@@ -61,9 +58,22 @@ def check_blocks(flags: MegatronFlags, linears: Sequence[ParamMapping], formats:
     tp = flags.tensor_model_parallel_size
     for linear in linears:
         fmt = FORMATS[formats.get(linear.megatron, UNQUANTIZED.name)]
-        is_row_parallel = linear.megatron_module.endswith(_ROW_PARALLEL)
         ranks = (flags.expert_tensor_parallel_size or tp) if linear.kind == "expert" else tp
-        check_columns(linear.megatron, linear.shape[1] // (ranks if is_row_parallel else 1), fmt)
+        check_columns(linear.megatron, linear.shape[1] // (ranks if is_row_parallel(linear) else 1), fmt)
+
+
+def check_headroom(options: QADOptions, formats: Mapping[str, str]) -> None:
+    """Check that a job whose inputs get headroom has inputs with block scales.
+
+    Args:
+        formats: format of each quantized linear, by Megatron weight name.
+    """
+    inputs = [FORMATS[name].input for name in formats.values()]
+    if options.qad_calibration_headroom is not None and not any(fmt and fmt.block_size > 1 for fmt in inputs):
+        raise QADError(
+            f"--qad-calibration-headroom {options.qad_calibration_headroom:g}: the policy {options.qad_policy} gives no"
+            " linear NVFP4 inputs, and only these have block scales. Leave the flag out."
+        )
 
 
 def check_growth(losses: WeightedLosses, scales: Mapping[str, ScaleSetting]) -> None:

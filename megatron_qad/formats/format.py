@@ -41,6 +41,8 @@ class NumberFormat:
     """Bytes of a stored weight in addition to its elements and block scales. Default: one float32 scale."""
     scale_rules: tuple[str, ...] = ("max",)
     """Rules that can choose the block scales (``block_scales``). Formats with only "max" have none to choose."""
+    rounding_error: float = 0.25
+    """Bound of the relative error of a rounded weight, ||rounded - x|| / ||x||, for the validator."""
     input_attributes: Mapping[Any, Any] | None = None
     """modelopt quantizer attributes for an input in this format. None means that the format is for weights only."""
 
@@ -81,7 +83,7 @@ class NumberFormat:
         return self.scale_from_amax(amax, name=name, check=check)
 
     def calibrated_amax(self, amax: Tensor) -> Tensor:
-        """Return the amax to keep if a calibration found ``amax``, float32 []: this or a slightly larger one."""
+        """Return the amax to keep after a calibration that found ``amax``, float32 []: the same or a larger one."""
         return amax
 
     def scales_from_amaxes(self, amaxes: Tensor, names: Sequence[str], rule: str = "max") -> Tensor:

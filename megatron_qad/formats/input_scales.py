@@ -32,7 +32,7 @@ def tie_margin(scale: Tensor) -> Tensor:
 
     A block with maximum a has the block scale E4M3(a / (6 * scale)), and an element x of it the code
     E2M1(x / (block_scale * scale)). Boundaries are midpoints between neighbouring numbers. Powers of two change
-    nothing, so all combinations of the mantissas of inputs, block scales and boundaries are compared.
+    nothing, so all pairs of mantissas of inputs, block scales and boundaries are compared.
 
     Args:
         scale: float32 or float64 [n], positive.

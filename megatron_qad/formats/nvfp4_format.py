@@ -24,6 +24,9 @@ class NVFP4Numbers(NumberFormat):
     bits = 4.5
     block_size = BLOCK_SIZE
     scale_rules = tuple(SCALE_RULES)
+    # The worst block has one value of 6 and fifteen of 5, which round to 4 or 6 (in units of its scale): 0.19. Normally
+    # distributed weights have 0.1.
+    rounding_error = 0.2
     input_attributes = {
         "num_bits": (2, 1),
         "block_sizes": {-1: BLOCK_SIZE, "type": "dynamic", "scale_bits": (4, 3)},

@@ -53,7 +53,7 @@ def read_job(checkpoint: str | Path, iteration: Path | None = None) -> dict | No
 
     "formats" maps the global Megatron weight name of every linear to its format. "kv_cache", "scale_rule" and "scales"
     (``quantization.scale_record``) are the other entries that an export depends on. "policy", "rules" and "loss" are
-    the job's options.
+    the job's options, and "max_lr" bounds the distance by which a step moves a weight (None: unknown).
 
     Args:
         iteration: directory of one checkpoint. Its copy of the file must agree on the entries that the weights depend

@@ -296,7 +296,16 @@ class QADJob:
             self.saves.extra_texts[name] = partial(record_text, save, name)
         if (event_record := self.loggers.event_record()) is not None:
             self.saves.extra_texts[EVENTS_FILE] = event_record
-        on_first_rank(lambda: describe_run(self.config, Path(save), Path(self.args.load) if resumes else None))
+        load = Path(self.args.load) if resumes else None
+        on_first_rank(lambda: describe_run(self.config, Path(save), load, self._max_lr()))
+
+    def _max_lr(self) -> float | None:
+        """Return a bound of the distance by which a step moves a weight, for the validator of exports."""
+        if self.config.options.qad_ptq:
+            return 0.0
+        # The updates of Adam are about the learning rate or less; those of other optimizers depend on the gradient.
+        rates = [self.args.lr, self.args.decoupled_lr or 0.0]
+        return max(rates) if self.args.optimizer == "adam" and None not in rates else None
 
     def _warn_if_masters_are_lost(self) -> None:
         """Warn if a job resumes without the saved float32 masters of its optimizer."""

@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megatron_qad.config.job_config import JobConfig
-from megatron_qad.config.parallelism import ranks_of_layers, split_into_stages
+from megatron_qad.config.parallelism import is_row_parallel, ranks_of_layers, split_into_stages
 from megatron_qad.distillation import LogitLoss
 from megatron_qad.models.families.base import ParamMapping
 from megatron_qad.quantization.format_table import format_rows, render
+from megatron_qad.quantization.input_moments import moments_bytes
 
 
 def print_plan(config: JobConfig, args: argparse.Namespace, data: Sequence[str]) -> None:
@@ -87,6 +88,8 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace, tensors: list[P
             rows["teacher weights"] = sum(_largest_stage(args, teacher_tensors, pattern)) * width
     if not config.options.qad_ptq:
         rows |= _training_state(args, dense, experts, width)
+    if moments := _moments_bytes(config, args):
+        rows["input moments of local_hessian"] = moments
     in_flight = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     sizes, output_mode = config.output_sizes, config.output_mode
     if output_mode.fused:
@@ -117,6 +120,23 @@ def _training_state(args: argparse.Namespace, dense: int, experts: int, width: i
     shards = (args.data_parallel_size, _num_expert_copies(args)) if args.use_distributed_optimizer else (1, 1)
     state = dense * bytes_per_param // shards[0] + experts * bytes_per_param // shards[1]
     return {"gradients": gradients, "optimizer state": state}
+
+
+def _moments_bytes(config: JobConfig, args: argparse.Namespace) -> int:
+    """Return the bytes that the calibration of ``local_hessian`` needs on the rank with the most of them."""
+    rank_of = ranks_of_layers(args.hybrid_layer_pattern, args.pipeline_model_parallel_size)
+    held = [0] * args.pipeline_model_parallel_size
+    for linear in config.student.family.linears(config.student.hf):
+        if linear.megatron in config.scales and config.scales[linear.megatron].needs_moments:
+            ranks = 1
+            if _is_routed_expert(linear):
+                ranks = args.expert_model_parallel_size
+                if is_row_parallel(linear):
+                    ranks *= args.expert_tensor_parallel_size
+            elif is_row_parallel(linear):
+                ranks = args.tensor_model_parallel_size
+            held[-1 if linear.layer is None else rank_of[linear.layer]] += moments_bytes(linear.shape[1]) // ranks
+    return max(held)
 
 
 def _largest_stage(args: argparse.Namespace, tensors: list[ParamMapping], pattern: str) -> tuple[int, int]:

@@ -22,12 +22,13 @@ _GROUPED_EXPERTS = {"expert_parameters": "grouped"}
 """Entry of ``qad.json``: all local experts of a projection are one parameter. Older versions had one per expert."""
 
 
-def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> None:
+def describe_run(config: JobConfig, save: Path, load: Path | None = None, max_lr: float | None = None) -> None:
     """Write the files that an export needs to ``save``: Hugging Face assets and the format of each linear layer.
 
     Args:
         save: directory of the checkpoints.
         load: directory from which the job resumes, or None for a new job.
+        max_lr: bound of the distance by which the job's optimizer moves a weight in one step; None if it has none.
 
     Raises:
         QADError: ``save`` holds checkpoints of a job with other formats, which its ``qad.json`` must still describe;
@@ -72,9 +73,16 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None) -> Non
         "kv_cache": config.policy.kv_cache,
         **scale_record(config.scales, options.qad_weight_scale_rule),
         "formats": dict(formats),
+        "max_lr": _max_lr(max_lr, job, read_job(load) if load is not None else None),
         **_GROUPED_EXPERTS,
     }
     json_records.write(save / JOB_FILE, job)
+
+
+def _max_lr(current: float | None, *earlier: dict | None) -> float | None:
+    """Return the largest learning rate of a job and of those that it continues; None if one of them is unknown."""
+    rates = [current, *(job.get("max_lr") for job in earlier if job is not None)]
+    return None if None in rates else max(rates)
 
 
 def check_scale_state(config: JobConfig, load: Path) -> None:

@@ -110,7 +110,7 @@ def test_train_export_validate(shop, tmp_path, case):
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": outputs}
     shop.server.run("training_jobs:export_checkpoint", 1, arguments)
     for directory in outputs.values():
-        report = validate_nvfp4(directory)
+        report = validate_nvfp4(directory, against=shop.directory / "hf")
         assert not report.issues, report.issues[:5]
         assert report.kv_cache == kv_cache
         for module in report.quantized:
@@ -158,7 +158,7 @@ def test_float32_job_exports_in_the_dtype_of_the_config(shop, tmp_path, policy):
     steps, _ = shop.train("--qad-policy", policy, *saving, precision=())
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"modelopt": str(tmp_path / "modelopt")}}
     shop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    assert not validate_nvfp4(tmp_path / "modelopt").issues
+    assert not validate_nvfp4(tmp_path / "modelopt", against=shop.directory / "hf").issues
     stored, params = load_file(tmp_path / "modelopt" / "model.safetensors"), steps[-1]["params"]
     assert torch.equal(stored["model.norm.weight"], params["decoder.final_norm.weight"].bfloat16())
     name = "model.layers.0.mlp.down_proj.weight"
@@ -192,7 +192,7 @@ def test_int4_trains_and_ships_what_was_trained(shop, tmp_path):
         outputs = {layout: str(tmp_path / f"{layout}{iteration}") for layout in ("compressed-tensors", "bf16")}
         arguments = {"checkpoint": run, "outputs": outputs, "iteration": iteration}
         shop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    result = validate_nvfp4(tmp_path / "compressed-tensors39")
+    result = validate_nvfp4(tmp_path / "compressed-tensors39", against=shop.directory / "hf")
     assert not result.issues, result.issues[:5]
     assert set(result.quantized.values()) == {"int4-w4a16"} and len(result.quantized) == 2 * 7
     _check_inventory(policy, tmp_path / "compressed-tensors39")
@@ -238,7 +238,7 @@ def test_int4_beside_another_format(shop, tmp_path, attention):
     _, output = shop.train("--qad-policy", str(policy), *OPTIMIZER, *saving, num_steps=1)
     arguments = {"checkpoint": str(tmp_path / "run"), "outputs": {"compressed-tensors": str(tmp_path / "out")}}
     shop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    result = validate_nvfp4(tmp_path / "out")
+    result = validate_nvfp4(tmp_path / "out", against=shop.directory / "hf")
     assert not result.issues, result.issues[:5]
     assert set(result.quantized.values()) == {attention, "int4-w4a16"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -264,7 +264,7 @@ def test_fp8_kv_cache_alone_changes_the_loss(shop, tmp_path):
         shop.server.run(
             "training_jobs:export_checkpoint", 1, {"checkpoint": str(run), "outputs": {"modelopt": str(out)}}
         )
-        result = validate_nvfp4(out)
+        result = validate_nvfp4(out, against=shop.directory / "hf")
         assert not result.issues and result.kv_cache == "fp8", result.issues[:5]
         scales[kv_cache] = [t for name, t in load_file(out / "model.safetensors").items() if name[-8:] in KV_SCALES]
     assert [scale.item() for scale in scales["fp8_cast"]] == [1.0] * 4

@@ -162,7 +162,8 @@ def test_exported_files_decode_to_the_trained_weights(workshop, tmp_path, model,
     outputs = {layout: str(tmp_path / layout) for layout in ("modelopt", "compressed-tensors", "bf16")}
     workshop.server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(run), "outputs": outputs})
     for layout in ("modelopt", "compressed-tensors"):
-        assert not (report := validate_nvfp4(tmp_path / layout)).issues, report.issues[:5]
+        report = validate_nvfp4(tmp_path / layout, against=workshop.directory / f"hf_{model}_student")
+        assert not report.issues, report.issues[:5]
     (tensors,) = stored(workshop, run)
     values, unpacked = decoded(tmp_path / "modelopt"), load_file(tmp_path / "bf16" / "model.safetensors")
     num_checked = 0

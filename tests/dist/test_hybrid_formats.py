@@ -79,7 +79,7 @@ def test_policy_keeps_the_layers_of_the_paper_in_bf16(trained):
 
 def test_export_is_valid_and_complete(trained):
     _, stored, directory, _ = trained
-    report = validate_nvfp4(directory / "out")
+    report = validate_nvfp4(directory / "out", against=workshop.directory / "hf_bf16_student")
     assert not report.issues, report.issues[:5]
     assert (report.kv_cache, set(report.quantized.values())) == ("fp8", {"nvfp4"})
     assert len(report.quantized) == 4 * (8 * 2 + 2) + 2 * 2
@@ -233,7 +233,7 @@ def test_latent_projections_of_experts_are_quantized(workshop, tmp_path):
     flags = [*BF16, *TP2EP2, *POLICY, *model, "--save", str(tmp_path / "run"), "--lr", "1e-2"]
     steps, _ = workshop.train(workshop.argv(*flags, kind="bf16", num_steps=2), 4)
     stored = export(workshop, tmp_path / "run", tmp_path / "out")
-    report = validate_nvfp4(tmp_path / "out")
+    report = validate_nvfp4(tmp_path / "out", against=source)
     assert not report.issues, report.issues[:5]
     given = load_file(source / "model.safetensors")
     for i in (1, 3, 6, 7):
@@ -266,7 +266,7 @@ def test_nas_llama_in_nvfp4(workshop, tmp_path):
     workshop.server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(tmp_path / "run"), "outputs": outputs})
     codes = []
     for layout, output in outputs.items():
-        report = validate_nvfp4(output)
+        report = validate_nvfp4(output, against=source)
         assert not report.issues, (layout, report.issues[:5])
         assert len(report.quantized) == 3 * 4 + 4 * 3  # attention in three blocks, MLPs in four
         stored = load_file(f"{output}/model.safetensors")
@@ -302,7 +302,7 @@ def test_multi_token_prediction_layers_pass_through_unchanged(workshop, tmp_path
     stored = export(workshop, tmp_path / "run", tmp_path / "out")
     for name, tensor in heads.items():
         assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor), name
-    report = validate_nvfp4(tmp_path / "out")
+    report = validate_nvfp4(tmp_path / "out", against=source)
     assert not report.issues, report.issues[:5]
     excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
     assert [name for name in excluded if name.startswith("mtp.")] == ["mtp.layers.0.eh_proj"]
@@ -342,7 +342,7 @@ def test_language_model_of_a_vision_language_model(workshop, trained, tmp_path):
         expected = given[name] if name in vision else stored_alone[name.removeprefix("language_model.")]
         assert tensor.dtype == expected.dtype, name
         assert torch.equal(tensor.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8)), name
-    report = validate_nvfp4(tmp_path / "out")
+    report = validate_nvfp4(tmp_path / "out", against=tmp_path / "hf_student")
     assert not report.issues, report.issues[:5]
     assert len(report.quantized) == 4 * (8 * 2 + 2) + 2 * 2
     excluded = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]

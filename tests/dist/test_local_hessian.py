@@ -98,7 +98,8 @@ def test_training_freezes_the_scales_of_the_calibration(workshop):
         outputs = {layout: f"{source}-{layout}" for layout in ("modelopt", "compressed-tensors")}
         workshop.server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(source), "outputs": outputs})
         for output in outputs.values():
-            assert not (report := validate_nvfp4(Path(output))).issues, report.issues[:5]
+            report = validate_nvfp4(output, against=workshop.directory / f"hf_{model}")
+            assert not report.issues, report.issues[:5]
 
 
 def test_sequential_ptq_chooses_the_scales_of_the_whole_model(workshop):

@@ -51,12 +51,12 @@ def write_hf(
     return directory
 
 
-def write_data(prefix: Path, *, vocab_size: int, num_documents: int = 60, seed: int = 0) -> Path:
+def write_data(prefix: Path, *, vocab_size: int, num_documents: int = 60, seed: int = 0, tokenizer=None) -> Path:
     """Write random tokens with loss masks; documents count different shares of their tokens, some of them none."""
     rng, documents, masks = np.random.default_rng(seed), [], []
     for i in range(num_documents):
         length = int(rng.integers(20, 60))
         documents.append(rng.integers(0, vocab_size, size=length))
         masks.append((rng.random(length) < (i % 5) / 4).astype(np.uint8))
-    write_prepared(prefix, documents, masks)
+    write_prepared(prefix, documents, masks, tokenizer=tokenizer)
     return prefix

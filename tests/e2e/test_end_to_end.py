@@ -155,7 +155,7 @@ def test_bf16_export_has_the_in_place_weights(job, saved, in_place):
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
 def test_exports_are_valid(job, script, layout):
     call = run if layout == "modelopt" else script
-    assert ": valid" in call("tools/validate_nvfp4.py", job / layout)
+    assert ": valid" in call("tools/validate_nvfp4.py", job / layout, "--against", job / "hf")
 
 
 def test_exported_weights_decode_to_the_in_place_weights(job, in_place):

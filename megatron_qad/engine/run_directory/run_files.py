@@ -26,6 +26,8 @@ IMPORT_FILE = "qad_import.json"
 """Source of an imported checkpoint: the Hugging Face model, or an iteration that Megatron saved."""
 EXPORT_FILE = "qad_export.json"
 """Source of an exported Hugging Face directory: the checkpoint and its iteration."""
+CALIBRATION_FILE = "calibration.json"
+"""The amaxes of inputs, keys and values from which an export's scales were computed."""
 SMOOTHING_FILE = "qad_smoothing.json"
 """How tools/smooth.py smoothed the weights: in its output, and in checkpoints of jobs that started from it."""
 

@@ -19,6 +19,7 @@ DOWN, Q, K, V, UP = (
     f"{LAYER}.{part}"
     for part in ("mlp.down_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
 )
+RECORD = {"checkpoint": "run", "iteration": "iter_0000001"}
 FAMILIES = {
     "llama": CONFIG,
     "qwen2": {**CONFIG, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
@@ -58,13 +59,14 @@ def linears(config=CONFIG):
 
 
 def export(directory, layout, config=CONFIG, unquantized=("lm_head",), **kwargs):
-    stream = items(config, unquantized)
-    write_hf_checkpoint(stream, directory, config=config, layout=layout, linear_modules=linears(config), **kwargs)
+    kwargs = {"config": config, "layout": layout, "linear_modules": linears(config), "record": RECORD} | kwargs
+    write_hf_checkpoint(items(config, unquantized), directory, **kwargs)
     return directory
 
 
-def issues(directory):
-    return [str(issue) for issue in validate_nvfp4(directory).issues]
+def issues(directory, with_sums=False):
+    """Return the issues of a directory whose files a test may have changed."""
+    return [str(issue) for issue in validate_nvfp4(directory, with_sums=with_sums).issues]
 
 
 def edit(directory, change):

@@ -11,6 +11,7 @@ from tiny_configs import TINY_HYBRID
 
 from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.run_directory import json_records
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exported import (  # noqa: E402  (a helper module in this directory)
@@ -351,15 +352,17 @@ def test_command_line_prints_issues_and_exits_with_1(tmp_path):
     root = Path(__file__).resolve().parents[3]
     directory = export(tmp_path / "out", "modelopt")
 
-    def run(target):
-        command = [sys.executable, str(root / "tools/validate_nvfp4.py"), str(target)]
+    def run(*arguments):
+        command = [sys.executable, str(root / "tools/validate_nvfp4.py"), *map(str, arguments)]
         environment = {"PYTHONPATH": str(root), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
     valid = run(directory)
     assert valid.returncode == 0 and "valid; layout modelopt" in valid.stdout, valid.stderr
     edit(directory, drop(f"{DOWN}.input_scale"))
-    damaged = run(directory)
+    edited = run(directory)
+    assert edited.returncode == 1 and "ISSUE model.safetensors: has changed" in edited.stdout
+    damaged = run(directory, "--no-sums")
     assert damaged.returncode == 1 and f"ISSUE {DOWN}.input_scale: is missing" in damaged.stdout
     assert "1 issue" in damaged.stdout
     assert issues(tmp_path / "nowhere") == [
@@ -406,13 +409,37 @@ def test_unknown_layers_of_a_hybrid_are_an_error(changes, message):
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_provenance_record_is_accepted_and_detects_changed_weights(tmp_path, layout):
-    assert issues(export(tmp_path / "out", layout, record={"iteration": 1})) == []
-    file = tmp_path / "out" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert issues(tmp_path / "out") == ["model.safetensors: has changed since it was written"]
+def test_changed_files_are_reported_with_both_ways_out(tmp_path, layout):
+    directory = export(tmp_path / "out", layout)
+    assert issues(directory, with_sums=True) == []
+    (directory / "README.md").write_text("a model card")  # added later
+    assert issues(directory, with_sums=True) == []
+    for name in ("model.safetensors", "config.json"):
+        content = bytearray((directory / name).read_bytes())
+        content[-1] ^= 1 if name.startswith("model") else ord("\n") ^ ord(" ")
+        (directory / name).write_bytes(content)
+    changed = "has changed since it was written (another SHA-256). Export again, or pass --no-sums if files were edited"
+    reported = issues(directory, with_sums=True)
+    assert [
+        issue.startswith(f"{name}: {changed}") for issue, name in zip(reported, ("config.json", "model"), strict=True)
+    ]
+    assert issues(directory) == []
+    (directory / "config.json").unlink()
+    assert any(issue.startswith("config.json: is missing. Export again") for issue in issues(directory, with_sums=True))
+
+
+def test_a_missing_or_damaged_record_is_reported(tmp_path):
+    directory = export(tmp_path / "out", "modelopt")
+    edit_json(directory / "qad_export.json", lambda record: record["content"].pop("files"))
+    (issue,) = issues(directory, with_sums=True)
+    assert issue.startswith("qad_export.json: is damaged (its content has a different SHA-256")
+    json_records.write(directory / "qad_export.json", {"iteration": 1})
+    (issue,) = issues(directory, with_sums=True)
+    assert issue.startswith("qad_export.json: lists no files with their SHA-256")
+    (directory / "qad_export.json").unlink()
+    (issue,) = issues(directory, with_sums=True)
+    assert issue.startswith("qad_export.json: is missing, so changes of files") and "--no-sums" in issue
+    assert issues(directory) == []
 
 
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])

@@ -11,14 +11,14 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 from megatron_qad.engine.errors import QADError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from exported import CONFIG, DOWN, Q, drop, edit, edit_json, issues, items, linears, put  # noqa: E402
+from exported import CONFIG, DOWN, RECORD, Q, drop, edit, edit_json, issues, items, linears, put  # noqa: E402
 
 WIDE = {**CONFIG, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 
 
 def export_int4(directory: Path, layout: str = "compressed-tensors", attention: str = "int4-w4a16") -> Path:
     stream = items(WIDE, format_of=lambda module: attention if "self_attn" in module else "int4-w4a16")
-    write_hf_checkpoint(stream, directory, config=WIDE, layout=layout, linear_modules=linears(WIDE))
+    write_hf_checkpoint(stream, directory, config=WIDE, layout=layout, linear_modules=linears(WIDE), record=RECORD)
     return directory
 
 

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from exported import (  # noqa: E402  (a helper module in this directory)
     CONFIG,
     DOWN,
+    RECORD,
     UP,
     K,
     Q,
@@ -35,7 +36,13 @@ def mixed_format(module):
 
 def export_mixed(directory, layout, format_of=mixed_format, kv_cache="fp8"):
     stream = items(format_of=format_of, kv_layout=layout if kv_cache == "fp8" else None)
-    arguments = {"config": CONFIG, "layout": layout, "linear_modules": linears(), "kv_cache": kv_cache}
+    arguments = {
+        "config": CONFIG,
+        "layout": layout,
+        "linear_modules": linears(),
+        "kv_cache": kv_cache,
+        "record": RECORD,
+    }
     write_hf_checkpoint(stream, directory, **arguments)
     return directory
 

@@ -122,6 +122,10 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
             ["--qad-calibration-headroom", "9", "--qad-calibration-percentile", "99"],
             "--qad-calibration-percentile and --qad-calibration-headroom both set the amax",
         ),
+        (
+            ["--qad-calibration-headroom", "16384", "--qad-policy", "w4a16-all-linear"],
+            "--qad-calibration-headroom 16384: the policy w4a16-all-linear gives no linear NVFP4 inputs",
+        ),
         (["--seq-length", "128"], "--seq-length 128: is longer than the 64 positions of"),
         (["--qad-policy", "nothing"], "no quantization policy 'nothing'"),
         (["--qad-policy-override", "no_such_module=fp8"], "policy rule no_such_module=fp8 matches no linear"),

@@ -155,7 +155,7 @@ def check_export(formats: dict[str, str], saved: dict, quantized: dict, output: 
     quantization = json.loads((output / "hf_quant_config.json").read_text())["quantization"]
     assert quantization["quant_algo"] == "INT8" and quantization["group_size"] is None
 
-    result = validate_nvfp4(output)
+    result = validate_nvfp4(output, with_sums=False)
     assert not result.issues, "\n".join(map(str, result.issues))
     assert result.quantized == dict.fromkeys((hf.removesuffix(".weight") for x in QUANTIZED for hf in x.hf), NAME)
 
