@@ -53,7 +53,7 @@ def main() -> None:
     print(
         f"wrote {written.num_tensors} tensors, {written.num_bytes / 1e6:.1f} MB, in {len(written.shards)} file(s) to "
         f"{written.directory}: {', '.join(f'{n} linears {fmt}' for fmt, n in counts.items())}"
-        f"{f', {len(written.excluded)} left in BF16' if counts else 'no linear quantized'}"
+        f"{f', {len(written.excluded)} left in {written.dtype}' if counts else 'no linear quantized'}"
     )
     if written.transformers_problem:
         print(

@@ -5,11 +5,12 @@ means that the models differ, and the exit status is 1. With NVFP4 inputs, the l
 and neighbouring codes differ by up to a third. So two correct implementations differ about as much as one of them from
 itself with inputs perturbed by half a bfloat16 unit, which is printed for comparison.
 
-Run by run.sh with the arguments of pretrain_qad.py, ``--hf-model DIR`` (the compressed-tensors export) and
+Run by run.sh on one rank with the arguments of pretrain_qad.py, ``--hf-model DIR`` (the compressed-tensors export) and
 ``--text FILE``.
 """
 
 import argparse
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,11 @@ def main() -> None:
     parser.add_argument("--hf-model", required=True)
     parser.add_argument("--text", required=True)
     options, job_argv = parser.parse_known_args()
+    if (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        sys.exit(
+            f"error: compare.py runs on one rank, because it compares the logits of whole models; torchrun started "
+            f"{num_ranks} ranks. Use NPROC_PER_NODE=1; the checkpoint may come from any number of ranks."
+        )
     job = start_job(read_command_line(job_argv))
     initialize_megatron()
     tokenizer = AutoTokenizer.from_pretrained(options.hf_model)

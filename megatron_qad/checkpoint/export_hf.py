@@ -72,8 +72,8 @@ def export_hf(
 
     torch.distributed must be initialized; every rank calls this. Peak memory of a process, beyond what it has imported:
     the largest tensor and its result. Tensors that are not packed are written in the dtype declared in
-    ``config.json``, which servers expect, also if the job trained in float32. If the config declares none, packed
-    layouts use bfloat16.
+    ``config.json``, which servers expect, also if the job trained in float32. If the config declares none, they keep
+    the dtype in which the job trained, and packed layouts declare it.
 
     Args:
         checkpoint: a directory saved by a QAD job or, for layout "bf16", one written by ``import_hf``.
@@ -102,7 +102,8 @@ def export_hf(
     shards = tuple(plan.names)
     quantized = export.quantized_modules()
     problem = transformers_problem(description.config, layout, quantized)
-    return Written(output, len(plan.weight_map), plan.num_bytes, shards, quantized, tuple(excluded), problem)
+    dtype = str(export.dtype).removeprefix("torch.") if export.dtype else None
+    return Written(output, len(plan.weight_map), plan.num_bytes, shards, quantized, tuple(excluded), problem, dtype)
 
 
 def _prepare(
@@ -119,18 +120,18 @@ def _prepare(
         for fmt in sorted(set(formats.values())):
             check_format(fmt, layout, f"{checkpoint}: a linear of its policy")
     config = without_quantization(config)
-    if layout != "bf16" and declared_dtype(config) is None:
-        config["torch_dtype"] = "bfloat16"  # the key that old and new readers know
     passthrough = read_passthrough(checkpoint / "hf")
     if family.passthrough_tensors(config) and not passthrough:
         raise QADError(
             f"{checkpoint}: no hf/{PASSTHROUGH_FILE}, to which the import writes all tensors outside the language "
             "model. Copy it from the imported checkpoint."
         )
-    reader = TorchDistReader(checkpoint, iteration)
+    reader, maps, dtype = TorchDistReader(checkpoint, iteration), family.tensors(config), declared_dtype(config)
+    if layout != "bf16" and dtype is None:
+        dtype = next(reader.stored_dtype(tensor_map) for tensor_map in maps if not tensor_map.is_float32)
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")  # the key that old and new readers know
     scales = recorded_scales(job, str(checkpoint / JOB_FILE)) if formats else {}
     amaxes = reader.read_amaxes() if layout != "bf16" else {}
-    maps, dtype = family.tensors(config), declared_dtype(config)
     export = Export(reader, layout, formats, kv_cache, scales, dtype, amaxes, maps, passthrough)
     description = describe(
         config=config,

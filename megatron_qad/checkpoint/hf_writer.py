@@ -69,6 +69,7 @@ class Written:
     quantized: dict[str, str]  # module -> format
     excluded: tuple[str, ...]  # linears that are not quantized
     transformers_problem: str | None = None  # why transformers cannot compute with it
+    dtype: str | None = None  # of the tensors that are not packed; None means that of each in the checkpoint
 
 
 def write_hf_checkpoint(

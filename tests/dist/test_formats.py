@@ -65,10 +65,13 @@ class Shop:
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory, server):
-    directory = tmp_path_factory.mktemp("formats")
-    tiny_job.write_hf(directory / "hf", CONFIG)
-    tiny_job.write_data(directory / "data", vocab_size=CONFIG["vocab_size"])
-    models = [(str(directory / "hf"), str(directory / "teacher"), "bfloat16")]
+    return open_shop(tmp_path_factory.mktemp("formats"), server, CONFIG)
+
+
+def open_shop(directory: Path, server: ForkServer, config: dict, dtype: str = "bfloat16") -> Shop:
+    tiny_job.write_hf(directory / "hf", config)
+    tiny_job.write_data(directory / "data", vocab_size=config["vocab_size"])
+    models = [(str(directory / "hf"), str(directory / "teacher"), dtype)]
     server.run("training_jobs:import_checkpoints", 1, {"models": models})
     return Shop(directory, server)
 
@@ -166,6 +169,20 @@ def test_float32_job_exports_in_the_dtype_of_the_config(shop, tmp_path, policy):
     weight = params["decoder.layers.1.mlp.linear_fc2.weight"]
     assert weight.dtype == torch.float32
     assert torch.equal(decoded, nvfp4.fake_quant(weight, nvfp4.global_scale_from_amax(weight.abs().max())))
+
+
+def test_float32_job_without_a_declared_dtype_exports_float32(server, tmp_path):
+    """Unpacked tensors keep the dtype of training, which config.json declares and tools/export_hf.py prints."""
+    config = {key: value for key, value in CONFIG.items() if key != "dtype"}
+    shop, output = open_shop(tmp_path, server, config, "float32"), tmp_path / "modelopt"
+    steps, _ = shop.train("--save", f"{tmp_path}/run", "--save-interval", "100", precision=(), num_steps=1)
+    argv = ["--checkpoint", f"{tmp_path}/run", "--output", str(output)]
+    printed = server.run("script_jobs:script", 1, {"path": "tools/export_hf.py", "argv": argv})
+    assert "1 left in float32" in printed  # the head
+    assert json.loads((output / "config.json").read_text())["torch_dtype"] == "float32"
+    assert not (report := validate_nvfp4(output, against=tmp_path / "hf")).issues, report.issues[:5]
+    stored, params = load_file(output / "model.safetensors"), steps[-1]["params"]
+    assert torch.equal(stored["model.norm.weight"], params["decoder.final_norm.weight"])
 
 
 def int4_policy(directory: Path, attention: str) -> Path:

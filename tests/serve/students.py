@@ -33,8 +33,19 @@ _COMMON = [
     *("--save-interval", "1000", "--qad-calibration-samples", "8", "--min-lr", "1e-4", "--no-save-optim"),
     *tiny_job.READ_HERE,
 ]
-_WITHOUT_FACTOR = "import megatron_qad.formats.nvfp4_format as f; f.tie_free = lambda scale: scale\n"
-"""Code that takes the tie-free factor of input scales away, to measure what it is for."""
+_NO_FACTOR = "import megatron_qad.formats.nvfp4_format as f; f.tie_free = lambda scale: scale\n"
+_BF16_INPUTS = """
+import megatron_qad.quantization.activations as a
+from megatron_qad.formats.input_scales import round_up_to_bf16
+from megatron_qad.formats.nvfp4_format import NVFP4Numbers
+
+of_amax = NVFP4Numbers.input_scale_from_amax
+NVFP4Numbers.input_scale_from_amax = lambda self, amax, **kwargs: of_amax(self, round_up_to_bf16(amax), **kwargs)
+a.FakeQuantSTE.forward = staticmethod(lambda ctx, x, scale, quant: quant(x.bfloat16().float(), scale, check=False))
+"""
+VARIANTS = {"": "", "ties": _NO_FACTOR, "bf16": _BF16_INPUTS, "bf16-ties": _BF16_INPUTS + _NO_FACTOR}
+"""Code that changes the arithmetic of inputs, to measure what the tie-free factor of input scales is for: "ties" takes
+it away, "bf16" rounds inputs and their amaxes to bfloat16, as they are in BF16 models."""
 
 
 @dataclass
@@ -48,33 +59,33 @@ class Student:
     flags: list[str]
     server: ForkServer
 
-    def export(self, layout: str, tie_free: bool = True) -> Path:
+    def export(self, layout: str, variant: str = "") -> Path:
         """Return the directory of the export in a layout; ``export_all`` writes it."""
-        return Path(f"{self.run}-{layout}" + ("" if tie_free else "-with-ties"))
+        return Path(f"{self.run}-{layout}{variant and '-' + variant}")
 
-    def export_all(self, tie_free: bool = True) -> None:
-        """Export in all layouts.
-
-        tie_free: False exports input scales without their tie-free factor.
-        """
-        outputs = {layout: str(self.export(layout, tie_free)) for layout in LAYOUTS}
+    def export_all(self, layouts: Sequence[str] = LAYOUTS, variant: str = "") -> None:
+        """Export in several layouts, with the arithmetic of one of ``VARIANTS``."""
+        outputs = {layout: str(self.export(layout, variant)) for layout in layouts}
         argv = [str(self.run), json.dumps(outputs)]
         code = "import json, sys, training_jobs; training_jobs.export_checkpoint(sys.argv[1], json.loads(sys.argv[2]))"
-        self.server.run("script_jobs:code", 1, {"text": ("" if tie_free else _WITHOUT_FACTOR) + code, "argv": argv})
+        self.server.run("script_jobs:code", 1, {"text": VARIANTS[variant] + code, "argv": argv})
 
     @cached_property
     def logprobs(self) -> np.ndarray:
         """Log-probabilities of the next token in Megatron, float32 [n, s, V]."""
         return self.logprobs_of(self.prompts)
 
-    def logprobs_of(self, prompts: np.ndarray, tie_free: bool = True) -> np.ndarray:
-        """Run the student on two ranks. ``prompts``: token ids [n, s], s even."""
+    def logprobs_of(self, prompts: np.ndarray, variant: str = "") -> np.ndarray:
+        """Run the student on two ranks, with the arithmetic of one of ``VARIANTS``.
+
+        prompts: token ids [n, s], s even
+        """
         asked, output = self.run / "prompts.npy", self.run / "logprobs.npy"
         np.save(asked, prompts)
         argv = ["--prompts", str(asked), "--output", str(output), "--qad-student", str(self.run), *self.flags]
         code = "import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
         argv = [str(ROOT / "tests/serve/student_logprobs.py"), *argv]
-        self.server.run("script_jobs:code", 2, {"text": ("" if tie_free else _WITHOUT_FACTOR) + code, "argv": argv})
+        self.server.run("script_jobs:code", 2, {"text": VARIANTS[variant] + code, "argv": argv})
         return np.load(output)
 
 
@@ -129,7 +140,8 @@ def text_student(server: ForkServer, directory: Path) -> Student:
     tokenizer_config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
     tokenizer_config |= {"unk_token": "<unk>", "chat_template": CHAT_TEMPLATE}
     (hf / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+    # vLLM does not read do_sample; with top_k of 1 it chooses the most likely token, at any temperature.
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True, "top_k": 1, "max_new_tokens": MAX_NEW_TOKENS}
     (hf / "generation_config.json").write_text(json.dumps(generation))
     server.run("training_jobs:import_checkpoints", 1, {"models": [(str(hf), f"{directory}/untrained", "float32")]})
     for text in ("raw", "heldout"):

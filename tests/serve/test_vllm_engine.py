@@ -1,40 +1,14 @@
 """vLLM's engine serves exports with the log-probabilities of the students in Megatron, at every position."""
 
-import json
-import subprocess
-from pathlib import Path
-
-import numpy as np
 import pytest
 import students
 from agreement import Agreement
+from vllm_engine import serve
 
 # Both sides compute in float32, with sums in another order: measured 2.9e-6 (Llama) to 1.9e-5 (Qwen2). A float32 input
 # next to a rounding boundary could take another NVFP4 code; with these seeds none does.
 LARGEST = 1e-4
 SERVED = [(name, layout) for name in students.FAMILIES for layout in students.LAYOUTS]
-
-
-def serve(
-    python: Path, env: dict, models: dict[str, tuple[Path, np.ndarray]], directory: Path
-) -> dict[str, np.ndarray]:
-    """Serve models, one after another in one process. Returns their log-probabilities [n, s, V] by name.
-
-    models: directory and prompts by name
-    """
-    requests = []
-    for name, (model, prompts) in models.items():
-        asked, output = directory / f"{name}.prompts.npy", directory / f"{name}.npy"
-        np.save(asked, prompts)
-        requests.append({"model": str(model), "prompts": str(asked), "output": str(output)})
-    (directory / "requests.json").write_text(json.dumps(requests))
-    script = Path(__file__).with_name("vllm_logprobs.py")
-    command = [python, script, directory / "requests.json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=directory)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    errors = [Path(r["output"] + ".error") for r in requests]
-    assert not (texts := [e.read_text() for e in errors if e.exists()]), texts
-    return {name: np.load(directory / f"{name}.npy") for name in models}
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,15 @@
 
     python vllm_logprobs.py REQUESTS.json
 
-REQUESTS.json is a list of {"model": DIR, "prompts": FILE.npy, "output": FILE.npy}. Prompts are token ids [n, s].
-The output is float32 [n, s, V]: at each position the log-probabilities of the next token. A model that vLLM cannot
-serve gets OUTPUT.error with the message instead, and the next one follows.
+REQUESTS.json is a list of {"model": DIR, "prompts": FILE.npy, "output": FILE.npy, "bf16_inputs": false}. Prompts are
+token ids [n, s]. The output is float32 [n, s, V]: at each position the log-probabilities of the next token. A model
+that vLLM cannot serve gets OUTPUT.error with the message instead, and the next one follows. "bf16_inputs" rounds the
+inputs of linears to bfloat16 before they are quantized, as they are in BF16 models.
 """
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,6 +21,9 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 def main(requests: list[dict]) -> None:
     for request in requests:
+        os.environ.pop("QAD_BF16_INPUTS", None)
+        if request["bf16_inputs"]:
+            os.environ["QAD_BF16_INPUTS"] = "1"  # read by vllm_plugin/nvfp4_on_cpu.py
         try:
             np.save(request["output"], logprobs(request["model"], np.load(request["prompts"])))
         except Exception as error:  # vLLM raises many types; the test shows the message
