@@ -27,6 +27,7 @@ def markdown(comparison: Mapping) -> str:
         parts.append(
             f"With {comparison['num_rows']} rows the intervals are rough and usually too narrow. Evaluate on more text."
         )
+    parts += map(_escape, comparison["notes"])
     if others := [e for e in evaluations if e["name"] != base]:
         parts += [f"## Differences to {_escape(base)}", _differences(others, base)]
     parts += ["## KL by percentile of tokens", _percentiles(evaluations)]
@@ -41,8 +42,8 @@ def markdown(comparison: Mapping) -> str:
 
 def _means(evaluations: Sequence[Mapping]) -> str:
     rows = [
-        [e["name"], e["formats"], _interval(e["means"]["kl_to_teacher"], ".4g")]
-        + [_interval(e["means"][metric], spec) for metric, (_, spec) in _METRICS.items()]
+        [e["name"], e["formats"], interval(e["means"]["kl_to_teacher"], ".4g")]
+        + [interval(e["means"][metric], spec) for metric, (_, spec) in _METRICS.items()]
         for e in evaluations
     ]
     return table(["model", "linears", "KL to teacher", *(head for head, _ in _METRICS.values())], rows, left=2)
@@ -59,9 +60,9 @@ def _teacher_line(evaluation: Mapping) -> str:
 def _differences(evaluations: Sequence[Mapping], base: str) -> str:
     rows = []
     for e in evaluations:
-        cells = [_interval(e["differences"]["kl_to_teacher"], "+.4g")]
-        cells += ["-" if e["kl_ratio"] is None else _interval(e["kl_ratio"], ".3f")]
-        cells += [_interval(e["differences"][metric], f"+{spec}") for metric, (_, spec) in _METRICS.items()]
+        cells = [interval(e["differences"]["kl_to_teacher"], "+.4g")]
+        cells += ["-" if e["kl_ratio"] is None else interval(e["kl_ratio"], ".3f")]
+        cells += [interval(e["differences"][metric], f"+{spec}") for metric, (_, spec) in _METRICS.items()]
         rows.append([e["name"], *cells])
     return table(["model", "KL", f"KL / {base}'s", *(head for head, _ in _METRICS.values())], rows, left=1)
 
@@ -92,17 +93,18 @@ def _worst(tokens: Sequence[Mapping]) -> str:
     return table(["KL", "row:column", "text before", "token", "teacher's first", "student's first"], rows, left=6)
 
 
-def _interval(value: Mapping, spec: str) -> str:
-    text = format(value["value"], spec)
-    if value["low"] is None:
-        return text
-    return f"{text} [{format(value['low'], spec)}, {format(value['high'], spec)}]"
-
-
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> str:
     """Return a Markdown table; the first ``left`` columns are left-aligned, the others right-aligned."""
     rule = ["---" if i < left else "---:" for i in range(len(heads))]
     return "\n".join("| " + " | ".join(map(_escape, row)) + " |" for row in (heads, rule, *rows))
+
+
+def interval(value: Mapping, spec: str) -> str:
+    """Return a value with its interval in brackets, from ``Interval.record``."""
+    text = format(value["value"], spec)
+    if value["low"] is None:
+        return text
+    return f"{text} [{format(value['low'], spec)}, {format(value['high'], spec)}]"
 
 
 def _escape(text: str) -> str:

@@ -13,7 +13,7 @@ CLASSES = (
 )
 """Every token has one. "word start": Latin letters after a space; "word continuation": without one, also the first word
 of a line. "other script": letters that are not Latin. "mixed": several kinds in one token, such as ``x1``. "part of a
-character": bytes that are no character alone."""
+character": bytes that are not a character alone."""
 _REPLACEMENT = "\ufffd"
 _NAMES = (("other script", "L"), ("digits", "N"), ("punctuation", "PS"))
 
@@ -85,6 +85,10 @@ class TokenTexts:
         before = self.decode(self._anchor)
         both = self.decode([*self._anchor, token])
         return both.removeprefix(before) if both.startswith(before) else self.decode([token])
+
+    def length(self, text: str) -> int:
+        """Return the number of tokens of a text."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
 
     def class_of(self, token: int) -> str:
         return class_of(self.text(token), is_special=int(token) in self._special)

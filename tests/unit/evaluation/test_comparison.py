@@ -64,10 +64,20 @@ def test_other_tokens_teachers_and_names_are_refused(make_evaluation):
         compare([first, make_evaluation("QAD", seed=1)])
     other = make_evaluation("QAD")
     other = replace(other, tokens=other.tokens | {"teacher_top": other.tokens["student_top"]})
-    with pytest.raises(QADError, match="another teacher than PTQ"):
+    with pytest.raises(QADError, match="another teacher than PTQ: their most likely tokens differ for 9"):
         compare([first, other])
     with pytest.raises(QADError, match="--baseline QAT: is not one of PTQ"):
         compare([first], baseline="QAT")
+
+
+def test_other_rounding_errors_are_noted(make_evaluation):
+    first, other = make_evaluation("PTQ"), make_evaluation("QAD")
+    assert compare([first, other])["notes"] == []
+    entropy = np.nextafter(other.tokens["teacher_entropy"], np.float32(9))
+    comparison = compare([first, replace(other, tokens=other.tokens | {"teacher_entropy": entropy})])
+    (note,) = comparison["notes"]
+    assert note.startswith("QAD and PTQ were evaluated with other rounding errors")
+    assert note in markdown(comparison)
 
 
 def test_records_return_what_was_saved(make_evaluation, tmp_path):

@@ -1,0 +1,145 @@
+"""tools/evaluate.py on tiny models: agreement with the job's own validation, and of exports with their checkpoint."""
+
+import numpy as np
+import pytest
+import tiny_job
+from tiny_hybrids import QWEN3_MOE
+
+from megatron_qad.engine.run_directory import json_records
+from megatron_qad.evaluation import record
+
+LAYOUTS = ("modelopt", "compressed-tensors", "bf16")
+MODELS = {"llama": tiny_job.LLAMA | {"dtype": "bfloat16"}, "moe": QWEN3_MOE | {"torch_dtype": "bfloat16"}}
+PARALLELISM = {
+    "tp1": (1, ()),
+    "tp2": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "pp2": (2, ("--pipeline-model-parallel-size", "2")),
+    "cp2": (2, ("--context-parallel-size", "2")),
+    "dp2": (2, ()),
+}
+
+
+class Shop:
+    """A teacher and a PTQ run of a model, and its exports."""
+
+    def __init__(self, directory, server, config, policy):
+        self.directory, self._server = directory, server
+        tiny_job.write_hf(directory / "hf", config)
+        tiny_job.write_data(directory / "data", vocab_size=config["vocab_size"])
+        models = [(str(directory / "hf"), str(directory / "teacher"), "bfloat16")]
+        server.run("training_jobs:import_checkpoints", 1, {"models": models})
+        self.flags = [
+            *("--qad-teacher", f"{directory}/teacher", "--data-path", f"{directory}/data"),
+            *("--data-cache-path", f"{directory}/cache", "--split", "50,50,0", "--bf16", "--seq-length", "32"),
+            *("--micro-batch-size", "2", "--global-batch-size", "8", *tiny_job.READ_HERE),
+        ]
+        self.run = directory / "run"
+        self.log = self._train("--save", str(self.run), "--qad-ptq", *policy)
+
+    def _train(self, *flags):
+        return self._server.run("training_jobs:train", 1, {"argv": [*self.flags, *flags]})
+
+    def export(self, *layouts):
+        outputs = {layout: str(self.directory / layout) for layout in layouts}
+        self._server.run("training_jobs:export_checkpoint", 1, {"checkpoint": str(self.run), "outputs": outputs})
+
+    def evaluate(self, model, name="record", parallelism="tp1", *flags, **more):
+        nproc, parallel = PARALLELISM[parallelism]
+        output = self.directory / "records" / f"{name}-{parallelism}"
+        argv = ["--model", str(model), "--output", str(output), *self.flags, *parallel, *flags]
+        self.log = self._server.run("training_jobs:tool", nproc, {"name": "evaluate", "argv": argv}, **more)
+        return self.log if more.get("fails") else record.load(output)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, server):
+    rules = ("head=nvfp4", "mlp=fp8", "kv_cache=fp8")
+    policy = ("--qad-weight-scale-rule", "four_over_six", "--qad-policy-override", *rules)
+    shop = Shop(tmp_path_factory.mktemp("llama"), server, MODELS["llama"], policy)
+    shop.own = shop.evaluate(shop.run)
+    return shop
+
+
+def assert_same(actual: record.Evaluation, expected: record.Evaluation):
+    assert np.array_equal(actual.rows, expected.rows)
+    for name, values in expected.tokens.items():
+        assert np.array_equal(actual.tokens[name], values), name
+
+
+def test_agrees_with_the_validation_of_the_job(llama):
+    (validated,) = json_records.read(llama.run / "best_checkpoints.json")
+    about = llama.own.about
+    assert about["tokens_sha256"] == validated["tokens_sha256"]
+    assert about["num_tokens"] == validated["num_tokens"] == len(llama.own.tokens["row"])
+    # Sums in float64 of the same float32 values, in another order.
+    assert about["means"]["kl_to_teacher"] == pytest.approx(validated["kl_to_teacher"], rel=1e-12)
+    assert about["means"]["kl_to_teacher"] > 0.01
+    assert "the run's own validation of this iteration: KL" in llama.log
+    assert about["formats"] == "5 nvfp4, 4 fp8, KV cache fp8"
+
+
+def test_tokens_are_those_of_the_rows(llama):
+    tokens, rows = llama.own.tokens, llama.own.rows
+    inside = tokens["column"] + 1 < rows.shape[1]
+    following = rows[tokens["row"][inside], tokens["column"][inside] + 1]
+    assert np.array_equal(tokens["label"][inside], following)
+    assert np.array_equal(tokens["position"], tokens["column"])
+    places = tokens["row"].astype(np.int64) * rows.shape[1] + tokens["column"]
+    assert (np.diff(places) > 0).all()
+
+
+def test_exports_equal_their_checkpoint(llama):
+    """Equal bit for bit: the same weights, scales and arithmetic."""
+    llama.export("modelopt", "compressed-tensors")
+    for layout in ("modelopt", "compressed-tensors"):
+        exported = llama.evaluate(llama.directory / layout, layout)
+        assert exported.about["formats"] == llama.own.about["formats"]
+        assert_same(exported, llama.own)
+
+
+def test_teacher_has_no_divergence(llama):
+    own = llama.evaluate(llama.directory / "teacher", "bf16")
+    means = own.about["means"]
+    assert means["kl_to_teacher"] == 0 and means["top1_agreement"] == means["top5_agreement"] == 1
+    assert means["cross_entropy"] == means["teacher_cross_entropy"] > 0
+    assert own.about["formats"] == "9 bf16"
+    assert own.about["means"]["teacher_entropy"] == llama.own.about["means"]["teacher_entropy"]
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("parallelism", ["tp2", "pp2", "cp2", "dp2"])
+def test_parallelism_keeps_the_tokens(llama, parallelism):
+    """Also of an export. BF16 sums in another order change a logit's last bits, and inputs to other codes."""
+    if not (llama.directory / "modelopt").exists():
+        llama.export("modelopt")
+    kl = llama.own.about["means"]["kl_to_teacher"]
+    for model, name in ((llama.run, "run"), (llama.directory / "modelopt", "export")):
+        other = llama.evaluate(model, name, parallelism)
+        for array in ("row", "column", "position", "label"):
+            assert np.array_equal(other.tokens[array], llama.own.tokens[array])
+        assert np.array_equal(other.rows, llama.own.rows)
+        assert other.about["means"]["kl_to_teacher"] == pytest.approx(kl, rel=0.1)
+        if parallelism in ("pp2", "dp2"):  # the same sums in the same order
+            assert_same(other, llama.own)
+
+
+@pytest.mark.all
+def test_exports_of_experts_equal_their_checkpoint(tmp_path_factory, server):
+    shop = Shop(tmp_path_factory.mktemp("moe"), server, MODELS["moe"], ())
+    own = shop.evaluate(shop.run)
+    shop.export(*LAYOUTS)
+    for layout in ("modelopt", "compressed-tensors"):
+        assert_same(shop.evaluate(shop.directory / layout, layout), own)
+    plain = shop.evaluate(shop.directory / "bf16", "bf16")  # quantized weights, unquantized inputs
+    assert 0 < plain.about["means"]["kl_to_teacher"] < own.about["means"]["kl_to_teacher"]
+
+
+def test_refusals(llama, tmp_path):
+    llama.export("bf16")
+    for model, flags, message in (
+        (tmp_path, (), "no hf/config.json"),
+        (llama.run, ("--iteration", "7"), "iter_0000007 is not a torch_dist checkpoint"),
+        (llama.directory / "bf16", ("--iteration", "7"), "is an exported directory"),
+        (llama.run, ("--eval-iters", "0"), "nothing would be evaluated"),
+    ):
+        assert message in llama.evaluate(model, "refused", "tp1", *flags, fails=True)
