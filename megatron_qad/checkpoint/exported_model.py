@@ -73,8 +73,8 @@ class ExportedModel:
         result = validate_nvfp4(directory)
         if result.issues:
             raise QADError(
-                f"{directory}: {count(len(result.issues), 'issue')}, the first: {result.issues[0]}. List all of them: python "
-                f"tools/validate_nvfp4.py {directory}"
+                f"{directory}: {count(len(result.issues), 'issue')}, the first: {result.issues[0]}. List all of them: "
+                f"python tools/validate_nvfp4.py {directory}"
             )
         config, layout = exported_config(directory), PACKED_LAYOUTS[result.layout]
         return cls(directory, config, layout, result.quantized, result.kv_cache)

@@ -1,7 +1,7 @@
 """Length and repetition of sampled answers, compared with the teacher's answers to the same prompts.
 
-A student with a low KL on given text can still ramble when it writes itself: an answer that should end goes on. The
-answers are lines of ``tools/generate_data.py``, or of any tool that writes ``{"messages": ...}`` or ``{"text": ...}``.
+A student with a low KL on given text may still write longer or more repetitive answers than its teacher. The answers
+are lines of ``tools/generate_data.py``, or of any tool that writes ``{"messages": ...}`` or ``{"text": ...}``.
 """
 
 from collections import defaultdict

@@ -18,7 +18,7 @@ from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.formats.format_registry import UNQUANTIZED
 from megatron_qad.models.builder import build_chunks, freeze
 from megatron_qad.models.checkpoint_config import read_config, read_job
-from megatron_qad.models.weight_loading import fill_weights, load_weights
+from megatron_qad.models.weight_loading import fill_weights, load_quantizers, load_weights
 from megatron_qad.quantization.scale_record import recorded_scales
 from megatron_qad.training.job import QADJob
 from megatron_qad.training.models import model_config
@@ -83,14 +83,17 @@ def build_subject(job: QADJob, subject: Subject) -> list[torch.nn.Module]:
     _set_formats(job, subject, exported)
     chunks = build_chunks(model_config(job.config, job.args, subject.model))
     inner = unwrap_model(chunks)
-    activations = job.quantize_activations(inner)
     if exported is not None:
         fill_weights(inner, exported.read, subject.directory)
+        activations = job.quantize_activations(inner)
         activations.fix_scales(exported.input_scales(), str(subject.directory))
         return [freeze(chunk) for chunk in chunks]
+    load_weights(inner, subject.directory, iteration=subject.iteration)
+    activations = job.quantize_activations(inner)
     activations.expect_amax(device=torch.cuda.current_device())
     weights = job.quantize_weights(inner)
-    load_weights(inner, subject.directory, with_amaxes=bool(subject.job), iteration=subject.iteration)
+    if subject.job:
+        load_quantizers(inner, subject.directory, iteration=subject.iteration)
     if not activations.calibrated:
         raise QADError(
             f"{subject.directory}: iteration {subject.iteration} was saved before calibration. Give another."

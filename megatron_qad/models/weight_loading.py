@@ -83,6 +83,27 @@ def load_weights(
             raise QADError(f"{checkpoint}: tensors that are not in both model and checkpoint: {not_shared[:5]}.")
 
 
+def load_quantizers(
+    chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, iteration: int | str | None = None
+) -> None:
+    """Load the amaxes of quantizers and the carried scales of weights, whose buffers must exist, without the weights.
+
+    modelopt makes the MLPs of a quantized model expect gate and up as two tensors, however a checkpoint stores them. A
+    model whose weights are loaded before its quantizers are added can be loaded from every checkpoint.
+
+    Raises:
+        QADError: as in ``load_weights``.
+    """
+    directory, stored = iteration_dir(checkpoint, iteration), stored_shapes(checkpoint, iteration)
+    for chunk in unwrap_model(list(chunks)):
+        sharded = _sharded_weights(chunk, stored, with_amaxes=True)
+        sharded = {name: x for name, x in sharded.items() if _QUANTIZER in name or _CARRIED in name}
+        _check_shapes(sharded, stored, checkpoint)
+        with one_error():
+            loaded = dist_checkpointing.load(sharded, str(directory), validate_access_integrity=False)
+        chunk.load_state_dict({name: loaded[name] for name in sharded}, strict=False)
+
+
 def fill_weights(
     chunks: Sequence[torch.nn.Module], read: Callable[[str, torch.dtype], torch.Tensor], source: str | Path
 ) -> None:
