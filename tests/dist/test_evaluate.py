@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import tiny_job
-from tiny_hybrids import QWEN3_MOE
+from tiny_hybrids import NEMOTRON_H, QWEN3_MOE
 
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.evaluation import record
 
-LAYOUTS = ("modelopt", "compressed-tensors", "bf16")
-MODELS = {"llama": tiny_job.LLAMA | {"dtype": "bfloat16"}, "moe": QWEN3_MOE | {"torch_dtype": "bfloat16"}}
+LLAMA = tiny_job.LLAMA
 PARALLELISM = {
     "tp1": (1, ()),
     "tp2": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
@@ -55,7 +54,7 @@ class Shop:
 def llama(tmp_path_factory, server):
     rules = ("head=nvfp4", "mlp=fp8", "kv_cache=fp8")
     policy = ("--qad-weight-scale-rule", "four_over_six", "--qad-policy-override", *rules)
-    shop = Shop(tmp_path_factory.mktemp("llama"), server, MODELS["llama"], policy)
+    shop = Shop(tmp_path_factory.mktemp("llama"), server, LLAMA | {"dtype": "bfloat16"}, policy)
     shop.own = shop.evaluate(shop.run)
     return shop
 
@@ -97,49 +96,69 @@ def test_exports_equal_their_checkpoint(llama):
         assert_same(exported, llama.own)
 
 
-def test_teacher_has_no_divergence(llama):
-    own = llama.evaluate(llama.directory / "teacher", "bf16")
+@pytest.mark.parametrize("source", ["teacher", "hf"])
+def test_teacher_has_no_divergence(llama, source):
+    """Neither as the imported checkpoint nor as the Hugging Face model, whose float32 weights are rounded alike."""
+    own = llama.evaluate(llama.directory / source, source)
     means = own.about["means"]
     assert means["kl_to_teacher"] == 0 and means["top1_agreement"] == means["top5_agreement"] == 1
     assert means["cross_entropy"] == means["teacher_cross_entropy"] > 0
     assert own.about["formats"] == "9 bf16"
-    assert own.about["means"]["teacher_entropy"] == llama.own.about["means"]["teacher_entropy"]
+    assert means["teacher_entropy"] == llama.own.about["means"]["teacher_entropy"]
 
 
 @pytest.mark.all
 @pytest.mark.parametrize("parallelism", ["tp2", "pp2", "cp2", "dp2"])
-def test_parallelism_keeps_the_tokens(llama, parallelism):
-    """Also of an export. BF16 sums in another order change a logit's last bits, and inputs to other codes."""
+def test_parallelism_keeps_tokens_and_equality(llama, parallelism):
+    """Tensor parallelism adds in another order in BF16, which changes last bits and so the codes of inputs."""
     if not (llama.directory / "modelopt").exists():
         llama.export("modelopt")
+    own = llama.evaluate(llama.run, "run", parallelism)
+    assert_same(llama.evaluate(llama.directory / "modelopt", "export", parallelism), own)
+    if parallelism != "tp2":
+        assert_same(own, llama.own)
+    for array in ("row", "column", "position", "label"):
+        assert np.array_equal(own.tokens[array], llama.own.tokens[array])
     kl = llama.own.about["means"]["kl_to_teacher"]
-    for model, name in ((llama.run, "run"), (llama.directory / "modelopt", "export")):
-        other = llama.evaluate(model, name, parallelism)
-        for array in ("row", "column", "position", "label"):
-            assert np.array_equal(other.tokens[array], llama.own.tokens[array])
-        assert np.array_equal(other.rows, llama.own.rows)
-        assert other.about["means"]["kl_to_teacher"] == pytest.approx(kl, rel=0.1)
-        if parallelism in ("pp2", "dp2"):  # the same sums in the same order
-            assert_same(other, llama.own)
+    assert own.about["means"]["kl_to_teacher"] == pytest.approx(kl, rel=0.1)
+
+
+FROZEN = ("mlp=nvfp4:mse:frozen", "attention=nvfp4:mse:frozen")
+OTHERS = {
+    "experts": (QWEN3_MOE, ()),
+    "hybrid": (NEMOTRON_H, ("--qad-policy-override", "kv_cache=fp8")),
+    "frozen": (LLAMA, ("--qad-ptq-sequential", "--qad-policy-override", *FROZEN)),
+}
 
 
 @pytest.mark.all
-def test_exports_of_experts_equal_their_checkpoint(tmp_path_factory, server):
-    shop = Shop(tmp_path_factory.mktemp("moe"), server, MODELS["moe"], ())
+@pytest.mark.parametrize("case", OTHERS)
+def test_exports_of_other_models_equal_their_checkpoint(tmp_path, server, case):
+    """The weights of the frozen case share the files of the import, which has gate and up as one tensor."""
+    config, policy = OTHERS[case]
+    shop = Shop(tmp_path, server, config | {"torch_dtype": "bfloat16"}, policy)
     own = shop.evaluate(shop.run)
-    shop.export(*LAYOUTS)
+    (validated,) = json_records.read(shop.run / "best_checkpoints.json")
+    assert own.about["means"]["kl_to_teacher"] == pytest.approx(validated["kl_to_teacher"], rel=1e-12)
+    shop.export("modelopt", "compressed-tensors")
     for layout in ("modelopt", "compressed-tensors"):
         assert_same(shop.evaluate(shop.directory / layout, layout), own)
-    plain = shop.evaluate(shop.directory / "bf16", "bf16")  # quantized weights, unquantized inputs
-    assert 0 < plain.about["means"]["kl_to_teacher"] < own.about["means"]["kl_to_teacher"]
+
+
+@pytest.mark.all
+def test_unpacked_export_has_quantized_weights_only(llama):
+    llama.export("bf16")
+    plain = llama.evaluate(llama.directory / "bf16", "bf16").about
+    assert plain["formats"] == "9 bf16"
+    assert 0 < plain["means"]["kl_to_teacher"] < llama.own.about["means"]["kl_to_teacher"]
 
 
 def test_refusals(llama, tmp_path):
-    llama.export("bf16")
     for model, flags, message in (
         (tmp_path, (), "no hf/config.json"),
         (llama.run, ("--iteration", "7"), "iter_0000007 is not a torch_dist checkpoint"),
-        (llama.directory / "bf16", ("--iteration", "7"), "is an exported directory"),
+        (llama.directory / "hf", ("--iteration", "1"), "is an exported directory"),
         (llama.run, ("--eval-iters", "0"), "nothing would be evaluated"),
+        (llama.run, ("--output", str(llama.run)), "which is not of an evaluation"),
     ):
         assert message in llama.evaluate(model, "refused", "tp1", *flags, fails=True)
