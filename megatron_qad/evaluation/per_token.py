@@ -42,11 +42,8 @@ class TokenCollector:
 
     def begin(self, batches: Sequence[Batch], first_microbatch: int) -> None:
         """Note which rows the microbatches hold. Megatron's sampler gives each data-parallel rank the next rows."""
-        num_rows, size, rank = (
-            self._job.args.eval_micro_batch_size,
-            mpu.get_data_parallel_world_size(),
-            mpu.get_data_parallel_rank(),
-        )
+        size, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
+        num_rows = self._job.args.eval_micro_batch_size
         self._first_rows = {
             id(batch): ((first_microbatch + i) * size + rank) * num_rows for i, batch in enumerate(batches)
         }
@@ -75,11 +72,7 @@ class TokenCollector:
         return output.new_zeros(()), counted.sum().int(), {}
 
     def gather(self) -> tuple[Arrays, np.ndarray]:
-        """Return the tokens and rows of ``record.Evaluation`` on rank 0, and empty ones on the others. Collective.
-
-        Raises:
-            QADError: a metric of a token is NaN or Inf.
-        """
+        """Return the tokens and rows of ``record.Evaluation`` on rank 0, and empty ones on the others. Collective."""
         parts, read = _gather(self._parts), _gather(self._read)
         if not parts:
             return {}, np.empty((0, 0), np.int32)
@@ -93,11 +86,7 @@ class TokenCollector:
 
 
 def collect_tokens(job: QADJob, chunks: Sequence[torch.nn.Module], teacher: Teacher) -> tuple[Arrays, np.ndarray]:
-    """Evaluate a frozen model on the job's validation set. Returns ``TokenCollector.gather``. Collective.
-
-    Raises:
-        QADError: no token counts in the loss, or a metric is NaN or Inf.
-    """
+    """Evaluate a frozen model on the job's validation set. Returns ``TokenCollector.gather``. Collective."""
     args = job.args
     args.iteration = args.consumed_train_samples = args.consumed_valid_samples = 0
     _, iterator = data_iterators(job.datasets_provider, len(chunks))

@@ -33,9 +33,9 @@ class Shop:
             *("--micro-batch-size", "2", "--global-batch-size", "8", *tiny_job.READ_HERE),
         ]
         self.run = directory / "run"
-        self.log = self._train("--save", str(self.run), "--qad-ptq", *policy)
+        self.log = self.train("--save", str(self.run), "--qad-ptq", *policy)
 
-    def _train(self, *flags):
+    def train(self, *flags):
         return self._server.run("training_jobs:train", 1, {"argv": [*self.flags, *flags]})
 
     def export(self, *layouts):
@@ -75,6 +75,21 @@ def test_agrees_with_the_validation_of_the_job(llama):
     assert about["means"]["kl_to_teacher"] > 0.01
     assert "the run's own validation of this iteration: KL" in llama.log
     assert about["formats"] == "5 nvfp4, 4 fp8, KV cache fp8"
+
+
+def test_agrees_with_every_validation_of_a_training(llama):
+    """The checkpoint of iteration 2 holds quantized weights, and is not the newest."""
+    run = llama.directory / "trained"
+    schedule = ("--train-iters", "4", "--lr", "1e-3", "--eval-interval", "2", "--save-interval", "2")
+    llama.train("--save", str(run), *schedule, "--qad-calibration-samples", "8")
+    validated = {
+        entry["iteration"]: entry["kl_to_teacher"] for entry in json_records.read(run / "best_checkpoints.json")
+    }
+    assert set(validated) == {2, 4}
+    second = llama.evaluate(run, "trained", "tp1", "--iteration", "2").about
+    assert second["iteration"] == 2 and second["formats"] == "8 nvfp4, 1 bf16"
+    assert second["means"]["kl_to_teacher"] == pytest.approx(validated[2], rel=1e-12)
+    assert validated[2] != pytest.approx(validated[4], rel=1e-3)
 
 
 def test_tokens_are_those_of_the_rows(llama):
