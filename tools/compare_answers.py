@@ -4,7 +4,7 @@
     python tools/generate_data.py --model EXPORT --prompts prompts.txt --output qad.jsonl
     python tools/compare_answers.py teacher=teacher.jsonl QAD=qad.jsonl [--tokenizer TEACHER_HF]
 
-The first file is the teacher's. Lengths are numbers of tokens with --tokenizer, else numbers of words (docs/evaluate.md).
+The first file is the teacher's. Lengths are numbers of tokens with --tokenizer, else of words (docs/evaluate.md).
 """
 
 import argparse
