@@ -19,7 +19,8 @@ from megatron_qad.engine.system_errors import naming
 RECORD_FILE, TOKENS_FILE = "evaluation.json", "tokens.npz"
 INTEGERS = ("row", "column", "position", "label", "student_top", "teacher_top")
 """Of every counted token, int32: its row and column in ``rows``, its position in its document, the label, and the most
-likely tokens of both models. The label is the token after ``rows[row, column]``."""
+likely tokens of both models. The label is the token after ``rows[row, column]`` in the text; at the end of a
+row, ``rows`` does not have it."""
 _KEYS = frozenset(("name", "tokens_sha256", "num_tokens", "means", "tokens_file_sha256"))
 
 
