@@ -29,6 +29,7 @@ from megatron_qad.data.data_options import DataOptions
 from megatron_qad.distillation import LogitLoss, WeightedLosses, parse_loss
 from megatron_qad.engine import Capabilities
 from megatron_qad.engine.run_directory.iterations import holds_checkpoints
+from megatron_qad.formats.format_registry import UNQUANTIZED
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import text_config
 from megatron_qad.quantization import policy
@@ -41,6 +42,13 @@ _TRAINING_FLAGS = (
     *("--wandb-project", "--qad-keep-last", "--qad-keep-best", "--qad-spike-factor"),
 )
 """Flags that are removed for a job that does not train, because they would count, save or log training."""
+_STUDENT_FLAGS = (
+    *("--qad-student", "--qad-policy", "--qad-weight-scale-rule", "--qad-loss", "--qad-temperature"),
+    *("--qad-calibration-samples", "--qad-calibration-percentile", "--qad-calibration-headroom"),
+)
+"""Flags that are removed, with the one value of each, for a tool that names the student and its formats itself."""
+_STUDENT_SWITCHES = ("--qad-policy-override", "--qad-ptq", "--qad-ptq-sequential")
+"""The same, without a value or with several."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ def read_job_config(
     environ: Mapping[str, str],
     *,
     trains: bool = True,
+    student: ModelConfig | None = None,
 ) -> JobConfig:
     """Read and check the command line of a job.
 
@@ -127,6 +136,8 @@ def read_job_config(
         parser: a parser that knows the flags of ``QADOptions`` and of ``MegatronFlags``.
         environ: environment variables; ``WORLD_SIZE`` and ``QAD_JOB_DIR`` are read.
         trains: False removes the flags that only concern training, so that a tool can take the flags of a job.
+        student: the model of a tool that takes a job's flags, but whose model has its own formats and losses. The flags
+            that choose them are removed, and the configuration quantizes nothing.
 
     Raises:
         QADError: a flag is unknown, or one of QAD's own checks failed.
@@ -135,13 +146,15 @@ def read_job_config(
     check_flags_exist(argv, parser)
     if not trains:
         argv = [*remove_flags(argv, *_TRAINING_FLAGS), "--train-iters", "1"]  # Megatron needs a training length
+    if student is not None:
+        argv = [*_without_student_flags(argv), "--qad-policy", UNQUANTIZED.name]
     flags, options = _parse(argv, parser, machine)
     refusals.check_tokenizer(flags)
     losses = parse_loss(options.qad_loss, temperature=options.qad_temperature)
     refusals.check_option_values(options)
     refusals.check_models(options, losses)
     check_data_flags(flags)
-    student, teacher = _models(options)
+    student, teacher = _models(options, student)
     models = [student] if teacher is None else [student, teacher]
     refusals.check_sequential_ptq(flags, options)
     if options.qad_ptq:
@@ -250,13 +263,24 @@ def _with_global_batch_size(flags: MegatronFlags, world_size: int) -> MegatronFl
     return dataclasses.replace(flags, global_batch_size=flags.micro_batch_size * ranks)  # Megatron's own default
 
 
-def _models(options: QADOptions) -> tuple[ModelConfig, ModelConfig | None]:
-    checkpoint = options.qad_student or options.qad_teacher
-    student = ModelConfig(checkpoint, read_config(checkpoint))
+def _without_student_flags(argv: Sequence[str]) -> list[str]:
+    kept, is_removed = [], False
+    for word in remove_flags(argv, *_STUDENT_FLAGS):
+        if word.startswith("--"):
+            is_removed = word.split("=")[0] in _STUDENT_SWITCHES
+        if not is_removed:
+            kept.append(word)
+    return kept
+
+
+def _models(options: QADOptions, student: ModelConfig | None) -> tuple[ModelConfig, ModelConfig | None]:
+    if student is None:
+        checkpoint = options.qad_student or options.qad_teacher
+        student = ModelConfig(checkpoint, read_config(checkpoint))
     if options.qad_teacher is None:
         return student, None
     teacher = ModelConfig(options.qad_teacher, read_config(options.qad_teacher))
-    check_same_vocabulary(checkpoint, text_config(student.hf), teacher.checkpoint, text_config(teacher.hf))
+    check_same_vocabulary(student.checkpoint, text_config(student.hf), teacher.checkpoint, text_config(teacher.hf))
     return student, teacher
 
 

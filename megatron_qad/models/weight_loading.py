@@ -4,7 +4,7 @@ Checkpoints come from an import (``tools/import_hf.py``, ``tools/import_megatron
 are read. When a job resumes, Megatron's ``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,10 +28,10 @@ AMAX = "_quantizer._amax"
 _CARRIED = "carried_scales."  # quantization.carried_scales
 
 
-def stored_shapes(checkpoint: str | Path) -> dict[str, tuple[int, ...]]:
+def stored_shapes(checkpoint: str | Path, iteration: int | str | None = None) -> dict[str, tuple[int, ...]]:
     """Return the global shape of every tensor in a checkpoint by name."""
     with one_error():
-        metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint)))
+        metadata = dist_checkpointing.load_tensors_metadata(str(iteration_dir(checkpoint, iteration)))
     return {name: tuple(tensor.global_shape) for name, tensor in metadata.items()}
 
 
@@ -41,7 +41,12 @@ def has_amaxes(checkpoint: str | Path) -> bool:
 
 
 def load_weights(
-    chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, with_amaxes: bool = False, is_whole: bool = True
+    chunks: Sequence[torch.nn.Module],
+    checkpoint: str | Path,
+    *,
+    with_amaxes: bool = False,
+    is_whole: bool = True,
+    iteration: int | str | None = None,
 ) -> None:
     """Load the weights of ``checkpoint`` into model chunks, one per virtual pipeline stage.
 
@@ -50,6 +55,7 @@ def load_weights(
             exist (``expect_amax``, ``InPlaceWeights``).
         is_whole: whether the chunks of all ranks are the whole model. An output layer that is tied to an embedding,
             which Megatron expects on another rank, is otherwise an error.
+        iteration: as in ``iteration_dir``.
 
     Raises:
         QADError: the checkpoint is damaged, lacks a tensor of the model, or has a tensor of another shape.
@@ -59,23 +65,78 @@ def load_weights(
         chunks = build_chunks(model_config(job.config, job.args, job.config.student))
         load_weights(chunks, job.config.student.checkpoint)
     """
-    manifest.verify_checkpoint(iteration_dir(checkpoint))
-    stored = stored_shapes(checkpoint)
+    directory = iteration_dir(checkpoint, iteration)
+    manifest.verify_checkpoint(directory)
+    stored = stored_shapes(checkpoint, iteration)
     # Virtual stages are loaded one after the other, so that a tied output layer is read without its embedding, too.
     is_whole = is_whole and len(chunks) == 1
     for chunk in unwrap_model(list(chunks)):
         sharded = _sharded_weights(chunk, stored, with_amaxes)
         _check_shapes(sharded, stored, checkpoint)
         with one_error():
-            loaded = dist_checkpointing.load(
-                sharded, str(iteration_dir(checkpoint)), validate_access_integrity=is_whole
-            )
+            loaded = dist_checkpointing.load(sharded, str(directory), validate_access_integrity=is_whole)
         loaded = {name: loaded[name] for name in sharded}  # a job's checkpoint also has args, iteration, ...
         missing, unexpected = chunk.load_state_dict(loaded, strict=False)
         left_out = (_EXTRA_STATE, _QUANTIZER, _CARRIED)
         not_shared = [n for n in missing if not any(part in n for part in left_out)] + list(unexpected)
         if not_shared:
             raise QADError(f"{checkpoint}: tensors that are not in both model and checkpoint: {not_shared[:5]}.")
+
+
+def load_quantizers(
+    chunks: Sequence[torch.nn.Module], checkpoint: str | Path, *, iteration: int | str | None = None
+) -> None:
+    """Load the amaxes of quantizers and the carried scales of weights, whose buffers must exist, without the weights.
+
+    modelopt makes the MLPs of a quantized model expect gate and up as two tensors, however a checkpoint stores them. A
+    model whose weights are loaded before its quantizers are added can be loaded from every checkpoint.
+
+    Raises:
+        QADError: as in ``load_weights``.
+    """
+    directory, stored = iteration_dir(checkpoint, iteration), stored_shapes(checkpoint, iteration)
+    for chunk in unwrap_model(list(chunks)):
+        sharded = _sharded_weights(chunk, stored, with_amaxes=True)
+        sharded = {name: x for name, x in sharded.items() if _QUANTIZER in name or _CARRIED in name}
+        _check_shapes(sharded, stored, checkpoint)
+        with one_error():
+            loaded = dist_checkpointing.load(sharded, str(directory), validate_access_integrity=False)
+        chunk.load_state_dict({name: loaded[name] for name in sharded}, strict=False)
+
+
+def fill_weights(
+    chunks: Sequence[torch.nn.Module], read: Callable[[str, torch.dtype], torch.Tensor], source: str | Path
+) -> None:
+    """Copy weights into model chunks from a source other than a torch_dist checkpoint. Every rank reads what it needs.
+
+    Args:
+        read: returns a tensor by the name under which a checkpoint stores it: the global tensor, without vocabulary
+            padding, best in the given dtype. Parts of one weight follow each other.
+        source: its name, for errors.
+
+    Raises:
+        QADError: a tensor has another shape than the model expects.
+    """
+    for chunk in unwrap_model(list(chunks)):
+        for shard in _tensors(_sharded_weights(chunk, stored=())):
+            tensor = read(shard.key, shard.data.dtype)
+            if not shard.allow_shape_mismatch and tuple(tensor.shape) != tuple(shard.global_shape):
+                raise QADError(
+                    f"{source}: {shard.key} has shape {list(tensor.shape)}, the model expects "
+                    f"{list(shard.global_shape)}."
+                )
+            _copy_shard(shard, tensor)
+
+
+@torch.no_grad()
+def _copy_shard(shard: ShardedTensor, tensor: torch.Tensor) -> None:
+    """Copy this rank's part of a global tensor. Rows past its end, which are vocabulary padding, become zero."""
+    assert not shard.prepend_axis_num, f"{shard.key}: layers in one tensor are not supported"
+    ends = [start + size for start, size in zip(shard.global_offset, shard.local_shape, strict=True)]
+    part = tensor[tuple(slice(start, end) for start, end in zip(shard.global_offset, ends, strict=True))]
+    if part.dim():
+        shard.data[part.shape[0] :] = 0
+    shard.data[tuple(slice(size) for size in part.shape)] = part.to(shard.data.device)
 
 
 def _sharded_weights(chunk: torch.nn.Module, stored: Collection[str], with_amaxes: bool = False) -> dict:

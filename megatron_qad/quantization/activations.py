@@ -25,6 +25,9 @@ from megatron_qad.quantization.headroom import BlockAmaxCounts
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
 from megatron_qad.quantization.names import name_is_shared, named_modules_globally, of_expert
 
+_SCALE = "scale"
+"""Key of a fixed scale among modelopt's arguments of a quantizer for its backend."""
+
 
 class QuantGroupedLinear(QuantInputBase):
     """Linear of all local experts with one quantizer for the inputs of all of them."""
@@ -49,8 +52,10 @@ class FakeQuantSTE(torch.autograd.Function):
 
 
 def quantize_input(number_format: NumberFormat, x: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
-    """Fake-quantize ``x`` [..., K] with the quantizer's amax and a straight-through gradient."""
-    scale = number_format.input_scale_from_amax(quantizer.amax, check=False)
+    """Fake-quantize ``x`` [..., K] with the quantizer's amax, or its fixed scale, and a straight-through gradient."""
+    scale = (getattr(quantizer, "backend_extra_args", None) or {}).get(_SCALE)
+    if scale is None:
+        scale = number_format.input_scale_from_amax(quantizer.amax, check=False)
     return FakeQuantSTE.apply(x, scale, number_format.fake_quant)
 
 
@@ -141,6 +146,21 @@ class ActivationQuantizers:
         self._calibrated = False
         for quantizer in self.quantizers.values():
             quantizer.amax = torch.zeros(1, dtype=torch.float32, device=device)
+
+    def fix_scales(self, scales: Mapping[str, torch.Tensor], source: str) -> None:
+        """Compute with these scales, which an exported checkpoint stores, instead of those of amaxes.
+
+        Args:
+            scales: float32 [] by the names of ``quantizers``; other names are ignored.
+            source: the checkpoint, for errors.
+
+        Raises:
+            QADError: a quantizer of this rank has no scale.
+        """
+        if missing := [name for name in self.quantizers if name not in scales]:
+            raise QADError(f"{source}: no scale for {missing[0]} ({len(missing)} missing). Export it again.")
+        for name, quantizer in self.quantizers.items():
+            quantizer.backend_extra_args = {_SCALE: scales[name].to(_device())}
 
     def use(self, formats: Mapping[str, str]) -> None:
         """Quantize only the inputs of these linears, in these formats, and keep the amaxes.

@@ -1,6 +1,6 @@
 """The loss of a microbatch on the last pipeline stage, and its metrics in an evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core import mpu
@@ -104,15 +104,26 @@ def compute_metrics(
     student: ModelOutput, teacher: ModelOutput | None, labels: Tensor, weight: Tensor, shard: VocabShard
 ) -> Metrics:
     """Compute ``compare`` of two outputs, in chunks of tokens if the student returns hidden states."""
-    if student.model is None:
-        return compare(student.tensor, None if teacher is None else teacher.logits(), labels, weight, shard)
     total = Metrics.zero(weight.device)
+    for rows, student_logits, teacher_logits in logits_in_chunks(student, teacher):
+        part = compare(student_logits, teacher_logits, labels.flatten()[rows], weight.flatten()[rows], shard)
+        total += part
+    return total
+
+
+def logits_in_chunks(
+    student: ModelOutput, teacher: ModelOutput | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield the logits of both outputs, [tokens, V/tp], and the tokens of which they are: all, or in chunks if the
+    student returns hidden states."""
+    if student.model is None:
+        teacher_logits = None if teacher is None else teacher.logits().flatten(0, 1)
+        yield slice(None), student.tensor.flatten(0, 1), teacher_logits
+        return
     hidden = student.hidden().flatten(0, 1)
     teacher_hidden = None if teacher is None else teacher.hidden().flatten(0, 1)
-    labels, weight = labels.flatten(), weight.flatten()
-    step = tokens_per_chunk(len(student.weight), student.weight.element_size(), weight.device.type)
-    for start in range(0, len(labels), step):
+    step = tokens_per_chunk(len(student.weight), student.weight.element_size(), hidden.device.type)
+    for start in range(0, len(hidden), step):
         rows = slice(start, start + step)
         teacher_logits = None if teacher_hidden is None else teacher_hidden[rows] @ teacher.weight.t()
-        total += compare(hidden[rows] @ student.weight.t(), teacher_logits, labels[rows], weight[rows], shard)
-    return total
+        yield rows, hidden[rows] @ student.weight.t(), teacher_logits

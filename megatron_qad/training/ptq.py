@@ -53,7 +53,7 @@ def run_ptq(job, model_config: QADModelConfig, forward_step: Callable) -> None:
 
 def _run_model(job, model: list[torch.nn.Module], forward_step: Callable) -> None:
     args = job.args
-    train, valid = _data_iterators(job.datasets_provider, len(model))
+    train, valid = data_iterators(job.datasets_provider, len(model))
     shape = {name: getattr(args, name) for name in ("seq_length", "micro_batch_size", "decoder_seq_length")}
     job.calibration.calibrate(train, shape, model)
     _save(job, model, train)
@@ -79,7 +79,7 @@ def _run_layers(job) -> None:
     job.describe(resumes=False)
     job.saves.install()
     job.loop.install_saves()
-    train, valid = _data_iterators(job.datasets_provider, num_chunks=1)
+    train, valid = data_iterators(job.datasets_provider, num_chunks=1)
     calibration = _read_calibration(job, train) if _needs_calibration(job.config) else []
     validation = _read_validation(job, valid) if args.do_valid else []
     if validation and job.config.runs_teacher:
@@ -139,7 +139,7 @@ def _save(job, model: list[torch.nn.Module], train_iterator) -> None:
     )
 
 
-def _data_iterators(provider, num_chunks: int) -> tuple:
+def data_iterators(provider, num_chunks: int) -> tuple:
     """Return Megatron's iterators of the training and validation data, each a list if there are virtual stages."""
     if num_chunks == 1:
         return megatron_loop.build_train_valid_test_data_iterators(provider)[:2]

@@ -13,6 +13,7 @@ from megatron_qad.config import refusals
 from megatron_qad.config.job_config import JobConfig, read_job_config
 from megatron_qad.config.launch_environment import check_ranks
 from megatron_qad.config.megatron_flags import MegatronFlags
+from megatron_qad.config.model_config import ModelConfig
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine import capabilities, megatron_fixes
 from megatron_qad.engine.console import JobOutput
@@ -28,9 +29,10 @@ from megatron_qad.training.resume_check import check_resume, checkpoint_to_resum
 from megatron_qad.training.run_description import check_scale_state
 
 
-def read_command_line(argv: Sequence[str], *, trains: bool = True) -> JobConfig:
+def read_command_line(argv: Sequence[str], *, trains: bool = True, student: ModelConfig | None = None) -> JobConfig:
     """Read the configuration of a job on this machine; see ``config.job_config.read_job_config``."""
-    return read_job_config(argv, make_parser(QADOptions), capabilities(), os.environ, trains=trains)
+    parser = make_parser(QADOptions)
+    return read_job_config(argv, parser, capabilities(), os.environ, trains=trains, student=student)
 
 
 def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:

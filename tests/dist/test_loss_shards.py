@@ -68,3 +68,10 @@ def test_fused_output_layer(results):
         assert case["chunks"] > 1
         assert case["forward"] == ({} if case["size"] == 1 else {"all_gather_into_tensor": gathers})
         assert case["backward"] == ({} if case["size"] == 1 else {"all_reduce": 1})
+
+
+def test_metrics_of_tokens(results):
+    for case in select(results, "tokens"):
+        assert case["error"] <= 5e-6, case  # as losses: float32 roundings of logits up to 14
+        assert case["same_top"] and case["same_top5"] and 0.5 < case["top5"] < 1, case
+        assert case["collectives"] == ({} if case["size"] == 1 else {"all_gather_into_tensor": 3})

@@ -15,6 +15,7 @@ from worker_sharded import CollectiveCounter  # noqa: E402
 
 from megatron_qad.distillation import LOSSES, VocabShard, logit_losses  # noqa: E402
 from megatron_qad.distillation.fused_linear import fused_linear_losses  # noqa: E402
+from megatron_qad.distillation.token_metrics import token_metrics  # noqa: E402
 
 PADDED, REAL, SHAPE = 64, 30, (3, 7)  # of 4 ranks, two have only padding, one has some
 CASES = {
@@ -151,6 +152,27 @@ def top_k_errors(group) -> list[str]:
     return []
 
 
+def token_errors(dtype, group) -> dict:
+    """Return the largest difference between the metrics of tokens of a sharded vocabulary and those without shards."""
+    student, teacher, labels, _ = make_inputs(dtype, 1.0)
+    student, labels = (student * 2).round() / 2, labels.clamp(min=0)  # with ties
+    width = PADDED // group.size()
+    columns = slice(group.rank() * width, (group.rank() + 1) * width)
+    inputs = (student[..., columns].clone(), teacher[..., columns].clone(), labels)
+    with CollectiveCounter() as collectives:
+        actual = token_metrics(*inputs, VocabShard.for_rank(width, REAL, group))
+    expected_metrics = token_metrics(student, teacher, labels, VocabShard(0, REAL))
+    pairs = zip(actual.values.values(), expected_metrics.values.values(), strict=True)
+    return {
+        "error": max((a - b).abs().max().item() for a, b in pairs),
+        "same_top": torch.equal(actual.student_top, expected_metrics.student_top)
+        and torch.equal(actual.teacher_top, expected_metrics.teacher_top),
+        "same_top5": torch.equal(actual.values["top5_agreement"], expected_metrics.values["top5_agreement"]),
+        "top5": actual.values["top5_agreement"].mean().item(),
+        "collectives": collectives,
+    }
+
+
 def cases(arguments: dict) -> list:
     torch.distributed.init_process_group("gloo")
     rank, results = torch.distributed.get_rank(), []
@@ -167,6 +189,8 @@ def cases(arguments: dict) -> list:
                 for in_forward in (False, True):
                     what = {"what": "fused", "name": name, "size": size, "in_forward": in_forward}
                     results.append(what | fused(name, group, in_forward))
+            for dtype in (torch.float32, torch.bfloat16):
+                results.append({"what": "tokens", "size": size} | token_errors(dtype, group))
             results.append({"what": "refusals", "size": size, "texts": top_k_errors(group)})
     all_results = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(all_results, results)

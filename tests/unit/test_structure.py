@@ -19,7 +19,8 @@ LEVELS = {
     "config": 3,
     "checkpoint": 3,
     "training": 4,
-    "report": 5,
+    "evaluation": 5,
+    "report": 6,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400

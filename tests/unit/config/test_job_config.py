@@ -14,6 +14,7 @@ from tiny_configs import TINY_HYBRID, TINY_LLAMA
 
 from megatron_qad.config.job_config import read_job_config
 from megatron_qad.config.megatron_flags import MegatronFlags
+from megatron_qad.config.model_config import ModelConfig
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine import Capabilities, QADError
 from megatron_qad.engine.run_directory import manifest
@@ -55,11 +56,12 @@ def checkpoint(tmp_path) -> str:
 def read(checkpoint):
     """read(*flags, world=1) returns the configuration of a job with the tiny model."""
 
-    def make(*flags, world: int = 1, teacher: str = checkpoint, **environ):
+    def make(*flags, world: int = 1, teacher: str = checkpoint, trains: bool = True, student=None, **environ):
         sizes = ["--seq-length", "32", "--micro-batch-size", "2", "--train-iters", "8", "--lr", "1e-4"]
         argv = ["--qad-teacher", teacher, *sizes, *flags]
         parser = parser_for(MegatronFlags, QADOptions)
-        return read_job_config(argv, parser, CPU, {"WORLD_SIZE": str(world), **environ})
+        environ = {"WORLD_SIZE": str(world), **environ}
+        return read_job_config(argv, parser, CPU, environ, trains=trains, student=student)
 
     return make
 
@@ -218,6 +220,18 @@ def test_ptq_ignores_the_schedule_of_a_training(read):
     assert (flags.lr_warmup_fraction, flags.lr_decay_iters, flags.lr_decay_style) == (None, None, "linear")
     samples = ["--train-samples", "64", "--lr-decay-samples", "64", "--lr-warmup-samples", "8"]
     assert read("--qad-ptq", *samples).flags.train_samples is None
+
+
+def test_tool_with_a_student_of_its_own_ignores_the_formats_and_the_loss(read, checkpoint):
+    """The flags would otherwise be refused: the student does not exist, and its policy has no input with headroom."""
+    student = ModelConfig("exports/qad", read().student.hf)
+    flags = ["--qad-student", "none", "--qad-policy", "none.yaml", "--qad-policy-override", "head=nvfp4", "mlp=fp8"]
+    flags += ["--qad-policy-override=attention=fp8", "--qad-loss", "ce + scale_growth", "--qad-ptq"]
+    flags += ["--qad-calibration-headroom", "99", "--qad-weight-scale-rule", "local_hessian", "--eval-iters", "3"]
+    config = read(*flags, trains=False, student=student)
+    assert config.student is student and config.teacher.checkpoint == checkpoint
+    assert set(config.formats.values()) == {"bf16"} and config.options.qad_loss == "kl"
+    assert not config.options.qad_ptq and config.flags.eval_iters == 3
 
 
 def test_configuration_is_frozen(read):
