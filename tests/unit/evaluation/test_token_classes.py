@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_qad.engine.errors import QADError
 from megatron_qad.evaluation.token_classes import CLASSES, TokenTexts, class_of
 
-TEXT = "the cat saw the cat, 12 cats; a caf\u00e9 \u6570"
+TEXT = "the cat saw the cat, 12 cats; a na\u00efve \u6570"
 KINDS = {
     "bytes": (pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()),
     # As in Llama 2: the decoder drops the space of the first token of a text.
