@@ -12,7 +12,7 @@ from megatron.core.utils import unwrap_model
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.builder import build_chunks, freeze
-from megatron_qad.models.weight_loading import load_weights
+from megatron_qad.models.weight_loading import load_quantizers, load_weights
 from megatron_qad.training.held_out import HeldOut
 from megatron_qad.training.job import QADJob
 from megatron_qad.training.models import model_config
@@ -49,6 +49,7 @@ def measure_noise(job: QADJob, num_microbatches: int, seed: int) -> NoiseFloor:
     """
     chunks = build_chunks(model_config(job.config, job.args, job.config.student))
     inner = unwrap_model(chunks)
+    load_weights(inner, job.config.student.checkpoint)  # before the quantizers, which change how MLPs are stored
     activations = job.quantize_activations(inner)
     if not activations.quantizers:
         raise QADError(
@@ -56,7 +57,7 @@ def measure_noise(job: QADJob, num_microbatches: int, seed: int) -> NoiseFloor:
         )
     activations.expect_amax(device=torch.cuda.current_device())
     weights = job.quantize_weights(inner)
-    load_weights(inner, job.config.student.checkpoint, with_amaxes=True)
+    load_quantizers(inner, job.config.student.checkpoint)
     if not activations.calibrated:
         raise QADError(f"{job.config.student.checkpoint}: saved before calibration. Give a later checkpoint.")
     weights.quantize_()
