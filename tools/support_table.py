@@ -1,4 +1,4 @@
-"""Write docs/support.md, which server reads what of our exports: ``python tools/support_table.py``.
+"""Writes docs/support.md, the table of which server reads which export: ``python tools/support_table.py``.
 
 The data is tools/support.yaml. tests/unit/tools/test_support_table.py compares the page with it, and the claims with
 the tests.
