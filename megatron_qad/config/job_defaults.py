@@ -48,6 +48,8 @@ def default_flags(
         notes += _notes_on_training(flags, options)
     if trains and flags.save is not None and flags.tensorboard_dir is None:
         added["tensorboard-dir"] = f"{flags.save}/tensorboard"
+    if trains and flags.save is not None and flags.wandb_project and flags.wandb_save_dir is None:
+        added["wandb-save-dir"] = flags.save  # wandb creates its directory "wandb" there
     if trains and flags.save is None and not flags.skip_train:
         notes.append(
             "WARNING: no --save: this job keeps nothing. Its weights, its curves and its calibration are lost when it "

@@ -70,7 +70,7 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.training.global_vars",
         ("_set_tensorboard_writer", "_set_wandb_writer"),
         *_MEGATRON,
-        why="a full disk or an unreachable server of a logger ends the job",
+        why="a full disk or an unreachable server of a logger ends the job; wandb and TensorBoard get other scalars",
         where="engine/loggers.py",
         until="Megatron accepts writers from its caller",
         sources=("9eec040faaed", "45900feb85c3"),

@@ -19,9 +19,10 @@ from megatron_qad.engine import capabilities, megatron_fixes
 from megatron_qad.engine.console import JobOutput
 from megatron_qad.engine.distributed import check_port_is_free
 from megatron_qad.engine.events import Callback
-from megatron_qad.engine.loggers import Loggers, continue_wandb_run
+from megatron_qad.engine.loggers import Loggers
 from megatron_qad.engine.megatron_args import make_parser, parse_globally
 from megatron_qad.engine.run_directory import locks
+from megatron_qad.engine.wandb_run import continue_wandb_run
 from megatron_qad.models.context_parallel import partitioned_indices
 from megatron_qad.training.job import QADJob, Step
 from megatron_qad.training.models import model_config, replace_model_shape
@@ -58,7 +59,7 @@ def start_job(config: JobConfig, callbacks: Sequence[Callback] = ()) -> QADJob:
     atexit.register(_end_data_workers)
     if not is_dry_run:
         continue_wandb_run(flags.wandb_project, flags.save, os.environ)
-    loggers = Loggers(flags.save, flags.tensorboard_dir, flags.wandb_save_dir or f"{flags.save}/wandb")
+    loggers = Loggers(flags.save, flags.tensorboard_dir, flags.wandb_save_dir or str(flags.save))
     loggers.install()
     _fix_megatron()
     args = parse_globally(config.megatron_argv, QADOptions, config.world_size)

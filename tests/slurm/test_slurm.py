@@ -45,7 +45,7 @@ def test_preempted_job_saves_and_resumes(place, assert_uninterrupted):
     assert "slurm.sbatch: stop requested" in text and "saved before the job was done" in text
     run = place.directory / "preempted"
     assert_uninterrupted(run)
-    attempts = list((run / "wandb" / "wandb").glob("offline-run-*"))
+    attempts = list((run / "wandb").glob("offline-run-*"))
     assert len(attempts) == 2 and {path.name.rsplit("-", 1)[1] for path in attempts} == {
         (run / "wandb_run_id.txt").read_text()
     }

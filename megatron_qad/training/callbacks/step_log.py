@@ -1,7 +1,7 @@
 """Prints one line per log interval: losses, speed, memory and the time left. docs/log.md explains its fields.
 
-The last rank prints it, which has the losses. TensorBoard and wandb get the speed and the memory, too; Megatron writes
-losses, gradient norm and learning rate there.
+The last rank prints it, which has the losses. The metrics (``engine.metric_writer``) also have speed and memory.
+Megatron writes losses, gradient norm and learning rate to them.
 """
 
 import statistics
@@ -14,7 +14,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
-from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank
+from megatron.training import get_tensorboard_writer, is_last_rank
 
 from megatron_qad.engine import capabilities
 from megatron_qad.engine.chips import bf16_peak
@@ -71,8 +71,6 @@ class StepLog(Callback):
         if writer := get_tensorboard_writer():
             for name, value in scalars.items():
                 writer.add_scalar(name, value, step.number)
-        if wandb := get_wandb_writer():
-            wandb.log(scalars, step.number)
         means = {
             name: torch.stack([losses[name].float() for losses in self._losses]).mean().item()
             for name in _names(self._losses)
@@ -85,7 +83,7 @@ class StepLog(Callback):
         )
 
     def _scalars(self) -> dict[str, float]:
-        """Return speed and memory by TensorBoard tag, the same on every rank. Collective."""
+        """Return speed and memory by name, the same on every rank. Collective."""
         num_tokens = self._num_sequences * self._args.seq_length
         sum_of_squares = num_tokens * self._args.seq_length
         if self._is_packed:

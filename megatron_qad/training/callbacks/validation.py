@@ -1,16 +1,16 @@
 """Logs the results of an evaluation: KL to the teacher, cross entropies and top-1 agreement, as means over tokens.
 
 Every evaluation reads the same tokens (``data.validation_set``); the number of counted tokens is logged, too. This
-callback writes to the log, TensorBoard and wandb itself, because Megatron would print exponentials as perplexities.
+callback writes to the log and the metrics itself, because Megatron would print exponentials as perplexities.
 """
 
-from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank, print_rank_last
+from megatron.training import get_tensorboard_writer, is_last_rank, print_rank_last
 
 from megatron_qad.engine.events import Callback
 
 
 class Validation(Callback):
-    """Writes the means of each evaluation to the log, TensorBoard and wandb."""
+    """Writes the means of each evaluation to the log, TensorBoard, wandb and metrics.jsonl."""
 
     def evaluation_ended(self, iteration: int, means: dict[str, float]) -> None:
         text = [f"{name}: {value if isinstance(value, int) else format(value, '.6g')}" for name, value in means.items()]
@@ -23,5 +23,3 @@ class Validation(Callback):
             for name, value in means.items():
                 writer.add_scalar(f"validation/{name}", value, iteration)
             writer.flush()
-        if wandb := get_wandb_writer():
-            wandb.log({f"validation/{name}": value for name, value in means.items()}, iteration)

@@ -2,12 +2,15 @@
 
 import argparse
 import errno
+import json
 import os
 import signal
+import struct
 import sys
 import types
 
 import pytest
+import torch
 
 from megatron_qad.engine import init_runtime
 
@@ -16,12 +19,14 @@ init_runtime()
 from megatron.core.timers import Timers  # noqa: E402
 from megatron.training import checkpointing, global_vars, wandb_utils  # noqa: E402
 from megatron.training import training as megatron_loop  # noqa: E402
-from torch.utils.tensorboard import SummaryWriter  # noqa: E402
+from wandb.proto import wandb_internal_pb2  # noqa: E402
 
 from megatron_qad.engine import event_writer  # noqa: E402
 from megatron_qad.engine.event_writer import FailureLog, JobWriter  # noqa: E402
 from megatron_qad.engine.heartbeat import Heartbeat  # noqa: E402
-from megatron_qad.engine.loggers import Guarded, Loggers, continue_wandb_run  # noqa: E402
+from megatron_qad.engine.loggers import Loggers  # noqa: E402
+from megatron_qad.engine.metric_writer import MetricsFile  # noqa: E402
+from megatron_qad.engine.wandb_run import Guarded, WandbWriter, continue_wandb_run  # noqa: E402
 from megatron_qad.report.event_files import read_events  # noqa: E402
 from megatron_qad.report.scalars import read_scalars  # noqa: E402
 from megatron_qad.training.callbacks.preemption import Preemption  # noqa: E402
@@ -174,9 +179,11 @@ def test_wandb_errors_are_not_raised(capfd, monkeypatch):
     timers = Timers(0, "max")
     monkeypatch.setattr(timers, "_get_global_min_max_time", lambda *args: {"forward": (0.5, 1.0)})
     timers.write(["forward"], guarded, 5)
-    assert (
-        logged == [({"forward-time": 1.0}, 5)] and isinstance(JobWriter, type) and issubclass(JobWriter, SummaryWriter)
-    )
+    assert logged == [({"forward-time": 1.0}, 5)]
+    writer = WandbWriter(module, FailureLog("wandb in here"), flush=lambda: None)
+    timers.write(["forward"], writer, 5)  # MetricWriter has logged it
+    writer.log_scalars(6, {"kl loss": 0.5})
+    assert logged[1:] == [({"kl loss": 0.5}, 6)]
 
 
 @pytest.fixture
@@ -194,9 +201,11 @@ def installed(monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, name))
 
     def install(save: str):
-        Loggers(save, None, f"{save}/wandb").install()
-        wandb = {"wandb_project": "p", "wandb_exp_name": None, "wandb_save_dir": None, "wandb_entity": None}
-        return argparse.Namespace(save=save, **wandb, rank=0, world_size=1)
+        events = f"{save}/tensorboard"
+        Loggers(save, events, save).install()
+        wandb = {"wandb_project": "p", "wandb_exp_name": None, "wandb_save_dir": save, "wandb_entity": None}
+        tensorboard = {"tensorboard_dir": events, "tensorboard_queue_size": 1000}
+        return argparse.Namespace(save=save, **wandb, **tensorboard, rank=0, world_size=1)
 
     return install
 
@@ -209,7 +218,77 @@ def test_wandb_start_failure_is_reported(tmp_path, installed, monkeypatch, capfd
     args = installed(str(tmp_path))
     global_vars._set_wandb_writer(args)
     assert global_vars.get_wandb_writer() is None
-    assert f"ERROR: wandb in {tmp_path}/wandb: api_key not configured" in capfd.readouterr().out
+    assert f"ERROR: wandb in {tmp_path}: api_key not configured" in capfd.readouterr().out
+
+
+def test_all_trackers_get_the_same_scalars(tmp_path, installed, monkeypatch, capfd):
+    """A real offline wandb run, a real event file and metrics.jsonl, over two starts of one job."""
+    save = str(tmp_path / "run")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_RUN_ID", "5ca1ab1e")
+    for first in (1, 3):
+        args = installed(save)
+        args.iteration = first - 1
+        monkeypatch.setattr(global_vars, "_GLOBAL_TENSORBOARD_WRITER", None)
+        monkeypatch.setattr(global_vars, "_GLOBAL_WANDB_WRITER", None)
+        global_vars._set_tensorboard_writer(args)
+        global_vars._set_wandb_writer(args)
+        metrics, wandb = global_vars.get_tensorboard_writer(), global_vars.get_wandb_writer()
+        for step in range(first, first + 3):
+            metrics.add_scalar("kl loss", torch.tensor(1.0 / (first + step)), step)  # as Megatron logs a loss
+            metrics.add_scalar("kl loss vs samples", 1.0, 64 * step)
+            wandb.log({"samples vs steps": 64 * step}, step)
+        metrics.add_scalar("grad-norm", float("inf"), step)
+        wandb.finish()
+    metrics.close()
+
+    expected = [{"kl loss": 1 / (1 + step)} for step in (1, 2)] + [{"kl loss": 1 / (3 + step)} for step in (3, 4, 5)]
+    assert read_scalars(save)["kl loss"] == [
+        (i, pytest.approx(row["kl loss"], rel=1e-7))
+        for i, row in enumerate(expected, 1)  # float32
+    ]
+    assert set(read_scalars(save)) == {"kl loss", "grad-norm"}
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 5] and all(row.pop("time") for row in rows)
+    assert rows[-1] == {"step": 5, "kl loss": 0.125, "grad-norm": None}
+    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*-5ca1ab1e/*.wandb"))
+    assert f"wandb sync {save}/wandb/offline-run-*-5ca1ab1e" in capfd.readouterr().out and len(files) == 2
+    logged = [row for file in files for row in wandb_history(file)]
+    assert [(row["_step"], {k: v for k, v in row.items() if k[0] != "_"}) for row in logged] == [
+        (row["step"], {k: float("inf") if v is None else v for k, v in row.items() if k != "step"}) for row in rows
+    ]
+
+
+def wandb_history(file):
+    """Yield the rows that an offline run will upload. The file is a LevelDB log: pieces of records in 32 KiB blocks."""
+    data, place, record = file.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := (1 << 15) - place % (1 << 15)) < 7:
+            place += left
+            continue
+        size, kind = struct.unpack_from("<HB", data, place + 4)
+        record += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (2, 3):  # the first piece or one in the middle
+            continue
+        parsed, record = wandb_internal_pb2.Record.FromString(record), b""
+        if parsed.HasField("history"):
+            yield {item.key or item.nested_key[0]: json.loads(item.value_json) for item in parsed.history.item}
+
+
+def test_row_after_an_incomplete_one(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "kl lo')  # the job was killed while it wrote
+    MetricsFile(file).append(1, {"kl loss": 0.5})
+    assert json.loads(file.read_text().splitlines()[1])["kl loss"] == 0.5
+
+
+def test_metrics_file_cannot_be_written(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    metrics = MetricsFile(tmp_path / "file" / "metrics.jsonl")
+    for step in (1, 2):
+        metrics.append(step, {"kl loss": 0.5})
+    assert capfd.readouterr().out.count("ERROR") == 1
 
 
 def test_progress_log_errors_are_not_raised(tmp_path, installed, capfd):

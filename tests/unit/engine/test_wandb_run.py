@@ -8,7 +8,7 @@ from megatron_qad.engine import init_runtime
 
 init_runtime()
 
-from megatron_qad.engine.loggers import continue_wandb_run  # noqa: E402
+from megatron_qad.engine.wandb_run import continue_wandb_run  # noqa: E402
 
 
 def start(save, project: str = "p") -> dict[str, str]:
