@@ -19,8 +19,8 @@ from megatron_qad.engine.plural import count  # noqa: E402
 EPILOG = """
 Inputs: text; JSON, one object per line or one list; both also compressed (gzip, zstd, bzip2, xz); parquet files;
 directories of Hugging Face datasets. Nothing is downloaded. docs/prepared_data.md has the details.
-A record has "text" (a string), "messages" (a list of {"role", "content"}, optionally with "tools"), or "conversations"
-(ShareGPT: a list of {"from", "value"}). Messages are
+A record has "text" (a string), "messages" (a list of {"role", "content"}, optionally with "tools"), "conversations"
+(ShareGPT: a list of {"from", "value"}), or "input_ids" (a list, optionally with a "loss_mask"). Messages are
 rendered with the tokenizer's chat template, and only the assistant's tokens count in the loss. EOD ends each document.
 If the template removes earlier thoughts (Qwen3, Nemotron), a chat becomes several documents; docs/chats.md says which
 messages are accepted and how they are rendered.

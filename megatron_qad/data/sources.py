@@ -11,7 +11,15 @@ from megatron_qad.data.records import MAX_CHAT_BYTES, BadLine, Record
 from megatron_qad.data.sharegpt import with_messages
 from megatron_qad.data.tokenizer import DataTokenizer
 
-JSON_KEYS = ("auto", "text", "messages")
+JSON_KEYS = ("auto", "text", "messages", "input_ids")
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """A document that was tokenized before."""
+
+    ids: array
+    mask: bytearray | None
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ def encode_record(
 ) -> list[Encoded] | BadLine:
     """Tokenize one record and append EOD, or return a ``BadLine`` with the reason why that is not possible.
 
-    A text is one document. A chat may be several, see ``data.chat.encode_chat``.
+    A text is one document. A chat may be several, see ``data.chat.encode_chat``. "input_ids" are taken as they are.
 
     EOD is appended unless the document already ends with it. In a chat it counts only if the token before it does, that
     is, if the template does not end the assistant's last message. In a JSONL line with ``"finish": "length"``, which
@@ -50,7 +58,12 @@ def encode_record(
         if is_chat and len(record.data) > MAX_CHAT_BYTES:
             size = f"{len(record.data):,} bytes, more than the {MAX_CHAT_BYTES:,} that a chat may have"
             raise BadDocument(f"the chat has {size}. Split it")
-        documents = tokenizer.encode_chat(value, multi_turn) if is_chat else [(_encode_text(value, tokenizer), None)]
+        if isinstance(value, _Ids):
+            documents = [_checked_ids(value, tokenizer)]
+        else:
+            documents = (
+                tokenizer.encode_chat(value, multi_turn) if is_chat else [(_encode_text(value, tokenizer), None)]
+            )
     except BadDocument as error:
         line = record.line + error.line_offset
         return BadLine(record.file, line, str(error))
@@ -79,8 +92,8 @@ def _mask_end(ids: array, mask: bytearray, special: frozenset[int]) -> bytearray
     return mask
 
 
-def _parse(record: Record, json_key: str) -> tuple[str | Chat, bool]:
-    """Return (the text or the chat, whether it is truncated)."""
+def _parse(record: Record, json_key: str) -> tuple[str | Chat | _Ids, bool]:
+    """Return (the text, the chat or the ids, whether it is truncated)."""
     try:
         text = record.data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -100,22 +113,43 @@ def _encode_text(text: str, tokenizer: DataTokenizer) -> array:
     return ids if isinstance(ids, array) else array("i", ids)
 
 
-def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:
-    """Return (the text or the chat of a JSONL line, whether it is truncated)."""
+def _checked_ids(document: _Ids, tokenizer: DataTokenizer) -> tuple[array, bytearray | None]:
+    """Return ids and mask, after a check that the tokenizer has the ids."""
+    if (largest := max(document.ids)) >= tokenizer.vocab_size:
+        raise BadDocument(f"'input_ids' has the id {largest}, but the tokenizer has {tokenizer.vocab_size} ids")
+    return document.ids, document.mask
+
+
+def _parse_ids(line: dict[str, Any]) -> _Ids:
+    """Return the document of a record with "input_ids" and, optionally, a "loss_mask" of as many zeros and ones."""
+    ids, mask = line["input_ids"], line.get("loss_mask")
+    if not isinstance(ids, list) or not ids or not all(type(id_) is int and 0 <= id_ < 2**31 for id_ in ids):
+        raise BadDocument("'input_ids' is not a non-empty list of integers of at least 0")
+    if mask is None:
+        return _Ids(array("i", ids), None)
+    if not isinstance(mask, list) or len(mask) != len(ids) or not all(value in (0, 1) for value in mask):
+        raise BadDocument(f"'loss_mask' is not a list of {len(ids)} zeros and ones, one per id")
+    if not any(mask):
+        raise BadDocument("'loss_mask' is 0 everywhere, so no token would count in the loss")
+    return _Ids(array("i", ids), bytearray(map(int, mask)))
+
+
+def _json_document(text: str, json_key: str) -> tuple[str | Chat | _Ids, bool]:
+    """Return (the text, the chat or the ids of a JSONL line, whether it is truncated)."""
     try:
         line = json.loads(text)
         is_unicode = _is_unicode(text, line)
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"not JSON: {error}") from error
     if not isinstance(line, dict):
-        raise BadDocument(f"expected a JSON object with 'text' or 'messages', found {type(line).__name__}")
+        raise BadDocument(f"expected a JSON object with 'text', 'messages' or 'input_ids', found {type(line).__name__}")
     line = with_messages(line)
     # Libraries that write tables give each line every key; those that a line lacks are null.
-    keys = [k for k in ("text", "messages") if line.get(k) is not None] if json_key == "auto" else [json_key]
-    if len(keys) == 2:
-        raise BadDocument("has both 'text' and 'messages'; choose one with --json-key")
+    keys = [k for k in JSON_KEYS[1:] if line.get(k) is not None] if json_key == "auto" else [json_key]
+    if len(keys) > 1:
+        raise BadDocument(f"has both {' and '.join(map(repr, keys))}; choose one with --json-key")
     if not keys or line.get(keys[0]) is None:
-        expected = "'text' or 'messages'" if json_key == "auto" else repr(json_key)
+        expected = "'text', 'messages' or 'input_ids'" if json_key == "auto" else repr(json_key)
         keys = [key[:50] for key in sorted(line) if line[key] is not None]
         raise BadDocument(f"has no {expected}; its keys that are not null are {keys[:10]}")
     if not is_unicode:
@@ -123,6 +157,8 @@ def _json_document(text: str, json_key: str) -> tuple[str | Chat, bool]:
     if keys[0] == "messages":
         chat = parse_chat(line)
         return chat, chat.is_truncated
+    if keys[0] == "input_ids":
+        return _parse_ids(line), False
     if not isinstance(line["text"], str):
         raise BadDocument(f"'text' is {type(line['text']).__name__}, expected a string")
     return line["text"], line.get("finish") == "length"

@@ -227,7 +227,7 @@ PATCHES: tuple[Patch, ...] = (
         "transformers",
         "5.14",
         why="one entry is added: transformers has no cache class for the MLP layers of Nemotron-H, which need none",
-        where="data/generate.py",
+        where="data/local_generation.py",
         until="transformers has the entry",
         sources=("dict",),
     ),

@@ -3,8 +3,10 @@
 import json
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +14,13 @@ import numpy as np
 import pytest
 import students
 from agreement import Agreement
+from launch import ROOT
+
+from megatron_qad.data.generate import GenerateOptions, write_documents
+from megatron_qad.data.prepare import PrepareOptions, prepare_data
+from megatron_qad.data.server_generation import ServerModel
+from megatron_qad.data.tokenizer import load_tokenizer
+from megatron_qad.engine import QADError
 
 NAME = "qad-student"
 QUESTION = "What is a class?"
@@ -52,15 +61,22 @@ def _wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def answers(serving_python, serving_env, text_student, tmp_path_factory) -> dict:
+def port(serving_python, serving_env, text_student, tmp_path_factory) -> Iterator[int]:
+    """Port of a server of the trained student."""
+    log = tmp_path_factory.mktemp("http") / "server.log"
+    with server_of(serving_python, serving_env, text_student.export("modelopt"), log) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def answers(port, serving_python, serving_env, text_student, tmp_path_factory) -> dict:
     """What the server answered to vllm_client.py."""
-    directory = tmp_path_factory.mktemp("http")
+    directory = tmp_path_factory.mktemp("client")
     tokens, output = directory / "tokens.json", directory / "answers.json"
     tokens.write_text(json.dumps(text_student.prompts[0].tolist()))
-    with server_of(serving_python, serving_env, text_student.export("modelopt"), directory / "server.log") as port:
-        client = [serving_python, Path(__file__).with_name("vllm_client.py"), port, NAME, QUESTION, tokens, output]
-        done = subprocess.run(list(map(str, client)), env=serving_env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:] + (directory / "server.log").read_text()[-4000:]
+    client = [serving_python, Path(__file__).with_name("vllm_client.py"), port, NAME, QUESTION, tokens, output]
+    done = subprocess.run(list(map(str, client)), env=serving_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
 
 
@@ -93,3 +109,55 @@ def test_chat_uses_template_and_generation_config(answers, text_student):
     chosen = logprobs[np.arange(len(answer)), answer]
     # An input next to a rounding boundary may change log-probabilities by 0.6. Sampled ones are 2.8 below on average.
     assert (chosen >= logprobs.max(-1) - 1).all(), "an answer's token is not the student's most likely one"
+
+
+def test_data_are_generated_by_the_server(port, text_student, tmp_path):
+    """A killed tools/generate_data.py is resumed without a gap or a duplicate, and the chats can be prepared."""
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {i}?", "answer": i}) + "\n" for i in range(24)))
+    url = f"http://127.0.0.1:{port}/v1"
+    command = [
+        sys.executable,
+        ROOT / "tools/generate_data.py",
+        "--server",
+        url,
+        "--prompts",
+        prompts,
+        "--output",
+        output,
+    ]
+    command = [*map(str, command), "--max-new-tokens", "8", "--batch-size", "4", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (output.is_file() and output.read_bytes().count(b"\n") >= 3):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = output.read_bytes()
+    assert 3 <= before.count(b"\n") < 24, "the tool was not killed while it wrote"
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert output.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["answer"] for line in lines] == list(range(24))
+    assert all(line["messages"][0]["content"] == f"What is {i}?" for i, line in enumerate(lines))
+    assert all(line["messages"][1]["role"] == "assistant" for line in lines)
+    assert {line["finish"] for line in lines} <= {"eos", "length"}
+    settings = json.loads((tmp_path / "answers.jsonl.settings.json").read_text())
+    assert settings["model"] == NAME and "model.safetensors" in settings["model files"]  # the server's files are here
+    prepare_data(PrepareOptions([str(output)], str(text_student.export("modelopt")), str(tmp_path / "data")))
+
+
+def test_documents_from_bos_by_the_server(port, text_student, tmp_path):
+    tokenizer = load_tokenizer(text_student.export("modelopt"))
+    url, options = f"http://127.0.0.1:{port}/v1", GenerateOptions(num_documents=5, max_new_tokens=8, batch_size=4)
+    start = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
+    write_documents(ServerModel(url, None, options, bos=start), tmp_path / "own.jsonl", 5)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert len(set(texts)) == 5, "each document has its own seed"
+    with pytest.raises(QADError, match=f"serves {NAME}, not 'other'"):
+        ServerModel(url, ["a"], options, "other")
+    with pytest.raises(QADError, match="does not list its models: NotFoundError"):
+        ServerModel(url[:-3], ["a"], options)
+    long = GenerateOptions(num_documents=1, max_new_tokens=10**6)
+    with pytest.raises(QADError, match="BadRequestError.*Start the command again"):
+        write_documents(ServerModel(url, ["a"], long), tmp_path / "long.jsonl", 1)

@@ -3,18 +3,28 @@
 import json
 import runpy
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from megatron_qad.data.generate import GenerateOptions, generate_documents, read_prompts
+from megatron_qad.data.generate import GenerateOptions, write_documents
+from megatron_qad.data.local_generation import LocalModel
+from megatron_qad.data.prepare import PrepareOptions, prepare_data
+from megatron_qad.data.prompts import read_prompts
 from megatron_qad.engine.errors import QADError
 
 OPTIONS = GenerateOptions(num_documents=6, max_new_tokens=12, batch_size=2, seed=5, dtype="float32")
+
+
+def generate_documents(directory, prompts, output, options):
+    return write_documents(LocalModel(directory, prompts, options), output, options.num_documents)
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +90,83 @@ def test_killed_run_resumes_with_the_same_text(model_dir, tmp_path):
     assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 4
     assert (tmp_path / "cut.jsonl").read_bytes() == complete
     assert generate_documents(model_dir, None, tmp_path / "cut.jsonl", OPTIONS) == 0
+
+
+def test_sigkill_leaves_no_gap_and_no_duplicate(model_dir, tmp_path):
+    """The tool is killed while it writes; a second call completes the file as if nothing had happened."""
+    tool = Path(__file__).resolve().parents[3] / "tools" / "generate_data.py"
+    output, size = tmp_path / "own.jsonl", ["--num-documents", "100", "--max-new-tokens", "8"]
+    arguments = [*size, "--batch-size", "2", "--seed", "5", "--dtype", "float32", "--device", "cpu"]
+    command = [sys.executable, str(tool), "--model", str(model_dir), "--output", str(output), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not output.is_file() or output.read_bytes().count(b"\n") < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    written = output.read_bytes().count(b"\n")
+    assert 5 <= written < 100, "the tool was not killed while it wrote"
+    options = GenerateOptions(num_documents=100, max_new_tokens=8, batch_size=2, seed=5, dtype="float32")
+    assert generate_documents(model_dir, None, output, options) == 100 - written + written % 2
+    generate_documents(model_dir, None, tmp_path / "complete.jsonl", options)
+    assert output.read_bytes() == (tmp_path / "complete.jsonl").read_bytes()
+
+
+def test_other_weights_at_the_same_path_are_an_error(model_dir, tmp_path):
+    copy = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    generate_documents(copy, None, tmp_path / "a.jsonl", OPTIONS)
+    more = GenerateOptions(**{**vars(OPTIONS), "num_documents": 8})
+    weights = load_file(copy / "model.safetensors")
+    weights["lm_head.weight"][3, 3] += 0.001
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QADError, match=r"model files \(model.safetensors\) differ"):
+        generate_documents(copy, None, tmp_path / "a.jsonl", more)
+    # The same files at another path are the same model.
+    moved = shutil.copytree(model_dir, tmp_path / "moved")
+    assert generate_documents(moved, None, tmp_path / "a.jsonl", more) == 2
+
+
+def test_prompts_with_fields(model_dir, tmp_path, hf_tokenizer):
+    prompts = tmp_path / "problems.jsonl"
+    chat = [{"role": "system", "content": "Count."}, {"role": "user", "content": "Three?"}]
+    prompts.write_text(
+        json.dumps({"prompt": "2+2?", "answer": 4, "id": "a"}) + "\n\n" + json.dumps({"messages": chat, "answer": 3})
+    )
+    generate_documents(model_dir, read_prompts(prompts), tmp_path / "answers.jsonl", OPTIONS)
+    lines = read(tmp_path / "answers.jsonl")
+    assert [(line["answer"], line.get("id")) for line in lines[:2]] == [(4, "a"), (3, None)]
+    assert lines[0]["messages"][0] == {"role": "user", "content": "2+2?"} and lines[1]["messages"][:2] == chat
+    for text, message in (
+        ("{", "line 1"),
+        ('{"prompt": 3}', "expected a string"),
+        ('{"prompt": "a", "messages": []}', "either"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "nothing to answer"),
+        ('{"prompt": "a", "finish": "eos"}', "cannot also have finish"),
+        ("[]", "either"),
+    ):
+        prompts.write_text(text)
+        with pytest.raises(QADError, match=message):
+            read_prompts(prompts)
+
+
+def test_random_tokens_are_prepared_as_they_are(hf_dir, tmp_path, hf_tokenizer, monkeypatch, capsys):
+    tool = Path(__file__).resolve().parents[3] / "tools" / "generate_data.py"
+    output = tmp_path / "random.jsonl"
+    arguments = ["--model", str(hf_dir), "--random-tokens", "--num-documents", "50", "--max-new-tokens", "64"]
+    monkeypatch.setattr(sys, "argv", [str(tool), *arguments, "--output", str(output), "--device", "cpu"])
+    runpy.run_path(str(tool), run_name="__main__")
+    ids = [line["input_ids"] for line in read(output)]
+    drawn = {id_ for document in ids for id_ in document}
+    allowed = set(hf_tokenizer.vocab.values()) - hf_tokenizer.special
+    assert drawn <= allowed and len(drawn) > 0.9 * len(allowed)  # of 3,200 draws
+    prepare_data(PrepareOptions(inputs=[str(output)], tokenizer=str(hf_dir), output=str(tmp_path / "data")))
+    data = IndexedDataset(str(tmp_path / "data"))
+    assert [data[i].tolist() for i in range(50)] == [[*document, hf_tokenizer.eod] for document in ids]
+    complete = output.read_bytes()
+    output.write_bytes(complete[: len(complete) // 2])
+    runpy.run_path(str(tool), run_name="__main__")
+    assert output.read_bytes() == complete
 
 
 def test_sampling_settings_of_generation_config_are_ignored(model_dir, tmp_path):

@@ -85,9 +85,16 @@ def test_eod_counts_if_the_template_does_not_end_the_answer(make_hf_dir):
 BAD = [
     ('{"text": "cut off', "not JSON"),
     ("[1, 2]", "expected a JSON object"),
-    ('{"content": "x"}', "has no 'text' or 'messages'; its keys that are not null are ['content']"),
+    ('{"content": "x"}', "has no 'text', 'messages' or 'input_ids'; its keys that are not null are ['content']"),
     ('{"text": 3}', "'text' is int"),
-    ('{"text": null}', "has no 'text' or 'messages'"),
+    ('{"input_ids": []}', "'input_ids' is not a non-empty list"),
+    ('{"input_ids": [1, 2.0]}', "'input_ids' is not a non-empty list"),
+    ('{"input_ids": [1, -1]}', "'input_ids' is not a non-empty list"),
+    ('{"input_ids": [1, 99999]}', "'input_ids' has the id 99999, but the tokenizer has"),
+    ('{"input_ids": [1, 2], "loss_mask": [1]}', "'loss_mask' is not a list of 2 zeros and ones"),
+    ('{"input_ids": [1, 2], "loss_mask": [0, 0]}', "'loss_mask' is 0 everywhere"),
+    ('{"text": "a", "input_ids": [1]}', "has both 'text' and 'input_ids'"),
+    ('{"text": null}', "has no 'text', 'messages' or 'input_ids'"),
     ('{"text": "a"' + ', "b": ' + "[" * 100000 + "]" * 100000 + "}", "not JSON"),
     ('{"text": "  "}', "the text is empty"),
     ('{"text": "a", "messages": []}', "has both"),
@@ -145,7 +152,7 @@ def test_chats_of_several_documents(write_jsonl, prepared, make_hf_dir):
 def test_bad_lines_are_listed_with_reasons(write_jsonl, prepared, hf_dir):
     lines = [{"text": "good one"}, *[line for line, _ in BAD], "", {"text": "good two"}]
     path = write_jsonl(lines)
-    prefix, metadata = prepared(path, hf_dir, max_bad_fraction=0.9)
+    prefix, metadata = prepared(path, hf_dir, max_bad_fraction=0.95)
     listed = Path(f"{prefix}.bad.txt").read_text(encoding="utf-8").splitlines()
     assert len(listed) == len(BAD)
     for line_number, (entry, (_, reason)) in enumerate(zip(listed, BAD, strict=True), start=2):

@@ -10,12 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import hub_kernels
 
-from megatron_qad.data.generate import GenerateOptions, generate_documents
+from megatron_qad.data.generate import GenerateOptions, write_documents
+from megatron_qad.data.local_generation import LocalModel
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.local_models import local_config
 
 OPTIONS = GenerateOptions(num_documents=1, max_new_tokens=2, batch_size=1, dtype="float32")
+
+
+def generate_documents(directory, prompts, output, options):
+    return write_documents(LocalModel(directory, prompts, options), output, options.num_documents)
+
+
 KERNEL = "kernels-community/flash-attn"
 
 
