@@ -1,20 +1,10 @@
 # Compares rules for the scales of NVFP4 weights; to be sourced by the examples' compare_scale_rules.sh with $here (folder of the
 # example) and $out (output directory) set, and with two functions: job PROGRAM FLAGS... runs a job with the example's settings, and
 # policy RULE UPDATE prints a policy with these scales.
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
-mkdir -p "$out/log"
+source examples/once.sh
 arms=(max:every_step four_over_six:every_step four_over_six:frozen mse:frozen local_hessian:frozen)
 # The noise floor is measured in float32, where the perturbation of the inputs is the only noise.
 sed '/^bf16:/d' "$here/train.yaml" >"$out/float32.yaml"
-
-# once NAME PROGRAM FLAGS...: runs a job, unless it has finished before.
-once() {
-  local name=$1; shift
-  [ ! -e "$out/log/$name.done" ] || return 0
-  echo "$(date +%H:%M:%S) $name"
-  job "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; exit 1; }
-  touch "$out/log/$name.done"
-}
 
 # quantize START TEACHER SEED FLAGS...: QAD with the flags and each rule, and the noise floor of its result, which hardly depends on the
 # seed and is measured once. With $ptq set, PTQ too.

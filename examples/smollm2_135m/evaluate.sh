@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Compares PTQ, QAT and QAD of SmolLM2 with the teacher: token by token on held-out text, and by a benchmark of 200 problems. Writes a
+# report. Needs the text and the smoothed teacher of run.sh (make smollm2) and takes about 45 minutes on two CPU cores. A second call
+# skips finished jobs.
+#   examples/smollm2_135m/evaluate.sh [SMOLLM2_DIRECTORY [OUTPUT_DIRECTORY]]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+smollm2=${1:-runs/smollm2_135m}
+out=${2:-$smollm2/evaluation}
+here=examples/smollm2_135m
+teacher=$smollm2/smoothed
+[ -d "$teacher" ] || { echo "$smollm2 holds no smoothed teacher: run $here/run.sh $smollm2" >&2; exit 1; }
+source examples/ranks.sh
+source examples/once.sh
+
+job() {
+  NPROC_PER_NODE=$ranks launch/torchrun.sh "$@" --config "$here/train.yaml" --valid-data-path "$smollm2/data/heldout" \
+    --train-data-path 0.75 "$smollm2/data/train-1" 0.25 "$smollm2/data/train-2" --qad-teacher "$teacher"
+}
+
+train=(pretrain_qad.py --qad-policy "$out/policy.yaml")
+cat >"$out/policy.yaml" <<'YAML'
+rules:
+  - {kind: [attention, mlp], format: nvfp4, scales: mse, update: frozen}
+  - {kind: head, format: bf16}
+YAML
+once ptq "${train[@]}" --save "$out/ptq" --qad-ptq
+once qat "${train[@]}" --save "$out/qat" --qad-loss ce --train-iters 24
+once qad "${train[@]}" --save "$out/qad" --train-iters 24
+
+once evaluate-bf16 tools/evaluate.py --model "$teacher" --name BF16 --output "$out/records/bf16"
+for run in ptq qat qad; do
+  once "evaluate-$run" tools/evaluate.py --model "$out/$run" --name "${run^^}" --output "$out/records/$run"
+done
+run_once compare python tools/compare_evaluations.py "$out"/records/{bf16,ptq,qat,qad} --baseline PTQ --tokenizer "$teacher/hf" \
+  --output "$out/comparison"
+
+run_once cloze python "$here/cloze.py" "$out/cloze"
+benchmark() {
+  run_once "benchmark-$1" python tools/benchmark.py --model "$2" --tasks "$out/cloze/cloze.yaml" --dtype float32 --output "$out/benchmarks/$1"
+}
+for run in ptq qat qad; do
+  run_once "export-$run" python tools/export_hf.py --checkpoint "$out/$run" --output "$out/hf-$run" --layout compressed-tensors
+done
+{ benchmark bf16 "$smollm2/hf"; benchmark ptq "$out/hf-ptq"; } &
+{ benchmark qat "$out/hf-qat"; benchmark qad "$out/hf-qad"; } &
+wait_all
+run_once compare-benchmarks python tools/compare_benchmarks.py BF16="$out/benchmarks/bf16" PTQ="$out/benchmarks/ptq" \
+  QAT="$out/benchmarks/qat" QAD="$out/benchmarks/qad" --teacher BF16 --baseline PTQ
+cat "$out/log/compare-benchmarks.txt"
+run_once report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$teacher" --run PTQ="$out/ptq" --run QAT="$out/qat" \
+  --run QAD="$out/qad" --evaluations "$out"/records/{bf16,ptq,qat,qad} --output "$out/report"
+echo "done: $out/comparison, $out/report/report.html"
