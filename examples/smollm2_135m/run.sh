@@ -52,6 +52,8 @@ for split in train-1 train-2 heldout; do
 done
 wait_all
 tail -qn 1 "$out"/log/data-*.txt
+step overlap python tools/check_overlap.py "$out/data/train-1" "$out/data/train-2" --validation "$out/data/heldout"
+cat "$out/log/overlap.txt"
 train ptq --qad-teacher "$out/teacher" --qad-ptq
 # Smooths outliers without changing the function of the model, bit for bit. The result is teacher and initial student of QAD,
 # which maps the largest value of each block to 6 or 4, whichever has the smaller error.
