@@ -6,7 +6,6 @@ Intervals are paired bootstraps over rows (docs/evaluate.md).
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         raise QADError(
             f"--num-samples {options.num_samples}, --num-worst {options.num_worst}: expected at least 100 and 0."
         )
-    evaluations = [read(text) for text in options.records]
+    evaluations = [record.load_named(text) for text in options.records]
     texts = None if options.tokenizer is None else TokenTexts(options.tokenizer)
     result = comparison.compare(evaluations, options.baseline, texts, options.num_samples, options.num_worst)
     text = markdown(result)
@@ -44,15 +43,6 @@ def main(argv: list[str] | None = None) -> None:
             json_records.write(options.output / "comparison.json", result)
             manifest.write_atomically(options.output / "comparison.md", text)
     sys.stdout.write(text)
-
-
-def read(text: str) -> record.Evaluation:
-    """Read a record given as RECORD or NAME=RECORD."""
-    name, separator, directory = text.partition("=")
-    if not separator or Path(text).is_dir():
-        return record.load(text)
-    evaluation = record.load(directory)
-    return dataclasses.replace(evaluation, about=evaluation.about | {"name": name})
 
 
 if __name__ == "__main__":

@@ -12,11 +12,16 @@ _METRICS = {
 }
 
 
-def markdown(comparison: Mapping) -> str:
-    """Return the contents of comparison.md, from those of comparison.json."""
+def markdown(comparison: Mapping, level: int = 1) -> str:
+    """Return the contents of comparison.md, from those of comparison.json.
+
+    Args:
+        level: of the first heading; the others are one level below it.
+    """
     evaluations, base = comparison["evaluations"], comparison["baseline"]
+    below = "#" * (level + 1)
     parts = [
-        "# Evaluation",
+        f"{'#' * level} Evaluation",
         f"{comparison['num_tokens']:,} counted tokens of {comparison['num_rows']:,} rows, the same for all. KL, cross "
         "entropy and entropy are in nats per token. Brackets: 95 % intervals from "
         f"{comparison['num_samples']:,} draws of rows.",
@@ -29,14 +34,14 @@ def markdown(comparison: Mapping) -> str:
         )
     parts += map(_escape, comparison["notes"])
     if others := [e for e in evaluations if e["name"] != base]:
-        parts += [f"## Differences to {_escape(base)}", _differences(others, base)]
-    parts += ["## KL by percentile of tokens", _percentiles(evaluations)]
+        parts += [f"{below} Differences to {_escape(base)}", _differences(others, base)]
+    parts += [f"{below} KL by percentile of tokens", _percentiles(evaluations)]
     for kind, counts in comparison["groups"].items():
-        parts += [f"## KL by {'position' if kind == 'position' else 'class of the token'}"]
+        parts += [f"{below} KL by {'position' if kind == 'position' else 'class of the token'}"]
         parts += [_groups(evaluations, kind, counts)]
     for evaluation in evaluations:
         if evaluation["worst"] and evaluation["worst"][0]["kl"] > 0:
-            parts += [f"## Tokens with the largest KL: {_escape(evaluation['name'])}", _worst(evaluation["worst"])]
+            parts += [f"{below} Tokens with the largest KL: {_escape(evaluation['name'])}", _worst(evaluation["worst"])]
     return "\n\n".join(parts) + "\n"
 
 

@@ -4,6 +4,7 @@ A record is a directory with two files: ``evaluation.json`` (``json_records``) a
 one has.
 """
 
+import dataclasses
 import io
 import zipfile
 from dataclasses import dataclass
@@ -97,3 +98,12 @@ def load(directory: str | Path) -> Evaluation:
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
         raise QADError(f"{file}: cannot be read: {error}. Evaluate {about['name']} again.") from error
     return Evaluation(about, tokens, rows)
+
+
+def load_named(text: str) -> Evaluation:
+    """Read a record given as RECORD or NAME=RECORD. Raises QADError as ``load`` does."""
+    name, separator, directory = text.partition("=")
+    if not separator or Path(text).is_dir():
+        return load(text)
+    evaluation = load(directory)
+    return dataclasses.replace(evaluation, about=evaluation.about | {"name": name})
