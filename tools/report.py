@@ -18,8 +18,21 @@ def main() -> None:
     parser.add_argument(
         "--teacher", required=True, help="checkpoint of the BF16 teacher, written by tools/import_hf.py"
     )
-    parser.add_argument("--output", required=True, help="directory for report.md, report.png and results.json")
+    parser.add_argument("--output", required=True, help="directory for report.html, .md, .png and results.json")
     parser.add_argument("--title", help="title of the report")
+    parser.add_argument(
+        "--evaluations",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]RECORD",
+        help="--output directories of tools/evaluate.py, with the baseline first; a record with the name of a run "
+        "gives its values intervals (docs/report.md)",
+    )
+    parser.add_argument("--tokenizer", help="Hugging Face directory for the texts of tokens (default: the teacher's)")
+    parser.add_argument(
+        "--export", action="append", default=[], metavar="DIR", help="--output of tools/export_hf.py; repeat for each"
+    )
+    parser.add_argument("--sensitivity", metavar="DIR", help="--output of tools/sensitivity.py")
     parser.add_argument(
         "--accept-gaps",
         action="store_true",
@@ -30,14 +43,16 @@ def main() -> None:
     init_runtime()
 
     from megatron_qad.engine.distributed import init_process_group
+    from megatron_qad.report.collect import Inputs
     from megatron_qad.report.report import DEFAULT_TITLE, write_report
 
     init_process_group()
     title = options.title or DEFAULT_TITLE
-    results = write_report(runs, options.teacher, options.output, title, accept_gaps=options.accept_gaps)
+    inputs = Inputs(options.evaluations, options.tokenizer, options.export, options.sensitivity)
+    results = write_report(runs, options.teacher, options.output, title, inputs, accept_gaps=options.accept_gaps)
     for note in results.notes:
         print(f"note: {note}")
-    print(f"wrote report.md, report.png and results.json to {options.output}")
+    print(f"wrote report.html, report.md, report.png and results.json to {options.output}")
 
 
 def parse_runs(pairs: list[str]) -> dict[str, str]:

@@ -4,8 +4,8 @@ Runs no model. Missing files of a run become notes.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
@@ -14,7 +14,12 @@ from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.quantization.scale_record import recorded_scales
+from megatron_qad.report.exports import Export, read_export
+from megatron_qad.report.linear_grid import LinearGrid, linear_grid
+from megatron_qad.report.records import compare_records
+from megatron_qad.report.run_policies import RunPolicy, run_policies
 from megatron_qad.report.runs import Run
+from megatron_qad.report.sensitivity_file import read_sensitivity
 from megatron_qad.report.weight_errors import LinearError, have_same_linears, linear_errors, untied_linears
 
 # Relative tolerance within which two means of the teacher's cross entropy are taken to be over the same tokens. At the
@@ -37,9 +42,38 @@ class Results:
     """Weight errors of the quantized linears; empty if no run has a qad.json."""
     notes: list[str]
     """Sentences about missing data and about limits of the comparison."""
+    policies: list[RunPolicy] = field(default_factory=list)
+    grid: LinearGrid | None = None
+    """Places of ``linears``."""
+    comparison: dict | None = None
+    """Comparison of evaluation records (``evaluation.comparison``); None if none was given."""
+    exports: list[Export] = field(default_factory=list)
+    sensitivity: dict | None = None
+    """Contents of sensitivity.json; None if it was not given."""
 
 
-def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, accept_gaps: bool = False) -> Results:
+@dataclass(frozen=True)
+class Inputs:
+    """What a report may show besides the runs."""
+
+    evaluations: Sequence[str] = ()
+    """Evaluation records: RECORD or NAME=RECORD."""
+    tokenizer: str | None = None
+    """Hugging Face directory for the texts of tokens. None: that of the teacher."""
+    exports: Sequence[str] = ()
+    """Exported directories."""
+    sensitivity: str | None = None
+    """Output directory of tools/sensitivity.py, or its sensitivity.json."""
+
+
+def collect(
+    runs: Mapping[str, str | Path],
+    teacher: str | Path,
+    title: str,
+    inputs: Inputs | None = None,
+    *,
+    accept_gaps: bool = False,
+) -> Results:
     """Read and measure everything; write nothing. Arguments and errors as in ``write_report``."""
     if not runs:
         raise QADError("a report needs at least one run. Give --run NAME=DIR.")
@@ -68,7 +102,23 @@ def collect(runs: Mapping[str, str | Path], teacher: str | Path, title: str, *, 
     if not formats:
         notes.append("No run has a qad.json with its quantized linears, so no weight errors are reported.")
     linears = linear_errors(teacher, formats, checkpoints, scales) if formats else []
-    return Results(title, str(teacher), _model_facts(config), loaded_runs, linears, notes)
+    inputs = inputs or Inputs()
+    measured = {linear.name for linear in linears}
+    grid = linear_grid(linear for linear in untied_linears(config) if linear.megatron in measured) if measured else None
+    tokenizer = inputs.tokenizer or Path(teacher) / "hf"
+    return Results(
+        title,
+        str(teacher),
+        _model_facts(config),
+        loaded_runs,
+        linears,
+        notes,
+        run_policies(loaded_runs),
+        grid,
+        compare_records(inputs.evaluations, tokenizer, inputs.tokenizer is not None, notes),
+        [read_export(directory) for directory in inputs.exports],
+        None if inputs.sensitivity is None else read_sensitivity(inputs.sensitivity),
+    )
 
 
 def _model_facts(config: dict) -> dict:

@@ -30,6 +30,8 @@ class EventFile:
     file: Path
     time: float = 0.0
     """Time of the first event, in seconds since 1970."""
+    last_time: float = 0.0
+    """Time of the last event."""
     start: tuple[int, int] | None = None
     """Number of the job's start and the iteration that it resumed from; None in files of older versions."""
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -82,6 +84,7 @@ def _read(file: Path, notes: list[str]) -> tuple[EventFile, str | None]:
         for event, num_read in _records(data):  # noqa: B007
             if not events.time:
                 events.time = event.wall_time
+            events.last_time = event.wall_time
             for value in event.summary.value:
                 if (scalar := _scalar(value)) is not None:
                     events.scalars.setdefault(value.tag, {})[event.step] = scalar

@@ -1,11 +1,14 @@
 """Text of a run report: tables and notes in Markdown. Apart from ratios and counts, it only formats numbers."""
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 
+from megatron_qad.evaluation import comparison_tables
 from megatron_qad.report.collect import Results
 from megatron_qad.report.expert_table import expert_rows
+from megatron_qad.report.exports import Export
 from megatron_qad.report.runs import Run
 from megatron_qad.report.weight_errors import LinearError
 
@@ -29,9 +32,20 @@ def markdown(results: Results) -> str:
         parts += ["## Experts", *_experts_section(results.runs)]
     if results.linears:
         parts += ["## Weights", *_weights_section(results)]
+    if results.exports:
+        parts += ["## Exports", "\n".join(_export_line(export) for export in results.exports)]
+    if results.comparison is not None:
+        parts.append(comparison_tables.markdown(results.comparison, level=2).rstrip())
     if results.notes:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in results.notes)]
     return "\n\n".join(parts) + "\n"
+
+
+def _export_line(export: Export) -> str:
+    return (
+        f"- iteration {export.iteration} of {_escape(export.checkpoint)}, layout {export.layout}, "
+        f"{export.num_bytes:,} bytes of weights: `{shlex.join(export.command)}`"
+    )
 
 
 def _model_line(results: Results) -> str:
@@ -39,7 +53,7 @@ def _model_line(results: Results) -> str:
     return (
         f"Teacher `{results.teacher}`: {model['architecture']}, {model['num_hidden_layers']} blocks, hidden size "
         f"{model['hidden_size']}, vocabulary {model['vocab_size']:,}, "
-        f"{_format_count(model['num_weights'])} weights in BF16."
+        f"{format_count(model['num_weights'])} weights in BF16."
     )
 
 
@@ -167,7 +181,7 @@ def _format_number(value: float | None, spec: str) -> str:
     return format(value, spec) if math.isfinite(value) else str(value)
 
 
-def _format_count(count: int) -> str:
+def format_count(count: int) -> str:
     """Format 135,000,000 as "135 M" and counts below a million with all digits."""
     for size, letter in ((10**9, "B"), (10**6, "M")):
         if count >= size:

@@ -1,6 +1,6 @@
-"""Write the report of one or several runs from one teacher: report.md, report.png and results.json.
+"""Write the report of one or several runs from one teacher: report.html, report.md, report.png, results.json.
 
-Not included: benchmarks and information about the machine.
+Not included: information about the machine.
 """
 
 import dataclasses
@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_qad.engine.run_directory import locks, manifest
-from megatron_qad.report.collect import Results, collect
+from megatron_qad.report.collect import Inputs, Results, collect
+from megatron_qad.report.heatmaps import weight_heatmaps
+from megatron_qad.report.html_page.document import html
 from megatron_qad.report.markdown import markdown
+from megatron_qad.report.panels import training_panels, validation_panels
 from megatron_qad.report.plot import write_png
 
 DEFAULT_TITLE = "NVFP4 quantization: report"
@@ -22,21 +25,23 @@ def write_report(
     teacher: str | Path,
     output: str | Path,
     title: str = DEFAULT_TITLE,
+    inputs: Inputs | None = None,
     *,
     accept_gaps: bool = False,
 ) -> Results:
-    """Write report.md, report.png and results.json into ``output`` (created if missing; replaces a report).
+    """Write report.html, .md, .png and results.json into ``output`` (created if missing; replaces a report).
 
     torch.distributed must be initialized (``engine.distributed.init_process_group``).
 
     Args:
         runs: name -> directory, in the order of the table's rows; the others' KL is compared with that of the first.
         teacher: checkpoint directory of the BF16 teacher.
+        inputs: evaluation records, exports and a sensitivity result to show; None: nothing.
         accept_gaps: turn damaged and missing event files into notes.
 
     Raises:
-        QADError: a run without events, a damaged or missing event file, a damaged checkpoint, or a teacher that is not
-            a checkpoint.
+        QADError: a run without events, a damaged or missing event file, a damaged checkpoint, a teacher that is not a
+            checkpoint, or a damaged file of ``inputs``.
 
     Example::
 
@@ -44,12 +49,15 @@ def write_report(
         results = write_report({"PTQ": "runs/ptq", "QAD": "runs/qad"}, "checkpoints/teacher", "reports/qad")
         print(results.notes)
     """
-    results = collect(runs, teacher, title, accept_gaps=accept_gaps)
+    results = collect(runs, teacher, title, inputs, accept_gaps=accept_gaps)
     output = Path(output)
     with locks.lock_output(output):
         output.mkdir(parents=True, exist_ok=True)
-        write_png(output / "report.png", results.title, results.runs, results.linears)
+        panels = [*training_panels(results.runs), *validation_panels(results.runs, results.comparison)]
+        heatmaps = weight_heatmaps(results.linears, results.grid, results.runs)
+        write_png(output / "report.png", results.title, panels, heatmaps)
         manifest.write_atomically(output / "report.md", markdown(results))
+        manifest.write_atomically(output / "report.html", html(results))
         text = json.dumps(_to_json(results), indent=1, allow_nan=False)
         manifest.write_atomically(output / "results.json", f"{text}\n")
     return results
@@ -67,6 +75,8 @@ def _to_json(results: Results) -> dict:
             "num_iterations": run.num_iterations,
             "checkpoint_iteration": run.checkpoint_iteration,
             "job": run.job,
+            "num_tokens": run.num_tokens,
+            "seconds": run.seconds,
             "training_loss": {"name": loss_name, "curve": loss} if run.is_trained else None,
             "experts": {"layers": run.experts.layers},
             "validation_curves": {metric: run.validation_curve(metric) for metric in metrics},
@@ -79,6 +89,13 @@ def _to_json(results: Results) -> dict:
             "model": results.model,
             "runs": runs,
             "linears": linears,
+            "evaluation": results.comparison,
+            "exports": [dataclasses.asdict(export) for export in results.exports],
+            "sizes": [
+                {"runs": policy.runs, "bytes_before": policy.bytes_before, "bytes_after": policy.bytes_after}
+                for policy in results.policies
+            ],
+            "sensitivity": results.sensitivity,
             "notes": results.notes,
         }
     )

@@ -1,13 +1,15 @@
 """Data of one run for the report: curves, last evaluation and job record."""
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_qad.checkpoint.megatron_settings import read_settings
 from megatron_qad.distillation.loss_registry import training_losses
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.checkpoint_config import read_job
 from megatron_qad.report.expert_table import Experts
-from megatron_qad.report.scalars import VALIDATION, Curve, read_scalars, validation_metrics
+from megatron_qad.report.scalars import VALIDATION, Curve, read_history, validation_metrics
 from megatron_qad.report.weight_errors import has_checkpoint
 
 
@@ -28,18 +30,34 @@ class Run:
     experts: Experts = Experts()
     event_notes: tuple[str, ...] = ()
     """Notes about the event files, as sentences."""
+    seconds: float | None = None
+    """Time of all starts of the job, from its first to its last event. None: unknown."""
+    ended: float | None = None
+    """Time of the last event, in seconds since 1970."""
+    num_tokens: int | None = None
+    """Tokens that training had read when the checkpoint was saved. None: the checkpoint does not say."""
 
     @classmethod
     def read(cls, name: str, directory: str | Path, accept_gaps: bool = False) -> "Run":
-        """Read a run. Raises QADError as ``read_scalars`` does."""
-        notes: list[str] = []
-        scalars = read_scalars(directory, accept_gaps=accept_gaps, notes=notes)
-        saved_iteration = None
+        """Read a run. Raises QADError as ``read_history`` does."""
+        history = read_history(directory, accept_gaps=accept_gaps)
+        saved_iteration = num_tokens = None
         if has_checkpoint(directory):
-            saved_iteration = iteration_to_read(directory).name.removeprefix("iter_").lstrip("0")
-        experts, validation = Experts.read(directory), validation_metrics(scalars)
+            iteration = iteration_to_read(directory)
+            saved_iteration = iteration.name.removeprefix("iter_").lstrip("0")
+            num_tokens = _trained_tokens(iteration)
         return cls(
-            name, str(directory), scalars, validation, read_job(directory), saved_iteration, experts, tuple(notes)
+            name,
+            str(directory),
+            history.scalars,
+            validation_metrics(history.scalars),
+            read_job(directory),
+            saved_iteration,
+            Experts.read(directory),
+            tuple(history.notes),
+            history.seconds,
+            history.ended,
+            num_tokens,
         )
 
     @property
@@ -63,6 +81,24 @@ class Run:
         """Number of training iterations: the last one that reported a loss."""
         return self.training_loss[1][-1][0] if self.is_trained else 0
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the log's lines of the training speed; None if it was not recorded."""
+        speeds = [speed for _, speed in self.scalars.get("speed/tokens_per_second", [])]
+        return statistics.median(speeds) if speeds and self.is_trained else None
+
+    @property
+    def training_losses(self) -> dict[str, Curve]:
+        """Curves of all training losses by their TensorBoard names; of a sum of losses also each term."""
+        return {name: self.scalars[name] for name in training_losses(self.scalars)} if self.is_trained else {}
+
     def validation_curve(self, metric: str) -> Curve:
         """Return the curve of a validation metric; empty if it was not recorded."""
         return self.scalars.get(VALIDATION + metric, [])
+
+
+def _trained_tokens(iteration: Path) -> int | None:
+    """Return the number of tokens that training had read, from the settings in a checkpoint."""
+    settings, _ = read_settings(iteration)
+    samples, length = settings.get("consumed_train_samples"), settings.get("seq_length")
+    return samples * length if isinstance(samples, int) and isinstance(length, int) else None

@@ -3,6 +3,7 @@
 Not supported: other contents of the files (text, images), and wandb's own records.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
@@ -19,8 +20,30 @@ _VS_SAMPLES = " vs samples"
 """Suffix of Megatron's scalars whose steps are samples, not iterations."""
 
 
+@dataclass(frozen=True)
+class History:
+    """The events of all starts of a run."""
+
+    scalars: dict[str, Curve]
+    """Every scalar by its TensorBoard name, with one value per step."""
+    notes: list[str]
+    """Notes about the files, as sentences."""
+    seconds: float
+    """Time from the first to the last event of each start, summed; includes steps that a resumed job repeated."""
+    ended: float
+    """Time of the last event, in seconds since 1970."""
+
+
 def read_scalars(run_dir: str | Path, *, accept_gaps: bool = False, notes: list[str] | None = None) -> dict[str, Curve]:
-    """Return every scalar of a run by its TensorBoard name, with one value per step.
+    """Return ``scalars`` of ``read_history``, and append its notes to ``notes``."""
+    history = read_history(run_dir, accept_gaps=accept_gaps)
+    if notes is not None:
+        notes += history.notes
+    return history.scalars
+
+
+def read_history(run_dir: str | Path, *, accept_gaps: bool = False) -> History:
+    """Read the event files of a run.
 
     Each start of a job writes a new event file. From its first step on, a later file replaces the values of earlier
     files: the resumed job went back to a checkpoint, so later steps of the earlier start were abandoned. Within a file
@@ -29,15 +52,12 @@ def read_scalars(run_dir: str | Path, *, accept_gaps: bool = False, notes: list[
     Args:
         run_dir: a job's ``--save`` directory with its events in ``tensorboard/``, or the directory of the events.
         accept_gaps: read the undamaged part of damaged event files.
-        notes: list to which notes about the files are appended, as sentences.
 
     Raises:
         QADError: a missing directory, no event file, no scalar in the event files, or an event file that is damaged or
             does not match the record in the job's checkpoints.
     """
     events = read_events(_event_files(Path(run_dir)), Path(run_dir), accept_gaps)
-    if notes is not None:
-        notes += events.notes
     scalars: dict[str, dict[int, float]] = {}
     current_start = None
     for file in events.files:
@@ -55,7 +75,12 @@ def read_scalars(run_dir: str | Path, *, accept_gaps: bool = False, notes: list[
             f"{run_dir}: its TensorBoard event files have no scalars; the job stopped before its first iteration or "
             "evaluation. Resume the job, or check its log."
         )
-    return {name: sorted(values.items()) for name, values in scalars.items() if values}
+    return History(
+        {name: sorted(values.items()) for name, values in scalars.items() if values},
+        events.notes,
+        seconds=sum(max(file.last_time - file.time, 0.0) for file in events.files),
+        ended=max(file.last_time for file in events.files),
+    )
 
 
 def last_validation(run_dir: str | Path) -> dict[str, float]:
