@@ -68,9 +68,9 @@ for layout in modelopt compressed-tensors; do export_in "$layout" & done
 wait_all
 tail -qn 1 "$out"/log/validate-*.txt
 step report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$out/smoothed" --run PTQ="$out/ptq" \
-  --run QAD="$out/qad" --output "$out/report" &
+  --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report" &
 NPROC_PER_NODE=1 step compare launch/torchrun.sh "$here/compare.py" --config "$here/train.yaml" --qad-teacher "$out/teacher" \
   --load "$out/qad" --hf-model "$out/hf-compressed-tensors" --text "$out/prompts/heldout.txt"
 wait_all
 grep -h '^prompt\|^answer\|inputs, Megatron' "$out/log/compare.txt"
-say "done: $out/report/report.md"
+say "done: $out/report/report.html"

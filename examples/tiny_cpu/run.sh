@@ -31,7 +31,7 @@ for layout in modelopt compressed-tensors; do
   tail -n 1 "$out/log/validate-$layout.txt"
 done
 step report python tools/report.py --title "Tiny Llama on two CPU cores" --teacher "$out/teacher-stage2" \
-  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --output "$out/report"
+  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report"
 say "reload with transformers and check"
 python "$here/check.py" "$out"
-say "done: $out/report/report.md, $out/hf-modelopt, $out/hf-compressed-tensors"
+say "done: $out/report/report.html, $out/hf-modelopt, $out/hf-compressed-tensors"

@@ -31,7 +31,7 @@ wait_all
 step validate python tools/validate_nvfp4.py "$out/hf-modelopt" --against "$out/hf-teacher"
 tail -n 1 "$out/log/validate.txt"
 step report python tools/report.py --title "Tiny Nemotron-H on two CPU cores" --teacher "$out/teacher-stage2" \
-  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --output "$out/report"
+  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report"
 say "reload with transformers and check"
 python "$here/check.py" "$out"
-say "done: $out/report/report.md, $out/hf-modelopt"
+say "done: $out/report/report.html, $out/hf-modelopt"
