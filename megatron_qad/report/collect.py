@@ -14,9 +14,9 @@ from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.quantization.scale_record import recorded_scales
+from megatron_qad.report.compared_records import compare_records
 from megatron_qad.report.exports import Export, read_export
 from megatron_qad.report.linear_grid import LinearGrid, linear_grid
-from megatron_qad.report.records import compare_records
 from megatron_qad.report.run_policies import RunPolicy, run_policies
 from megatron_qad.report.runs import Run
 from megatron_qad.report.sensitivity_file import read_sensitivity
