@@ -65,7 +65,7 @@ class LocalModel:
         options = self._options
         if torch.device(self._device).type == "cpu":
             bf16_matmul_fallback.install()
-        model, tokenizer = _load(self._directory, options.dtype, self._device)
+        model, tokenizer = load_model(self._directory, options.dtype, self._device)
         for start in range(first, end, options.batch_size):
             size = min(options.batch_size, end - start)
             batch = None
@@ -75,7 +75,12 @@ class LocalModel:
             yield from _sample_batch(model, tokenizer, batch, size, options)
 
 
-def _load(model_dir: str | Path, dtype: str, device: str):
+def load_model(model_dir: str | Path, dtype: str, device: str):
+    """Return (model, tokenizer) of a local directory, without the sampling settings of its generation_config.json.
+
+    Raises:
+        QADError: transformers cannot load it, or it would need something from outside of the directory.
+    """
     try:
         config = local_config(model_dir)
     except QADError:

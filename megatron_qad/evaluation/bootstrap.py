@@ -38,6 +38,7 @@ class RowBootstrap:
     Args:
         row: row of each token, int [tokens].
         num_samples: number of draws.
+        seed: of the draws. Two sets of rows that are independent, such as the problems of two benchmarks, need two.
 
     Example:
         >>> bootstrap = RowBootstrap(np.array([0, 0, 1]), num_samples=100)
@@ -45,17 +46,17 @@ class RowBootstrap:
         2.0
     """
 
-    def __init__(self, row: np.ndarray, num_samples: int = 2000):
+    def __init__(self, row: np.ndarray, num_samples: int = 2000, seed: int = _SEED):
         _, self._row = np.unique(row, return_inverse=True)
         self.num_rows = int(self._row.max()) + 1
-        rng = np.random.default_rng(_SEED)
+        rng = np.random.default_rng(seed)
         shares = np.full(self.num_rows, 1 / self.num_rows)
         # Row counts per draw; a count takes 4 bytes, so 2000 draws of 10^4 rows take 80 MB.
         self._draws = rng.multinomial(self.num_rows, shares, size=num_samples).astype(np.float32)
 
     def mean(self, values: np.ndarray) -> Interval:
         """Return the mean over tokens of ``values`` [tokens]."""
-        return self._interval(float(values.mean(dtype=np.float64)), self._means(values))
+        return self.interval(float(values.mean(dtype=np.float64)), self.means(values))
 
     def difference(self, values: np.ndarray, baseline: np.ndarray) -> Interval:
         """Return the mean over tokens of ``values - baseline``."""
@@ -63,19 +64,20 @@ class RowBootstrap:
 
     def ratio(self, values: np.ndarray, baseline: np.ndarray) -> Interval | None:
         """Return the ratio of two means, or None if that of ``baseline`` is not positive."""
-        means, of_baseline = self._means(values), self._means(baseline)
+        means, of_baseline = self.means(values), self.means(baseline)
         value, base = (float(v.mean(dtype=np.float64)) for v in (values, baseline))
         if base <= 0 or (of_baseline <= 0).any():
             return None
-        return self._interval(value / base, means / of_baseline)
+        return self.interval(value / base, means / of_baseline)
 
-    def _means(self, values: np.ndarray) -> np.ndarray:
+    def means(self, values: np.ndarray) -> np.ndarray:
         """Return the mean over tokens in each draw, float64 [draws]."""
         sums = np.bincount(self._row, weights=values, minlength=self.num_rows)
         counts = np.bincount(self._row, minlength=self.num_rows)
         return (self._draws @ sums) / (self._draws @ counts)
 
-    def _interval(self, value: float, samples: np.ndarray) -> Interval:
+    def interval(self, value: float, samples: np.ndarray) -> Interval:
+        """Return ``value`` with the interval of its ``samples``, one of each draw."""
         if self.num_rows < 2:
             return Interval(value)
         low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
