@@ -36,10 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="run, imported checkpoint or exported directory")
     parser.add_argument("--output", type=Path, required=True, help="directory for the record")
     parser.add_argument("--name", help="name in tables (default: the last part of --model)")
-    parser.add_argument("--iteration", help="iteration of a run: a number or 'best' (default: the newest)")
+    parser.add_argument("--iteration", help="iteration of a run: a number, 'best' or 'selected' (default: the newest)")
     options, job_argv = parser.parse_known_args(argv)
-    if options.iteration not in (None, "best") and not options.iteration.isdigit():
-        parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
+    if options.iteration not in (None, "best", "selected") and not options.iteration.isdigit():
+        parser.error(f"--iteration {options.iteration!r}: expected a number, 'best' or 'selected'")
     subject = find_subject(options.model, options.iteration)
     config = read_command_line([*job_argv, "--skip-train", "--eval-interval", "1"], trains=False, student=subject.model)
     if config.flags.eval_iters == 0:

@@ -24,7 +24,7 @@ def main() -> None:
         help="modelopt: vLLM, SGLang, TensorRT-LLM. compressed-tensors: vLLM, transformers. bf16: unpacked",
     )
     parser.add_argument(
-        "--iteration", help="iteration to export: a number, or 'best' by validation KL; default: the newest"
+        "--iteration", help="iteration to export: a number, 'best' by validation KL, or 'selected'; default: the newest"
     )
     parser.add_argument(
         "--max-shard-gb", type=float, default=2.0, help="maximum size of a safetensors file, in 10^9 bytes"
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, help="processes that convert tensors; default: one for each core")
     parser.add_argument("--reuse-existing", action="store_true", help=REUSE)
     options = parser.parse_args()
-    if options.iteration not in (None, "best") and not options.iteration.isdigit():
-        parser.error(f"--iteration {options.iteration!r}: expected a number or 'best'")
+    if options.iteration not in (None, "best", "selected") and not options.iteration.isdigit():
+        parser.error(f"--iteration {options.iteration!r}: expected a number, 'best' or 'selected'")
     init_runtime()
 
     from megatron_qad.checkpoint import provenance

@@ -7,7 +7,13 @@ import re
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory.run_files import BEST_FILE, SMOOTHING_FILE, TRACKER, read_record
+from megatron_qad.engine.run_directory.run_files import (
+    BEST_FILE,
+    SELECTION_FILE,
+    SMOOTHING_FILE,
+    TRACKER,
+    read_record,
+)
 
 _ITERATION = re.compile(r"iter_\d{7,}")
 BEST_KEY = "kl_to_teacher"
@@ -18,8 +24,8 @@ def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) ->
     """Return the directory of one iteration inside a checkpoint directory.
 
     Args:
-        iteration: a number, "best" (the lowest validation KL among the existing ones), or None for the iteration that
-            ``latest_checkpointed_iteration.txt`` names.
+        iteration: a number, "best" (the lowest validation KL among the existing ones), "selected" (by
+            ``tools/select_checkpoint.py``), or None for the iteration that ``latest_checkpointed_iteration.txt`` names.
 
     Raises:
         QADError: the iteration does not exist, or the tracker is missing or damaged.
@@ -32,7 +38,8 @@ def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) ->
     """
     root = Path(checkpoint)
     if iteration is not None:
-        directory = root / f"iter_{best_iteration(root) if iteration == 'best' else int(iteration):07d}"
+        named = {"best": best_iteration, "selected": selected_iteration}.get(str(iteration))
+        directory = root / f"iter_{int(iteration) if named is None else named(root):07d}"
         if not (directory / ".metadata").is_file():
             available = ", ".join(sorted(path.name for path in root.glob("iter_*"))) or "none"
             raise QADError(f"{root}: {directory.name} is not a torch_dist checkpoint. Choose one of: {available}.")
@@ -101,6 +108,14 @@ def best_iteration(root: Path) -> int:
     if not existing:
         raise QADError(f"{root}: no checkpoint with a validation ({BEST_FILE}). Name an iteration instead of 'best'.")
     return existing[0]
+
+
+def selected_iteration(root: Path) -> int:
+    """Return the iteration that ``tools/select_checkpoint.py`` chose."""
+    selection = read_record(root, SELECTION_FILE)
+    if selection is None:
+        raise QADError(f"{root}: no {SELECTION_FILE}. Run tools/select_checkpoint.py --run {root}, or name an iteration.")
+    return selection["iteration"]
 
 
 def smoothing_record(checkpoint: str | Path) -> dict | None:

@@ -17,6 +17,7 @@ from megatron_qad.training.callbacks.scale_penalty import ScalePenalty
 from megatron_qad.training.callbacks.step_log import StepLog
 from megatron_qad.training.callbacks.step_times import StepTimes
 from megatron_qad.training.callbacks.validation import Validation
+from megatron_qad.training.callbacks.validation_advice import ValidationAdvice
 
 
 def build_callbacks(job) -> list[Callback]:
@@ -35,6 +36,7 @@ def build_callbacks(job) -> list[Callback]:
         ExpertLoad(job),
         best,
         Validation(),
+        *([ValidationAdvice(job)] if trains and job.config.teacher is not None else []),
         CheckpointKeeper(job, best),
         Preemption(job),
         HangWatchdog(job),  # after the callbacks that may skip an update
