@@ -97,7 +97,9 @@ def _run(command: list[str]) -> None:
     except OSError as error:
         raise QADError(f"{command[0]}: cannot be started ({error.strerror}). Check the command.") from error
     if status:
-        raise QADError(f"{shlex.join(command)}: ended with status {status}; its output is above. Start again after it is fixed.")
+        raise QADError(
+            f"{shlex.join(command)}: ended with status {status}; its output is above. Start again after it is fixed."
+        )
 
 
 if __name__ == "__main__":

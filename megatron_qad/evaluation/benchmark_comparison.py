@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.plural import count
-from megatron_qad.evaluation.bootstrap import FEW_ROWS, Interval, RowBootstrap
 from megatron_qad.evaluation.benchmark_results import Results, TaskScores
+from megatron_qad.evaluation.bootstrap import FEW_ROWS, Interval, RowBootstrap
 from megatron_qad.evaluation.comparison_tables import interval, table
 
 AVERAGE = "average"
@@ -113,10 +113,9 @@ def conclusion(compared: Compared, model: str, reference: str, task: str) -> str
             f"models that differ in up to {min(1.0, 3 / size):.0%} of such problems could look equal."
         )
     direction = "below" if found.value < 0 else "above"
-    ends = sorted(abs(end) if found.value >= 0 else -end for end in (found.low, found.high))
-    if found.value >= 0:
-        ends = [found.low, found.high]
-    text = f"{model} is {abs(found.value):.4f} {direction} {reference} on {task} (95 % interval {ends[0]:.4f} to {ends[1]:.4f})"
+    low, high = (found.low, found.high) if found.value >= 0 else (-found.high, -found.low)
+    text = f"{model} is {abs(found.value):.4f} {direction} {reference} on {task} "
+    text += f"(95 % interval {low:.4f} to {high:.4f})"
     if found.excludes_zero:
         return f"{text}: larger than noise.{few}"
     half = (found.high - found.low) / 2

@@ -1,4 +1,4 @@
-"""Sampling settings of published QAD evaluations: temperature, top-p, and the number of sampled runs of each benchmark."""
+"""Sampling settings of the QAD report's benchmarks: temperature, top-p, and the number of sampled runs of each."""
 
 import re
 from dataclasses import dataclass

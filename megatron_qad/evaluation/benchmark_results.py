@@ -97,7 +97,9 @@ def load(directory: str | Path) -> Results:
     if not (directory / SETTINGS_FILE).is_file():
         raise QADError(f"{directory}: no {SETTINGS_FILE}. Give the --output of tools/benchmark.py.")
     settings = json_records.read(directory / SETTINGS_FILE)
-    return Results(directory, settings, {name: _task(directory, name, task) for name, task in settings["tasks"].items()})
+    return Results(
+        directory, settings, {name: _task(directory, name, task) for name, task in settings["tasks"].items()}
+    )
 
 
 def _task(directory: Path, name: str, task: dict[str, Any]) -> TaskScores:
@@ -106,8 +108,8 @@ def _task(directory: Path, name: str, task: dict[str, Any]) -> TaskScores:
         file = run_file(directory, name, run)
         if not file.is_file():
             raise QADError(
-                f"{directory}: run {run} of {task['runs']} of {name} is missing. Start the same tools/benchmark.py again; "
-                "it keeps the finished runs."
+                f"{directory}: run {run} of {task['runs']} of {name} is missing. Start the same tools/benchmark.py "
+                "again; it keeps the finished runs."
             )
         lines = [parse_json(line, str(file), "Remove the file.") for line in read_text(file).split("\n") if line]
         if runs and [line["problem"] for line in lines] != [line["problem"] for line in runs[0]]:

@@ -49,7 +49,9 @@ class Sampling:
         """
         length = self.max_new_tokens or task.max_new_tokens
         if length is None:
-            raise QADError(f"task {task.name}: has no max_gen_toks. Give --max-new-tokens, or answers would be cut at 256.")
+            raise QADError(
+                f"task {task.name}: has no max_gen_toks. Give --max-new-tokens, or answers would be cut at 256."
+            )
         sampled = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, **neutral}
         return {"max_gen_toks": length, **(sampled if self.temperature else {"do_sample": False, "temperature": 0.0})}
 
@@ -118,7 +120,9 @@ def _build(task: TaskFile, sampling: Sampling, model: BenchmarkModel) -> Any:
     try:
         (built,) = manager.load([config])["tasks"].values()
     except Exception as error:  # a template, a split or a file of the user's task may be wrong in any way
-        raise QADError(f"task {task.name} ({task.file}): lm-eval cannot load it: {type(error).__name__}: {error}.") from error
+        raise QADError(
+            f"task {task.name} ({task.file}): lm-eval cannot load it: {type(error).__name__}: {error}."
+        ) from error
     if built.get_config("num_fewshot") is None:
         built.set_config(key="num_fewshot", value=0)
     return built

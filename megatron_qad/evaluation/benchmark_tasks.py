@@ -79,7 +79,9 @@ def read_task(file: str | Path) -> TaskFile:
         raise QADError(f"--tasks {file}: cannot be read: {type(error).__name__}: {error}.") from error
     name = config.get("task")
     if not isinstance(name, str) or "/" in name:
-        raise QADError(f"--tasks {file}: has no `task: NAME`. Groups of tasks are not read; give the files of its tasks.")
+        raise QADError(
+            f"--tasks {file}: has no `task: NAME`. Groups of tasks are not read; give the files of its tasks."
+        )
     _check(file, name, config)
     data = _local_data(file, name, config)
     files = [file, *_includes(file), *_python_files(plain), *data]
@@ -118,7 +120,9 @@ def _local_data(file: Path, name: str, config: dict[str, Any]) -> list[Path]:
     kwargs = dict(config.get("dataset_kwargs") or {})
     data = kwargs.get("data_files")
     if path not in _LOADERS or data is None:
-        raise QADError(f"task {name} ({file}): the data set {path!r} is not on this machine and would be downloaded. {_HOW}")
+        raise QADError(
+            f"task {name} ({file}): the data set {path!r} is not on this machine and would be downloaded. {_HOW}"
+        )
     found: list[Path] = []
 
     def absolute(value: Any) -> Any:

@@ -98,8 +98,8 @@ def load_results(directory: Path) -> benchmark_results.Results | record.Evaluati
         return benchmark_results.load(directory)
     if not (directory / record.RECORD_FILE).is_file():
         raise QADError(
-            f"{directory}: the evaluation wrote neither {benchmark_results.SETTINGS_FILE} nor {record.RECORD_FILE}. Its "
-            "command must write to {results}."
+            f"{directory}: the evaluation wrote neither {benchmark_results.SETTINGS_FILE} nor {record.RECORD_FILE}. "
+            "Its command must write to {results}."
         )
     return record.load(directory)
 

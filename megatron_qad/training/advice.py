@@ -23,8 +23,8 @@ class Measured:
     teacher_cross_entropy: float
     """Of the text's tokens, in nats per token."""
     noise: float | None = None
-    """Half of the 95 % interval of the change of ``kl`` since the validation before, paired by microbatch, in nats. None
-    if it is unknown: for the first validation of a start, or with one microbatch."""
+    """Half of the 95 % interval of the change of ``kl`` since the validation before, paired by microbatch, in nats.
+    None if it is unknown: for the first validation of a start, or with one microbatch."""
 
 
 def advice(history: Sequence[Measured]) -> str:
@@ -32,7 +32,7 @@ def advice(history: Sequence[Measured]) -> str:
 
     Example:
         >>> advice([Measured(100, 0.20, 2.0), Measured(200, 0.17, 2.0, noise=0.002)])
-        'KL fell by 15.0 % since iteration 100, more than its noise of 1.0 %: go on'
+        'KL fell by 15.0 % since iteration 100, more than its noise of 1.0 %: continue'
     """
     last = history[-1]
     if not math.isfinite(last.kl):
@@ -41,7 +41,7 @@ def advice(history: Sequence[Measured]) -> str:
     gap = last.kl / last.teacher_cross_entropy if last.teacher_cross_entropy > 0 else math.inf
     if gap < SMALL_GAP:
         parts.append(
-            f"KL is {gap:.2%} of the teacher's cross entropy, below {SMALL_GAP:.0%}: benchmark it, and consider stopping"
+            f"KL is {gap:.2%} of the teacher's cross entropy, below {SMALL_GAP:.0%}: benchmark it, consider stopping"
         )
     elif (due := _benchmark_due(history)) is not None:
         parts.append(f"iteration {due} is reached: benchmark a checkpoint")
@@ -60,7 +60,7 @@ def _trend(history: Sequence[Measured]) -> str:
         return f"KL {verb} by {relative}; its noise is unknown, because the job was started again or has one microbatch"
     noise = f"its noise of {last.noise / before.kl:.1%}"
     if change < -last.noise:
-        return f"KL {verb} by {relative}, more than {noise}: go on"
+        return f"KL {verb} by {relative}, more than {noise}: continue"
     if change > last.noise:
         return f"KL {verb} by {relative}, more than {noise}: the model gets worse; consider stopping or a lower rate"
     flat = _num_flat(history)

@@ -28,6 +28,9 @@ class Loss:
         self._vocab_size, self._is_fused = vocab_size, is_fused
         self._metrics: Metrics | None = None
         self._microbatch_kl: list[Tensor] = []
+        self.microbatch_kl: Tensor | None = None
+        """(sum of the KL, number of tokens) of each microbatch that the last ``take_metrics`` counted, float64
+        [n, 2]."""
 
     def begin_step(self, step: int) -> None:
         """Set the weights of the loss terms to those of ``step``, counted from 1."""
@@ -72,15 +75,11 @@ class Loss:
     def take_metrics(self) -> Metrics:
         """Return this rank's metric sums since the last call; zeros on ranks that compute no loss."""
         total, self._metrics = self._metrics, None
-        return total or Metrics.zero(torch.cuda.current_device())
-
-
-    def take_microbatch_kl(self) -> Tensor:
-        """Return (sum of the KL, number of tokens) of each microbatch of this rank since the last call, float64 [n, 2];
-        without microbatches on ranks that compute no loss."""
-        parts, self._microbatch_kl = self._microbatch_kl, []
         device = torch.cuda.current_device()
-        return torch.stack(parts) if parts else torch.zeros(0, 2, dtype=torch.float64, device=device)
+        empty = torch.zeros(0, 2, dtype=torch.float64, device=device)
+        self.microbatch_kl = torch.stack(self._microbatch_kl) if self._microbatch_kl else empty
+        self._microbatch_kl = []
+        return total or Metrics.zero(device)
 
 
 def add_to_reports(reports: list[dict[str, Tensor]], term: Term, step: int, values: Sequence[Tensor]) -> None:

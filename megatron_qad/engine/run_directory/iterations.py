@@ -114,7 +114,9 @@ def selected_iteration(root: Path) -> int:
     """Return the iteration that ``tools/select_checkpoint.py`` chose."""
     selection = read_record(root, SELECTION_FILE)
     if selection is None:
-        raise QADError(f"{root}: no {SELECTION_FILE}. Run tools/select_checkpoint.py --run {root}, or name an iteration.")
+        raise QADError(
+            f"{root}: no {SELECTION_FILE}. Run tools/select_checkpoint.py --run {root}, or name an iteration."
+        )
     return selection["iteration"]
 
 

@@ -23,7 +23,7 @@ class ValidationAdvice(Callback):
         """(KL sum, number of tokens) of each microbatch of the last validation on this rank, float64 [n, 2]."""
 
     def evaluation_ended(self, iteration: int, means: dict[str, float]) -> None:
-        now = self._job.loss.take_microbatch_kl()
+        now = self._job.loss.microbatch_kl
         if mpu.get_context_parallel_world_size() > 1:  # context-parallel ranks have parts of the same rows
             torch.distributed.all_reduce(now, group=mpu.get_context_parallel_group())
         noise = change_noise(self._before, now, mpu.get_data_parallel_group())
