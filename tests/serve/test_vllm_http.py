@@ -21,9 +21,21 @@ from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.server_generation import ServerModel
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine import QADError
+from megatron_qad.evaluation import benchmark_results
 
 NAME = "qad-student"
 QUESTION = "What is a class?"
+SUMS = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: problems.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: [], max_gen_toks: 8}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
 
 
 @contextmanager
@@ -149,7 +161,8 @@ def test_data_are_generated_by_the_server(port, text_student, tmp_path):
 
 def test_documents_from_bos_by_the_server(port, text_student, tmp_path):
     tokenizer = load_tokenizer(text_student.export("modelopt"))
-    url, options = f"http://127.0.0.1:{port}/v1", GenerateOptions(num_documents=5, max_new_tokens=8, batch_size=4)
+    url = f"http://127.0.0.1:{port}/v1"
+    options = GenerateOptions(num_documents=5, max_new_tokens=16, batch_size=4, temperature=3.0)  # far from greedy
     start = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
     write_documents(ServerModel(url, None, options, bos=start), tmp_path / "own.jsonl", 5)
     texts = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
@@ -161,3 +174,19 @@ def test_documents_from_bos_by_the_server(port, text_student, tmp_path):
     long = GenerateOptions(num_documents=1, max_new_tokens=10**6)
     with pytest.raises(QADError, match="BadRequestError.*Start the command again"):
         write_documents(ServerModel(url, ["a"], long), tmp_path / "long.jsonl", 1)
+
+
+def test_benchmark_by_the_server(port, tmp_path):
+    """Two sampled runs of each problem through lm-evaluation-harness; a second call makes the third run only."""
+    problems = [{"question": f"{i} + {i} =", "answer": str(2 * i)} for i in range(4)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    (tmp_path / "sums.yaml").write_text(SUMS)
+    url = f"http://127.0.0.1:{port}/v1"
+    flags = ["--server", url, "--tasks", str(tmp_path / "sums.yaml"), "--output", str(tmp_path / "results")]
+    for runs, made in (("2", "made 2 of 2 runs"), ("3", "made 1 of 3 runs")):
+        command = [sys.executable, str(ROOT / "tools/benchmark.py"), *flags, "--runs", runs, "--chat"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0 and made in done.stdout, done.stderr[-3000:]
+    results = benchmark_results.load(tmp_path / "results")
+    (scores,) = (task.scores[task.metric] for task in results.tasks.values())
+    assert np.asarray(scores).size in (4, 12) and np.isfinite(scores).all()  # by problem, or by problem and run

@@ -34,7 +34,7 @@ class ValidationAdvice(Callback):
             return
         measured = Measured(iteration, means["kl_to_teacher"], means["teacher_cross_entropy"], noise)
         self._history.append(measured)
-        print_rank_last(f" megatron_qad: {advice(self._history)}")
+        print_rank_last(f"megatron_qad: {advice(self._history)}")
 
 
 def change_noise(before: Tensor | None, now: Tensor, group) -> float | None:
