@@ -34,6 +34,13 @@ def main() -> None:
     )
     parser.add_argument("--sensitivity", metavar="DIR", help="--output of tools/sensitivity.py")
     parser.add_argument(
+        "--benchmarks",
+        nargs="+",
+        default=[],
+        metavar="NAME=RESULTS",
+        help="--output directories of tools/benchmark.py, with the teacher first",
+    )
+    parser.add_argument(
         "--accept-gaps",
         action="store_true",
         help="turn damaged or missing event files into notes instead of errors, and report the remaining data",
@@ -48,7 +55,7 @@ def main() -> None:
 
     init_process_group()
     title = options.title or DEFAULT_TITLE
-    inputs = Inputs(options.evaluations, options.tokenizer, options.export, options.sensitivity)
+    inputs = Inputs(options.evaluations, options.tokenizer, options.export, options.sensitivity, options.benchmarks)
     results = write_report(runs, options.teacher, options.output, title, inputs, accept_gaps=options.accept_gaps)
     for note in results.notes:
         print(f"note: {note}")

@@ -140,4 +140,4 @@ class ServerModel:
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}".rstrip(".")

@@ -14,6 +14,7 @@ from megatron_qad.engine.run_directory.run_files import JOB_FILE
 from megatron_qad.models.checkpoint_config import read_config
 from megatron_qad.models.families import family_of, text_config
 from megatron_qad.quantization.scale_record import recorded_scales
+from megatron_qad.report.compared_benchmarks import Benchmarks, compare_results
 from megatron_qad.report.compared_records import compare_records
 from megatron_qad.report.exports import Export, read_export
 from megatron_qad.report.linear_grid import LinearGrid, linear_grid
@@ -50,6 +51,7 @@ class Results:
     exports: list[Export] = field(default_factory=list)
     sensitivity: dict | None = None
     """Contents of sensitivity.json; None if it was not given."""
+    benchmarks: Benchmarks | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Inputs:
     """Exported directories."""
     sensitivity: str | None = None
     """Output directory of tools/sensitivity.py, or its sensitivity.json."""
+    benchmarks: Sequence[str] = ()
+    """Benchmark results, NAME=RESULTS with the teacher first."""
 
 
 def collect(
@@ -118,6 +122,7 @@ def collect(
         compare_records(inputs.evaluations, tokenizer, inputs.tokenizer is not None, notes),
         [read_export(directory) for directory in inputs.exports],
         None if inputs.sensitivity is None else read_sensitivity(inputs.sensitivity),
+        compare_results(inputs.benchmarks),
     )
 
 

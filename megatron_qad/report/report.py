@@ -36,7 +36,7 @@ def write_report(
     Args:
         runs: name -> directory, in the order of the table's rows; the others' KL is compared with that of the first.
         teacher: checkpoint directory of the BF16 teacher.
-        inputs: evaluation records, exports and a sensitivity result to show; None: nothing.
+        inputs: evaluation records, exports, benchmarks and a sensitivity result to show; None: nothing.
         accept_gaps: turn damaged and missing event files into notes.
 
     Raises:
@@ -79,6 +79,7 @@ def _to_json(results: Results) -> dict:
             "seconds": run.seconds,
             "training_loss": {"name": loss_name, "curve": loss} if run.is_trained else None,
             "experts": {"layers": run.experts.layers},
+            "advice": run.advice,
             "validation_curves": {metric: run.validation_curve(metric) for metric in metrics},
         }
     linears = [dataclasses.asdict(linear) for linear in results.linears]
@@ -96,6 +97,7 @@ def _to_json(results: Results) -> dict:
                 for policy in results.policies
             ],
             "sensitivity": results.sensitivity,
+            "benchmarks": None if results.benchmarks is None else results.benchmarks.record(),
             "notes": results.notes,
         }
     )

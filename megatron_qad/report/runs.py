@@ -11,6 +11,7 @@ from megatron_qad.models.checkpoint_config import read_job
 from megatron_qad.report.expert_table import Experts
 from megatron_qad.report.scalars import VALIDATION, Curve, read_history, validation_metrics
 from megatron_qad.report.weight_errors import has_checkpoint
+from megatron_qad.training.advice import CHANGE_NOISE, Measured, advice
 
 
 @dataclass
@@ -91,6 +92,17 @@ class Run:
     def training_losses(self) -> dict[str, Curve]:
         """Curves of all training losses by their TensorBoard names; of a sum of losses also each term."""
         return {name: self.scalars[name] for name in training_losses(self.scalars)} if self.is_trained else {}
+
+    @property
+    def advice(self) -> str | None:
+        """The line of advice after the last validation (``training.advice``); None if the run was not trained."""
+        noise = dict(self.scalars.get(CHANGE_NOISE, []))
+        entropies = dict(self.validation_curve("teacher_cross_entropy"))
+        history = [
+            Measured(iteration, kl, entropies.get(iteration, 0.0), noise.get(iteration))
+            for iteration, kl in self.validation_curve("kl_to_teacher")
+        ]
+        return advice(history) if self.is_trained and len(history) > 1 else None
 
     def validation_curve(self, metric: str) -> Curve:
         """Return the curve of a validation metric; empty if it was not recorded."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 FIRST_BENCHMARK, BETWEEN_BENCHMARKS = 150, 100
 """Iterations at which NVIDIA's recipe evaluates benchmarks."""
 SMALL_GAP = 0.01
+CHANGE_NOISE = "advice/kl_change_noise"
+"""Name of ``Measured.noise`` among the metrics."""
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ def test_data_are_generated_by_the_server(port, text_student, tmp_path):
     assert all(line["messages"][0]["content"] == f"What is {i}?" for i, line in enumerate(lines))
     assert all(line["messages"][1]["role"] == "assistant" for line in lines)
     assert {line["finish"] for line in lines} <= {"eos", "length"}
+    assert len({line["messages"][1]["content"] for line in lines}) > 1
     settings = json.loads((tmp_path / "answers.jsonl.settings.json").read_text())
     assert settings["model"] == NAME and "model.safetensors" in settings["model files"]  # the server's files are here
     prepare_data(PrepareOptions([str(output)], str(text_student.export("modelopt")), str(tmp_path / "data")))
@@ -162,11 +163,12 @@ def test_data_are_generated_by_the_server(port, text_student, tmp_path):
 def test_documents_from_bos_by_the_server(port, text_student, tmp_path):
     tokenizer = load_tokenizer(text_student.export("modelopt"))
     url = f"http://127.0.0.1:{port}/v1"
-    options = GenerateOptions(num_documents=5, max_new_tokens=16, batch_size=4, temperature=3.0)  # far from greedy
+    options = GenerateOptions(num_documents=5, max_new_tokens=16, batch_size=4)
     start = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
     write_documents(ServerModel(url, None, options, bos=start), tmp_path / "own.jsonl", 5)
-    texts = [json.loads(line)["text"] for line in (tmp_path / "own.jsonl").read_text().splitlines()]
-    assert len(set(texts)) == 5, "each document has its own seed"
+    lines = [json.loads(line) for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all(line["finish"] in ("eos", "length") for line in lines)
+    assert all(len(tokenizer.encode(line["text"])) > 4 for line in lines if line["finish"] == "length")
     with pytest.raises(QADError, match=f"serves {NAME}, not 'other'"):
         ServerModel(url, ["a"], options, "other")
     with pytest.raises(QADError, match="does not list its models: NotFoundError"):
@@ -189,4 +191,4 @@ def test_benchmark_by_the_server(port, tmp_path):
         assert done.returncode == 0 and made in done.stdout, done.stderr[-3000:]
     results = benchmark_results.load(tmp_path / "results")
     (scores,) = (task.scores[task.metric] for task in results.tasks.values())
-    assert np.asarray(scores).size in (4, 12) and np.isfinite(scores).all()  # by problem, or by problem and run
+    assert scores.shape == (4, 3) and np.isfinite(scores).all()  # problems, runs

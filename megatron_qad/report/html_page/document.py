@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megatron_qad.report.collect import Results
 from megatron_qad.report.heatmaps import sensitivity_heatmap, weight_heatmaps
+from megatron_qad.report.html_page.benchmark_section import benchmark_section
 from megatron_qad.report.html_page.comparison_section import comparison_section
 from megatron_qad.report.html_page.grid_table import heatmap_table
 from megatron_qad.report.html_page.markup import Content, Markup, element, paragraph
@@ -30,7 +31,7 @@ def html(results: Results, more: Sequence[Section] = ()) -> str:
     """Return report.html: one file that refers to no other and needs no network.
 
     Args:
-        more: sections before the notes, such as results of benchmarks.
+        more: sections before the notes.
     """
     sections = [section for section in (*_sections(results), *more, *_notes(results)) if section.body]
     links = [element("a", section.title, href=f"#{_anchor(section.title)}") for section in sections]
@@ -79,6 +80,7 @@ def _sections(results: Results) -> list[Section]:
         Section("Policy and size", policy_section(results.policies)),
         Section("Cost", cost_section(runs)),
         Section("Curves", _curves(results)),
+        Section("Benchmarks", benchmark_section(results.benchmarks) if results.benchmarks else None),
         Section("Errors by layer", _errors(results)),
         Section("Experts", expert_section(runs) if any(run.experts.layers for run in runs) else None),
     ]
@@ -88,7 +90,8 @@ def _curves(results: Results) -> Content:
     panels = [*training_panels(results.runs), *validation_panels(results.runs, results.comparison)]
     if not panels:
         return paragraph("No run recorded a loss or a validation.")
-    return panel_grid(panels, "curve")
+    given = [element("li", element("b", run.name), ": ", run.advice) for run in results.runs if run.advice]
+    return [panel_grid(panels, "curve"), *([element("h3", "Advice"), element("ul", given)] if given else [])]
 
 
 def _errors(results: Results) -> Content:

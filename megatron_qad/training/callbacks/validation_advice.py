@@ -6,11 +6,11 @@ noise is 1.96 standard errors of the mean change over all microbatches: the text
 
 import torch
 from megatron.core import mpu
-from megatron.training import is_last_rank, print_rank_last
+from megatron.training import get_tensorboard_writer, is_last_rank, print_rank_last
 from torch import Tensor
 
 from megatron_qad.engine.events import Callback
-from megatron_qad.training.advice import Measured, advice
+from megatron_qad.training.advice import CHANGE_NOISE, Measured, advice
 
 
 class ValidationAdvice(Callback):
@@ -34,6 +34,8 @@ class ValidationAdvice(Callback):
             return
         measured = Measured(iteration, means["kl_to_teacher"], means["teacher_cross_entropy"], noise)
         self._history.append(measured)
+        if noise is not None and (writer := get_tensorboard_writer()):
+            writer.add_scalar(CHANGE_NOISE, noise, iteration)
         print_rank_last(f"megatron_qad: {advice(self._history)}")
 
 
