@@ -83,7 +83,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     try:
         args = dist_checkpointing.load_common_state_dict(str(directory)).get("args")
         values = args if args is None or isinstance(args, Mapping) else vars(args)
-    except (CheckpointingException, AttributeError, TypeError, *READ_ERRORS) as error:
+    except (CheckpointingException, AttributeError, TypeError, ValueError, *READ_ERRORS) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return {}, f"{directory}: its arguments cannot be read ({reason})."
     if values is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_qad.checkpoint.megatron_settings import read_settings
 from megatron_qad.distillation.loss_registry import training_losses
+from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import iteration_to_read
 from megatron_qad.models.checkpoint_config import read_job
 from megatron_qad.report.expert_table import Experts
@@ -111,6 +112,7 @@ class Run:
 
 def _trained_tokens(iteration: Path) -> int | None:
     """Return the number of tokens that training had read, from the settings in a checkpoint."""
+    manifest.verify_file(iteration / "metadata.json")  # Megatron reads it first
     settings, _ = read_settings(iteration)
     samples, length = settings.get("consumed_train_samples"), settings.get("seq_length")
     return samples * length if isinstance(samples, int) and isinstance(length, int) else None

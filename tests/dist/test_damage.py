@@ -83,7 +83,7 @@ def test_list_of_files_is_complete(workspace):
     assert names == {
         *(f"iter_0000006/{name}" for name in (*in_checkpoint, "best_checkpoints.json", "event_files.json")),
         *("hf/config.json", "hf/integrity.json", "heartbeats/rank_00000.json", "latest_checkpointed_iteration.txt"),
-        *("qad.json", "best_checkpoints.json", "megatron.log"),
+        *("qad.json", "best_checkpoints.json", "megatron.log", "metrics.jsonl"),
     }
     assert len(workspace.names) == len(names) + 1
 
