@@ -9,8 +9,8 @@ from megatron_qad.report.html_page.markup import Markup, code, element, paragrap
 from megatron_qad.report.linear_grid import LinearGrid
 from megatron_qad.report.run_policies import RunPolicy
 
-_COLORED = ("bf16", "nvfp4", "nvfp4-w4a16", "fp8", "int4-w4a16")
-"""Formats with a color of their own in the stylesheet."""
+_NUM_COLORS = 5
+"""The first formats of the registry have a color of their own in the stylesheet, ``--color-0`` and so on."""
 
 
 def policy_section(policies: Sequence[RunPolicy]) -> list[Markup]:
@@ -38,7 +38,8 @@ def policy_section(policies: Sequence[RunPolicy]) -> list[Markup]:
 
 
 def color_of(fmt: str) -> str:
-    return f"var(--{fmt if fmt in _COLORED else 'other'})"
+    place = list(FORMATS).index(fmt) if fmt in FORMATS else _NUM_COLORS
+    return f"var(--{f'color-{place}' if place < _NUM_COLORS else 'other'})"
 
 
 def _legend(policy: RunPolicy) -> Markup:

@@ -5,7 +5,7 @@ STYLE = """
   --page: #ffffff; --card: #f6f7f9; --text: #1c2430; --muted: #5b6675; --line: #d9dee5; --grid: #e3e7ec;
   --accent: #2f6f1f;
   --heat: 196 60 12; --heat-text: #ffffff;
-  --bf16: #c3c9d2; --nvfp4: #4f9d2f; --nvfp4-w4a16: #8cc66b; --fp8: #3b82c4; --int4-w4a16: #a05fc0; --other: #d08a2e;
+  --color-0: #c3c9d2; --color-1: #4f9d2f; --color-2: #8cc66b; --color-3: #3b82c4; --color-4: #a05fc0; --other: #d08a2e;
   --format-text: #10161d;
   --run-0: #0072b2; --run-1: #d55e00; --run-2: #00855f; --run-3: #b3589a; --run-4: #a07a00; --run-5: #3f9bd6;
   --run-6: #7a5af8; --run-7: #6b7280;
@@ -16,7 +16,7 @@ STYLE = """
     --page: #14181d; --card: #1c2229; --text: #e5e9ee; --muted: #9aa5b1; --line: #343c46; --grid: #2a313a;
     --accent: #8fd36f;
     --heat: 240 110 50; --heat-text: #14181d;
-    --bf16: #59626e; --nvfp4: #5fae3f; --nvfp4-w4a16: #3f7030; --fp8: #4f9be0; --int4-w4a16: #b47ad2;
+    --color-0: #59626e; --color-1: #5fae3f; --color-2: #3f7030; --color-3: #4f9be0; --color-4: #b47ad2;
     --other: #d99a45;
     --format-text: #0d1116;
     --run-0: #4aa8e0; --run-1: #f0803c; --run-2: #35c79a; --run-3: #db8cc5; --run-4: #d3ac3c; --run-5: #8cc9f0;

@@ -182,7 +182,7 @@ def test_policy_map_of_a_hybrid():
         "layer 3, up_proj: nvfp4",
         "head, lm_head: bf16",
     ]
-    assert cells[1]["title"].endswith("(4 experts, each 64 x 32)") and cells[2]["style"] == "background: var(--bf16)"
+    assert cells[1]["title"].endswith("(4 experts, each 64 x 32)") and cells[2]["style"] == "background: var(--color-0)"
     # 8 weights of 64 x 32 in BF16 and 1000 bytes of other tensors.
     assert policy.bytes_before == 8 * 64 * 32 * 2 + 1000 > policy.bytes_after
 
