@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_qad.engine import entry_point
-from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.named_paths import parse_named
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.system_errors import naming
 from megatron_qad.evaluation.answers import compare_answers, read_answers
@@ -29,12 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face directory, to count lengths in tokens")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args(argv)
-    files = {}
-    for text in options.files:
-        name, separator, file = text.partition("=")
-        if not separator or name in files:
-            raise QADError(f"{text}: expected NAME=JSONL, with a different name for each file.")
-        files[name] = read_answers(file)
+    files = {name: read_answers(file) for name, file in parse_named(options.files, "JSONL").items()}
     length = None if options.tokenizer is None else TokenTexts(options.tokenizer).length
     result = compare_answers(files, length)
     unit = "words" if length is None else "tokens"

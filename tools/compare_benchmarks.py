@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_qad.engine import entry_point
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.named_paths import parse_named
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.system_errors import naming
 from megatron_qad.evaluation import benchmark_results
@@ -28,30 +29,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--metric", help="METRIC,FILTER of all tasks (default: the first of each)")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
     options = parser.parse_args(argv)
-    results = {}
-    for text in options.results:
-        name, separator, directory = text.partition("=")
-        if not separator or name in results:
-            raise QADError(f"{text}: expected NAME=RESULTS, with a different name for each directory.")
-        results[name] = benchmark_results.load(directory)
+    named = parse_named(options.results, "RESULTS")
+    results = {name: benchmark_results.load(directory) for name, directory in named.items()}
     teacher = options.teacher or next(iter(results))
     for flag, name in (("--teacher", teacher), ("--baseline", options.baseline)):
         if name is not None and name not in results:
-            raise QADError(f"{flag} {name}: is not one of {', '.join(results)}.")
+            raise QADError(f"{flag} {name}: no such results. Choose one of {', '.join(results)}.")
     if teacher == options.baseline:
-        raise QADError(f"--baseline {teacher}: is the teacher. Name the quantized model before training.")
+        raise QADError(f"--baseline {teacher}: is also the teacher. Choose the PTQ model.")
     compared = compare_benchmarks(results, options.metric)
     sys.stdout.write(report(compared, teacher, options.baseline))
     if options.output is not None:
-        content = {
-            "teacher": teacher,
-            "baseline": options.baseline,
-            "problems": compared.problems,
-            "means": {t: {n: v.record() for n, v in by.items()} for t, by in compared.means.items()},
-            "differences": {
-                t: {f"{a} - {b}": v.record() for (a, b), v in by.items()} for t, by in compared.differences.items()
-            },
-        }
+        content = {"teacher": teacher, "baseline": options.baseline, **compared.record()}
         with naming(options.output):
             json_records.write(options.output, content)
 

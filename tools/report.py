@@ -2,7 +2,8 @@
 
 import argparse
 
-from megatron_qad.engine import QADError, entry_point, init_runtime
+from megatron_qad.engine import entry_point, init_runtime
+from megatron_qad.engine.named_paths import parse_named
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         help="turn damaged or missing event files into notes instead of errors, and report the remaining data",
     )
     options = parser.parse_args()
-    runs = parse_runs(options.run)
+    runs = parse_named(options.run, "DIR", "--run")
     init_runtime()
 
     from megatron_qad.engine.distributed import init_process_group
@@ -60,19 +61,6 @@ def main() -> None:
     for note in results.notes:
         print(f"note: {note}")
     print(f"wrote report.html, report.md, report.png and results.json to {options.output}")
-
-
-def parse_runs(pairs: list[str]) -> dict[str, str]:
-    """Parse ["PTQ=DIR", ...] into {"PTQ": "DIR", ...}."""
-    runs = {}
-    for pair in pairs:
-        name, _, directory = pair.partition("=")
-        if not name or not directory:
-            raise QADError(f"--run {pair!r}: expected NAME=DIR, such as QAD=runs/qad.")
-        if name in runs:
-            raise QADError(f"--run {pair!r}: the name {name!r} is given twice. Give each run its own name.")
-        runs[name] = directory
-    return runs
 
 
 if __name__ == "__main__":

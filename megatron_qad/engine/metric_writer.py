@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_qad.engine.event_writer import FailureLog, JobWriter
 
 VS_SAMPLES = " vs samples"
-"""Suffix of Megatron's second copy of each scalar, whose steps are samples. These copies are not written."""
+"""Suffix of Megatron's second copy of each scalar, whose steps are samples. Jobs of earlier versions wrote them."""
 
 
 class MetricWriter:

@@ -33,6 +33,16 @@ class Compared:
     differences: dict[str, dict[tuple[str, str], Interval]]
     """By task, model and the model that it is compared with: positive if the first is better."""
 
+    def record(self) -> dict:
+        """Return problems, means and differences ("A - B") as JSON."""
+        return {
+            "problems": self.problems,
+            "means": {task: {n: v.record() for n, v in by.items()} for task, by in self.means.items()},
+            "differences": {
+                task: {f"{a} - {b}": v.record() for (a, b), v in by.items()} for task, by in self.differences.items()
+            },
+        }
+
 
 def compare_benchmarks(results: Mapping[str, Results], metric: str | None = None, num_samples: int = 2000) -> Compared:
     """Compare the results of several models on the same problems.
@@ -62,11 +72,15 @@ def compare_benchmarks(results: Mapping[str, Results], metric: str | None = None
         }
         sizes[AVERAGE] = sum(sizes.values())
     enough = all(size > 1 for size in sizes.values())
-    means = {task: {name: _interval(*s[name], enough) for name in names} for task, s in samples.items()}
+
+    def estimate(value: float, draws: np.ndarray) -> Interval:
+        return Interval.of(value, draws) if enough else Interval(value)
+
+    means = {task: {name: estimate(*s[name]) for name in names} for task, s in samples.items()}
     signs = {task: 1 if _is_higher_better(task, first.tasks.get(task), metric) else -1 for task in samples}
     differences = {
         task: {
-            (a, b): _interval(signs[task] * (s[a][0] - s[b][0]), signs[task] * (s[a][1] - s[b][1]), enough)
+            (a, b): estimate(signs[task] * (s[a][0] - s[b][0]), signs[task] * (s[a][1] - s[b][1]))
             for a in names
             for b in names
             if a != b
@@ -158,10 +172,3 @@ def _scores(task: str, scores: TaskScores, metric: str | None) -> np.ndarray:
 
 def _is_higher_better(task: str, scores: TaskScores | None, metric: str | None) -> bool:
     return scores is None or scores.higher_is_better.get((metric or scores.metric).split(",")[0], True)
-
-
-def _interval(value: float, samples: np.ndarray, enough: bool) -> Interval:
-    if not enough:
-        return Interval(value)
-    low, high = np.quantile(samples, [0.025, 0.975])
-    return Interval(value, float(low), float(high))

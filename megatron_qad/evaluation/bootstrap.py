@@ -24,6 +24,12 @@ class Interval:
     low: float | None = None
     high: float | None = None
 
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray) -> "Interval":
+        """Return ``value`` with the interval that its values in the draws [draws] give."""
+        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return cls(value, float(low), float(high))
+
     @property
     def excludes_zero(self) -> bool:
         return self.low is not None and (self.low > 0 or self.high < 0)
@@ -56,7 +62,7 @@ class RowBootstrap:
 
     def mean(self, values: np.ndarray) -> Interval:
         """Return the mean over tokens of ``values`` [tokens]."""
-        return self.interval(float(values.mean(dtype=np.float64)), self.means(values))
+        return self._interval(float(values.mean(dtype=np.float64)), self.means(values))
 
     def difference(self, values: np.ndarray, baseline: np.ndarray) -> Interval:
         """Return the mean over tokens of ``values - baseline``."""
@@ -68,7 +74,7 @@ class RowBootstrap:
         value, base = (float(v.mean(dtype=np.float64)) for v in (values, baseline))
         if base <= 0 or (of_baseline <= 0).any():
             return None
-        return self.interval(value / base, means / of_baseline)
+        return self._interval(value / base, means / of_baseline)
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """Return the mean over tokens in each draw, float64 [draws]."""
@@ -76,9 +82,5 @@ class RowBootstrap:
         counts = np.bincount(self._row, minlength=self.num_rows)
         return (self._draws @ sums) / (self._draws @ counts)
 
-    def interval(self, value: float, samples: np.ndarray) -> Interval:
-        """Return ``value`` with the interval of its ``samples``, one of each draw."""
-        if self.num_rows < 2:
-            return Interval(value)
-        low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(value, float(low), float(high))
+    def _interval(self, value: float, draws: np.ndarray) -> Interval:
+        return Interval.of(value, draws) if self.num_rows > 1 else Interval(value)

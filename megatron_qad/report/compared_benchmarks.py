@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.named_paths import parse_named
 from megatron_qad.evaluation import benchmark_results
 from megatron_qad.evaluation.benchmark_comparison import Compared, compare_benchmarks, conclusion
 
@@ -19,18 +19,8 @@ class Benchmarks:
     """A sentence per model and task, the average first."""
 
     def record(self) -> dict:
-        """Return the means and the differences from the teacher as JSON."""
-        compared = self.compared
-        return {
-            "teacher": self.teacher,
-            "problems": compared.problems,
-            "means": {task: {n: v.record() for n, v in by.items()} for task, by in compared.means.items()},
-            "differences_from_teacher": {
-                task: {a: v.record() for (a, b), v in by.items() if b == self.teacher}
-                for task, by in compared.differences.items()
-            },
-            "conclusions": self.conclusions,
-        }
+        """Return the comparison as JSON."""
+        return {"teacher": self.teacher, **self.compared.record(), "conclusions": self.conclusions}
 
 
 def compare_results(results: Sequence[str]) -> Benchmarks | None:
@@ -42,12 +32,8 @@ def compare_results(results: Sequence[str]) -> Benchmarks | None:
     Raises:
         QADError: a pair without a name, two of one name, or results that cannot be read or compared.
     """
-    loaded = {}
-    for text in results:
-        name, _, directory = text.partition("=")
-        if not name or not directory or name in loaded:
-            raise QADError(f"--benchmarks {text}: expected NAME=RESULTS, with a different name for each directory.")
-        loaded[name] = benchmark_results.load(directory)
+    named = parse_named(results, "RESULTS", "--benchmarks")
+    loaded = {name: benchmark_results.load(directory) for name, directory in named.items()}
     if not loaded:
         return None
     compared, teacher = compare_benchmarks(loaded), next(iter(loaded))

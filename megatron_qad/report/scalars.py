@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.metric_writer import VS_SAMPLES
 from megatron_qad.report.event_files import read_events
 
 VALIDATION = "validation/"
@@ -14,10 +15,6 @@ VALIDATION = "validation/"
 
 Curve = list[tuple[int, float]]
 """List of (step, value) with ascending steps."""
-
-
-_VS_SAMPLES = " vs samples"
-"""Suffix of Megatron's scalars whose steps are samples, not iterations."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def read_history(run_dir: str | Path, *, accept_gaps: bool = False) -> History:
             file.start is not None and file.start[0] != current_start
         ):  # also truncates scalars that this start did not write
             current_start, resumed_iteration = file.start
-            for name in [name for name in scalars if not name.endswith(_VS_SAMPLES)]:
+            for name in [name for name in scalars if not name.endswith(VS_SAMPLES)]:
                 scalars[name] = {step: value for step, value in scalars[name].items() if step <= resumed_iteration}
         for name, written in file.scalars.items():
             kept = {step: value for step, value in scalars.get(name, {}).items() if step < min(written)}
