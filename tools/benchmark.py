@@ -74,14 +74,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _runs(texts: list[str], tasks, preset) -> dict[str, int]:
-    """Return the number of runs by task from --runs and the preset; --runs wins."""
+    """Return the number of runs of each task. --runs takes precedence over the preset."""
     from megatron_qad.evaluation.benchmark_presets import preset_runs
 
     by_name, general = {}, None
     for text in texts:
         name, separator, number = text.rpartition("=")
         if not number.isdigit() or (separator and name not in {task.name for task in tasks}):
-            raise QADError(f"--runs {text}: expected N or TASK=N with one of {', '.join(t.name for t in tasks)}.")
+            raise QADError(
+                f"--runs {text}: expected N, or TASK=N where TASK is one of {', '.join(t.name for t in tasks)}."
+            )
         if separator:
             by_name[name] = int(number)
         else:

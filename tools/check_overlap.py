@@ -1,4 +1,4 @@
-"""Count duplicates in prepared training data, and validation documents that occur in it.
+"""Count duplicates in prepared training data, and validation documents that it contains.
 
 python tools/check_overlap.py data/chats data/texts --validation data/chats_valid
 """

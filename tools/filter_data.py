@@ -1,4 +1,4 @@
-"""Keep the generated answers that are correct: by a numeric comparison, or by a function of yours.
+"""Keep the correct answers of generated data. A numeric comparison or your own function decides.
 
 python tools/filter_data.py --input answers.jsonl --check numeric --output correct.jsonl
 python tools/filter_data.py --input answers.jsonl --check my_checks.py:passes_tests --output correct.jsonl

@@ -1,4 +1,4 @@
-"""Sample training text from a model, as JSONL for tools/prepare_data.py. A second call resumes a killed one.
+"""Sample training text from a model, as JSONL for tools/prepare_data.py. The same command resumes a killed run.
 
 python tools/generate_data.py --model my_model/ --output own.jsonl --num-documents 1000
 python tools/generate_data.py --model my_model/ --prompts prompts.txt --output answers.jsonl
@@ -78,7 +78,7 @@ def main() -> None:
 def source(arguments: argparse.Namespace, prompts, options: GenerateOptions) -> Source:
     """Return the source that the flags choose."""
     if arguments.random_tokens and (arguments.server or prompts):
-        raise QADError("--random-tokens needs neither --server nor --prompts. Omit them.")
+        raise QADError("--random-tokens cannot be combined with --server or --prompts. Remove them.")
     if arguments.server:
         bos = None
         if prompts is None and arguments.model:
@@ -86,7 +86,7 @@ def source(arguments: argparse.Namespace, prompts, options: GenerateOptions) -> 
             bos = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
         return ServerModel(arguments.server, prompts, options, arguments.served_model, bos)
     if not arguments.model:
-        raise QADError("Neither --model nor --server was given. Give one.")
+        raise QADError("no model was given. Pass --model or --server.")
     if arguments.random_tokens:
         return RandomTokens(arguments.model, options)
     return LocalModel(arguments.model, prompts, options, arguments.device)

@@ -38,9 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", type=int, metavar="K", help="evaluate candidate K, from 0, and do not choose")
     options, flags = parser.parse_known_args(argv)
     if options.command is not None and (flags or options.teacher):
-        raise QADError(f"--command: takes no other flags, found {' '.join(flags) or '--teacher'}. Put them into it.")
+        raise QADError(
+            f"--command cannot be combined with {' '.join(flags) or '--teacher'}. Put these flags into the command."
+        )
     if options.command is not None and "{results}" not in options.command:
-        raise QADError("--command: does not contain {results}, the directory for its output. Add it.")
+        raise QADError("--command must contain {results}, which stands for the directory of its output.")
     init_runtime()
 
     from megatron_qad.evaluation.selection import find_candidates, markdown, select, write_selection
@@ -89,7 +91,7 @@ def _evaluate(candidate, options: argparse.Namespace, flags: list[str]) -> None:
 
 
 def _run(command: list[str]) -> None:
-    """Run a program that ends with this one, and without the index of the SLURM array."""
+    """Run a command that is killed if this process dies. It does not get SLURM_ARRAY_TASK_ID."""
     environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
     try:
         parent = os.getpid()

@@ -1,4 +1,4 @@
-"""Benchmarks and the advice of a run in report.html and results.json."""
+"""report.html and results.json show benchmark results and the advice of a run."""
 
 import pytest
 

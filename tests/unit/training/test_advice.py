@@ -1,4 +1,4 @@
-"""Advice after a validation: what it says about falls, rises and flat stretches, and the noise of a change."""
+"""Advice after a validation when the KL falls, rises or stays flat, and the noise of its change."""
 
 import math
 
