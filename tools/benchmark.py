@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     group.add_argument("--device", default="cpu", help="torch device, such as cuda")
     group = parser.add_argument_group("with --server")
-    group.add_argument("--server-model", help="name of the model, if the server has several")
+    group.add_argument("--served-model", help="name of the model, if the server has several")
     group.add_argument("--tokenizer", type=Path, help="tokenizer, for tasks that compare log-probabilities")
     group.add_argument("--server-fields", type=json.loads, help="JSON of more request fields (top_k, min_p, ... off)")
     group.add_argument("--num-concurrent", type=int, default=8, help="requests at a time")
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         model = models.open_server(
             options.server,
-            options.server_model,
+            options.served_model,
             chat=options.chat,
             tokenizer=options.tokenizer,
             fields=models.SERVER_FIELDS if options.server_fields is None else options.server_fields,

@@ -1,33 +1,26 @@
 """Sampling of documents from an OpenAI-compatible server, such as ``vllm serve``.
 
 Requests run at the same time, and the lines are written in the order of their numbers. A server computes a request in
-batches of its own, so a second run with the same seeds can give other texts. Needs the package openai.
+batches of its own, so a second run with the same seeds can give other texts. See ``openai_server``.
 """
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from megatron_qad.data.generate import GenerateOptions
-from megatron_qad.data.generation_identity import model_files, prompts_digest
+from megatron_qad.data.generation_identity import prompts_digest
+from megatron_qad.data.openai_server import error_text, find_server
 from megatron_qad.data.prompts import Prompt
 from megatron_qad.engine.errors import QADError
 
 _FINISH = {"stop": "eos", "length": "length"}
-_RETRIES = 8
-"""Retries of a request after a failed connection, a full server or an error of it: two minutes in all."""
-_TIMEOUT = 3600.0
-"""Seconds that one answer may take."""
 
 
 class ServerModel:
     """A source of documents (``generate.Source``): a model behind an OpenAI-compatible API.
-
-    The API key is taken from OPENAI_API_KEY; a server without authentication needs none.
 
     Args:
         url: base URL with the version, such as ``http://localhost:8000/v1``.
@@ -52,18 +45,11 @@ class ServerModel:
         name: str | None = None,
         bos: int | None = None,
     ):
-        try:
-            import openai
-        except ImportError as error:
-            raise QADError("--server needs the package openai: pip install 'megatron_qad[data]'.") from error
         if prompts is None and bos is None:
             raise QADError("Without prompts a server needs the id of the BOS token: pass --model with the tokenizer.")
-        self._url, self._options, self._bos = url, options, bos
+        self._options, self._bos = options, bos
         self._prompts = None if prompts is None else [Prompt.of(prompt) for prompt in prompts]
-        key = os.environ.get("OPENAI_API_KEY", "none")
-        self._client = openai.OpenAI(base_url=url, api_key=key, max_retries=_RETRIES, timeout=_TIMEOUT)
-        self._error = openai.OpenAIError
-        self._model = self._served_model(name)
+        self._server = find_server(url, name)
 
     def settings(self) -> dict[str, Any]:
         """Return what the server says about its model, the digest of the prompts and the sampling options.
@@ -71,10 +57,7 @@ class ServerModel:
         If the model is a directory of this machine, as it is when the server runs here, the sums of its files, too.
         """
         names = ("max_new_tokens", "temperature", "top_p", "seed")
-        settings = {"model": self._model.id, "prompts": prompts_digest(self._prompts)}
-        root = getattr(self._model, "root", None)
-        if isinstance(root, str) and Path(root).is_dir():
-            settings["model files"] = model_files(root)
+        settings = self._server.identity() | {"prompts": prompts_digest(self._prompts)}
         return settings | {name: getattr(self._options, name) for name in names}
 
     def documents(self, first: int, end: int) -> Iterator[dict[str, Any]]:
@@ -88,9 +71,10 @@ class ServerModel:
                 yield waiting.popleft().result()
                 for number in itertools.islice(numbers, 1):
                     waiting.append(pool.submit(self._document, number))
-        except self._error as error:
+        except self._server.error as error:
             raise QADError(
-                f"--server {self._url}: {_text(error)}. What is complete is written. Start the command again to resume."
+                f"--server {self._server.url}: {error_text(error)}. What is complete is written. "
+                "Start the command again to resume."
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -100,8 +84,8 @@ class ServerModel:
         sampling = {"temperature": options.temperature, "top_p": options.top_p, "seed": options.seed + number}
         if self._prompts is None:
             # The text keeps its special tokens (an option of vLLM and SGLang): tokenizing it restores them.
-            answer = self._client.completions.create(
-                model=self._model.id,
+            answer = self._server.client.completions.create(
+                model=self._server.model,
                 prompt=[self._bos],
                 max_tokens=options.max_new_tokens,
                 extra_body={"skip_special_tokens": False},
@@ -109,8 +93,8 @@ class ServerModel:
             ).choices[0]
             return {"text": answer.text, "finish": self._finish(answer.finish_reason)}
         prompt = self._prompts[number % len(self._prompts)]
-        answer = self._client.chat.completions.create(
-            model=self._model.id, messages=prompt.messages, max_tokens=options.max_new_tokens, **sampling
+        answer = self._server.client.chat.completions.create(
+            model=self._server.model, messages=prompt.messages, max_tokens=options.max_new_tokens, **sampling
         ).choices[0]
         turn = {"role": "assistant", "content": answer.message.content or ""}
         # Servers with a reasoning parser return the thought apart; vLLM has used both names.
@@ -121,23 +105,7 @@ class ServerModel:
 
     def _finish(self, reason: str | None) -> str:
         if reason not in _FINISH:
-            raise QADError(f"--server {self._url}: an answer ended with {reason!r}, expected {' or '.join(_FINISH)}.")
-        return _FINISH[reason]
-
-    def _served_model(self, name: str | None) -> Any:
-        try:
-            models = list(self._client.with_options(max_retries=2).models.list())
-        except self._error as error:
             raise QADError(
-                f"--server {self._url} does not list its models: {_text(error)}. Expected the base URL of an "
-                "OpenAI-compatible API, such as http://localhost:8000/v1."
-            ) from error
-        names = [model.id for model in models]
-        if name is None and len(models) == 1 or name in names:
-            return models[names.index(name) if name else 0]
-        wanted = f"not {name!r}" if name else "so --served-model must name one"
-        raise QADError(f"--server {self._url} serves {', '.join(names) or 'no model'}, {wanted}.")
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split()):.300}".rstrip(".")
+                f"--server {self._server.url}: an answer ended with {reason!r}, expected {' or '.join(_FINISH)}."
+            )
+        return _FINISH[reason]

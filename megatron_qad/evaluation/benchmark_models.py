@@ -6,8 +6,6 @@ repetition penalty, are switched off, because they would change the distribution
 
 import hashlib
 import json
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 
 from megatron_qad.data.generation_identity import model_files
 from megatron_qad.data.local_generation import load_model
+from megatron_qad.data.openai_server import find_server
 from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
 from megatron_qad.evaluation.benchmark_tasks import harness
@@ -75,17 +74,12 @@ def open_server(
         fields: additional fields of every request.
 
     Raises:
-        QADError: no lm-eval, or the server does not answer or has no such model.
+        QADError: no lm-eval, or as ``find_server``.
     """
     harness()
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
-    served = _served(url)
-    if name is None and len(served) != 1:
-        raise QADError(f"--server {url}: serves {', '.join(served) or 'no model'}. Name one: --server-model NAME.")
-    name = name or next(iter(served))
-    if name not in served:
-        raise QADError(f"--server-model {name}: {url} serves {', '.join(served) or 'no model'}.")
+    server = find_server(url, name)
     base = LocalChatCompletion if chat else LocalCompletionsAPI
 
     class Seeded(base):
@@ -103,24 +97,10 @@ def open_server(
         more = {"tokenizer_backend": "huggingface", "tokenizer": str(tokenizer), "tokenized_requests": True}
     lm = Seeded(
         base_url=f"{url.rstrip('/')}/{'chat/completions' if chat else 'completions'}",
-        model=name,
+        model=server.model,
         num_concurrent=num_concurrent,
         max_length=1 << 30,  # the server has the limit; lm-eval would cut prompts silently
         timeout=24 * 3600,
         **more,
     )
-    identity = {"server_model": name, "root": served[name], "fields": fields}
-    return BenchmarkModel(lm, identity, chat, fields, seeded=True)
-
-
-def _served(url: str) -> dict[str, str | None]:
-    """Return the names of the models of a server, with the paths from which it loaded them."""
-    try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/models", timeout=30) as reply:
-            models = json.load(reply)["data"]
-        return {model["id"]: model.get("root") for model in models}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QADError(
-            f"--server {url}: its list of models cannot be read ({error}). Give the address up to /v1, and start the "
-            "server first."
-        ) from error
+    return BenchmarkModel(lm, server.identity() | {"fields": fields}, chat, fields, seeded=True)
