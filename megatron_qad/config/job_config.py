@@ -68,6 +68,8 @@ class JobConfig:
     """Format of each linear layer of the student, by the global name of its Megatron weight."""
     scales: Mapping[str, ScaleSetting]
     """How the scales of each weight with block scales are obtained, by the same name."""
+    default_scales: ScaleSetting
+    """How they are obtained where the policy does not say it (``--qad-weight-scale-rule``)."""
     output_mode: OutputMode
     output_sizes: OutputSizes
     layer_spec: str
@@ -182,7 +184,8 @@ def read_job_config(
     job_policy = policy.load(options.qad_policy, options.qad_policy_override)
     linears, layer_kinds = student.family.linears(student.hf), student.family.layer_kinds(student.hf)
     formats = policy.resolve(job_policy, linears, layer_kinds)
-    scales = policy.resolve_scales(job_policy, linears, layer_kinds, default_rule=options.qad_weight_scale_rule)
+    default_scales = ScaleSetting.parse(options.qad_weight_scale_rule, "--qad-weight-scale-rule")
+    scales = policy.resolve_scales(job_policy, linears, layer_kinds, default=default_scales)
     refusals.check_blocks(flags, linears, formats)
     refusals.check_headroom(options, formats)
     refusals.check_growth(losses, scales)
@@ -201,6 +204,7 @@ def read_job_config(
         policy=job_policy,
         formats=formats,
         scales=scales,
+        default_scales=default_scales,
         output_mode=output_mode,
         output_sizes=sizes,
         layer_spec=options.qad_layer_spec or machine.layer_spec,

@@ -42,11 +42,12 @@ class QADOptions:
     'expert=nvfp4:four_over_six:frozen' also sets the scale rule and the update of the scales. Rules of repeated flags
     and of --config files add up. Default: none."""
 
-    qad_weight_scale_rule: str = "max"
+    qad_weight_scale_rule: str = "mse:frozen"
     """How the block scales of NVFP4 weights are chosen where the policy names no rule: 'max' (maps the largest
     magnitude of a block to 6), 'four_over_six' (maps it to 6 or 4, whichever has the smaller error), 'mse' (searches
     for the scale with the smallest error), or modelopt's searches 'mse_multipliers', 'mse_sweep' and 'local_hessian'
-    (docs/policies.md). The stored format is the same. Default: max."""
+    (docs/policies.md). With ':frozen' they are chosen once, for the initial weights, otherwise before every step. The
+    stored format is the same. Default: mse:frozen."""
 
     qad_calibration_samples: int = 64
     """Number of training sequences that set the amax of the activation quantizers before the first step, rounded up to

@@ -16,7 +16,6 @@ from megatron_qad.distillation import WeightedLosses
 from megatron_qad.distillation.hidden_states import HiddenLoss
 from megatron_qad.distillation.scale_growth import ScaleGrowth
 from megatron_qad.engine.errors import QADError
-from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format import check_columns
 from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED
 from megatron_qad.models.families.base import ParamMapping
@@ -24,11 +23,7 @@ from megatron_qad.quantization.scale_settings import ScaleSetting
 
 
 def check_option_values(options: QADOptions) -> None:
-    """Check that values of ``--qad-*`` flags are among the choices; ``number_checks`` checks the numbers."""
-    if options.qad_weight_scale_rule not in SCALE_RULES:
-        raise QADError(
-            f"--qad-weight-scale-rule {options.qad_weight_scale_rule!r}: expected one of {', '.join(SCALE_RULES)}."
-        )
+    """Check that values of ``--qad-*`` flags do not contradict each other; ``number_checks`` checks the numbers."""
     if options.qad_calibration_percentile is not None and options.qad_calibration_headroom is not None:
         raise QADError(
             "--qad-calibration-percentile and --qad-calibration-headroom both set the amax of inputs. Choose one."

@@ -12,7 +12,7 @@ from typing import Protocol
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.quantization.rules import Linear, module_name
-from megatron_qad.quantization.scale_settings import ScaleSetting
+from megatron_qad.quantization.scale_settings import NEW_JOBS, ScaleSetting
 
 BF16_BYTES = 2
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -136,8 +136,8 @@ def totals(rows: Sequence[Row]) -> dict[str, Total]:
 def render(rows: Sequence[Row]) -> Iterator[str]:
     """Yield the lines of the table, with experts folded, and of the totals.
 
-    The table has a column of scale settings if a setting differs from the default, the rule max every step."""
-    has_scales = any(row.scales not in ("", str(ScaleSetting())) for row in rows)
+    The table has a column of scale settings if a setting differs from that of new jobs."""
+    has_scales = any(row.scales not in ("", str(NEW_JOBS)) for row in rows)
     cells = [("layer", "kind", "module", "shape", "format", *(["scales"] * has_scales), "bytes before", "bytes after")]
     for row in fold_experts(rows):
         layer = "-" if row.layer is None else str(row.layer)

@@ -23,7 +23,7 @@ from megatron_qad.quantization.rules import (
     parse_override,
     parse_rule,
 )
-from megatron_qad.quantization.scale_settings import ScaleSetting, has_block_scale_rules
+from megatron_qad.quantization.scale_settings import NEW_JOBS, ScaleSetting, has_block_scale_rules
 
 SHIPPED = Path(__file__).parent / "policies"
 
@@ -109,7 +109,7 @@ def resolve_scales(
     linears: Sequence[Linear],
     layer_kinds: Sequence[str | None] | None = None,
     *,
-    default_rule: str = "max",
+    default: ScaleSetting = NEW_JOBS,
 ) -> dict[str, ScaleSetting]:
     """Return how the scales of each weight with block scales are obtained, by Megatron weight name.
 
@@ -118,7 +118,9 @@ def resolve_scales(
 
     Args:
         linears, layer_kinds: as for ``resolve``.
-        default_rule: scale rule of the linears whose policy rule names none (``--qad-weight-scale-rule``).
+        default: setting of the linears whose policy rule has neither ``scales`` nor ``update``
+            (``--qad-weight-scale-rule``). A rule with ``scales`` alone means every step; one with ``update`` alone
+            takes the scale rule of ``default``.
 
     Raises:
         QADError: as ``resolve``; experts of a layer have several settings; or a setting has the rule local_hessian,
@@ -131,7 +133,7 @@ def resolve_scales(
         'four_over_six:frozen'
     """
     settings = {
-        name: ScaleSetting(rule.scales or default_rule, rule.update or "every_step")
+        name: _setting(rule, default)
         for name, rule in _final_rules(policy, linears, layer_kinds).items()
         if has_block_scale_rules(rule.format)
     }
@@ -144,6 +146,12 @@ def resolve_scales(
             )
     _check_experts_agree(policy, [linear for linear in linears if linear.megatron in settings], settings)
     return settings
+
+
+def _setting(rule: Rule, default: ScaleSetting) -> ScaleSetting:
+    if rule.scales is None and rule.update is None:
+        return default
+    return ScaleSetting(rule.scales or default.rule, rule.update or "every_step")
 
 
 def _final_rules(

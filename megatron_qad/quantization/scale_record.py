@@ -1,6 +1,6 @@
 """The scale settings of a run's weights in its description, ``qad.json``.
 
-"scale_rule" is the job's default rule. "scales" has the settings that differ from it, as strings such as
+"scale_rule" is the job's default setting. "scales" has the settings that differ from it, as strings such as
 "four_over_six:frozen"; all experts of a layer share one entry, with "*" as their index. Runs without such settings, and
 those of versions that had none, have no "scales".
 """
@@ -11,16 +11,15 @@ from megatron_qad.quantization.names import of_all_experts
 from megatron_qad.quantization.scale_settings import ScaleSetting, has_block_scale_rules
 
 
-def scale_record(scales: Mapping[str, ScaleSetting], default_rule: str) -> dict[str, str | dict[str, str]]:
+def scale_record(scales: Mapping[str, ScaleSetting], default: ScaleSetting) -> dict[str, str | dict[str, str]]:
     """Return the entries of ``qad.json`` for settings by Megatron weight name (``policy.resolve_scales``).
 
     Example:
-        >>> scale_record({"output_layer.weight": ScaleSetting("mse", "frozen")}, "max")
+        >>> scale_record({"output_layer.weight": ScaleSetting("mse", "frozen")}, ScaleSetting("max"))
         {'scale_rule': 'max', 'scales': {'output_layer.weight': 'mse:frozen'}}
     """
-    default = ScaleSetting(default_rule)
     different = {of_all_experts(name): str(setting) for name, setting in scales.items() if setting != default}
-    return {"scale_rule": default_rule} | ({"scales": different} if different else {})
+    return {"scale_rule": str(default)} | ({"scales": different} if different else {})
 
 
 def recorded_scales(job: Mapping, where: str) -> dict[str, ScaleSetting]:

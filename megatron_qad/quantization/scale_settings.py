@@ -47,9 +47,14 @@ class ScaleSetting:
         if rule not in SCALE_RULES or setting.update not in UPDATES:
             raise QADError(
                 f"{where}: found scales {text!r:.200}, expected one of {', '.join(SCALE_RULES)}, followed by ':frozen' "
-                "for frozen scales. A newer version may have written it."
+                "for frozen scales."
             )
         return setting
+
+
+NEW_JOBS = ScaleSetting("mse", "frozen")
+"""Setting of a new job where neither its policy nor a flag names one. It ended with the lowest KL in docs/policies.md,
+"Which rule". A run whose record names none is older and had ``ScaleSetting()``."""
 
 
 def has_block_scale_rules(fmt: str) -> bool:

@@ -273,9 +273,8 @@ class QADJob:
             chunks,
             self.config.formats,
             mpu.get_tensor_model_parallel_group(),
-            self.config.options.qad_weight_scale_rule,
-            mpu.get_expert_tensor_parallel_group(),
-            self.config.scales,
+            expert_tp_group=mpu.get_expert_tensor_parallel_group(),
+            scales=self.config.scales,
         )
 
     def input_moments(self, chunks: Sequence[torch.nn.Module], weights: InPlaceWeights) -> InputMoments:

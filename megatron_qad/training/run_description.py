@@ -71,7 +71,7 @@ def describe_run(config: JobConfig, save: Path, load: Path | None = None, max_lr
         "rules": options.qad_policy_override,
         "loss": options.qad_loss,
         "kv_cache": config.policy.kv_cache,
-        **scale_record(config.scales, options.qad_weight_scale_rule),
+        **scale_record(config.scales, config.default_scales),
         "formats": dict(formats),
         "max_lr": _max_lr(max_lr, job, read_job(load) if load is not None else None),
         **_GROUPED_EXPERTS,

@@ -92,7 +92,7 @@ class Probe:
                 "--qad-calibration-headroom: all formats are measured with one amax per input, and only NVFP4 has room "
                 "for a larger one. Leave it out."
             )
-        if job.config.options.qad_weight_scale_rule == "local_hessian":
+        if job.config.default_scales.needs_moments:
             raise QADError(
                 "--qad-weight-scale-rule local_hessian: its scales depend on inputs, which are not collected here. "
                 "Choose mse_sweep, which searches the same scales."
@@ -126,7 +126,7 @@ class Probe:
             self.chunks,
             dict(formats),
             self.tp_group,
-            self.job.config.options.qad_weight_scale_rule,
+            self.job.config.default_scales.rule,
             mpu.get_expert_tensor_parallel_group(),
         )
         saved = {name: weight.detach().clone() for name, weight in weights.weights.items()}

@@ -43,6 +43,7 @@ class Shop:
             *(*precision, "--split", "80,20,0", "--seq-length", "32"),
             *("--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", str(num_steps)),
             *tiny_job.READ_HERE,
+            *tiny_job.SCALES_OF_EVERY_STEP,
             *(
                 "--lr",
                 "1e-3",

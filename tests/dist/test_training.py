@@ -47,6 +47,7 @@ class Workshop:
             *("--train-iters", str(num_steps), "--lr", "1e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
             *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1", "--qad-calibration-samples", "16"),
             *tiny_job.READ_HERE,
+            *tiny_job.SCALES_OF_EVERY_STEP,
             *flags,
         ]
 
@@ -390,7 +391,7 @@ def test_invalid_input_stops_with_one_error(workshop, tmp_path):
         workshop.argv("--qad-loss", "mze")
     )
     error = workshop.fail(workshop.argv("--qad-weight-scale-rule", "min"))
-    assert "'min': expected one of max, four_over_six, mse" in error
+    assert "--qad-weight-scale-rule: found scales 'min', expected one of max, four_over_six, mse" in error
     error = workshop.fail(workshop.argv("--qad-calibration-percentile", "0"))
     assert "--qad-calibration-percentile 0.0: expected a number above 0" in error
 

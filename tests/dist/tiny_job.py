@@ -30,6 +30,10 @@ READ_HERE = ("--num-workers", "0")
 """Turns data worker processes off, whose start and end take an eighth of a tiny job or more. The jobs of
 test_checkpoints, test_numbers, test_preemption and test_kill use them."""
 
+SCALES_OF_EVERY_STEP = ("--qad-weight-scale-rule", "max")
+"""Block scales from the current weights, for jobs that are compared with arithmetic of their own. By default they are
+frozen (test_frozen)."""
+
 
 def write_hf(
     directory: Path, config: dict, *, seed: int = 0, noise: float = 0.0, dtype: torch.dtype = torch.float32

@@ -117,7 +117,8 @@ def test_job_with_a_checkpoint_resumes(read, tmp_path):
     "flags, message",
     [
         (["--micro-batch-size", "3", "--global-batch-size", "4"], "--global-batch-size 4 is not a multiple of 3"),
-        (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule 'best': expected one of max"),
+        (["--qad-weight-scale-rule", "best"], "--qad-weight-scale-rule: found scales 'best', expected one of max"),
+        (["--qad-weight-scale-rule", "mse:never"], "found scales 'mse:never'"),
         (["--qad-calibration-percentile", "0"], "--qad-calibration-percentile 0.0: expected a number above 0"),
         (["--qad-calibration-headroom", "28672"], "--qad-calibration-headroom 28672.0: expected a number above 0 and"),
         (

@@ -9,7 +9,7 @@ from megatron_qad.engine import QADError
 from megatron_qad.quantization.format_table import format_rows, render
 from megatron_qad.quantization.policy import load, resolve, resolve_scales
 from megatron_qad.quantization.rules import parse_override
-from megatron_qad.quantization.scale_settings import ScaleSetting
+from megatron_qad.quantization.scale_settings import NEW_JOBS, ScaleSetting
 
 
 @dataclass
@@ -56,10 +56,10 @@ def test_settings_come_from_the_last_rule_that_matches(tmp_path):
     assert "output_layer.weight" not in scales  # FP8 has no block scales
     assert {name: str(scale) for name, scale in scales.items() if "experts" not in name} == {
         QKV: "mse:frozen",
-        FC1: "max",
+        FC1: str(NEW_JOBS),
     }
     assert {str(scale) for name, scale in scales.items() if "experts" in name} == {"four_over_six:frozen"}
-    assert resolve_scales(policy, LINEARS, default_rule="mse")[FC1] == ScaleSetting("mse", "every_step")
+    assert resolve_scales(policy, LINEARS, default=ScaleSetting("max"))[FC1] == ScaleSetting("max", "every_step")
     assert resolve(policy, LINEARS)[EXPERT] == "nvfp4"
 
 
@@ -120,11 +120,26 @@ def test_experts_of_a_layer_have_one_setting(tmp_path):
     resolve(policy, LINEARS)  # the formats agree
     message = r"experts\.1\.linear_fc1 has scales max:frozen, but .*experts\.0\.linear_fc1 of the same layer has max\."
     with pytest.raises(QADError, match=message):
-        resolve_scales(policy, LINEARS)
+        resolve_scales(policy, LINEARS, default=ScaleSetting("max"))
     explicit = load(write(tmp_path, ALL, rule | {"update": "every_step", "scales": "max"}))
-    resolve_scales(explicit, LINEARS)  # says what the others have by default
+    resolve_scales(explicit, LINEARS, default=ScaleSetting("max"))  # says what the others have by default
     with pytest.raises(QADError, match="Give them one scale setting"):
-        resolve_scales(explicit, LINEARS, default_rule="mse")
+        resolve_scales(explicit, LINEARS, default=ScaleSetting("mse"))
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({}, "four_over_six:frozen"),
+        ({"scales": "mse"}, "mse"),
+        ({"update": "frozen"}, "four_over_six:frozen"),
+        ({"update": "every_step"}, "four_over_six"),
+    ],
+)
+def test_what_a_rule_does_not_say_of_its_scales(tmp_path, rule, expected):
+    """A rule that names neither key takes the job's setting. One with a scale rule alone means every step."""
+    scales = resolve_scales(load(write(tmp_path, ALL | rule)), LINEARS, default=ScaleSetting("four_over_six", "frozen"))
+    assert str(scales[FC1]) == expected
 
 
 def test_rule_whose_scales_are_all_overridden_has_no_effect(tmp_path):
@@ -143,7 +158,7 @@ def test_table_shows_settings_only_if_one_is_not_the_default(tmp_path):
     lines = [line.split() for line in render(rows)]
     header = lines[0].index("scales")
     assert lines[0][header - 1] == "format"
-    assert [line[-3] for line in lines[1:4]] == ["max", "max", "four_over_six:frozen"]
+    assert [line[-3] for line in lines[1:4]] == ["mse:frozen", "mse:frozen", "four_over_six:frozen"]
     assert lines[3][2].endswith("experts.{0..1}.linear_fc1")
     assert lines[5][2] == "output_layer" and lines[5][-3] == "fp8"  # no setting
 
@@ -153,6 +168,6 @@ def test_rule_that_needs_statistics_of_inputs_needs_frozen_scales():
     with pytest.raises(QADError, match=r"output_layer\.weight has the scale rule local_hessian, .*'update: frozen'"):
         resolve_scales(policy, LINEARS)
     with pytest.raises(QADError, match="local_hessian"):
-        resolve_scales(load("nvfp4-all-linear"), LINEARS, default_rule="local_hessian")
+        resolve_scales(load("nvfp4-all-linear"), LINEARS, default=ScaleSetting("local_hessian"))
     frozen = load("nvfp4-all-linear", ["head=nvfp4:local_hessian:frozen"])
     assert resolve_scales(frozen, LINEARS)["output_layer.weight"] == ScaleSetting("local_hessian", "frozen")

@@ -13,7 +13,7 @@ FORMATS = {"decoder.layers.0.mixer.in_proj.weight": "fp8", "output_layer.weight"
 def test_settings_are_read_as_they_were_written():
     scales = dict.fromkeys(EXPERTS, ScaleSetting("four_over_six", "frozen"))
     scales |= {"output_layer.weight": ScaleSetting("mse")}
-    record = scale_record(scales, "mse")
+    record = scale_record(scales, ScaleSetting("mse"))
     # One entry for 512 experts, and none for the linear that has the default of the job.
     name = "decoder.layers.1.mlp.experts.experts.*.linear_fc1.weight"
     assert record == {"scale_rule": "mse", "scales": {name: "four_over_six:frozen"}}
@@ -22,7 +22,7 @@ def test_settings_are_read_as_they_were_written():
 
 def test_runs_without_settings_have_the_record_of_older_versions():
     scales = dict.fromkeys([*EXPERTS, "output_layer.weight"], ScaleSetting("mse"))
-    assert scale_record(scales, "mse") == {"scale_rule": "mse"}
+    assert scale_record(scales, ScaleSetting("mse")) == {"scale_rule": "mse"}
     assert recorded_scales({"scale_rule": "mse", "formats": FORMATS}, "qad.json") == scales
     oldest = recorded_scales({"formats": FORMATS}, "qad.json")
     assert set(oldest.values()) == {ScaleSetting("max", "every_step")} and oldest.keys() == scales.keys()

@@ -95,7 +95,7 @@ def test_scales_are_those_of_the_recipes(report):
     frozen = {"four_over_six:frozen"}
     assert settings(LIGHTNING) == {"expert": frozen, "shared_expert": frozen, "head": frozen}
     assert settings(ULTRA) == {"expert": {"four_over_six"}}
-    assert settings(SUPER) == {"expert": {"max"}}
+    assert settings(SUPER) == {"expert": {"mse:frozen"}}  # has recipes with max and with mse: the default of new jobs
 
 
 def test_kind_expert_includes_the_latent_projections():
