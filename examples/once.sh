@@ -8,7 +8,7 @@ run_once() {
   local name=$1; shift
   [ ! -e "$out/log/$name.done" ] || return 0
   echo "$(date +%H:%M:%S) $name"
-  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; exit 1; }
+  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; echo "$name failed; complete log: $out/log/$name.txt"; exit 1; }
   touch "$out/log/$name.done"
 }
 

@@ -18,12 +18,7 @@ job() {
     --train-data-path 0.75 "$smollm2/data/train-1" 0.25 "$smollm2/data/train-2" --qad-teacher "$teacher"
 }
 
-train=(pretrain_qad.py --qad-policy "$out/policy.yaml")
-cat >"$out/policy.yaml" <<'YAML'
-rules:
-  - {kind: [attention, mlp], format: nvfp4, scales: mse, update: frozen}
-  - {kind: head, format: bf16}
-YAML
+train=(pretrain_qad.py --qad-policy "$here/policy.yaml")
 once ptq "${train[@]}" --save "$out/ptq" --qad-ptq
 once qat "${train[@]}" --save "$out/qat" --qad-loss ce --train-iters 24
 once qad "${train[@]}" --save "$out/qad" --train-iters 24
