@@ -1,7 +1,9 @@
 """Checks the results of the demo; prints the reason and exits with status 1 if a check fails.
 
 1. KL(QAD) <= KL(PTQ) / 2 and KL(QAD) < KL(QAT) / 2 on held-out text, as measured by the training jobs.
-2. The exported checkpoint, loaded by transformers, is the student: its KL to the teacher on held-out text equals the
+2. Each run's evaluation token by token, and that of the export, have the KL that the job reported: within
+   ``SAME_TOKENS``.
+3. The exported checkpoint, loaded by transformers, is the student: its KL to the teacher on held-out text equals the
    value that the Megatron job reported, within ``TOLERANCE``.
 """
 
@@ -11,12 +13,16 @@ from pathlib import Path
 
 import torch
 
+from megatron_qad.evaluation import record
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from held_out import divergence_of_export, measured_kl  # noqa: E402
 
 # transformers rounds to bfloat16 at other places than Megatron and computes activation scales with a reciprocal, so
 # some NVFP4 codes differ; the job also evaluates other windows of the text. Measured: 1.2 % (0.00327, 0.00323).
 TOLERANCE = 0.15
+# The same arithmetic on the same tokens, but the report has the job's value from its event file, in float32 (6e-8).
+SAME_TOKENS = 1e-6
 
 
 def main() -> None:
@@ -24,6 +30,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="output directory of run.sh")
     run = parser.parse_args().run
     kl = measured_kl(run)
+    records = {name: record.load(run / "records" / name) for name in (*kl, "exported")}
+    evaluated = {name: evaluation.about["means"]["kl_to_teacher"] for name, evaluation in records.items()}
+    print(f"        evaluated token by token: {', '.join(f'{name} {value:.5f}' for name, value in evaluated.items())}")
     reloaded = divergence_of_export(run, "hf-compressed-tensors", torch.bfloat16)
     print(f"        QAD reloaded by transformers: {reloaded:.5f}")
     failures = []
@@ -31,6 +40,10 @@ def main() -> None:
         failures.append("KL(QAD) is not at most half of KL(PTQ)")
     if not kl["QAD"] < kl["QAT"] / 2:
         failures.append("KL(QAD) is not below half of KL(QAT)")
+    for name, value in evaluated.items():
+        expected = kl["QAD" if name == "exported" else name]
+        if not abs(value - expected) <= SAME_TOKENS * expected:
+            failures.append(f"the evaluation of {name} has a KL of {value!r}, and its job {expected!r}")
     if not abs(reloaded - kl["QAD"]) <= TOLERANCE * kl["QAD"]:
         failures.append(f"the KL of the exported checkpoint is not within {TOLERANCE:.0%} of the trained student's")
     if failures:

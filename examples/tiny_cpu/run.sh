@@ -30,8 +30,17 @@ for layout in modelopt compressed-tensors; do
   step "validate-$layout" python tools/validate_nvfp4.py "$out/hf-$layout" --against "$out/hf-teacher"
   tail -n 1 "$out/log/validate-$layout.txt"
 done
+# The same held-out text, token by token: the runs, and what was exported.
+evaluate() {
+  NPROC_PER_NODE=1 step "evaluate-$1" launch/torchrun.sh tools/evaluate.py --config "$here/train.yaml" --name "$1" --model "$2" \
+    --qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw" --valid-data-path "$out/data/heldout" --output "$out/records/$1"
+}
+{ evaluate PTQ "$out/ptq"; evaluate QAD "$out/qad"; } &
+{ evaluate QAT "$out/qat"; evaluate exported "$out/hf-modelopt"; } &
+wait_all
 step report python tools/report.py --title "Tiny Llama on two CPU cores" --teacher "$out/teacher-stage2" \
-  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report"
+  --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" \
+  --evaluations "$out"/records/{PTQ,QAT,QAD,exported} --output "$out/report"
 say "reload with transformers and check"
 python "$here/check.py" "$out"
 say "done: $out/report/report.html, $out/hf-modelopt, $out/hf-compressed-tensors"
