@@ -5,7 +5,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from megatron_qad.evaluation import comparison_tables
+from megatron_qad.evaluation import benchmark_comparison, comparison_tables
 from megatron_qad.report.collect import Results
 from megatron_qad.report.expert_table import expert_rows
 from megatron_qad.report.exports import Export
@@ -36,6 +36,9 @@ def markdown(results: Results) -> str:
         parts += ["## Exports", "\n".join(_export_line(export) for export in results.exports)]
     if results.comparison is not None:
         parts.append(comparison_tables.markdown(results.comparison, level=2).rstrip())
+    if results.benchmarks is not None:
+        compared, teacher = results.benchmarks.compared, results.benchmarks.teacher
+        parts += ["## Benchmarks", benchmark_comparison.report(compared, teacher, None).rstrip()]
     if results.notes:
         parts += ["## Notes", "\n".join(f"- {_escape(note)}" for note in results.notes)]
     return "\n\n".join(parts) + "\n"

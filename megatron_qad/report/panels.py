@@ -19,6 +19,8 @@ MANY_POINTS = 25
 """Curves with more points have no markers."""
 _LOG_RATIO = 5
 """Values whose largest is this many times the smallest get a log axis: from there on it has at least two labels."""
+_LOG_RATIO_OF_BARS = 30
+"""The same for single values. From there on the shortest bar would be hardly visible, so points replace the bars."""
 _SAME_TOKENS = 1e-2
 """Relative difference up to which an evaluation record and a job's validation are of the same iteration and tokens. The
 same tokens differ by less than 1e-3, by rounding errors (docs/evaluate.md)."""
@@ -63,7 +65,8 @@ class Panel:
     @property
     def is_log(self) -> bool:
         values = [value for series in self.series for _, value in series.points]
-        return not self.is_single and min(values) > 0 and max(values) / min(values) >= _LOG_RATIO
+        ratio = _LOG_RATIO_OF_BARS if self.is_single else _LOG_RATIO
+        return min(values) > 0 and max(values) / min(values) >= ratio
 
 
 def colors_of(runs: Sequence[Run]) -> dict[str, str]:
@@ -139,10 +142,14 @@ def draw(axes: Axes, panel: Panel, *, text_color: str = "black", grid_color: str
 
 
 def _draw_bars(axes: Axes, panel: Panel, text_color: str) -> None:
-    """Draw horizontal bars from 0, with the value at the end of each."""
+    """Draw horizontal bars from 0, or points on a logarithmic axis, which has no 0. The values stand next to them."""
     values = [series.points[0][1] for series in panel.series]
     positions = range(len(values))
-    axes.barh(positions, values, color=[series.color for series in panel.series], height=0.6)
+    if panel.is_log:
+        axes.set_xscale("log")
+        axes.scatter(values, positions, color=[series.color for series in panel.series], s=40)
+    else:
+        axes.barh(positions, values, color=[series.color for series in panel.series], height=0.6)
     tops = list(values)
     for i, series in enumerate(panel.series):
         if series.interval is not None:
@@ -150,13 +157,19 @@ def _draw_bars(axes: Axes, panel: Panel, text_color: str) -> None:
             tops[i] = max(series.interval[1], values[i])
     limit = max([*tops, panel.reference[1] if panel.reference else 0.0, 1e-12])
     for i, value in enumerate(values):
-        axes.text(max(tops[i], 0) + 0.02 * limit, i, format_value(value, panel.unit), va="center", fontsize="small")
+        place = 1.2 * tops[i] if panel.is_log else max(tops[i], 0) + 0.02 * limit
+        axes.text(place, i, format_value(value, panel.unit), va="center", fontsize="small")
     if panel.reference is not None:
         axes.axvline(panel.reference[1], color=text_color, linestyle="--", linewidth=1)
     axes.set_yticks(positions, [shortened(series.label) for series in panel.series])
     axes.invert_yaxis()
-    axes.set_xlim(min([0.0, *values]), 1.3 * limit)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    if panel.is_log:
+        axes.set_xlim(min(values) / 2, 8 * limit)  # room for the value next to the largest point
+        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(min([0.0, *values]), 1.3 * limit)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(_formatter(panel.unit))
     reference = f"; dashed: {panel.reference[0]}, {panel.reference[1]:.4g}" if panel.reference else ""
     axes.set_xlabel(panel.unit + reference)

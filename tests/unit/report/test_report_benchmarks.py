@@ -1,4 +1,4 @@
-"""report.html and results.json show benchmark results and the advice of a run."""
+"""report.html, report.md and results.json show benchmark results and the advice of a run."""
 
 import pytest
 
@@ -7,6 +7,7 @@ from megatron_qad.evaluation import benchmark_results
 from megatron_qad.report.collect import Results
 from megatron_qad.report.compared_benchmarks import compare_results
 from megatron_qad.report.html_page.document import html
+from megatron_qad.report.markdown import markdown
 from megatron_qad.report.runs import Run
 
 EVIL = "<script>PTQ"
@@ -37,6 +38,8 @@ def test_benchmarks_are_shown_with_their_conclusions(tmp_path):
     page = html(Results("t", "teacher", MODEL, [make_run()], [], [], benchmarks=found))
     assert '<h2 id="benchmarks">' in page and "-0.3000" in page and "<script>" not in page
     assert "&lt;script&gt;PTQ is 0.3000 below BF16" in page
+    text = markdown(Results("t", "teacher", MODEL, [make_run()], [], [], benchmarks=found))
+    assert "## Benchmarks" in text and "0.3000 below BF16 on sums" in text
     assert '<h2 id="benchmarks">' not in html(Results("t", "teacher", MODEL, [make_run()], [], []))
 
 

@@ -53,6 +53,19 @@ def test_single_evaluations_are_bars_with_values_and_intervals():
     assert [list(line.get_xdata()) for line in axes.lines] == [[0.08, 0.13]]
 
 
+def test_single_values_of_different_magnitudes_are_points_on_a_logarithmic_axis():
+    """A KL of 0.003 next to one of 0.6 would be a bar without a length."""
+    values = {"PTQ": 0.007, "QAT": 0.6, "QAD": 0.003}
+    runs = [make_run(name, {"validation/kl_to_teacher": [(1, kl)]}) for name, kl in values.items()]
+    (panel,) = validation_panels(runs)
+    axes = drawn(panel)
+    assert not axes.patches and axes.get_xscale() == "log"
+    assert axes.collections[0].get_offsets()[:, 0].tolist() == list(values.values())
+    assert [text.get_text() for text in axes.texts] == [str(value) for value in values.values()]
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
+
+
 def test_interval_of_another_iteration_is_not_drawn():
     run = make_run("QAD", {"validation/kl_to_teacher": [(9, 0.2)]})
     mean = {"value": 0.1, "low": 0.08, "high": 0.13}
