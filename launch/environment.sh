@@ -1,4 +1,4 @@
-# Environment variables of every rank. Sourced by torchrun.sh after integers.sh; variables that the caller has set are kept.
+# Environment variables of every rank. Sourced by program.sh, after integers.sh; variables that the caller has set are kept.
 # shellcheck shell=bash
 
 # Megatron overlaps tensor-parallel collectives with GEMMs and needs kernels to start in the order in which they were issued.

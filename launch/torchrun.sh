@@ -13,23 +13,12 @@
 # On SIGTERM or SIGUSR1 to this script, a training job saves after its current step and exits with status 0; Ctrl-C ends it.
 set -euo pipefail
 if [[ $# -eq 0 ]]; then sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2; fi
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-if ! command -v python >/dev/null; then
-  echo "error: no program named python. Activate the virtual environment of tools/setup_env.sh, or add its bin to PATH." >&2
-  exit 2
-fi
-if [[ $(ulimit -v) != unlimited && $(ulimit -v) -lt $((4 << 20)) ]]; then  # torch could not be imported
-  echo "error: the limit of address space is $(ulimit -v) KiB (ulimit -v); torch and Megatron alone need $((4 << 20)). Raise it: ulimit -v unlimited." >&2
-  exit 2
-fi
+here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/integers.sh
 source "$here/integers.sh"
 nodes=$(integer NNODES "${NNODES:-1}" 1)
-# shellcheck source=launch/environment.sh
-source "$here/environment.sh"
-root=${here%/*}
-if [[ $1 != -* && ! -e $1 && -e $root/$1 ]]; then set -- "$root/$1" "${@:2}"; fi
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # scripts in tools/ import megatron_qad
+# shellcheck source=launch/program.sh
+source "$here/program.sh"
 
 num_gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || num_gpus=0
 if [[ -z ${NPROC_PER_NODE:-} && $num_gpus -eq 0 ]] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
@@ -60,8 +49,8 @@ trap '[[ -z $own_job_dir ]] || rm -rf "$own_job_dir"' EXIT
 # The agent and its ranks ignore stop signals until they have their own handlers: torchrun would give its ranks 30 seconds and
 # then kill them in the middle of a save.
 export QAD_LAUNCHER_PID=$$
-(trap '' TERM USR1 INT; exec python "$here/agent.py" --nnodes "$nodes" --nproc-per-node "$processes" "${rendezvous[@]}" \
-  python "$here/rank.py" "$@") &
+(trap '' TERM USR1 INT; exec python "$launch/agent.py" --nnodes "$nodes" --nproc-per-node "$processes" "${rendezvous[@]}" \
+  python "$launch/rank.py" "$program" "${@:2}") &
 agent=$!
 trap 'interrupted=1; touch "$QAD_JOB_DIR/stop"' TERM USR1
 trap 'interrupted=1; kill -INT "$agent" 2>/dev/null || true' INT  # a background process gets no SIGINT from the terminal

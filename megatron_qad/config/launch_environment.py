@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_qad.config.megatron_flags import MegatronFlags
 from megatron_qad.config.qad_options import QADOptions
+from megatron_qad.engine.distributed import check_not_one_of_several_tasks
 from megatron_qad.engine.errors import QADError
 
 _TORCHRUN = f"torchrun --nproc-per-node NUM_RANKS {sys.argv[0] or 'pretrain_qad.py'} ..."
@@ -14,8 +15,14 @@ _SCRIPT = f"launch/torchrun.sh {sys.argv[0] or 'pretrain_qad.py'} ..."
 
 
 def world_size(flags: MegatronFlags, options: QADOptions, environ: Mapping[str, str]) -> int:
-    """Return the number of ranks. A dry run without ``WORLD_SIZE`` assumes one model-parallel group."""
+    """Return the number of ranks. A dry run without ``WORLD_SIZE`` assumes one model-parallel group.
+
+    Raises:
+        QADError: ``WORLD_SIZE`` is not a number, or this is one of several tasks of srun but not a rank.
+    """
     size = _integer(environ, "WORLD_SIZE", 1)
+    if not options.qad_dry_run:
+        check_not_one_of_several_tasks(environ)
     if not options.qad_dry_run or "WORLD_SIZE" in environ:
         return size
     expert_tensor_parallel_size = flags.expert_tensor_parallel_size or flags.tensor_model_parallel_size

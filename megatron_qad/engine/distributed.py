@@ -15,6 +15,7 @@ def init_process_group() -> None:
     """Join torchrun's process group, or create a group of this process alone. gloo is enough: tools only move files."""
     if torch.distributed.is_initialized():
         return
+    check_not_one_of_several_tasks(os.environ)
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     else:
@@ -23,6 +24,22 @@ def init_process_group() -> None:
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
         if before is None:
             del os.environ["GLOO_SOCKET_IFNAME"]  # a job on several nodes that this process starts must not inherit it
+
+
+def check_not_one_of_several_tasks(environ: Mapping[str, str]) -> None:
+    """Check that this process, if no launcher has made it a rank, is not one of several tasks that srun started.
+
+    Each of them would run the whole job alone. A batch script has ``SLURM_NTASKS`` as well, but is not a step.
+
+    Raises:
+        QADError: it is one of several.
+    """
+    num_tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "SLURM_STEP_ID" in environ and num_tasks != "1" and "RANK" not in environ:
+        raise QADError(
+            f"srun started {num_tasks} tasks, and without RANK each of them would be a job of its own. Put "
+            "launch/srun.sh before the program, or use --ntasks 1."
+        )
 
 
 def rank_and_size() -> tuple[int, int]:

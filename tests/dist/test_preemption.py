@@ -1,4 +1,4 @@
-"""A job that receives SIGTERM on one rank, or a stop file, saves, exits with status 0, and resumes bit for bit."""
+"""A job that gets SIGTERM or SIGUSR1 on a rank, or a stop file, saves, exits with status 0, and resumes bit for bit."""
 
 import subprocess
 import time

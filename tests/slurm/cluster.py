@@ -9,6 +9,7 @@ Needs root and Debian's slurmctld, slurmd, slurm-client, munge and iproute2, whi
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -48,9 +49,10 @@ ReturnToService=2
 KillWait=5
 SlurmdTimeout=10
 MinJobAge=600
-NodeName={n1} NodeAddr=10.231.77.11 CPUs=4 RealMemory=8000 State=UNKNOWN
-NodeName={n2} NodeAddr=10.231.77.12 CPUs=4 RealMemory=8000 State=UNKNOWN
-NodeName={n3} NodeAddr=10.231.77.13 CPUs=4 RealMemory=8000 State=UNKNOWN
+GresTypes=gpu
+NodeName={n1} NodeAddr=10.231.77.11 CPUs=4 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
+NodeName={n2} NodeAddr=10.231.77.12 CPUs=4 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
+NodeName={n3} NodeAddr=10.231.77.13 CPUs=4 RealMemory=8000 Gres=gpu:2 State=UNKNOWN
 PartitionName=ci Nodes={n1},{n2},{n3} Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes={n1},{n2},{n3} MaxTime=60 DefaultTime=10 PriorityTier=10 PreemptMode=OFF
 """
@@ -148,6 +150,9 @@ class Cluster(Namespaces):
             (d / "cgroup.conf").write_text(plugin)
         names = {host.split("-")[0]: host for host in self.hosts}
         (d / "slurm.conf").write_text(_CONFIG.format(d=d, **names, proctrack=proctrack))
+        for i in range(2):  # SLURM gives these to jobs as GPUs; nothing opens them
+            os.mknod(d / f"gpu{i}", stat.S_IFCHR | 0o666, os.stat("/dev/null").st_rdev)
+        (d / "gres.conf").write_text(f"Name=gpu File={d}/gpu[0-1]\n")
         key = d / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))

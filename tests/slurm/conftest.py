@@ -74,3 +74,22 @@ def uninterrupted(place) -> tuple[Path, list[str]]:
     codes = [process.returncode for process in processes]
     assert codes == [0, 0], "\n".join(log.read_text()[-5000:] for log in logs)
     return place.directory / "uninterrupted", sorted(listening)
+
+
+@pytest.fixture
+def assert_uninterrupted(uninterrupted):
+    """Check that a run's history and last checkpoint equal those of the uninterrupted run, bit for bit."""
+
+    import runs
+    import torch
+
+    def compare(run):
+        expected = runs.history(uninterrupted[0])
+        assert runs.history(run) == expected
+        assert len(expected["kl loss"]) == 24
+        tensors, expected_tensors = runs.tensors(run), runs.tensors(uninterrupted[0])
+        assert tensors.keys() == expected_tensors.keys()
+        assert {name.split(".")[0] for name in tensors} >= {"decoder", "optimizer"}, sorted(tensors)[:20]
+        assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
+
+    return compare

@@ -1,27 +1,9 @@
 """launch/slurm.sbatch on a real cluster: jobs resume bit for bit after a preemption or a node failure."""
 
-import pytest
 import runs
-import torch
 from place import ROOT
 
 SECRETS = {"WANDB_API_KEY": "0d15ea5e" * 5, "HF_TOKEN": "hf_dontprintthisdontprintthis"}
-
-
-@pytest.fixture
-def assert_uninterrupted(uninterrupted):
-    """Check that a run's history and last checkpoint equal those of the uninterrupted run, bit for bit."""
-
-    def compare(run):
-        expected = runs.history(uninterrupted[0])
-        assert runs.history(run) == expected
-        assert len(expected["kl loss"]) == 24
-        tensors, expected_tensors = runs.tensors(run), runs.tensors(uninterrupted[0])
-        assert tensors.keys() == expected_tensors.keys()
-        assert {name.split(".")[0] for name in tensors} >= {"decoder", "optimizer"}, sorted(tensors)[:20]
-        assert all(torch.equal(tensors[name], expected_tensors[name]) for name in tensors)
-
-    return compare
 
 
 def starts(log) -> list[str]:

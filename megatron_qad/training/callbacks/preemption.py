@@ -1,8 +1,8 @@
 """Preemption: a job that is asked to stop saves after the current step and exits with status 0.
 
-The request is SIGTERM on any rank, or a file ``stop`` in ``--qad-job-dir``, which a batch script writes when its time
-runs out: a scheduler's warning reaches the script but not the ranks, and SIGUSR1 would end a torchrun agent. A rank
-that sees the file sends itself SIGTERM. Megatron checks its signal handler on all ranks after each step, saves and
+The request is SIGTERM or SIGUSR1 on any rank, or a file ``stop`` in ``--qad-job-dir``, which a batch script writes when
+its time runs out: a scheduler's warning may reach the script but not the ranks. A rank that sees the file or SIGUSR1
+sends itself SIGTERM. Megatron checks its signal handler on all ranks after each step, saves and
 exits. ``launch/slurm.sbatch`` restarts the job.
 """
 
@@ -50,6 +50,8 @@ class Preemption(Callback):
             megatron_handler(number, frame)
 
         signal.signal(self._signal, handler)
+        if self._signal != signal.SIGUSR1:  # reaches the ranks by scancel --signal=USR1, if srun started them
+            signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), self._signal))
 
     def step_ended(self, step: TrainedStep) -> None:
         if self._directory is not None and not self._has_stepped:

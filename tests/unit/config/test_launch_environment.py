@@ -50,6 +50,18 @@ def test_dry_run_plans_for_one_model_parallel_group():
         world_size(flags, QADOptions(), {"WORLD_SIZE": "1.5"})
 
 
+def test_task_of_srun_without_rank_is_rejected():
+    """Each task would be a job of its own. A batch script and a rank of torchrun have SLURM's variables, too."""
+    task = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16"}
+    with pytest.raises(
+        QADError, match="srun started 16 tasks, and without RANK each of them would be a job of its own"
+    ):
+        world_size(MegatronFlags(), QADOptions(), task)
+    for environ in (task | TWO, task | {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}):
+        world_size(MegatronFlags(), QADOptions(), environ)
+    world_size(MegatronFlags(), QADOptions(qad_dry_run=True), task)
+
+
 def test_port_in_use_is_rejected_on_the_first_rank():
     with socket.socket() as other:
         other.bind(("", 0))
