@@ -103,6 +103,13 @@ def test_pipeline_reports_missing_settings(tmp_path):
     assert code == 2 and "no stage 'publish'" in text and not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("settings", [{"SLURM_GPUS_ON_NODE": "8"}, {"NPROC_PER_NODE": "8"}])
+def test_tasks_and_processes_of_a_node_must_agree(settings):
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "4", "SLURM_SUBMIT_DIR": str(ROOT)}
+    code, text = run("launch/slurm.sbatch", "pretrain_qad.py", **job | settings)
+    assert code == 2 and text.startswith("error: --ntasks-per-node=4, but 8 GPUs on each node (or NPROC_PER_NODE).")
+
+
 def test_limit_of_address_space():
     code, text = run("bash", "-c", "ulimit -v 2000000; exec launch/torchrun.sh tools/import_hf.py")
     assert code == 2 and text.startswith("error: the limit of address space is 2000000 KiB") and text.count("\n") == 1
