@@ -63,19 +63,21 @@ def test_tasks_end_with_slurmstepd(tasks):
     assert not alive
 
 
-def srun(place, *options: str, environment: dict[str, str] | None = None, program: str = "launch/srun.sh") -> str:
-    """Run a task on each of four cores of two nodes, and return what the tasks print, sorted."""
+def srun(place, *options: str, nodelist: str | None = None) -> str:
+    """Run two tasks on each of two nodes, and return what they print, in the order of the ranks."""
     nodes = ("--nodes=2", "--ntasks-per-node=2", f"--chdir={ROOT}", f"--nodelist={place.cluster.n1},{place.cluster.n2}")
-    path = {"PATH": place.environment()["PATH"]}
-    command = (program, "tests/slurm/task_variables.py") if program.endswith(".sh") else ("python", program)
-    lines = place.cluster.slurm("srun", *nodes, *options, *command, environment=path | (environment or {}))
+    renamed = ("env", f"SLURM_STEP_NODELIST={nodelist}") if nodelist else ()
+    command = (*nodes, *options, *renamed, "launch/srun.sh", "tests/slurm/task_variables.py")
+    # SLURM sets CUDA_VISIBLE_DEVICES for tasks with GPUs.
+    environment = {"PATH": place.environment()["PATH"], "CUDA_VISIBLE_DEVICES": ""}
+    lines = place.cluster.slurm("srun", *command, environment=environment)
     return "\n".join(sorted(lines.splitlines())).replace(place.cluster.n1, "n1")
 
 
 @pytest.mark.parametrize(
     "options, gpus",
     [
-        ((), ("0 of all", "1 of all")),
+        ((), ("0 of none", "1 of none")),
         (("--gpus-per-node=2",), ("0 of 0,1", "1 of 0,1")),
         (("--gpus-per-task=1",), ("0 of 0", "0 of 1")),
     ],
@@ -90,6 +92,12 @@ def test_each_task_has_its_gpu(place, options, gpus):
         for task in (0, 1)
     ]
     assert srun(place, *options).splitlines() == expected
+
+
+def test_first_node_of_a_list_in_brackets(place):
+    """SLURM does not shorten the list of this cluster's nodes, whose names end in the same number."""
+    lines = srun(place, nodelist="10.231.77.[11-12]").splitlines()
+    assert len(lines) == 4 and all(" 10.231.77.11 " in line for line in lines), lines
 
 
 @pytest.mark.parametrize(
