@@ -50,7 +50,7 @@ def test_killed_task_ends_the_job(place, tasks):
     assert sorted(processes) == [0, 1, 2, 3]
     assert "on 1 cores" not in log.read_text()  # each task may use the cores of all tasks on its node
     processes[3].kill()
-    place.cluster.wait(job, lambda state: state["JobState"] == "FAILED", 20, log)  # measured: 1 s
+    place.cluster.wait(job, lambda state: state["JobState"] == "FAILED", 20, log)  # measured: 2 s
     assert "task 3: Killed" in log.read_text() and "ended with status 137" in log.read_text()
     assert not any(process.is_running() for process in processes.values())
 
