@@ -1,1 +1,1 @@
-"""Level 5: evaluations of models on the tokens of a job's validation, and their comparison."""
+"""Level 6: evaluations of models on the tokens of a job's validation, and their comparison."""

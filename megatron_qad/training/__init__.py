@@ -1,1 +1,1 @@
-"""Level 4: the job: its models, its loss, the passes of a step, and its callbacks."""
+"""Level 5: the job: its models, its loss, the passes of a step, and its callbacks."""

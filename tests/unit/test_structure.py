@@ -18,9 +18,10 @@ LEVELS = {
     "data": 2,
     "config": 3,
     "checkpoint": 3,
-    "training": 4,
-    "evaluation": 5,
-    "report": 6,
+    "planning": 4,
+    "training": 5,
+    "evaluation": 6,
+    "report": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400
