@@ -45,6 +45,8 @@ class Row:
     num: int = 1
     scales: str = ""
     """How the block scales are obtained (``ScaleSetting``); empty for formats without block scales."""
+    layers: tuple[int, ...] = ()
+    """The layers of a row that stands for several."""
 
 
 def format_rows(
@@ -85,6 +87,29 @@ def fold_experts(rows: Sequence[Row]) -> list[Row]:
     return [_fold(group, key[2]) for key, group in groups.items()]
 
 
+def fold_layers(rows: Sequence[Row]) -> list[Row]:
+    """Merge rows that differ only in the layer, and in the expert, into one: ``decoder.layers.*.mlp.linear_fc1``."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in fold_experts(rows):
+        module = row.module if row.layer is None else row.module.replace(f".layers.{row.layer}.", ".layers.*.", 1)
+        key = (row.kind, module, row.shape, row.format, row.scales, row.is_tied, row.num)
+        groups.setdefault(key, []).append(row)
+    return [_fold_layers(group, key[1]) for key, group in groups.items()]
+
+
+def _fold_layers(group: list[Row], module: str) -> Row:
+    if len(group) == 1:
+        return group[0]
+    return replace(
+        group[0],
+        module=module,
+        bytes_before=sum(row.bytes_before for row in group),
+        bytes_after=sum(row.bytes_after for row in group),
+        num=sum(row.num for row in group),
+        layers=tuple(row.layer for row in group),
+    )
+
+
 def _fold(group: list[Row], pattern: str) -> Row:
     if len(group) == 1:
         return group[0]
@@ -96,6 +121,14 @@ def _fold(group: list[Row], pattern: str) -> Row:
         bytes_after=sum(row.bytes_after for row in group),
         num=len(group),
     )
+
+
+def _layers(row: Row) -> str:
+    """Return the layer of a row, or those of a folded one: as ranges, or their number between the first and last."""
+    if not row.layers:
+        return str(row.layer)
+    ranges = _ranges(list(row.layers))
+    return ranges if len(ranges) <= 16 else f"{len(row.layers)} of {row.layers[0]}..{row.layers[-1]}"
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -140,7 +173,7 @@ def render(rows: Sequence[Row]) -> Iterator[str]:
     has_scales = any(row.scales not in ("", str(NEW_JOBS)) for row in rows)
     cells = [("layer", "kind", "module", "shape", "format", *(["scales"] * has_scales), "bytes before", "bytes after")]
     for row in fold_experts(rows):
-        layer = "-" if row.layer is None else str(row.layer)
+        layer = "-" if row.layer is None else _layers(row)
         module = row.module + (" (tied to the embedding)" if row.is_tied else "")
         shape = " x ".join(map(str, (row.num, *row.shape) if row.num > 1 else row.shape))
         fmt = (row.format, row.scales) if has_scales else (row.format,)

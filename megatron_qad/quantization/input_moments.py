@@ -21,11 +21,6 @@ MIN_TOKENS = BLOCK_SIZE
 """Minimum number of tokens of a linear or expert. With fewer, H has no full rank, and some errors would be free."""
 
 
-def moments_bytes(columns: int) -> int:
-    """Return the bytes of the second moments of an input with this number of columns."""
-    return columns * BLOCK_SIZE * 4
-
-
 def block_moments(x: Tensor) -> Tensor:
     """Return the sum of x_j x_j^T over tokens for each block j of 16 columns, float32 [in/16, 16, 16].
 

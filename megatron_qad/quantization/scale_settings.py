@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format_registry import FORMATS
+from megatron_qad.formats.nvfp4 import BLOCK_SIZE
 
 UPDATES = ("every_step", "frozen")
 """``every_step``: the scales are computed from the current weight before each step. ``frozen``: they are computed once,
@@ -61,3 +62,8 @@ def has_block_scale_rules(fmt: str) -> bool:
     """Whether weights of a format have block scales that a rule chooses and that can be frozen."""
     number_format = FORMATS[fmt].weight
     return number_format is not None and len(number_format.scale_rules) > 1
+
+
+def moments_bytes(columns: int) -> int:
+    """Return the bytes of the second moments (``input_moments``) of an input with this number of columns."""
+    return columns * BLOCK_SIZE * 4

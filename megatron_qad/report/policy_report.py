@@ -82,7 +82,8 @@ class PolicyReport:
             "bytes_after": self.bytes_after,
             "totals": {name: dataclasses.asdict(total) for name, total in totals(self.rows).items()},
             "linears": [
-                {key: value for key, value in dataclasses.asdict(row).items() if key != "num"} for row in self.rows
+                {key: value for key, value in dataclasses.asdict(row).items() if key not in ("num", "layers")}
+                for row in self.rows
             ],
             "exclude_modules": self.exclude_modules,
         }

@@ -1,6 +1,7 @@
 """Shipped policies for the five models of the paper, the printed table, sizes, and the command line."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import torch
 from megatron_qad.checkpoint.layouts import HFTensor, stored_tensors
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of
-from megatron_qad.quantization.format_table import Row, fold_experts, format_rows, render, totals
+from megatron_qad.quantization.format_table import Row, fold_experts, fold_layers, format_rows, render, totals
 from megatron_qad.quantization.policy import SHIPPED, load
 from megatron_qad.report.collect import _model_facts
 from megatron_qad.report.policy_report import report_policy, resolve_report
@@ -228,3 +229,19 @@ def test_command_line_needs_only_a_config(tmp_path):
 def test_missing_config_is_an_error(tmp_path):
     with pytest.raises(QADError, match="no config.json. Give the directory of a Hugging Face model"):
         report_policy(tmp_path, "bf16")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_folded_layers_have_the_same_totals(name):
+    rows = report(name).rows
+    folded = fold_layers(rows)
+    assert len(folded) < len(fold_experts(rows)) / 2
+    assert totals(folded) == totals(rows) and sum(row.num for row in folded) == len(rows)
+
+
+def test_folded_layers_are_named():
+    table = "\n".join(render(fold_layers(report("nemotron-3-nano-30b-a3b").rows)))
+    assert re.search(
+        r"^ *17 of 0\.\.50 +mamba +decoder\.layers\.\*\.mixer\.in_proj +17 x 10304 x 2688 +nvfp4", table, re.M
+    )
+    assert re.search(r"expert +decoder\.layers\.\*\.mlp\.experts\.experts\.\{0\.\.127\}\.linear_fc1 +2944 x ", table)
