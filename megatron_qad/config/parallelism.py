@@ -97,7 +97,7 @@ def check_parallelism(flags: MegatronFlags, options: QADOptions, shapes: Mapping
     Raises:
         QADError: the parallelism does not fit; the error lists parallelism that would.
     """
-    problem = next(_problems(flags, options, shapes, world), None)
+    problem = parallelism_problem(flags, options, shapes, world)
     if problem is None:
         return
     suggestions = [
@@ -108,6 +108,13 @@ def check_parallelism(flags: MegatronFlags, options: QADOptions, shapes: Mapping
     listed = ", ".join(suggestions[:_MAX_LISTED]) or "none: change the sequence length or the batch"
     ranks = "1 rank" if world == 1 else f"{world} ranks"
     raise QADError(f"{problem}. Parallelism that would work on {ranks}: {listed}{more}.")
+
+
+def parallelism_problem(
+    flags: MegatronFlags, options: QADOptions, shapes: Mapping[str, Mapping], world: int
+) -> str | None:
+    """Return the first reason why the parallelism does not fit, or None (arguments of ``check_parallelism``)."""
+    return next(_problems(flags, options, shapes, world), None)
 
 
 def _problems(flags, options, shapes, world: int) -> Iterator[str]:
