@@ -43,7 +43,8 @@ def training_step(machine: Machine) -> Iterator[Row]:
     predicted = bytes_of_plan(rank["plan"])
     # Memory before the first step is the student on a GPU, but mostly libraries on a CPU.
     peak = memory + (rank["before"] if machine.device == "cuda" else predicted["student weights"])
-    cells = mebibytes(peak), mebibytes(predicted["sum"]), f"{peak / predicted['sum']:.2f} of it"
+    known = predicted["sum without activations"]
+    cells = mebibytes(peak), mebibytes(known), f"{peak / known:.2f} of it"
     yield Row("training step, peak memory; the sum of --qad-dry-run, without activations", size, *cells)
     losses = [statistics.mean(side["losses"]) for side in (rank, peer_rank)]
     # Models, data and formats are the same. Sums in another order change some input codes, and each loss by one or two

@@ -134,8 +134,12 @@ class QADOptions:
     (from the last rank to megatron.rankN.log), and without --save nowhere."""
 
     qad_dry_run: bool = False
-    """Print the plan (model, formats, parallelism, tokens, epochs, bytes per rank) and exit without building weights.
-    Reads the flags, the data and the checkpoint to resume, and refuses what the job would refuse. Default: off."""
+    """Print the plan (model, formats, parallelism, tokens, epochs, bytes per rank, estimated time) and exit without
+    building weights. Reads the flags, the data and the checkpoint to resume, and refuses what the job would refuse.
+    Default: off."""
+
+    qad_dry_run_tensors: bool = False
+    """Print a row for each linear in the dry run. Default: off, layers that differ only in their number share a row."""
 
     @classmethod
     def from_args(cls, parsed: argparse.Namespace) -> "QADOptions":
