@@ -1,4 +1,4 @@
-"""Propose parallel layouts for a QAD job: bytes per rank, time of a step, and what does not fit.
+"""Propose parallelism for a QAD job: bytes per rank, time of a step, and what does not fit.
 
     python tools/plan.py --hf-model DIR --gpus 8 --gpu-memory 80 --seq-length 8192
 

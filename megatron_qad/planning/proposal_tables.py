@@ -25,7 +25,7 @@ _COLUMNS = {
     "grads": ("gradients",),
     "optim": ("optimizer state",),
     "scales": ("frozen block scales", "input moments of local_hessian"),
-    "activ": (ACTIVATIONS,),
+    "acts": (ACTIVATIONS,),
 }
 """Column -> rows of ``rows_of_ranks``. The rest are the outputs: logits or chunks, and what is kept of the teacher."""
 
