@@ -2,7 +2,8 @@
 # example) and $out (output directory) set, and with two functions: job PROGRAM FLAGS... runs a job with the example's settings, and
 # policy RULE UPDATE prints a policy with these scales.
 source examples/once.sh
-arms=(max:every_step four_over_six:every_step four_over_six:frozen mse:frozen local_hessian:frozen)
+# ARMS="mse:frozen ..." in the environment selects some of them.
+read -ra arms <<<"${ARMS:-max:every_step four_over_six:every_step four_over_six:frozen mse:frozen local_hessian:frozen}"
 # The noise floor is measured in float32, where the perturbation of the inputs is the only noise.
 sed '/^bf16:/d' "$here/train.yaml" >"$out/float32.yaml"
 

@@ -32,7 +32,7 @@ run_once compare python tools/compare_evaluations.py "$out"/records/{bf16,ptq,qa
 
 run_once cloze python "$here/cloze.py" "$out/cloze"
 benchmark() {
-  run_once "benchmark-$1" python tools/benchmark.py --model "$2" --tasks "$out/cloze/cloze.yaml" --dtype float32 --output "$out/benchmarks/$1"
+  run_once "benchmark-$1" python tools/benchmark.py --model "$2" --tasks "$out/cloze/cloze.yaml" --output "$out/benchmarks/$1"
 }
 for run in ptq qat qad; do
   run_once "export-$run" python tools/export_hf.py --checkpoint "$out/$run" --output "$out/hf-$run" --layout compressed-tensors

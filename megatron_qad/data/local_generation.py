@@ -75,11 +75,16 @@ class LocalModel:
             yield from _sample_batch(model, tokenizer, batch, size, options)
 
 
+_DTYPES = ("bfloat16", "float32")
+"""Choices of ``--dtype``."""
+
+
 def load_model(model_dir: str | Path, dtype: str, device: str):
     """Return (model, tokenizer) of a local directory, without the sampling settings of its generation_config.json.
 
     Raises:
-        QADError: transformers cannot load it, or it would need something from outside of the directory.
+        QADError: transformers cannot load it, it would need something from outside of the directory, or it has quantized
+            weights of another dtype.
     """
     try:
         config = local_config(model_dir)
@@ -87,6 +92,12 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
         raise
     except Exception as error:  # transformers raises errors of any class for damaged files
         raise _cannot_load(model_dir, error) from error
+    own = str(config.dtype).removeprefix("torch.")
+    if getattr(config, "quantization_config", None) and own in _DTYPES and own != dtype:
+        # compressed-tensors decompresses them to their own dtype, and products with inputs of another one fail.
+        raise QADError(
+            f"--dtype {dtype}: {model_dir} has quantized weights that are decompressed to {own}. Give {own}."
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 

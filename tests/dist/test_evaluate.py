@@ -1,11 +1,17 @@
 """tools/evaluate.py on tiny models: agreement with the job's own validation, and of exports with their checkpoint."""
 
+import shlex
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tiny_job
+from launch import ROOT, environment
 from tiny_hybrids import NEMOTRON_H, QWEN3_MOE
 
 from megatron_qad.engine.run_directory import json_records
+from megatron_qad.engine.run_directory.run_files import EXPORT_FILE
 from megatron_qad.evaluation import record
 
 LLAMA = tiny_job.LLAMA
@@ -166,6 +172,37 @@ def test_unpacked_export_has_quantized_weights_only(llama):
     plain = llama.evaluate(llama.directory / "bf16", "bf16").about
     assert plain["formats"] == "9 bf16"
     assert 0 < plain["means"]["kl_to_teacher"] < llama.own.about["means"]["kl_to_teacher"]
+
+
+@pytest.mark.all
+def test_selection_by_kl_and_by_a_command_on_exports(llama, server):
+    """Both evaluate the kept checkpoints of one run on other text, once by torchrun and once from exports."""
+    run, output = llama.directory / "selected", llama.directory / "selection"
+    schedule = ("--train-iters", "4", "--lr", "1e-3", "--eval-interval", "2", "--save-interval", "2")
+    llama.train("--save", str(run), *schedule, "--qad-keep-best", "2")
+    flags = [*llama.flags, "--split", "70,30,0", "--data-cache-path", str(output / "cache")]
+
+    def select(directory, *argv):
+        command = [sys.executable, str(ROOT / "tools" / "select_checkpoint.py"), "--run", str(run), *argv]
+        command += ["--output", str(directory)]
+        more = environment() | {"NPROC_PER_NODE": "1"}
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=more, cwd=ROOT
+        )
+        assert result.returncode == 0, result.stdout
+        return json_records.read(directory / "selection.json")
+
+    by_kl = select(output / "kl", *flags)
+    script = f"launch/torchrun.sh tools/evaluate.py --model {{export}} --output {{results}} {shlex.join(flags)}"
+    by_command = select(output / "exports", "--command", script)
+    assert by_command["iteration"] == by_kl["iteration"] in (2, 4)
+    assert (output / "exports" / f"iter_{by_kl['iteration']:07d}" / "export" / "config.json").is_file()
+    for iteration in (2, 4):
+        first, second = (record.load(output / way / f"iter_{iteration:07d}" / "results") for way in ("kl", "exports"))
+        assert_same(second, first)
+    arguments = {"checkpoint": str(run), "outputs": {"modelopt": str(output / "hf")}, "iteration": "selected"}
+    server.run("training_jobs:export_checkpoint", 1, arguments)
+    assert json_records.read(output / "hf" / EXPORT_FILE)["iteration"] == f"iter_{by_kl['iteration']:07d}"
 
 
 def test_refusals(llama, tmp_path):
