@@ -83,8 +83,8 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
     """Return (model, tokenizer) of a local directory, without the sampling settings of its generation_config.json.
 
     Raises:
-        QADError: transformers cannot load it, it would need something from outside of the directory, or it has quantized
-            weights of another dtype.
+        QADError: transformers cannot load it, it would need something from outside of the directory, or it has
+            quantized weights of another dtype.
     """
     try:
         config = local_config(model_dir)
