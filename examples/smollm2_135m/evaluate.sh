@@ -44,6 +44,6 @@ run_once compare-benchmarks python tools/compare_benchmarks.py BF16="$out/benchm
   QAT="$out/benchmarks/qat" QAD="$out/benchmarks/qad" --teacher BF16 --baseline PTQ
 cat "$out/log/compare-benchmarks.txt"
 run_once report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$teacher" --run PTQ="$out/ptq" --run QAT="$out/qat" \
-  --run QAD="$out/qad" --evaluations "$out"/records/{bf16,ptq,qat,qad} --output "$out/report" --benchmarks \
+  --run QAD="$out/qad" --evaluations "$out"/records/{ptq,bf16,qat,qad} --export "$out/hf-qad" --output "$out/report" --benchmarks \
   BF16="$out/benchmarks/bf16" PTQ="$out/benchmarks/ptq" QAT="$out/benchmarks/qat" QAD="$out/benchmarks/qad"
 echo "done: $out/comparison, $out/report/report.html"

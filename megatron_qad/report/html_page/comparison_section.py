@@ -82,12 +82,14 @@ def _means(evaluations: Sequence[Mapping]) -> Markup:
 
 
 def _differences(evaluations: Sequence[Mapping], base: str) -> Markup:
+    has_ratios = any(one["kl_ratio"] is not None for one in evaluations)  # not if the baseline is the teacher
     rows = []
     for one in evaluations:
         ratio = "not defined" if one["kl_ratio"] is None else interval(one["kl_ratio"], ".3f", zero=1.0)
         cells = [interval(one["differences"][metric], f"+{spec}", zero=0.0) for metric, _, spec in METRICS]
-        rows.append([element("b", one["name"]), ratio, *cells])
-    return table(["model", f"KL / {base}'s KL", *(name for _, name, _ in METRICS)], rows)
+        rows.append([element("b", one["name"]), *([ratio] * has_ratios), *cells])
+    heads = [*([f"KL / {base}'s KL"] * has_ratios), *(name for _, name, _ in METRICS)]
+    return table(["model", *heads], rows)
 
 
 def interval(value: Mapping, spec: str, zero: float | None = None) -> Content:
