@@ -5,6 +5,7 @@ interface: it asks for the parts of the files that overlap a slice.
 """
 
 import pickle
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,9 @@ class SliceReader:
         """Return the slices in order, in their stored dtypes."""
         tensors = {part: torch.empty(part.sizes, dtype=self.stored[part.name].dtype) for part in slices}
         try:
-            checkpoint.load({}, storage_reader=self._files, planner=_Planner(tensors), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is intended
+                checkpoint.load({}, storage_reader=self._files, planner=_Planner(tensors), no_dist=True)
         except READ_ERRORS as error:
             raise self._unreadable(error) from error
         return [tensors[part] for part in slices]
