@@ -25,7 +25,8 @@ COPY pyproject.toml README.md LICENSE pretrain_qad.py ./
 COPY megatron_qad megatron_qad
 COPY tools tools
 COPY launch launch
-COPY examples/paper_models examples/paper_models
+COPY examples/recipes examples/recipes
+COPY examples/once.sh examples/
 # Editable, without a second copy. --no-deps, because NVIDIA's version string of torch does not satisfy the pin.
 RUN pip install --no-cache-dir "setuptools>=77,<82" \
   && pip install --no-cache-dir --no-deps --no-build-isolation --editable . \

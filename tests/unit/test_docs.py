@@ -10,7 +10,7 @@ import pytest
 from megatron_qad.config.qad_options import QADOptions
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 # These pages tell what was: flags, files and tests of their time.
 HISTORY = {"CHANGELOG.md", "lab_log.md"}
 CODE = [*ROOT.glob("*.py"), *(ROOT / "megatron_qad").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
