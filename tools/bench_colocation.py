@@ -72,6 +72,7 @@ def prepare_inputs(directory: Path, args) -> list[str]:
         *("--global-batch-size", str(args.microbatches), "--train-iters", str(args.steps), "--lr", "1e-5"),
         *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1"),
         *("--qad-calibration-samples", str(args.microbatches)),
+        *("--qad-weight-scale-rule", "max"),  # as modelopt quantizes weights in training
         *("--bf16", "--use-distributed-optimizer"),
         *(RECOMPUTE if args.recompute else ()),
     ]

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 VARIANTS = ("in-place", "every-forward")
+SCALES = ("--qad-weight-scale-rule", "max")  # of every step: the other variant computes them in every forward pass
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,7 +41,7 @@ def main() -> None:
                 str(options.nproc),
             ]
             done = subprocess.run(
-                [*command, __file__, "--variant", variant, *job_args, "--qad-verbose"],
+                [*command, __file__, "--variant", variant, *SCALES, *job_args, "--qad-verbose"],
                 capture_output=True,
                 text=True,
                 cwd=ROOT,
