@@ -11,9 +11,7 @@ init_runtime()
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from transformers.utils import logging  # noqa: E402
 
-logging.disable_progress_bar()
 WINDOW = 256
 
 

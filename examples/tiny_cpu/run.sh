@@ -42,5 +42,5 @@ step report python tools/report.py --title "Tiny Llama on two CPU cores" --teach
   --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" \
   --evaluations "$out"/records/{PTQ,QAT,QAD,exported} --output "$out/report"
 say "reload with transformers and check"
-python "$here/check.py" "$out"
+python "$here/check.py" "$out" 2>"$out/log/check.txt" || { tail -n 20 "$out/log/check.txt"; exit 1; }  # bars of transformers
 say "done: $out/report/report.html, $out/hf-modelopt, $out/hf-compressed-tensors"

@@ -33,5 +33,5 @@ tail -n 1 "$out/log/validate.txt"
 step report python tools/report.py --title "Tiny Nemotron-H on two CPU cores" --teacher "$out/teacher-stage2" \
   --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report"
 say "reload with transformers and check"
-python "$here/check.py" "$out"
+python "$here/check.py" "$out" 2>"$out/log/check.txt" || { tail -n 20 "$out/log/check.txt"; exit 1; }  # bars of transformers
 say "done: $out/report/report.html, $out/hf-modelopt"

@@ -91,7 +91,8 @@ def _card(run: Run, results: Results) -> Markup:
     kl, share, interval = _kl(run, results)
     details = []
     if share is not None:
-        details.append(f"{share:.1%} of {results.runs[0].name}'s")
+        name = results.runs[0].name
+        details.append(f"{share:.1%} of {name}'s" if share < 2 else f"{share:.3g} times {name}'s")
     if interval:
         details.append(interval)
     agreement = run.validation.get("top1_agreement")
