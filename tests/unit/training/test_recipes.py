@@ -81,8 +81,8 @@ def test_recipe_fits_by_the_planner(name):
     assert proposal.layout.world_size == table.num_gpus(RECIPES[name])
 
 
-# make test runs the dry run of the smallest recipe of each model: with 41,000 linears, one takes many seconds.
-SMALLEST = {file.parent.name: name for name, file in reversed(RECIPES.items())}.values()
+# make test runs the dry run of the smallest recipe of each model but Super, whose 41,000 linears take a minute or more.
+SMALLEST = {file.parent.name: name for name, file in reversed(RECIPES.items()) if "super_120b" not in name}.values()
 
 
 @pytest.mark.parametrize("name", [n if n in SMALLEST else pytest.param(n, marks=pytest.mark.all) for n in RECIPES])
