@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     init_runtime()
 
+    from megatron_qad.data.openai_server import SERVER_FIELDS
     from megatron_qad.evaluation import benchmark_models as models
     from megatron_qad.evaluation.benchmark_presets import find_preset
     from megatron_qad.evaluation.benchmark_runs import Sampling, check_runs, run_benchmarks
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             options.served_model,
             chat=options.chat,
             tokenizer=options.tokenizer,
-            fields=models.SERVER_FIELDS if options.server_fields is None else options.server_fields,
+            fields=SERVER_FIELDS if options.server_fields is None else options.server_fields,
             num_concurrent=options.num_concurrent,
         )
     done = run_benchmarks(model, tasks, runs, sampling, options.output, options.unsafe_code)

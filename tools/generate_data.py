@@ -6,6 +6,7 @@ python tools/generate_data.py --server http://localhost:8000/v1 --prompts proble
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_qad.data.generate import GenerateOptions, Source, write_documents  # noqa: E402
 from megatron_qad.data.local_generation import LocalModel  # noqa: E402
+from megatron_qad.data.openai_server import SERVER_FIELDS  # noqa: E402
 from megatron_qad.data.prompts import read_prompts  # noqa: E402
 from megatron_qad.data.random_tokens import RandomTokens  # noqa: E402
 from megatron_qad.data.server_generation import ServerModel  # noqa: E402
@@ -40,6 +42,9 @@ def parse() -> argparse.Namespace:
         "--server", metavar="URL", help="OpenAI-compatible API, such as vllm serve; key: OPENAI_API_KEY"
     )
     parser.add_argument("--served-model", metavar="NAME", help="the model's name on the server, if it serves several")
+    parser.add_argument(
+        "--server-fields", type=json.loads, help="JSON of more request fields (default: top_k, min_p, ... off)"
+    )
     parser.add_argument("--output", required=True, help="JSONL file to write; a restarted run resumes it")
     parser.add_argument(
         "--prompts",
@@ -84,7 +89,8 @@ def source(arguments: argparse.Namespace, prompts, options: GenerateOptions) -> 
         if prompts is None and arguments.model:
             tokenizer = load_tokenizer(arguments.model)
             bos = tokenizer.eod if tokenizer.bos is None else tokenizer.bos
-        return ServerModel(arguments.server, prompts, options, arguments.served_model, bos)
+        fields = SERVER_FIELDS if arguments.server_fields is None else arguments.server_fields
+        return ServerModel(arguments.server, prompts, options, arguments.served_model, bos, fields)
     if not arguments.model:
         raise QADError("no model was given. Pass --model or --server.")
     if arguments.random_tokens:

@@ -11,6 +11,9 @@ from typing import Any
 from megatron_qad.data.generation_identity import model_files
 from megatron_qad.engine.errors import QADError
 
+SERVER_FIELDS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Fields of a request that switch off other limits than temperature and top-p, as vLLM and SGLang name them. Without
+them a server takes the limits of the model's generation_config.json, which change the distribution."""
 _RETRIES = 8
 """Retries of a request after a failed connection, a full server or an error of it: two minutes in all."""
 _TIMEOUT = 3600.0

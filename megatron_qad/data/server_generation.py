@@ -6,13 +6,13 @@ batches of its own, so a second run with the same seeds can give other texts. Se
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_qad.data.generate import GenerateOptions
 from megatron_qad.data.generation_identity import prompts_digest
-from megatron_qad.data.openai_server import error_text, find_server
+from megatron_qad.data.openai_server import SERVER_FIELDS, error_text, find_server
 from megatron_qad.data.prompts import Prompt
 from megatron_qad.engine.errors import QADError
 
@@ -28,6 +28,7 @@ class ServerModel:
         options: see ``GenerateOptions``; ``batch_size`` requests run at the same time, and ``dtype`` has no effect.
         name: the model's name on the server; None if it serves only one.
         bos: id of the BOS token, needed without prompts.
+        fields: additional fields of every request.
 
     Raises:
         QADError: the package openai is missing, or the server does not answer or does not serve the model.
@@ -44,10 +45,11 @@ class ServerModel:
         options: GenerateOptions,
         name: str | None = None,
         bos: int | None = None,
+        fields: Mapping[str, Any] = SERVER_FIELDS,
     ):
         if prompts is None and bos is None:
             raise QADError("Without prompts a server needs the id of the BOS token: pass --model with the tokenizer.")
-        self._options, self._bos = options, bos
+        self._options, self._bos, self._fields = options, bos, dict(fields)
         self._prompts = None if prompts is None else [Prompt.of(prompt) for prompt in prompts]
         self._server = find_server(url, name)
 
@@ -57,7 +59,7 @@ class ServerModel:
         If the model is a directory of this machine, as it is when the server runs here, the sums of its files, too.
         """
         names = ("max_new_tokens", "temperature", "top_p", "seed")
-        settings = self._server.identity() | {"prompts": prompts_digest(self._prompts)}
+        settings = self._server.identity() | {"prompts": prompts_digest(self._prompts), "fields": self._fields}
         return settings | {name: getattr(self._options, name) for name in names}
 
     def documents(self, first: int, end: int) -> Iterator[dict[str, Any]]:
@@ -88,13 +90,17 @@ class ServerModel:
                 model=self._server.model,
                 prompt=[self._bos],
                 max_tokens=options.max_new_tokens,
-                extra_body={"skip_special_tokens": False},
+                extra_body=self._fields | {"skip_special_tokens": False},
                 **sampling,
             ).choices[0]
             return {"text": answer.text, "finish": self._finish(answer.finish_reason)}
         prompt = self._prompts[number % len(self._prompts)]
         answer = self._server.client.chat.completions.create(
-            model=self._server.model, messages=prompt.messages, max_tokens=options.max_new_tokens, **sampling
+            model=self._server.model,
+            messages=prompt.messages,
+            max_tokens=options.max_new_tokens,
+            extra_body=self._fields,
+            **sampling,
         ).choices[0]
         turn = {"role": "assistant", "content": answer.message.content or ""}
         # Servers with a reasoning parser return the thought apart; vLLM has used both names.

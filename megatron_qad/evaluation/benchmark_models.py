@@ -19,9 +19,6 @@ from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
 from megatron_qad.engine.errors import QADError
 from megatron_qad.evaluation.benchmark_tasks import harness
 
-SERVER_FIELDS = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Fields of a request that switch off other limits, as vLLM and SGLang name them."""
-
 
 @dataclass(frozen=True)
 class BenchmarkModel:
