@@ -1,7 +1,7 @@
 """Memory of a job: the bytes of each part on each pipeline rank. The dry run and the planner print these rows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_qad.config.output_mode import OutputMode, OutputSizes
@@ -111,7 +111,3 @@ def largest(ranks: list[dict[str, int]]) -> tuple[int, dict[str, int]]:
     """Return the pipeline rank with the most bytes, and its rows."""
     rank = max(range(len(ranks)), key=lambda i: sum(ranks[i].values()))
     return rank, ranks[rank]
-
-
-def without_recomputation(layout: Layout) -> Layout:
-    return replace(layout, recompute="none")

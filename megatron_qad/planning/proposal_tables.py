@@ -16,6 +16,7 @@ from megatron_qad.planning.memory import ACTIVATIONS, PlannedJob
 from megatron_qad.planning.proposals import Planner, Proposal, command_line
 from megatron_qad.planning.time_lines import phases
 from megatron_qad.quantization import policy as policies
+from megatron_qad.quantization.format_table import aligned
 
 NUM_SHOWN = 8
 """Rows of the table of layouts."""
@@ -118,10 +119,7 @@ def table(proposals: Sequence[Proposal], num_tokens: float) -> Iterator[str]:
                 *(f"{hours:,.1f}", f"{hours * proposal.layout.world_size:,.0f}"),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = (c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        yield "  ".join(padded).rstrip()
+    yield from aligned(cells, right=range(3, len(cells[0])))
 
 
 def _reason(planner: Planner, proposal: Proposal) -> str:

@@ -120,11 +120,11 @@ class StepTimes:
         again = 1 if layout.recompute == "full" and job.trains else 0
         student = (
             (passes + again) * self.student.of_layers(rows, length) / rate,
-            passes * self._head(self.student, tokens) / rate,
+            passes * self.student.head_per_token * tokens / rate,
         )
         teacher = (0.0, 0.0)
         if self.teacher is not None:
-            teacher = (self.teacher.of_layers(rows, length) / rate, self._head(self.teacher, tokens) / rate)
+            teacher = (self.teacher.of_layers(rows, length) / rate, self.teacher.head_per_token * tokens / rate)
         num, pp = layout.num_microbatches, layout.pp
         # A pipeline of pp stages fills and drains once per step; the last stage alone has the output layer.
         bubble = (pp - 1) * (student[0] / (num * layout.vpp) + student[1] + teacher[1])
@@ -138,9 +138,6 @@ class StepTimes:
             copied = job.teacher_params.on_ranks(layout, 1)[0].total * layout.element_bytes
             host = max(0.0, copied / machine.host_bandwidth - sum(teacher))
         return StepTime(sum(teacher), sum(student), bubble, **sends, host_traffic=host)
-
-    def _head(self, cost: ModelCost, tokens: int) -> int:
-        return cost.head_per_token * tokens
 
     def _traffic(self, layout: Layout, passes: int, again: int) -> dict[str, list[float]]:
         """Return the seconds of each kind of traffic, of both models."""

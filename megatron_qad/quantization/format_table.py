@@ -5,7 +5,7 @@ and its input. Experts with equal rows can be folded into one row.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -179,15 +179,16 @@ def render(rows: Sequence[Row]) -> Iterator[str]:
         fmt = (row.format, row.scales) if has_scales else (row.format,)
         cells.append((layer, row.kind, module, shape, *fmt, f"{row.bytes_before:,}", f"{row.bytes_after:,}"))
     num = len(cells[0])
-    yield from _aligned(cells, right=(0, num - 2, num - 1))
+    yield from aligned(cells, right=(0, num - 2, num - 1))
     yield ""
     cells = [("linears", "number", "weights", "bytes before", "bytes after")]
     for name, total in totals(rows).items():
         cells.append((name, *(f"{number:,}" for number in vars(total).values())))
-    yield from _aligned(cells, right=(1, 2, 3, 4))
+    yield from aligned(cells, right=(1, 2, 3, 4))
 
 
-def _aligned(cells: Sequence[tuple[str, ...]], right: tuple[int, ...]) -> Iterator[str]:
+def aligned(cells: Sequence[tuple[str, ...]], right: Collection[int]) -> Iterator[str]:
+    """Yield the lines of a table; the columns ``right`` are aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         yield "  ".join(

@@ -129,7 +129,7 @@ def _bytes_per_rank(config: JobConfig, args: argparse.Namespace) -> Iterator[str
 
 
 def _other_activations(job: PlannedJob, layout: Layout, rank: int) -> Iterator[str]:
-    """Yield what the activations are those of, and how many bytes they would be with another choice."""
+    """Yield which kernels the activation bytes assume, and the bytes with another choice."""
     others = []
     if job.kernels != TE:
         others.append(f"with Transformer Engine {activation_bytes(job.student, layout, TE)[rank]:,} (not measured)")

@@ -9,7 +9,7 @@ from megatron_qad.planning.schedule import passes
 
 
 def held(layout: Layout, rank: int) -> list[int]:
-    """Return the number of microbatches of chunks that a rank holds after each pass."""
+    """Return how many microbatches a rank holds after each pass, over all its model chunks."""
     return list(itertools.accumulate(1 if is_forward else -1 for is_forward, _ in passes(layout, rank)))
 
 
@@ -25,7 +25,7 @@ def test_few_microbatches_limit_what_a_rank_holds():
 
 @pytest.mark.parametrize("rank, expected", [(0, 11), (1, 9), (2, 7), (3, 5)])
 def test_virtual_stages_hold_more(rank, expected):
-    """Two chunks on four ranks: 2 (4 - rank - 1) + 4 passes of the warmup, and the one that follows."""
+    """Two chunks on four ranks: a rank starts with 2 (4 - rank - 1) + 4 warmup passes and one more forward pass."""
     layout = Layout(pp=4, vpp=2, global_batch_size=8)
     assert max(held(layout, rank)) == expected
 

@@ -62,7 +62,7 @@ def test_offloaded_model_holds_two_layers():
 
 
 def test_distributed_optimizer_divides_the_state():
-    """Over data- and context-parallel ranks; over the ranks with the same experts, for those."""
+    """The data- and context-parallel ranks share dense state; the ranks with the same experts share that of experts."""
     params = RankNumel(dense=1600, experts=800)
     layout = Layout(tp=2, dp=4, cp=2, ep=4, etp=1, distributed_optimizer=True, gradient_bytes=4)
     assert training_state(params, layout) == {"gradients": 9600, "optimizer state": 1600 * 12 // 8 + 800 * 12 // 4}

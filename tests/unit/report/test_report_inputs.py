@@ -1,4 +1,4 @@
-"""What the report reads besides runs: exports, evaluation records and sensitivities; and how it refuses other files."""
+"""The report's inputs other than runs: exports, evaluation records and sensitivities. Wrong files are refused."""
 
 import json
 
