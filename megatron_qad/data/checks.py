@@ -16,7 +16,8 @@ from megatron.training import print_rank_0
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.file_facts import MAX_BYTES, FileFacts, Reading, read_facts
 from megatron_qad.data.metadata import data_file
-from megatron_qad.data.prepared_files import PreparedFiles, file_sizes, open_prefix
+from megatron_qad.data.prefix_files import file_sizes
+from megatron_qad.data.prepared_files import PreparedFiles, open_prefix
 from megatron_qad.data.run_tokenizer import RunTokenizer, TokenizerUnreadableError
 from megatron_qad.engine.distributed import on_every_rank, on_rank_0
 from megatron_qad.engine.errors import QADError
@@ -111,7 +112,7 @@ def _check_type_holds_vocabulary(data: PreparedFiles, vocab_size: int | None) ->
     raise QADError(
         f"--data-path {data.prefix}: {data.prefix}.idx stores ids as {data.dtype}, up to {np.iinfo(data.dtype).max}, "
         f"but the vocabulary has {size}: larger ids are lost, or the data is of another tokenizer. Prepare the data "
-        "with tools/prepare_data.py and the model's tokenizer."
+        "with megatron-qad prepare and the model's tokenizer."
     )
 
 
@@ -139,7 +140,7 @@ def _check_eod_is_known(args: argparse.Namespace, data: PreparedFiles) -> None:
         return
     if args.tokenizer_type == "NullTokenizer" and args.null_tokenizer_eod_id is None:
         raise QADError(
-            f"--eod-mask-loss needs the id of EOD, but {data.prefix}.json, which tools/prepare_data.py writes, does "
+            f"--eod-mask-loss needs the id of EOD, but {data.prefix}.json, which megatron-qad prepare writes, does "
             "not exist. Prepare the data with that tool, or give --null-tokenizer-eod-id."
         )
 
@@ -183,7 +184,7 @@ def _check_foreign(data: PreparedFiles, facts: dict[str, FileFacts], run_tokeniz
         return (
             f"--data-path {data.prefix}: none of its first {count} documents ends with the EOD {tokenizer.eod}, so the "
             "model sees no ends of documents. Prepare the data with --append-eod (Megatron's preprocess_data.py) or "
-            "with tools/prepare_data.py."
+            "with megatron-qad prepare."
         )
     return None
 
@@ -204,5 +205,5 @@ def _log(found: Sequence[PreparedFiles], reading: Reading) -> None:
     if reading.skipped:
         print_rank_0(
             f"megatron_qad: WARNING: not checked when the job starts, because that would take minutes: "
-            f"{', '.join(reading.skipped)}. Run tools/verify_data.py once, which reads them completely"
+            f"{', '.join(reading.skipped)}. Run megatron-qad verify once, which reads them completely"
         )

@@ -18,7 +18,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tqdm import tqdm
 
-from megatron_qad.data.prepared_files import file_sizes, open_prefix
+from megatron_qad.data.prefix_files import file_sizes
+from megatron_qad.data.prepared_files import open_prefix
 from megatron_qad.engine.errors import QADError
 
 SIMILARITY = 0.8

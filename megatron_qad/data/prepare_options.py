@@ -11,6 +11,9 @@ from megatron_qad.data.metadata import metadata_path, output_files, valid_prefix
 from megatron_qad.data.readers import expand_inputs, file_format
 from megatron_qad.engine.errors import QADError
 
+JSON_KEYS = ("auto", "text", "messages", "input_ids")
+"""Keys of records that ``PrepareOptions.json_key`` may name."""
+
 
 @dataclass(frozen=True)
 class PrepareOptions:

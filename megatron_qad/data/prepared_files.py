@@ -1,6 +1,5 @@
 """The files of one prefix, checked by their names, sizes and index: they exist, belong together, and hold integers."""
 
-import difflib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDataset
 
-from megatron_qad.data.metadata import DataMetadata, data_file, load_metadata, loss_mask_prefix, metadata_path
+from megatron_qad.data.metadata import DataMetadata, data_file, load_metadata, loss_mask_prefix
+from megatron_qad.data.prefix_files import COPY_AGAIN
 from megatron_qad.engine.errors import QADError
-
-_AGAIN = "Copy all files of the prefix again, or prepare the data again."
 
 
 @dataclass(frozen=True)
@@ -31,27 +29,6 @@ class PreparedFiles:
         return {data_file(self.prefix, suffix): self.dtype if suffix == "bin" else None for suffix in suffixes}
 
 
-def file_sizes(prefix: str) -> dict[str, int]:
-    """Return the size in bytes of each file of a prefix that exists.
-
-    Raises:
-        QADError: one of PREFIX.bin and PREFIX.idx does not exist, or only one of the two files of the loss mask does.
-    """
-    mask = loss_mask_prefix(prefix)
-    names = [f"{prefix}.bin", f"{prefix}.idx", f"{mask}.bin", f"{mask}.idx", str(metadata_path(prefix))]
-    sizes = {name: Path(name).stat().st_size for name in names if Path(name).is_file()}
-    if missing := [name for name in names[:2] if name not in sizes]:
-        raise QADError(
-            f"--data-path {prefix}: {' and '.join(missing)} not found{_near_names(prefix)}. Expected the --output "
-            "prefix of tools/prepare_data.py (without .bin), or 'WEIGHT PREFIX' pairs."
-        )
-    found = [name for name in names[2:4] if name in sizes]
-    if len(found) == 1:
-        lost = names[2] if found[0] == names[3] else names[3]
-        raise QADError(f"--data-path {prefix}: {found[0]} exists, but {lost} does not. {_AGAIN}")
-    return sizes
-
-
 def open_prefix(prefix: str) -> PreparedFiles:
     """Check the index, the metadata and the loss mask of a prefix, without reading ids.
 
@@ -69,8 +46,8 @@ def open_prefix(prefix: str) -> PreparedFiles:
     if metadata is None:
         if has_mask:
             raise QADError(
-                f"--data-path {prefix}: {prefix}.json is missing. tools/prepare_data.py wrote it with the loss mask; "
-                f"without it the files cannot be checked. {_AGAIN}"
+                f"--data-path {prefix}: {prefix}.json is missing. megatron-qad prepare wrote it with the loss mask; "
+                f"without it the files cannot be checked. {COPY_AGAIN}"
             )
         return data
     _check_metadata(data, len(lengths), has_mask)
@@ -80,7 +57,7 @@ def open_prefix(prefix: str) -> PreparedFiles:
             raise QADError(
                 f"--data-path {prefix}: {loss_mask_prefix(prefix)} does not match {prefix}: expected uint8 and "
                 f"{len(lengths)} documents of the same lengths, found {np.dtype(mask.dtype).name} and "
-                f"{len(mask.sequence_lengths)} documents. {_AGAIN}"
+                f"{len(mask.sequence_lengths)} documents. {COPY_AGAIN}"
             )
     return data
 
@@ -91,18 +68,18 @@ def _check_metadata(data: PreparedFiles, num_documents: int, has_mask: bool) -> 
     if expected != found:
         raise QADError(
             f"--data-path {prefix}: {prefix}.json describes {expected[0]} documents with {expected[1]} tokens, but "
-            f"{prefix}.idx has {found[0]} with {found[1]}: they are of different data. {_AGAIN}"
+            f"{prefix}.idx has {found[0]} with {found[1]}: they are of different data. {COPY_AGAIN}"
         )
     if metadata.loss_mask != has_mask:
         mask = f"{loss_mask_prefix(prefix)}.bin and .idx"
         problem = f"{mask} are missing" if metadata.loss_mask else f"{mask} exist: they are of different data"
         effect = "records a loss mask" if metadata.loss_mask else "records that every token counts"
-        raise QADError(f"--data-path {prefix}: {prefix}.json {effect}, but {problem}. {_AGAIN}")
+        raise QADError(f"--data-path {prefix}: {prefix}.json {effect}, but {problem}. {COPY_AGAIN}")
     masks = ["loss_mask.bin", "loss_mask.idx"] if has_mask else []
     if missing := [suffix for suffix in ["bin", "idx", *masks[:1]] if suffix not in metadata.sha256]:
-        raise QADError(f"{prefix}.json has no SHA-256 of {data_file(prefix, missing[0])}. {_AGAIN}")
+        raise QADError(f"{prefix}.json has no SHA-256 of {data_file(prefix, missing[0])}. {COPY_AGAIN}")
     if unknown := [suffix for suffix in metadata.sha256 if suffix not in ("bin", "idx", *masks)]:
-        raise QADError(f"{prefix}.json has a SHA-256 of {unknown[0]!r}, which no such data has. {_AGAIN}")
+        raise QADError(f"{prefix}.json has a SHA-256 of {unknown[0]!r}, which no such data has. {COPY_AGAIN}")
     if metadata.supervised_tokens == 0:
         raise QADError(
             f"--data-path {prefix}: none of its {metadata.tokens} tokens counts in the loss ({prefix}.json, "
@@ -129,12 +106,12 @@ def _read_index(prefix: str, owner: str | None = None) -> IndexedDataset:
     if actual != expected or not len(data):
         raise QADError(
             f"{name}: {prefix}.bin has {actual} bytes, but its index of {len(data)} documents implies "
-            f"{expected}; at least one document is required. {_AGAIN}"
+            f"{expected}; at least one document is required. {COPY_AGAIN}"
         )
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if lengths.min() < 0 or not np.array_equal(starts * width, data.index.sequence_pointers):
         raise QADError(
-            f"{name}: {prefix}.idx is damaged: its documents do not follow each other in {prefix}.bin. {_AGAIN}"
+            f"{name}: {prefix}.idx is damaged: its documents do not follow each other in {prefix}.bin. {COPY_AGAIN}"
         )
     return data
 
@@ -160,17 +137,3 @@ def _index_problem(file: Path) -> str | None:
         return None if size == expected else f"{size} bytes, expected {expected} for {num_sequences} sequences"
     except OSError as error:
         return error.strerror
-
-
-def _near_names(prefix: str) -> str:
-    """Return ``" (did you mean data/chats?)"`` if data with a similar prefix exists, or an empty string."""
-    path = Path(prefix)
-    folders = [folder for folder in (path.parent, path) if folder.is_dir()]
-    known = [str(file)[: -len(".idx")] for folder in folders for file in sorted(folder.glob("*.idx"))]
-    known = [name for name in known if Path(f"{name}.bin").is_file() and not name.endswith("_loss_mask")]
-    stem = prefix.removesuffix(path.suffix) if path.suffix in (".bin", ".idx", ".json") else prefix
-    stem = str(Path(stem.removesuffix("_loss_mask")))
-    # First other spellings of the same name, and data in a folder of that name, then similar names.
-    close = [name for name in known if name == stem or name.startswith((f"{stem}.", f"{stem}_", f"{stem}/"))]
-    close = close or difflib.get_close_matches(stem, known, n=1, cutoff=0.8)
-    return f" (did you mean {close[0]}?)" if close else ""

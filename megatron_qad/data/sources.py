@@ -7,11 +7,10 @@ from typing import Any
 
 from megatron_qad.data.bad_document import BadDocument
 from megatron_qad.data.chat_messages import Chat, parse_chat
+from megatron_qad.data.prepare_options import JSON_KEYS
 from megatron_qad.data.records import MAX_CHAT_BYTES, BadLine, Record
 from megatron_qad.data.sharegpt import with_messages
 from megatron_qad.data.tokenizer import DataTokenizer
-
-JSON_KEYS = ("auto", "text", "messages", "input_ids")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,9 @@ import os
 import sys
 from dataclasses import dataclass
 
-import torch
+from megatron_qad.engine import megatron_warnings, processes
 
-from megatron_qad.engine import adamw, megatron_warnings, processes
-from megatron_qad.engine.cpu import device, mamba_packages
-from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
-from megatron_qad.engine.run_directory import restricted_unpickling
+# torch and what imports it is imported by the functions: command lines answer --help and report mistakes without it.
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,10 @@ class Capabilities:
 @functools.cache
 def capabilities() -> Capabilities:
     """Detect the hardware and packages. Must first be called before the CPU backend is installed (``init_runtime``)."""
+    import torch
+
+    from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
+
     gpu = torch.cuda.is_available()
     reasons = [
         f"device {'cuda' if gpu else 'cpu'}: torch {torch.__version__} "
@@ -95,6 +96,11 @@ def init_runtime(*, for_compute: bool = False) -> Capabilities:
         print(machine.device, machine.backend)  # "cuda nccl", or "cpu gloo" without a GPU
     """
     processes.end_with_launcher()
+    from megatron_qad.engine import adamw
+    from megatron_qad.engine.cpu import device, mamba_packages
+    from megatron_qad.engine.cpu.speedups import bf16_matmul_fallback
+    from megatron_qad.engine.run_directory import restricted_unpickling
+
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # orders Megatron's overlapped collectives and GEMMs
     restricted_unpickling.restrict_unpickling()
     megatron_warnings.hide()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records, manifest
-from megatron_qad.engine.run_directory.iterations import holds_checkpoints
+from megatron_qad.engine.run_directory.config_file import model_config_file
 from megatron_qad.engine.run_directory.run_files import JOB_FILE, read_record
 from megatron_qad.engine.text_files import read_json
 from megatron_qad.formats.format_registry import FORMATS
@@ -20,32 +20,9 @@ def read_config(checkpoint: str | Path) -> dict:
     Raises:
         QADError: the file is missing or has changed since it was written.
     """
-    file = Path(checkpoint) / "hf" / "config.json"
-    if not file.is_file():
-        raise QADError(
-            f"{checkpoint}: no hf/config.json. Expected a checkpoint directory written by import_hf.py or "
-            f"pretrain_qad.py.{_next_step(Path(checkpoint))}"
-        )
+    file = model_config_file(checkpoint)
     manifest.verify_file(file)
     return read_json(file, "Import the model again.")
-
-
-def _next_step(directory: Path) -> str:
-    """Return the sentence that names the right directory, or the import that this one needs, or an empty string."""
-    is_within = (directory.parent / "hf" / "config.json").is_file() and directory.is_dir()
-    if is_within and (directory.name != "hf" or holds_checkpoints(directory.parent)):
-        number = directory.name.removeprefix("iter_").lstrip("0")
-        iteration = f", and --iteration {number} to an export" if number.isdigit() else ""
-        return f" Give {directory.parent}{iteration}."
-    holds_iteration = holds_checkpoints(directory) or (directory / ".metadata").is_file()
-    if holds_iteration and not (directory / JOB_FILE).is_file():
-        return (
-            f" Import a checkpoint of Megatron first: python tools/import_megatron.py --checkpoint {directory} "
-            "--hf-config DIR --output NEW"
-        )
-    if (directory / "config.json").is_file():
-        return f" Import a Hugging Face model first: python tools/import_hf.py --hf-model {directory} --output NEW"
-    return ""
 
 
 def read_job(checkpoint: str | Path, iteration: Path | None = None) -> dict | None:

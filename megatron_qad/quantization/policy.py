@@ -6,11 +6,11 @@ not fully override an earlier one. This way no linear stays in BF16 by accident.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_yaml
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
+from megatron_qad.quantization.policy_file import find_policy
 from megatron_qad.quantization.rules import (
     KINDS,
     NEVER_QUANTIZED,
@@ -24,8 +24,6 @@ from megatron_qad.quantization.rules import (
     parse_rule,
 )
 from megatron_qad.quantization.scale_settings import NEW_JOBS, ScaleSetting, has_block_scale_rules
-
-SHIPPED = Path(__file__).parent / "policies"
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-polic
         >>> policy.kv_cache, [str(rule) for rule in policy.rules]
         ('fp8', ['attention+mamba+mlp+expert+shared_expert=nvfp4', 'head=bf16', 'head=nvfp4'])
     """
-    path = Path(policy) if policy.endswith((".yaml", ".yml")) else SHIPPED / f"{policy}.yaml"
-    if not path.is_file():
-        shipped = sorted(p.stem for p in SHIPPED.glob("*.yaml"))
-        raise QADError(
-            f"no quantization policy {policy!r}{did_you_mean(policy, shipped)}. Give an existing YAML file or "
-            f"one of {', '.join(shipped)}."
-        )
+    path = find_policy(policy)
     document = read_yaml(path, str(path))
     if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
         raise QADError(f"{path}: a policy needs a list named 'rules'; found {document!r:.200}.")

@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.new_files import open_new
 from megatron_qad.engine.system_errors import naming
@@ -149,6 +147,8 @@ def verify_file(file: Path) -> None:
 
 def find_problems_across_ranks(directory: Path) -> list[str]:
     """``find_problems`` with the files divided among the ranks. Every rank calls this and gets the same list."""
+    import torch  # here, because command lines read records before torch is needed
+
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return find_problems(directory)
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
