@@ -15,5 +15,8 @@ fi
 source "$launch/environment.sh"
 # The program is searched for in the current directory, then in the project's.
 program=$1
-if [[ $program != -* && ! -e $program && -e ${launch%/*}/$program ]]; then program=${launch%/*}/$program; fi
-export PYTHONPATH=${launch%/*}${PYTHONPATH:+:$PYTHONPATH}  # scripts in tools/ import megatron_qad
+root=${launch%/*}
+if [[ -d $root/megatron_qad ]]; then  # a checkout; the installed package contains launch/
+  if [[ $program != -* && ! -e $program && -e $root/$program ]]; then program=$root/$program; fi
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # scripts in tools/ import megatron_qad
+fi

@@ -8,15 +8,14 @@ program installs its handler. The parent is ``QAD_AGENT_PID``: torchrun's agent,
 import os
 import signal
 import sys
-from pathlib import Path
 
-# Imports the file without its package, which imports torch: in those seconds a signal would end the rank.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron_qad" / "engine"))
-from processes import end_with_parent  # noqa: E402
-
+# First, because importing takes a moment in which a signal would end the rank.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from megatron_qad.engine.processes import end_with_parent  # noqa: E402
+
 if os.environ["QAD_AGENT_PID"]:  # empty: task.py found that the rank must not depend on its parent's threads
     end_with_parent(int(os.environ["QAD_AGENT_PID"]))
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

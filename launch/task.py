@@ -18,8 +18,7 @@ from typing import NoReturn
 
 from agent import address_of, check_resolves, quiet_stores
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "megatron_qad" / "engine"))
-from processes import end_with_parent  # noqa: E402  without its package, which imports torch
+from megatron_qad.engine.processes import end_with_parent
 
 
 def ranks(environ: Mapping[str, str]) -> dict[str, str]:

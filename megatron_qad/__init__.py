@@ -6,8 +6,11 @@ Importing this package has no side effects. Its subpackages are on levels; each 
 1. ``formats``       number formats, one object each
 2. ``models``, ``quantization``, ``distillation``, ``data``
 3. ``config``        configuration of a job;  ``checkpoint``  import, export and validation of checkpoints
-4. ``training``      the job and its callbacks
-5. ``report``        run reports
+4. ``planning``      bytes per rank and step time, from config.json
+5. ``training``      the job and its callbacks
+6. ``evaluation``    models compared token by token and by benchmarks
+7. ``report``        run reports
+8. ``cli``           the command megatron-qad
 """
 
 import resource as _resource

@@ -1,49 +1,12 @@
-"""Compares benchmark results of several models: intervals over problems, paired differences, and conclusions.
+"""The command ``megatron-qad compare-benchmarks`` in a checkout, as one process or as a rank of torchrun."""
 
-    python tools/compare_benchmarks.py BF16=results/bf16 PTQ=results/ptq QAD=results/qad --teacher BF16 --baseline PTQ
-
-Answers whether the deficit of the baseline is larger than noise, and whether the others are within noise of the teacher
-(docs/benchmarking.md).
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.engine import entry_point
-from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.named_paths import parse_named
-from megatron_qad.engine.run_directory import json_records
-from megatron_qad.engine.system_errors import naming
-from megatron_qad.evaluation import benchmark_results
-from megatron_qad.evaluation.benchmark_comparison import compare_benchmarks, report
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", nargs="+", metavar="NAME=RESULTS", help="directories of tools/benchmark.py")
-    parser.add_argument("--teacher", help="name of the teacher's results (default: the first)")
-    parser.add_argument("--baseline", help="name of the quantized model before training, such as PTQ")
-    parser.add_argument("--metric", help="METRIC,FILTER of all tasks (default: the first of each)")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    options = parser.parse_args(argv)
-    named = parse_named(options.results, "RESULTS")
-    results = {name: benchmark_results.load(directory) for name, directory in named.items()}
-    teacher = options.teacher or next(iter(results))
-    for flag, name in (("--teacher", teacher), ("--baseline", options.baseline)):
-        if name is not None and name not in results:
-            raise QADError(f"{flag} {name}: no such results. Choose one of {', '.join(results)}.")
-    if teacher == options.baseline:
-        raise QADError(f"--baseline {teacher}: is also the teacher. Choose the PTQ model.")
-    compared = compare_benchmarks(results, options.metric)
-    sys.stdout.write(report(compared, teacher, options.baseline))
-    if options.output is not None:
-        content = {"teacher": teacher, "baseline": options.baseline, **compared.record()}
-        with naming(options.output):
-            json_records.write(options.output, content)
-
+from megatron_qad.cli.commands.compare_benchmarks_command import main  # noqa: E402
+from megatron_qad.engine import entry_point  # noqa: E402
 
 if __name__ == "__main__":
     entry_point.run(main)

@@ -1,49 +1,12 @@
-"""Compares models that tools/evaluate.py has evaluated on the same tokens: a table, and comparison.json.
+"""The command ``megatron-qad compare`` in a checkout, as one process or as a rank of torchrun."""
 
-    python tools/compare_evaluations.py PTQ=records/ptq QAD=records/qad --tokenizer CKPT/hf --output DIR
-
-Intervals are paired bootstraps over rows (docs/evaluate.md).
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-from megatron_qad.engine import entry_point
-from megatron_qad.engine.errors import QADError
-from megatron_qad.engine.run_directory import json_records, manifest
-from megatron_qad.engine.system_errors import naming
-from megatron_qad.evaluation import comparison, record
-from megatron_qad.evaluation.comparison_tables import markdown
-from megatron_qad.evaluation.token_classes import TokenTexts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("records", nargs="+", metavar="[NAME=]RECORD", help="--output directories of tools/evaluate.py")
-    parser.add_argument("--baseline", help="name of the record with which others are compared (default: the first)")
-    parser.add_argument("--tokenizer", type=Path, help="Hugging Face directory; adds texts and classes of tokens")
-    parser.add_argument("--output", type=Path, help="directory for comparison.json and comparison.md")
-    parser.add_argument("--num-samples", type=int, default=2000, help="draws of the bootstrap (default: 2000)")
-    parser.add_argument("--num-worst", type=int, default=comparison.NUM_WORST, help="tokens with the largest KL")
-    options = parser.parse_args(argv)
-    if options.num_samples < 100 or options.num_worst < 0:
-        raise QADError(
-            f"--num-samples {options.num_samples}, --num-worst {options.num_worst}: expected at least 100 and 0."
-        )
-    evaluations = [record.load_named(text) for text in options.records]
-    texts = None if options.tokenizer is None else TokenTexts(options.tokenizer)
-    result = comparison.compare(evaluations, options.baseline, texts, options.num_samples, options.num_worst)
-    text = markdown(result)
-    if options.output is not None:
-        with naming(options.output):
-            options.output.mkdir(parents=True, exist_ok=True)
-            json_records.write(options.output / "comparison.json", result)
-            manifest.write_atomically(options.output / "comparison.md", text)
-    sys.stdout.write(text)
-
+from megatron_qad.cli.commands.compare_command import main  # noqa: E402
+from megatron_qad.engine import entry_point  # noqa: E402
 
 if __name__ == "__main__":
     entry_point.run(main)

@@ -1,67 +1,12 @@
-"""Write a run report: ``python tools/report.py --run PTQ=DIR --run QAD=DIR --teacher CHECKPOINT --output DIR``."""
+"""The command ``megatron-qad report`` in a checkout, as one process or as a rank of torchrun."""
 
-import argparse
+import sys
+from pathlib import Path
 
-from megatron_qad.engine import entry_point, init_runtime
-from megatron_qad.engine.named_paths import parse_named
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--run",
-        action="append",
-        required=True,
-        metavar="NAME=DIR",
-        help="a run's --save directory, with TensorBoard events in DIR/tensorboard or DIR; repeat for each run, "
-        "with the baseline first",
-    )
-    parser.add_argument(
-        "--teacher", required=True, help="checkpoint of the BF16 teacher, written by tools/import_hf.py"
-    )
-    parser.add_argument("--output", required=True, help="directory for report.html, .md, .png and results.json")
-    parser.add_argument("--title", help="title of the report")
-    parser.add_argument(
-        "--evaluations",
-        nargs="+",
-        default=[],
-        metavar="[NAME=]RECORD",
-        help="--output directories of tools/evaluate.py, with the baseline first; a record with the name of a run "
-        "gives its values intervals (docs/report.md)",
-    )
-    parser.add_argument("--tokenizer", help="Hugging Face directory for the texts of tokens (default: the teacher's)")
-    parser.add_argument(
-        "--export", action="append", default=[], metavar="DIR", help="--output of tools/export_hf.py; repeat for each"
-    )
-    parser.add_argument("--sensitivity", metavar="DIR", help="--output of tools/sensitivity.py")
-    parser.add_argument(
-        "--benchmarks",
-        nargs="+",
-        default=[],
-        metavar="NAME=RESULTS",
-        help="--output directories of tools/benchmark.py, with the teacher first",
-    )
-    parser.add_argument(
-        "--accept-gaps",
-        action="store_true",
-        help="turn damaged or missing event files into notes instead of errors, and report the remaining data",
-    )
-    options = parser.parse_args()
-    runs = parse_named(options.run, "DIR", "--run")
-    init_runtime()
-
-    from megatron_qad.engine.distributed import init_process_group
-    from megatron_qad.report.collect import Inputs
-    from megatron_qad.report.report import DEFAULT_TITLE, write_report
-
-    init_process_group()
-    title = options.title or DEFAULT_TITLE
-    inputs = Inputs(options.evaluations, options.tokenizer, options.export, options.sensitivity, options.benchmarks)
-    results = write_report(runs, options.teacher, options.output, title, inputs, accept_gaps=options.accept_gaps)
-    for note in results.notes:
-        print(f"note: {note}")
-    print(f"wrote report.html, report.md, report.png and results.json to {options.output}")
-
+from megatron_qad.cli.commands.report_command import main  # noqa: E402
+from megatron_qad.engine import entry_point  # noqa: E402
 
 if __name__ == "__main__":
     entry_point.run(main)

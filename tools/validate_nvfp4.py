@@ -1,41 +1,12 @@
-"""Validate an exported NVFP4 checkpoint: print one line per issue and a summary; exit with 1 if there are issues.
+"""The command ``megatron-qad validate`` in a checkout, as one process or as a rank of torchrun."""
 
-    python tools/validate_nvfp4.py EXPORT [--against HF_BF16_DIR] [--no-sums]
+import sys
+from pathlib import Path
 
-Always checked: names, dtypes and shapes of all tensors, the configurations of the layout, signs and ranges of scales,
-weights that are all zeros, the SHA-256 of every file, and input scales against calibration.json. --against also
-compares the content with the model that training began from: weights, norms and embeddings within what rounding and
-training explain, config.json, generation_config.json and the tokenizer. docs/validator.md has the bounds.
-"""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import argparse
-
-from megatron_qad.checkpoint.validate import validate_nvfp4
-from megatron_qad.engine import entry_point
-
-AGAINST = (
-    "Hugging Face directory of the BF16 model that training began from; after tools/smooth.py the smoothed one "
-    "(tools/export_hf.py --layout bf16)"
-)
-NO_SUMS = "do not compare files with the SHA-256 in qad_export.json; for exports whose files were edited on purpose"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "directory", metavar="DIR", help="exported HF checkpoint in the modelopt or compressed-tensors layout"
-    )
-    parser.add_argument("--against", metavar="HF_BF16_DIR", help=AGAINST)
-    parser.add_argument("--no-sums", action="store_true", help=NO_SUMS)
-    options = parser.parse_args()
-    result = validate_nvfp4(options.directory, against=options.against, with_sums=not options.no_sums)
-    for issue in result.issues:
-        print(f"ISSUE {issue}")
-    for note in result.notes:
-        print(f"NOTE {note}")
-    print(result.summary())
-    return 1 if result.issues else 0
-
+from megatron_qad.cli.commands.validate_command import main  # noqa: E402
+from megatron_qad.engine import entry_point  # noqa: E402
 
 if __name__ == "__main__":
     entry_point.run(main)

@@ -1,41 +1,12 @@
-"""Check prepared data completely: its files, their SHA-256 and its ids. A job does the same when it starts, except for
-data that takes minutes to read (more than 100 GiB per rank); it then uses what this tool has found.
+"""The command ``megatron-qad verify`` in a checkout, as one process or as a rank of torchrun."""
 
-python tools/verify_data.py --vocab-size 128256 --data-cache-path CACHE data/chats data/texts
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_qad.engine import entry_point, init_runtime  # noqa: E402
-
-init_runtime()
-
-from megatron_qad.data.checks import check_content, read_contents  # noqa: E402
-from megatron_qad.data.prepared_files import file_sizes, open_prefix  # noqa: E402
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="prefixes of the data, as for --data-path")
-    parser.add_argument("--vocab-size", type=int, help="number of ids of the model; without it, ids are not compared")
-    parser.add_argument("--data-cache-path", help="the job's --data-cache-path, if it has one")
-    options = parser.parse_args()
-    found = []
-    for prefix in options.prefixes:
-        file_sizes(prefix)
-        found.append(open_prefix(prefix))
-    reading = read_contents(found, options.data_cache_path, max_bytes=None)
-    for data in found:
-        check_content(data, reading.facts, options.vocab_size)
-        largest = reading.facts[f"{data.prefix}.bin"].largest
-        sums = "SHA-256 as recorded" if data.metadata is not None else "no SHA-256 recorded"
-        print(f"{data.prefix}: {data.num_tokens:,} tokens, largest id {largest}, {sums}")
-    print(f"read {len(reading.read)} files in {reading.seconds:.1f} s")
-
+from megatron_qad.cli.commands.verify_command import main  # noqa: E402
+from megatron_qad.engine import entry_point  # noqa: E402
 
 if __name__ == "__main__":
     entry_point.run(main)

@@ -74,7 +74,7 @@ class ExportedModel:
         if result.issues:
             raise QADError(
                 f"{directory}: {count(len(result.issues), 'issue')}, the first: {result.issues[0]}. List all of them: "
-                f"python tools/validate_nvfp4.py {directory}"
+                f"megatron-qad validate {directory}"
             )
         config, layout = exported_config(directory), PACKED_LAYOUTS[result.layout]
         return cls(directory, config, layout, result.quantized, result.kv_cache)

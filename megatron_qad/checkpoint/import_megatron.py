@@ -171,7 +171,7 @@ class _MegatronImport:
         if family.passthrough_tensors(config):
             raise QADError(
                 f"{assets / 'config.json'}: {family.architecture} has tensors outside the language model, which this "
-                "import cannot read. Import the Hugging Face model (tools/import_hf.py)."
+                "import cannot read. Import the Hugging Face model (megatron-qad import)."
             )
         maps, reader = family.tensors(config), SliceReader(directory)
         stored = _weights(reader, verbose=rank == 0)

@@ -100,7 +100,7 @@ def validate_nvfp4(
         result.add(str(directory), "is not a directory; expected an exported checkpoint")
         return result
     if (result.directory / "hf" / "config.json").is_file():
-        result.add(str(directory), "is a Megatron checkpoint; expected an exported one (tools/export_hf.py)")
+        result.add(str(directory), "is a Megatron checkpoint; expected an exported one (megatron-qad export)")
         return result
     if with_sums:
         check_sums(result.directory, result.add)

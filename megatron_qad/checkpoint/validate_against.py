@@ -38,9 +38,13 @@ class Original:
         record, own = _record(directory), _record(against)
         if record.get("smoothing") != own.get("smoothing"):
             began = (
-                "smoothed weights (tools/smooth.py)" if record.get("smoothing") else "weights that were not smoothed"
+                "smoothed weights (megatron-qad smooth)"
+                if record.get("smoothing")
+                else "weights that were not smoothed"
             )
-            advice = "tools/export_hf.py --checkpoint SMOOTHED --output HF --layout bf16 writes smoothed weights as HF."
+            advice = (
+                "megatron-qad export --checkpoint SMOOTHED --output HF --layout bf16 writes smoothed weights as HF."
+            )
             raise QADError(f"--against {against}: training began from {began}, and these are others. {advice}")
         movement = record.get("max_movement")
         return cls(reader, float(movement) if isinstance(movement, int | float) else None)

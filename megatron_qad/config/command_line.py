@@ -1,12 +1,12 @@
 """Reads a command line with one error for each mistake, where argparse would print the usage of 800 flags."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megatron_qad.config.flag_names import REMOVED, advice
 from megatron_qad.engine.errors import QADError
 
-_HELP = "python pretrain_qad.py --help lists all flags"
+_HELP = "megatron-qad train --help-all lists all flags"
 
 
 def check_flags_exist(argv: Sequence[str], parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def check_flags_exist(argv: Sequence[str], parser: argparse.ArgumentParser) -> N
     for word in argv:
         name = word.split("=")[0].removeprefix("--").replace("_", "-")
         if word.startswith("--") and name in REMOVED:
-            raise QADError(f"--{name}: has no effect in this version of Megatron. Use --{REMOVED[name]}.")
+            raise unknown_flag(word, ())
     _, unknown = parser.parse_known_args(argv)
     if not unknown:
         return
@@ -27,9 +27,21 @@ def check_flags_exist(argv: Sequence[str], parser: argparse.ArgumentParser) -> N
         before = argv[argv.index(word) - 1] if word in argv[1:] else ""
         place = f" after {before}" if before else ""
         raise QADError(f"{word!r}{place}: is not a flag, and no flag takes it as its value. Remove it; {_HELP}.")
+    raise unknown_flag(word, option_names(parser))
+
+
+def unknown_flag(word: str, valid: Collection[str]) -> QADError:
+    """Return the error about a word of the command line that is not a flag.
+
+    Args:
+        valid: the names of all flags, without ``--``.
+    """
     flag = word.split("=")[0]
-    hint = advice(flag.lstrip("-"), option_names(parser), "--")
-    raise QADError(f"{flag}: no such flag; {hint or f'{_HELP}.'}")
+    name = flag.removeprefix("--").replace("_", "-")
+    if name in REMOVED:
+        return QADError(f"--{name}: has no effect in this version of Megatron. Use --{REMOVED[name]}.")
+    hint = advice(flag.lstrip("-"), valid, "--")
+    return QADError(f"{flag}: no such flag; {hint or f'{_HELP}.'}")
 
 
 def option_names(parser: argparse.ArgumentParser) -> set[str]:

@@ -13,7 +13,7 @@ class ModelConfig:
     """Checkpoint directory and Hugging Face config of the student or the teacher."""
 
     checkpoint: str
-    """Checkpoint directory, written by tools/import_hf.py or by a run."""
+    """Checkpoint directory, written by megatron-qad import or by a run."""
     hf: dict
     """Content of ``hf/config.json`` in the checkpoint directory."""
 

@@ -12,11 +12,11 @@ class QADOptions:
     """Quantization-aware distillation"""
 
     qad_teacher: str | None = None
-    """Checkpoint directory of the frozen BF16 teacher, written by tools/import_hf.py. Required unless --qad-loss
+    """Checkpoint directory of the frozen BF16 teacher, written by megatron-qad import. Required unless --qad-loss
     is ce."""
 
     qad_student: str | None = None
-    """Checkpoint directory with the student's initial weights, written by tools/import_hf.py. Default: the teacher's
+    """Checkpoint directory with the student's initial weights, written by megatron-qad import. Default: the teacher's
     weights."""
 
     qad_loss: str = "kl"

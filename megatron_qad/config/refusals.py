@@ -34,7 +34,7 @@ def check_models(options: QADOptions, losses: WeightedLosses) -> None:
     """Check that the job has a student, and a teacher if the loss needs one."""
     if options.qad_teacher is None and losses.needs_teacher:
         raise QADError(
-            f"--qad-loss {options.qad_loss} needs --qad-teacher. Pass a checkpoint written by tools/import_hf.py."
+            f"--qad-loss {options.qad_loss} needs --qad-teacher. Pass a checkpoint written by megatron-qad import."
         )
     if options.qad_student is None and options.qad_teacher is None:
         raise QADError("the student has no initial checkpoint. Pass --qad-student or --qad-teacher.")

@@ -13,7 +13,7 @@ def check_same_vocabulary(student: str, student_config: dict, teacher: str, teac
     so that a file that was only rewritten passes. Checkpoints without tokenizer files are compared by size alone.
 
     Args:
-        student, teacher: checkpoint directories made by tools/import_hf.py.
+        student, teacher: checkpoint directories made by megatron-qad import.
         student_config, teacher_config: their ``hf/config.json``.
 
     Raises:

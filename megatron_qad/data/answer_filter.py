@@ -44,7 +44,7 @@ def filter_answers(source: str | Path, output: str | Path, check: Check) -> Filt
     """Copy the records with correct answers, unchanged and in order, to a new JSONL file.
 
     Args:
-        source: JSONL file of ``tools/generate_data.py``, from prompts.
+        source: JSONL file of ``megatron-qad generate``, from prompts.
         output: file to write; appears when it is complete.
         check: see ``load_check``.
 

@@ -25,7 +25,7 @@ from megatron_qad.engine.run_directory import json_records
 
 MAX_BYTES = 100 << 30
 """Largest number of bytes that a rank reads at a start: a minute with SHA instructions, less than the ten minutes for
-which the other ranks wait in a collective without. ``tools/verify_data.py`` reads larger files."""
+which the other ranks wait in a collective without. ``megatron-qad verify`` reads larger files."""
 
 _BLOCK = 8 << 20
 

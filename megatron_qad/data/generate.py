@@ -62,7 +62,7 @@ class Source(Protocol):
 
 
 def write_documents(source: Source, output: str | Path, num_documents: int) -> int:
-    """Write documents into a JSONL file that ``tools/prepare_data.py`` reads. A second call resumes it.
+    """Write documents into a JSONL file that ``megatron-qad prepare`` reads. A second call resumes it.
 
     Args:
         output: JSONL file. The source's settings are recorded next to it in OUTPUT.settings.json.

@@ -15,7 +15,7 @@ from megatron_qad.engine.text_files import read_json
 
 FORMAT_VERSION = 1
 _ADVICE = (
-    "tools/prepare_data.py writes its metadata under this name. If the file is something else, rename it; if not, "
+    "megatron-qad prepare writes its metadata under this name. If the file is something else, rename it; if not, "
     "prepare the data again."
 )
 
@@ -101,7 +101,7 @@ def load_metadata(prefix: str) -> DataMetadata | None:
     content = read_json(path, _ADVICE)
     version = content.get("format_version")
     if version != FORMAT_VERSION:
-        found = "is not metadata of tools/prepare_data.py" if version is None else f"has format version {version}"
+        found = "is not metadata of megatron-qad prepare" if version is None else f"has format version {version}"
         raise QADError(f"{path} {found}, expected format version {FORMAT_VERSION}. Prepare the data again.")
     fields = {field.name: field for field in dataclasses.fields(DataMetadata)}
     names = [name for name, field in fields.items() if field.default is dataclasses.MISSING or name in content]

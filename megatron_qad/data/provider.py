@@ -179,7 +179,7 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
     for flag in ("sft", "mock_data"):
         if getattr(args, flag, False):
             raise QADError(
-                f"--{flag.replace('_', '-')} is not supported. Prepare the data with tools/prepare_data.py (it adds "
+                f"--{flag.replace('_', '-')} is not supported. Prepare the data with megatron-qad prepare (it adds "
                 "the loss mask of chat data) and give it with --data-path."
             )
     for flag in ("reset_position_ids", "reset_attention_mask"):
@@ -196,7 +196,7 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
         )
     blend, blend_per_split = read_blends(args)
     if blend is None and blend_per_split is None:
-        raise QADError("No training data was given. Make it with tools/prepare_data.py and pass --data-path PREFIX.")
+        raise QADError("No training data was given. Make it with megatron-qad prepare and pass --data-path PREFIX.")
     if args.full_validation or args.multiple_validation_sets:
         raise QADError(
             "--full-validation and --multiple-validation-sets (which needs it) are not supported. Omit them: without "

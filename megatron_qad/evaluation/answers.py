@@ -1,7 +1,7 @@
 """Length and repetition of sampled answers, compared with the teacher's answers to the same prompts.
 
 A student with a low KL on given text may still write longer or more repetitive answers than its teacher. The answers
-are lines of ``tools/generate_data.py``, or of any tool that writes ``{"messages": ...}`` or ``{"text": ...}``.
+are lines of ``megatron-qad generate``, or of any tool that writes ``{"messages": ...}`` or ``{"text": ...}``.
 """
 
 from collections import defaultdict
@@ -38,7 +38,7 @@ def read_answers(file: str | Path) -> list[Answer]:
     """
     answers = list(_lines(Path(file)))
     if not answers:
-        raise QADError(f"{file}: has no line. Expected answers of tools/generate_data.py.")
+        raise QADError(f"{file}: has no line. Expected answers of megatron-qad generate.")
     return answers
 
 
@@ -47,7 +47,7 @@ def _lines(file: Path) -> Iterator[Answer]:
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        content = parse_json(line, where, advice="Give the JSONL file of tools/generate_data.py.")
+        content = parse_json(line, where, advice="Give the JSONL file of megatron-qad generate.")
         answer = content if isinstance(content, dict) else {}
         messages, text, prompt = answer.get("messages"), answer.get("text"), ""
         if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
@@ -56,7 +56,7 @@ def _lines(file: Path) -> Iterator[Answer]:
         if not isinstance(text, str):
             raise QADError(
                 f"{where}: has neither a text nor messages that end with an assistant's. Give the JSONL file of "
-                "tools/generate_data.py."
+                "megatron-qad generate."
             )
         finish = answer.get("finish")
         yield Answer(prompt, text, None if finish is None else finish in ("eos", "stop"))

@@ -95,7 +95,7 @@ def load(directory: str | Path) -> Results:
     """
     directory = Path(directory)
     if not (directory / SETTINGS_FILE).is_file():
-        raise QADError(f"{directory}: no {SETTINGS_FILE}. Give the --output of tools/benchmark.py.")
+        raise QADError(f"{directory}: no {SETTINGS_FILE}. Give the --output of megatron-qad benchmark.")
     settings = json_records.read(directory / SETTINGS_FILE)
     return Results(
         directory, settings, {name: _task(directory, name, task) for name, task in settings["tasks"].items()}
@@ -108,12 +108,14 @@ def _task(directory: Path, name: str, task: dict[str, Any]) -> TaskScores:
         file = run_file(directory, name, run)
         if not file.is_file():
             raise QADError(
-                f"{directory}: run {run} of {task['runs']} of {name} is missing. Start the same tools/benchmark.py "
+                f"{directory}: run {run} of {task['runs']} of {name} is missing. Start the same megatron-qad benchmark "
                 "again; it keeps the finished runs."
             )
         lines = [parse_json(line, str(file), "Remove the file.") for line in read_text(file).split("\n") if line]
         if runs and [line["problem"] for line in lines] != [line["problem"] for line in runs[0]]:
-            raise QADError(f"{file}: holds other problems than run 0. Remove it and start tools/benchmark.py again.")
+            raise QADError(
+                f"{file}: holds other problems than run 0. Remove it and start megatron-qad benchmark again."
+            )
         runs.append(lines)
     first = runs[0]
     scores = {

@@ -68,7 +68,7 @@ def check_comparable(evaluations: Sequence[Evaluation]) -> list[str]:
         QADError: they have not, or two have one name.
     """
     if not evaluations:
-        raise QADError("no evaluation to compare. Give the --output of one or more tools/evaluate.py.")
+        raise QADError("no evaluation to compare. Give the --output of one or more megatron-qad evaluate.")
     first, seen, notes = evaluations[0], set(), []
     for evaluation in evaluations:
         if evaluation.name in seen:

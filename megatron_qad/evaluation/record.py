@@ -85,10 +85,10 @@ def load(directory: str | Path) -> Evaluation:
     """
     directory = Path(directory)
     if not (directory / RECORD_FILE).is_file():
-        raise QADError(f"{directory}: no {RECORD_FILE}. Give the --output of a complete tools/evaluate.py.")
+        raise QADError(f"{directory}: no {RECORD_FILE}. Give the --output of a complete megatron-qad evaluate.")
     about, file = json_records.read(directory / RECORD_FILE), directory / TOKENS_FILE
     if not isinstance(about, dict) or not _KEYS <= about.keys():
-        raise QADError(f"{directory / RECORD_FILE}: is not a record of tools/evaluate.py.")
+        raise QADError(f"{directory / RECORD_FILE}: is not a record of megatron-qad evaluate.")
     if not file.is_file() or manifest.sum_of(file)[1] != about["tokens_file_sha256"]:
         state = "has changed since it was written" if file.is_file() else "is missing"
         raise QADError(f"{file}: {state}. Evaluate {about['name']} again.")

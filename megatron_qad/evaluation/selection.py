@@ -5,8 +5,8 @@
     OUTPUT/iter_0000300/evaluated.json written when it is complete
     RUN/selection.json                 the choice and its reasons; ``--iteration selected`` reads it
 
-Results are records of ``tools/evaluate.py``, of which the lowest KL wins, or benchmark results, of which the highest
-average over the tasks wins.
+Results are records of ``megatron-qad evaluate``, of which the lowest KL wins, or benchmark results, of which the
+highest average over the tasks wins.
 """
 
 from collections.abc import Mapping, Sequence

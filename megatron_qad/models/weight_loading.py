@@ -1,6 +1,6 @@
 """Loading the weights of a torch_dist checkpoint into a model with any parallelism.
 
-Checkpoints come from an import (``tools/import_hf.py``, ``tools/import_megatron.py``) or from a QAD job. Only weights
+Checkpoints come from an import (``megatron-qad import``, ``megatron-qad import``) or from a QAD job. Only weights
 are read. When a job resumes, Megatron's ``load_checkpoint`` loads the optimizer state and the quantizer amaxes.
 """
 

@@ -65,7 +65,7 @@ class Inputs:
     exports: Sequence[str] = ()
     """Exported directories."""
     sensitivity: str | None = None
-    """Output directory of tools/sensitivity.py, or its sensitivity.json."""
+    """Output directory of megatron-qad sensitivity, or its sensitivity.json."""
     benchmarks: Sequence[str] = ()
     """Benchmark results, NAME=RESULTS with the teacher first."""
 
@@ -95,8 +95,8 @@ def collect(
             continue
         if smoothing_record(run.directory) != smoothing_record(teacher):
             notes.append(
-                f"{run.name}: its weights are smoothed differently from the teacher's (tools/smooth.py), so weights "
-                "are not compared."
+                f"{run.name}: its weights are smoothed differently from the teacher's (megatron-qad smooth), so "
+                "weights are not compared."
             )
             continue
         formats[run.name] = run.job["formats"]

@@ -10,7 +10,7 @@ from megatron_qad.evaluation.benchmark_comparison import Compared, compare_bench
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Compared results of ``tools/benchmark.py``."""
+    """Compared results of ``megatron-qad benchmark``."""
 
     compared: Compared
     teacher: str

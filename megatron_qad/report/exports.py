@@ -12,7 +12,7 @@ from megatron_qad.engine.text_files import read_json
 
 @dataclass(frozen=True)
 class Export:
-    """A directory that tools/export_hf.py wrote."""
+    """A directory that megatron-qad export wrote."""
 
     directory: str
     """As given by the user."""
@@ -36,14 +36,14 @@ def read_export(directory: str | Path) -> Export:
     """Read the record of an export.
 
     Raises:
-        QADError: the directory is not a complete export of tools/export_hf.py.
+        QADError: the directory is not a complete export of megatron-qad export.
     """
     file = Path(directory) / EXPORT_FILE
     if not file.is_file():
-        raise QADError(f"--export {directory}: no {EXPORT_FILE}. Give the --output of a complete tools/export_hf.py.")
+        raise QADError(f"--export {directory}: no {EXPORT_FILE}. Give the --output of a complete megatron-qad export.")
     record = json_records.read(file)
     if not isinstance(record, dict) or not {"layout", "checkpoint", "iteration"} <= record.keys():
-        raise QADError(f"{file}: is not a record of tools/export_hf.py. Export again.")
+        raise QADError(f"{file}: is not a record of megatron-qad export. Export again.")
     weights = weight_files(Path(directory), read_json(Path(directory) / "config.json"))
     number = str(record["iteration"]).removeprefix("iter_").lstrip("0")
     num_bytes = sum(weight.stat().st_size for weight in weights)

@@ -1,4 +1,4 @@
-"""Reads the numbers that tools/sensitivity.py has written, for the run report."""
+"""Reads the numbers that megatron-qad sensitivity has written, for the run report."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def read_sensitivity(path: str | Path) -> dict:
         QADError: the file is missing or is not one.
     """
     file = Path(path) / "sensitivity.json" if Path(path).is_dir() else Path(path)
-    document = read_json(file, "Give the --output of a complete tools/sensitivity.py.")
+    document = read_json(file, "Give the --output of a complete megatron-qad sensitivity.")
     try:
         float(document["num_tokens"])
         for unit in document["units"]:
@@ -21,5 +21,5 @@ def read_sensitivity(path: str | Path) -> dict:
                 raise KeyError(unit["format"])
             float(unit["kl"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise QADError(f"{file}: is not a result of tools/sensitivity.py. Measure again.") from None
+        raise QADError(f"{file}: is not a result of megatron-qad sensitivity. Measure again.") from None
     return document

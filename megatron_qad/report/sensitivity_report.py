@@ -1,4 +1,4 @@
-"""Output of ``tools/sensitivity.py``: a table, a figure and the numbers of a sensitivity measurement."""
+"""Output of ``megatron-qad sensitivity``: a table, a figure and the numbers of a sensitivity measurement."""
 
 import json
 from collections.abc import Mapping, Sequence

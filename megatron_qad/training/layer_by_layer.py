@@ -180,5 +180,5 @@ def _check_precision(dtypes: dict[str, torch.dtype], stored: dict[str, torch.dty
         raise QADError(
             f"{model.checkpoint}: {name} is {stored[name]}, but the job computes in {dtypes[name]}. "
             "--qad-ptq-sequential keeps the stored weights, so both must be equal. Import the model in the precision "
-            "of the job (tools/import_hf.py --dtype), or leave out --qad-ptq-sequential."
+            "of the job (megatron-qad import --dtype), or leave out --qad-ptq-sequential."
         )

@@ -22,6 +22,7 @@ LEVELS = {
     "training": 5,
     "evaluation": 6,
     "report": 7,
+    "cli": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_LINES = 400

@@ -25,7 +25,7 @@ def iteration_dir(checkpoint: str | Path, iteration: int | str | None = None) ->
 
     Args:
         iteration: a number, "best" (the lowest validation KL among the existing ones), "selected" (by
-            ``tools/select_checkpoint.py``), or None for the iteration that ``latest_checkpointed_iteration.txt`` names.
+            ``megatron-qad select``), or None for the iteration that ``latest_checkpointed_iteration.txt`` names.
 
     Raises:
         QADError: the iteration does not exist, or the tracker is missing or damaged.
@@ -111,17 +111,15 @@ def best_iteration(root: Path) -> int:
 
 
 def selected_iteration(root: Path) -> int:
-    """Return the iteration that ``tools/select_checkpoint.py`` chose."""
+    """Return the iteration that ``megatron-qad select`` chose."""
     selection = read_record(root, SELECTION_FILE)
     if selection is None:
-        raise QADError(
-            f"{root}: no {SELECTION_FILE}. Run tools/select_checkpoint.py --run {root}, or name an iteration."
-        )
+        raise QADError(f"{root}: no {SELECTION_FILE}. Run megatron-qad select --run {root}, or name an iteration.")
     return selection["iteration"]
 
 
 def smoothing_record(checkpoint: str | Path) -> dict | None:
-    """Return how a checkpoint's initial weights were smoothed (``tools/smooth.py``); None if they were not."""
+    """Return how a checkpoint's initial weights were smoothed (``megatron-qad smooth``); None if they were not."""
     return read_record(checkpoint, SMOOTHING_FILE)
 
 

@@ -40,7 +40,7 @@ _CLASSES = {
 }
 
 
-_ADVICE = "Use only checkpoints that tools/import_hf.py or pretrain_qad.py wrote."
+_ADVICE = "Use only checkpoints that megatron-qad import or pretrain_qad.py wrote."
 _REFUSED_CLASS = re.compile(r"GLOBAL (\S+)|but got (?:<class ')?([\w.]+)")
 """The class in a message of torch's weights_only unpickler."""
 

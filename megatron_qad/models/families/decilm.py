@@ -41,7 +41,7 @@ def megatron_args(config: dict) -> dict:
     if replaced_blocks := [block for block, _, part in layers if values.flag(part, "replace_with_linear", False)]:
         raise QADError(
             f"{values.place(config)}: block_configs[{replaced_blocks[0]}] has 'replace_with_linear'. Such blocks can "
-            "be inspected (tools/inspect_policy.py), but not imported or trained."
+            "be inspected (megatron-qad inspect), but not imported or trained."
         )
     for block, _, part in layers:
         for key, value in part.items():

@@ -69,8 +69,8 @@ def _sections(results: Results) -> list[Section]:
     if comparison is None:
         compared.append(
             paragraph(
-                "Intervals, percentiles and the worst tokens need evaluation records: tools/evaluate.py for each run, "
-                "then tools/report.py --evaluations (docs/evaluate.md).",
+                "Intervals, percentiles and the worst tokens need evaluation records: megatron-qad evaluate for each "
+                "run, then megatron-qad report --evaluations (docs/evaluate.md).",
                 class_="note",
             )
         )
@@ -101,7 +101,7 @@ def _errors(results: Results) -> Content:
         parts += [
             heatmap_table(sensitivity_heatmap(results.sensitivity)),
             paragraph(
-                f"From tools/sensitivity.py, on {results.sensitivity['num_tokens']:,} held-out tokens. Layers are "
+                f"From megatron-qad sensitivity, on {results.sensitivity['num_tokens']:,} held-out tokens. Layers are "
                 "numbered as in Megatron, where attention and MLP are layers of their own.",
                 class_="note",
             ),

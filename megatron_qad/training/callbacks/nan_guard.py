@@ -33,7 +33,7 @@ class NaNGuard(Callback):
             self._stop_or_skip(
                 update,
                 f"step {update.step}: no token of its batch counts in the loss, so there is nothing to learn from it",
-                "Check the loss masks of the data (tools/prepare_data.py), use longer or more sequences per step",
+                "Check the loss masks of the data (megatron-qad prepare), use longer or more sequences per step",
             )
 
     def after_update(self, update: Update) -> None:

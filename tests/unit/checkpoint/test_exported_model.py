@@ -31,5 +31,5 @@ def test_other_reciprocals_are_inverted():
 
 def test_invalid_directory_is_refused_with_its_first_issue(tmp_path):
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "awq"}}')
-    with pytest.raises(QADError, match="issues?, the first: .*List all of them: python tools/validate_nvfp4.py"):
+    with pytest.raises(QADError, match="issues?, the first: .*List all of them: megatron-qad validate"):
         ExportedModel.open(tmp_path)

@@ -5,10 +5,8 @@ tests/dist/test_megatron_checkpoints.py saves real models and compares logits. H
 
 import json
 import pickle
-import runpy
 import shlex
 import shutil
-import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from gpt_checkpoint import ARGS, BRIDGE, CONFIG, FC1, GPT, HEAD, QKV
 from guides import code_of
 from tiny_configs import TINY_OF_FAMILY
 
+from megatron_qad.cli.main import run
 from megatron_qad.engine import QADError, init_runtime
 
 init_runtime()  # before megatron
@@ -207,28 +206,24 @@ def test_families_with_tensors_outside_the_language_model(source, refused):
 @pytest.mark.parametrize("directory", ["root", "iteration"])
 def test_other_commands_name_this_tool(source, directory):
     checkpoint = source if directory == "root" else source / "iter_0000010"
-    with pytest.raises(QADError, match=f"tools/import_megatron.py --checkpoint {checkpoint} --hf-config DIR"):
+    with pytest.raises(QADError, match=f"megatron-qad import --checkpoint {checkpoint} --hf-config DIR"):
         read_config(checkpoint)
 
 
 def test_other_commands_name_the_import_of_a_hugging_face_model(hf):
-    with pytest.raises(QADError, match=f"tools/import_hf.py --hf-model {hf} --output NEW"):
+    with pytest.raises(QADError, match=f"megatron-qad import --hf-model {hf} --output NEW"):
         read_config(hf)
 
 
 def test_command_of_the_guide(source, hf, tmp_path, monkeypatch, capsys):
     """The command runs as it stands there, in a directory that has its inputs; a second run reuses the output."""
     words = shlex.split(code_of("import_megatron.md")["bash"].replace("\\\n", " "))
-    assert words[:2] == ["python", "tools/import_megatron.py"]
+    assert words[:2] == ["megatron-qad", "import"]
     source.rename(tmp_path / "gpt_checkpoint"), hf.rename(tmp_path / "my_model")
     monkeypatch.chdir(tmp_path)
-    tool = runpy.run_path(str(ROOT / words[1]))["main"]
-    monkeypatch.setattr(sys, "argv", words[1:])
-    tool()
+    run(words[1:])
     assert "wrote 21 tensors to checkpoints/teacher" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", [*words[1:], "--reuse-existing"])
-    tool()
+    run([*words[1:], "--reuse-existing"])
     assert capsys.readouterr().out == "checkpoints/teacher already exists and is up to date\n"
-    monkeypatch.setattr(sys, "argv", [*words[1:], "--reuse-existing", "--dtype", "float32"])
     with pytest.raises(QADError, match="was made from .*dtype bfloat16, .* expected .*dtype float32"):
-        tool()
+        run([*words[1:], "--reuse-existing", "--dtype", "float32"])

@@ -105,7 +105,7 @@ DAMAGES = [
     ("a_loss_mask.idx", flip, "a_loss_mask.idx is damaged"),
     ("a.json", replace_by_b, f"a.bin {NOT_DESCRIBED}"),
     ("a.json", replace_by_c, r"a.json describes 5 documents with 60 tokens, but .*a.idx has 20 with \d+"),
-    ("a.json", remove, "a.json is missing. tools/prepare_data.py wrote it with the loss mask"),
+    ("a.json", remove, "a.json is missing. megatron-qad prepare wrote it with the loss mask"),
     ("a.json", truncate, "a.json: not valid JSON"),
     ("a.json", zero, "a.json: not valid JSON"),
 ]
@@ -144,7 +144,7 @@ def test_exchanged_pairs_of_files_are_refused(check, data):
         ({"tokens": "many"}, "has the value 'many' of 'tokens'"),
         ({"unknown": 1}, "has the value 1 of 'unknown'"),
         ({"format_version": 2}, "has format version 2, expected format version 1"),
-        ({"format_version": None}, "is not metadata of tools/prepare_data.py"),
+        ({"format_version": None}, "is not metadata of megatron-qad prepare"),
         ({"eod": ...}, "has no value of 'eod'"),
     ],
 )
@@ -278,7 +278,7 @@ def test_files_above_the_limit_are_named(data, tmp_path, capsys):
     reading = checks.read_contents(found, str(tmp_path / "cache"), max_bytes=limit)
     assert [Path(file).name for file in reading.skipped] == ["a.idx", "a.bin"]
     checks._log(found, reading)
-    assert "a.bin. Run tools/verify_data.py once" in capsys.readouterr().out
+    assert "a.bin. Run megatron-qad verify once" in capsys.readouterr().out
     assert checks.read_contents(found, str(tmp_path / "cache"), max_bytes=None).skipped == []
     assert checks.read_contents(found, str(tmp_path / "cache"), max_bytes=0).skipped == []
 

@@ -104,7 +104,7 @@ def test_damaged_records_are_refused(make_evaluation, tmp_path):
     with pytest.raises(QADError, match="tokens.npz: is missing"):
         record.load(tmp_path)
     json_records.write(tmp_path / "evaluation.json", {"name": "PTQ"})
-    with pytest.raises(QADError, match="not a record of tools/evaluate.py"):
+    with pytest.raises(QADError, match="not a record of megatron-qad evaluate"):
         record.load(tmp_path)
     (tmp_path / "other").touch()
     with pytest.raises(QADError, match="holds other, which is not of an evaluation"):

@@ -58,7 +58,7 @@ def start(run: Path, *flags: str, **more) -> subprocess.Popen:
 
 
 def test_a_killed_selection_evaluates_only_what_is_missing(run):
-    with pytest.raises(QADError, match="Run tools/select_checkpoint.py"):
+    with pytest.raises(QADError, match="Run megatron-qad select"):
         iteration_dir(run, "selected")
     process = start(run)
     while not (run.parent / "log.slow").exists():

@@ -166,7 +166,7 @@ def test_comparison_has_intervals_positions_classes_and_worst_tokens(comparison)
 
 def test_without_records_the_page_says_how_to_get_them():
     page = Elements(html(make_results()))
-    assert "tools/report.py --evaluations" in page.text and "Tokens with the largest KL" not in page.text
+    assert "megatron-qad report --evaluations" in page.text and "Tokens with the largest KL" not in page.text
     assert "2.00 h" in page.text and "none named (--export DIR)" in page.text
 
 

@@ -39,7 +39,7 @@ def test_export_is_described_by_its_own_files(export):
 
 def test_directory_that_is_no_export_is_refused(export):
     json_records.write(export / EXPORT_FILE, {"layout": "modelopt"})
-    with pytest.raises(QADError, match=r"is not a record of tools/export_hf\.py"):
+    with pytest.raises(QADError, match=r"is not a record of megatron-qad export"):
         read_export(export)
     (export / EXPORT_FILE).unlink()
     with pytest.raises(QADError, match="Give the --output of a complete"):
@@ -70,7 +70,7 @@ def test_records_without_a_tokenizer_show_ids(tmp_path, make_evaluation):
 )
 def test_file_that_is_no_sensitivity_is_refused(tmp_path, document):
     (tmp_path / "sensitivity.json").write_text(json.dumps(document))
-    with pytest.raises(QADError, match=r"is not a result of tools/sensitivity\.py"):
+    with pytest.raises(QADError, match=r"is not a result of megatron-qad sensitivity"):
         read_sensitivity(tmp_path)
 
 
