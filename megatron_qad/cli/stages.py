@@ -1,0 +1,119 @@
+"""Runs the stages of ``megatron-qad run`` as processes, each once, and shows their output.
+
+A stage that has ended is recorded with its command line in log/NAME.done. The same ``megatron-qad run`` again skips it.
+A stage whose command line has changed runs again, and so do those after it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_qad.cli import launcher
+from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.processes import end_with_parent
+from megatron_qad.engine.system_errors import naming
+
+STOPPED = 75
+"""Exit status of a run that was stopped and can be continued (EX_TEMPFAIL), as of launch/slurm.sbatch."""
+
+
+class Stages:
+    """The stages of one run, which share a directory.
+
+    Args:
+        log: directory for the output of each stage, and for the records of those that have ended.
+        num_ranks: ranks of the stages that run on all GPUs.
+    """
+
+    def __init__(self, log: Path, num_ranks: int):
+        self._log = log
+        self._num_ranks = num_ranks
+        self._begin = time.monotonic()
+        self._has_changed = False
+        self._child: subprocess.Popen | None = None
+        self._stop_signal: int | None = None
+        with naming(log):
+            log.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str) -> None:
+        """Print a line with the time since the start."""
+        print(f"[{time.monotonic() - self._begin:5.0f} s] {text}", flush=True)
+
+    def run(
+        self,
+        name: str,
+        command: str,
+        flags: Sequence[str | Path],
+        *,
+        on_all_gpus: bool | None = None,
+        until: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Run a command of ``megatron-qad``, unless it has ended before with the same flags.
+
+        Args:
+            name: name of the stage, unique in this run.
+            command: the command.
+            on_all_gpus: whether it has one rank for each GPU; None means as the table of commands says.
+            until: called after the command. If it returns False, the command was stopped early.
+
+        Raises:
+            QADError: the command failed; its output says why.
+            SystemExit: the command was stopped and has saved its state; the status is ``STOPPED``.
+        """
+        words = [str(flag) for flag in flags]
+        done = self._log / f"{name}.done"
+        record = json.dumps([command, *words])
+        if not self._has_changed and done.is_file() and done.read_text() == record:
+            return self.say(f"{name}: done before")
+        self._has_changed = True
+        done.unlink(missing_ok=True)
+        log = self._log / f"{name}.txt"
+        self.say(f"{name} (log: {log})")
+        status = self._execute([*launcher.command_line(command, on_all_gpus=on_all_gpus), *words], log)
+        if self._stop_signal is not None or (status == 0 and not until()):
+            self.say(f"{name} was stopped. The same command continues from here.")
+            sys.exit(STOPPED)
+        if status:
+            raise QADError(
+                f"{name}: ended with status {status}; its output is above and in {log}. Start the same command again "
+                "after the cause is removed; finished stages are skipped."
+            )
+        done.write_text(record)
+
+    def _execute(self, words: list[str], log: Path) -> int:
+        """Run a process whose output goes to the terminal and to a file. It ends with this process."""
+        environ = launcher.environment(self._num_ranks)
+        parent = os.getpid()
+        before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            with open(log, "ab") as file, naming(log):
+                self._child = subprocess.Popen(
+                    words,
+                    env=environ,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=lambda: end_with_parent(parent),
+                )
+                while chunk := os.read(self._child.stdout.fileno(), 1 << 16):
+                    file.write(chunk)
+                    file.flush()
+                    with contextlib.suppress(BrokenPipeError):
+                        sys.stdout.buffer.write(chunk)
+                        sys.stdout.buffer.flush()
+                return self._child.wait()
+        finally:
+            self._child = None
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _pass_on(self, number: int, _frame: object) -> None:
+        """Pass a request to stop on to the stage: training saves and ends."""
+        self._stop_signal = number
+        if self._child is not None:
+            self._child.send_signal(number)
