@@ -21,12 +21,11 @@ RUN --mount=type=bind,from=kernels,source=/build,target=/build \
   && pip install --no-cache-dir --requirement /tmp/requirements.txt \
   && pip install --no-cache-dir --no-deps /build/wheels/*.whl \
   && rm /tmp/requirements.txt
-COPY pyproject.toml README.md LICENSE pretrain_qad.py ./
+COPY pyproject.toml setup.py README.md LICENSE pretrain_qad.py ./
 COPY megatron_qad megatron_qad
 COPY tools tools
 COPY launch launch
 COPY examples/recipes examples/recipes
-COPY examples/once.sh examples/
 # Editable, without a second copy. --no-deps, because NVIDIA's version string of torch does not satisfy the pin.
 RUN pip install --no-cache-dir "setuptools>=77,<82" \
   && pip install --no-cache-dir --no-deps --no-build-isolation --editable . \

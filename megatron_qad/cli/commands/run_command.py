@@ -16,6 +16,7 @@ from megatron_qad.cli.command_parser import JOB_FLAGS, command_parser
 from megatron_qad.cli.early_checks import check_job_flags, flag_values
 from megatron_qad.cli.run_settings import Machine, choose_settings, find_machine
 from megatron_qad.cli.stages import Stages
+from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import locks
 from megatron_qad.engine.run_directory.run_files import METRICS_FILE, TRACKER
@@ -134,8 +135,9 @@ class Run:
         return [*flags, "--validation-fraction", str(self.options.validation_fraction), "--force"]
 
     def _write_settings(self) -> None:
-        policy = self.options.policy or "nvfp4-all-linear"
-        settings = choose_settings(self.options.model, policy, self.data, self.machine, given_flags(self.job_flags))
+        given = given_flags(self.job_flags)
+        policy = self.options.policy or str(given.get("qad-policy", QADOptions.qad_policy))
+        settings = choose_settings(self.options.model, policy, self.data, self.machine, given)
         lines = ["# Chosen by megatron-qad run; its command line wins. Each key is a flag of megatron-qad train."]
         lines += [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
         self.settings.write_text("\n".join(lines) + "\n")

@@ -14,7 +14,8 @@ from megatron_qad.checkpoint.layouts import HFTensor, stored_tensors
 from megatron_qad.engine import QADError
 from megatron_qad.models.families import family_of
 from megatron_qad.quantization.format_table import Row, fold_experts, fold_layers, format_rows, render, totals
-from megatron_qad.quantization.policy import SHIPPED, load
+from megatron_qad.quantization.policy import load
+from megatron_qad.quantization.policy_file import SHIPPED
 from megatron_qad.report.collect import _model_facts
 from megatron_qad.report.policy_report import report_policy, resolve_report
 
