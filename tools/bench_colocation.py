@@ -177,9 +177,10 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
     import torch
 
     from megatron_qad.engine.events import Callback
+    from megatron_qad.planning.live_bytes import LiveBytes
     from megatron_qad.training.plan import plan
 
-    measured = {"seconds": [], "memory": 0, "sent": 0, "losses": []}
+    measured = {"seconds": [], "memory": 0, "sent": 0, "losses": [], "saved": 0}
     sent = count_sends()
 
     class Measurements(Callback):
@@ -188,6 +189,11 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
             reset_peak(measured)
 
         def step_begins(self, step, model):
+            self.live = None
+            if not measured["seconds"]:  # the first step, whose time does not count
+                self.live = LiveBytes(parameter for chunk in model for parameter in chunk.parameters())
+                self.hooks = self.live.counting()
+                self.hooks.__enter__()
             torch.distributed.barrier()
             torch.cuda.synchronize()
             self.before, self.began = sent[0], time.perf_counter()
@@ -195,6 +201,9 @@ def run_rank(side: str, argv: list[str], result: str) -> None:
         def step_ended(self, step):
             torch.cuda.synchronize()
             measured["seconds"].append(time.perf_counter() - self.began)
+            if self.live is not None:
+                self.hooks.__exit__(None, None, None)
+                measured["saved"] = self.live.peak
             measured["sent"] = sent[0] - self.before
             for value in step.losses.values():
                 measured["losses"].append(float(torch.as_tensor(value).reshape(-1)[0]))

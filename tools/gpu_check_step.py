@@ -46,6 +46,11 @@ def training_step(machine: Machine) -> Iterator[Row]:
     known = predicted["sum without activations"]
     cells = mebibytes(peak), mebibytes(known), f"{peak / known:.2f} of it"
     yield Row("training step, peak memory; the sum of --qad-dry-run, without activations", size, *cells)
+    saved = predicted["activations kept for backward"] + predicted["student logits, one microbatch"]
+    ratio = rank["saved"] / saved
+    cells = mebibytes(rank["saved"]), mebibytes(saved), f"{ratio:.3f} of it"
+    what = "training step, bytes kept for backward; --qad-dry-run's activations and logits"
+    yield Row(what, size, *cells, "within 10 %", machine.judge(abs(ratio - 1) <= 0.1))
     losses = [statistics.mean(side["losses"]) for side in (rank, peer_rank)]
     # Models, data and formats are the same. Sums in another order change some input codes, and each loss by one or two
     # bfloat16 ulps; after updates a little more (docs/benchmarks/2026-11-26-h100-training-step.md: 0.02 %, once).
