@@ -35,6 +35,8 @@ def run(words: list[str]) -> int | None:
         return print(overview())
     if words[0] == "--version":
         return print(f"megatron-qad {megatron_qad.__version__}")
+    if words[0] == "--launch-dir":  # for sbatch, if the package is installed without a checkout
+        return print(launcher.launch_directory())
     name, argv = words[0], words[1:]
     if name not in COMMANDS:
         similar = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -103,6 +105,6 @@ def overview() -> str:
         "",
         "megatron-qad COMMAND --help describes the flags of a command. Commands that train or evaluate start one",
         f"process for each GPU of this machine; {_NPROC} N or NPROC_PER_NODE changes the number.",
-        "Several nodes: docs/slurm.md.",
+        "Several nodes: slurm.sbatch in the directory that megatron-qad --launch-dir prints (docs/slurm.md).",
     ]
     return "\n".join(lines)

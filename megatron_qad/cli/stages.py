@@ -5,8 +5,10 @@ A stage whose command line has changed runs again, and so do those after it.
 """
 
 import contextlib
+import errno
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -92,15 +94,14 @@ class Stages:
         parent = os.getpid()
         before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
         try:
-            with open(log, "ab") as file, naming(log):
+            # On a terminal the stage gets one, too, so that it shows progress bars.
+            output, end = pty.openpty() if sys.stdout.isatty() else os.pipe()
+            with open(log, "ab") as file, naming(log), os.fdopen(output, "rb", buffering=0):
                 self._child = subprocess.Popen(
-                    words,
-                    env=environ,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=lambda: end_with_parent(parent),
+                    words, env=environ, stdout=end, stderr=end, preexec_fn=lambda: end_with_parent(parent)
                 )
-                while chunk := os.read(self._child.stdout.fileno(), 1 << 16):
+                os.close(end)
+                while chunk := _read(output):
                     file.write(chunk)
                     file.flush()
                     with contextlib.suppress(BrokenPipeError):
@@ -117,3 +118,13 @@ class Stages:
         self._stop_signal = number
         if self._child is not None:
             self._child.send_signal(number)
+
+
+def _read(descriptor: int) -> bytes:
+    """Return what a stage has written; empty at its end, which a terminal reports as an error."""
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return b""

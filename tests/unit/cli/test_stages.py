@@ -1,6 +1,7 @@
 """Stages of ``megatron-qad run``: each runs once; failures, changed flags and requests to stop."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -115,3 +116,22 @@ def test_environment_names_this_interpreter_first():
     environ = launcher.environment(3)
     assert environ["NPROC_PER_NODE"] == "3"
     assert environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_stage_has_a_terminal_if_the_run_has_one(tmp_path, on_terminal):
+    """Progress bars are shown on a terminal only."""
+    stage = tmp_path / "stage.py"
+    stage.write_text("import sys\nprint('terminal', sys.stdout.isatty(), sys.stderr.isatty())\n")
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom megatron_qad.cli import launcher, stages\n"
+        "launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, command]\n"
+        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('one', {str(stage)!r}, [])\n"
+    )
+    output, end = pty.openpty() if on_terminal else os.pipe()
+    with os.fdopen(output, "rb", buffering=0), subprocess.Popen([sys.executable, "-c", code], stdout=end) as process:
+        os.close(end)
+        assert process.wait(timeout=60) == 0
+        shown = os.read(output, 1 << 16).decode()
+    assert f"terminal {on_terminal} {on_terminal}" in shown
+    assert f"terminal {on_terminal}" in (tmp_path / "log" / "one.txt").read_text()
