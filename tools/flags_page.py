@@ -1,0 +1,103 @@
+"""Writes docs/flags.md, the flags that QAD adds to Megatron's: ``python tools/flags_page.py``.
+
+The flags are the fields of ``QADOptions`` (megatron_qad/config/qad_options.py), and their docstrings are the meanings.
+tests/unit/tools/test_flags_page.py compares the page with them.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_qad.config.qad_options import QADOptions  # noqa: E402
+
+PAGE = ROOT / "docs/flags.md"
+GROUPS = {
+    "Models and loss": ("qad_teacher", "qad_student", "qad_loss", "qad_temperature"),
+    "Formats and scales": ("qad_policy", "qad_policy_override", "qad_weight_scale_rule"),
+    "Calibration": ("qad_calibration_samples", "qad_calibration_percentile", "qad_calibration_headroom"),
+    "Quantization without training": ("qad_ptq", "qad_ptq_sequential"),
+    "Memory and speed": (
+        "qad_layer_spec",
+        "qad_teacher_micro_batch_size",
+        "qad_teacher_cpu_offload",
+        "qad_fused_linear_loss",
+        "qad_teacher_output",
+    ),
+    "Data and routers": ("qad_pad_documents_to", "qad_train_router"),
+    "Checkpoints and failures": (
+        "qad_keep_last",
+        "qad_keep_best",
+        "qad_on_nan",
+        "qad_spike_factor",
+        "qad_hang_timeout",
+        "qad_job_dir",
+    ),
+    "Output": ("qad_verbose", "qad_dry_run", "qad_dry_run_tensors"),
+}
+"""Heading -> fields of ``QADOptions`` below it; the test fails if one is missing."""
+HEAD = """\
+# Flags
+The flags that QAD adds to Megatron's. This page is made from `megatron_qad/config/qad_options.py` by
+`python tools/flags_page.py`; a test fails if it is older than the code.
+
+- **Megatron's flags** work as in Megatron: parallelism, batch size, schedule, saving, logging.
+  `megatron-qad train --help` lists the flags of this page and the most used ones of Megatron, `--help-all` all of them.
+- **Config files.** Every flag is a key of `--config FILE.yaml`, without the leading dashes. `--config` may be repeated;
+  a later file overrides an earlier one, and the command line overrides both. An unknown key is an error that names the
+  nearest valid one.
+- **The model's shape** comes from the checkpoint and needs no flag.
+"""
+
+
+def meanings() -> dict[str, str]:
+    """Return the docstring of each field, on one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(QADOptions))).body[0].body
+    found, name = {}, None
+    for node in body:
+        if isinstance(node, ast.AnnAssign):
+            name = node.target.id
+        elif isinstance(node, ast.Expr) and name:
+            found[name], name = " ".join(node.value.value.split()).replace("%%", "%"), None
+    return found
+
+
+def default_of(field: dataclasses.Field) -> str:
+    """Return the default as it is written in a table."""
+    if field.default_factory is not dataclasses.MISSING:
+        return "none"
+    if field.default is None or field.default is False:
+        return "off" if field.default is False else "-"
+    return f"`{field.default}`"
+
+
+def row(field: dataclasses.Field, meaning: str) -> str:
+    """Return the row of a flag; its values stand before the meaning if the type lists them."""
+    meaning = re.sub(r" Default: [^.]*(?:\.\d[^.]*)*\.$", "", meaning) if field.default is not None else meaning
+    meaning = re.sub(r"(?<!\w)'([^']*)'(?!\w)", r"`\1`", meaning).replace("|", "\\|")
+    meaning = re.sub(r"(?<![\w`-])--[a-z][a-z-]*[a-z]", r"`\g<0>`", meaning)
+    meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", meaning)
+    values = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
+    choices = f"One of {', '.join(f'`{value}`' for value in values)}. " if values else ""
+    return f"| `--{field.name.replace('_', '-')}` | {default_of(field)} | {choices}{meaning} |"
+
+
+def page() -> str:
+    """Return the page as Markdown."""
+    fields, texts = {field.name: field for field in dataclasses.fields(QADOptions)}, meanings()
+    lines = [HEAD.rstrip()]
+    for heading, names in GROUPS.items():
+        lines += ["", f"## {heading}", "| flag | default | meaning |", "|---|---|---|"]
+        lines += [row(fields[name], texts[name]) for name in names]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
