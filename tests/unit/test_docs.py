@@ -1,4 +1,4 @@
-"""What the documents name exists: linked files, tests, flags, and the messages that docs/failure_modes.md quotes."""
+"""What the documents name exists: linked files, tests, flags, and the messages that pages quote."""
 
 import ast
 import re
@@ -63,15 +63,16 @@ def test_tests_that_the_failure_modes_name():
         assert f"def {function}" in file.read_text(), f"{path}::{function}"
 
 
-def test_messages_that_the_failure_modes_quote():
+@pytest.mark.parametrize("page, column, width", [("failure_modes.md", 1, 4), ("troubleshooting.md", 0, 3)])
+def test_messages_that_pages_quote(page, column, width):
     """Three words in a row of each phrase occur in the code; between others the code may insert a value."""
     code, missing = "\n".join(text for file in CODE for text in texts(file)), []
     foreign = ("srun: ", "slurmstepd", "ERROR: TensorBoard in DIR: [Errno")  # messages of SLURM and of the system
-    for row in (ROOT / "docs" / "failure_modes.md").read_text().splitlines():
+    for row in (ROOT / "docs" / page).read_text().splitlines():
         cells = row.split(" | ")
-        if len(cells) < 4:
+        if len(cells) < width:
             continue
-        for quotation in re.findall(r"`([^`]+)`", cells[1]):
+        for quotation in re.findall(r"`([^`]+)`", cells[column]):
             if quotation.startswith(foreign) or " " not in quotation:
                 continue
             # Names in capitals, numbers and punctuation stand for values, or stand next to them.
