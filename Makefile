@@ -8,7 +8,7 @@ RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Runs the tests in two processes (distributed by tests/conftest.py).
 RUN_TESTS = $(RUN) pytest -q tests --ignore tests/te -n 2 --dist loadfile
 
-.PHONY: demo tiny-hybrid test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page env serve-env test-serve
+.PHONY: demo tiny-hybrid test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page docs env serve-env test-serve
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -67,6 +67,10 @@ format: env
 # Generates docs/patches.md from the table of patches to other packages.
 patches-page: env
 	$(RUN) python -c "from megatron_qad.engine.patches_page import page; print(page(), end='')" > docs/patches.md
+
+# Builds the documentation as a site in build/site; a broken link fails. tests/unit/test_site.py does the same in make test.
+docs: env
+	$(RUN) NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 # Compares names, sharded state, conversion and quantizers of Transformer Engine's layers with the local ones, without a GPU.
 # Needs transformer_engine: either installed, or TE_WHEEL=FILE with a built wheel of its torch extension.
