@@ -28,7 +28,7 @@ COMMANDS: dict[str, Command] = {
     "verify": Command("check prepared data completely", "Models and data"),
     "overlap": Command("count duplicates, and validation text in the training data", "Models and data"),
     "inspect": Command("which format a policy gives each layer", "Choices"),
-    "plan": Command("parallel layouts that fit, their memory and time", "Choices"),
+    "plan": Command("parallelism that fits, its memory and time", "Choices"),
     "sensitivity": Command("which layers lose most in NVFP4; proposes a policy", "Choices", **_JOB),
     "smooth": Command("move activation outliers into weights", "Choices", **_JOB),
     "ptq": Command("post-training quantization: calibrate, save, validate", "Training", **_JOB),

@@ -74,13 +74,13 @@ def _asks_for_help(argv: Sequence[str]) -> bool:
 def _take_processes(argv: Sequence[str]) -> tuple[list[str], int | None]:
     """Remove ``--nproc-per-node N`` from the flags and return its value."""
     left, number = [], None
-    words = iter(argv)
-    for word in words:
+    remaining = iter(argv)
+    for word in remaining:
         flag, separator, value = word.partition("=")
         if flag != _NPROC:
             left.append(word)
             continue
-        value = value if separator else next(words, "")
+        value = value if separator else next(remaining, "")
         if not value.isdigit() or int(value) < 1:
             raise QADError(f"{_NPROC} {value}: expected a whole number from 1 on, the processes on this machine.")
         number = int(value)

@@ -17,7 +17,7 @@ MAX_BATCH = 64
 MIN_STEPS, MAX_STEPS = 100, 1500
 """The QAD report trains for a few hundred to a few thousand steps."""
 LEARNING_RATE = 1e-5
-"""The QAD report's for AceReason 7B and Nemotron 3 Nano; 1e-6 for models after longer supervised fine-tuning
+"""The QAD report's for AceReason 7B and Nemotron 3 Nano; others took 1e-6 and 2e-6
 (docs/howto/choose_a_learning_rate.md)."""
 RESERVED = 0.15
 """Share of a GPU's memory that is left to temporary tensors, buffers and fragmentation, as in megatron-qad plan."""

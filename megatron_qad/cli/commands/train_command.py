@@ -9,11 +9,11 @@ from megatron_qad.cli.job_help import print_all_flags, print_flags
 
 
 def main(argv: Sequence[str] | None = None, *, command: str = "train") -> None:
-    words = list(argv or [])
-    if "--help-all" in words:
+    flags = list(argv or [])
+    if "--help-all" in flags:
         return print_all_flags()
-    if "-h" in words or "--help" in words:
+    if "-h" in flags or "--help" in flags:
         return print_flags(command)
     import pretrain_qad
 
-    pretrain_qad.main(words)
+    pretrain_qad.main(flags)

@@ -48,7 +48,7 @@ def test_help_of_a_command_needs_no_torch(command):
 @pytest.mark.parametrize(
     "words, error",
     [
-        (["trian"], "megatron-qad trian: no such command. Did you mean 'train'?"),
+        (["traun"], "megatron-qad traun: no such command. Did you mean 'train'?"),
         (["train", "--qad-techer", "x"], "--qad-techer: no such flag; did you mean '--qad-teacher'?"),
         (["train", "--learning-rate", "1"], "--learning-rate: no such flag; did you mean '--lr'?"),
         (["train", "--reset-position-ids"], "has no effect in this version of Megatron"),
