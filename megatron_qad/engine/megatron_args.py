@@ -38,7 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error of a flag's value, such as ``--lr: invalid float value: 'abc'``."""
-        raise QADError(f"{message.removeprefix('argument ')}. python pretrain_qad.py --help describes the flag.")
+        raise QADError(f"{message.removeprefix('argument ')}. megatron-qad train --help-all describes the flag.")
 
 
 def make_parser(options: type) -> argparse.ArgumentParser:

@@ -47,7 +47,7 @@ REFUSED = {
     ),
     "temperature of 0": (["--qad-temperature", "0"], [], "--qad-temperature 0.0: expected a number above 0."),
     "NaN timeout": (["--qad-hang-timeout", "nan"], [], "--qad-hang-timeout nan: expected a finite number."),
-    "not a number": (["--lr", "abc"], [], "--lr: invalid float value: 'abc'. python pretrain_qad.py --help describes"),
+    "not a number": (["--lr", "abc"], [], "--lr: invalid float value: 'abc'. megatron-qad train --help-all describes"),
     "no value": (["--lr"], [], "--lr: expected one argument."),
     "not a choice": (["--qad-on-nan", "sotp"], [], "--qad-on-nan: invalid choice: 'sotp' (choose from"),
     "a typo": (["--trian-iters", "3"], [], "--trian-iters: no such flag; did you mean '--train-iters'?"),
