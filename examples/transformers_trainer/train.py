@@ -9,6 +9,7 @@ processes: torchrun --nproc-per-node N before the script.
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import Subset
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
 from megatron_qad.api import Policy, PreparedRows, QADTrainer, export_hf, quantize_model, validate
@@ -23,11 +24,13 @@ class Options:
     scales: str = "mse:frozen"
     loss: str = "kl"
     max_length: int = 1024
+    valid_rows: int | None = None
     calibration_samples: int = 64
 
 
 def main() -> None:
     options, args = HfArgumentParser((Options, TrainingArguments)).parse_args_into_dataclasses()
+    held_out = PreparedRows(options.valid_data, options.max_length)
     student = AutoModelForCausalLM.from_pretrained(options.hf_model, dtype=torch.float32)
     teacher_dtype = torch.bfloat16 if args.bf16 else torch.float32
     trainer = QADTrainer(
@@ -35,7 +38,7 @@ def main() -> None:
         teacher=AutoModelForCausalLM.from_pretrained(options.hf_model, dtype=teacher_dtype),
         args=args,
         train_dataset=PreparedRows(options.data, options.max_length),
-        eval_dataset=PreparedRows(options.valid_data, options.max_length),
+        eval_dataset=Subset(held_out, range(options.valid_rows or len(held_out))),
         loss=options.loss,
         calibration_samples=options.calibration_samples,
     )

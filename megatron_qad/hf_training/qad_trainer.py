@@ -185,6 +185,8 @@ class QADTrainer(Trainer):
         """Return the loss of a batch, and its logits and labels unless ``prediction_loss_only``."""
         inputs = self._prepare_inputs(inputs)
         model_inputs, labels = _split(inputs)
+        if labels is None:
+            raise QADError(f"the evaluation data has no {' or '.join(_LABELS)}; found {', '.join(inputs)}.")
         with self.compute_loss_context_manager():
             logits = model(**model_inputs, use_cache=False).logits
         rows = self._evaluation.of_rows(logits, self._teacher_logits(model_inputs), labels)

@@ -31,10 +31,15 @@ def write_files(
         max_lr: largest learning rate of the job if it bounds the distance by which a step moves a weight, as with Adam.
         num_steps: number of updates so far.
         tokenizer: saved to ``hf/`` if the model was built from a config, without a directory that has one.
+
+    Raises:
+        QADError: ``directory`` has another ``hf/``, which is not overwritten.
     """
     quantization, assets = quantization_of(model), directory / "hf"
-    shutil.rmtree(assets, ignore_errors=True)
+    if assets.exists() and not (assets / manifest.FILE).is_file():
+        raise QADError(f"{assets}: exists, and QADTrainer did not write it. Save the model to another directory.")
     (directory / JOB_FILE).unlink(missing_ok=True)  # written last: without it the checkpoint is not complete
+    shutil.rmtree(assets, ignore_errors=True)
     if quantization.source is not None:
         copy_assets(quantization.source, assets)
     else:

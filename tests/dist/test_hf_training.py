@@ -175,13 +175,13 @@ def test_resume_equals_an_uninterrupted_run(jobs):
 
 
 def test_the_example_of_the_page_runs(hf_server, tmp_path):
-    """docs/python_api.md: from data to a valid export, in BF16, with a tokenizer."""
+    """docs/python_api.md: from data to a valid export with a tokenizer, in BF16 on the CPU."""
     tiny_models.make("llama", tmp_path / "my_model", torch.bfloat16)
     rows = tiny_models.tokens("llama", 48).tolist()
     lines = [json.dumps({"input_ids": row[: 8 + i]}) for i, row in enumerate(rows)]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     arguments = {"page": f"{ROOT}/docs/python_api.md", "directory": str(tmp_path)}
-    arguments["replacements"] = {"max_steps=500": "max_steps=2"}
+    arguments["replacements"] = {"bf16=True, max_steps=500": "bf16=True, max_steps=2, use_cpu=True"}
     output = hf_server.run("hf_jobs:run_example", 1, arguments)
     assert "'eval_kl_to_teacher': " in output
     assert "exports/nvfp4: valid; layout modelopt" in output

@@ -111,6 +111,12 @@ def test_amaxes_before_the_calibration_are_unknown(make_model, tmp_path):
     assert open_reader(tmp_path)[0].read_amaxes() == {}
 
 
+def test_a_model_in_the_same_directory_is_kept(checkpoint, make_student):
+    (checkpoint / "hf" / "integrity.json").unlink()
+    with pytest.raises(QADError, match="hf: exists, and QADTrainer did not write it"):
+        write_files(checkpoint, make_student(), loss="kl", max_lr=None, num_steps=0)
+
+
 def test_other_directories_are_not_resumed_from(checkpoint, make_student):
     shutil.rmtree(checkpoint / "hf")
     with pytest.raises(QADError, match="no qad.json of QADTrainer"):
