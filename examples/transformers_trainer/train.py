@@ -2,7 +2,7 @@
 
 python examples/transformers_trainer/train.py --hf_model MODEL --data DATA --valid_data DATA_valid --output_dir RUN
 
-MODEL is a directory, DATA the output of tools/prepare_data.py. All options of TrainingArguments are flags. Several
+MODEL is a directory, DATA the output of megatron-qad prepare. All options of TrainingArguments are flags. Several
 processes: torchrun --nproc-per-node N before the script.
 """
 

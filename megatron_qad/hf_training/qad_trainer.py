@@ -77,7 +77,7 @@ class QADTrainer(Trainer):
         self._terms = losses.terms_of_type(LogitLoss)
         if len(self._terms) != len(losses.terms):
             raise QADError(
-                f"loss {loss!r}: QADTrainer has losses of the logits only. Use pretrain_qad.py for the others."
+                f"loss {loss!r}: QADTrainer has losses of the logits only. Use megatron-qad train for the others."
             )
         self._num_samples = calibration_samples
         self._calibration = {"percentile": calibration_percentile, "headroom": calibration_headroom}

@@ -81,7 +81,7 @@ def quantize_model(
     if policy.kv_cache != UNQUANTIZED.name:
         raise QADError(
             f"policy {policy.name}: kv_cache is {policy.kv_cache}, which QADTrainer does not quantize. Use kv_cache "
-            "bf16, or train with pretrain_qad.py."
+            "bf16, or train with megatron-qad train."
         )
     kinds = family.layer_kinds(config)
     formats = resolve(policy, linears, kinds)
@@ -118,7 +118,7 @@ def _family(config: dict) -> Family:
     if family not in FAMILIES:
         raise QADError(
             f"{family.architecture}: QADTrainer trains {', '.join(f.architecture for f in FAMILIES)}. Train this model "
-            "with pretrain_qad.py, which has its experts, Mamba layers and variable blocks."
+            "with megatron-qad train, which has its experts, Mamba layers and variable blocks."
         )
     return family
 
@@ -151,7 +151,7 @@ def _check_settings(policy: Policy, settings: dict[str, ScaleSetting]) -> None:
         if setting.needs_moments:
             raise QADError(
                 f"policy {policy.name}: {name} has the scale rule {setting.rule}, whose moments of inputs QADTrainer "
-                "does not collect. Choose mse or mse_sweep, or train with pretrain_qad.py."
+                "does not collect. Choose mse or mse_sweep, or train with megatron-qad train."
             )
 
 

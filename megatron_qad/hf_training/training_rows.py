@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_qad.data.metadata import loss_mask_prefix
-from megatron_qad.data.prepared_files import file_sizes, open_prefix
+from megatron_qad.data.prefix_files import file_sizes
+from megatron_qad.data.prepared_files import open_prefix
 from megatron_qad.engine.errors import QADError
 
 NO_LOSS = -100

@@ -51,7 +51,7 @@ def test_a_tied_head_stays(make_model):
 
 
 def test_other_models_are_refused_by_name(make_model):
-    with pytest.raises(QADError, match="Qwen3MoeForCausalLM: QADTrainer trains LlamaForCausalLM.*pretrain_qad.py"):
+    with pytest.raises(QADError, match="Qwen3MoeForCausalLM: QADTrainer trains LlamaForCausalLM.*megatron-qad train"):
         quantize_model(make_model("qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32))
     with pytest.raises(QADError, match="GPT2LMHeadModel"):
         quantize_model(make_model("gpt2", n_embd=64, n_layer=1, n_head=4))
