@@ -7,10 +7,12 @@ Importing this package has no side effects. Its subpackages are on levels; each 
 2. ``models``, ``quantization``, ``distillation``, ``data``
 3. ``config``        configuration of a job;  ``checkpoint``  import, export and validation of checkpoints
 4. ``planning``      bytes per rank and step time, from config.json
-5. ``training``      the job and its callbacks
+5. ``training``      Megatron's job and its callbacks;  ``hf_training``  transformers' Trainer with a teacher
 6. ``evaluation``    models compared token by token and by benchmarks
 7. ``report``        run reports
 8. ``cli``           the command megatron-qad
+
+``api`` has the public names.
 """
 
 import resource as _resource

@@ -42,6 +42,7 @@ from megatron_qad.checkpoint.stored_scales import StoredScales
 from megatron_qad.checkpoint.stream_release import explained
 from megatron_qad.checkpoint.stream_shards import Piece, ShardPlan, ShardWriter
 from megatron_qad.checkpoint.torch_dist import TorchDistReader
+from megatron_qad.checkpoint.trainer_checkpoint import TrainerCheckpointReader, is_trainer_checkpoint
 from megatron_qad.checkpoint.transformers_support import transformers_problem
 from megatron_qad.checkpoint.worker_pool import default_num_workers
 from megatron_qad.engine.distributed import on_rank_0, rank_and_size
@@ -76,7 +77,7 @@ def export_hf(
     the dtype in which the job trained, and packed layouts declare it.
 
     Args:
-        checkpoint: a directory saved by a QAD job or, for layout "bf16", one written by ``import_hf``.
+        checkpoint: a directory saved by a QAD job or by QADTrainer or, for layout "bf16", one written by ``import_hf``.
         output: a new or empty directory.
         layout: "bf16", "modelopt" or "compressed-tensors". With "bf16" quantized weights are written as the values
             that the packed layouts decode to.
@@ -113,7 +114,8 @@ def _prepare(
     config = read_config(checkpoint)
     manifest.verify_directory(checkpoint / "hf", "config.json")
     family = family_of(config)
-    directory, job = _iteration_and_job(checkpoint, layout, iteration)
+    source = _Source.of(checkpoint, layout, iteration, family.tensors(config))
+    job = source.job
     formats = job.get("formats", {})
     kv_cache = job.get("kv_cache", UNQUANTIZED.name) if layout != "bf16" else UNQUANTIZED.name
     if layout != "bf16":
@@ -126,7 +128,7 @@ def _prepare(
             f"{checkpoint}: no hf/{PASSTHROUGH_FILE}, to which the import writes all tensors outside the language "
             "model. Copy it from the imported checkpoint."
         )
-    reader, maps, dtype = TorchDistReader(checkpoint, iteration), family.tensors(config), declared_dtype(config)
+    reader, maps, dtype = source.reader, family.tensors(config), declared_dtype(config)
     if layout != "bf16" and dtype is None:
         dtype = next(reader.stored_dtype(tensor_map) for tensor_map in maps if not tensor_map.is_float32)
         config["torch_dtype"] = str(dtype).removeprefix("torch.")  # the key that old and new readers know
@@ -140,7 +142,7 @@ def _prepare(
         source=checkpoint / "hf",
         max_shard_bytes=max_shard_bytes,
         kv_cache=kv_cache,
-        record=provenance.iteration_provenance(directory, layout, job) | provenance.starting_point(directory, job),
+        record=source.record,
         calibration=export.calibration() if layout != "bf16" else None,
     )
     return export, description
@@ -171,17 +173,49 @@ def _write(export: "Export", plan: ShardPlan, description: Description, output: 
 
 def export_provenance(checkpoint: str | Path, layout: LayoutName, iteration: int | str | None = None) -> dict:
     """Return the provenance record that ``export_hf`` with the same arguments would write; reads no weights."""
-    directory, job = _iteration_and_job(Path(checkpoint), layout, iteration)
+    directory, job = _directory_and_job(Path(checkpoint), layout, iteration)
+    if is_trainer_checkpoint(job):
+        return provenance.trainer_provenance(directory, layout, job)
     return provenance.iteration_provenance(directory, layout, job)
 
 
-def _iteration_and_job(checkpoint: Path, layout: LayoutName, iteration: int | str | None) -> tuple[Path, dict]:
-    """Return the iteration's directory and qad.json; layout bf16 also accepts imports, which have no qad.json."""
-    if layout != "bf16" and read_job(checkpoint) is None:
+@dataclass(frozen=True)
+class _Source:
+    """What is exported: an iteration of a run, an imported model, or a checkpoint of QADTrainer."""
+
+    reader: TorchDistReader | TrainerCheckpointReader
+    job: dict
+    """Contents of ``qad.json``; empty for an imported model."""
+    record: dict
+    """Provenance record of the export."""
+
+    @classmethod
+    def of(
+        cls, checkpoint: Path, layout: LayoutName, iteration: int | str | None, maps: Sequence[ParamMapping]
+    ) -> "_Source":
+        directory, job = _directory_and_job(checkpoint, layout, iteration)
+        if is_trainer_checkpoint(job):
+            record = provenance.trainer_provenance(directory, layout, job) | provenance.trainer_starting_point(job)
+            return cls(TrainerCheckpointReader(checkpoint, maps), job, record)
+        record = provenance.iteration_provenance(directory, layout, job) | provenance.starting_point(directory, job)
+        return cls(TorchDistReader(checkpoint, iteration), job, record)
+
+
+def _directory_and_job(checkpoint: Path, layout: LayoutName, iteration: int | str | None) -> tuple[Path, dict]:
+    """Return the directory of the tensors and qad.json; layout bf16 also accepts imports, which have no qad.json."""
+    job = read_job(checkpoint)
+    if layout != "bf16" and job is None:
         raise QADError(
-            f"{checkpoint}: no {JOB_FILE}; only checkpoints of pretrain_qad.py can be exported quantized. Use "
-            "--layout bf16, or quantize it first: pretrain_qad.py --qad-ptq, or a QAD job."
+            f"{checkpoint}: no {JOB_FILE}; only checkpoints of pretrain_qad.py and of QADTrainer can be exported "
+            "quantized. Use --layout bf16, or quantize it first: pretrain_qad.py --qad-ptq, or a QAD job."
         )
+    if is_trainer_checkpoint(job):
+        if iteration is not None:
+            raise QADError(
+                f"{checkpoint}: is one checkpoint of QADTrainer, found iteration {iteration}. Leave it out, and give "
+                "the directory of the checkpoint."
+            )
+        return checkpoint, job
     directory = iteration_to_read(checkpoint, iteration)
     return directory, read_job(checkpoint, directory) or {}
 
@@ -208,7 +242,7 @@ def _passthrough_linears(passthrough: dict[str, torch.Tensor]) -> list[str]:
 class Export:
     """Conversion of one checkpoint to tensors with Hugging Face names."""
 
-    reader: TorchDistReader
+    reader: TorchDistReader | TrainerCheckpointReader
     layout: LayoutName
     formats: dict[str, str]
     kv_cache: str

@@ -47,15 +47,25 @@ def iteration_provenance(directory: Path, layout: str, job: dict) -> dict[str, A
         directory: directory of the iteration, next to ``hf/`` in the checkpoint directory.
         job: contents of ``qad.json``.
     """
-    entries = [job.get(key) for key in ("formats", "kv_cache", "scale_rule")]
-    entries += [job["scales"]] if "scales" in job else []  # exports of runs without it keep their record
-    formats = json.dumps(entries, sort_keys=True).encode()
     return {
         "checkpoint": directory.parent.resolve().name,
         "iteration": directory.name,
         "layout": layout,
-        "sha256": _digest([*_iteration_parts(directory), formats, *_hf_parts(directory.parent / "hf")]),
+        "sha256": _digest([*_iteration_parts(directory), _export_settings(job), *_hf_parts(directory.parent / "hf")]),
     }
+
+
+def trainer_provenance(checkpoint: Path, layout: str, job: dict) -> dict[str, Any]:
+    """Return the provenance record of an export of a checkpoint that QADTrainer saved. Arguments as above."""
+    parts = [*_hf_parts(checkpoint), _export_settings(job), *_hf_parts(checkpoint / "hf")]
+    return {"checkpoint": checkpoint.resolve().name, "layout": layout, "sha256": _digest(parts)}
+
+
+def _export_settings(job: dict) -> bytes:
+    """Return data that identifies the entries of ``qad.json`` that an export depends on."""
+    entries = [job.get(key) for key in ("formats", "kv_cache", "scale_rule")]
+    entries += [job["scales"]] if "scales" in job else []  # exports of runs without it keep their record
+    return json.dumps(entries, sort_keys=True).encode()
 
 
 def starting_point(directory: Path, job: dict) -> dict[str, Any]:
@@ -65,13 +75,23 @@ def starting_point(directory: Path, job: dict) -> dict[str, Any]:
         directory: directory of the iteration.
         job: contents of ``qad.json``.
     """
-    smoothing, max_lr = smoothing_record(directory.parent), job.get("max_lr")
-    number = directory.name.removeprefix("iter_")
+    smoothing, number = smoothing_record(directory.parent), directory.name.removeprefix("iter_")
+    num_steps = int(number) if number.isdigit() else None
+    return _starting_point(job, num_steps, None if smoothing is None else smoothing.get("result"))
+
+
+def trainer_starting_point(job: dict) -> dict[str, Any]:
+    """Return the entries of ``starting_point`` for a checkpoint of QADTrainer, whose ``qad.json`` has them all."""
+    return _starting_point(job, job.get("num_steps"), job.get("smoothing"))
+
+
+def _starting_point(job: dict, num_steps: int | None, smoothing: str | None) -> dict[str, Any]:
+    max_lr = job.get("max_lr")
     return {
         # The largest distance by which training can have moved a weight. None: unknown.
-        "max_movement": max_lr * int(number) if max_lr is not None and number.isdigit() else None,
+        "max_movement": max_lr * num_steps if max_lr is not None and num_steps is not None else None,
         # Identifies the smoothed weights that training began from. None: they were not smoothed.
-        "smoothing": None if smoothing is None else smoothing.get("result"),
+        "smoothing": smoothing,
     }
 
 

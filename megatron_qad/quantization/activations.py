@@ -20,10 +20,9 @@ from modelopt.torch.utils.distributed import ParallelState
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format import NumberFormat
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS, UNQUANTIZED
-from megatron_qad.quantization.calibration import MagnitudeCounts, RunningAmax
-from megatron_qad.quantization.headroom import BlockAmaxCounts
+from megatron_qad.quantization.calibrated_amaxes import calibrator_of, reduced_amaxes
 from megatron_qad.quantization.kv_cache import QuantCoreAttention, quantize_kv_cache
-from megatron_qad.quantization.names import name_is_shared, named_modules_globally, of_expert
+from megatron_qad.quantization.names import named_modules_globally, of_expert
 
 _SCALE = "scale"
 """Key of a fixed scale among modelopt's arguments of a quantizer for its backend."""
@@ -185,57 +184,24 @@ class ActivationQuantizers:
         """
         self._calibrated = False
         calibrated = {name: q for name, q in self.quantizers.items() if q not in self._constant}
-        for quantizer in calibrated.values():
+        for name, quantizer in calibrated.items():
             quantizer.reset_amax()
-            quantizer._calibrator = self._calibrator(quantizer)
+            quantizer._calibrator = calibrator_of(self._number_formats[name], self.percentile, self.headroom)
             quantizer.enable_calib()
         for quantizer in self.quantizers.values():
             quantizer.disable_quant()
         yield
-        amaxes = self._reduced_amaxes({name: quantizer._calibrator for name, quantizer in calibrated.items()})
+        calibrators = {name: quantizer._calibrator for name, quantizer in calibrated.items()}
+        amaxes = reduced_amaxes(calibrators, self._number_formats, self.groups, _device())
         for name, quantizer in calibrated.items():
             quantizer.amax = amaxes[name].view(1)
             quantizer.disable_calib()
         for quantizer in self.quantizers.values():
             quantizer.enable_quant()
 
-    def _calibrator(self, quantizer: TensorQuantizer) -> RunningAmax:
-        if self.percentile is not None:
-            return MagnitudeCounts(self.percentile)
-        if self.headroom is not None and quantizer.block_sizes is not None:  # others have no block scales
-            return BlockAmaxCounts(self.headroom)
-        return RunningAmax()
-
     def _set_constant_amaxes(self) -> None:
         for quantizer in self._constant:
             quantizer.amax = torch.full((1,), self._constant_amax, dtype=torch.float32, device=_device())
-
-    def _reduced_amaxes(self, calibrators: Mapping[str, RunningAmax]) -> dict[str, torch.Tensor]:
-        """Return the amaxes by name, float32 scalars that are equal on all ranks."""
-        if not calibrators:
-            return {}
-        zero = torch.zeros((), dtype=torch.float32, device=_device())
-        local = [calibrator.compute_amax() for calibrator in calibrators.values()]
-        maxima = torch.stack([zero if amax is None else amax.detach().float().reshape(()) for amax in local])
-        maxima = torch.where(maxima.isnan(), torch.inf, maxima)  # a max all-reduce may ignore NaN
-        for group in self.groups:
-            torch.distributed.all_reduce(maxima, op=torch.distributed.ReduceOp.MAX, group=group)
-        _check_finite(dict(zip(calibrators, maxima.tolist(), strict=True)))
-        amaxes = {}
-        for (name, calibrator), maximum in zip(calibrators.items(), maxima, strict=True):
-            amaxes[name] = self._amax_of_counts(name, calibrator, maximum) if calibrator.num_bins else maximum
-        _check_positive(dict(zip(amaxes, torch.stack(list(amaxes.values())).tolist(), strict=True)))
-        return {name: self._number_formats[name].calibrated_amax(amax) for name, amax in amaxes.items()}
-
-    def _amax_of_counts(self, name: str, calibrator: RunningAmax, maximum: torch.Tensor) -> torch.Tensor:
-        # One all-reduce of at most 255 KiB per quantizer, once per job.
-        counts = calibrator.zero_counts(maximum.device) if calibrator.counts is None else calibrator.counts
-        for group in self.groups:
-            torch.distributed.all_reduce(counts, group=group)
-        amax, warning = calibrator.amax_of_counts(counts, maximum)
-        if warning is not None and all(group.rank() == 0 for group in self.groups):  # once per pipeline stage
-            print(f"megatron_qad: WARNING: calibration: the input of {name}: {warning}.", flush=True)
-        return amax
 
 
 def _device():
@@ -245,27 +211,6 @@ def _device():
 def _input_format(name: str, formats: Mapping[str, str]) -> NumberFormat | None:
     """Return the format of a linear's input. All experts of a layer have one format (``policy``)."""
     return FORMATS[formats.get(f"{of_expert(name, 0)}.weight", UNQUANTIZED.name)].input
-
-
-def _check_finite(amaxes: dict[str, float]) -> None:
-    for name, amax in amaxes.items():
-        if amax == float("inf"):
-            raise QADError(
-                f"calibration: the input of {name} has amax {amax}; expected a finite positive number. "
-                "Look for NaN in the weights of the layers before it."
-            )
-
-
-def _check_positive(amaxes: dict[str, float]) -> None:
-    for name, amax in amaxes.items():
-        if amax == 0:
-            scope = name.partition(".experts.")[0] + ".experts.*" if name_is_shared(name) else name
-            what = "no expert of its layer" if name_is_shared(name) else "it never"
-            raise QADError(
-                f"calibration: the input of {name} has amax 0.0; expected a positive number: {what} received an input "
-                "other than zeros. Calibrate on more samples (--qad-calibration-samples), or, if the layer is dead, "
-                f"leave it in BF16: --qad-policy-override '{scope}=bf16'."
-            )
 
 
 def _register(chunk: torch.nn.Module, suffix: str, quantized: type) -> None:

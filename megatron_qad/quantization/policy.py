@@ -35,6 +35,16 @@ class Policy:
     kv_cache: str = "bf16"
     """KV cache format, one of ``KV_CACHE_FORMATS``."""
 
+    @classmethod
+    def load(cls, policy: str, overrides: Sequence[str] = ()) -> "Policy":
+        """Load a shipped policy by its name, or a YAML file, and append override rules; see ``policy.load``.
+
+        Example:
+            >>> Policy.load("nvfp4-all-linear", ["head=nvfp4"]).name
+            'nvfp4-all-linear'
+        """
+        return load(policy, overrides, flag="overrides:")
+
 
 def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-policy-override") -> Policy:
     """Load a policy and append the override rules.

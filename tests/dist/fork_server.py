@@ -37,15 +37,17 @@ class ForkServer:
     Args:
         directory: directory for logs.
         prefix: command that starts the server, such as one that first mounts a file system.
+        module: module that the server imports before it forks. pretrain_qad initializes the CPU backend and imports
+            all modules of a job; ``hf_jobs`` leaves torch.cuda as it is.
     """
 
-    def __init__(self, directory: Path, prefix: Sequence[str] = ()):
-        self.directory, self._jobs, self._prefix = directory, 0, prefix
+    def __init__(self, directory: Path, prefix: Sequence[str] = (), module: str = "pretrain_qad"):
+        self.directory, self._jobs, self._prefix, self._module = directory, 0, prefix, module
 
     def __enter__(self):
         self._log = open(self.directory / "server.log", "w")
         self._process = subprocess.Popen(
-            [*self._prefix, sys.executable, str(Path(__file__).resolve())],
+            [*self._prefix, sys.executable, str(Path(__file__).resolve()), self._module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -111,11 +113,11 @@ def _log_file(log: str | Path, rank: int) -> Path:
 def _serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of imports must not mix with the replies
-    import pretrain_qad  # noqa: F401, I001  initializes the backend and imports all modules of a job
-    import docstrings
+    importlib.import_module(sys.argv[1])
     import torch
 
-    docstrings.read_once()
+    if sys.argv[1] == "pretrain_qad":
+        importlib.import_module("docstrings").read_once()
     # A garbage collection in a rank would write to every imported object, and so copy the pages that ranks share.
     gc.collect()
     gc.freeze()
