@@ -99,8 +99,8 @@ def check(monkeypatch, capsys, job_parser):
         with monkeypatch.context() as patch:
             patch.syspath_prepend(ROOT / "tools")
             patch.setattr(sys, "argv", ["program", *argv])
-            patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_: parse(parser, False))
-            patch.setattr(argparse.ArgumentParser, "parse_known_args", lambda parser, *_: parse(parser, True))
+            patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_, **__: parse(parser, False))
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", lambda parser, *_, **__: parse(parser, True))
             try:
                 find_main()()
             except Parsed as parsed:
