@@ -442,7 +442,9 @@ def test_reading_a_missing_tensor_is_an_error(complete):
 
 
 def test_export_without_config_job_file_or_tracker_is_an_error(complete, refuses, tmp_path):
-    with pytest.raises(QADError, match="no hf/config.json. Expected a checkpoint directory written by import_hf.py"):
+    with pytest.raises(
+        QADError, match="no hf/config.json. Expected a checkpoint directory written by megatron-qad import"
+    ):
         export_hf(complete, tmp_path / "out", "bf16")
     copy_assets(complete, tmp_path / "checkpoint" / "hf")
     manifest.write_manifest(tmp_path / "checkpoint" / "hf")
