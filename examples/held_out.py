@@ -16,11 +16,9 @@ WINDOW = 256
 
 
 def measured_kl(run: Path) -> dict[str, float]:
-    """Print and return the KL to the teacher of PTQ, QAT and QAD, as measured by their jobs."""
+    """Return the KL to the teacher of PTQ, QAT and QAD, as measured by their jobs."""
     results = json.loads((run / "report" / "results.json").read_text())["runs"]
-    kl = {name: results[name]["validation"]["kl_to_teacher"] for name in ("PTQ", "QAT", "QAD")}
-    print(f"        held-out KL to the teacher: {', '.join(f'{name} {value:.5f}' for name, value in kl.items())}")
-    return kl
+    return {name: results[name]["validation"]["kl_to_teacher"] for name in ("PTQ", "QAT", "QAD")}
 
 
 @torch.inference_mode()

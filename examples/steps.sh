@@ -6,11 +6,24 @@ source examples/ranks.sh
 started=$SECONDS
 say() { printf '[%3d s] %s\n' "$((SECONDS - started))" "$*"; }
 
-# step NAME COMMAND...: runs one step of the example. Its output goes to a log, whose end is shown if it fails.
+declare -A about=(
+  [inputs]="writes texts, a tokenizer and a random model"
+  [import]="imports the model" [data-raw]="tokenizes" [data-post]="tokenizes" [data-heldout]="tokenizes"
+  [teacher-stage1]="trains the BF16 teacher on raw text" [teacher-stage2]="trains it on text in another style"
+  [ptq]="quantizes the teacher to NVFP4, without training" [qat]="trains the quantized model on its task loss"
+  [qad]="trains the quantized model with KL to the teacher"
+  [validate]="checks the export" [report]="writes the run report"
+)
+# step NAME COMMAND...: runs one step of the example. Its output goes to a log, whose end is shown if it fails; of a training job the
+# terminal gets one line every few iterations.
 step() {
   local name=$1; shift
-  say "$name"
-  "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; say "$name failed; complete log: $out/log/$name.txt"; exit 1; }
+  say "$name${about[$name]:+: ${about[$name]}}"
+  "$@" 2>&1 | tee "$out/log/$name.txt" | sed -un 's/^.* | \(iteration [^|]*\) | \([^|]*\) | grad norm.*| left: \(.*\)/        \1, \2, \3 left/p' || {
+    tail -n 40 "$out/log/$name.txt"
+    say "$name failed; complete log: $out/log/$name.txt"
+    exit 1
+  }
 }
 
 # Makes texts, tokenizer and an untrained model (make_inputs.py), tokenizes the texts, and imports the model as "untrained".

@@ -34,9 +34,8 @@ def main() -> None:
     kl = measured_kl(run)
     records = {name: record.load(run / "records" / name) for name in (*kl, "exported")}
     evaluated = {name: evaluation.about["means"]["kl_to_teacher"] for name, evaluation in records.items()}
-    print(f"        evaluated token by token: {', '.join(f'{name} {value:.5f}' for name, value in evaluated.items())}")
     reloaded = divergence_of_export(run, "hf-compressed-tensors", torch.bfloat16)
-    print(f"        QAD reloaded by transformers: {reloaded:.5f}")
+    print(table(records, reloaded))
     failures = []
     if not kl["QAD"] <= SHARE * kl["PTQ"]:
         failures.append(f"KL(QAD) is not at most {SHARE} of KL(PTQ)")
@@ -50,6 +49,18 @@ def main() -> None:
         failures.append(f"the KL of the exported checkpoint is not within {TOLERANCE:.0%} of the trained student's")
     if failures:
         sys.exit("error: " + "; ".join(failures))
+
+
+def table(records: dict[str, record.Evaluation], reloaded: float) -> str:
+    """Return the results as a table: KL to the teacher, its share of PTQ's, share of equal top tokens."""
+    rows = [("on held-out text", "KL to the teacher", "of PTQ's", "same top token")]
+    base = records["PTQ"].about["means"]["kl_to_teacher"]
+    for name, evaluation in records.items():
+        means = evaluation.about["means"]
+        kl = means["kl_to_teacher"]
+        rows.append((name, f"{kl:.5f}", f"{kl / base:.2f}", f"{means['top1_agreement']:.1%}"))
+    rows.append(("reloaded by transformers", f"{reloaded:.5f}", f"{reloaded / base:.2f}", ""))
+    return "\n".join(f"        {a:<26}{b:>18}{c:>12}{d:>18}" for a, b, c, d in rows)
 
 
 if __name__ == "__main__":

@@ -43,4 +43,6 @@ step report python tools/report.py --title "Tiny Llama on two CPU cores" --teach
   --evaluations "$out"/records/{PTQ,QAT,QAD,exported} --output "$out/report"
 say "reload with transformers and check"
 python "$here/check.py" "$out" 2>"$out/log/check.txt" || { tail -n 20 "$out/log/check.txt"; exit 1; }  # bars of transformers
-say "done: $out/report/report.html, $out/hf-modelopt, $out/hf-compressed-tensors"
+say "done"
+printf '        %s\n' "report:   $out/report/report.html" "picture:  $out/report/report.png" \
+  "exports:  $out/hf-modelopt (vLLM), $out/hf-compressed-tensors (vLLM, transformers)"

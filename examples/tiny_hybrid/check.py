@@ -29,6 +29,7 @@ def main() -> None:
     run = parser.parse_args().run
     kl = measured_kl(run)
     ratio = kl["QAD"] / kl["PTQ"]
+    print(f"        held-out KL to the teacher: {', '.join(f'{name} {value:.5f}' for name, value in kl.items())}")
     print(f"        QAD / PTQ: {ratio:.2f}; the goal of {GOAL} is {'reached' if ratio <= GOAL else 'not reached'}")
     reloaded = divergence_of_export(run, "hf-bf16", torch.float32, 16)
     print(f"        QAD's weights in transformers, inputs in BF16: {reloaded:.5f}")

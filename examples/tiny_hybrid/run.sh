@@ -34,4 +34,5 @@ step report python tools/report.py --title "Tiny Nemotron-H on two CPU cores" --
   --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report"
 say "reload with transformers and check"
 python "$here/check.py" "$out" 2>"$out/log/check.txt" || { tail -n 20 "$out/log/check.txt"; exit 1; }  # bars of transformers
-say "done: $out/report/report.html, $out/hf-modelopt"
+say "done"
+printf '        %s\n' "report:  $out/report/report.html" "picture: $out/report/report.png" "export:  $out/hf-modelopt"
