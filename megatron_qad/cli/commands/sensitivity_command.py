@@ -14,17 +14,13 @@ from megatron_qad.cli.command_parser import JOB_FLAGS, command_parser
 from megatron_qad.engine import init_runtime
 from megatron_qad.engine.errors import QADError
 
-FORMATS = ("nvfp4", "nvfp4-w4a16", "fp8", "int4-w4a16")
-
 
 def make_parser() -> argparse.ArgumentParser:
     parser = command_parser("sensitivity", __doc__, epilog=JOB_FLAGS)
     parser.add_argument(
         "--output", type=Path, required=True, help="output directory for the table, the plot and policy.yaml"
     )
-    parser.add_argument(
-        "--formats", nargs="+", choices=FORMATS, default=["nvfp4"], help="formats to measure (default: nvfp4)"
-    )
+    parser.add_argument("--formats", nargs="+", metavar="FORMAT", help="formats to measure (default: NVFP4, W4A4)")
     parser.add_argument(
         "--budget-mb", type=float, help="size limit of all candidates in 10^6 bytes (default: no proposal is made)"
     )
@@ -43,10 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron.training.utils import is_rank0
 
     from megatron_qad.engine.run_directory import atomic_checkpoint, locks
+    from megatron_qad.formats.format_registry import DEFAULT_FORMAT, FORMATS
     from megatron_qad.report.sensitivity_report import write_sensitivity
     from megatron_qad.training.sensitivity import Probe, group_into_units, measure, policy_document, propose
     from megatron_qad.training.start import read_command_line, start_job
 
+    formats = options.formats or [DEFAULT_FORMAT]
+    known = [name for name, fmt in FORMATS.items() if fmt.quantizes]
+    if unknown := [name for name in formats if name not in known]:
+        raise QADError(f"--formats {unknown[0]}: no such format. Choose from {', '.join(known)}.")
     evaluation = ["--eval-interval", "1", "--eval-iters", str(options.num_microbatches), "--skip-train"]
     config = read_command_line([*job_argv, *evaluation], trains=False)
     job = start_job(config)
@@ -60,20 +61,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             "policy that quantizes some linears."
         )
     probe = Probe(job, [x.megatron for unit in units for x in unit.linears], options.num_microbatches)
-    measured = measure(probe, units, options.formats, show_progress=is_rank0())
+    measured = measure(probe, units, formats, show_progress=is_rank0())
     chosen = proposal_kl = budget = None
     if options.budget_mb is not None:
         budget = int(options.budget_mb * 1e6)
-        chosen = propose(measured, options.formats, budget)
+        chosen = propose(measured, formats, budget)
         proposal_kl, _ = probe.kl({x.megatron: chosen[u.name] for u in units for x in u.linears})
     if is_rank0():
         title = f"Sensitivity of {config.student.family.architecture}, {len(units)} layers"
         numbers = {"chosen": chosen, "proposal_kl": proposal_kl, "budget_bytes": budget}
-        write_sensitivity(measured, options.formats, options.output, title=title, **numbers)
+        write_sensitivity(measured, formats, options.output, title=title, **numbers)
         if chosen is not None:
             document = policy_document(units, chosen, linears)
             (options.output / "policy.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
-    for fmt in options.formats:
+    for fmt in formats:
         print_rank_0(f"all layers in {fmt}: KL {measured.everything[fmt]:.5g} over {measured.num_tokens} tokens")
     if chosen is not None:
         print_rank_0(f"proposal: KL {proposal_kl:.5g}")

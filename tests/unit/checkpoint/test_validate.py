@@ -371,7 +371,7 @@ def test_command_line_prints_issues_and_exits_with_1(tmp_path):
     (tmp_path / "run" / "hf").mkdir(parents=True)
     (tmp_path / "run" / "hf" / "config.json").write_text("{}")
     assert issues(tmp_path / "run") == [
-        f"{tmp_path / 'run'}: is a Megatron checkpoint; expected an exported one (tools/export_hf.py)"
+        f"{tmp_path / 'run'}: is a Megatron checkpoint; expected an exported one (megatron-qad export)"
     ]
 
 
