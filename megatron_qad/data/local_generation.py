@@ -103,8 +103,10 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
 
     from megatron_qad.engine.cpu.speedups.grouped_attention import register
 
-    # MLP layers of Nemotron-H have no cache, like its expert layers; transformers 5.14 maps only the latter.
-    DYNAMIC_LAYER_TYPE_MAPPING.setdefault("mlp", DYNAMIC_LAYER_TYPE_MAPPING["moe"])
+    # MLP layers of Nemotron-H have no cache, like its expert layers; transformers 5.14 maps only the latter, 5.15 maps
+    # both, and 5.24 neither, because its caches handle both types before they read the mapping.
+    if "moe" in DYNAMIC_LAYER_TYPE_MAPPING:
+        DYNAMIC_LAYER_TYPE_MAPPING.setdefault("mlp", DYNAMIC_LAYER_TYPE_MAPPING["moe"])
     with failures_are_bad_documents(f"--model {model_dir}: transformers cannot load its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     try:

@@ -1,6 +1,7 @@
 """Writes the table of ``patches`` as the page ``docs/patches.md``."""
 
 from megatron_qad.engine.patches import PATCHES, STAND_INS
+from megatron_qad.engine.tried_versions import TRIED
 
 
 def page() -> str:
@@ -24,4 +25,13 @@ def page() -> str:
     lines += ["", "## Replaced or hidden modules", "", header, "|---|---|---|---|"]
     for stand_in in STAND_INS:
         lines.append(f"| `{stand_in.module}` | {stand_in.why} | `{stand_in.where}` | {stand_in.until} |")
+    lines += ["", "## Other versions that were tried", ""]
+    lines += [
+        "pyproject.toml allows a version if every row agrees with it and the tests that were run pass. The",
+        "commands are in the [lab log](lab_log.md#other-versions).",
+    ]
+    lines += ["", "| version | allowed | rows that differ | result |", "|---|---|---|---|"]
+    for tried in TRIED:
+        allowed = "yes" if tried.supported else "no"
+        lines.append(f"| {tried.package} {tried.version} | {allowed} | {tried.rows} | {tried.result} |")
     return "\n".join(lines) + "\n"

@@ -25,11 +25,13 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.patches import replace
 from megatron_qad.engine.system_errors import explain
 
-_METADATA = "torch.distributed.checkpoint.metadata"
+_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
 _CLASSES = {
     *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")),
     *((_METADATA, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata")),
     (_METADATA, "_MEM_FORMAT_ENCODING"),
+    # Megatron attaches the plans of all ranks. torch 2.12 writes them, 2.11 drops them.
+    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("pathlib", "PosixPath"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import default_planner
 
 from megatron_qad.engine import QADError, init_runtime
 from megatron_qad.engine.run_directory.restricted_unpickling import one_error
@@ -49,6 +50,16 @@ def test_ordinary_checkpoint_is_read(tmp_path):
     save(tmp_path / "c", ("a", 3))
     state = read(tmp_path / "c")
     assert state["weight"].tolist() == [0, 1, 2] and state["object"] == ("a", 3)
+
+
+def test_plans_of_all_ranks_in_metadata_are_read(tmp_path):
+    """Megatron attaches them to the metadata. torch 2.12 writes such attributes; 2.11 drops them."""
+    save(tmp_path / "c", "text")
+    metadata = dcp.FileSystemReader(tmp_path / "c").read_metadata()
+    state = {"weight": torch.arange(3.0), "object": "text"}
+    metadata.all_local_plans = [default_planner.create_default_local_save_plan(state, is_coordinator=True)]
+    (tmp_path / "c" / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert read(tmp_path / "c")["object"] == "text"
 
 
 def test_code_in_metadata_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from modelopt.torch.quantization.calib import NVFP4ActHeadroomCalibrator
+from modelopt.torch.quantization import calib
 
 from megatron_qad.engine import QADError
 from megatron_qad.formats import fp8
@@ -30,7 +30,9 @@ def inputs(kind: str, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["normal", "outlier", "wide", "sparse"])
 def test_amax_equals_that_of_modelopt(kind, rho):
     """Except that ours is rounded up to bfloat16, as checkpoints store it."""
-    peer, ours = NVFP4ActHeadroomCalibrator(rho=rho), BlockAmaxCounts(rho)
+    if not hasattr(calib, "NVFP4ActHeadroomCalibrator"):
+        pytest.skip("modelopt has this calibrator since 0.47")
+    peer, ours = calib.NVFP4ActHeadroomCalibrator(rho=rho), BlockAmaxCounts(rho)
     for seed in range(3):
         for calibrator in (peer, ours):
             calibrator.collect(inputs(kind, seed))
