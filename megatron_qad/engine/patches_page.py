@@ -27,9 +27,9 @@ def page() -> str:
         lines.append(f"| `{stand_in.module}` | {stand_in.why} | `{stand_in.where}` | {stand_in.until} |")
     lines += ["", "## Other versions that were tried", ""]
     lines += [
-        "pyproject.toml allows a version if every row agrees with it and the tests that were run pass. The",
-        "commands are in the [lab log](lab_log.md#other-versions).",
+        "`pyproject.toml` allows a version if every row agrees with it and the tests pass that were run with it. The"
     ]
+    lines += ["[lab log](lab_log.md#other-versions) has the commands."]
     lines += ["", "| version | allowed | rows that differ | result |", "|---|---|---|---|"]
     for tried in TRIED:
         allowed = "yes" if tried.supported else "no"
