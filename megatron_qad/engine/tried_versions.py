@@ -37,8 +37,8 @@ TRIED: tuple[TriedVersion, ...] = (
         supported=False,
         rows="`get_forward_backward_func`, `train_step`, `save_checkpoint`, `dist_checkpointing.save`, "
         "`_set_main_param_and_optimizer_states`",
-        result="no job was run; the sources were read. `dist_checkpointing.save` writes the state that ranks share to a "
-        "file of its own; the others differ in arguments and process groups, the last one in its docstring",
+        result="no job was run; the sources were read. `dist_checkpointing.save` writes the state that ranks share to "
+        "a file of its own; the others differ in arguments and process groups, the last one in its docstring",
     ),
     TriedVersion(
         "nvidia-modelopt",
@@ -54,16 +54,16 @@ TRIED: tuple[TriedVersion, ...] = (
         supported=False,
         rows="`load`, `device_count`, `memory_stats`, `_engine_run_backward`, `reduce_scatter`",
         result="checkpoints were refused: torch 2.12 writes the plans of all ranks, which Megatron attaches, into "
-        "`.metadata`, and 2.11 drops them. Their classes are accepted now, also from checkpoints of others. Then nothing "
-        f"broke in {_JOBS}. Run with NCCL 2.29.7 and otherwise the CUDA libraries of 2.11, without a GPU",
+        "`.metadata`, and 2.11 drops them. Their classes are accepted now, also from checkpoints of others. Then "
+        f"nothing broke in {_JOBS}. Run with NCCL 2.29.7 and otherwise the CUDA libraries of 2.11, without a GPU",
     ),
     TriedVersion(
         "transformers",
         "5.15.1",
         supported=False,
         rows="none; its mapping has the entry, so from 5.15 on the row can go",
-        result="274 tests of chats, generation, caches, families and exports: one timed out on the busy machine, and one "
-        "shows a change. Nemotron-H's packed weights are found in the compressed-tensors layout, but its experts are "
+        result="274 tests of chats, generation, caches, families and exports: one timed out on the busy machine, and "
+        "one shows a change. Nemotron-H's packed weights are found in the compressed-tensors layout, but its experts are "
         "decompressed without their global scale. The export makes transformers refuse it, with the reason of 5.14",
     ),
     TriedVersion(
@@ -71,8 +71,8 @@ TRIED: tuple[TriedVersion, ...] = (
         "5.24.0",
         supported=False,
         rows="none by type; the mapping has neither `moe` nor `mlp`",
-        result="`KeyError` where a local model generates (read in the source, fixed). Then generation with a hybrid and "
-        "the caches pass. Nemotron-H as in 5.15.1. Needs tokenizers 0.23. No other test was run",
+        result="`KeyError` where a local model generates (read in the source, fixed). Then generation with a hybrid "
+        "and the caches pass. Nemotron-H as in 5.15.1. Needs tokenizers 0.23. No other test was run",
     ),
 )
 
