@@ -63,8 +63,8 @@ TRIED: tuple[TriedVersion, ...] = (
         supported=False,
         rows="none; its mapping has the entry, so from 5.15 on the row can go",
         result="274 tests of chats, generation, caches, families and exports: one timed out on the busy machine, and "
-        "one shows a change. Nemotron-H's packed weights are found in the compressed-tensors layout, but its experts are "
-        "decompressed without their global scale. The export makes transformers refuse it, with the reason of 5.14",
+        "one shows a change. Nemotron-H's packed weights are found in the compressed-tensors layout, but its experts "
+        "are decompressed without their global scale. The export makes transformers refuse it, with the reason of 5.14",
     ),
     TriedVersion(
         "transformers",

@@ -28,7 +28,7 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "bos_token_id": None,
     "initializer_range": 0.2,  # so that the model's distributions are not uniform
