@@ -63,8 +63,8 @@ TRIED: tuple[TriedVersion, ...] = (
         supported=False,
         rows="none; its mapping has the entry, so from 5.15 on the row can go",
         result="274 tests of chats, generation, caches, families and exports: one timed out on the busy machine, and "
-        "one shows a change. Nemotron-H's packed weights are found in the compressed-tensors layout, but its experts "
-        "are decompressed without their global scale. The export makes transformers refuse it, with the reason of 5.14",
+        "one shows a change. Nemotron-H's packed weights are found in the compressed-tensors layout, but it reports "
+        "the experts' global scales as not read. The export makes transformers refuse it, with the reason of 5.14",
     ),
     TriedVersion(
         "transformers",
@@ -72,7 +72,7 @@ TRIED: tuple[TriedVersion, ...] = (
         supported=False,
         rows="none by type; the mapping has neither `moe` nor `mlp`",
         result="`KeyError` where a local model generates (read in the source, fixed). Then generation with a hybrid "
-        "and the caches pass. Nemotron-H as in 5.15.1. Needs tokenizers 0.23. No other test was run",
+        "and the caches pass. The test of Nemotron-H fails as in 5.15.1. Needs tokenizers 0.23. No other test was run",
     ),
 )
 
