@@ -145,7 +145,7 @@ class Run:
     def _has_finished(self) -> bool:
         """Whether the training has reached its last step. A job that was stopped also ends with status 0."""
         tracker = self.work / "qad" / TRACKER
-        return tracker.is_file() and tracker.read_text().strip() == str(given_flags([*self.job("qad")])["train-iters"])
+        return tracker.is_file() and tracker.read_text().strip() == str(given_flags(self.job("qad"))["train-iters"])
 
     def _has_deficit(self) -> bool:
         """Print how far PTQ is from the teacher, and return whether it is worth training."""
@@ -182,7 +182,7 @@ def given_flags(flags: Sequence[str | Path]) -> dict[str, object]:
     """Return the flags of a job, without ``--``, and their values, those of ``--config`` files among them."""
     files, others = {}, {}
     for flag, values in flag_values(map(str, flags)):
-        if flag == "--config":
+        if flag == "--config" and values:
             content = read_yaml(Path(values[-1]), f"--config {values[-1]}")
             if not isinstance(content, dict):
                 raise QADError(f"--config {values[-1]}: expected a mapping of option names to values.")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qad.cli.command_parser import command_parser
-from megatron_qad.cli.launcher import command_line
+from megatron_qad.cli.launcher import command_line, environment
 from megatron_qad.engine import init_runtime
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.processes import end_with_parent
@@ -96,10 +96,11 @@ def _evaluate(candidate, options: argparse.Namespace, flags: list[str]) -> None:
 
 def _run(command: list[str]) -> None:
     """Run a command that is killed if this process dies. It does not get SLURM_ARRAY_TASK_ID."""
-    environment = {name: value for name, value in os.environ.items() if name != "SLURM_ARRAY_TASK_ID"}
+    variables = environment()
+    variables.pop("SLURM_ARRAY_TASK_ID", None)
     try:
         parent = os.getpid()
-        status = subprocess.run(command, env=environment, preexec_fn=lambda: end_with_parent(parent)).returncode
+        status = subprocess.run(command, env=variables, preexec_fn=lambda: end_with_parent(parent)).returncode
     except OSError as error:
         raise QADError(f"{command[0]}: cannot be started ({error.strerror}). Check the command.") from error
     if status:
