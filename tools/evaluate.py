@@ -1,4 +1,4 @@
-"""The command ``megatron-qad evaluate`` in a checkout, as one process or as a rank of torchrun."""
+"""Runs ``megatron-qad evaluate`` from a checkout, in one process or as a rank of torchrun."""
 
 import sys
 from pathlib import Path

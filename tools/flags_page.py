@@ -4,18 +4,16 @@ The flags are the fields of ``QADOptions`` (megatron_qad/config/qad_options.py),
 tests/unit/tools/test_flags_page.py compares the page with them.
 """
 
-import ast
 import dataclasses
-import inspect
 import re
 import sys
-import textwrap
 import typing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_qad.cli.job_help import qad_flags  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 
 PAGE = ROOT / "docs/flags.md"
@@ -42,7 +40,7 @@ GROUPS = {
     ),
     "Output": ("qad_verbose", "qad_dry_run", "qad_dry_run_tensors"),
 }
-"""Heading -> fields of ``QADOptions`` below it; the test fails if one is missing."""
+"""The fields of ``QADOptions`` under each heading. A test fails if a field is missing."""
 HEAD = """\
 # Flags
 The flags that QAD adds to Megatron's. This page is made from `megatron_qad/config/qad_options.py` by
@@ -57,20 +55,13 @@ The flags that QAD adds to Megatron's. This page is made from `megatron_qad/conf
 """
 
 
-def meanings() -> dict[str, str]:
-    """Return the docstring of each field, on one line."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(QADOptions))).body[0].body
-    found, name = {}, None
-    for node in body:
-        if isinstance(node, ast.AnnAssign):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and name:
-            found[name], name = " ".join(node.value.value.split()).replace("%%", "%"), None
-    return found
+def flag_of(field: str) -> str:
+    """Return the flag of a field: ``--qad-loss`` for ``qad_loss``."""
+    return f"--{field.replace('_', '-')}"
 
 
 def default_of(field: dataclasses.Field) -> str:
-    """Return the default as it is written in a table."""
+    """Return the text of the column "default"."""
     if field.default_factory is not dataclasses.MISSING:
         return "none"
     if field.default is None or field.default is False:
@@ -79,23 +70,23 @@ def default_of(field: dataclasses.Field) -> str:
 
 
 def row(field: dataclasses.Field, meaning: str) -> str:
-    """Return the row of a flag; its values stand before the meaning if the type lists them."""
+    """Return the table row of a flag. If its type is a ``Literal``, the meaning begins with the values."""
     meaning = re.sub(r" Default: [^.]*(?:\.\d[^.]*)*\.$", "", meaning) if field.default is not None else meaning
     meaning = re.sub(r"(?<!\w)'([^']*)'(?!\w)", r"`\1`", meaning).replace("|", "\\|")
     meaning = re.sub(r"(?<![\w`-])--[a-z][a-z-]*[a-z]", r"`\g<0>`", meaning)
     meaning = re.sub(r"\bdocs/(\w+\.md)", r"[\1](\1)", meaning)
     values = typing.get_args(field.type) if typing.get_origin(field.type) is typing.Literal else ()
     choices = f"One of {', '.join(f'`{value}`' for value in values)}. " if values else ""
-    return f"| `--{field.name.replace('_', '-')}` | {default_of(field)} | {choices}{meaning} |"
+    return f"| `{flag_of(field.name)}` | {default_of(field)} | {choices}{meaning} |"
 
 
 def page() -> str:
-    """Return the page as Markdown."""
-    fields, texts = {field.name: field for field in dataclasses.fields(QADOptions)}, meanings()
+    """Return the content of docs/flags.md."""
+    fields, texts = {field.name: field for field in dataclasses.fields(QADOptions)}, qad_flags()
     lines = [HEAD.rstrip()]
     for heading, names in GROUPS.items():
         lines += ["", f"## {heading}", "| flag | default | meaning |", "|---|---|---|"]
-        lines += [row(fields[name], texts[name]) for name in names]
+        lines += [row(fields[name], texts[flag_of(name)]) for name in names]
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The command ``megatron-qad noise-floor`` in a checkout, as one process or as a rank of torchrun."""
+"""Runs ``megatron-qad noise-floor`` from a checkout, in one process or as a rank of torchrun."""
 
 import sys
 from pathlib import Path

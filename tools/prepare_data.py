@@ -1,4 +1,4 @@
-"""The command ``megatron-qad prepare`` in a checkout, as one process or as a rank of torchrun."""
+"""Runs ``megatron-qad prepare`` from a checkout, in one process or as a rank of torchrun."""
 
 import sys
 from pathlib import Path

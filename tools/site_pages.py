@@ -1,4 +1,4 @@
-"""Prepares the pages of docs/ for the site: a hook of mkdocs (mkdocs.yml). The pages are written for GitHub.
+"""A hook of mkdocs (mkdocs.yml) that converts the pages of docs/, which are written for GitHub, to Python-Markdown.
 
 - **Links out of docs/** lead to the repository's page if mkdocs.yml names one (``repo_url``). Otherwise the text and
   the path remain, without a link.
@@ -17,12 +17,12 @@ _FENCE = re.compile(r"`{3,}|~{3,}")
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """Return a page as Python-Markdown reads it. Called by mkdocs for each page."""
+    """Convert a page. mkdocs calls this function for each page before it renders it."""
     return with_inner_links(with_wide_lists(markdown), page.file.src_uri, config.repo_url)
 
 
 def with_inner_links(markdown: str, page: str, repo_url: str | None) -> str:
-    """Replace the links that leave docs/, outside of code.
+    """Replace links to files outside of docs/. Code is not changed.
 
         >>> with_inner_links("[recipes](../examples/recipes/README.md)", "planning.md", None)
         'recipes (`examples/recipes/README.md`)'
@@ -51,15 +51,17 @@ def with_inner_links(markdown: str, page: str, repo_url: str | None) -> str:
 
 
 def _code_spans(markdown: str) -> list[tuple[int, int]]:
-    """Return start and end of code that is not the text of a link."""
+    """Return the start and the end of each code span. Code in the text of a link is left out."""
     links = [match.span(1) for match in _LINK.finditer(markdown)]
     spans = [match.span() for match in _CODE.finditer(markdown)]
     return [(start, end) for start, end in spans if not any(a <= start and end <= b for a, b in links)]
 
 
 def with_wide_lists(markdown: str) -> str:
-    """Indent the content of list items by four columns per level. Put a blank line before each list, and between its
-    items if one of them has a blank line."""
+    """Indent list items by four columns per level, and put a blank line before each list.
+
+    If an item contains a blank line, a blank line is also put between the items of its list.
+    """
     lines, widths, fence, before, is_loose = [], [], None, "", False
     for line in markdown.splitlines():
         text, indent, was_list = line.lstrip(), len(line) - len(line.lstrip()), bool(widths)

@@ -1,4 +1,4 @@
-"""The command ``megatron-qad verify`` in a checkout, as one process or as a rank of torchrun."""
+"""Runs ``megatron-qad verify`` from a checkout, in one process or as a rank of torchrun."""
 
 import sys
 from pathlib import Path
