@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_qad.cli.command_table import module_of
 from megatron_qad.config.command_line import unknown_flag
 from megatron_qad.config.flag_names import REMOVED
+from megatron_qad.data.blends import parse_blend
 from megatron_qad.data.prefix_files import file_sizes
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory.config_file import model_config_file
@@ -36,22 +37,28 @@ def check_job_flags(command: str, argv: Sequence[str]) -> None:
     """
     known = _known_flags()
     names = None if known is None else known | _own_flags(command)
-    for flag, _ in flag_values(argv):
+    flags = flag_values(argv)
+    for flag, _ in flags:
         key = flag.removeprefix("--").replace("_", "-")
         if key in REMOVED or names is not None and flag not in names:
             raise unknown_flag(flag, {name.removeprefix("--") for name in names or ()})
-    for flag, values in flag_values(argv):
-        for value in values[-1:]:
-            if flag in _CHECKPOINTS:
-                model_config_file(value)
-            elif flag == "--qad-policy":
-                find_policy(value)
-            elif flag == "--config" and not Path(value).is_file():
-                raise QADError(f"--config {value}: no such file. Check the path.")
-        if flag in _DATA:
-            for prefix in values:
-                if not _is_number(prefix):
-                    file_sizes(prefix)
+    for flag, values in flags:
+        if values:  # the job's parser reports a missing value
+            _check_files(flag, values)
+
+
+def _check_files(flag: str, values: Sequence[str]) -> None:
+    """Check that the files exist that a flag names."""
+    if flag in _CHECKPOINTS:
+        model_config_file(values[-1])
+    elif flag == "--qad-policy":
+        find_policy(values[-1])
+    elif flag == "--config" and not Path(values[-1]).is_file():
+        raise QADError(f"--config {values[-1]}: no such file. Check the path.")
+    elif flag in _DATA:
+        prefixes, _ = parse_blend(values, flag)
+        for prefix in prefixes:
+            file_sizes(prefix)
 
 
 def flag_values(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -82,11 +89,3 @@ def _own_flags(command: str) -> set[str]:
     parser = module.make_parser() if hasattr(module, "make_parser") else None
     own = set() if parser is None else {option for action in parser._actions for option in action.option_strings}
     return own | {"--help", "--help-all"}
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import megatron_qad
+from megatron_qad.cli.command_table import COMMANDS
 from megatron_qad.engine.errors import QADError
 
 MODULE = "megatron_qad.cli"
@@ -30,8 +31,6 @@ def command_line(command: str, *, on_all_gpus: bool | None = None) -> list[str]:
     Args:
         on_all_gpus: whether torchrun.sh starts one rank for each GPU; None means as the table of commands says.
     """
-    from megatron_qad.cli.command_table import COMMANDS
-
     if on_all_gpus is None:
         on_all_gpus = COMMANDS[command].uses_all_gpus
     if on_all_gpus:

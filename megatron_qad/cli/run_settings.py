@@ -20,7 +20,8 @@ LEARNING_RATE = 1e-5
 """The QAD report's for AceReason 7B and Nemotron 3 Nano; others took 1e-6 and 2e-6
 (docs/howto/choose_a_learning_rate.md)."""
 RESERVED = 0.15
-"""Share of a GPU's memory that is left to temporary tensors, buffers and fragmentation, as in megatron-qad plan."""
+"""Share of a GPU's memory that is left to temporary tensors, buffers and fragmentation; megatron-qad plan has the same
+default."""
 _PARALLELISM = frozenset(
     f"{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "context", "expert-model", "expert-tensor")
 )
@@ -71,9 +72,8 @@ def choose_settings(
     """
     config = read_json(model / "config.json")
     longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
-    seq_length = min(MAX_SEQ_LENGTH, longest or MAX_SEQ_LENGTH)
     num_tokens = read_json(Path(f"{data}.json"))["tokens"]
-    seq_length = int(given.get("seq-length", seq_length))
+    seq_length = int(given.get("seq-length", min(MAX_SEQ_LENGTH, longest or MAX_SEQ_LENGTH)))
     rows = num_tokens / seq_length
     batch = MAX_BATCH
     while batch > machine.num_ranks and rows / batch < MIN_STEPS:

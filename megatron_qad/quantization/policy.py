@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.similar_names import did_you_mean
 from megatron_qad.engine.text_files import read_yaml
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 from megatron_qad.quantization.policy_file import find_policy
@@ -17,7 +18,6 @@ from megatron_qad.quantization.rules import (
     Linear,
     Rule,
     check_choice,
-    did_you_mean,
     layer_kind,
     module_name,
     parse_override,

@@ -1,9 +1,9 @@
 """Finds the file of a quantization policy. Needs no torch."""
 
-import difflib
 from pathlib import Path
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.similar_names import did_you_mean
 
 SHIPPED = Path(__file__).parent / "policies"
 """Directory of the policies that are part of the package."""
@@ -22,8 +22,7 @@ def find_policy(policy: str) -> Path:
     if path.is_file():
         return path
     shipped = sorted(file.stem for file in SHIPPED.glob("*.yaml"))
-    similar = difflib.get_close_matches(policy, shipped, n=1)
-    hint = f" (did you mean {similar[0]!r}?)" if similar else ""
     raise QADError(
-        f"no quantization policy {policy!r}{hint}. Give an existing YAML file or one of {', '.join(shipped)}."
+        f"no quantization policy {policy!r}{did_you_mean(policy, shipped)}. Give an existing YAML file or "
+        f"one of {', '.join(shipped)}."
     )

@@ -8,7 +8,6 @@ refer to Megatron's layer pattern, where attention and MLP are separate layers: 
 2i + 1.
 """
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_qad.engine.errors import QADError
+from megatron_qad.engine.similar_names import did_you_mean
 from megatron_qad.formats.block_scales import SCALE_RULES
 from megatron_qad.formats.format_registry import FORMATS
 from megatron_qad.quantization.scale_settings import UPDATES, has_block_scale_rules
@@ -269,12 +269,6 @@ def check_choice(label: str, value: object, valid: Iterable[str], where: str) ->
     raise QADError(
         f"{where}: unknown {label} {value!r:.200}{did_you_mean(value, valid)}. Choose one of {', '.join(valid)}."
     )
-
-
-def did_you_mean(value: object, valid: Iterable[str]) -> str:
-    """Return ``" (did you mean 'mlp'?)"``, or an empty string if no valid value is similar."""
-    close = difflib.get_close_matches(str(value), list(valid), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _strings(entry: dict, key: str, where: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from megatron_qad.cli.command_parser import command_parser
+from megatron_qad.cli.run_settings import RESERVED
 from megatron_qad.engine.chips import BF16_PEAKS
 
 
@@ -26,9 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reserve",
         type=float,
-        default=0.15,
+        default=RESERVED,
         metavar="SHARE",
-        help="share of the memory for what is not counted: temporary tensors, buffers, fragmentation (default: 0.15)",
+        help="share of the memory for what is not counted: temporary tensors, buffers, fragmentation (default: "
+        "%(default)s)",
     )
     parser.add_argument("--seq-length", required=True, type=int, metavar="S", help="tokens of a sequence")
     parser.add_argument("--packed", action="store_true", help="rows hold several documents")
