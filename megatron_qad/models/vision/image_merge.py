@@ -29,7 +29,8 @@ def merged_features(model: torch.nn.Module, feature_index: Tensor, features: Ten
         return
 
     def overwrite(_module, _inputs, output: Tensor) -> Tensor:
-        index = feature_index.t()  # [s/cp, b], as the embeddings
+        # [s/cp, b], as the embeddings. Stages send tensors with the strides that the result gets from this one.
+        index = feature_index.t().contiguous()
         if output.shape[0] != index.shape[0]:  # sequence parallelism
             index = index.chunk(mpu.get_tensor_model_parallel_world_size())[mpu.get_tensor_model_parallel_rank()]
         rows = features[index.clamp(min=0)].to(output.dtype)
