@@ -46,7 +46,8 @@ def check_data(args: argparse.Namespace, prefixes: Sequence[str], options: DataO
         for data in found:
             check_content(data, reading.facts, options.vocab_size)
             if data.metadata is not None and data.metadata.images is not None:
-                lengths = IndexedDataset(data.prefix, mmap=False).sequence_lengths
+                documents = IndexedDataset(data.prefix, mmap=False)
+                lengths = documents.sequence_lengths.copy()  # of a mapping that ends with the dataset
                 check_image_rows(data.prefix, data.metadata, options.images, lengths, args.seq_length)
             _check_eod_is_known(args, data)
         return _check_tokenizers(found, reading.facts, RunTokenizer.from_checkpoints(args, options.checkpoints))
