@@ -27,7 +27,7 @@ from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documen
 from megatron_qad.data.chat_messages import Chat, text_of
 from megatron_qad.data.chat_template import ChatTemplate, TemplateLimitExceeded
 from megatron_qad.data.images.image_parts import ChatImages
-from megatron_qad.data.images.placeholders import expand
+from megatron_qad.data.images.placeholders import expand, locate_images
 
 MULTI_TURN = ("each", "last")
 """Which turns of the assistant count, the values of ``--multi-turn``."""
@@ -256,6 +256,10 @@ def _encode(
         ids.extend(encoded["input_ids"])
         offsets += [(begin + start, end + start) for begin, end in encoded["offset_mapping"]]
         start += len(piece)
+    if images is not None:
+        num_tiles = [file.num_tiles for file in images.files[: rendering.num_images]]
+        if len(located := locate_images(ids, num_tiles, images.settings)) != rendering.num_images:
+            raise BadDocument(f"image {len(located)} has no tokens {images.settings.image_token}")
     mask = bytearray(mask_from_spans(offsets, spans))
     if drop_after_eos:
         _mask_after_eos(ids, mask, hf_tokenizer.eos_token_id)

@@ -21,9 +21,9 @@ def separate_documents(sample: dict[str, Tensor], lengths: Sequence[int], multip
             0, for a document that starts directly after the row: the document before it is then complete.
 
     Returns:
-        The given tensors, ``position_ids`` int64 [s], and ``cu_seqlens`` int32 [s + 1]: 0, the end of each document with
-        its padding, then s. The label of a document's last token, which is the first token of the next document, does
-        not count.
+        The given tensors, ``position_ids`` int64 [s], and ``cu_seqlens`` int32 [s + 1]: 0, the end of each document
+        with its padding, then s. The label of a document's last token, which is the first token of the next document,
+        does not count.
     """
     size = sample["tokens"].numel()
     packed = {name: torch.zeros_like(sample[name]) for name in ("tokens", "labels", "loss_mask")}

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_qad.data.images.image_settings import ImageSettings
 from megatron_qad.data.input_files import compression
 from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files, pairs_of_files
 from megatron_qad.data.prepare_options import PrepareOptions, bad_lines_file, check_options
@@ -69,6 +70,8 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.prepend_bos and tokenizer.bos is None:
         raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Omit the flag.")
+    if options.images is not None:
+        _check_image_tokens(options.images, tokenizer)
     with contextlib.ExitStack() as stack:
         for prefix in options.prefixes():
             stack.enter_context(locks.lock_output(prefix))
@@ -100,6 +103,17 @@ def _prepare(options: PrepareOptions, inputs: list[Path], tokenizer: DataTokeniz
             with contextlib.suppress(OSError):  # the file system became read-only
                 path.unlink(missing_ok=True)
     return metadata[0]
+
+
+def _check_image_tokens(images: ImageSettings, tokenizer: DataTokenizer) -> None:
+    """Check that the tokenizer has the tokens of images under the ids of the model."""
+    pairs = {images.image_token: images.image_token_id, images.start_token: images.start_token_id}
+    for token, expected in (pairs | {images.end_token: images.end_token_id}).items():
+        if (found := tokenizer.vocab.get(token)) != expected:
+            raise QADError(
+                f"--tokenizer {tokenizer.name}: the id of {token} is {found}, expected {expected}, with which "
+                f"{images.family} marks images. Give the model's tokenizer."
+            )
 
 
 def _write(

@@ -13,7 +13,6 @@ from megatron_qad.data.images.image_settings import ImageSettings
 from megatron_qad.data.metadata import DataMetadata, load_metadata, valid_prefix
 from megatron_qad.data.prepare_options import JSON_KEYS, PrepareOptions
 from megatron_qad.engine import init_runtime
-from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.plural import count
 from megatron_qad.engine.text_files import read_json
 
@@ -92,8 +91,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--images-for",
         metavar="MODEL",
-        help="Hugging Face directory of a vision-language model, for which records may have images; without it, they are "
-        "bad lines",
+        help="Hugging Face directory of a vision-language model, for which records may have images; without it, such "
+        "records are bad lines",
     )
     parser.add_argument(
         "--image-root", metavar="DIR", help="folder of the image files; default: the folder of each input file"
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"bad lines are listed in {options.output}.bad.txt")
 
 
-def settings_of_model(model: Path, tokenizer_path: str) -> ImageSettings:
+def settings_of_model(model: Path, tokenizer: str) -> ImageSettings:
     """Return how a vision-language model turns images into tokens of a tokenizer.
 
     Raises:
@@ -128,17 +127,10 @@ def settings_of_model(model: Path, tokenizer_path: str) -> ImageSettings:
     from megatron_qad.config.vision import image_settings
     from megatron_qad.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(tokenizer_path)
-
-    def token_id(token: str) -> int:
-        if token not in tokenizer.vocab:
-            raise QADError(
-                f"--tokenizer {tokenizer_path}: has no token {token}, which marks images of --images-for {model}. Give "
-                "the model's tokenizer."
-            )
-        return tokenizer.vocab[token]
-
-    return image_settings(read_json(model / "config.json", "Give the Hugging Face directory of the model."), token_id)
+    advice = "Expected the Hugging Face directory of a vision-language model."
+    config, processor = model / "config.json", model / "preprocessor_config.json"
+    given = read_json(processor, advice) if processor.is_file() else None
+    return image_settings(read_json(config, advice), load_tokenizer(tokenizer).vocab.get, given)
 
 
 def report(prefix: str, metadata: DataMetadata) -> None:

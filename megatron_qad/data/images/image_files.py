@@ -69,7 +69,7 @@ class StoredImages:
 
     def refs(self, document: int) -> np.ndarray:
         """Return int32 [images, 3] of a document: offset of the first placeholder, number of the image, tiles."""
-        return self._refs.get(document).reshape(-1, 3)
+        return self._refs.get(document).reshape(-1, 3).copy()  # the end of the dataset unmaps its file
 
     def data(self, image: int) -> bytes:
         """Return the bytes of an image's file.
