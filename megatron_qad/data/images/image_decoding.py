@@ -28,7 +28,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         name: names the image in errors.
 
     Raises:
-        BadDocument: it is no image of a known format, damaged, or too large.
+        BadDocument: it is not an image of a known format, damaged, or too large.
     """
     if len(data) > MAX_BYTES:
         raise BadDocument(f"{name} has {len(data):,} bytes, more than the {MAX_BYTES:,} that are read")
@@ -43,7 +43,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise _too_large(name, str(error)) from error
     except Image.UnidentifiedImageError as error:
-        kind = f"{len(data)} bytes that are no image of the formats {', '.join(FORMATS)}" if data else "empty"
+        kind = f"{len(data)} bytes without an image of the formats {', '.join(FORMATS)}" if data else "empty"
         raise BadDocument(f"{name} is {kind}") from error
     except BadDocument:
         raise

@@ -49,7 +49,7 @@ class ImageReader:
             where: place in the record, for errors.
 
         Raises:
-            BadDocument: the file does not exist or is no readable image, or the source is a remote URL.
+            BadDocument: the file does not exist or cannot be read as an image, or the source is a remote URL.
         """
         # Imported here so that commands print their help without loading NumPy and Pillow.
         from megatron_qad.data.images.image_decoding import decode_image

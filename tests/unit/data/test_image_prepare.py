@@ -174,7 +174,7 @@ def test_tar_shards(tmp_path, write_image, prepare, vision_dir, suffix):
 
 BAD = [
     (question(*image_parts("missing.png")), {}, "messages[0]: content[0]: the file 'missing.png' does not exist in"),
-    (question(*image_parts("text.png")), {}, "the file 'text.png' is 5 bytes that are no image of the formats"),
+    (question(*image_parts("text.png")), {}, "the file 'text.png' is 5 bytes without an image of the formats"),
     (question(*image_parts("../up.png")), {}, "the file '../up.png' is outside of"),
     (question(*image_parts("/etc/hostname")), {}, "outside of"),
     (question(*image_parts("https://example.org/dog.png")), {}, "is not a local file. Images are not downloaded"),
