@@ -13,7 +13,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.hf_training.evaluation_sums import EvaluationSums
 from megatron_qad.hf_training.input_calibration import calibrating
 from megatron_qad.hf_training.quantize_model import quantization_of
-from megatron_qad.hf_training.trainer_checks import check_arguments, check_trainer, max_lr_of
+from megatron_qad.hf_training.trainer_checks import check_arguments, check_settings, check_trainer, max_lr_of
 from megatron_qad.hf_training.trainer_files import check_same_job, write_files
 from megatron_qad.hf_training.training_rows import NO_LOSS, pad_rows
 
@@ -73,7 +73,13 @@ class QADTrainer(Trainer):
     ):
         self.quantization = quantization_of(model)
         check_arguments(args, kwargs, model, teacher)
-        self._loss_text, losses = loss, parse_loss(loss, temperature=temperature)
+        check_settings(
+            temperature=temperature,
+            calibration_samples=calibration_samples,
+            calibration_percentile=calibration_percentile,
+            calibration_headroom=calibration_headroom,
+        )
+        self._loss_text, losses = loss, parse_loss(loss, temperature=temperature, name="loss")
         self._terms = losses.terms_of_type(LogitLoss)
         if len(self._terms) != len(losses.terms):
             raise QADError(
