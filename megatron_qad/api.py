@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_qad.checkpoint.hf_writer import Written
+    from megatron_qad.checkpoint.layouts import LayoutName
     from megatron_qad.checkpoint.validate import ValidationResult
     from megatron_qad.data.metadata import DataMetadata
     from megatron_qad.distillation.kl_loss import kl_loss
@@ -115,7 +116,7 @@ def prepare_data(inputs: list[str], tokenizer: str, output: str, **options: Any)
 def export_hf(
     checkpoint: str | Path,
     output: str | Path,
-    layout: str = "modelopt",
+    layout: "LayoutName" = "modelopt",
     *,
     iteration: int | str | None = None,
     num_workers: int | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from megatron_qad.distillation import LogitLoss, VocabShard, logit_losses, parse_loss
 from megatron_qad.engine.errors import QADError
@@ -69,7 +70,7 @@ class QADTrainer(Trainer):
         calibration_samples: int = 64,
         calibration_percentile: float | None = None,
         calibration_headroom: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.quantization = quantization_of(model)
         check_arguments(args, kwargs, model, teacher)
@@ -177,7 +178,7 @@ class QADTrainer(Trainer):
 
     # Evaluations --------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.calibrate_if_needed()
         self._evaluation = EvaluationSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -80,7 +80,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-polic
 
 def _checked_kv_cache(value: object, where: str) -> str:
     check_choice("KV cache format", value, KV_CACHE_FORMATS, where)
-    return value
+    return str(value)
 
 
 def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str] | None = None) -> dict[str, str]:
