@@ -91,7 +91,7 @@ def choose_settings(
         "global-batch-size": batch,
         "train-iters": steps,
         "lr": rate,
-        "min-lr": rate / 10,
+        "min-lr": float(f"{rate / 10:.6g}"),  # without digits of rounding, because people read the file
         "lr-decay-style": "cosine",
         "lr-warmup-iters": min(steps // 20 + 1, steps - 1),
         "weight-decay": 0.0,

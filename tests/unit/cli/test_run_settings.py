@@ -48,6 +48,7 @@ def test_batch_and_steps(tmp_path, rows, ranks, batch, steps):
     assert (chosen["global-batch-size"], chosen["train-iters"]) == (batch, steps)
     assert chosen["eval-interval"] == chosen["save-interval"] == steps // 10
     assert 0 < chosen["lr-warmup-iters"] < steps and chosen["seq-length"] == 4096
+    assert (chosen["lr"], chosen["min-lr"]) == (1e-5, 1e-6)
 
 
 def test_rows_are_as_long_as_the_model_allows_or_8192(tmp_path):
