@@ -69,5 +69,13 @@ TINY_OF_FAMILY = {
         "projector_hidden_size": 64,
         "vision_config": _RADIO,
     },
+    "llama_nemotron_vl": {
+        "architectures": ["Llama_Nemotron_Nano_VL"],
+        "model_type": "Llama_Nemotron_Nano_VL",
+        "llm_config": TINY_LLAMA,
+        "vit_hidden_size": 32,
+        "projector_hidden_size": 64,
+        "vision_config": _RADIO,
+    },
 }
 """One config per family, by the file name of the family."""

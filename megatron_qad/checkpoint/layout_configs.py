@@ -12,12 +12,10 @@ from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from megatron_qad.checkpoint.layouts import LayoutName, check_layout
+from megatron_qad.checkpoint.layouts import LayoutName, check_layout, is_head
 from megatron_qad.engine.errors import QADError
 from megatron_qad.formats.format_registry import FORMATS, KV_CACHE_FORMATS
 
-HEAD = "lm_head"
-"""Last part of the name of every family's output layer."""
 ALL_LINEARS = "Linear"
 """Target of a group that matches every linear by its class."""
 MIXED = "MIXED_PRECISION"
@@ -121,11 +119,6 @@ def _targets(layout: LayoutName, formats: Mapping[str, str]) -> dict[str, list[s
         heads = [module for module in sorted(formats) if is_head(module) and layout == "compressed-tensors"]
         return {fmt: [ALL_LINEARS, *heads] for fmt in by_format}
     return {fmt: sorted(by_format[fmt]) for fmt in sorted(by_format)}
-
-
-def is_head(module: str) -> bool:
-    """Whether a module is the output layer, by its Hugging Face name."""
-    return module.rsplit(".", 1)[-1] == HEAD
 
 
 def _quantized_layers(formats: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,8 @@ from megatron_qad.formats.format_registry import FORMATS, UNQUANTIZED, exported_
 
 LayoutName = Literal["bf16", "modelopt", "compressed-tensors"]
 LAYOUT_NAMES: tuple[LayoutName, ...] = ("bf16", "modelopt", "compressed-tensors")
+HEAD = "lm_head"
+"""Last part of the name of every family's output layer."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def kv_scales(
 def exclusions(linear_modules: Iterable[str], quantized: Iterable[str]) -> list[str]:
     """Return the sorted exact names of the linears (including ``lm_head``) that are not quantized.
 
-    Exact names without wildcards are the only form that vLLM, SGLang and TensorRT-LLM interpret equally.
+    Exact names without wildcards are the only form that vLLM, SGLang and TensorRT-LLM interpret equally. The head of a
+    language model inside a vision-language model has two names, with its prefix and without: some servers look for one
+    and some for the other.
 
     Raises:
         QADError: a quantized module is not a linear of the model.
@@ -143,7 +147,13 @@ def exclusions(linear_modules: Iterable[str], quantized: Iterable[str]) -> list[
         raise QADError(
             f"{unknown[0]}: quantized, but not in the list of the model's linears ({len(unknown)} such modules)."
         )
-    return sorted(linears - quantized)
+    excluded = linears - quantized
+    return sorted(excluded | {HEAD for module in excluded if is_head(module)})
+
+
+def is_head(module: str) -> bool:
+    """Whether a module is the output layer, by its Hugging Face name."""
+    return module.rsplit(".", 1)[-1] == HEAD
 
 
 def check_layout(layout: str) -> None:

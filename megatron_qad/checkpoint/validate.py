@@ -254,6 +254,11 @@ def _check_names_and_shapes(
             result.add(name, "is not a tensor of this model")
         elif (dtype := shards.tensors[name].dtype) in quantized_dtypes:
             result.add(name, f"is {dtype}; expected an unquantized tensor outside the language model")
+    for name, shape in model.carried.items():
+        if (stored := shards.tensors.get(name)) is None:
+            result.add(name, f"is missing; expected shape {list(shape)}, of any floating-point type")
+        elif stored.shape != shape:
+            result.add(name, f"has shape {list(stored.shape)}, expected {list(shape)}")
     for prefix in model.required:
         if not any(name.startswith(prefix) for name in shards.tensors):
             result.add(f"{prefix}*", "is missing; expected tensors with this prefix outside the language model")

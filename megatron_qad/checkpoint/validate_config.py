@@ -10,8 +10,8 @@ from typing import Any
 
 from megatron_qad.checkpoint.expected_tensors import Inventory
 from megatron_qad.checkpoint.hf_directory import AddIssue, read_json
-from megatron_qad.checkpoint.layout_configs import ALL_LINEARS, MIXED, hf_quant_config, is_head, quantization_config
-from megatron_qad.checkpoint.layouts import PackedLayout
+from megatron_qad.checkpoint.layout_configs import ALL_LINEARS, MIXED, hf_quant_config, quantization_config
+from megatron_qad.checkpoint.layouts import PackedLayout, is_head
 from megatron_qad.formats.format import StoredLinear
 from megatron_qad.formats.format_registry import DEFAULT_FORMAT, KV_CACHE_FORMATS
 

@@ -23,9 +23,11 @@ from megatron_qad.config.parallelism import check_parallelism, teacher_virtual_s
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.schedule_checks import check_length, check_schedule
 from megatron_qad.config.shape_flags import check_shape_flags
+from megatron_qad.config.vision import images_of_data
 from megatron_qad.config.vocabulary import check_same_vocabulary
 from megatron_qad.config.yaml_file import expand, remove_flags, to_flags
 from megatron_qad.data.data_options import DataOptions
+from megatron_qad.data.images.image_settings import ImageSettings
 from megatron_qad.distillation import LogitLoss, WeightedLosses, parse_loss
 from megatron_qad.engine import Capabilities
 from megatron_qad.engine.run_directory.iterations import holds_checkpoints
@@ -76,6 +78,8 @@ class JobConfig:
     """Implementation of the layers: "te" or "local"."""
     job_dir: Path | None
     """Directory for messages between a batch script and the job; None turns them off."""
+    images: ImageSettings | None = None
+    """How the images in the data became tokens; None: the data has none."""
     notes: tuple[str, ...] = ()
     """What the log and the plan tell the user: values that were chosen, and warnings."""
 
@@ -102,6 +106,7 @@ class JobConfig:
             pad_documents_to=self.options.qad_pad_documents_to or 1,
             vocab_size=self.student.vocab_size,
             is_ptq=self.options.qad_ptq,
+            images=self.images,
             checkpoints=(self.options.qad_student, self.options.qad_teacher),
         )
 
@@ -209,6 +214,7 @@ def read_job_config(
         output_sizes=sizes,
         layer_spec=options.qad_layer_spec or machine.layer_spec,
         job_dir=launch_environment.job_dir(options, environ),
+        images=images_of_data(flags, student),
         notes=(*notes, *(f"WARNING: {warning}." for warning in policy_warnings(linears, scales))),
     )
 

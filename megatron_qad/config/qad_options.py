@@ -83,6 +83,10 @@ class QADOptions:
     microbatches. For teachers that do not fit on the device together with the student; pipeline stages then wait for
     each other. Default: off."""
 
+    qad_vision_align_corners: bool = False
+    """Resize the table of the vision encoder's position embeddings with corners aligned, as NVlabs/RADIO did until June
+    2025. vLLM, TensorRT-LLM and transformers do not align them. For data with images only. Default: off."""
+
     qad_fused_linear_loss: Literal["auto", "always", "never"] = "auto"
     """Whether the output layer and the loss are computed together, in chunks of tokens, without ever storing all logits
     of a microbatch: 'always' (an error with jsd, which reads all logits twice), 'never', or 'auto' (if the logits of

@@ -24,8 +24,10 @@ from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
-from megatron_qad.data.chat_messages import Chat
+from megatron_qad.data.chat_messages import Chat, text_of
 from megatron_qad.data.chat_template import ChatTemplate, TemplateLimitExceeded
+from megatron_qad.data.images.image_parts import ChatImages
+from megatron_qad.data.images.placeholders import expand, locate_images
 
 MULTI_TURN = ("each", "last")
 """Which turns of the assistant count, the values of ``--multi-turn``."""
@@ -38,6 +40,7 @@ class _Rendering:
 
     text: str
     spans: list[tuple[int, int]]
+    num_images: int = 0
 
 
 def encode_chat(
@@ -70,7 +73,8 @@ def encode_chat(
     with template.limit():
         renderings = _renderings(template, chat, multi_turn)
     _check_roles_are_rendered(chat, renderings)
-    encoded = [_encode(hf_tokenizer, r, drop_after_eos=not template.marks_assistant) for r in renderings]
+    drop_after_eos = not template.marks_assistant
+    encoded = [_encode(hf_tokenizer, r, chat.images, drop_after_eos) for r in renderings]
     documents = [(ids, mask) for ids, mask in encoded if any(mask)]
     if not documents:
         raise BadDocument("the assistant's messages have no token that could count in the loss")
@@ -85,7 +89,7 @@ def _check_roles_are_rendered(chat: Chat, renderings: Sequence[_Rendering]) -> N
     """
     for i, message in enumerate(chat.messages[: chat.assistant_turns()[-1]]):
         content = message["content"]
-        parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+        parts = [content] if isinstance(content, str) else [text_of(part) for part in content]
         rendered = all(any(part.strip() in r.text for r in renderings) for part in parts)
         if message["role"] not in _ROLES and not rendered:
             raise BadDocument(
@@ -107,6 +111,7 @@ def _renderings(template: ChatTemplate, chat: Chat, multi_turn: str) -> list[_Re
             continue
         if renderings and turn.text.startswith(renderings[-1].text):
             turn.spans = renderings.pop().spans + turn.spans
+        turn.num_images = 0 if chat.images is None else chat.images.count(i)
         renderings.append(turn)
         template.check_length(sum(len(r.text) for r in renderings))
     return renderings
@@ -237,13 +242,25 @@ def _start_of_turn(template: ChatTemplate, chat: Chat, i: int, prompt: str, text
     return shared
 
 
-def _encode(hf_tokenizer, rendering: _Rendering, drop_after_eos: bool) -> tuple[array, bytearray]:
+def _encode(
+    hf_tokenizer, rendering: _Rendering, images: ChatImages | None, drop_after_eos: bool
+) -> tuple[array, bytearray]:
     """Return the ids and the mask of a document."""
-    with failures_are_bad_documents("the tokenizer rejected the chat"):
-        encoded = hf_tokenizer(rendering.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    # A batch may hold millions of ids; a list takes eight times the memory.
-    ids = array("i", encoded["input_ids"])
-    mask = bytearray(mask_from_spans(encoded["offset_mapping"], rendering.spans))
+    pieces, spans = [rendering.text], rendering.spans
+    if images is not None:
+        pieces, spans = expand(rendering.text, spans, images, rendering.num_images)
+    ids, offsets, start = array("i"), [], 0  # a batch may hold millions of ids; a list takes eight times the memory
+    for piece in pieces:
+        with failures_are_bad_documents("the tokenizer rejected the chat"):
+            encoded = hf_tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids.extend(encoded["input_ids"])
+        offsets += [(begin + start, end + start) for begin, end in encoded["offset_mapping"]]
+        start += len(piece)
+    if images is not None:
+        num_tiles = [file.num_tiles for file in images.files[: rendering.num_images]]
+        if len(located := locate_images(ids, num_tiles, images.settings)) != rendering.num_images:
+            raise BadDocument(f"image {len(located)} has no tokens {images.settings.image_token}")
+    mask = bytearray(mask_from_spans(offsets, spans))
     if drop_after_eos:
         _mask_after_eos(ids, mask, hf_tokenizer.eos_token_id)
     return ids, mask

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_qad.data.bad_document import BadDocument
+from megatron_qad.data.images.image_parts import IMAGE_PART, ChatImages
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part -> the key of its text. The types are those of OpenAI's two APIs, which vLLM also accepts."""
@@ -24,8 +25,9 @@ class Chat:
     """One conversation in the form that chat templates expect."""
 
     messages: list[dict]
-    """Messages with a "role" and a "content": a string, or a list of ``{"type": "text", "text": str}``. Tool calls are
-    ``{"type": "function", "function": {"name": str, "arguments": dict}}``. No key is null or an empty list."""
+    """Messages with a "role" and a "content": a string, or a list of ``{"type": "text", "text": str}`` and, in chats
+    with images, ``{"type": "image"}``. Tool calls are ``{"type": "function", "function": {"name": str, "arguments":
+    dict}}``. No key is null or an empty list."""
     tools: list[dict] | None = None
     """JSON schemas of the tools, or None."""
     documents: list[dict] | None = None
@@ -34,19 +36,22 @@ class Chat:
     """Further variables of the template, such as ``enable_thinking``."""
     is_truncated: bool = False
     """Whether the last turn that counts ends in the middle."""
+    images: ChatImages | None = None
+    """Images of the messages; None: prepared without images."""
 
     def assistant_turns(self) -> list[int]:
         """Return the indices of the assistant's messages that count: all without ``"weight": 0``."""
         return [i for i, m in enumerate(self.messages) if m["role"] == "assistant" and m.get("weight", 1)]
 
 
-def parse_chat(record: dict[str, Any]) -> Chat:
+def parse_chat(record: dict[str, Any], images: ChatImages | None = None) -> Chat:
     """Return the conversation of a JSON record.
 
     Args:
         record: has "messages" and, optionally, "tools" (or "functions", OpenAI's older format), "documents" and
             "chat_template_kwargs", with the meaning that they have in a request to a server, and "finish", which is
             "length" if the last message is truncated.
+        images: what ``take_images`` returned with the record. Without it, parts of images are errors.
 
     Raises:
         BadDocument: a key has the wrong type, a message has no text that could be rendered, or no message of the
@@ -66,8 +71,8 @@ def parse_chat(record: dict[str, Any]) -> Chat:
     documents = record.get("documents")
     if documents is not None and not _is_list_of_objects(documents):
         raise BadDocument(f"'documents' is {_kind(documents)}, expected a list of objects")
-    messages = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
-    chat = Chat(messages, _tools(record), documents, kwargs)
+    messages = [_message(m, f"messages[{i}]", images is not None) for i, m in enumerate(messages)]
+    chat = Chat(messages, _tools(record), documents, kwargs, images=images)
     if record.get("finish") == "length" and chat.assistant_turns()[-1:] == [len(messages) - 1]:
         chat = replace(chat, is_truncated=True)
     if not chat.assistant_turns():
@@ -92,7 +97,7 @@ def _tools(record: dict[str, Any]) -> list[dict] | None:
     return tools if functions is None else [{"type": "function", "function": f} for f in functions]
 
 
-def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
+def _message(message: dict[str, Any], where: str, has_images: bool) -> dict[str, Any]:
     message = _without_nulls(message)
     role = message.get("role")
     if not isinstance(role, str) or not role:
@@ -119,17 +124,27 @@ def _message(message: dict[str, Any], where: str) -> dict[str, Any]:
             f"{where}: has neither content nor tool calls nor reasoning, so there is nothing to learn. If the model "
             'answered with nothing, write "content": ""'
         )
-    message["content"] = _content(message.get("content", ""), where)
+    message["content"] = _content(message.get("content", ""), where, has_images)
     return message
 
 
-def _content(content: Any, where: str) -> str | list[dict[str, str]]:
-    """Return content as a string or as a list of text parts in one form."""
+def _content(content: Any, where: str, has_images: bool) -> str | list[dict[str, str]]:
+    """Return content as a string or as a list of parts in one form."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise BadDocument(f"{where}: 'content' is {_kind(content)}, expected a string or a list of text parts")
-    return [{"type": "text", "text": _part_text(part, f"{where}: content[{i}]")} for i, part in enumerate(content)]
+    return [
+        dict(IMAGE_PART)
+        if has_images and part == IMAGE_PART
+        else {"type": "text", "text": _part_text(part, f"{where}: content[{i}]")}
+        for i, part in enumerate(content)
+    ]
+
+
+def text_of(part: dict[str, str]) -> str:
+    """Return the text of a part of content; an image has none."""
+    return part.get("text", "")
 
 
 def _part_text(part: Any, where: str) -> str:

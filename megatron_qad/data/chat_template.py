@@ -8,6 +8,10 @@ How parts of text reach the template follows vLLM: a template that loops over pa
 template they are joined with newlines. vLLM reads the template's syntax tree to tell the two apart. Here a short chat
 is rendered in both forms, which also works for loops inside macros. In roles other than user and assistant the parts
 are always joined; vLLM joins those of tools.
+
+How an image reaches the template also follows vLLM. A template that renders image parts receives them; any other
+template receives text in which the image tokens of a message come first, each followed by a newline. Image tokens that
+LLaVA's files have in the text stay where they are, or become parts if the template renders those.
 """
 
 import contextlib
@@ -16,7 +20,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documents
-from megatron_qad.data.chat_messages import Chat
+from megatron_qad.data.chat_messages import Chat, text_of
+from megatron_qad.data.images.image_parts import IMAGE_PART, split_at_tokens
 from megatron_qad.data.time_limit import TimeLimitExceeded, time_limit
 from megatron_qad.engine.errors import QADError
 
@@ -39,6 +44,7 @@ class ChatTemplate:
         owner: names the template in errors.
         max_seconds: processor time that all renderings of one chat may take.
         max_characters: number of characters that one rendering, and all documents of one chat, may have.
+        image_token: text of an image in a rendered chat; None: no chat has images.
 
     Raises:
         QADError: the template has a syntax error, or exceeds a limit even for a chat of two words.
@@ -54,18 +60,20 @@ class ChatTemplate:
         owner: str,
         max_seconds: float = 20.0,
         max_characters: int = 50_000_000,
+        image_token: str | None = None,
     ):
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         self.owner, self.max_seconds, self.max_characters = owner, max_seconds, max_characters
         self.marks_assistant = _GENERATION_TAG.search(source) is not None
-        self._variables = variables
+        self._variables, self._image_token, self._renders_images = variables, image_token, False
         self._timeouts = 0
         try:
             # Compiling computes constant expressions, so it also needs the limit.
             with self.limit(), failures_are_bad_documents("it cannot be compiled"):
                 self._compiled = _compile_jinja_template(source)
             self._forms = {role: self._content_form(role) for role in ("user", "assistant")}
+            self._renders_images = image_token is not None and self._finds_images(image_token)
         except BadDocument as error:
             line = getattr(error.__cause__, "lineno", None)
             where = f"{owner}, line {line}," if line else owner
@@ -128,9 +136,15 @@ class ChatTemplate:
     def _with_content(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return the message with its content in the form that the template takes for its role."""
         loops_over_parts, needs_parts = self._forms.get(message["role"], (False, self._forms["user"][1]))
-        content = message["content"]
-        if isinstance(content, list) and not loops_over_parts:
-            content = "\n".join(part["text"] for part in content)
+        content, image = message["content"], self._image_token
+        if self._renders_images and message["role"] == "user" and isinstance(content, str) and image in content:
+            content = split_at_tokens(content, image)
+        has_images = isinstance(content, list) and IMAGE_PART in content
+        keeps_parts = self._renders_images and message["role"] == "user" if has_images else loops_over_parts
+        if isinstance(content, list) and not keeps_parts:
+            text = "\n".join(text_of(part) for part in content if part != IMAGE_PART)
+            images = [image] * content.count(IMAGE_PART)
+            content = "\n".join([*images, text] if text or not images else images)
         if isinstance(content, str) and needs_parts:
             content = [{"type": "text", "text": content}]
         return message | {"content": content}
@@ -145,6 +159,15 @@ class ChatTemplate:
         needs_parts = texts[0] not in as_string and texts[0] in one and not is_printed
         loops_over_parts = (one == as_string or needs_parts) and all(text in two for text in texts)
         return loops_over_parts, needs_parts
+
+    def _finds_images(self, image_token: str) -> bool:
+        """Return whether the template writes the image token for a part of the user's content that is an image."""
+        texts = [{"type": "text", "text": text} for text in ("needle", "thread")]
+        without = self._try_to_render("user", texts)
+        self._renders_images = True
+        shown = self._try_to_render("user", [texts[0], dict(IMAGE_PART), texts[1]])
+        has_texts = all(part["text"] in shown for part in texts)
+        return has_texts and shown.count(image_token) == without.count(image_token) + 1
 
     def _try_to_render(self, role: str, content: str | list[dict]) -> str:
         """Return the text of a chat in which ``role`` has this content, or "" if the template rejects it."""

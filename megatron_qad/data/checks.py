@@ -15,6 +15,7 @@ from megatron.training import print_rank_0
 
 from megatron_qad.data.data_options import DataOptions
 from megatron_qad.data.file_facts import MAX_BYTES, FileFacts, Reading, read_facts
+from megatron_qad.data.images.image_rows import check_image_rows
 from megatron_qad.data.metadata import data_file
 from megatron_qad.data.prefix_files import file_sizes
 from megatron_qad.data.prepared_files import PreparedFiles, open_prefix
@@ -30,8 +31,8 @@ def check_data(args: argparse.Namespace, prefixes: Sequence[str], options: DataO
     """Check every prefix of a job. Collective.
 
     Args:
-        args: needs ``data_cache_path``, ``eod_mask_loss``, ``tokenizer_model``, ``tokenizer_type`` and
-            ``null_tokenizer_eod_id``.
+        args: needs ``data_cache_path``, ``eod_mask_loss``, ``tokenizer_model``, ``tokenizer_type``,
+            ``null_tokenizer_eod_id``, and for data with images ``seq_length``.
 
     Raises:
         QADError: with the prefix, the value found and the value expected.
@@ -44,6 +45,10 @@ def check_data(args: argparse.Namespace, prefixes: Sequence[str], options: DataO
     def check() -> list[str]:
         for data in found:
             check_content(data, reading.facts, options.vocab_size)
+            if data.metadata is not None and data.metadata.images is not None:
+                documents = IndexedDataset(data.prefix, mmap=False)
+                lengths = documents.sequence_lengths.copy()  # of a mapping that ends with the dataset
+                check_image_rows(data.prefix, data.metadata, options.images, lengths, args.seq_length)
             _check_eod_is_known(args, data)
         return _check_tokenizers(found, reading.facts, RunTokenizer.from_checkpoints(args, options.checkpoints))
 

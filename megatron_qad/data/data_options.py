@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_qad.data.images.image_settings import ImageSettings
+
 
 @dataclass(frozen=True)
 class DataOptions:
@@ -17,5 +19,7 @@ class DataOptions:
     """Number of ids of the model, without padding. None: unknown, and ids are not compared with it."""
     is_ptq: bool = False
     """Whether the job only calibrates and evaluates."""
+    images: ImageSettings | None = None
+    """How the model turns images into tokens; None: a model without images."""
     checkpoints: tuple[str | None, ...] = ()
     """Model directories that are searched for the tokenizer that the data must have been made with."""

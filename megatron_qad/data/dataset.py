@@ -2,12 +2,15 @@
 
 Samples are cut exactly as GPTDataset cuts them: documents are concatenated and split into ``sequence_length + 1``
 tokens. The loss mask of a sample refers to its *labels*, so it is the tokens' mask shifted by one. With Megatron's flag
-``--dataloader-inter-document-masking`` the documents of a sample are separated (``packing``).
+``--dataloader-inter-document-masking`` the documents of a sample are separated (``packing``). Exception: samples of a
+prefix with images have whole documents (``images.image_rows``).
 """
 
+import contextlib
 import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +20,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from megatron_qad.data.bad_document import BadDocument
 from megatron_qad.data.blending import is_first_rank, load_cached, without_cache
+from megatron_qad.data.images.image_rows import check_image_rows, pack_whole_documents
+from megatron_qad.data.images.image_settings import ImageSettings
+from megatron_qad.data.images.row_images import RowImages
+from megatron_qad.data.images.tiles import register_collation
 from megatron_qad.data.index_cache import IndexCache
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix
 from megatron_qad.data.packing import separate_documents
@@ -40,6 +48,10 @@ class QADDatasetConfig(GPTDatasetConfig):
     """Documents of a packed row start at multiples of this many tokens."""
     vocab_size: int | None = None
     """Number of ids of the model, without padding; None if it is unknown."""
+    images: ImageSettings | None = None
+    """How the model turns images into tokens; None: a model or a job without images."""
+    decodes_images: bool = True
+    """Whether samples have the pixels of their tiles; only the ranks with the encoder need them."""
     unwritable_caches: set[Path] = field(default_factory=set)
     """Directories of indices in which writing has failed."""
 
@@ -61,18 +73,36 @@ class QADDataset(GPTDataset):
     is the one recorded in PREFIX.json, or the tokenizer's if that file does not exist. With ``inter_document_masking``
     the documents are separated (``packing``), and ``cu_seqlens`` has their ends.
 
+    If the job has images, a sample also has ``feature_index`` int64 [s] and ``tiles`` (``images.row_images``). A prefix
+    without images then has -1 and no tiles.
+
     Raises:
-        QADError: a split without tokens, or a loss mask that is missing or does not match the tokens.
-        SampleError: in ``dataset[i]``: a token id that the model does not have, or a mask that is neither 0 nor 1.
+        QADError: a split without tokens, a loss mask that is missing or does not match the tokens, or images that the
+            job's model does not have, turns into other tokens, or cannot have in one row.
+        SampleError: in ``dataset[i]``: a token id that the model does not have, a mask that is neither 0 nor 1, or
+            tokens that do not match the images.
     """
 
     def __init__(self, indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config) -> None:
         self._metadata = load_metadata(dataset_path)
         self._mask = _open_loss_mask(dataset_path, indexed_dataset, config.mmap_bin_files, self._metadata)
+        self._has_images = self._metadata is not None and self._metadata.images is not None
+        if self._has_images:
+            lengths = indexed_dataset.sequence_lengths
+            check_image_rows(dataset_path, self._metadata, config.images, lengths, config.sequence_length)
+        self._images, self.decodes_images = None, config.decodes_images
+        if config.images is not None:
+            prefix = dataset_path if self._has_images else None
+            self._images = RowImages(prefix, config.images, config.mmap_bin_files)
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, config)
         self._pad_token_id = _PADDING
         # A job's tokenizer is usually Megatron's NullTokenizer, whose EOD is not that of the data.
         self._eod = config.tokenizer.eod if self._metadata is None else self._metadata.eod
+
+    def __len__(self) -> int:
+        if self._has_images and self.sample_index is None:  # --dataloader-defer-npy-index-mmap
+            self._load_deferred()
+        return len(self.sample_index) - 1 if self._has_images else super().__len__()
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = super().__getitem__(idx)
@@ -91,14 +121,44 @@ class QADDataset(GPTDataset):
         if self.config.eod_mask_loss:
             loss_mask[sample["tokens"] == self._eod] = 0.0
         sample["loss_mask"] = loss_mask
+        if self._images is not None:
+            sample |= self._image_items(sample["tokens"], pieces)
         if self.config.inter_document_masking:
-            lengths = [length for _, _, length in pieces]
-            if lengths and extra:
-                lengths[-1] -= 1  # the extra token is a label only
-            # The last length is 0 if its document starts directly after the row.
-            lengths = [n for n in lengths[:-1] if n] + lengths[-1:]
-            return separate_documents(sample, lengths, self.config.pad_documents_to)
+            lengths = self._lengths_in_row(pieces)
+            tiles = {"tiles": sample["tiles"]} if self._images is not None else {}
+            return separate_documents(sample, lengths, self.config.pad_documents_to) | tiles
         return sample
+
+    def _lengths_in_row(self, pieces: list[tuple[int, int, int]]) -> list[int]:
+        """Return the lengths of a sample's documents for ``separate_documents``."""
+        lengths = [length for _, _, length in pieces]
+        if self._has_images:
+            return [*lengths, 0]  # all are complete
+        if lengths and self.config.add_extra_token_to_sequence:
+            lengths[-1] -= 1  # the extra token is a label only
+        # The last length is 0 if its document starts directly after the row.
+        return [n for n in lengths[:-1] if n] + lengths[-1:]
+
+    def _image_items(self, tokens: torch.Tensor, pieces: list[tuple[int, int, int]]) -> dict:
+        register_collation()
+        try:
+            index, refs = self._images.feature_index(tokens, [(document, length) for document, _, length in pieces])
+            return {"feature_index": index, "tiles": self._images.tiles(refs, self.decodes_images)}
+        except BadDocument as error:
+            raise SampleError(f"{self.dataset_path}: {error}. Copy or prepare the data again.") from error
+
+    def images_sha256(self) -> str:
+        """Return the hash of the file with the images; empty for data without images."""
+        return self._metadata.sha256["images.bin"] if self._has_images else ""
+
+    @contextlib.contextmanager
+    def without_pixels(self) -> Iterator[None]:
+        """Read samples without decoding their images inside of the block."""
+        before, self.decodes_images = self.decodes_images, False
+        try:
+            yield
+        finally:
+            self.decodes_images = before
 
     def has_counted_tokens(self) -> bool:
         """Whether any token of this split counts in the loss.
@@ -125,11 +185,28 @@ class QADDataset(GPTDataset):
         return counted
 
     def _query_document_sample_shuffle_indices(self, idx: int):
-        if self.shuffle_index is None:  # --dataloader-defer-npy-index-mmap
-            self.document_index, self.sample_index, self.shuffle_index = load_cached(self._cache)
-        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
+        if self.shuffle_index is None:
+            self._load_deferred()
+        if self._has_images:
+            text, documents, lengths = self._whole_documents(idx)
+        else:
+            text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
         self._check_ids(text[: sum(lengths)], documents, lengths)
         return text, documents, lengths
+
+    def _load_deferred(self) -> None:
+        """Load the indices that --dataloader-defer-npy-index-mmap did not load."""
+        self.document_index, self.sample_index, self.shuffle_index = load_cached(self._cache)
+
+    def _whole_documents(self, idx: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Return (ids with padding, documents, their lengths) of sample ``idx`` of a prefix with images."""
+        pieces = self._pieces(idx)
+        text = np.full(self.config.sequence_length + self.config.add_extra_token_to_sequence, _PADDING, dtype=np.int64)
+        position = 0
+        for document, _, length in pieces:
+            text[position : position + length] = self.dataset.get(document)
+            position += length
+        return text, np.array([document for document, *_ in pieces]), [length for *_, length in pieces]
 
     def _check_ids(self, ids: np.ndarray, documents: np.ndarray, lengths: list[int]) -> None:
         """Check that the model has all ids of a sample: for data that is too large to be read at startup."""
@@ -149,6 +226,9 @@ class QADDataset(GPTDataset):
         shuffled = self.shuffle_index[idx]
         first, first_offset = (int(n) for n in self.sample_index[shuffled])
         last, last_offset = (int(n) for n in self.sample_index[shuffled + 1])
+        if self._has_images:
+            documents = self.document_index[first:last].tolist()
+            return [(document, 0, int(self.dataset.sequence_lengths[document])) for document in documents]
         pieces = []
         for place in range(first, last + 1):
             document = int(self.document_index[place])
@@ -178,6 +258,10 @@ class QADDataset(GPTDataset):
 
     def _build_in_memory(self):
         config = self.config
+        if self._has_images:
+            lengths, multiple = self.dataset.sequence_lengths, config.pad_documents_to
+            row, seed = config.sequence_length, config.random_seed
+            return pack_whole_documents(self.indices, lengths, row, multiple, self.num_samples, seed)
         self.config = without_cache(config)
         try:
             return super()._build_document_sample_shuffle_indices()
@@ -189,6 +273,8 @@ class QADDataset(GPTDataset):
 
         Megatron's identity consists of paths and settings, so data prepared again under the same prefix would be cut
         with the old indices."""
+        if self._has_images:
+            self.unique_identifiers["pad_documents_to"] = self.config.pad_documents_to
         if self._metadata is not None:
             content = self._metadata.sha256
         else:
@@ -211,9 +297,8 @@ class QADDataset(GPTDataset):
         tokens = self._get_num_tokens_per_epoch()
         # With a fixed number of samples the data is repeated as often as needed. Otherwise one epoch must contain a
         # sample, at least a token and its label followed by padding.
-        needed = (
-            1 if self.num_samples is not None else 2 if self._pads_last_sample() else self.config.sequence_length + 1
-        )
+        pads = self._pads_last_sample() or self._has_images
+        needed = 1 if self.num_samples is not None else 2 if pads else self.config.sequence_length + 1
         if tokens < needed:
             raise QADError(
                 f"The {self.index_split.name} split of {self.dataset_path} has {len(self.indices)} of "

@@ -6,6 +6,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_qad.data.dataset import QADDatasetConfig
+from megatron_qad.data.images.image_rows import count_rows
+from megatron_qad.data.metadata import load_metadata
 
 MAX_EPOCHS = 16
 """Text that is repeated up to 4 times trains about as well as new text; the value of further repetitions decays with a
@@ -26,7 +28,7 @@ def describe_epochs(config: QADDatasetConfig, num_samples: int) -> list[str]:
     if blend is None or begin == end:  # no training data
         return []
     prefixes, weights = blend
-    tokens = [_num_tokens(prefix) * (end - begin) for prefix in prefixes]
+    tokens = [_num_tokens(prefix, config) * (end - begin) for prefix in prefixes]
     needed = num_samples * config.sequence_length
     epochs = epochs_of(needed, tokens, weights)
     most = max(range(len(epochs)), key=epochs.__getitem__)
@@ -61,6 +63,11 @@ def epochs_of(needed: float, tokens: Sequence[float], weights: Sequence[float] |
     return [needed * weight / sum(weights) / max(size, 1) for size, weight in zip(tokens, weights, strict=True)]
 
 
-def _num_tokens(prefix: str) -> int:
+def _num_tokens(prefix: str, config: QADDatasetConfig) -> int:
+    """Return the number of tokens of an epoch; rows with images have padding, which counts."""
     data = IndexedDataset(prefix, mmap=False)  # its end unmaps the lengths
+    metadata = load_metadata(prefix)
+    if metadata is not None and metadata.images is not None:
+        row = config.sequence_length
+        return count_rows(data.index.sequence_lengths, row, config.pad_documents_to) * row
     return int(data.index.sequence_lengths.sum(dtype=np.int64))

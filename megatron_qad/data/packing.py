@@ -15,17 +15,20 @@ def separate_documents(sample: dict[str, Tensor], lengths: Sequence[int], multip
     """Return a sample whose documents start at multiples of ``multiple``, with positions that restart in each document.
 
     Args:
-        sample: ``tokens``, ``labels`` int64 [s], ``loss_mask`` float32 [s]; s is a multiple of ``multiple``.
+        sample: ``tokens``, ``labels`` int64 [s], ``loss_mask`` float32 [s], and in a job with images ``feature_index``
+            int64 [s], in which padding is -1; s is a multiple of ``multiple``.
         lengths: lengths of its documents, in order; their sum is at most s, the rest is padding. The last length may be
             0, for a document that starts directly after the row: the document before it is then complete.
 
     Returns:
-        ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [s], and ``cu_seqlens`` int32 [s + 1]: 0, the end of
-        each document with its padding, then s. The label of a document's last token, which is the first token of the
-        next document, does not count.
+        The given tensors, ``position_ids`` int64 [s], and ``cu_seqlens`` int32 [s + 1]: 0, the end of each document
+        with its padding, then s. The label of a document's last token, which is the first token of the next document,
+        does not count.
     """
     size = sample["tokens"].numel()
     packed = {name: torch.zeros_like(sample[name]) for name in ("tokens", "labels", "loss_mask")}
+    if "feature_index" in sample:
+        packed["feature_index"] = torch.full_like(sample["feature_index"], -1)
     position_ids, ends = torch.zeros(size, dtype=torch.int64), []
     source = target = 0
     for i, length in enumerate(lengths):

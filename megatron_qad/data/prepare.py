@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_qad.data.images.image_settings import ImageSettings
 from megatron_qad.data.input_files import compression
-from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files
+from megatron_qad.data.metadata import DataMetadata, metadata_path, output_files, pairs_of_files
 from megatron_qad.data.prepare_options import PrepareOptions, bad_lines_file, check_options
 from megatron_qad.data.readers import BLANK_LINES, file_format, read_records
 from megatron_qad.data.records import BadLine, Record
@@ -35,6 +36,7 @@ from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.run_directory import locks
 
 _BATCH_RECORDS = 64
+_BATCH_RECORDS_WITH_IMAGES = 4  # a worker returns the bytes of their images
 _BATCH_BYTES = 1 << 20  # a batch is sent to a worker: large enough to hide the transfer, small enough to hold several
 _HELD_BYTES = 1 << 26  # of batches in workers: a batch is larger than _BATCH_BYTES if a record is
 
@@ -68,6 +70,8 @@ def prepare_data(options: PrepareOptions) -> DataMetadata:
     tokenizer = load_tokenizer(options.tokenizer)
     if options.prepend_bos and tokenizer.bos is None:
         raise QADError(f"--prepend-bos: the tokenizer {tokenizer.name} has no BOS token. Omit the flag.")
+    if options.images is not None:
+        _check_image_tokens(options.images, tokenizer)
     with contextlib.ExitStack() as stack:
         for prefix in options.prefixes():
             stack.enter_context(locks.lock_output(prefix))
@@ -80,7 +84,7 @@ def _prepare(options: PrepareOptions, inputs: list[Path], tokenizer: DataTokeniz
     try:
         bad_lines_file(options.output).unlink(missing_ok=True)
         _remove_leftovers(outputs.values())
-        writers = [DocumentWriter(aside, tokenizer) for aside in outputs]
+        writers = [DocumentWriter(aside, tokenizer, options.images) for aside in outputs]
         num_bad, num_blank = _write(writers, options, inputs, tokenizer)
         metadata = [writer.finish(num_bad, num_blank) for writer in writers]
         _check_bad_lines(num_bad, sum(writer.records for writer in writers), options)
@@ -99,6 +103,17 @@ def _prepare(options: PrepareOptions, inputs: list[Path], tokenizer: DataTokeniz
             with contextlib.suppress(OSError):  # the file system became read-only
                 path.unlink(missing_ok=True)
     return metadata[0]
+
+
+def _check_image_tokens(images: ImageSettings, tokenizer: DataTokenizer) -> None:
+    """Check that the tokenizer has the tokens of images under the ids of the model."""
+    pairs = {images.image_token: images.image_token_id, images.start_token: images.start_token_id}
+    for token, expected in (pairs | {images.end_token: images.end_token_id}).items():
+        if (found := tokenizer.vocab.get(token)) != expected:
+            raise QADError(
+                f"--tokenizer {tokenizer.name}: the id of {token} is {found}, expected {expected}, with which "
+                f"{images.family} marks images. Give the model's tokenizer."
+            )
 
 
 def _write(
@@ -123,18 +138,23 @@ def is_held_out(documents: Sequence[Encoded], fraction: float) -> bool:
     """Whether the documents of one record belong to the validation data.
 
     It depends on their tokens only: equal records are on the same side, whatever their order and the other records, and
-    with a larger fraction those of a smaller one are still held out.
+    with a larger fraction those of a smaller one are still held out. For a record with images it depends on the first
+    image only: all questions about an image are on the same side.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for document in documents:
+    images = [file for document in documents for _, file in document.images]
+    if images:
+        digest.update(images[0].data)
+    for document in () if images else documents:
         digest.update(np.asarray(document.ids, dtype="<i4"))
     return int.from_bytes(digest.digest(), "little") < fraction * 2**64
 
 
 def _remove_leftovers(prefixes: Iterable[str]) -> None:
     """Remove files of killed preparations of the same outputs. None can be running: this process has the locks."""
+    others = "|".join(pairs_of_files("").values())
     for prefix in prefixes:
-        leftover = re.compile(re.escape(Path(prefix).name) + r"\.incomplete-[0-9a-f]+(_loss_mask)?\.(bin|idx|json)")
+        leftover = re.compile(re.escape(Path(prefix).name) + rf"\.incomplete-[0-9a-f]+({others})?\.(bin|idx|json)")
         for path in Path(prefix).parent.iterdir():
             if leftover.fullmatch(path.name):
                 path.unlink()
@@ -147,17 +167,18 @@ def _encode_all(options: PrepareOptions, inputs: list[Path], tokenizer: DataToke
     known = all(file.is_file() and not compression(file) and file_format(file, "text") == "text" for file in inputs)
     total = sum(file.stat().st_size for file in inputs) if known else None
     blanks = collections.deque()
+    batch_records = _BATCH_RECORDS if options.images is None else _BATCH_RECORDS_WITH_IMAGES
 
     def batches() -> Iterator[list[Record | BadLine]]:
         batch, size, blank = [], 0, 0
         for file in inputs:
-            for record in read_records(file, file_format(file, options.format), split_on):
+            for record in read_records(file, file_format(file, options.format), split_on, options.images is not None):
                 if isinstance(record, int):
                     blank += record
                     continue
                 batch.append(record)
                 size += _num_bytes([record])
-                if len(batch) >= _BATCH_RECORDS or size >= _BATCH_BYTES:
+                if len(batch) >= batch_records or size >= _BATCH_BYTES:
                     blanks.append(blank)
                     yield batch
                     batch, size, blank = [], 0, 0
@@ -205,11 +226,12 @@ def _ordered_map(
 
 
 def _num_bytes(batch: Iterable[Record | BadLine]) -> int:
-    return sum(len(record.data) for record in batch if isinstance(record, Record))
+    records = [record for record in batch if isinstance(record, Record)]
+    return sum(len(record.data) + sum(len(data) for _, data in record.members) for record in records)
 
 
 def _encode_batch(batch: list[Record | BadLine], tokenizer: DataTokenizer, options: PrepareOptions) -> Results:
-    settings = (options.json_key, options.prepend_bos, options.multi_turn)
+    settings = (options.json_key, options.prepend_bos, options.multi_turn, options.images, options.image_root)
     return [record if isinstance(record, BadLine) else encode_record(record, tokenizer, *settings) for record in batch]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qad.data.chat import MULTI_TURN
+from megatron_qad.data.images.image_settings import ImageSettings
 from megatron_qad.data.metadata import metadata_path, output_files, valid_prefix
 from megatron_qad.data.readers import expand_inputs, file_format
 from megatron_qad.engine.errors import QADError
@@ -43,6 +44,10 @@ class PrepareOptions:
     """Number of processes that tokenize. 1 means this process."""
     force: bool = False
     """Whether to replace an existing output."""
+    images: ImageSettings | None = None
+    """How the model turns images into tokens. None: records with images are bad."""
+    image_root: str | None = None
+    """Folder that has the image files. None: the folder of each input file."""
 
     def prefixes(self) -> list[str]:
         """Return the prefixes of the outputs: PREFIX and, with a validation fraction, PREFIX_valid."""
@@ -57,7 +62,12 @@ def check_options(options: PrepareOptions) -> list[Path]:
     """
     paths = expand_inputs(list(options.inputs))
     for path in paths:
-        file_format(path, options.format)
+        if file_format(path, options.format) == "tar" and options.images is None:
+            raise QADError(f"--input {path}: is a tar shard. Give --images-for with the model, or extract its records.")
+    if options.image_root is not None and options.images is None:
+        raise QADError("--image-root without --images-for: images are read for a model only. Give both, or neither.")
+    if options.image_root is not None and not Path(options.image_root).is_dir():
+        raise QADError(f"--image-root {options.image_root}: is not a directory. Give the folder of the image files.")
     if not 0 <= options.max_bad_fraction <= 1:
         raise QADError(f"--max-bad-fraction {options.max_bad_fraction} is not between 0 and 1. Give such a fraction.")
     fraction = options.validation_fraction

@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDataset
 
-from megatron_qad.data.metadata import DataMetadata, data_file, load_metadata, loss_mask_prefix
+from megatron_qad.data.metadata import (
+    IMAGE_SUFFIXES,
+    DataMetadata,
+    data_file,
+    image_refs_prefix,
+    images_prefix,
+    load_metadata,
+    loss_mask_prefix,
+)
 from megatron_qad.data.prefix_files import COPY_AGAIN
 from megatron_qad.engine.errors import QADError
 
@@ -30,7 +38,7 @@ class PreparedFiles:
 
 
 def open_prefix(prefix: str) -> PreparedFiles:
-    """Check the index, the metadata and the loss mask of a prefix, without reading ids.
+    """Check the indices, the metadata, the loss mask and the images of a prefix, without reading ids.
 
     Raises:
         QADError: a damaged index, files that do not belong together, a loss mask without metadata, ids that are not
@@ -59,7 +67,31 @@ def open_prefix(prefix: str) -> PreparedFiles:
                 f"{len(lengths)} documents of the same lengths, found {np.dtype(mask.dtype).name} and "
                 f"{len(mask.sequence_lengths)} documents. {COPY_AGAIN}"
             )
+    _check_images(data, len(lengths))
     return data
+
+
+def _check_images(data: PreparedFiles, num_documents: int) -> None:
+    """Check the image files by their indices, without reading images."""
+    prefix, recorded = data.prefix, data.metadata.images
+    images, refs = images_prefix(prefix), image_refs_prefix(prefix)
+    has_files = [other for other in (images, refs) if IndexedDataset.exists(other)]
+    if recorded is None or len(has_files) < 2:
+        if recorded is None and not has_files:
+            return
+        effect = "records no images" if recorded is None else f"records {recorded['images']} images"
+        file = has_files[0] if recorded is None else images if images not in has_files else refs
+        problem = "exist: they are of different data" if recorded is None else "are missing"
+        raise QADError(f"--data-path {prefix}: {prefix}.json {effect}, but {file}.bin and .idx {problem}. {COPY_AGAIN}")
+    stored, used = (_read_index(other, prefix).index for other in (images, refs))
+    expected = (recorded["images"], 3 * recorded["uses"], num_documents, "uint8", "int32")
+    found = len(stored.sequence_lengths), int(used.sequence_lengths.sum(dtype=np.int64)), len(used.sequence_lengths)
+    found = (*found, np.dtype(stored.dtype).name, np.dtype(used.dtype).name)
+    if found != expected:
+        raise QADError(
+            f"--data-path {prefix}: {images} and {refs} do not match {prefix}.json: expected (images, numbers of "
+            f"references, documents, types) {expected}, found {found}. {COPY_AGAIN}"
+        )
 
 
 def _check_metadata(data: PreparedFiles, num_documents: int, has_mask: bool) -> None:
@@ -76,9 +108,10 @@ def _check_metadata(data: PreparedFiles, num_documents: int, has_mask: bool) -> 
         effect = "records a loss mask" if metadata.loss_mask else "records that every token counts"
         raise QADError(f"--data-path {prefix}: {prefix}.json {effect}, but {problem}. {COPY_AGAIN}")
     masks = ["loss_mask.bin", "loss_mask.idx"] if has_mask else []
-    if missing := [suffix for suffix in ["bin", "idx", *masks[:1]] if suffix not in metadata.sha256]:
+    images = IMAGE_SUFFIXES if metadata.images is not None else ()
+    if missing := [suffix for suffix in ["bin", "idx", *masks[:1], *images] if suffix not in metadata.sha256]:
         raise QADError(f"{prefix}.json has no SHA-256 of {data_file(prefix, missing[0])}. {COPY_AGAIN}")
-    if unknown := [suffix for suffix in metadata.sha256 if suffix not in ("bin", "idx", *masks)]:
+    if unknown := [suffix for suffix in metadata.sha256 if suffix not in ("bin", "idx", *masks, *images)]:
         raise QADError(f"{prefix}.json has a SHA-256 of {unknown[0]!r}, which no such data has. {COPY_AGAIN}")
     if metadata.supervised_tokens == 0:
         raise QADError(
@@ -91,7 +124,7 @@ def _read_index(prefix: str, owner: str | None = None) -> IndexedDataset:
     """Open a dataset whose index is consistent with itself and with the size of the data.
 
     Args:
-        owner: prefix that the user gave, if ``prefix`` is that of its loss mask.
+        owner: prefix that the user gave, if ``prefix`` is that of its loss mask or images.
     """
     name = f"--data-path {owner or prefix}"
     if problem := _index_problem(Path(f"{prefix}.idx")):

@@ -84,6 +84,7 @@ class DatasetsProvider:
         is_first = vp_stage in (None, 0)
         config = self.check() if is_first else dataset_config(args, options)
         config.unwritable_caches = self._unwritable_caches
+        config.decodes_images = is_first and mpu.get_pipeline_model_parallel_rank() == 0
         num_train = train_val_test_num_samples[0]
         lines = [*notes(config.blend, config.blend_per_split), *self.describe(config, num_train)] if is_first else []
         for line in lines:
@@ -239,6 +240,7 @@ def dataset_config(args, options: DataOptions) -> QADDatasetConfig:
         inter_document_masking=args.dataloader_inter_document_masking,
         pad_documents_to=options.pad_documents_to,
         vocab_size=options.vocab_size,
+        images=options.images,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from megatron_qad.data import tables
+from megatron_qad.data import tables, tar_shards
 from megatron_qad.data.input_files import COMPRESSED_SUFFIXES, compression, first_bytes, open_input
 from megatron_qad.data.json_values import is_one_object_per_line, read_json_values
 from megatron_qad.data.records import MAX_RECORD_BYTES, BadLine, Record
@@ -47,7 +47,7 @@ def expand_inputs(inputs: list[str]) -> list[Path]:
 
 
 def file_format(path: Path, requested: str) -> str:
-    """Return "table", "json" or "text" for an input; ``requested`` is --format, where "auto" uses the suffix.
+    """Return "table", "tar", "json" or "text" for an input; ``requested`` is --format, where "auto" uses the suffix.
 
     Raises:
         QADError: the suffix is that of a format that is not read.
@@ -55,6 +55,8 @@ def file_format(path: Path, requested: str) -> str:
     try:
         if path.is_dir() or first_bytes(path).startswith(b"PAR1") or path.suffix.lower() in _TABLE_SUFFIXES:
             return "table"
+        if tar_shards.is_tar(path):
+            return "tar"
         suffix = _suffix(path)
         if path.suffix.lower() in COMPRESSED_SUFFIXES and not compression(path) and path.stat().st_size == 0:
             raise QADError(f"--input {path}: is empty, expected compressed data. Copy or download it again.")
@@ -70,21 +72,27 @@ def file_format(path: Path, requested: str) -> str:
     return "json" if suffix in JSON_SUFFIXES else "text"
 
 
-def read_records(path: Path, fmt: str, split_on: str | None) -> Iterator[Record | BadLine | int]:
+def read_records(
+    path: Path, fmt: str, split_on: str | None, with_images: bool = False
+) -> Iterator[Record | BadLine | int]:
     """Yield the records of one input in order; an int is a number of blank lines or pieces that were skipped.
 
     Args:
         path: the file, or a directory of ``save_to_disk``.
-        fmt: "text", "json" (or "jsonl") or "table", see ``file_format``.
+        fmt: "text", "json" (or "jsonl"), "table" or "tar", see ``file_format``.
         split_on: regular expression (over UTF-8 bytes, ^ and $ match at lines) that separates the documents of a text
             file, or None for one document per file.
+        with_images: whether to read a table's columns of images.
 
     Raises:
         QADError: the input cannot be read, is damaged, or is not what its format says.
     """
     if fmt == "table":
-        for number, row in enumerate(tables.read_rows(path), start=1):
+        for number, row in enumerate(tables.read_rows(path, with_images), start=1):
             yield Record(str(path), number, True, row.encode("utf-8"))
+        return
+    if fmt == "tar":
+        yield from tar_shards.read_samples(path)
         return
     with open_input(path) as stream:
         if fmt == "text":

@@ -17,6 +17,8 @@ class Record:
     """Line of the file where the record starts, or row of a table, from 1."""
     is_json: bool
     data: bytes
+    members: tuple[tuple[str, bytes], ...] = ()
+    """(name, bytes) of the images of a tar shard's sample."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,17 @@
 
 import json
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from megatron_qad.data.bad_document import BadDocument
 from megatron_qad.data.chat_messages import Chat, parse_chat
+from megatron_qad.data.images.image_parts import take_images
+from megatron_qad.data.images.image_settings import ImageSettings
+from megatron_qad.data.images.image_sources import ImageFile, ImageReader
+from megatron_qad.data.images.placeholders import locate_images, mask_images
 from megatron_qad.data.prepare_options import JSON_KEYS
 from megatron_qad.data.records import MAX_CHAT_BYTES, BadLine, Record
 from megatron_qad.data.sharegpt import with_messages
@@ -30,6 +36,8 @@ class Encoded:
     """Loss mask: 1 where a token counts, else 0. None means that every token counts."""
     is_chat: bool = False
     """Whether it was chat messages."""
+    images: tuple[tuple[int, ImageFile], ...] = ()
+    """(offset of the first placeholder token, image) of each image, in order."""
 
 
 def encode_record(
@@ -38,6 +46,8 @@ def encode_record(
     json_key: str = "auto",
     prepend_bos: bool = False,
     multi_turn: str = "each",
+    images: ImageSettings | None = None,
+    image_root: str | None = None,
 ) -> list[Encoded] | BadLine:
     """Tokenize one record and append EOD, or return a ``BadLine`` with the reason why that is not possible.
 
@@ -48,38 +58,74 @@ def encode_record(
     ``data.generate`` writes for truncated text, the final special tokens do not count, because the model did not choose
     to end there.
 
+    With ``images``, the settings of a model, chats may have images, whose tokens never count. A literal image token
+    becomes ordinary tokens. Local files are in ``image_root``, or else in the folder of the record's file.
+
     Raises:
         QADError: the tokenizer does not support the input (chat without a chat template).
     """
+    reader = None if images is None else ImageReader(images, _image_root(record, image_root), dict(record.members))
     try:
-        value, is_truncated = _parse(record, json_key)
+        value, is_truncated = _parse(record, json_key, reader)
         is_chat = isinstance(value, Chat)
-        if is_chat and len(record.data) > MAX_CHAT_BYTES:
-            size = f"{len(record.data):,} bytes, more than the {MAX_CHAT_BYTES:,} that a chat may have"
-            raise BadDocument(f"the chat has {size}. Split it")
+        if is_chat and (size := _num_text_bytes(record, value)) > MAX_CHAT_BYTES:
+            limit = f"more than the {MAX_CHAT_BYTES:,} that a chat may have"
+            raise BadDocument(f"the chat has {size:,} bytes, {limit}. Split it")
         if isinstance(value, _Ids):
             documents = [_checked_ids(value, tokenizer)]
+        elif is_chat:
+            documents = tokenizer.encode_chat(value, multi_turn)
         else:
-            documents = (
-                tokenizer.encode_chat(value, multi_turn) if is_chat else [(_encode_text(value, tokenizer), None)]
-            )
+            documents = [(_encode_text(value, tokenizer, images), None)]
+        encoded = []
+        for i, (ids, mask) in enumerate(documents, start=1):
+            ids, mask = _with_ends(ids, mask, tokenizer, prepend_bos)
+            if is_truncated and i == len(documents):
+                mask = _mask_end(ids, mask or bytearray([1]) * len(ids), tokenizer.special)
+            files = value.images.files if is_chat and value.images is not None else ()
+            encoded.append(_with_images(Encoded(ids, mask, is_chat), files, images))
+        return encoded
     except BadDocument as error:
         line = record.line + error.line_offset
         return BadLine(record.file, line, str(error))
-    encoded = []
-    for i, (ids, mask) in enumerate(documents, start=1):
-        if prepend_bos and ids[0] != tokenizer.bos:
-            ids.insert(0, tokenizer.bos)
-            if mask is not None:
-                mask.insert(0, 0)
-        if ids[-1] != tokenizer.eod:
-            ids.append(tokenizer.eod)
-            if mask is not None:
-                mask.append(mask[-1])
-        if is_truncated and i == len(documents):
-            mask = _mask_end(ids, mask or bytearray([1]) * len(ids), tokenizer.special)
-        encoded.append(Encoded(ids, mask, is_chat))
-    return encoded
+
+
+def _with_ends(
+    ids: array, mask: bytearray | None, tokenizer: DataTokenizer, prepend_bos: bool
+) -> tuple[array, bytearray | None]:
+    """Return ids and mask with EOD and, if asked for, BOS."""
+    if prepend_bos and ids[0] != tokenizer.bos:
+        ids.insert(0, tokenizer.bos)
+        if mask is not None:
+            mask.insert(0, 0)
+    if ids[-1] != tokenizer.eod:
+        ids.append(tokenizer.eod)
+        if mask is not None:
+            mask.append(mask[-1])
+    return ids, mask
+
+
+def _with_images(document: Encoded, files: Sequence[ImageFile], settings: ImageSettings | None) -> Encoded:
+    """Return a document with the places of its images, which are the first of ``files``; their tokens do not count."""
+    if settings is None:
+        return document
+    num_tiles = [file.num_tiles for file in files]
+    offsets = locate_images(document.ids, num_tiles, settings)
+    if not offsets:
+        return document
+    mask_images(document.mask, offsets, num_tiles, settings)
+    return replace(document, images=tuple(zip(offsets, files, strict=False)))
+
+
+def _image_root(record: Record, image_root: str | None) -> Path:
+    path = Path(record.file)
+    return Path(image_root) if image_root is not None else path if path.is_dir() else path.parent
+
+
+def _num_text_bytes(record: Record, chat: Chat) -> int:
+    """Return the size of a chat without its images."""
+    has_images = chat.images is not None and chat.images.files
+    return len(json.dumps(chat.messages, ensure_ascii=False).encode()) if has_images else len(record.data)
 
 
 def _mask_end(ids: array, mask: bytearray, special: frozenset[int]) -> bytearray:
@@ -91,7 +137,7 @@ def _mask_end(ids: array, mask: bytearray, special: frozenset[int]) -> bytearray
     return mask
 
 
-def _parse(record: Record, json_key: str) -> tuple[str | Chat | _Ids, bool]:
+def _parse(record: Record, json_key: str, reader: ImageReader | None) -> tuple[str | Chat | _Ids, bool]:
     """Return (the text, the chat or the ids, whether it is truncated)."""
     try:
         text = record.data.decode("utf-8")
@@ -100,13 +146,13 @@ def _parse(record: Record, json_key: str) -> tuple[str | Chat | _Ids, bool]:
         bad = BadDocument(f"not UTF-8: byte {record.data[error.start]:#04x} ({error.reason}). {advice}")
         bad.line_offset = record.data.count(b"\n", 0, error.start)
         raise bad from error
-    return _json_document(text, json_key) if record.is_json else (text, False)
+    return _json_document(text, json_key, reader) if record.is_json else (text, False)
 
 
-def _encode_text(text: str, tokenizer: DataTokenizer) -> array:
+def _encode_text(text: str, tokenizer: DataTokenizer, images: ImageSettings | None) -> array:
     if not text.strip():
         raise BadDocument("the text is empty")
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(text) if images is None else tokenizer.encode_literally(text, images.image_token)
     if not ids:
         raise BadDocument("the text has no tokens")
     return ids if isinstance(ids, array) else array("i", ids)
@@ -133,7 +179,7 @@ def _parse_ids(line: dict[str, Any]) -> _Ids:
     return _Ids(array("i", ids), bytearray(map(int, mask)))
 
 
-def _json_document(text: str, json_key: str) -> tuple[str | Chat | _Ids, bool]:
+def _json_document(text: str, json_key: str, reader: ImageReader | None) -> tuple[str | Chat | _Ids, bool]:
     """Return (the text, the chat or the ids of a JSONL line, whether it is truncated)."""
     try:
         line = json.loads(text)
@@ -154,7 +200,8 @@ def _json_document(text: str, json_key: str) -> tuple[str | Chat | _Ids, bool]:
     if not is_unicode:
         raise BadDocument("has a lone surrogate (\\ud800 to \\udfff), which is not valid Unicode")
     if keys[0] == "messages":
-        chat = parse_chat(line)
+        line, images = (line, None) if reader is None else take_images(line, reader)
+        chat = parse_chat(line, images)
         return chat, chat.is_truncated
     if keys[0] == "input_ids":
         return _parse_ids(line), False

@@ -4,6 +4,7 @@ Rows are streamed or mapped into memory. Nothing is fetched, and no code of a da
 only. Not supported: a directory whose README.md defines its files, CSV.
 """
 
+import base64
 import glob
 import json
 import os
@@ -16,11 +17,15 @@ from megatron_qad.engine.errors import QADError
 
 _DOCUMENT_COLUMNS = ("text", "messages", "conversations")
 _COLUMNS = (*_DOCUMENT_COLUMNS, "system", "tools", "functions", "documents", "chat_template_kwargs", "finish")
-"""Columns that a record uses. Others, such as images, are not decoded."""
+"""Columns that a record uses. Others are not decoded."""
+_IMAGE_COLUMNS = ("images", "image")
 
 
-def read_rows(path: Path) -> Iterator[str]:
+def read_rows(path: Path, with_images: bool = False) -> Iterator[str]:
     """Yield the rows of a parquet or Arrow file, or of a directory of ``save_to_disk``, as JSON objects.
+
+    Args:
+        with_images: whether to read the columns of images, too. The bytes of an image become base64 text.
 
     Raises:
         QADError: the file is damaged, or has no column with documents.
@@ -31,12 +36,24 @@ def read_rows(path: Path) -> Iterator[str]:
             columns = dataset.column_names
             if columns is not None and not set(columns) & set(_DOCUMENT_COLUMNS):
                 raise BadDocument(f"has none of the columns {', '.join(_DOCUMENT_COLUMNS)}; it has {columns[:10]}")
-            for row in dataset.select_columns([c for c in columns or _COLUMNS if c in _COLUMNS]):
+            used = (*_COLUMNS, *_IMAGE_COLUMNS) if with_images else _COLUMNS
+            selected = dataset.select_columns([c for c in columns or used if c in used])
+            for row in _rows_of_arrow(selected) if with_images else selected:
                 # Null: what the row lacks. default: dates and the like become their text.
                 row = {key: value for key, value in row.items() if value is not None}
-                yield json.dumps(row, ensure_ascii=False, default=str)
+                yield json.dumps(row, ensure_ascii=False, default=_to_text)
     except BadDocument as error:
         raise QADError(f"--input {path}: {error}. Give another file, or download it again if it is damaged.") from error
+
+
+def _rows_of_arrow(dataset) -> Iterator[dict]:
+    """Yield the rows as they are stored: ``datasets`` would decode images, of which the file's bytes are needed."""
+    for table in dataset.with_format("arrow").iter(batch_size=16):
+        yield from table.to_pylist()
+
+
+def _to_text(value: object) -> str:
+    return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
 
 
 def _open(path: Path, cache: str):

@@ -16,6 +16,7 @@ from megatron_qad.data.bad_document import BadDocument, failures_are_bad_documen
 from megatron_qad.data.chat import encode_chat
 from megatron_qad.data.chat_messages import Chat
 from megatron_qad.data.chat_template import ChatTemplate
+from megatron_qad.data.images.placeholders import encode_literally
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.local_models import check_json_files
 from megatron_qad.engine.run_directory import manifest
@@ -83,6 +84,10 @@ class DataTokenizer:
         """Return the ids and loss masks of a conversation's documents, without EOD; see ``chat.encode_chat``."""
         raise NotImplementedError
 
+    def encode_literally(self, text: str, token: str) -> list[int] | array:
+        """Return ``encode(text)`` in which a special ``token`` that the text contains becomes ordinary tokens."""
+        return self.encode(text)
+
     def vocab_sha256(self) -> str:
         """Return a hash of the map piece -> id, which does not depend on how the files were written."""
         pieces = json.dumps(sorted((id_, piece) for piece, id_ in self.vocab.items()), ensure_ascii=True)
@@ -134,7 +139,7 @@ class HFTokenizer(DataTokenizer):
         self.eod, self.bos, self.unk = self.hf.eos_token_id, self.hf.bos_token_id, self.hf.unk_token_id
         added = {id_ for id_, token in self.hf.added_tokens_decoder.items() if token.special}
         self.special = frozenset(added | set(self.hf.all_special_ids))
-        self._templates: dict[str, ChatTemplate] = {}
+        self._templates: dict[tuple[str, str | None], ChatTemplate] = {}
 
     def encode(self, text: str) -> list[int] | array:
         with failures_are_bad_documents("the tokenizer rejected the text"):
@@ -147,6 +152,12 @@ class HFTokenizer(DataTokenizer):
                 )
             before, after = self._added_around("a")
             return array("i", before) + long_texts.encode_in_pieces(text, self._encode_piece) + array("i", after)
+
+    def encode_literally(self, text: str, token: str) -> list[int] | array:
+        if token not in text:
+            return self.encode(text)
+        before, after = self._added_around("a")
+        return encode_literally(text, token, self.encode, (len(before), len(after)))
 
     def _encode_piece(self, text: str) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
         encoded = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -185,10 +196,12 @@ class HFTokenizer(DataTokenizer):
                 f"{', '.join(f'{key!r} ({type(value).__name__})' for key, value in templates.items())}. Name one "
                 "'default', or save it as chat_template.jinja."
             )
-        if name not in self._templates:
+        image_token = None if chat.images is None else chat.images.settings.image_token
+        if (name, image_token) not in self._templates:
             owner = f"The chat template {name!r} of --tokenizer {self.name}"
-            self._templates[name] = ChatTemplate(source, self.hf.special_tokens_map, owner)
-        return self._templates[name]
+            template = ChatTemplate(source, self.hf.special_tokens_map, owner, image_token=image_token)
+            self._templates[name, image_token] = template
+        return self._templates[name, image_token]
 
 
 class SentencePieceTokenizer(DataTokenizer):

@@ -6,6 +6,7 @@ iterations, the batch size, the parallelism or a resume. Not supported: several 
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
@@ -57,15 +58,24 @@ class ValidationSet(Dataset):
     def sha256(self) -> str:
         """Return a hash of the tokens, loss masks and document ends of the samples that count, in their order.
 
-        It reads all of them: 0.13 ms for a sample of 4096 tokens.
+        It reads all of them: 0.13 ms for a sample of 4096 tokens. Images enter with the hash of their files.
         """
         digest = hashlib.sha256()
+        parts = getattr(self.samples, "datasets", [self.samples])
+        for part in parts:
+            digest.update(part.images_sha256().encode())
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(part.without_pixels())
+            self._add_tokens(digest)
+        return digest.hexdigest()
+
+    def _add_tokens(self, digest) -> None:
         for index in range(self.num_samples):
             sample = self.samples[index]
             for name in ("tokens", "labels", "loss_mask", "cu_seqlens"):
                 if name in sample:
                     digest.update(sample[name].numpy())
-        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.samples_per_evaluation * _MAX_EVALUATIONS

@@ -1,4 +1,4 @@
-"""Write documents to the indexed datasets of tokens and loss mask, and rename them to their final prefix."""
+"""Write documents to the indexed datasets of tokens, loss mask and images, and rename them to their final prefix."""
 
 import contextlib
 import os
@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_qad.data.metadata import DataMetadata, loss_mask_prefix, metadata_path, output_files
+from megatron_qad.data.images.image_files import ImageWriter
+from megatron_qad.data.images.image_settings import ImageSettings
+from megatron_qad.data.metadata import (
+    IMAGE_SUFFIXES,
+    DataMetadata,
+    data_file,
+    loss_mask_prefix,
+    metadata_path,
+    output_files,
+)
 from megatron_qad.data.sources import Encoded
 from megatron_qad.data.tokenizer import DataTokenizer
 from megatron_qad.engine.run_directory import manifest
@@ -15,7 +24,7 @@ from megatron_qad.engine.run_directory import manifest
 class DocumentWriter:
     """Writes documents to indexed datasets at a temporary prefix and counts them."""
 
-    def __init__(self, prefix: str, tokenizer: DataTokenizer):
+    def __init__(self, prefix: str, tokenizer: DataTokenizer, images: ImageSettings | None = None):
         # Imported here so that worker processes, which write nothing, do not load Megatron.
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -23,6 +32,7 @@ class DocumentWriter:
         dtype = DType.optimal_dtype(tokenizer.vocab_size)
         self.tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
         self.mask = IndexedDatasetBuilder(f"{loss_mask_prefix(prefix)}.bin", dtype=np.uint8)
+        self.images = None if images is None else ImageWriter(prefix, images)
         self.records = self.documents = self.chats = self.chat_documents = 0
         self.num_tokens = self.supervised = self.unknown = 0
 
@@ -39,24 +49,26 @@ class DocumentWriter:
             self.chat_documents += document.is_chat
             self.tokens.add_document(ids, [len(ids)])
             self.mask.add_document(mask, [len(ids)])
+            if self.images is not None:
+                self.images.add(document.images)
             self.documents += 1
             self.num_tokens += len(ids)
             self.supervised += int(mask.sum())
             self.unknown += 0 if self.tokenizer.unk is None else int((ids == self.tokenizer.unk).sum())
 
     def finish(self, bad_lines: int, blank_lines: int) -> DataMetadata:
-        """Close the data files, remove a mask of all ones, and return the metadata, with these counts of the inputs."""
+        """Close the data files, remove a mask of all ones and image files without images, and return the metadata, with
+        these counts of the inputs."""
         mask_prefix = loss_mask_prefix(self.prefix)
         self.tokens.finalize(f"{self.prefix}.idx")
         self.mask.finalize(f"{mask_prefix}.idx")
         has_mask = self.supervised != self.num_tokens
-        sha256 = {"bin": _sha256(f"{self.prefix}.bin"), "idx": _sha256(f"{self.prefix}.idx")}
-        if has_mask:
-            sha256["loss_mask.bin"] = _sha256(f"{mask_prefix}.bin")
-            sha256["loss_mask.idx"] = _sha256(f"{mask_prefix}.idx")
-        else:
+        if not has_mask:
             for suffix in (".bin", ".idx"):
                 Path(mask_prefix + suffix).unlink()
+        images = None if self.images is None else self.images.finish()
+        suffixes = ["bin", "idx", *(["loss_mask.bin", "loss_mask.idx"] if has_mask else [])]
+        suffixes += IMAGE_SUFFIXES if images is not None else []
         return DataMetadata(
             tokenizer_name=self.tokenizer.name,
             tokenizer_kind=self.tokenizer.kind,
@@ -74,7 +86,8 @@ class DocumentWriter:
             bad_lines=bad_lines,
             blank_lines=blank_lines,
             loss_mask=has_mask,
-            sha256=sha256,
+            sha256={suffix: _sha256(data_file(self.prefix, suffix)) for suffix in suffixes},
+            images=images,
         )
 
 
@@ -97,7 +110,7 @@ def publish(outputs: dict[str, str]) -> None:
         for source, target in moves:
             if source.exists():
                 os.replace(source, target)
-            else:  # the replaced output may have a loss mask although this one has none
+            else:  # the replaced output may have a loss mask or images although this one has none
                 target.unlink(missing_ok=True)
     except OSError:
         for _, target in moves:

@@ -36,6 +36,9 @@ class Metrics:
         self.num_tokens += other.num_tokens
         return self
 
+    def __sub__(self, other: "Metrics") -> "Metrics":
+        return Metrics(self.sums - other.sums, self.num_tokens - other.num_tokens)
+
     def all_reduce(self, group) -> "Metrics":
         packed = torch.cat((self.sums, self.num_tokens.view(1)))
         torch.distributed.all_reduce(packed, group=group)

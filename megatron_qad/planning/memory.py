@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 
 from megatron_qad.config.output_mode import OutputMode, OutputSizes
+from megatron_qad.models.families.radio_vision import VisionSettings, passthrough_tensors
 from megatron_qad.planning.activations import Kernels
 from megatron_qad.planning.layer_sizes import PlannedModel
 from megatron_qad.planning.layout import Layout
@@ -31,6 +33,8 @@ class PlannedJob:
     trains: bool = True
     """Whether there are gradients and an optimizer; not in PTQ."""
     offloads_teacher: bool = False
+    vision: VisionSettings | None = None
+    """Vision encoder that the job runs; None if its data has no images."""
 
     @cached_property
     def student_params(self) -> ModelParams:
@@ -80,6 +84,11 @@ def rows_of_ranks(job: PlannedJob, layout: Layout, sizes: OutputSizes) -> list[d
     add("input moments of local_hessian", job.scale_bytes.moments(layout))
     if job.trains:
         add(ACTIVATIONS, activation_bytes(job.student, layout, job.kernels))
+    if job.vision is not None:  # on the first stage, complete on each of its ranks
+        numel = sum(prod(tensor.shape) for tensor in passthrough_tensors(job.vision))
+        tokens = layout.seq_length * layout.micro_batch_size * layout.num_microbatches
+        ranks[0]["vision encoder and projector"] = numel * width
+        ranks[0]["image features, if all tokens are"] = tokens * job.vision.hidden_size * width
     ranks[-1] |= _outputs(job, layout, sizes)
     return ranks
 

@@ -31,18 +31,23 @@ _COLUMNS = {
 """Column -> rows of ``rows_of_ranks``. The rest are the outputs: logits or chunks, and what is kept of the teacher."""
 
 
-def read_job(hf_model: str, teacher: str | None, policy: str, rules: Sequence[str], kernels: Kernels) -> PlannedJob:
+def read_job(
+    hf_model: str, teacher: str | None, policy: str, rules: Sequence[str], kernels: Kernels, *, images: bool = False
+) -> PlannedJob:
     """Read the job to plan from the ``config.json`` of its models.
 
     Args:
         hf_model, teacher: Hugging Face directories or ``config.json`` files. Without a teacher, it equals the student.
+        images: the data has images, so the job runs the student's vision encoder.
 
     Raises:
-        QADError: a missing file, an unsupported architecture, or an invalid policy.
+        QADError: a missing file, an unsupported architecture, an invalid policy, or images without a vision encoder.
     """
     student_hf = _read_config(hf_model)
     teacher_hf = student_hf if teacher is None else _read_config(teacher)
     family, student_policy = family_of(student_hf), policies.load(policy, rules, flag="--rule")
+    if images and family.vision is None:
+        raise QADError(f"--images: {hf_model} ({family.architecture}) has no vision encoder. Leave out the flag.")
     linears, kinds = family.linears(student_hf), family.layer_kinds(student_hf)
     formats = policies.resolve(student_policy, linears, kinds)
     return PlannedJob(
@@ -50,6 +55,7 @@ def read_job(hf_model: str, teacher: str | None, policy: str, rules: Sequence[st
         teacher=PlannedModel(family_of(teacher_hf), teacher_hf),
         kernels=kernels,
         scales=policies.resolve_scales(student_policy, linears, kinds),
+        vision=family.vision(student_hf) if images else None,
     )
 
 

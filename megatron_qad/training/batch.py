@@ -1,11 +1,4 @@
-"""Microbatches: reads them once for both teacher and student, and runs them through a model.
-
-Only the first tensor-parallel rank of the first and of the last pipeline stage has a data iterator. One broadcast per
-schedule sends all its microbatches to the other ranks of the tensor-parallel group. Middle stages need no data, except
-the document ends of packed rows. Each context-parallel rank reads complete rows and keeps its chunks of them.
-
-Packed rows (``--dataloader-inter-document-masking``) of a microbatch are joined into one row of all their documents.
-"""
+"""Microbatches on this rank, and forward passes of a model on them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,8 +8,10 @@ import torch
 from megatron.core import mpu
 from torch import Tensor
 
-from megatron_qad.models.context_parallel import Documents, take_chunks
+from megatron_qad.models.context_parallel import Documents
 from megatron_qad.models.output_layer import ModelOutput, stopped_before_output_layer
+from megatron_qad.models.vision.image_merge import merged_features
+from megatron_qad.training.image_features import JoinedImages, MicrobatchImages
 
 
 @dataclass
@@ -37,6 +32,11 @@ class Batch:
     """float32 [b, s/cp], weight of each label in the loss; 0 excludes it."""
     documents: Documents | None = None
     """Ends of the documents in a packed row. None means that each row is one sequence."""
+    images: MicrobatchImages | None = None
+    """Images of the rows, on the first stage. None: there are none."""
+    after_image: Tensor | None = None
+    """bool [b, s/cp], on the last stage: whether an image comes before the token in its document. None: no data of the
+    job has images."""
     teacher_output: ModelOutput | None = None
     """Output of the teacher on the last stage, set by the teacher's pass and removed by the loss."""
     teacher_states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -59,86 +59,6 @@ def num_calibration_batches(samples: int, micro_batch_size: int) -> int:
     return round_up_to_pipeline(-(-samples // (micro_batch_size * mpu.get_data_parallel_world_size())))
 
 
-@dataclass(frozen=True)
-class BatchReader:
-    """Reads the microbatches of one job.
-
-    Args:
-        is_packed: rows hold several documents.
-        on_every_stage: middle pipeline stages get the data, too, because some losses need the mask there.
-    """
-
-    is_packed: bool
-    on_every_stage: bool = False
-
-    def schedule_shape(self, *, seq_length: int, micro_batch_size: int, **kwargs) -> dict:
-        """Return the schedule's shape arguments; the rows of a packed microbatch count as one joined row."""
-        if self.is_packed:
-            seq_length, micro_batch_size = seq_length * micro_batch_size, 1
-        return {"seq_length": seq_length, "micro_batch_size": micro_batch_size, **kwargs}
-
-    def read(self, data_iterator, num_microbatches: int, micro_batch_size: int, seq_length: int) -> list[Batch]:
-        """Read the next microbatches of this rank, in order.
-
-        Args:
-            data_iterator: Megatron's iterator, a list of iterators (one per virtual stage), or None on ranks without
-                data.
-            micro_batch_size: rows per microbatch, before packed rows are joined.
-            seq_length: tokens per row over all context-parallel ranks.
-        """
-        shape = (num_microbatches, 5 if self.is_packed else 4, micro_batch_size, seq_length)
-        has_data = mpu.is_pipeline_first_stage(ignore_virtual=True) or mpu.is_pipeline_last_stage(ignore_virtual=True)
-        data = _read(data_iterator, shape, self.is_packed) if has_data else None
-        if self.on_every_stage and mpu.get_pipeline_model_parallel_world_size() > 2:
-            data, has_data = _broadcast_from_first_stage(data if has_data else _empty(shape)), True
-        if not self.is_packed:
-            return [_unpack(part, None) for part in data] if has_data else [Batch() for _ in range(num_microbatches)]
-        ends = data[:, -1].contiguous() if has_data else _empty((num_microbatches, micro_batch_size, seq_length))
-        if mpu.get_pipeline_model_parallel_world_size() > 2:  # middle stages have no data, but need document ends
-            ends = _broadcast_from_first_stage(ends)
-        documents = [Documents.from_lengths(_document_lengths(rows), ends.device) for rows in ends.tolist()]
-        if not has_data:
-            return [Batch(documents=row_documents) for row_documents in documents]
-        return [_unpack(part[:-1], row_documents) for part, row_documents in zip(data, documents, strict=True)]
-
-
-_INTEGERS = ("tokens", "position_ids", "labels")
-
-
-def _read(data_iterator, shape: tuple[int, ...], is_packed: bool) -> Tensor:
-    """Return int64 [m, kinds, b, s] on all tensor-parallel ranks, read by the first of them."""
-    group = mpu.get_tensor_model_parallel_group()
-    if group.rank() == 0:
-        iterator = _first_with_data(data_iterator)
-        packed = torch.stack([_pack(next(iterator), is_packed) for _ in range(shape[0])])
-        assert packed.shape == shape, f"microbatches are {list(packed.shape)}, expected {list(shape)}"
-        packed = packed.cuda(non_blocking=True)
-    else:
-        packed = _empty(shape)
-    if group.size() > 1:
-        torch.distributed.broadcast(packed, torch.distributed.get_global_rank(group, 0), group=group)
-    return packed
-
-
-def _broadcast_from_first_stage(data: Tensor) -> Tensor:
-    group = mpu.get_pipeline_model_parallel_group()
-    torch.distributed.broadcast(data, torch.distributed.get_global_rank(group, 0), group=group)
-    return data
-
-
-def _empty(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.int64, device=torch.cuda.current_device())
-
-
-def _document_lengths(rows: list[list[int]]) -> list[int]:
-    """Return the lengths of the documents of all rows, in order. A row holds document ends, padded with the last."""
-    lengths = []
-    for row in rows:
-        ends = row[: row.index(len(row)) + 1]
-        lengths += [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return lengths
-
-
 class ForwardPass:
     """Runs forward passes of a job's models, and keeps track of the microbatch that is running.
 
@@ -157,7 +77,9 @@ class ForwardPass:
         Returns logits [b, s, V/tp] on the last stage, or its final hidden states if ``hidden`` (see
         ``models.output_layer``). Other stages return the hidden states for the next stage.
         """
-        with self.running(batch), stopped_before_output_layer(model) if hidden else nullcontext():
+        images = batch.images
+        merge = merged_features(model, images.feature_index, images.features) if images else nullcontext()
+        with self.running(batch), merge, stopped_before_output_layer(model) if hidden else nullcontext():
             return model(batch.tokens, batch.position_ids, None, packed_seq_params=batch.documents, **self._options)
 
     @contextmanager
@@ -187,7 +109,10 @@ def join(batches: Sequence[Batch]) -> Batch:
         return Batch(documents=documents)
     dim = 0 if documents is None else 1
     tokens, position_ids = (torch.cat([getattr(b, n) for b in batches], dim) for n in ("tokens", "position_ids"))
-    return Batch(tokens, position_ids, documents=documents)
+    images = None
+    if any(batch.images is not None for batch in batches):
+        images = JoinedImages([batch.images for batch in batches], [batch.tokens.shape for batch in batches], dim)
+    return Batch(tokens, position_ids, documents=documents, images=images)
 
 
 def iterators(batches: Sequence[Batch], data_iterator) -> Iterator[Batch] | list[Iterator[Batch]]:
@@ -195,29 +120,3 @@ def iterators(batches: Sequence[Batch], data_iterator) -> Iterator[Batch] | list
     if isinstance(data_iterator, list):
         return [iter(batches) for _ in data_iterator]
     return iter(batches)
-
-
-def _first_with_data(data_iterator) -> Iterator:
-    if isinstance(data_iterator, list):
-        return next(iterator for iterator in data_iterator if iterator is not None)
-    return data_iterator
-
-
-def _pack(sample: dict, is_packed: bool) -> Tensor:
-    """Pack a sample into one int64 tensor [4 or 5, b, s], with the float32 bits of the mask as integers."""
-    mask = sample["loss_mask"].float().contiguous().view(torch.int32).long()
-    parts = [*(sample[name].long() for name in _INTEGERS), mask]
-    if is_packed:
-        parts.append(sample["cu_seqlens"][:, 1:].long())
-    return torch.stack(parts)
-
-
-def _unpack(data: Tensor, documents: Documents | None) -> Batch:
-    """Return this context-parallel rank's part of a microbatch from int64 [4, b, s]."""
-    group = mpu.get_context_parallel_group()
-    lengths = [data.shape[-1]]
-    if documents is not None:
-        data, lengths = data.flatten(1).unsqueeze(1), documents.document_lengths
-    parts = data if group.size() == 1 else (take_chunks(p, lengths, group.rank(), group.size()) for p in data)
-    tokens, position_ids, labels, mask = (part.contiguous() for part in parts)
-    return Batch(tokens, position_ids, labels, mask.int().view(torch.float32), documents)

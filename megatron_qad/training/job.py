@@ -39,11 +39,12 @@ from megatron_qad.quantization.activations import ActivationQuantizers
 from megatron_qad.quantization.in_place_weights import InPlaceWeights
 from megatron_qad.quantization.input_moments import InputMoments
 from megatron_qad.quantization.smoothing import Groups
-from megatron_qad.training.batch import Batch, BatchReader, ForwardPass, iterators
+from megatron_qad.training.batch import Batch, ForwardPass, iterators
+from megatron_qad.training.batch_reader import BatchReader
 from megatron_qad.training.calibration_pass import CalibrationPass
 from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
-from megatron_qad.training.models import build_teacher, check_disjoint, model_config
+from megatron_qad.training.models import build_image_encoder, build_teacher, check_disjoint, model_config
 from megatron_qad.training.resume_check import check_resume, nothing_to_do
 from megatron_qad.training.run_description import check_expert_state, check_scale_state, describe_run
 from megatron_qad.training.teacher import Teacher
@@ -101,7 +102,8 @@ class QADJob:
         self.config, self.args, self.loggers, self.output = config, args, loggers, output
         self.saves = AtomicCheckpoints()
         self.forward = ForwardPass(keeps_precision=args.bf16)
-        self.reader = BatchReader(config.is_packed, config.data_on_every_stage)
+        encoder = None if config.images is None else build_image_encoder(config)
+        self.reader = BatchReader(config.is_packed, config.data_on_every_stage, encoder)
         self.loss = Loss(config.losses, config.student.vocab_size, config.output_mode.fused)
         self.datasets_provider = DatasetsProvider(args, config.data_options)
         self.student: Sequence[torch.nn.Module] = ()
@@ -170,8 +172,13 @@ class QADJob:
 
     def evaluated(self, model) -> dict[str, float]:
         """Reduce the metrics of an evaluation over the data-parallel ranks and report them, at the end of each one."""
-        total = self.loss.take_metrics().all_reduce(mpu.get_data_parallel_group(with_context_parallel=True))
-        means = total.means(has_teacher=self.config.teacher is not None)
+        group, has_teacher = mpu.get_data_parallel_group(with_context_parallel=True), self.config.teacher is not None
+        total = self.loss.take_metrics().all_reduce(group)
+        means = total.means(has_teacher=has_teacher)
+        if self.reader.encoder is not None:
+            after_image = self.loss.take_metrics_after_image().all_reduce(group)
+            for suffix, part in (("after_image", after_image), ("text_only", total - after_image)):
+                means |= {f"{name}_{suffix}": value for name, value in part.means(has_teacher=has_teacher).items()}
         self.events.evaluation_ended(self.loop.iteration, means)
         return means
 

@@ -27,6 +27,7 @@ class Loss:
         self._has_several = len(losses.terms) > 1
         self._vocab_size, self._is_fused = vocab_size, is_fused
         self._metrics: Metrics | None = None
+        self._after_image: Metrics | None = None
         self._microbatch_kl: list[Tensor] = []
         self.microbatch_kl: Tensor | None = None
         """(sum of the KL, number of tokens) of each microbatch that the last ``take_metrics`` counted, float64
@@ -57,6 +58,9 @@ class Loss:
         num_tokens = batch.loss_mask.count_nonzero().int()
         if not torch.is_grad_enabled():
             self._add(compute_metrics(student, teacher, batch.labels, batch.loss_mask, shard))
+            if batch.after_image is not None:
+                weight = batch.loss_mask * batch.after_image
+                self._add_after_image(compute_metrics(student, teacher, batch.labels, weight, shard))
             return output.new_zeros(()), num_tokens, {}
         losses = [term.loss for term in self._terms]
         values = compute_losses(losses, student, teacher, batch.labels, shard, batch.loss_mask)
@@ -71,6 +75,16 @@ class Loss:
             self._metrics = Metrics.zero(metrics.sums.device)
         self._metrics += metrics
         self._microbatch_kl.append(torch.stack((metrics.sums[0], metrics.num_tokens)))
+
+    def _add_after_image(self, metrics: Metrics) -> None:
+        if self._after_image is None:
+            self._after_image = Metrics.zero(metrics.sums.device)
+        self._after_image += metrics
+
+    def take_metrics_after_image(self) -> Metrics:
+        """Return the sums since the last call over the tokens in whose document an image comes before them."""
+        total, self._after_image = self._after_image, None
+        return total or Metrics.zero(torch.cuda.current_device())
 
     def take_metrics(self) -> Metrics:
         """Return this rank's metric sums since the last call; zeros on ranks that compute no loss."""

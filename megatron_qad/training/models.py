@@ -2,19 +2,23 @@
 
 import argparse
 import copy
+from pathlib import Path
 
 import torch
 from megatron.training import print_rank_0
 from megatron.training.argument_utils import hybrid_config_from_args
 
+from megatron_qad.checkpoint.hf_reader import PASSTHROUGH_FILE
 from megatron_qad.config.job_config import JobConfig, ModelConfig
 from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.config.yaml_file import to_flags
+from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.megatron_args import make_parser, megatrons_refusals
 from megatron_qad.models.builder import QADModelConfig, build_chunks, freeze
 from megatron_qad.models.specs import hybrid_stack_spec
 from megatron_qad.models.weight_loading import load_weights
 from megatron_qad.training.batch import ForwardPass
+from megatron_qad.training.image_features import ImageEncoder
 from megatron_qad.training.offloaded_teacher import OffloadedTeacher
 from megatron_qad.training.teacher import Teacher
 
@@ -70,6 +74,25 @@ def build_teacher(config: JobConfig, args: argparse.Namespace, forward: ForwardP
         config.teacher_microbatches_per_pass,
         config.output_mode.teacher_hidden,
     )
+
+
+def build_image_encoder(config: JobConfig) -> ImageEncoder:
+    """Return the vision encoder of a job whose data has images; both models use it.
+
+    Raises:
+        QADError: the teacher has another encoder, or none.
+    """
+    files = [Path(model.checkpoint) / "hf" / PASSTHROUGH_FILE for model in (config.student, config.teacher) if model]
+    settings = config.student.family.vision(config.student.hf)
+    if config.teacher is not None:
+        teacher = config.teacher.family.vision
+        if teacher is None or teacher(config.teacher.hf) != settings:
+            raise QADError(
+                f"--qad-teacher {config.teacher.checkpoint}: its vision encoder differs from that of the student. The "
+                "data has images, and one encoder serves both models: give a teacher with the same encoder."
+            )
+    dtype = torch.bfloat16 if config.flags.bf16 else torch.float32
+    return ImageEncoder(settings, files, dtype, config.options.qad_vision_align_corners)
 
 
 def check_disjoint(teacher: list[torch.nn.Module], student: list[torch.nn.Module]) -> None:

@@ -107,6 +107,7 @@ def planned_job(config: JobConfig) -> PlannedJob:
         num_logit_losses=len(config.losses.terms_of_type(LogitLoss)),
         trains=not config.options.qad_ptq,
         offloads_teacher=config.options.qad_teacher_cpu_offload,
+        vision=None if config.images is None else student.family.vision(student.hf),
     )
 
 

@@ -145,7 +145,7 @@ class _Watch(Callback):
         if is_training:
             self.steps[-1]["quantized"] = self._shards(self._model, lambda p: p.data)
             self.steps[-1]["batches"] += [
-                vars(batch) | {"teacher_output": None, "documents": None} for batch in batches
+                vars(batch) | {"teacher_output": None, "documents": None, "images": None} for batch in batches
             ]
 
     def before_update(self, update):

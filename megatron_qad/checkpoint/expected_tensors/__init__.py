@@ -7,7 +7,16 @@ maps in ``models`` and do not import them, so that the validator does not repeat
 from collections.abc import Callable
 from typing import Any
 
-from megatron_qad.checkpoint.expected_tensors import decilm, llama, nemotron_h, nemotron_vl, qwen2, qwen3, qwen3_moe
+from megatron_qad.checkpoint.expected_tensors import (
+    decilm,
+    llama,
+    llama_nemotron_vl,
+    nemotron_h,
+    nemotron_vl,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory
 from megatron_qad.engine.errors import QADError
 
@@ -19,6 +28,7 @@ EXPECTED_TENSORS: dict[str, Callable[[dict[str, Any]], Inventory]] = {
     "nemotron_h": nemotron_h.expected_tensors,
     "nemotron-nas": decilm.expected_tensors,
     "NemotronH_Nano_VL_V2": nemotron_vl.expected_tensors,
+    "Llama_Nemotron_Nano_VL": llama_nemotron_vl.expected_tensors,
 }
 """Functions that return the inventory, by ``model_type`` of config.json."""
 

@@ -1,6 +1,6 @@
 """The ``Inventory`` dataclass: tensors, linears and fused groups that a Hugging Face checkpoint must have."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_qad.engine import config_values as values
@@ -24,6 +24,8 @@ class Inventory:
     """Names in ``tensors`` that stay in float32."""
     passthrough_prefixes: tuple[str, ...] = ()
     """Prefixes of tensor names that are not listed here and are passed through unchanged."""
+    carried: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Tensors with one of ``passthrough_prefixes`` that must exist, in any floating-point dtype: name -> shape."""
     required: tuple[str, ...] = ()
     """Prefixes in ``passthrough_prefixes`` for which tensors must exist."""
     attentions: list[tuple[str, str]] = field(default_factory=list)
@@ -38,8 +40,32 @@ class Inventory:
         return name.startswith(self.passthrough_prefixes)
 
     def excluded(self, quantized) -> set[str]:
-        """Return the modules that the configurations must exclude if the given linears are quantized."""
-        return (set(self.linears) | set(self.never_quantized)) - set(quantized)
+        """Return the modules that the configurations must exclude if the given linears are quantized.
+
+        A head with a prefix is excluded under its last name, too, because some servers look for that.
+        """
+        excluded = (set(self.linears) | set(self.never_quantized)) - set(quantized)
+        return excluded | {self.head.rsplit(".", 1)[-1]} if self.head in excluded else excluded
+
+    def prefixed(self, prefix: str) -> "Inventory":
+        """Return the inventory of the same model inside another one, with all names behind ``prefix``."""
+
+        def names(modules):
+            return tuple(f"{prefix}{module}" for module in modules)
+
+        return replace(
+            self,
+            tensors={f"{prefix}{name}": shape for name, shape in self.tensors.items()},
+            linears={f"{prefix}{name}": shape for name, shape in self.linears.items()},
+            fused=[names(group) for group in self.fused],
+            experts=[names(group) for group in self.experts],
+            never_quantized=list(names(self.never_quantized)),
+            float32=set(names(self.float32)),
+            passthrough_prefixes=names(self.passthrough_prefixes),
+            attentions=[names(pair) for pair in self.attentions],
+            embedding=f"{prefix}{self.embedding}",
+            head=f"{prefix}{self.head}",
+        )
 
 
 def positive_integer(config: dict[str, Any], key: str, default: int | None = None) -> int:

@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "%(default)s)",
     )
     parser.add_argument("--seq-length", required=True, type=int, metavar="S", help="tokens of a sequence")
+    parser.add_argument("--images", action="store_true", help="the data has images: count the vision encoder")
     parser.add_argument("--packed", action="store_true", help="rows hold several documents")
     parser.add_argument(
         "--global-batch-size", type=int, default=64, metavar="B", help="sequences of a step (default: 64)"
@@ -60,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_qad.planning.time_lines import Chip, describe_machine
 
     kernels = kernels_of(options.layer_spec, on_gpu=True)
-    job = proposal_tables.read_job(options.hf_model, options.teacher, options.policy, options.rule, kernels)
+    job = proposal_tables.read_job(
+        options.hf_model, options.teacher, options.policy, options.rule, kernels, images=options.images
+    )
     chip = Chip(options.gpu)
     machine = Machine(
         peak=chip.peak,

@@ -3,7 +3,16 @@ weights that are never quantized. ``dense_decoder`` and ``router_options`` have 
 
 from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
-from megatron_qad.models.families import decilm, llama, nemotron_h, nemotron_vl, qwen2, qwen3, qwen3_moe
+from megatron_qad.models.families import (
+    decilm,
+    llama,
+    llama_nemotron_vl,
+    nemotron_h,
+    nemotron_vl,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_qad.models.families.base import Family
 from megatron_qad.models.families.nearest import refusal
 
@@ -16,6 +25,7 @@ FAMILIES: dict[str, Family] = {
         qwen3_moe.FAMILY,
         nemotron_h.FAMILY,
         nemotron_vl.FAMILY,
+        llama_nemotron_vl.FAMILY,
         decilm.FAMILY,
     )
 }

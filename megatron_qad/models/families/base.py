@@ -6,8 +6,12 @@ tensors it is made of. Both directions are exact: they copy values and never com
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from megatron_qad.models.families.radio_vision import VisionSettings
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ class Family:
     """Tensor names saved by transformers 5 -> names on the hub, which are read and written here."""
     passthrough_tensors: Callable[[dict], list[ParamMapping]] = lambda hf_config: []
     """config -> the passthrough tensors that are known from the config alone."""
+    vision: "Callable[[dict], VisionSettings] | None" = None
+    """config -> settings of the vision encoder and the projector. None: a language model."""
     config_keys: frozenset[str] = frozenset()
     """Keys of config.json that its models have. The refusal of another model finds the nearest family by them."""
 

@@ -9,9 +9,11 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from megatron_qad.data.data_options import DataOptions
+from megatron_qad.data.images.image_settings import ImageSettings
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
 from megatron_qad.data.tokenizer import load_tokenizer
 from megatron_qad.engine import init_runtime
@@ -60,13 +62,21 @@ def sp_model(tmp_path_factory):
     return directory / "tiny.model"
 
 
-def _hf_tokenizer(directory, template, eos="<|im_end|>"):
+# Renders the parts of content, images included, as templates of vision-language models do.
+CHATML_PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _hf_tokenizer(directory, template, eos="<|im_end|>", specials=()):
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     # trim_offsets=True as in the files of GPT-2 and SmolLM2: offsets exclude white space.
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *specials]
     bpe.train_from_iterator(
         CORPUS[:10],
         tokenizers.trainers.BpeTrainer(
@@ -96,6 +106,52 @@ def hf_tagged_dir(tmp_path_factory):
 def make_hf_dir(tmp_path_factory):
     """``make_hf_dir(template, eos=...)``: save a tokenizer with this template and return its directory."""
     return lambda template, **kwargs: _hf_tokenizer(tmp_path_factory.mktemp("hf") / "other", template, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def vision_dir(make_hf_dir):
+    """A tokenizer with the tokens of images, whose template takes strings."""
+    return make_hf_dir(CHATML, specials=["<image>", "<img>", "</img>"])
+
+
+@pytest.fixture(scope="session")
+def vision_parts_dir(make_hf_dir):
+    """The same tokenizer with a template that renders parts of content and images."""
+    return make_hf_dir(CHATML_PARTS, specials=["<image>", "<img>", "</img>"])
+
+
+@pytest.fixture(scope="session")
+def image_settings(vision_dir):
+    """Tiles of 64 pixels with 4 tokens, at most 4 and a thumbnail."""
+    ids = load_tokenizer(vision_dir).vocab
+    return ImageSettings(
+        family="Tiny",
+        tile_size=64,
+        patch_size=16,
+        max_tiles=4,
+        use_thumbnail=True,
+        tokens_per_tile=4,
+        grid_rule="closest_ratio",
+        image_token="<image>",
+        image_token_id=ids["<image>"],
+        start_token="<img>",
+        start_token_id=ids["<img>"],
+        end_token="</img>",
+        end_token_id=ids["</img>"],
+    )
+
+
+@pytest.fixture
+def write_image(tmp_path):
+    """``write_image(name, width, height, color)``: write an image of one color and return its path."""
+
+    def write(name, width=64, height=64, color=(255, 0, 0)):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (width, height), color).save(path)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

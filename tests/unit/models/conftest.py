@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from megatron_qad.checkpoint.expected_tensors import inventory  # noqa: E402
+from megatron_qad.checkpoint.layouts import exclusions  # noqa: E402
 from megatron_qad.models.families import family_of  # noqa: E402
 
 
@@ -34,7 +35,8 @@ def assert_same_tensors():
         assert {t.hf for t in linears if len(t.hf) > 1} == {tuple(f"{m}.weight" for m in g) for g in expected.fused}
         assert {name for t in tensors if t.is_float32 for name in t.hf} == expected.float32
         modules = {name for name in family.linear_modules(config) if not expected.is_passthrough(name)}
-        assert modules == expected.excluded(quantized=())
+        assert set(exclusions(modules, ())) == expected.excluded(quantized=())
+        assert {t.megatron: t.shape for t in family.passthrough_tensors(config)} == expected.carried
 
     return check
 

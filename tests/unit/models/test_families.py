@@ -76,7 +76,7 @@ def test_rope_config_from_before_transformers_5():
 
 def test_unsupported_family_error_lists_supported_ones():
     for architectures in (["GPT2LMHeadModel"], None):
-        with pytest.raises(QADError, match="LlamaForCausalLM, NemotronHForCausalLM, NemotronH_Nano_VL_V2, Qwen2"):
+        with pytest.raises(QADError, match="LlamaForCausalLM, Llama_Nemotron_Nano_VL, NemotronHFor"):
             family_of({"architectures": architectures})
 
 

@@ -14,7 +14,7 @@ from megatron_qad.models.families import FAMILIES, family_of
 
 ROOT = Path(__file__).parents[3]
 SHARED = {"__init__", "base", "dense_decoder", "router_options", "rope_config", "attention_heads"}
-SHARED |= {"unbuilt", "nearest", "model_inventory"}
+SHARED |= {"unbuilt", "nearest", "model_inventory", "radio_vision"}
 
 
 def family_files(package) -> set[str]:

@@ -1,0 +1,1 @@
+"""The vision side of vision-language models: encoder and projector, and the merge of their features into embeddings."""
