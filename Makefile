@@ -59,6 +59,7 @@ lint: env
 	$(RUN) python tools/check_prose.py
 	$(RUN) shellcheck --external-sources .ci/run launch/*.sh launch/*.sbatch tools/*.sh examples/*/*.sh
 	$(RUN) hadolint Dockerfile
+	$(RUN) mypy
 
 format: env
 	$(RUN) ruff format .

@@ -1,4 +1,4 @@
-# Jobs of an example that a second call skips; to be sourced with $out (output directory) set, and with a function job PROGRAM FLAGS...
+# Jobs of an example that a second call skips; to be sourced with $out (output directory) set, and with a function job COMMAND FLAGS...
 # that runs a job with the example's settings.
 export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 mkdir -p "$out/log"
@@ -12,5 +12,5 @@ run_once() {
   touch "$out/log/$name.done"
 }
 
-# once NAME PROGRAM FLAGS...: the same for a job.
+# once NAME COMMAND FLAGS...: the same for a job.
 once() { run_once "$1" job "${@:2}"; }

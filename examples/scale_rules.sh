@@ -1,5 +1,5 @@
 # Compares rules for the scales of NVFP4 weights; to be sourced by the examples' compare_scale_rules.sh with $here (folder of the
-# example) and $out (output directory) set, and with two functions: job PROGRAM FLAGS... runs a job with the example's settings, and
+# example) and $out (output directory) set, and with two functions: job COMMAND FLAGS... runs a job with the example's settings, and
 # policy RULE UPDATE prints a policy with these scales.
 source examples/once.sh
 # ARMS="mse:frozen ..." in the environment selects some of them.
@@ -15,9 +15,9 @@ quantize() {
     name=$start-${arm/:/-}
     policy "${arm%:*}" "${arm#*:}" >"$out/$name.yaml"
     local flags=(--qad-teacher "$teacher" --qad-policy "$out/$name.yaml")
-    [ -z "${ptq:-}" ] || once "$name-ptq" pretrain_qad.py --config "$here/train.yaml" "${flags[@]}" --save "$out/$name-ptq" --qad-ptq
-    once "$name-$seed" pretrain_qad.py --config "$here/train.yaml" "${flags[@]}" --save "$out/$name-$seed" --seed "$seed" "${@:4}"
-    once "$name-noise" tools/noise_floor.py --config "$out/float32.yaml" "${flags[@]}" --qad-student "$out/$name-$seed" \
+    [ -z "${ptq:-}" ] || once "$name-ptq" ptq --config "$here/train.yaml" "${flags[@]}" --save "$out/$name-ptq"
+    once "$name-$seed" train --config "$here/train.yaml" "${flags[@]}" --save "$out/$name-$seed" --seed "$seed" "${@:4}"
+    once "$name-noise" noise-floor --config "$out/float32.yaml" "${flags[@]}" --qad-student "$out/$name-$seed" \
       --output "$out/$name-noise.json"
   done
 }

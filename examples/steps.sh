@@ -32,17 +32,17 @@ make_inputs() {
   step inputs python "$here/make_inputs.py" "$out/inputs"
   mkdir "$out/data"
   for text in raw post heldout; do
-    step "data-$text" python tools/prepare_data.py --input "$out/inputs/$text.txt" --split-on $'\n\x1e\n' \
+    step "data-$text" megatron-qad prepare --input "$out/inputs/$text.txt" --split-on $'\n\x1e\n' \
       --tokenizer "$out/inputs/hf/tokenizer.model" --output "$out/data/$text" &
   done
-  step import python tools/import_hf.py --hf-model "$out/inputs/hf" --output "$out/untrained"
+  step import megatron-qad import --hf-model "$out/inputs/hf" --output "$out/untrained"
   wait_all
 }
 
-# train NAME FLAGS...: runs a training job with the settings of train.yaml.
-train() {
-  local name=$1; shift
-  NPROC_PER_NODE=$ranks step "$name" launch/torchrun.sh pretrain_qad.py --config "$here/train.yaml" \
+# job COMMAND NAME FLAGS...: runs megatron-qad train or ptq with the settings of train.yaml.
+job() {
+  local command=$1 name=$2; shift 2
+  NPROC_PER_NODE=$ranks step "$name" megatron-qad "$command" --config "$here/train.yaml" \
     --save "$out/$name" --tensorboard-dir "$out/$name/tensorboard" --valid-data-path "$out/data/heldout" "$@"
   grep -hE 'megatron_qad (validation|experts)' "$out/log/$name.txt" | tail -n 2 | sed 's/.*at iteration/        iteration/'
 }

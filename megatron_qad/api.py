@@ -10,8 +10,11 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_qad.engine import megatron_warnings
+
 if TYPE_CHECKING:
     from megatron_qad.checkpoint.hf_writer import Written
+    from megatron_qad.checkpoint.layouts import LayoutName
     from megatron_qad.checkpoint.validate import ValidationResult
     from megatron_qad.data.metadata import DataMetadata
     from megatron_qad.distillation.kl_loss import kl_loss
@@ -36,6 +39,7 @@ __all__ += ["quantize_model", "validate"]
 def __getattr__(name: str) -> Any:
     if name not in _LOADED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    megatron_warnings.hide()
     return getattr(importlib.import_module(_LOADED[name]), name)
 
 
@@ -102,6 +106,7 @@ def prepare_data(inputs: list[str], tokenizer: str, output: str, **options: Any)
     """
     import dataclasses
 
+    megatron_warnings.hide()
     from megatron_qad.data.prepare import prepare_data as prepare
     from megatron_qad.data.prepare_options import PrepareOptions
     from megatron_qad.engine.errors import QADError
@@ -115,7 +120,7 @@ def prepare_data(inputs: list[str], tokenizer: str, output: str, **options: Any)
 def export_hf(
     checkpoint: str | Path,
     output: str | Path,
-    layout: str = "modelopt",
+    layout: "LayoutName" = "modelopt",
     *,
     iteration: int | str | None = None,
     num_workers: int | None = None,
@@ -172,6 +177,7 @@ def validate(directory: str | Path, *, against: str | Path | None = None, with_s
         result = validate("exports/nvfp4", against="my_model")
         assert not result.issues, result.issues
     """
+    megatron_warnings.hide()
     from megatron_qad.checkpoint.validate import validate_nvfp4
 
     return validate_nvfp4(directory, against=against, with_sums=with_sums)

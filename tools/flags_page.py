@@ -1,10 +1,15 @@
-"""Writes docs/flags.md, the flags that QAD adds to Megatron's: ``python tools/flags_page.py``.
+"""Writes the two files that list flags: ``python tools/flags_page.py``.
 
-The flags are the fields of ``QADOptions`` (megatron_qad/config/qad_options.py), and their docstrings are the meanings.
-tests/unit/tools/test_flags_page.py compares the page with them.
+- docs/flags.md, the flags that QAD adds to Megatron's. They are the fields of ``QADOptions``
+  (megatron_qad/config/qad_options.py), and their docstrings are the meanings.
+- megatron_qad/cli/flag_names.txt, the names of all flags of a job, by which typos are found without importing torch.
+  The first line is the version of megatron-core that has them.
+
+tests/unit/tools/test_flags_page.py fails if one of them is older than the code or the installed Megatron.
 """
 
 import dataclasses
+import importlib.metadata
 import re
 import sys
 import typing
@@ -13,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_qad.cli.early_checks import FLAG_NAMES  # noqa: E402
 from megatron_qad.cli.job_help import qad_flags  # noqa: E402
 from megatron_qad.config.qad_options import QADOptions  # noqa: E402
 
@@ -90,5 +96,18 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def flag_names() -> str:
+    """Return the content of cli/flag_names.txt. Imports Megatron."""
+    from megatron_qad.engine import init_runtime
+
+    init_runtime(for_compute=True)
+    from megatron_qad.engine.megatron_args import make_parser
+
+    options = {option for action in make_parser(QADOptions)._actions for option in action.option_strings}
+    names = {option for option in options if option.startswith("--")} | {"--config"}
+    return "\n".join([importlib.metadata.version("megatron-core"), *sorted(names)]) + "\n"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    FLAG_NAMES.write_text(flag_names(), encoding="utf-8")

@@ -13,7 +13,7 @@ source examples/ranks.sh
 source examples/scale_rules.sh
 
 job() {
-  NPROC_PER_NODE=$ranks launch/torchrun.sh "$@" --valid-data-path "$smollm2/data/heldout" \
+  NPROC_PER_NODE=$ranks megatron-qad "$@" --valid-data-path "$smollm2/data/heldout" \
     --train-data-path 0.75 "$smollm2/data/train-1" 0.25 "$smollm2/data/train-2"
 }
 

@@ -14,36 +14,36 @@ source examples/ranks.sh
 source examples/once.sh
 
 job() {
-  NPROC_PER_NODE=$ranks launch/torchrun.sh "$@" --config "$here/train.yaml" --valid-data-path "$smollm2/data/heldout" \
+  NPROC_PER_NODE=$ranks megatron-qad "$@" --config "$here/train.yaml" --valid-data-path "$smollm2/data/heldout" \
     --train-data-path 0.75 "$smollm2/data/train-1" 0.25 "$smollm2/data/train-2" --qad-teacher "$teacher"
 }
 
-train=(pretrain_qad.py --qad-policy "$here/policy.yaml")
-once ptq "${train[@]}" --save "$out/ptq" --qad-ptq
-once qat "${train[@]}" --save "$out/qat" --qad-loss ce --train-iters 24
-once qad "${train[@]}" --save "$out/qad" --train-iters 24
+policy=(--qad-policy "$here/policy.yaml")
+once ptq ptq "${policy[@]}" --save "$out/ptq"
+once qat train "${policy[@]}" --save "$out/qat" --qad-loss ce --train-iters 24
+once qad train "${policy[@]}" --save "$out/qad" --train-iters 24
 
-once evaluate-bf16 tools/evaluate.py --model "$teacher" --name BF16 --output "$out/records/bf16"
+once evaluate-bf16 evaluate --model "$teacher" --name BF16 --output "$out/records/bf16"
 for run in ptq qat qad; do
-  once "evaluate-$run" tools/evaluate.py --model "$out/$run" --name "${run^^}" --output "$out/records/$run"
+  once "evaluate-$run" evaluate --model "$out/$run" --name "${run^^}" --output "$out/records/$run"
 done
-run_once compare python tools/compare_evaluations.py "$out"/records/{bf16,ptq,qat,qad} --baseline PTQ --tokenizer "$teacher/hf" \
+run_once compare megatron-qad compare "$out"/records/{bf16,ptq,qat,qad} --baseline PTQ --tokenizer "$teacher/hf" \
   --output "$out/comparison"
 
 run_once cloze python "$here/cloze.py" "$out/cloze"
 benchmark() {
-  run_once "benchmark-$1" python tools/benchmark.py --model "$2" --tasks "$out/cloze/cloze.yaml" --output "$out/benchmarks/$1"
+  run_once "benchmark-$1" megatron-qad benchmark --model "$2" --tasks "$out/cloze/cloze.yaml" --output "$out/benchmarks/$1"
 }
 for run in ptq qat qad; do
-  run_once "export-$run" python tools/export_hf.py --checkpoint "$out/$run" --output "$out/hf-$run" --layout compressed-tensors
+  run_once "export-$run" megatron-qad export --checkpoint "$out/$run" --output "$out/hf-$run" --layout compressed-tensors
 done
 { benchmark bf16 "$smollm2/hf"; benchmark ptq "$out/hf-ptq"; } &
 { benchmark qat "$out/hf-qat"; benchmark qad "$out/hf-qad"; } &
 wait_all
-run_once compare-benchmarks python tools/compare_benchmarks.py BF16="$out/benchmarks/bf16" PTQ="$out/benchmarks/ptq" \
+run_once compare-benchmarks megatron-qad compare-benchmarks BF16="$out/benchmarks/bf16" PTQ="$out/benchmarks/ptq" \
   QAT="$out/benchmarks/qat" QAD="$out/benchmarks/qad" --teacher BF16 --baseline PTQ
 cat "$out/log/compare-benchmarks.txt"
-run_once report python tools/report.py --title "SmolLM2-135M-Instruct" --teacher "$teacher" --run PTQ="$out/ptq" --run QAT="$out/qat" \
+run_once report megatron-qad report --title "SmolLM2-135M-Instruct" --teacher "$teacher" --run PTQ="$out/ptq" --run QAT="$out/qat" \
   --run QAD="$out/qad" --evaluations "$out"/records/{ptq,bf16,qat,qad} --export "$out/hf-qad" --output "$out/report" --benchmarks \
   BF16="$out/benchmarks/bf16" PTQ="$out/benchmarks/ptq" QAT="$out/benchmarks/qat" QAD="$out/benchmarks/qad"
 echo "done: $out/comparison, $out/report/report.html"

@@ -25,7 +25,7 @@ losses=(
 printf '| loss | KL to the teacher | cross entropy | top-1 agreement |\n|---|---|---|---|\n'
 for entry in "${losses[@]}"; do
   name=${entry%%|*} loss=${entry##*|}
-  NPROC_PER_NODE=$ranks launch/torchrun.sh pretrain_qad.py --config examples/tiny_cpu/train.yaml \
+  NPROC_PER_NODE=$ranks megatron-qad train --config examples/tiny_cpu/train.yaml \
     --qad-teacher "$demo/teacher-stage2" --qad-loss "$loss" --train-data-path "$demo/data/raw" \
     --valid-data-path "$demo/data/heldout" --train-iters 150 --lr 5e-4 --save "$out/$name" "$@" >"$out/$name.txt" 2>&1 ||
     { tail -n 40 "$out/$name.txt"; exit 1; }

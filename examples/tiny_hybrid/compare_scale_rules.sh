@@ -16,13 +16,13 @@ source examples/ranks.sh
 source examples/scale_rules.sh
 
 job() {
-  NPROC_PER_NODE=$ranks launch/torchrun.sh "$@" --expert-model-parallel-size "$ranks" \
+  NPROC_PER_NODE=$ranks megatron-qad "$@" --expert-model-parallel-size "$ranks" \
     --train-data-path "$hybrid/data/raw" --valid-data-path "$hybrid/data/heldout"
 }
 
 policy() { sed "s/format: nvfp4}/format: nvfp4, scales: $1, update: $2}/" "$here/policy.yaml"; }
 
-once smooth tools/smooth.py --config "$here/train.yaml" --qad-teacher "$hybrid/teacher-stage2" --qad-policy "$here/policy.yaml" \
+once smooth smooth --config "$here/train.yaml" --qad-teacher "$hybrid/teacher-stage2" --qad-policy "$here/policy.yaml" \
   --output "$out/smoothed"
 for seed in "${seeds[@]}"; do
   for start in plain smoothed; do

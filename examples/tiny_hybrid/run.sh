@@ -14,23 +14,23 @@ make_inputs
 
 # The teacher: a BF16 model with trained routers, trained on the raw text and then on text in another style.
 bf16=(--qad-loss ce --qad-policy bf16 --qad-train-router)
-train teacher-stage1 "${experts[@]}" "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 200 --lr 3e-3
-train teacher-stage2 "${experts[@]}" "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 40 --lr 1e-3
+job train teacher-stage1 "${experts[@]}" "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$out/data/raw" --train-iters 200 --lr 3e-3
+job train teacher-stage2 "${experts[@]}" "${bf16[@]}" --qad-student "$out/teacher-stage1" --train-data-path "$out/data/post" --train-iters 40 --lr 1e-3
 
 # PTQ, QAT and QAD from the same teacher, on the same data, with the teacher's routers.
 from_teacher=(--qad-teacher "$out/teacher-stage2" --train-data-path "$out/data/raw" --qad-policy "$here/policy.yaml")
-train ptq "${experts[@]}" "${from_teacher[@]}" --qad-ptq
-train qat "${experts[@]}" "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
-train qad "${experts[@]}" "${from_teacher[@]}" --qad-loss kl --train-iters 120 --lr 2e-4
+job ptq ptq "${experts[@]}" "${from_teacher[@]}"
+job train qat "${experts[@]}" "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
+job train qad "${experts[@]}" "${from_teacher[@]}" --qad-loss kl --train-iters 120 --lr 2e-4
 
-step export-teacher python tools/export_hf.py --checkpoint "$out/teacher-stage2" --output "$out/hf-teacher" --layout bf16 &
+step export-teacher megatron-qad export --checkpoint "$out/teacher-stage2" --output "$out/hf-teacher" --layout bf16 &
 for layout in modelopt bf16; do
-  step "export-$layout" python tools/export_hf.py --checkpoint "$out/qad" --output "$out/hf-$layout" --layout "$layout" &
+  step "export-$layout" megatron-qad export --checkpoint "$out/qad" --output "$out/hf-$layout" --layout "$layout" &
 done
 wait_all
-step validate python tools/validate_nvfp4.py "$out/hf-modelopt" --against "$out/hf-teacher"
+step validate megatron-qad validate "$out/hf-modelopt" --against "$out/hf-teacher"
 tail -n 1 "$out/log/validate.txt"
-step report python tools/report.py --title "Tiny Nemotron-H on two CPU cores" --teacher "$out/teacher-stage2" \
+step report megatron-qad report --title "Tiny Nemotron-H on two CPU cores" --teacher "$out/teacher-stage2" \
   --run PTQ="$out/ptq" --run QAT="$out/qat" --run QAD="$out/qad" --export "$out/hf-modelopt" --output "$out/report"
 say "reload with transformers and check"
 python "$here/check.py" "$out" 2>"$out/log/check.txt" || { tail -n 20 "$out/log/check.txt"; exit 1; }  # bars of transformers

@@ -207,7 +207,7 @@ def _directory_and_job(checkpoint: Path, layout: LayoutName, iteration: int | st
     if layout != "bf16" and job is None:
         raise QADError(
             f"{checkpoint}: no {JOB_FILE}; only checkpoints of pretrain_qad.py and of QADTrainer can be exported "
-            "quantized. Use --layout bf16, or quantize it first: pretrain_qad.py --qad-ptq, or a QAD job."
+            "quantized. Use the layout bf16, or quantize it first: megatron-qad ptq, or megatron-qad train."
         )
     if is_trainer_checkpoint(job):
         if iteration is not None:

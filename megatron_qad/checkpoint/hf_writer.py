@@ -126,7 +126,7 @@ def write_hf_checkpoint(
             formats = {
                 item.module: item.fmt
                 for item in _write_items(items, shards, layout)
-                if item.fmt != UNQUANTIZED.name and layout != "bf16"
+                if item.module is not None and item.fmt != UNQUANTIZED.name and layout != "bf16"
             }
             shards.finish()
             excluded = description.write(aside, formats)
@@ -202,7 +202,7 @@ class _Shards:
         self.pending: dict[str, Tensor] = {}
         self._data_ptrs: set[int] = set()  # of pending tensors
         self.pending_bytes = self.num_bytes = 0
-        self.weight_map: dict[str, int | str] = {}  # tensor name -> shard number, at the end -> file name
+        self.weight_map: dict[str, int] = {}  # tensor name -> index of its shard
         self.names: list[str] = []  # file names, temporary until finish()
 
     def add(self, tensors: dict[str, Tensor]) -> None:
@@ -224,8 +224,8 @@ class _Shards:
         for old, new in zip(self.names, final_names, strict=True):
             os.rename(self.directory / old, self.directory / new)
         self.names = final_names
-        self.weight_map = {name: final_names[shard] for name, shard in self.weight_map.items()}
-        write_index(self.directory, self.weight_map, self.num_bytes)
+        weight_map = {name: final_names[shard] for name, shard in self.weight_map.items()}
+        write_index(self.directory, weight_map, self.num_bytes)
 
     def _flush(self) -> None:
         file_name = f"shard-{len(self.names):05d}.safetensors"

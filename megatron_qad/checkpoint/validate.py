@@ -134,8 +134,8 @@ def validate_nvfp4(
             result.add(name, "is all zeros; if the original is as well, pass it with --against")
         return result
     damaged = {issue.name for issue in result.issues}
-    stored = (config, result.directory, layout, model, shards, result.quantized)
-    if note := original.check(*stored, damaged, result.add):
+    content = (config, result.directory, layout, model, shards, result.quantized)
+    if note := original.check(*content, damaged, result.add):
         result.notes.append(note)
     return result
 
@@ -197,8 +197,10 @@ def _stored_format(module: str, layout: PackedLayout, declared: str | None, shar
 def _stored_kv_cache(layout: PackedLayout, model: Inventory, shards: Shards) -> str:
     """Return the KV cache format inferred from the stored scales."""
     for name, kv_format in KV_CACHE_FORMATS.items():
-        pairs = model.attentions if kv_format is not None else ()
-        if any(scale in shards.tensors for pair in pairs for scale in kv_format.scale_names(layout.name, *pair)):
+        if kv_format is None:
+            continue
+        scales = (scale for pair in model.attentions for scale in kv_format.scale_names(layout.name, *pair))
+        if any(scale in shards.tensors for scale in scales):
             return name
     return UNQUANTIZED.name
 

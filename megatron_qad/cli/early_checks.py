@@ -19,7 +19,7 @@ from megatron_qad.engine.run_directory.config_file import model_config_file
 from megatron_qad.quantization.policy_file import find_policy
 
 FLAG_NAMES = Path(__file__).parent / "flag_names.txt"
-"""Names of all flags of a job. The first line is the version of megatron-core that has them."""
+"""Names of all flags of a job, written by tools/flags_page.py. The first line is the version of megatron-core."""
 _CHECKPOINTS = ("--qad-teacher", "--qad-student")
 _DATA = ("--data-path", "--train-data-path", "--valid-data-path", "--test-data-path")
 

@@ -70,10 +70,11 @@ def choose_settings(
     Returns:
         Name of each flag, without ``--``, and its value.
     """
-    config = read_json(model / "config.json")
-    longest = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    from megatron_qad.config.model_config import ModelConfig  # imports torch
+
+    longest = ModelConfig(str(model), read_json(model / "config.json")).max_length
     num_tokens = read_json(Path(f"{data}.json"))["tokens"]
-    seq_length = int(given.get("seq-length", min(MAX_SEQ_LENGTH, longest or MAX_SEQ_LENGTH)))
+    seq_length = int(given.get("seq-length", min(MAX_SEQ_LENGTH, longest)))
     rows = num_tokens / seq_length
     batch = MAX_BATCH
     while batch > machine.num_ranks and rows / batch < MIN_STEPS:
@@ -90,7 +91,7 @@ def choose_settings(
         "global-batch-size": batch,
         "train-iters": steps,
         "lr": rate,
-        "min-lr": rate / 10,
+        "min-lr": float(f"{rate / 10:.6g}"),  # without digits of rounding, because people read the file
         "lr-decay-style": "cosine",
         "lr-warmup-iters": min(steps // 20 + 1, steps - 1),
         "weight-decay": 0.0,

@@ -1,4 +1,4 @@
-"""Runs the stages of ``megatron-qad run`` as processes, each once, and shows their output.
+"""The stages of ``megatron-qad run``, and what runs them: as processes, each once, with their output shown.
 
 A stage that has ended is recorded with its command line in log/NAME.done. The same ``megatron-qad run`` again skips it.
 A stage whose command line has changed runs again, and so do those after it.
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_qad.cli import launcher
@@ -21,6 +21,19 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.processes import end_with_parent
 from megatron_qad.engine.system_errors import naming
 
+STAGES: Mapping[str, str] = {
+    "prepare": "prepare",
+    "import": "import",
+    "plan": "train",  # with --qad-dry-run
+    "ptq": "ptq",
+    "qad": "train",
+    "select": "select",
+    "export": "export",
+    "validate": "validate",
+    "report": "report",
+}
+"""Name of each stage -> its command, in order. launch/pipeline.sbatch has the same names where it has the same stage;
+tests/unit/cli/test_stages.py compares them, and docs/decisions/launching_and_slurm.md says why there are two."""
 STOPPED = 75
 """Exit status of a run that was stopped and can be continued (EX_TEMPFAIL), as of launch/slurm.sbatch."""
 
@@ -50,17 +63,16 @@ class Stages:
     def run(
         self,
         name: str,
-        command: str,
         flags: Sequence[str | Path],
         *,
         on_all_gpus: bool | None = None,
         until: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Run a command of ``megatron-qad``, unless it has ended before with the same flags.
+        """Run the command of a stage, unless it has ended before with the same flags.
 
         Args:
-            name: name of the stage, unique in this run.
-            command: the command.
+            name: name of the stage, a key of ``STAGES``.
+            flags: the command's flags.
             on_all_gpus: whether it has one rank for each GPU; None means as the table of commands says.
             until: called after the command. If it returns False, the command was stopped early.
 
@@ -68,7 +80,7 @@ class Stages:
             QADError: the command failed; its output says why.
             SystemExit: the command was stopped and has saved its state; the status is ``STOPPED``.
         """
-        words = [str(flag) for flag in flags]
+        command, words = STAGES[name], [str(flag) for flag in flags]
         done = self._log / f"{name}.done"
         record = json.dumps([command, *words])
         if not self._has_changed and done.is_file() and done.read_text() == record:

@@ -86,14 +86,25 @@ def check_numbers(parsed: argparse.Namespace, parser: argparse.ArgumentParser) -
         if value is action.default or not action.option_strings:
             continue
         for number in _numbers(value):
-            expected = _RANGES.get(action.dest)
-            if not math.isfinite(number):
-                right = "a finite number"
-            elif expected is not None and not expected.contains(number):
-                right = expected.describe()
-            else:
-                continue
-            raise QADError(f"{action.option_strings[0]} {number}: expected {right}.")
+            check_number(action.dest, number, action.option_strings[0])
+
+
+def check_number(option: str, value: float, name: str) -> None:
+    """Check one number.
+
+    Args:
+        option: name of the parsed option, such as "qad_temperature".
+        value: its value.
+        name: what the error calls the option.
+
+    Raises:
+        QADError: the number is NaN, infinite or out of its range.
+    """
+    expected = _RANGES.get(option)
+    if not math.isfinite(value):
+        raise QADError(f"{name} {value}: expected a finite number.")
+    if expected is not None and not expected.contains(value):
+        raise QADError(f"{name} {value}: expected {expected.describe()}.")
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -24,12 +24,13 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.text_files import read_yaml
 
 
-def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
+def parse_loss(text: str, *, temperature: float = 1.0, name: str = "--qad-loss") -> WeightedLosses:
     """Parse ``--qad-loss``.
 
     Args:
         text: a loss as described in this module's docstring; a name ending in .yaml or .yml is read as a file.
         temperature: default temperature of the losses that have one.
+        name: what errors call the loss.
 
     Raises:
         QADError: an unknown loss, setting or schedule (with the nearest valid name), an invalid value, or bad syntax.
@@ -42,19 +43,19 @@ def parse_loss(text: str, *, temperature: float = 1.0) -> WeightedLosses:
     """
     try:
         parsed = _read_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _read_string(text)
-        built = [(name, _build(name, settings, temperature), weight) for name, settings, weight in parsed]
+        built = [(loss, _build(loss, settings, temperature), weight) for loss, settings, weight in parsed]
     except (QADError, ValueError) as error:
-        raise QADError(f"--qad-loss {text!r:.200}: {error}") from error
+        raise QADError(f"{name} {text!r:.200}: {error}") from error
     except (RecursionError, MemoryError) as error:
-        raise QADError(f"--qad-loss {text!r:.200}: nested too deeply, or too many terms.") from error
+        raise QADError(f"{name} {text!r:.200}: nested too deeply, or too many terms.") from error
     terms: list[Term] = []
-    for name, loss, weight in built:
-        num_earlier = sum(term.name.split()[0] == name for term in terms)
-        terms.append(Term(f"{name} {num_earlier + 1}" if num_earlier else name, loss, weight))
+    for title, loss, weight in built:
+        num_earlier = sum(term.name.split()[0] == title for term in terms)
+        terms.append(Term(f"{title} {num_earlier + 1}" if num_earlier else title, loss, weight))
     losses = WeightedLosses(tuple(terms))
     if not losses.terms_of_type(LogitLoss):
         logit_losses = ", ".join(losses_of_type(LogitLoss))
-        raise QADError(f"--qad-loss {text!r}: no loss of the logits among its terms. Add one of {logit_losses}.")
+        raise QADError(f"{name} {text!r}: no loss of the logits among its terms. Add one of {logit_losses}.")
     return losses
 
 

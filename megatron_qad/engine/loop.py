@@ -29,6 +29,10 @@ from megatron_qad.engine.run_directory.atomic_checkpoint import SaveFailed
 _LOOP = "megatron.training.training"
 
 
+class JobIsDone(Exception):
+    """Raised inside ``Loop.running`` if nothing is left to do; the job then ends as after its last step."""
+
+
 class Loop:
     """Megatron's training loop, with events.
 
@@ -83,6 +87,8 @@ class Loop:
         """Context around ``pretrain`` that reports the end of the job and restores Megatron's functions."""
         try:
             yield
+            self.events.job_ends(is_done=True)
+        except JobIsDone:
             self.events.job_ends(is_done=True)
         except SystemExit as error:  # Megatron exits on a stop request, or at the limit of its time or steps
             self.events.job_ends(is_done=False)

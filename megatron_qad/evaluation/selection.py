@@ -9,6 +9,9 @@ Results are records of ``megatron-qad evaluate``, of which the lowest KL wins, o
 highest average over the tasks wins.
 """
 
+import contextlib
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ import numpy as np
 
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.plural import count
-from megatron_qad.engine.run_directory import json_records
+from megatron_qad.engine.run_directory import json_records, manifest
 from megatron_qad.engine.run_directory.iterations import BEST_KEY, validations
 from megatron_qad.engine.run_directory.run_files import SELECTION_FILE
 from megatron_qad.engine.system_errors import naming
@@ -73,9 +76,10 @@ def find_candidates(run: Path, output: Path, evaluation: Mapping[str, Any]) -> l
     with naming(output):
         output.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            if others := [path.name for path in output.iterdir() if not path.name.startswith(".")]:
+            others = [path.name for path in output.iterdir() if not path.name.startswith(".")]
+            if others and not file.exists():  # another task of an array may have begun in the meantime
                 raise QADError(f"--output {output}: holds {others[0]} but no {CANDIDATES_FILE}. Give a new directory.")
-            json_records.write(file, {"run": str(run.resolve()), "evaluation": evaluation, "candidates": found})
+            _write_once(file, {"run": str(run.resolve()), "evaluation": evaluation, "candidates": found})
     before = json_records.read(file)
     if before["run"] != str(run.resolve()) or before["evaluation"] != evaluation:
         raise QADError(
@@ -90,6 +94,15 @@ def find_candidates(run: Path, output: Path, evaluation: Mapping[str, Any]) -> l
                 "Select after the job has ended, with a new --output."
             )
     return [Candidate(e["iteration"], e["kl"], output / f"iter_{e['iteration']:07d}") for e in before["candidates"]]
+
+
+def _write_once(file: Path, content: Any) -> None:
+    """Write a record unless another process is faster: the tasks of a job array begin at the same time."""
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    manifest.write_atomically(aside, json_records.to_text(file.name, content))
+    with contextlib.suppress(FileExistsError):
+        os.link(aside, file)
+    aside.unlink()
 
 
 def load_results(directory: Path) -> benchmark_results.Results | record.Evaluation:

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 import torch
 
 from megatron_qad.hf_training.quantize_model import ModelQuantization
-from megatron_qad.quantization.calibrated_amaxes import calibrator_of, reduced_amaxes
+from megatron_qad.quantization.calibrated_amaxes import SettingNames, calibrator_of, reduced_amaxes
 from megatron_qad.quantization.calibration import RunningAmax
+
+_NAMES = SettingNames("calibration_samples of QADTrainer", "Policy.load(NAME, ['{}'])")
 
 
 @contextmanager
@@ -39,6 +41,6 @@ def calibrating(
             group.calibrator = None
     device = observed[0].members[0].weight.device if observed else torch.device("cpu")
     formats = {group.module: group.input_format for group in observed}
-    amaxes = reduced_amaxes(calibrators, formats, groups, device)
+    amaxes = reduced_amaxes(calibrators, formats, groups, device, _NAMES)
     for group in observed:
         group.set_input_amax(amaxes[group.module])

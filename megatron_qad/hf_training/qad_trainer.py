@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from megatron_qad.distillation import LogitLoss, VocabShard, logit_losses, parse_loss
 from megatron_qad.engine.errors import QADError
 from megatron_qad.hf_training.evaluation_sums import EvaluationSums
 from megatron_qad.hf_training.input_calibration import calibrating
 from megatron_qad.hf_training.quantize_model import quantization_of
-from megatron_qad.hf_training.trainer_checks import check_arguments, check_trainer, max_lr_of
+from megatron_qad.hf_training.trainer_checks import check_arguments, check_settings, check_trainer, max_lr_of
 from megatron_qad.hf_training.trainer_files import check_same_job, write_files
 from megatron_qad.hf_training.training_rows import NO_LOSS, pad_rows
 
@@ -69,11 +70,17 @@ class QADTrainer(Trainer):
         calibration_samples: int = 64,
         calibration_percentile: float | None = None,
         calibration_headroom: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.quantization = quantization_of(model)
         check_arguments(args, kwargs, model, teacher)
-        self._loss_text, losses = loss, parse_loss(loss, temperature=temperature)
+        check_settings(
+            temperature=temperature,
+            calibration_samples=calibration_samples,
+            calibration_percentile=calibration_percentile,
+            calibration_headroom=calibration_headroom,
+        )
+        self._loss_text, losses = loss, parse_loss(loss, temperature=temperature, name="loss")
         self._terms = losses.terms_of_type(LogitLoss)
         if len(self._terms) != len(losses.terms):
             raise QADError(
@@ -171,7 +178,7 @@ class QADTrainer(Trainer):
 
     # Evaluations --------------------------------------------------------------------------------------------------
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self.calibrate_if_needed()
         self._evaluation = EvaluationSums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -177,8 +177,8 @@ def _source(model: PreTrainedModel) -> Path | None:
     name = model.config._name_or_path
     if not name:
         return None
-    config = Path(name) / "config.json"
-    if not config.is_file():
+    config: Path | None = Path(name) / "config.json"
+    if config is not None and not config.is_file():
         found = cached_file(name, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False)
         config = None if found is None else Path(found)
     return None if config is None else config.parent

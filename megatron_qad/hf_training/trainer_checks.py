@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from megatron_qad.config.number_checks import check_number
 from megatron_qad.engine.errors import QADError
 
 _REFUSED = {
@@ -57,6 +58,19 @@ def check_arguments(
         args.ddp_broadcast_buffers = False  # all processes compute the same scales
     if args.ddp_find_unused_parameters is None:
         args.ddp_find_unused_parameters = False  # every parameter gets a gradient
+
+
+def check_settings(**settings: float | None) -> None:
+    """Check QADTrainer's own numbers, which have the ranges of the flags ``--qad-*``. None is a setting not given.
+
+    Raises:
+        QADError: a number out of its range, or two settings that contradict each other.
+    """
+    for name, value in settings.items():
+        if value is not None:
+            check_number(f"qad_{name}", value, name)
+    if settings["calibration_percentile"] is not None and settings["calibration_headroom"] is not None:
+        raise QADError("calibration_percentile and calibration_headroom both set the amax of inputs. Choose one.")
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -60,7 +60,7 @@ class PreparedRows(torch.utils.data.Dataset):
         self._mask = IndexedDataset(mask) if IndexedDataset.exists(mask) else None
         self._max_length = max_length
         pieces = -(-self._tokens.sequence_lengths.astype(np.int64) // max_length)
-        self._last = np.cumsum(pieces)  # the number of rows up to and including each document
+        self._last: np.ndarray = np.cumsum(pieces)  # the number of rows up to and including each document
         self._pieces = pieces
 
     def __len__(self) -> int:

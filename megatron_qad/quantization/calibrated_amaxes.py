@@ -4,6 +4,7 @@ Megatron's jobs and transformers' models (``hf_training``) use the same function
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,18 @@ from megatron_qad.formats.format import NumberFormat
 from megatron_qad.quantization.calibration import MagnitudeCounts, RunningAmax
 from megatron_qad.quantization.headroom import BlockAmaxCounts
 from megatron_qad.quantization.names import name_is_shared
+
+
+class SettingNames(NamedTuple):
+    """What errors of a calibration call the settings that they advise to change."""
+
+    samples: str
+    """The number of calibration samples."""
+    override: str
+    """How a rule is added to the policy; ``{}`` stands for the rule."""
+
+
+FLAGS = SettingNames("--qad-calibration-samples", "--qad-policy-override '{}'")
 
 
 def calibrator_of(
@@ -35,6 +48,7 @@ def reduced_amaxes(
     number_formats: Mapping[str, NumberFormat],
     groups: Sequence = (),
     device=None,
+    names: SettingNames = FLAGS,
 ) -> dict[str, torch.Tensor]:
     """Return the amaxes by name, float32 scalars that are equal on all ranks.
 
@@ -44,6 +58,7 @@ def reduced_amaxes(
         number_formats: the format of each input.
         groups: process groups over all of whose ranks the amax is taken.
         device: device of the results; None means the CPU.
+        names: names of the settings in errors.
 
     Raises:
         QADError: an input was always zero, or contained NaN or Inf.
@@ -60,7 +75,7 @@ def reduced_amaxes(
     amaxes = {}
     for (name, calibrator), maximum in zip(calibrators.items(), maxima, strict=True):
         amaxes[name] = _amax_of_counts(name, calibrator, maximum, groups) if calibrator.num_bins else maximum
-    _check_positive(dict(zip(amaxes, torch.stack(list(amaxes.values())).tolist(), strict=True)))
+    _check_positive(dict(zip(amaxes, torch.stack(list(amaxes.values())).tolist(), strict=True)), names)
     return {name: number_formats[name].calibrated_amax(amax) for name, amax in amaxes.items()}
 
 
@@ -84,13 +99,13 @@ def _check_finite(amaxes: dict[str, float]) -> None:
             )
 
 
-def _check_positive(amaxes: dict[str, float]) -> None:
+def _check_positive(amaxes: dict[str, float], names: SettingNames) -> None:
     for name, amax in amaxes.items():
         if amax == 0:
             scope = name.partition(".experts.")[0] + ".experts.*" if name_is_shared(name) else name
             what = "no expert of its layer" if name_is_shared(name) else "it never"
             raise QADError(
                 f"calibration: the input of {name} has amax 0.0; expected a positive number: {what} received an input "
-                "other than zeros. Calibrate on more samples (--qad-calibration-samples), or, if the layer is dead, "
-                f"leave it in BF16: --qad-policy-override '{scope}=bf16'."
+                f"other than zeros. Calibrate on more samples ({names.samples}), or, if the layer is dead, leave it in "
+                f"BF16: {names.override.format(f'{scope}=bf16')}."
             )

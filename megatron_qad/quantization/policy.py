@@ -46,11 +46,16 @@ class Policy:
         return load(policy, overrides, flag="overrides:")
 
 
+_ABOUT = ("models", "source")
+"""Keys of a policy file that say for which models it is and where it comes from."""
+
+
 def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-policy-override") -> Policy:
     """Load a policy and append the override rules.
 
     Args:
-        policy: the name of a shipped policy, or the path of a YAML file with ``rules`` and, optionally, ``kv_cache``.
+        policy: the name of a shipped policy, or the path of a YAML file with ``rules`` and, optionally, ``kv_cache``,
+            ``models`` and ``source``. The last two are texts for readers.
         overrides: rules in command-line form (``head=nvfp4``; see ``rules``) or ``kv_cache=FORMAT``. They win.
         flag: the command-line option for overrides, for error messages.
 
@@ -67,7 +72,10 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-polic
     if not isinstance(document, dict) or not isinstance(document.get("rules"), list):
         raise QADError(f"{path}: a policy needs a list named 'rules'; found {document!r:.200}.")
     for key in document:
-        check_choice("key", key, ("rules", "kv_cache"), str(path))
+        check_choice("key", key, ("rules", "kv_cache", *_ABOUT), str(path))
+    for key in _ABOUT:
+        if not isinstance(document.get(key, ""), str):
+            raise QADError(f"{path}: '{key}' must be a text for readers; found {document[key]!r:.200}.")
     kv_cache = _checked_kv_cache(document.get("kv_cache", "bf16"), str(path))
     rules = [parse_rule(entry, str(path)) for entry in document["rules"]]
     for text in overrides:
@@ -80,7 +88,7 @@ def load(policy: str, overrides: Sequence[str] = (), *, flag: str = "--qad-polic
 
 def _checked_kv_cache(value: object, where: str) -> str:
     check_choice("KV cache format", value, KV_CACHE_FORMATS, where)
-    return value
+    return str(value)
 
 
 def resolve(policy: Policy, linears: Sequence[Linear], layer_kinds: Sequence[str] | None = None) -> dict[str, str]:

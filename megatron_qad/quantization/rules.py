@@ -38,10 +38,14 @@ _NEVER = (
 class Linear(Protocol):
     """The attributes of a linear that policies read. ``models.families`` provides such objects."""
 
-    megatron: str
-    kind: str
-    layer: int | None
-    is_tied: bool
+    @property
+    def megatron(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def is_tied(self) -> bool: ...
 
 
 def module_name(linear: Linear) -> str:

@@ -26,7 +26,7 @@ from megatron_qad.engine.console import JobOutput
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.events import Callback, Events, Update
 from megatron_qad.engine.loggers import Loggers
-from megatron_qad.engine.loop import Loop, gather_parameters
+from megatron_qad.engine.loop import JobIsDone, Loop, gather_parameters
 from megatron_qad.engine.megatron_args import megatrons_refusals
 from megatron_qad.engine.run_directory.atomic_checkpoint import AtomicCheckpoints, on_first_rank
 from megatron_qad.engine.run_directory.iterations import iteration_dir
@@ -45,7 +45,7 @@ from megatron_qad.training.calibration_pass import CalibrationPass
 from megatron_qad.training.callbacks import build_callbacks
 from megatron_qad.training.loss import Loss
 from megatron_qad.training.models import build_image_encoder, build_teacher, check_disjoint, model_config
-from megatron_qad.training.resume_check import check_resume
+from megatron_qad.training.resume_check import check_resume, nothing_to_do
 from megatron_qad.training.run_description import check_expert_state, check_scale_state, describe_run
 from megatron_qad.training.teacher import Teacher
 
@@ -235,17 +235,22 @@ class QADJob:
         return reports
 
     def begin(self) -> bool:
-        """Select the checkpoint from which the job resumes, and report its beginning. Returns whether it resumes."""
+        """Select the checkpoint from which the job resumes, and report its beginning. Returns whether it resumes.
+
+        Raises:
+            JobIsDone: the job has trained and validated its last iteration already.
+        """
         args = self.args
         resumes_at = select_resume_checkpoint(args.load, args.save, args.ckpt_step)
         resumes = args.load is not None and checkpoint_exists(args.load)
-        if resumes_at:
-            check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
+        is_trained = bool(resumes_at) and check_resume(Path(args.load) / f"iter_{resumes_at:07d}", args)
         if resumes and not (args.skip_train or args.no_load_optim or args.finetune):
             check_expert_state(self.config, Path(args.load), resumes_at)
         if resumes:
             check_scale_state(self.config, Path(args.load))
         self.events.job_begins(self, resumes_at)
+        if is_trained and nothing_to_do(Path(args.load), resumes_at, args):
+            raise JobIsDone
         if resumes and args.swiglu and has_linked_weights(iteration_dir(args.load, args.ckpt_step or None)):
             raise QADError(
                 f"--load {args.load}: --qad-ptq-sequential has written this run, with gate and up of each MLP as one "

@@ -1,9 +1,12 @@
 """Checks that a checkpoint fits the flags with which a job resumes from it, before Megatron loads it."""
 
 import argparse
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from megatron.core.dist_checkpointing import load_content_metadata
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.training import print_rank_0
@@ -12,35 +15,67 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import manifest
 from megatron_qad.engine.run_directory.iterations import is_number
 from megatron_qad.engine.run_directory.resume_point import read_tracker
+from megatron_qad.engine.run_directory.run_files import METRICS_FILE
 
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 
 
-def check_resume(directory: Path, args: argparse.Namespace) -> None:
+def check_resume(directory: Path, args: argparse.Namespace) -> bool:
     """Check the schedule and the parallelism of the checkpoint in ``directory``.
 
     Args:
         directory: one iteration, whose files are valid.
         args: validated arguments of Megatron.
 
+    Returns:
+        Whether the checkpoint is that of the last iteration, so that nothing is left to train.
+
     Raises:
         QADError: Megatron would refuse to load the checkpoint; names the flags.
     """
     if args.no_load_optim or args.finetune or args.skip_train:
-        return
+        return False
     state = load_common_state_dict(str(directory))
     saved = state.get("args")
     if saved is None or getattr(saved, "no_save_optim", False):
-        return
+        return False
     _check_optimizer(directory, args, saved)
     _check_parallelism(directory, args, saved, load_content_metadata(preloaded_state_dict=state) or {})
     _check_schedule(directory, args, state.get("opt_param_scheduler") or {})
-    iteration = state.get("iteration", 0)
-    if args.train_iters and iteration >= args.train_iters:
+    return bool(args.train_iters) and state.get("iteration", 0) >= args.train_iters
+
+
+def nothing_to_do(root: Path, iteration: int, args: argparse.Namespace) -> bool:
+    """Whether a job that resumes from its last iteration has also validated it. Says what follows. Collective.
+
+    A job that was killed in its last validation validates when it is started again. So does one that reads the
+    checkpoint of another run, or saves nothing.
+    """
+    is_own = args.save is not None and Path(args.save).resolve() == root.resolve()
+    answer = [is_own and (args.eval_iters == 0 or _is_validated(root / METRICS_FILE, iteration))]
+    torch.distributed.broadcast_object_list(answer, src=0)  # a file system may show the ranks different files
+    saved = f"iteration {iteration} of {args.train_iters} is already saved in {root}"
+    if answer[0]:
         print_rank_0(
-            f"megatron_qad: nothing to do: iteration {iteration} of {args.train_iters} is already saved in "
-            f"{directory.parent}. To continue, raise --train-iters and add --override-opt-param-scheduler."
+            f"megatron_qad: nothing to do: {saved}. To continue, raise --train-iters and add "
+            "--override-opt-param-scheduler. To validate it again, add --skip-train."
         )
+    else:
+        print_rank_0(f"megatron_qad: nothing to train: {saved}. It is validated.")
+    return answer[0]
+
+
+def _is_validated(metrics: Path, iteration: int) -> bool:
+    """Whether the metrics file of a run has a validation of an iteration that no later start has replaced."""
+    found, last = False, 0
+    lines = metrics.read_text(errors="replace").splitlines() if metrics.is_file() else []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a killed job may leave a part of a row
+            row = json.loads(line)
+            found = found and row["step"] >= last  # a lower step: a later start resumed from before the validation
+            last = row["step"]
+            found = found or (last == iteration and any(name.startswith("validation/") for name in row))
+    return found
 
 
 def checkpoint_to_resume(args: argparse.Namespace) -> Path | None:

@@ -112,12 +112,27 @@ def test_saved_removed_and_best_are_said(finished):
     assert [line for line in said if line.startswith("new best")] == expected and len(expected) > 1
 
 
-def test_finished_job_says_that_nothing_is_to_do(shop, finished):
+def test_finished_job_says_that_nothing_is_to_do_and_ends(shop, finished):
     run, _ = finished
+    metrics, row = run / "metrics.jsonl", '"validation/kl_to_teacher"'
+    rows = metrics.read_text()
     output = shop.run("--save", str(run))
     assert f"megatron_qad: nothing to do: iteration 8 of 8 is already saved in {run}." in output
     assert f"resuming    from iteration 8 of {run}" in output and not LINE.search(output)
-    assert (run / "megatron.log").read_text().count("---- start of ") == 2
+    assert "validation at iteration" not in output and "loading the" not in output
+    assert metrics.read_text() == rows and (run / "megatron.log").read_text().count("---- start of ") == 2
+    again = shop.run("--save", str(run), "--skip-train")
+    assert "megatron_qad validation at iteration 8 |" in again and "nothing to do" not in again
+    # As if the job had been killed in its last validation.
+    kept = [line for line in rows.splitlines() if not (row in line and '"step": 8' in line)]
+    metrics.write_text("\n".join(kept) + "\n")
+    missing = shop.run("--save", str(run))
+    assert f"megatron_qad: nothing to train: iteration 8 of 8 is already saved in {run}. It is validated." in missing
+    assert "megatron_qad validation at iteration 8 |" in missing and row in metrics.read_text().splitlines()[-1]
+    # As if the job had then resumed from iteration 6, trained to the end, and been killed again.
+    metrics.write_text(metrics.read_text() + '{"step": 7}\n{"step": 8}\n')
+    assert "nothing to train: " in shop.run("--save", str(run))
+    assert "nothing to do: " in shop.run("--save", str(run))
 
 
 def test_job_without_save_drops_it_or_shows_it(shop):

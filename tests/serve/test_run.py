@@ -6,7 +6,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
@@ -38,6 +37,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 STAGES = ["prepare", "import", "plan", "ptq", "qad", "select", "export", "validate", "report"]
+WRITES = {"prepare": "data/*", "import": "teacher*/*", "export": "hf-modelopt*/*", "report": "report/*"}
+"""Files of a stage, the first of which is a sign that it works."""
+SAYS = {"ptq": "building the training", "qad": " | iteration 3/4 |", "select": "evaluated 1 of"}
+"""What jobs say in the middle of their work: QAD has then saved iteration 2."""
 JOB = ["--train-iters", "4", "--eval-interval", "2", "--save-interval", "2", "--qad-calibration-samples", "4"]
 
 
@@ -91,7 +94,7 @@ def inputs(tmp_path_factory):
     return directory
 
 
-def start(command, inputs, work, *flags):
+def start(command, inputs, work, *flags, output=subprocess.PIPE):
     """Start a run from a directory that is not the checkout, without its variables."""
     environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     words = ["--model", inputs / "hf", "--chats", inputs / "chats.jsonl", "--output", work, "--gpus", "2", *JOB]
@@ -99,7 +102,7 @@ def start(command, inputs, work, *flags):
         [command, "run", *words, *flags],
         cwd=inputs,
         env=environ,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
     )
@@ -150,17 +153,34 @@ def test_ptq_that_is_good_enough_is_exported(command, inputs, tmp_path):
 @pytest.mark.timeout(3600)
 @pytest.mark.all
 def test_a_run_that_is_killed_in_every_stage_ends_like_another(command, inputs, tmp_path):
-    """Each stage is killed once, four seconds after its start; then the run continues."""
-    work, killed = tmp_path / "work", []
-    for stage in STAGES:
-        process = start(command, inputs, work)
-        for line in process.stdout:
-            if stages_in(line, " (log:") == [stage]:
-                time.sleep(4)
-                process.send_signal(signal.SIGKILL)
-                killed.append(stage)
-                break
-        process.communicate()
-        assert killed[-1] == stage
+    """Each stage is killed once in the middle of its work; then the run continues at once."""
+    work = tmp_path / "work"
+    for i, stage in enumerate(STAGES):
+        with open(tmp_path / "output.txt", "w") as file, start(command, inputs, work, output=file) as process:
+            wait_until_it_works(process, work, stage)
+            process.kill()
+        output = (tmp_path / "output.txt").read_text()
+        # The stage that was killed before runs again, from its beginning or from its checkpoint.
+        assert stages_in(output, " (log:") == STAGES[max(0, i - 1) : i + 1], output[-4000:]
+        assert stages_in(output, ": done before") == STAGES[: max(0, i - 1)]
+        assert not (work / "log" / f"{stage}.done").exists(), f"{stage} had ended before it was killed"
     output = start(command, inputs, work).communicate()[0]
     check(work, output)
+    assert (work / "log" / "qad.txt").read_text().count(" | iteration 4/4 |") == 1
+
+
+def wait_until_it_works(process: subprocess.Popen, work: Path, stage: str) -> None:
+    """Wait until a stage has written its first file, or has said what ``SAYS`` has; without either, for a second."""
+    log = work / "log" / f"{stage}.txt"
+    begin = None
+    while process.poll() is None:
+        if log.exists():
+            begin = begin or time.monotonic()
+            if stage in WRITES and any(work.glob(WRITES[stage])):
+                return
+            if stage in SAYS and SAYS[stage] in log.read_text(errors="replace"):
+                return
+            if stage not in SAYS | WRITES and time.monotonic() > begin + 1:
+                return
+        time.sleep(0.005)
+    raise AssertionError(f"the run ended before {stage} was seen at work")

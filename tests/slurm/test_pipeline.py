@@ -4,7 +4,7 @@ import pytest
 from place import ROOT
 from safetensors import safe_open
 
-STAGES = ("import", "smooth", "calibrate", "qad", "export", "validate")
+STAGES = ("import", "smooth", "ptq", "qad", "export", "validate")
 
 
 def pipeline(place, *flags: str, **environment: str) -> dict[str, str]:

@@ -1,10 +1,14 @@
 """The public names: they exist, and they refuse wrong options before anything is read."""
 
 import inspect
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from megatron_qad import api
+from megatron_qad.checkpoint.hf_writer import Written
+from megatron_qad.checkpoint.validate import ValidationResult
 from megatron_qad.engine.errors import QADError
 
 
@@ -14,6 +18,18 @@ def test_every_public_name_is_documented():
         assert inspect.getdoc(getattr(api, name)), name
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         api.train  # noqa: B018
+
+
+def test_types_are_published_and_checked():
+    """make lint runs mypy on the files of pyproject.toml: those that define what users import or get back."""
+    root = Path(api.__file__).parents[1]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    defining = {inspect.getsourcefile(getattr(api, name)) for name in api.__all__}
+    defining |= {inspect.getsourcefile(result) for result in (Written, ValidationResult)}
+    checked = set(settings["tool"]["mypy"]["files"])
+    assert {str(Path(file).relative_to(root)) for file in defining} <= checked
+    assert "py.typed" in settings["tool"]["setuptools"]["package-data"]["megatron_qad"]
+    assert (root / "megatron_qad/py.typed").is_file()
 
 
 def test_wrong_options(tmp_path):

@@ -97,28 +97,28 @@ class Run:
 
     def run_all(self) -> None:
         work, options, stages = self.work, self.options, self.stages
-        stages.run("prepare", "prepare", self._prepare_flags())
+        stages.run("prepare", self._prepare_flags())
         model = ["--hf-model", options.model, "--output", work / "teacher", "--reuse-existing"]
-        stages.run("import", "import", model)
+        stages.run("import", model)
         if not (work / "ptq").exists():  # from then on the settings are those of the jobs that have begun
             self._write_settings()
         stages.say(f"settings: {self.settings}")
-        stages.run("plan", "train", [*self.job("qad"), "--qad-dry-run"], on_all_gpus=False)
-        stages.run("ptq", "ptq", self.job("ptq"))
+        stages.run("plan", [*self.job("qad"), "--qad-dry-run"], on_all_gpus=False)
+        stages.run("ptq", self.job("ptq"))
         trained = "ptq"
         if self._has_deficit():
-            stages.run("qad", "train", self.job("qad"), until=self._has_finished)
-            stages.run("select", "select", self._select_flags())
+            stages.run("qad", self.job("qad"), until=self._has_finished)
+            stages.run("select", self._select_flags())
             trained = "qad"
         exported = work / f"hf-{options.layout}"
         iteration = ["--iteration", "selected"] if trained == "qad" else []
         export = ["--checkpoint", work / trained, *iteration, "--output", exported, "--layout", options.layout]
-        stages.run("export", "export", [*export, "--reuse-existing"])
-        stages.run("validate", "validate", [exported, "--against", options.model])
+        stages.run("export", [*export, "--reuse-existing"])
+        stages.run("validate", [exported, "--against", options.model])
         runs = [f"PTQ={work / 'ptq'}"] + ([f"QAD={work / 'qad'}"] if trained == "qad" else [])
         named = [word for run in runs for word in ("--run", run)]
         report = ["--title", options.model.resolve().name, "--teacher", work / "teacher", *named]
-        stages.run("report", "report", [*report, "--export", exported, "--output", work / "report"])
+        stages.run("report", [*report, "--export", exported, "--output", work / "report"])
         stages.say(f"report: {work / 'report' / 'report.html'}")
         stages.say("serve it with:")
         print(f"vllm serve {exported}")

@@ -76,14 +76,6 @@ def test_no_flag_of_a_command_is_one_of_a_job_with_another_meaning():
             assert not own & names - {"--help"}, command
 
 
-def test_flag_names_are_those_of_the_parser(megatron_parser):
-    version, *names = FLAG_NAMES.read_text().split()
-    assert version == importlib.metadata.version("megatron-core")
-    known = {o for action in megatron_parser._actions for o in action.option_strings if o.startswith("--")}
-    # Needed: update cli/flag_names.txt to the sorted set on the right.
-    assert set(names) == known | {"--config"}
-
-
 def test_short_help_names_every_flag_of_ours_and_existing_ones_of_megatron(megatron_parser):
     fields = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(QADOptions)}
     assert qad_flags().keys() == fields and all(qad_flags().values())

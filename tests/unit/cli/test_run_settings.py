@@ -9,10 +9,25 @@ from megatron_qad.cli.run_settings import Machine, choose_settings
 from megatron_qad.engine.errors import QADError
 
 CPU = Machine(1, None)
+QWEN2_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
 
 
 def settings(tmp_path, num_tokens, machine=CPU, longest=4096, **given):
-    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": longest}))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_7B | {"max_position_embeddings": longest}))
     (tmp_path / "data.json").write_text(json.dumps({"tokens": num_tokens}))
     given = {name.replace("_", "-"): value for name, value in given.items()}
     return choose_settings(tmp_path, "nvfp4-all-linear", str(tmp_path / "data"), machine, given)
@@ -33,6 +48,16 @@ def test_batch_and_steps(tmp_path, rows, ranks, batch, steps):
     assert (chosen["global-batch-size"], chosen["train-iters"]) == (batch, steps)
     assert chosen["eval-interval"] == chosen["save-interval"] == steps // 10
     assert 0 < chosen["lr-warmup-iters"] < steps and chosen["seq-length"] == 4096
+    assert (chosen["lr"], chosen["min-lr"]) == (1e-5, 1e-6)
+
+
+def test_rows_are_as_long_as_the_model_allows_or_8192(tmp_path):
+    assert settings(tmp_path, 10**6, longest=512)["seq-length"] == 512
+    assert settings(tmp_path, 10**6, longest=32768)["seq-length"] == 8192
+    wrapped = {"architectures": ["NemotronH_Nano_VL_V2"], "llm_config": QWEN2_7B}
+    (tmp_path / "config.json").write_text(json.dumps(wrapped))
+    with pytest.raises(QADError, match="config.json"):  # an incomplete config is refused as by the import
+        choose_settings(tmp_path, "nvfp4-all-linear", str(tmp_path / "data"), CPU, {})
 
 
 def test_flags_of_the_user_are_left_out_and_change_what_depends_on_them(tmp_path):
@@ -58,22 +83,7 @@ def hf_config(tmp_path):
     """A directory with the config of Qwen2.5 7B (28 layers)."""
     directory = tmp_path / "hf"
     directory.mkdir()
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-    }
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(QWEN2_7B))
     return directory
 
 

@@ -1,7 +1,9 @@
-"""Stages of ``megatron-qad run``: each runs once; failures, changed flags and requests to stop."""
+"""Stages of ``megatron-qad run``: each runs once; failures, changed flags and requests to stop. Their names are those
+of launch/pipeline.sbatch."""
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -11,57 +13,73 @@ from pathlib import Path
 import pytest
 
 from megatron_qad.cli import launcher
-from megatron_qad.cli.stages import STOPPED, Stages
+from megatron_qad.cli.command_table import COMMANDS
+from megatron_qad.cli.stages import STAGES, STOPPED, Stages
 from megatron_qad.engine.errors import QADError
 
+ROOT = Path(__file__).resolve().parents[3]
+ONLY_IN_RUN = {"prepare", "plan", "select", "report"}
+"""They need no SLURM job, or a decision of the user between two jobs (docs/decisions/launching_and_slurm.md)."""
+
+
+def test_pipeline_has_the_stages_of_a_run_and_smoothing():
+    """With the same names, commands and order."""
+    script = (ROOT / "launch/pipeline.sbatch").read_text()
+    cases = dict(re.findall(r'^ {4}(\w+)\) submit \1 .*?"\$\{run\[@\]\}" (\w+) ', script, re.MULTILINE | re.DOTALL))
+    shared = {name: command for name, command in STAGES.items() if name not in ONLY_IN_RUN}
+    assert list(cases) == ["import", "smooth", *list(shared)[1:]]
+    assert cases == shared | {"smooth": "smooth"}
+    assert f"stages=${{QAD_STAGES:-{' '.join(shared)}}}" in script
+    assert f"^({'|'.join(cases)})$" in script and f"Expected {', '.join(cases)}." in script
+
+
+def test_a_run_has_the_stages_of_the_table():
+    source = (ROOT / "megatron_qad/cli/commands/run_command.py").read_text()
+    assert re.findall(r'stages\.run\("(\w+)"', source) == list(STAGES)
+    assert f"Stages: {', '.join(STAGES)}." in source and set(STAGES.values()) <= set(COMMANDS)
+
 
 @pytest.fixture
-def python(monkeypatch):
-    """Stages whose "command" is a Python program, their first flag."""
-    monkeypatch.setattr(launcher, "command_line", lambda command, on_all_gpus=None: [sys.executable, command])
-
-
-@pytest.fixture
-def program(tmp_path):
-    """A program that notes its flag in the file "calls", and fails if the flag is "fail"."""
+def program(tmp_path, monkeypatch):
+    """The program of each stage: it notes its flag in the file "calls", and fails if the flag is "fail"."""
     file = tmp_path / "program.py"
     file.write_text(
         f"import sys\nopen({str(tmp_path / 'calls')!r}, 'a').write(sys.argv[1] + ' ')\nprint('flag', sys.argv[1])\n"
         "sys.exit(3 if sys.argv[1] == 'fail' else 0)\n"
     )
-    return str(file)
+    monkeypatch.setattr(launcher, "command_line", lambda command, on_all_gpus=None: [sys.executable, str(file)])
 
 
 def calls(tmp_path: Path) -> list[str]:
     return (tmp_path / "calls").read_text().split()
 
 
-def test_a_finished_stage_is_skipped_and_a_changed_one_repeats_those_after_it(python, program, tmp_path, capfd):
+def test_a_finished_stage_is_skipped_and_a_changed_one_repeats_those_after_it(program, tmp_path, capfd):
     def run(first: str) -> None:
         stages = Stages(tmp_path / "log", 1)
-        stages.run("one", program, [first])
-        stages.run("two", program, ["b"])
+        stages.run("ptq", [first])
+        stages.run("qad", ["b"])
 
     run("a"), run("a")
     assert calls(tmp_path) == ["a", "b"]
-    assert "two: done before" in capfd.readouterr().out
+    assert "qad: done before" in capfd.readouterr().out
     run("c")
     assert calls(tmp_path) == ["a", "b", "c", "b"]
-    assert (tmp_path / "log" / "one.txt").read_text() == "flag a\nflag c\n"
+    assert (tmp_path / "log" / "ptq.txt").read_text() == "flag a\nflag c\n"
 
 
-def test_a_failed_stage_runs_again(python, program, tmp_path, capfd):
+def test_a_failed_stage_runs_again(program, tmp_path, capfd):
     for _ in range(2):
-        with pytest.raises(QADError, match="one: ended with status 3; its output is above and in .*one.txt"):
-            Stages(tmp_path / "log", 1).run("one", program, ["fail"])
+        with pytest.raises(QADError, match="ptq: ended with status 3; its output is above and in .*ptq.txt"):
+            Stages(tmp_path / "log", 1).run("ptq", ["fail"])
     assert calls(tmp_path) == ["fail", "fail"]
     assert "flag fail" in capfd.readouterr().out
 
 
-def test_a_stage_that_did_not_reach_its_end_is_not_done(python, program, tmp_path):
+def test_a_stage_that_did_not_reach_its_end_is_not_done(program, tmp_path):
     for _ in range(2):
         with pytest.raises(SystemExit) as ended:
-            Stages(tmp_path / "log", 1).run("one", program, ["a"], until=lambda: False)
+            Stages(tmp_path / "log", 1).run("ptq", ["a"], until=lambda: False)
         assert ended.value.code == STOPPED
     assert calls(tmp_path) == ["a", "a"]
 
@@ -77,8 +95,8 @@ def test_a_request_to_stop_is_passed_on(tmp_path, number):
     )
     code = (
         "import sys\nfrom pathlib import Path\nfrom megatron_qad.cli import launcher, stages\n"
-        "launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, command]\n"
-        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('one', {str(stage)!r}, [])\n"
+        f"launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, {str(stage)!r}]\n"
+        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('ptq', [])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -87,8 +105,8 @@ def test_a_request_to_stop_is_passed_on(tmp_path, number):
             break
     rest = process.stdout.read()
     assert process.wait(timeout=60) == STOPPED
-    assert "saved" in rest and "one was stopped. The same command continues from here." in rest
-    assert not (tmp_path / "log" / "one.done").exists()
+    assert "saved" in rest and "ptq was stopped. The same command continues from here." in rest
+    assert not (tmp_path / "log" / "ptq.done").exists()
 
 
 def test_a_stage_ends_with_the_run(tmp_path):
@@ -96,8 +114,8 @@ def test_a_stage_ends_with_the_run(tmp_path):
     stage.write_text("import os, time\nprint('pid', os.getpid(), flush=True)\ntime.sleep(60)\n")
     code = (
         "import sys\nfrom pathlib import Path\nfrom megatron_qad.cli import launcher, stages\n"
-        "launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, command]\n"
-        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('one', {str(stage)!r}, [])\n"
+        f"launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, {str(stage)!r}]\n"
+        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('ptq', [])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid "))
@@ -125,8 +143,8 @@ def test_a_stage_has_a_terminal_if_the_run_has_one(tmp_path, on_terminal):
     stage.write_text("import sys\nprint('terminal', sys.stdout.isatty(), sys.stderr.isatty())\n")
     code = (
         "import sys\nfrom pathlib import Path\nfrom megatron_qad.cli import launcher, stages\n"
-        "launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, command]\n"
-        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('one', {str(stage)!r}, [])\n"
+        f"launcher.command_line = lambda command, on_all_gpus=None: [sys.executable, {str(stage)!r}]\n"
+        f"stages.Stages(Path({str(tmp_path / 'log')!r}), 1).run('ptq', [])\n"
     )
     output, end = pty.openpty() if on_terminal else os.pipe()
     with os.fdopen(output, "rb", buffering=0), subprocess.Popen([sys.executable, "-c", code], stdout=end) as process:
@@ -134,4 +152,4 @@ def test_a_stage_has_a_terminal_if_the_run_has_one(tmp_path, on_terminal):
         assert process.wait(timeout=60) == 0
         shown = os.read(output, 1 << 16).decode()
     assert f"terminal {on_terminal} {on_terminal}" in shown
-    assert f"terminal {on_terminal}" in (tmp_path / "log" / "one.txt").read_text()
+    assert f"terminal {on_terminal}" in (tmp_path / "log" / "ptq.txt").read_text()

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import json_records
 from megatron_qad.engine.run_directory.iterations import iteration_dir
 from megatron_qad.engine.run_directory.run_files import BEST_FILE
+from megatron_qad.evaluation.selection import find_candidates
 
 ROOT = Path(__file__).parents[3]
 # What a user's command may be: it writes the results of tools/benchmark.py, and notes that it ran.
@@ -55,6 +58,26 @@ def start(run: Path, *flags: str, **more) -> subprocess.Popen:
     argv += [str(run.parent / "selection"), "--command", command, *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | more
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def test_tasks_of_an_array_begin_at_the_same_time(run, tmp_path):
+    """Each finds the candidates, whichever of them wrote the file."""
+    num_tasks = 8
+    barrier = threading.Barrier(num_tasks)
+
+    def begin(output: Path) -> list:
+        barrier.wait()
+        found = find_candidates(run, output, {"command": "x"})
+        found[0].directory.mkdir(exist_ok=True)  # as its evaluation does next
+        return [candidate.iteration for candidate in found]
+
+    with ThreadPoolExecutor(num_tasks) as pool:
+        for attempt in range(40):
+            output = tmp_path / f"selection{attempt}"
+            assert [*pool.map(begin, [output] * num_tasks)] == [[100, 300, 200]] * num_tasks
+            assert {path.name for path in output.iterdir()} == {"candidates.json", "iter_0000100"}
+    with pytest.raises(QADError, match="was started with"):
+        find_candidates(run, output, {"command": "y"})
 
 
 def test_a_killed_selection_evaluates_only_what_is_missing(run):

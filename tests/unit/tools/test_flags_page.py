@@ -1,9 +1,10 @@
-"""The page docs/flags.md is the one of the code, with a row for each flag."""
+"""The page docs/flags.md is the one of the code, with a row for each flag; the list of names is the parser's."""
 
 import re
 import runpy
 from pathlib import Path
 
+from megatron_qad.cli.early_checks import FLAG_NAMES
 from megatron_qad.config.qad_options import QADOptions
 
 ROOT = Path(__file__).parents[3]
@@ -12,6 +13,10 @@ TOOL = runpy.run_path(str(ROOT / "tools/flags_page.py"))
 
 def test_page_of_flags_is_current():
     assert TOOL["PAGE"].read_text() == TOOL["page"](), "run: python tools/flags_page.py"
+
+
+def test_list_of_names_is_current():
+    assert FLAG_NAMES.read_text() == TOOL["flag_names"](), "run: python tools/flags_page.py"
 
 
 def test_each_flag_has_one_row_and_a_meaning():
