@@ -180,7 +180,7 @@ def test_job_that_keeps_nothing_says_so(read):
     [
         (["--bf16"], "--global-batch-size: none was given, so a step has one microbatch per data-parallel rank"),
         (["--global-batch-size", "4"], "weights and activations in float32, because --bf16 was not given"),
-        (["--bf16", "--data-path", "7"], "--split 969,30,1, because none was given: 3% of the data is held out"),
+        (["--bf16", "--data-path", "prefix"], "--split 969,30,1, because none was given: 3% of the data is held out"),
         (["--bf16", "--save", "run"], "--save-interval 1000: the only checkpoint is the one after the last step"),
     ],
 )

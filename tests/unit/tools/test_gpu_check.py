@@ -39,7 +39,7 @@ def test_all_checks_on_a_cpu():
     assert len(by_kernel) == 2 and "NVFP4 kernel" in by_kernel[0] and "torch.compile" in by_kernel[1]
     # Bits and errors have a verdict at any size; speed and memory have none at tiny sizes.
     judged = [row[0].partition(";")[0] for row in rows if row[6] == "pass"]
-    assert [judged.count(what) for what in dict.fromkeys(judged)] == [1, 2, 4, 2, 1, 1, 1], judged
+    assert [judged.count(what) for what in dict.fromkeys(judged)] == [1, 2, 4, 2, 1, 1, 1, 1], judged
     assert all(row[6] == "-" for row in rows if "copy's rate" in row[0] or "memory" in row[0] or "fast" in row[5])
     errors = [float(error) for row in rows if row[0].startswith("KL of") for error in row[2].split(", ")]
     assert len(errors) == 12 and all(0 < error < 1e-2 for error in errors)
