@@ -28,6 +28,7 @@ from gpu_check_experts import experts
 from gpu_check_losses import fused_output_layer, kl, kl_compiled
 from gpu_check_nvfp4 import nvfp4
 from gpu_check_step import training_step
+from gpu_check_vision import vision_encoder
 from gpu_rows import Check, Machine, Row, one_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +36,10 @@ CHECKS = (
     Check("NVFP4", 115, nvfp4),
     Check("KL", 65, kl),
     Check("fused output layer", 50, fused_output_layer),
-    Check("training step", 190, training_step),
+    Check("training step", 170, training_step),
     Check("KL, torch.compile", 45, kl_compiled),
     Check("experts", 15, experts),
+    Check("vision encoder", 20, vision_encoder),
 )
 """The checks, in the order of the table. Each is a function that yields rows. Without a GPU, sizes are tiny, PyTorch
 replaces the kernels, rows that need a kernel say so, and no speed is judged. All time limits together are <= 480 s."""

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from test_training import TOLERANCE as TOLERANCE_OF_STEPS
 from test_training import Workshop
 
+from megatron_qad.checkpoint.validate import validate_nvfp4
+
 # As in test_model_parity: float32 sums in another order, 3e-6 there. The features are about 1 here.
 TOLERANCE = 2e-5
 # Gradients of a Mamba layer's decay differ more (test_axes).
@@ -102,3 +104,97 @@ def test_axes_agree(workshop, model, data):
         if max(errors) > (MAMBA_TOLERANCE if model == "nemotron" else TOLERANCE_OF_STEPS):
             wrong[axis] = errors
     assert not wrong, wrong
+
+
+POLICY = ["--qad-policy", "nemotron-nano-12b-v2-vl", "--bf16"]
+
+
+@pytest.fixture(scope="module")
+def trained(workshop):
+    """A run of two steps on two tensor-parallel ranks, with validations, and its output."""
+    run = workshop.directory / "run"
+    flags = [*POLICY, "--save", str(run), "--save-interval", "1", "--eval-interval", "1", "--eval-iters", "2"]
+    job = [*argv(workshop, "nemotron", num_steps=2), *flags]
+    steps, output = workshop.train([*job, *TP2_SP], 2, whole=False)
+    return job, steps, output
+
+
+def test_validation_has_the_metrics_after_images_apart(trained):
+    _, _, output = trained
+    (line,) = [line for line in output.splitlines() if "validation at iteration 1 |" in line]
+    values = dict(part.split(": ") for part in line.split(" | ")[1:])
+    parts = {
+        s: (float(values[f"kl_to_teacher_{s}"]), int(values[f"num_tokens_{s}"])) for s in ("after_image", "text_only")
+    }
+    assert all(count > 5 and kl > 0 for kl, count in parts.values()), parts
+    assert sum(count for _, count in parts.values()) == int(values["num_tokens"])
+    mean = sum(kl * count for kl, count in parts.values()) / int(values["num_tokens"])
+    assert mean == pytest.approx(float(values["kl_to_teacher"]), rel=1e-5)  # six digits are printed
+    assert parts["after_image"][0] != parts["text_only"][0]
+
+
+def test_resume_with_other_parallelism(workshop, trained, tmp_path):
+    """The second step, resumed on two pipeline stages, has the loss of the uninterrupted run."""
+    job, steps, _ = trained
+    job = [word if word != f"{workshop.directory}/run" else f"{tmp_path}/run" for word in job]
+    workshop.train([*job, *TP2_SP, "--exit-interval", "1"], 2, whole=False)
+    (step,), _ = workshop.train([*job, *PP2], 2, whole=False)
+    # The last bit may decide the code of an input (test_training); wrong images change the loss by more than a tenth.
+    assert step["loss"]["kl loss"] == pytest.approx(steps[1]["loss"]["kl loss"], rel=0.02)
+
+
+def test_export_is_valid_and_carries_the_vision_tensors(workshop, trained, tmp_path):
+    arguments = {"checkpoint": f"{workshop.directory}/run", "outputs": {"modelopt": f"{tmp_path}/out"}}
+    workshop.server.run("training_jobs:export_checkpoint", 1, arguments)
+    source = workshop.directory / "hf_nemotron_student"
+    report = validate_nvfp4(tmp_path / "out", against=source)
+    assert not report.issues, report.issues[:5]
+    assert report.quantized
+    ours, theirs = (load_file(directory / "model.safetensors") for directory in (tmp_path / "out", source))
+    vision = {name for name in theirs if not name.startswith("language_model.")}
+    assert len(vision) == 30 and all(
+        torch.equal(ours[n].view(torch.uint8), theirs[n].view(torch.uint8)) for n in vision
+    )
+
+
+def test_calibration_sees_the_images(workshop):
+    """The amaxes depend on how the encoder's positions are resized."""
+    amaxes = []
+    for flags in ([], ["--qad-vision-align-corners"]):
+        steps, _ = workshop.train([*argv(workshop, "nemotron", num_steps=1), *POLICY, *flags], whole=False)
+        amaxes.append(steps[0]["amaxes"])
+    assert amaxes[0].keys() == amaxes[1].keys()
+    assert any(not torch.equal(amax, amaxes[1][name]) for name, amax in amaxes[0].items())
+
+
+def test_dry_run_counts_the_encoder(workshop):
+    job = [*argv(workshop, "nemotron", num_steps=2), *POLICY, "--qad-dry-run"]
+    output = workshop.server.run("training_jobs:train", 1, {"argv": job})
+    tensors = load_file(workshop.directory / "hf_nemotron_student" / "model.safetensors")
+    numel = sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("language_model."))
+    assert f"vision encoder and projector       {2 * numel:>18,}" in output
+    assert f"image features, if all tokens are  {2 * 64 * 32 * 8:>18,}" in output
+
+
+def test_wrong_models_are_errors(workshop, tmp_path):
+    d = workshop.directory
+    job = argv(workshop, "llama", "--data-path", f"{d}/data_nemotron", num_steps=1)
+    assert "its images have grid_rule 'closest_ratio', but the student" in workshop.fail(job)
+    config = tiny_vision.CONFIGS["llama"]
+    other = tiny_job.write_hf(tmp_path / "hf", config, seed=5)
+    workshop.server.run(
+        "training_jobs:import_checkpoints", 1, {"models": [(str(other), f"{tmp_path}/other", "float32")]}
+    )
+    error = workshop.fail(argv(workshop, "llama", "--qad-teacher", f"{tmp_path}/other", num_steps=1))
+    assert "One vision encoder serves both models: give a teacher and a student with the same one." in error
+    (tmp_path / "other" / "hf" / "passthrough.safetensors").unlink()
+    same = ["--qad-teacher", f"{tmp_path}/other", "--qad-student", f"{tmp_path}/other"]
+    assert "passthrough.safetensors is missing: the vision encoder" in workshop.fail(
+        argv(workshop, "llama", *same, num_steps=1)
+    )
+    text = tiny_job.write_hf(tmp_path / "text", tiny_job.LLAMA)
+    workshop.server.run(
+        "training_jobs:import_checkpoints", 1, {"models": [(str(text), f"{tmp_path}/llama", "float32")]}
+    )
+    plain = ["--qad-teacher", f"{tmp_path}/llama", "--qad-student", f"{tmp_path}/llama"]
+    assert "(LlamaForCausalLM) has no vision encoder" in workshop.fail(argv(workshop, "llama", *plain, num_steps=1))

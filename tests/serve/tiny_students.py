@@ -33,6 +33,46 @@ CONFIGS = {
     "qwen3_moe": tiny_hybrids.QWEN3_MOE | _SIZES,
     "nemotron_h": tiny_hybrids.NEMOTRON_H | _SIZES,
 }
+CONFIGS["nemotron_vl"] = {
+    "architectures": ["NemotronH_Nano_VL_V2"],
+    "model_type": "NemotronH_Nano_VL_V2",
+    "auto_map": {"AutoConfig": "configuration.VisionLanguageConfig"},
+    "llm_config": CONFIGS["nemotron_h"] | {"torch_dtype": "bfloat16"},
+    "vision_config": {
+        "patch_size": 16,
+        "args": {
+            "model": "vit_small_patch16_224",  # the smallest that vLLM knows
+            "teachers": [{"name": "clip"}, {"name": "sam"}],
+            "cls_token_per_teacher": True,
+            "register_multiple": 10,
+            "cpe_max_size": 128,
+        },
+    },
+    "force_image_size": 64,
+    "patch_size": 16,
+    "downsample_ratio": 0.5,
+    "ps_version": "v2",
+    "template": "",
+    "image_tag_type": "internvl",
+    "vit_hidden_size": 384,
+    "projector_hidden_size": 256,
+    "norm_mean": [0.48145466, 0.4578275, 0.40821073],
+    "norm_std": [0.26862954, 0.26130258, 0.27577711],
+}
+REMOTE_CODE = """
+from transformers import AutoConfig, PretrainedConfig
+
+
+class VisionLanguageConfig(PretrainedConfig):
+    model_type = "NemotronH_Nano_VL_V2"
+
+    def __init__(self, llm_config=None, vision_config=None, **kwargs):
+        self.llm_config = llm_config or {}
+        self.text_config = AutoConfig.for_model(**{"model_type": "nemotron_h", **self.llm_config})
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        super().__init__(**kwargs)
+"""
+"""What a vision-language model of the Hub has as remote code, and vLLM needs to read its config."""
 POLICIES = {
     "nvfp4": [],
     "head": ["head=nvfp4"],
@@ -63,6 +103,8 @@ class Students:
         for family in families:
             source = tiny_job.write_hf(self.directory / f"hf-{family}", CONFIGS[family] | {"torch_dtype": self.dtype})
             byte_tokenizer().save_pretrained(source)
+            if "auto_map" in CONFIGS[family]:
+                (source / "configuration.py").write_text(REMOTE_CODE)
             models.append((str(source), f"{self.directory}/imported-{family}", "float32"))
         rng = np.random.default_rng(0)
         documents = [rng.integers(0, 256, size=40) for _ in range(40)]

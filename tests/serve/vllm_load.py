@@ -69,8 +69,15 @@ def main(requests: list[dict]) -> None:
 
 
 def loaded(directory: str) -> dict[str, torch.Tensor]:
+    has_code = "auto_map" in json.loads((Path(directory) / "config.json").read_text())
     arguments = EngineArgs(
-        directory, dtype="bfloat16", max_model_len=128, enforce_eager=True, skip_tokenizer_init=True, load_format="auto"
+        directory,
+        dtype="bfloat16",
+        max_model_len=128,
+        enforce_eager=True,
+        skip_tokenizer_init=not has_code,  # vision-language models read their special tokens
+        load_format="auto",
+        trust_remote_code=has_code,
     )
     config = arguments.create_engine_config()
     with set_current_vllm_config(config):

@@ -16,7 +16,14 @@ FUSED = {
 }
 EXPERTS = {"gate_proj": ("w13_", 0), "up_proj": ("w13_", 1), "down_proj": ("w2_", 0)}
 _VOCABULARY = ("embeddings.weight", "embed_tokens.weight", "lm_head.weight")
-RENAMED = {"backbone.embeddings.": "model.embed_tokens.", "backbone.": "model."}
+RENAMED = {
+    "backbone.embeddings.": "model.embed_tokens.",
+    "backbone.": "model.",
+    "language_model.backbone.embeddings.": "language_model.model.embed_tokens.",
+    "language_model.backbone.": "language_model.model.",
+    "vision_model.radio_model.model.blocks.": "vision_model.model.encoder.layers.",
+    "vision_model.radio_model.model.": "vision_model.model.",
+}
 
 
 @dataclass

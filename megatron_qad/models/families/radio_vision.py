@@ -4,10 +4,10 @@ An image is cut into square tiles. The encoder makes a vector of each patch of a
 squares of neighboring patches, and the projector maps each of them to one input vector of the language model: a
 feature. One placeholder token holds its place in the text.
 
-The encoder is the ViT-H/16 of C-RADIOv2. ``vision_config`` does not contain its depth and width, so the defaults are
-defined here; keys of the same names override them. Both parts stay in BF16 under every policy and are never trained.
-They are not part of the Megatron model: their tensors have the same name on both sides and are passed from import to
-export unchanged.
+``vision_config`` names the encoder's ViT instead of its sizes (``args.model``); without a name it is the ViT-H/16 of
+C-RADIOv2. Keys with transformers' names for sizes override them. Both parts stay in BF16 under every policy and are
+never trained. They are not part of the Megatron model: their tensors have the same name on both sides and are passed
+from import to export unchanged.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,13 @@ from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families.base import ParamMapping
 
+_VITS = {
+    "vit_small_patch16_224": (12, 384, 6, 1536),
+    "vit_base_patch16_224": (12, 768, 12, 3072),
+    "vit_large_patch16_224": (24, 1024, 16, 4096),
+    "vit_huge_patch16_224": (32, 1280, 16, 5120),
+}
+"""Blocks, width, heads and inner width of each ViT, by its name in timm."""
 ENCODER = "vision_model.radio_model"
 PROJECTOR = "mlp1"
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -85,17 +92,25 @@ def vision_settings(
         QADError: an entry that is missing, has another type, or contradicts another.
     """
     section = values.section(config, "vision_config")
+    args = values.section(section, "args", None) or {}
+    name = "vit_huge_patch16_224" if "model" not in args else values.text(args, "model")
+    if name not in _VITS:
+        raise QADError(f"{values.place(args)}: model is {name!r:.100}, expected one of {', '.join(_VITS)}.")
+    blocks, vit_width, heads, ffn = _VITS[name]
     width = values.integer(config, "vit_hidden_size")
+    if "model" in args and width != vit_width:
+        raise QADError(f"{values.place(config)}: vit_hidden_size is {width}, but {name} has the width {vit_width}.")
     patch = values.integer(config, "patch_size", values.integer(section, "patch_size", 16))
+    positions = values.integer(section, "max_resolution", 2048)
     settings = VisionSettings(
-        num_blocks=values.integer(section, "num_hidden_layers", 32, maximum=values.MAX_LAYERS),
+        num_blocks=values.integer(section, "num_hidden_layers", blocks, maximum=values.MAX_LAYERS),
         width=width,
-        num_heads=values.integer(section, "num_attention_heads", 16),
-        ffn=values.integer(section, "intermediate_size", 5120),
+        num_heads=values.integer(section, "num_attention_heads", heads),
+        ffn=values.integer(section, "intermediate_size", ffn),
         patch_size=patch,
         tile_size=values.integer(config, "force_image_size", 512),
-        table_side=values.integer(section, "max_resolution", 2048) // patch,
-        num_prefix_tokens=values.integer(section, "num_cls_tokens", 10),
+        table_side=values.integer(args, "cpe_max_size", positions) // patch if args else positions // patch,
+        num_prefix_tokens=values.integer(section, "num_cls_tokens", _num_prefix_tokens(args)),
         patches_per_side=round(1 / values.number(config, "downsample_ratio", 0.5, above=0.01, maximum=1)),
         projector=projector,
         projector_width=values.integer(config, "projector_hidden_size"),
@@ -110,6 +125,16 @@ def vision_settings(
     if (version := values.text(config, "ps_version", "v2")) != "v2":
         raise QADError(f"{values.place(config)}: ps_version is {version!r:.100}. Only 'v2' is supported.")
     return settings
+
+
+def _num_prefix_tokens(args: dict) -> int:
+    """Return the number of class tokens, one for each teacher, and of the registers that complete a multiple."""
+    if "register_multiple" not in args:
+        return 10
+    teachers = {str(entry.get("name")) for entry in values.entries(args, "teachers")} if "teachers" in args else {""}
+    num_classes = len(teachers) if values.flag(args, "cls_token_per_teacher", True) else 1
+    multiple = values.integer(args, "register_multiple")
+    return num_classes + multiple - num_classes % multiple
 
 
 def check_sizes(config: dict, settings: VisionSettings) -> None:

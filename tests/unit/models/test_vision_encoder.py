@@ -124,9 +124,23 @@ def test_damaged_weights_are_errors():
         ({"ps_version": "v1"}, "ps_version is 'v1'. Only 'v2' is supported"),
         ({"norm_mean": [1, 2]}, r"norm_mean is \[1, 2\], expected a list of three numbers"),
         ({"vit_hidden_size": "32"}, "vit_hidden_size"),
+        ({"vision_config": {"args": {"model": "vit_giant"}}}, "model is 'vit_giant', expected one of vit_small"),
+        ({"vision_config": {"args": {"model": "vit_base_patch16_224"}}}, "vit_hidden_size is 32, but vit_base_patch16"),
     ],
 )
 def test_unsupported_configs_are_errors(change, message):
     config = CONFIGS["nemotron_vl"] | change
     with pytest.raises(QADError, match=message):
         family_of(config).megatron_args(config)
+
+
+@pytest.mark.parametrize(("teachers", "expected"), [(2, 10), (10, 20)])
+def test_sizes_of_a_named_encoder(teachers, expected, assert_same_tensors):
+    """As vLLM reads them: C-RADIOv2-H has two or three class tokens and registers up to ten in all."""
+    args = {"model": "vit_small_patch16_224", "register_multiple": 10, "cpe_max_size": 256}
+    args |= {"teachers": [{"name": f"teacher{i}"} for i in range(teachers)], "cls_token_per_teacher": True}
+    config = TINY_OF_FAMILY["nemotron_vl"] | {"vit_hidden_size": 384, "vision_config": {"args": args}}
+    settings = family_of(config).vision(config)
+    assert (settings.num_blocks, settings.num_heads, settings.ffn, settings.table_side) == (12, 6, 1536, 16)
+    assert settings.num_prefix_tokens == expected
+    assert_same_tensors(config)
