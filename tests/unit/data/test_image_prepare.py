@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from PIL import Image
+from tiny_configs import TINY_OF_FAMILY
 
+from megatron_qad.cli.commands import prepare_command
 from megatron_qad.data.images.image_files import StoredImages
 from megatron_qad.data.metadata import load_metadata, loss_mask_prefix, output_files
 from megatron_qad.data.prepare import PrepareOptions, prepare_data
@@ -329,3 +331,25 @@ def test_a_tokenizer_that_splits_the_image_token_is_named(write_image, write_jso
     write_image("dog.png")
     with pytest.raises(QADError, match="image 0 has no tokens <image>"):
         prepare(write_jsonl([{"messages": [question(*image_parts("dog.png")), ANSWER]}]), tokenizer=directory)
+
+
+def test_the_command_line(tmp_path, write_image, write_jsonl, vision_dir, image_settings, capsys):
+    """The model's config gives the tiles, its preprocessor their number, and the tokenizer the ids."""
+    config = TINY_OF_FAMILY["nemotron_vl"] | {"force_image_size": 64, "img_context_token_id": 3}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "preprocessor_config.json").write_text(json.dumps({"max_num_tiles": 2}))
+    write_image("pictures/dog.png", 640, 64)
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A dog."}]
+    inputs = ["--input", write_jsonl([{"image": "dog.png", "conversations": turns}])]
+    flags = ["--images-for", str(model), "--image-root", str(tmp_path / "pictures"), "--output", str(tmp_path / "out")]
+    prepare_command.main([*inputs, "--tokenizer", str(vision_dir), *flags])
+    assert "out: 1 different image in 1 place of 1 document, 3 tiles" in capsys.readouterr().out
+    settings = load_metadata(str(tmp_path / "out")).image_settings()
+    assert (settings.tile_size, settings.max_tiles, settings.image_token_id) == (64, 2, 3)
+    assert refs(str(tmp_path / "out"))[0][2] == 3
+    with pytest.raises(QADError, match="nowhere"):
+        prepare_command.main(
+            [*inputs, "--tokenizer", str(vision_dir), *flags[2:], "--images-for", "nowhere", "--force"]
+        )
