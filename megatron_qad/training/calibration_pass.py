@@ -6,12 +6,13 @@ collects the second moments of these inputs. Then the scales are chosen.
 The microbatches are returned afterwards, so that training sees the same data as without calibration.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
+from megatron.training import print_rank_0
 from megatron.training.utils import is_rank0
 from tqdm import tqdm
 
@@ -85,6 +86,8 @@ class CalibrationPass:
         )
         job.events.phase("calibration", is_long=False)
         self._read_ahead = self._read(data_iterator, num_microbatches, shape)
+        if job.reader.encoder is not None:
+            print_rank_0(f"megatron_qad: {_share_of_images(self._read_ahead):.0%} of the calibration's tokens are images")
         run = partial(self._run, schedule, data_iterator, shape, model)
         if needs_amaxes:
             with job.activations.calibrating():
@@ -113,6 +116,12 @@ class CalibrationPass:
                 forward_only=True,
                 **job.reader.schedule_shape(**shape),
             )
+
+
+def _share_of_images(batches: Sequence[Batch]) -> float:
+    """Return the share of image features among the tokens of a first stage's microbatches; 0 on other stages."""
+    features = sum(int((batch.images.feature_index >= 0).sum()) for batch in batches if batch.images is not None)
+    return features / max(1, sum(batch.tokens.numel() for batch in batches if batch.tokens is not None))
 
 
 def forward_without_loss(

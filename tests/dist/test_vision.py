@@ -1,5 +1,7 @@
 """Vision-language models: features merged into embeddings, under all parallelism, from images to an export."""
 
+import re
+
 import pytest
 import records
 import tiny_job
@@ -158,11 +160,13 @@ def test_export_is_valid_and_carries_the_vision_tensors(workshop, trained, tmp_p
 
 
 def test_calibration_sees_the_images(workshop):
-    """The amaxes depend on how the encoder's positions are resized."""
+    """The amaxes depend on how the encoder's positions are resized, and the log says how much of it is images."""
     amaxes = []
     for flags in ([], ["--qad-vision-align-corners"]):
-        steps, _ = workshop.train([*argv(workshop, "nemotron", num_steps=1), *POLICY, *flags], whole=False)
+        steps, output = workshop.train([*argv(workshop, "nemotron", num_steps=1), *POLICY, *flags], whole=False)
         amaxes.append(steps[0]["amaxes"])
+        share = int(re.search(r"(\d+)% of the calibration's tokens are images", output)[1])
+        assert 5 < share < 60
     assert amaxes[0].keys() == amaxes[1].keys()
     assert any(not torch.equal(amax, amaxes[1][name]) for name, amax in amaxes[0].items())
 
