@@ -35,7 +35,7 @@ GROUPS = {
         "qad_fused_linear_loss",
         "qad_teacher_output",
     ),
-    "Data and routers": ("qad_pad_documents_to", "qad_train_router", "qad_vision_align_corners"),
+    "Data, images and routers": ("qad_pad_documents_to", "qad_vision_align_corners", "qad_train_router"),
     "Checkpoints and failures": (
         "qad_keep_last",
         "qad_keep_best",
