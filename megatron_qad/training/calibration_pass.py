@@ -87,7 +87,9 @@ class CalibrationPass:
         job.events.phase("calibration", is_long=False)
         self._read_ahead = self._read(data_iterator, num_microbatches, shape)
         if job.reader.encoder is not None:
-            print_rank_0(f"megatron_qad: {_share_of_images(self._read_ahead):.0%} of the calibration's tokens are images")
+            print_rank_0(
+                f"megatron_qad: {_share_of_images(self._read_ahead):.0%} of the calibration's tokens are images"
+            )
         run = partial(self._run, schedule, data_iterator, shape, model)
         if needs_amaxes:
             with job.activations.calibrating():

@@ -145,18 +145,22 @@ def test_resume_with_other_parallelism(workshop, trained, tmp_path):
     assert step["loss"]["kl loss"] == pytest.approx(steps[1]["loss"]["kl loss"], rel=0.02)
 
 
-def test_export_is_valid_and_carries_the_vision_tensors(workshop, trained, tmp_path):
-    arguments = {"checkpoint": f"{workshop.directory}/run", "outputs": {"modelopt": f"{tmp_path}/out"}}
+@pytest.mark.parametrize("model", tiny_vision.CONFIGS)
+def test_export_is_valid_and_carries_the_vision_tensors(workshop, trained, tmp_path, model):
+    run, source = workshop.directory / "run", workshop.directory / f"hf_{model}_student"
+    if model == "llama":
+        run = tmp_path / "run"
+        job = [*argv(workshop, model, num_steps=1), "--bf16", "--qad-policy", "nvfp4-all-linear"]
+        workshop.train([*job, "--save", str(run), "--save-interval", "1"], whole=False)
+    arguments = {"checkpoint": str(run), "outputs": {"modelopt": f"{tmp_path}/out"}}
     workshop.server.run("training_jobs:export_checkpoint", 1, arguments)
-    source = workshop.directory / "hf_nemotron_student"
     report = validate_nvfp4(tmp_path / "out", against=source)
     assert not report.issues, report.issues[:5]
-    assert report.quantized
+    assert report.quantized and all(name.startswith("language_model.") for name in report.quantized)
     ours, theirs = (load_file(directory / "model.safetensors") for directory in (tmp_path / "out", source))
     vision = {name for name in theirs if not name.startswith("language_model.")}
-    assert len(vision) == 30 and all(
-        torch.equal(ours[n].view(torch.uint8), theirs[n].view(torch.uint8)) for n in vision
-    )
+    assert len(vision) == {"nemotron": 30, "llama": 33}[model]
+    assert all(torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8)) for name in vision)
 
 
 def test_calibration_sees_the_images(workshop):

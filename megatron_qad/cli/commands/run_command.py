@@ -20,7 +20,7 @@ from megatron_qad.config.qad_options import QADOptions
 from megatron_qad.engine.errors import QADError
 from megatron_qad.engine.run_directory import locks
 from megatron_qad.engine.run_directory.run_files import METRICS_FILE, TRACKER
-from megatron_qad.engine.text_files import read_yaml
+from megatron_qad.engine.text_files import read_json, read_yaml
 from megatron_qad.quantization.policy_file import find_policy
 
 MIN_KL = 0.001
@@ -132,6 +132,8 @@ class Run:
 
     def _prepare_flags(self) -> list[str | Path]:
         flags = ["--input", *self.options.chats, "--tokenizer", self.options.model, "--output", self.data]
+        if "vision_config" in read_json(self.options.model / "config.json"):
+            flags += ["--images-for", self.options.model]  # chats may have images
         return [*flags, "--validation-fraction", str(self.options.validation_fraction), "--force"]
 
     def _write_settings(self) -> None:
