@@ -206,3 +206,19 @@ def test_wrong_models_are_errors(workshop, tmp_path):
     )
     plain = ["--qad-teacher", f"{tmp_path}/llama", "--qad-student", f"{tmp_path}/llama"]
     assert "(LlamaForCausalLM) has no vision encoder" in workshop.fail(argv(workshop, "llama", *plain, num_steps=1))
+
+
+def test_layer_by_layer_ptq_is_that_of_the_whole_model(workshop, tmp_path):
+    """Amaxes and exported tensors are equal, so that the first layers have seen the images in both."""
+    exports = []
+    for name, flags in (("whole", ["--qad-ptq"]), ("layers", ["--qad-ptq", "--qad-ptq-sequential"])):
+        flags = ["--qad-policy", "nemotron-nano-12b-v2-vl", "--save", f"{tmp_path}/{name}", "--eval-iters", "1", *flags]
+        job = [*argv(workshop, "nemotron", num_steps=1), *flags]
+        workshop.server.run("training_jobs:train", 1, {"argv": job})
+        arguments = {"checkpoint": f"{tmp_path}/{name}", "outputs": {"modelopt": f"{tmp_path}/{name}_out"}}
+        workshop.server.run("training_jobs:export_checkpoint", 1, arguments)
+        exports.append(load_file(tmp_path / f"{name}_out" / "model.safetensors"))
+    whole, layers = exports
+    assert whole.keys() == layers.keys()
+    different = [n for n in whole if not torch.equal(*(t[n].reshape(-1).view(torch.uint8) for t in (whole, layers)))]
+    assert not different, different[:5]
