@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 out=${1:-runs/tiny_vision}
 here=examples/tiny_vision
 source examples/steps.sh
-first_steps=180 second_steps=70 steps=30 rate=3e-4
+first_steps=${FIRST_STEPS:-500} second_steps=${SECOND_STEPS:-150} steps=${STEPS:-60} rate=3e-4
 
 step inputs python "$here/make_inputs.py" "$out/inputs"
 OMP_NUM_THREADS=2 step encoder python "$here/train_encoder.py" "$out/inputs/hf"

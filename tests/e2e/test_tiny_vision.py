@@ -29,11 +29,11 @@ def run(tmp_path_factory, server):
     script("inputs", f"{EXAMPLE}/make_inputs.py", inputs, "--pictures", PICTURES, "--heldout", HELDOUT)
     script("encoder", f"{EXAMPLE}/train_encoder.py", inputs / "hf", "--steps", 2, "--untrained")
     model = ["--tokenizer", inputs / "hf", "--images-for", inputs / "hf"]
-    for name in ("questions", "text", "heldout_words"):
-        command(name, "prepare", "--input", inputs / f"{name}.jsonl", *model, "--output", directory / name)
+    for name, files in {"training": ("questions", "text"), "heldout": ("heldout_words",)}.items():
+        chats = [inputs / f"{file}.jsonl" for file in files]
+        command(name, "prepare", "--input", *chats, *model, "--output", directory / name)
     command("import", "import", "--hf-model", inputs / "hf", "--output", directory / "untrained")
-    data = ["--train-data-path", f"2 {directory}/questions 1 {directory}/text"]
-    data += ["--valid-data-path", directory / "heldout_words", *CONFIG]
+    data = ["--train-data-path", directory / "training", "--valid-data-path", directory / "heldout", *CONFIG]
     teacher = [*data, "--qad-loss", "ce", "--qad-policy", "bf16", "--qad-student", directory / "untrained", *SMALL]
     command("teacher", "train", *teacher, "--save", directory / "teacher")
     data += ["--qad-teacher", directory / "teacher"]
@@ -55,7 +55,7 @@ def check():
 def test_encoder_and_validations(run):
     _, outputs = run
     assert "largest difference between the trained features and those of VisionEncoder" in outputs["encoder"]
-    assert f"{HELDOUT} different images" in outputs["heldout_words"]
+    assert f"{HELDOUT} different images" in outputs["heldout"]
     assert "kl_to_teacher_after_image" in outputs["student"]
 
 
