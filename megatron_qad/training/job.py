@@ -250,6 +250,7 @@ class QADJob:
             check_scale_state(self.config, Path(args.load))
         self.events.job_begins(self, resumes_at)
         if is_trained and nothing_to_do(Path(args.load), resumes_at, args):
+            self.describe(resumes)  # refuses other formats and scales than those of the run
             raise JobIsDone
         if resumes and args.swiglu and has_linked_weights(iteration_dir(args.load, args.ckpt_step or None)):
             raise QADError(
