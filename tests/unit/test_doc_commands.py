@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 PAGES += sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
 # Pages of runs and trials have the commands of their time.
-HISTORY = re.compile(r"lab_log\.md|benchmarks/2\d{3}-")
+HISTORY = re.compile(r"lab_log\.md|walkthroughs\.md|benchmarks/2\d{3}-")
 EXTERNAL = {"vllm", "source", "tail", "squeue", "scancel", "tensorboard"}
 _PARSE, _PARSE_KNOWN = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
 
