@@ -454,7 +454,7 @@ def test_export_without_config_job_file_or_tracker_is_an_error(complete, refuses
     ):
         export_hf(tmp_path / "checkpoint" / "iter_0000002", tmp_path / "out", "modelopt")
     (tmp_path / "checkpoint" / "iter_0000002").rmdir()
-    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py.*--layout bf16"):
+    with pytest.raises(QADError, match="no qad.json; only checkpoints of pretrain_qad.py.*the layout bf16"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "modelopt")
     with pytest.raises(QADError, match="no latest_checkpointed_iteration.txt"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "bf16")
