@@ -5,15 +5,15 @@ The tensors have the names of checkpoints on the hub, which transformers renames
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_cpu"))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tiny_cpu")]
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from initial_weights import initial  # noqa: E402
 from make_inputs import VOCAB_SIZE, write_texts, write_tokenizer  # noqa: E402
 
 from megatron_qad.models.families import family_of  # noqa: E402
@@ -72,23 +72,6 @@ def write_model(directory: Path) -> None:
             tensors[name] = initial(name, shape).to(torch.float32 if tensor_map.is_float32 else torch.bfloat16)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(CONFIG, indent=1))
-
-
-def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return initial values as usual for Mamba: decays of 1 to 16, step sizes of 0.001 to 0.1, norms and skips of 1."""
-    last = name.rsplit(".", 1)[-1]
-    if last == "A_log":
-        return torch.empty(shape).uniform_(1, 16).log()
-    if last == "dt_bias":
-        dt = torch.exp(torch.rand(shape) * math.log(100) + math.log(0.001))
-        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
-    if last == "D" or "norm" in name:
-        return torch.ones(shape)
-    if last in ("bias", "e_score_correction_bias"):
-        return torch.zeros(shape)
-    if "conv1d" in name:
-        return torch.empty(shape).uniform_(-0.5, 0.5)
-    return torch.randn(shape) * 0.02
 
 
 if __name__ == "__main__":

@@ -18,12 +18,14 @@ import torch
 from pictures import COLORS, PLACES, SHAPES, Picture, random_picture
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.models.radio import RadioConfig, RadioModel
+from transformers.models.radio import RadioModel
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+from initial_weights import initial  # noqa: E402
+
 from megatron_qad.models.families import family_of  # noqa: E402
 from megatron_qad.models.families.radio_vision import ENCODER, PROJECTOR, VisionSettings  # noqa: E402
-from megatron_qad.models.vision.encoder import VisionEncoder, join_patches  # noqa: E402
+from megatron_qad.models.vision.encoder import VisionEncoder, join_patches, radio_config  # noqa: E402
 
 BATCH, LEARNING_RATE = 32, 2e-3
 PROPERTIES = {"shape": 6, "color": 6, "digit": 10, "shape_place": 4, "digit_place": 4}
@@ -43,21 +45,8 @@ class Encoder(nn.Module):
     def __init__(self, settings: VisionSettings):
         super().__init__()
         self.settings = settings
-        self.radio = RadioModel(
-            RadioConfig(
-                hidden_size=settings.width,
-                num_hidden_layers=settings.num_blocks,
-                num_attention_heads=settings.num_heads,
-                mlp_ratio=settings.ffn / settings.width,
-                patch_size=settings.patch_size,
-                max_img_size=settings.tile_size,
-                num_cls_tokens=settings.num_prefix_tokens,
-                num_registers=0,
-                summary_idxs=[0],
-                norm_mean=settings.mean,
-                norm_std=settings.std,
-            )
-        ).eval()  # in training mode its position embeddings are cropped at random
+        # In training mode its position embeddings are cropped at random.
+        self.radio = RadioModel(radio_config(settings)).eval()
         for name, parameter in self.radio.named_parameters():
             if "lambda" in name:  # C-RADIO has no layer scale
                 parameter.data.fill_(1.0)
@@ -174,23 +163,6 @@ def write(directory: Path, config: dict, vision: dict[str, Tensor]) -> None:
             value = initial(name, shape) * (FEATURE_RMS / 0.02 if tensor_map.kind == "embedding" else 1)
             tensors[name] = value.to(torch.float32 if tensor_map.is_float32 else torch.bfloat16)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-
-
-def initial(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return initial values as usual for Mamba: decays of 1 to 16, step sizes of 0.001 to 0.1, norms and skips of 1."""
-    last = name.rsplit(".", 1)[-1]
-    if last == "A_log":
-        return torch.empty(shape).uniform_(1, 16).log()
-    if last == "dt_bias":
-        dt = torch.exp(torch.rand(shape) * math.log(100) + math.log(0.001))
-        return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
-    if last == "D" or "norm" in name:
-        return torch.ones(shape)
-    if last == "bias":
-        return torch.zeros(shape)
-    if "conv1d" in name:
-        return torch.empty(shape).uniform_(-0.5, 0.5)
-    return torch.randn(shape) * 0.02
 
 
 if __name__ == "__main__":

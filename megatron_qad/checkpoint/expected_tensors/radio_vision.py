@@ -6,10 +6,6 @@ from megatron_qad.checkpoint.expected_tensors.model_inventory import Inventory, 
 from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
 
-_BLOCK_LINEARS = {"attn.qkv": (3, 1), "attn.proj": (1, 1)}
-"""Linears of a block -> rows and columns as multiples of the encoder's width."""
-
-
 _BLOCKS_AND_FFN = {
     "vit_small_patch16_224": (12, 1536),
     "vit_base_patch16_224": (12, 3072),
@@ -59,8 +55,8 @@ def add_vision(model: Inventory, config: dict[str, Any], *, projector_bias: bool
     carried[f"{root}.patch_generator.embedder.weight"] = (width, 3 * patch * patch)
     for block in range(values.integer(vision, "num_hidden_layers", blocks, maximum=values.MAX_LAYERS)):
         name = f"{root}.blocks.{block}"
-        linears = {part: (rows * width, columns * width) for part, (rows, columns) in _BLOCK_LINEARS.items()}
-        for part, shape in {**linears, "mlp.fc1": (ffn, width), "mlp.fc2": (width, ffn)}.items():
+        attention = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        for part, shape in {**attention, "mlp.fc1": (ffn, width), "mlp.fc2": (width, ffn)}.items():
             carried[f"{name}.{part}.weight"], carried[f"{name}.{part}.bias"] = shape, shape[:1]
         for norm in ("norm1", "norm2"):
             carried[f"{name}.{norm}.weight"] = carried[f"{name}.{norm}.bias"] = (width,)

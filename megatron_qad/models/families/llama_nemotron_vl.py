@@ -5,13 +5,14 @@ linear, and the grid of tiles weighs an image's area and its aspect ratio (``rad
 """
 
 from dataclasses import replace
+from functools import partial
 
-from megatron_qad.engine import config_values as values
 from megatron_qad.models.families import llama, radio_vision
 from megatron_qad.models.families.base import Family, ParamMapping
-from megatron_qad.models.families.nemotron_vl import language_config
+from megatron_qad.models.families.radio_vision import language_config
 
 _PREFIX = "language_model."
+vision = partial(radio_vision.vision_settings, projector="gelu", grid_rule="area_weighted")
 _LLAMA = llama.FAMILY
 
 
@@ -23,15 +24,6 @@ def megatron_args(config: dict) -> dict:
 def tensors(config: dict) -> list[ParamMapping]:
     mappings = _LLAMA.tensors(language_config(config))
     return [replace(mapping, hf=tuple(f"{_PREFIX}{name}" for name in mapping.hf)) for mapping in mappings]
-
-
-def vision(config: dict) -> radio_vision.VisionSettings:
-    return radio_vision.vision_settings(
-        config,
-        hidden_size=values.integer(language_config(config), "hidden_size"),
-        projector="gelu",
-        grid_rule="area_weighted",
-    )
 
 
 def passthrough_tensors(config: dict) -> list[ParamMapping]:

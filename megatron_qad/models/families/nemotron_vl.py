@@ -4,18 +4,16 @@ Policies apply to the language model, which has the same Megatron names as a sta
 names start with ``language_model.``. ``radio_vision`` describes the encoder and the projector.
 """
 
+from functools import partial
+
 from megatron_qad.engine import config_values as values
 from megatron_qad.engine.errors import QADError
 from megatron_qad.models.families import nemotron_h, radio_vision
 from megatron_qad.models.families.base import Family, ParamMapping
+from megatron_qad.models.families.radio_vision import language_config
 
 _PREFIX = "language_model."
-
-
-def language_config(config: dict) -> dict:
-    """Return the config of the language model inside the vision-language config."""
-    key = "text_config" if config.get("llm_config") is None and config.get("text_config") is not None else "llm_config"
-    return values.section(config, key)
+vision = partial(radio_vision.vision_settings, projector="squared_relu", grid_rule="closest_ratio")
 
 
 def layer_pattern(config: dict) -> str:
@@ -32,15 +30,6 @@ def megatron_args(config: dict) -> dict:
 
 def tensors(config: dict) -> list[ParamMapping]:
     return nemotron_h.tensors(language_config(config), _PREFIX)
-
-
-def vision(config: dict) -> radio_vision.VisionSettings:
-    return radio_vision.vision_settings(
-        config,
-        hidden_size=values.integer(language_config(config), "hidden_size"),
-        projector="squared_relu",
-        grid_rule="closest_ratio",
-    )
 
 
 def passthrough_tensors(config: dict) -> list[ParamMapping]:

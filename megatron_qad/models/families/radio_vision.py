@@ -79,14 +79,17 @@ class VisionSettings:
         return (self.tile_size // self.patch_size // self.patches_per_side) ** 2
 
 
-def vision_settings(
-    config: dict, *, hidden_size: int, projector: str, grid_rule: str, max_tiles: int = 12
-) -> VisionSettings:
+def language_config(config: dict) -> dict:
+    """Return the config of the language model inside the vision-language config."""
+    key = "text_config" if config.get("llm_config") is None and config.get("text_config") is not None else "llm_config"
+    return values.section(config, key)
+
+
+def vision_settings(config: dict, *, projector: str, grid_rule: str) -> VisionSettings:
     """Return the settings of a vision-language ``config``.
 
     Args:
-        hidden_size: of the language model.
-        projector, grid_rule, max_tiles: of the family, see ``VisionSettings``.
+        projector, grid_rule: of the family, see ``VisionSettings``.
 
     Raises:
         QADError: an entry that is missing, has another type, or contradicts another.
@@ -109,14 +112,14 @@ def vision_settings(
         ffn=values.integer(section, "intermediate_size", ffn),
         patch_size=patch,
         tile_size=values.integer(config, "force_image_size", 512),
-        table_side=values.integer(args, "cpe_max_size", positions) // patch if args else positions // patch,
+        table_side=values.integer(args, "cpe_max_size", positions) // patch,
         num_prefix_tokens=values.integer(section, "num_cls_tokens", _num_prefix_tokens(args)),
         patches_per_side=round(1 / values.number(config, "downsample_ratio", 0.5, above=0.01, maximum=1)),
         projector=projector,
         projector_width=values.integer(config, "projector_hidden_size"),
-        hidden_size=hidden_size,
+        hidden_size=values.integer(language_config(config), "hidden_size"),
         grid_rule=grid_rule,
-        max_tiles=values.integer(config, "max_dynamic_patch", max_tiles),
+        max_tiles=values.integer(config, "max_dynamic_patch", 12),
         use_thumbnail=values.flag(config, "use_thumbnail", True),
         image_token=values.text(config, "img_context_token", "<image>"),
         mean=_channels(config, "norm_mean", _CLIP_MEAN),

@@ -34,25 +34,12 @@ class VisionEncoder(nn.Module):
     def __init__(
         self, settings: VisionSettings, tensors: Mapping[str, Tensor], dtype: torch.dtype, align_corners: bool = False
     ):
-        from transformers.models.radio import RadioConfig, RadioModel
+        from transformers.models.radio import RadioModel
 
         super().__init__()
         self.settings, self.dtype = settings, dtype
-        config = RadioConfig(
-            hidden_size=settings.width,
-            num_hidden_layers=settings.num_blocks,
-            num_attention_heads=settings.num_heads,
-            mlp_ratio=(settings.ffn + 0.5) / settings.width,  # RadioModel rounds the product down
-            patch_size=settings.patch_size,
-            max_img_size=settings.tile_size,
-            num_cls_tokens=settings.num_prefix_tokens,
-            num_registers=0,
-            summary_idxs=[0],
-            norm_mean=settings.mean,
-            norm_std=settings.std,
-        )
         with torch.device("meta"):  # no memory and no random values before the weights are there
-            self.radio = RadioModel(config)
+            self.radio = RadioModel(radio_config(settings))
             self.projector = _projector(settings)
         self.radio.make_preprocessor_external()  # normalized here, in float32
         state = radio_state(settings, tensors, align_corners)
@@ -82,6 +69,25 @@ class VisionEncoder(nn.Module):
         pixels = (tiles.float() / 255 - self.mean) / self.std
         patches = self.radio(pixels.to(self.dtype)).features  # [n, patches, width]
         return self.projector(join_patches(patches, self.settings.patches_per_side)).flatten(0, 1)
+
+
+def radio_config(settings: VisionSettings):
+    """Return transformers' ``RadioConfig`` of an encoder whose images have the size of a tile."""
+    from transformers.models.radio import RadioConfig
+
+    return RadioConfig(
+        hidden_size=settings.width,
+        num_hidden_layers=settings.num_blocks,
+        num_attention_heads=settings.num_heads,
+        mlp_ratio=(settings.ffn + 0.5) / settings.width,  # RadioModel rounds the product down
+        patch_size=settings.patch_size,
+        max_img_size=settings.tile_size,
+        num_cls_tokens=settings.num_prefix_tokens,
+        num_registers=0,
+        summary_idxs=[0],
+        norm_mean=settings.mean,
+        norm_std=settings.std,
+    )
 
 
 def join_patches(patches: Tensor, side: int) -> Tensor:
