@@ -1,4 +1,4 @@
-"""Writes the two files that list flags: ``python tools/flags_page.py``.
+"""Writes docs/flags.md and the list of flag names: ``python tools/flags_page.py``.
 
 - docs/flags.md, the flags that QAD adds to Megatron's. They are the fields of ``QADOptions``
   (megatron_qad/config/qad_options.py), and their docstrings are the meanings.

@@ -1,4 +1,4 @@
-"""GPU check of the vision encoder of Nemotron Nano 12B V2 VL, C-RADIOv2-H and a projector: errors, time of a tile."""
+"""Checks the vision encoder of Nemotron Nano 12B V2 VL on a GPU: its error in BF16 and its time per tile."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ TINY = CONFIG | {
 
 
 def vision_encoder(machine: Machine) -> Iterator[Row]:
-    """Encode tiles in BF16: the error against float32, and the time of a tile."""
+    """Measure the BF16 encoder's error against float32, and its time per tile."""
     import torch
     from gpu_timing import median_seconds
 

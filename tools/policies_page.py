@@ -1,4 +1,4 @@
-"""Writes docs/shipped_policies.md, the page of the policies in the package: ``python tools/policies_page.py``.
+"""Writes docs/shipped_policies.md, which lists the policies in the package: ``python tools/policies_page.py``.
 
 The data are the files in megatron_qad/quantization/policies. tests/unit/tools/test_policies_page.py compares the page
 with them.
@@ -26,7 +26,7 @@ PROJECTIONS: dict[str, set[str]] = {
     "shared_expert": _MLP,
     "head": set(),
 }
-"""The kinds of layers that a policy may quantize, which are columns of the table of formats, and their projections."""
+"""Kinds of layers that a policy may quantize (the columns of the table), and the names of their projections."""
 HEAD = """\
 # Shipped policies
 The policies that are part of the package; `--qad-policy NAME` selects one. This page is made from
@@ -36,17 +36,17 @@ The policies that are part of the package; `--qad-policy NAME` selects one. This
 ## Models and sources"""
 FORMATS = """\
 ## Formats
-The format of each kind of layer. `*`: some of its layers have another one ([below](#rules-for-some-layers)).
+The format of each kind of layer. `*`: some of its layers have another one ([below](#rules-for-individual-layers)).
 `-`: the policy has no rule, because its model has no such layer. Scales of NVFP4 weights are those of
 `--qad-weight-scale-rule` where none are named. `latent` are the projections into and out of the latent space of
 experts. Routers, embeddings, norms and vision encoders are never quantized."""
 EXCEPTIONS = """\
-## Rules for some layers
+## Rules for individual layers
 Rules that select layers by more than their kind, in the order of the file. A rule wins over those before it."""
 
 
 def shipped() -> list[Path]:
-    """Return the policies' files: those for any model first."""
+    """Return the policy files, those for any model first."""
     return sorted(SHIPPED.glob("*.yaml"), key=lambda file: (read_yaml(file, file.name)["models"] != "any", file.stem))
 
 
@@ -56,7 +56,7 @@ def is_for_a_kind(rule: Rule) -> bool:
 
 
 def may_select(rule: Rule, kind: str) -> bool:
-    """Whether a rule may select layers of a kind, in a model that has such layers."""
+    """Whether a rule can match layers of a kind, in a model that has them."""
     if rule.kinds:
         return bool(({kind, "expert"} if kind == "latent" else {kind}) & set(rule.kinds))
     if rule.projections:
@@ -65,7 +65,7 @@ def may_select(rule: Rule, kind: str) -> bool:
 
 
 def cell(policy: Policy, kind: str) -> str:
-    """Return the format of a kind in the table, with the scales that its rule names, and ``*`` if layers differ."""
+    """Return a table cell: the format of a kind, the scales that its rule names, and ``*`` if layers differ."""
     result, differs = None, False
     for rule in policy.rules:
         if may_select(rule, kind):

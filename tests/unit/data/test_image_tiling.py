@@ -86,7 +86,7 @@ def test_an_image_of_the_size_of_a_grid_is_cut_without_change(image_settings, ru
 
 
 def test_thumbnail_shows_the_whole_image(image_settings):
-    """Left red, right blue: each tile has one color, and the thumbnail has both halves."""
+    """An image is red on the left and blue on the right: each tile has one color, and the thumbnail has both."""
     image = Image.new("RGB", (128, 64), "red")
     image.paste("blue", (64, 0, 128, 64))
     left, right, thumbnail = cut_tiles(image, image_settings)

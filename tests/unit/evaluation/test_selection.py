@@ -61,7 +61,7 @@ def start(run: Path, *flags: str, **more) -> subprocess.Popen:
 
 
 def test_tasks_of_an_array_begin_at_the_same_time(run, tmp_path):
-    """Each finds the candidates, whichever of them wrote the file."""
+    """Every task reads the candidates, whichever task wrote the file."""
     num_tasks = 8
     barrier = threading.Barrier(num_tasks)
 

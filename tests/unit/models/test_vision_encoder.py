@@ -1,4 +1,4 @@
-"""The vision encoder equals a plain ViT that is written out here, and its tables are resized as documented."""
+"""Compares the vision encoder with a plain ViT, and tests the resizing of position embeddings."""
 
 import math
 
@@ -21,7 +21,7 @@ CONFIGS = {
 
 
 def model_of(name: str):
-    """Return (settings, random tensors by their names on the Hub)."""
+    """Return the vision settings of a config, and random tensors by their Hub names."""
     config, generator = CONFIGS[name], torch.Generator().manual_seed(1)
     family = family_of(config)
     tensors = {
@@ -32,7 +32,7 @@ def model_of(name: str):
 
 
 def plain_features(settings, tensors, tiles: torch.Tensor) -> torch.Tensor:
-    """Compute the features in float64 from the tensors by their names on the Hub."""
+    """Compute the features of tiles in float64, from tensors by their Hub names."""
     w = {name.removeprefix("vision_model.radio_model.model."): t.double() for name, t in tensors.items()}
     mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (settings.mean, settings.std))
     patches = functional.unfold((tiles.double() / 255 - mean) / std, settings.patch_size, stride=settings.patch_size)
@@ -136,7 +136,7 @@ def test_unsupported_configs_are_errors(change, message):
 
 @pytest.mark.parametrize(("teachers", "expected"), [(2, 10), (10, 20)])
 def test_sizes_of_a_named_encoder(teachers, expected, assert_same_tensors):
-    """As vLLM reads them: C-RADIOv2-H has two or three class tokens and registers up to ten in all."""
+    """The sizes are those that vLLM reads from vision_config.args; registers fill the class tokens up to a multiple."""
     args = {"model": "vit_small_patch16_224", "register_multiple": 10, "cpe_max_size": 256}
     args |= {"teachers": [{"name": f"teacher{i}"} for i in range(teachers)], "cls_token_per_teacher": True}
     config = TINY_OF_FAMILY["nemotron_vl"] | {"vit_hidden_size": 384, "vision_config": {"args": args}}

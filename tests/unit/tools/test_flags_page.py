@@ -1,4 +1,4 @@
-"""The page docs/flags.md is the one of the code, with a row for each flag; the list of names is the parser's."""
+"""Tests that docs/flags.md and the list of flag names are up to date with the code."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""The page docs/shipped_policies.md is that of the policies' files, and its table has the formats that models get."""
+"""Tests that docs/shipped_policies.md is up to date, and that its table has the formats that models get."""
 
 import json
 import runpy
@@ -29,7 +29,7 @@ def test_every_policy_says_for_which_models_it_is():
     ids=lambda file: file.stem,
 )
 def test_table_agrees_with_the_formats_of_the_model(file):
-    """In the policy's own model: one format for each kind, unless the cell has a star."""
+    """All layers of a kind in the policy's model have the format of the cell, unless it has an asterisk."""
     config, policy = json.loads(file.read_text()), Policy.load(file.stem)
     family = family_of(config)
     linears = family.linears(config)
