@@ -10,7 +10,7 @@ cd "$(dirname "$0")/../.."
 out=${1:-runs/tiny_vision}
 here=examples/tiny_vision
 source examples/steps.sh
-first_steps=${FIRST_STEPS:-500} second_steps=${SECOND_STEPS:-150} steps=${STEPS:-60} rate=3e-4
+first_steps=${FIRST_STEPS:-2000} second_steps=${SECOND_STEPS:-500} steps=${STEPS:-300} rate=1e-4
 
 step inputs python "$here/make_inputs.py" "$out/inputs"
 OMP_NUM_THREADS=2 step encoder python "$here/train_encoder.py" "$out/inputs/hf"

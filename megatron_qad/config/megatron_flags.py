@@ -30,7 +30,7 @@ class MegatronFlags:
     seq_length: int | None = None
     micro_batch_size: int | None = None
     global_batch_size: int | None = None
-    rampup_batch_size: list | None = None
+    rampup_batch_size: list[int] | None = None
     dataloader_inter_document_masking: bool = False
 
     # Durations and intervals.
@@ -42,7 +42,7 @@ class MegatronFlags:
     eval_interval: int | None = None
     save_interval: int | None = None
     skip_train: bool = False
-    iterations_to_skip: list = dataclasses.field(default_factory=list)
+    iterations_to_skip: list[int] = dataclasses.field(default_factory=list)
 
     # Learning rate and weight decay.
     lr: float | None = None
@@ -64,10 +64,10 @@ class MegatronFlags:
     use_checkpoint_opt_param_scheduler: bool = False
 
     # Data.
-    data_path: list | None = None
-    train_data_path: list | None = None
-    valid_data_path: list | None = None
-    test_data_path: list | None = None
+    data_path: list[str] | None = None
+    train_data_path: list[str] | None = None
+    valid_data_path: list[str] | None = None
+    test_data_path: list[str] | None = None
     data_args_path: str | None = None
     per_split_data_args_path: str | None = None
     mock_data: bool = False
@@ -86,7 +86,7 @@ class MegatronFlags:
     use_torch_fsdp2: bool = False
     cuda_graph_impl: str = "none"
     overlap_moe_expert_parallel_comm: bool = False
-    moe_aux_loss_coeff: float | list = 0.0
+    moe_aux_loss_coeff: float | list[float] = 0.0
     moe_z_loss_coeff: float | None = None
 
     # Directories and loggers.
