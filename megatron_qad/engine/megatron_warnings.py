@@ -1,4 +1,4 @@
-"""Hides warnings of Megatron about its own optional packages and plans, which would surround every line of a tool."""
+"""Hides warnings of Megatron and transformers that would surround every line of a tool and tell nobody anything."""
 
 import logging
 import re
@@ -18,7 +18,12 @@ HIDDEN_ON_CPU = ("CPU RNG state changed within GPU RNG context",)
 """The CPU backend has one generator, so that drawing from "the GPU's" always changes the CPU's. On a GPU the warning
 tells of a difference between tensor-parallel ranks, and is logged."""
 
+TOKENIZER_ONLY = " to instantiate a model of type ``. "
+"""Part of transformers' warning that it does not know the type of a model, of which only the tokenizer is loaded:
+vision-language models with code of their own."""
+
 _LOGGERS = ("megatron.core.dist_checkpointing.strategies.torch", "megatron.core.tensor_parallel.random")
+_LOGGERS += ("transformers.configuration_utils",)
 
 
 def hide(*, on_cpu: bool = False) -> None:
@@ -30,8 +35,8 @@ def hide(*, on_cpu: bool = False) -> None:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(HIDDEN)
+    return not (record.getMessage().startswith(HIDDEN) or TOKENIZER_ONLY in record.getMessage())
 
 
 def _is_shown_on_cpu(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(HIDDEN + HIDDEN_ON_CPU)
+    return _is_shown(record) and not record.getMessage().startswith(HIDDEN_ON_CPU)

@@ -57,3 +57,16 @@ def test_warning_about_the_only_generator_of_a_cpu(hidden, caplog):
     logger.warning(text)
     logger.warning("another")
     assert caplog.messages == [text, "another"]
+
+
+def test_warning_about_the_type_of_a_model_of_which_only_the_tokenizer_is_loaded(hidden, caplog, monkeypatch):
+    """transformers writes it for each load of the tokenizer of a model with code of its own; another one is shown."""
+    from transformers import LlamaConfig, PreTrainedConfig
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = {"model_type": "NemotronH_Nano_VL_V2"}
+    for config_class in (PreTrainedConfig, LlamaConfig):
+        monkeypatch.setattr(config_class, "get_config_dict", classmethod(lambda cls, *_, **__: (dict(config), {})))
+        config_class.from_pretrained("anything")
+    (shown,) = (message for message in caplog.messages if "model of type" in message)
+    assert "to instantiate a model of type `llama`" in shown
