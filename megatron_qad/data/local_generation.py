@@ -75,16 +75,13 @@ class LocalModel:
             yield from _sample_batch(model, tokenizer, batch, size, options)
 
 
-_DTYPES = ("bfloat16", "float32")
-"""Choices of ``--dtype``."""
-
-
 def load_model(model_dir: str | Path, dtype: str, device: str):
     """Return (model, tokenizer) of a local directory, without the sampling settings of its generation_config.json.
 
+    Packed weights (``compressed-tensors``) are rounded to BF16 and computed with in ``dtype``.
+
     Raises:
-        QADError: transformers cannot load it, it would need something from outside of the directory, or it has
-            quantized weights of another dtype.
+        QADError: transformers cannot load it, or it would need something from outside of the directory.
     """
     try:
         config = local_config(model_dir)
@@ -92,12 +89,7 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
         raise
     except Exception as error:  # transformers raises errors of any class for damaged files
         raise _cannot_load(model_dir, error) from error
-    own = str(config.dtype).removeprefix("torch.")
-    if getattr(config, "quantization_config", None) and own in _DTYPES and own != dtype:
-        # compressed-tensors decompresses them to their own dtype, and products with inputs of another one fail.
-        raise QADError(
-            f"--dtype {dtype}: {model_dir} has quantized weights that are decompressed to {own}. Give {own}."
-        )
+    is_packed = getattr(config, "quantization_config", None) is not None
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
@@ -116,8 +108,14 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,  # other files are pickles, which can run code
-            dtype=getattr(torch, dtype),
+            dtype=torch.bfloat16 if is_packed else getattr(torch, dtype),
         )
+        model.to(device)
+        if is_packed:
+            # compressed-tensors decompresses weights in the first forward pass, always to BF16.
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+            model.to(getattr(torch, dtype))
         if torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation(register())
     except Exception as error:  # transformers raises errors of any class for damaged files
@@ -127,7 +125,7 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
     if ends is not None and not all(type(id_) is int for id_ in (ends if isinstance(ends, list) else [ends])):
         raise QADError(f"--model {model_dir}: eos_token_id is {ends!r:.100}, expected an integer or a list of them.")
     model.generation_config = GenerationConfig(eos_token_id=ends)
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def _cannot_load(model_dir: str | Path, error: Exception) -> QADError:

@@ -214,16 +214,6 @@ def test_model_with_pickled_weights_is_rejected(model_dir, tmp_path):
         generate_documents(pickled, None, tmp_path / "own.jsonl", OPTIONS)
 
 
-def test_quantized_weights_of_another_dtype_are_refused(model_dir, tmp_path):
-    """They are decompressed to the dtype of the config. Without the refusal the first product failed."""
-    broken = Path(shutil.copytree(model_dir, tmp_path / "quantized"))
-    config = json.loads((broken / "config.json").read_text()) | {"dtype": "bfloat16"}
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
-    (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(QADError, match=r"--dtype float32: .* quantized weights .* decompressed to bfloat16"):
-        generate_documents(broken, None, tmp_path / "x.jsonl", OPTIONS)
-
-
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
