@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from megatron_qad.engine import megatron_warnings  # noqa: E402
 from megatron_qad.evaluation import record  # noqa: E402
 
 MODELS = {"teacher": "BF16 teacher", "ptq": "PTQ", "qat": "QAT"}
@@ -87,6 +88,7 @@ def token_ids(directory: Path) -> tuple[int, int]:
     """Return the ids of the user's token and of the image token."""
     from transformers import AutoTokenizer
 
+    megatron_warnings.hide()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     return tokenizer.convert_tokens_to_ids("<|user|>"), tokenizer.convert_tokens_to_ids("<image>")
 

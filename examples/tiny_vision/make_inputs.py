@@ -62,8 +62,10 @@ PATCH, WIDTH, BLOCKS, HEADS = 8, 96, 2, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--pictures", type=int, default=1600, help="training pictures (default: 1600)")
-    parser.add_argument("--heldout", type=int, default=400, help="held-out pictures, and held-out texts (default: 400)")
+    parser.add_argument("--pictures", type=int, default=6000, help="training pictures (default: 6000)")
+    parser.add_argument(
+        "--heldout", type=int, default=1200, help="held-out pictures, and held-out texts (default: 1200)"
+    )
     options = parser.parse_args()
     write_chats(options.output, options.pictures, options.heldout)
     directory = options.output / "hf"

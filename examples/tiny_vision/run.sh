@@ -12,21 +12,18 @@ here=examples/tiny_vision
 source examples/steps.sh
 first_steps=${FIRST_STEPS:-2000} second_steps=${SECOND_STEPS:-500} steps=${STEPS:-300} rate=1e-4
 
-step inputs python "$here/make_inputs.py" "$out/inputs"
-OMP_NUM_THREADS=2 step encoder python "$here/train_encoder.py" "$out/inputs/hf"
+step inputs "draws pictures and writes chats and a tokenizer" python "$here/make_inputs.py" "$out/inputs"
+OMP_NUM_THREADS=2 step encoder "trains the vision encoder" python "$here/train_encoder.py" "$out/inputs/hf"
 tail -n 2 "$out/log/encoder.txt"
 
-# job CHAIN NAME COMMAND FLAGS...: adds a command to a chain of commands, which jobs.py runs.
-mkdir "$out/jobs" "$out/data" "$out/records"
 d=$out/data
-job() { local chain=$1; shift; printf '%q ' "$@" >>"$out/jobs/$chain"; echo >>"$out/jobs/$chain"; }
-# training CHAIN NAME COMMAND FLAGS...: the same for train and ptq, which validate on the first 64 held-out rows.
-training() { job "${@:1:3}" --config "$here/train.yaml" --save "$out/$2" --eval-iters 2 "${@:4}"; }
+# training CHAIN NAME ABOUT COMMAND FLAGS...: train or ptq, which validate on the first 64 held-out rows.
+training() { job "${@:1:4}" --config "$here/train.yaml" --save "$out/$2" --eval-iters 2 "${@:5}"; }
 # data NAME INPUT...: prepares chats in a chain of its own.
 data() {
   local name=$1; shift
-  job "data-$name" "data-$name" prepare --input "${@/#/$out/inputs/}" --tokenizer "$out/inputs/hf" --images-for "$out/inputs/hf" \
-    --output "$d/$name" --max-bad-fraction 0
+  job "data-$name" "data-$name" "tokenizes" prepare --input "${@/#/$out/inputs/}" --tokenizer "$out/inputs/hf" \
+    --images-for "$out/inputs/hf" --output "$d/$name" --max-bad-fraction 0
 }
 
 data a questions.jsonl captions.jsonl text.jsonl
@@ -35,38 +32,37 @@ data text text.jsonl
 data sentences sentences.jsonl
 data heldout_a heldout_words.jsonl
 data heldout_b heldout_sentences.jsonl
-job import import import --hf-model "$out/inputs/hf" --output "$out/untrained"
+job import import "imports the model" import --hf-model "$out/inputs/hf" --output "$out/untrained"
 
 bf16=(--qad-loss ce --qad-policy bf16)
-training teacher-a a-teacher train "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$d/a" --valid-data-path "$d/heldout_a" \
+training teacher-a a-teacher "trains teacher A" train "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$d/a" --valid-data-path "$d/heldout_a" \
   --train-iters "$((first_steps + second_steps))" --lr 3e-3
-training teacher-b b-first train "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$d/b" --valid-data-path "$d/heldout_b" \
+training teacher-b b-first "trains teacher B on captions and text" train "${bf16[@]}" --qad-student "$out/untrained" --train-data-path "$d/b" --valid-data-path "$d/heldout_b" \
   --train-iters "$first_steps" --lr 3e-3
-training teacher-b b-teacher train "${bf16[@]}" --qad-student "$out/b-first" --train-data-path "$d/sentences" \
+training teacher-b b-teacher "trains it on questions" train "${bf16[@]}" --qad-student "$out/b-first" --train-data-path "$d/sentences" \
   --valid-data-path "$d/heldout_b" --train-iters "$second_steps" --lr 2e-3
 
 for t in a b; do
   flags=(--qad-teacher "$out/$t-teacher" --valid-data-path "$d/heldout_$t")
   student=("${flags[@]}" --qad-policy nemotron-nano-12b-v2-vl)
   trained=("${student[@]}" --train-iters "$steps" --lr "$rate")
-  training "$t-ptq" "$t-ptq" ptq "${student[@]}" --train-data-path "$d/$t"
-  training "$t-qat" "$t-qat" train "${trained[@]}" --train-data-path "$d/$t" --qad-loss ce
-  training "$t-qad_images" "$t-qad_images" train "${trained[@]}" --train-data-path "$d/$t" --qad-loss kl
-  training "$t-qad_text" "$t-qad_text" train "${trained[@]}" --train-data-path "$d/text" --qad-loss kl
+  training "$t-ptq" "$t-ptq" "quantizes the teacher" ptq "${student[@]}" --train-data-path "$d/$t"
+  training "$t-qat" "$t-qat" "trains on the task loss" train "${trained[@]}" --train-data-path "$d/$t" --qad-loss ce
+  training "$t-qad_images" "$t-qad_images" "distills with images and text" train "${trained[@]}" --train-data-path "$d/$t" --qad-loss kl
+  training "$t-qad_text" "$t-qad_text" "distills with text only" train "${trained[@]}" --train-data-path "$d/text" --qad-loss kl
   for model in teacher ptq qat qad_images qad_text; do
-    job "$t-$model" "evaluate-$t-$model" evaluate --config "$here/train.yaml" --model "$out/$t-$model" \
+    job "$t-$model" "evaluate-$t-$model" "measures the KL" evaluate --config "$here/train.yaml" --model "$out/$t-$model" \
       --output "$out/records/$t-$model" --name "$model" "${flags[@]}" --train-data-path "$d/text"
   done
 done
-job export export-teacher export --checkpoint "$out/a-teacher" --output "$out/hf-teacher" --layout bf16
-job export export-modelopt export --checkpoint "$out/a-qad_images" --output "$out/hf-modelopt" --layout modelopt
-job export validate validate "$out/hf-modelopt" --against "$out/hf-teacher"
-job export report report --title "Tiny vision-language model on two CPU cores" --teacher "$out/a-teacher" \
+job export export-teacher "exports the teacher" export --checkpoint "$out/a-teacher" --output "$out/hf-teacher" --layout bf16
+job export export-modelopt "exports QAD" export --checkpoint "$out/a-qad_images" --output "$out/hf-modelopt" --layout modelopt
+job export validate "checks the export" validate "$out/hf-modelopt" --against "$out/hf-teacher"
+job export report "writes the run report" report --title "Tiny vision-language model on two CPU cores" --teacher "$out/a-teacher" \
   --run PTQ="$out/a-ptq" --run QAT="$out/a-qat" --run QAD="$out/a-qad_images" --run QAD-text="$out/a-qad_text" \
   --export "$out/hf-modelopt" --output "$out/report"
 
-say "jobs: prepares the data, imports the model, trains both teachers, and then all students"
-python "$here/jobs.py" "$out" data-a,data-b,data-text,data-sentences,data-heldout_a,data-heldout_b,import teacher-a,teacher-b \
+run_chains data-a,data-b,data-text,data-sentences,data-heldout_a,data-heldout_b,import teacher-a,teacher-b \
   a-teacher,a-ptq,a-qat,a-qad_images,a-qad_text,b-teacher,b-ptq,b-qat,b-qad_images,b-qad_text export
 tail -n 1 "$out/log/validate.txt"
 say "table"
