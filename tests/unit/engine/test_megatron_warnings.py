@@ -68,5 +68,5 @@ def test_warning_about_the_type_of_a_model_of_which_only_the_tokenizer_is_loaded
     for config_class in (PreTrainedConfig, LlamaConfig):
         monkeypatch.setattr(config_class, "get_config_dict", classmethod(lambda cls, *_, **__: (dict(config), {})))
         config_class.from_pretrained("anything")
-    (shown,) = (message for message in caplog.messages if "model of type" in message)
+    (shown,) = {message for message in caplog.messages if "model of type" in message}
     assert "to instantiate a model of type `llama`" in shown
