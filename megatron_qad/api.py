@@ -6,7 +6,10 @@ Everything else in the package may change without notice. Importing this module 
 loaded when it is first used. ``docs/python_api.md`` has an example from a model to a validated export.
 """
 
+import contextlib
 import importlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +76,7 @@ def import_hf(
 
     if dtype not in ("bfloat16", "float32"):
         raise QADError(f"dtype is {dtype!r}, expected 'bfloat16' or 'float32'.")
-    with file_runtime():
+    with file_runtime(), _arguments_instead_of_flags("hf_model", "output", "dtype", "num_workers"):
         import torch
 
         from megatron_qad.checkpoint import import_hf as importer
@@ -114,7 +117,8 @@ def prepare_data(inputs: list[str], tokenizer: str, output: str, **options: Any)
     known = [field.name for field in dataclasses.fields(PrepareOptions)]
     if unknown := sorted(options.keys() - set(known)):
         raise QADError(f"prepare_data: unknown option {unknown[0]!r}, expected one of {', '.join(known)}.")
-    return prepare(PrepareOptions(inputs=list(inputs), tokenizer=str(tokenizer), output=str(output), **options))
+    with _arguments_instead_of_flags(*known, input="inputs", images_for="images"):
+        return prepare(PrepareOptions(inputs=list(inputs), tokenizer=str(tokenizer), output=str(output), **options))
 
 
 def export_hf(
@@ -151,7 +155,9 @@ def export_hf(
     from megatron_qad.engine.file_runtime import file_runtime
     from megatron_qad.engine.run_directory.run_files import TRACKER
 
-    with file_runtime(reads_torch_dist=(Path(checkpoint) / TRACKER).is_file()):
+    reads_torch_dist = (Path(checkpoint) / TRACKER).is_file()
+    names = ("checkpoint", "output", "layout", "iteration", "num_workers")
+    with file_runtime(reads_torch_dist=reads_torch_dist), _arguments_instead_of_flags(*names):
         from megatron_qad.checkpoint import export_hf as exporter
 
         return exporter.export_hf(checkpoint, output, layout, iteration=iteration, num_workers=num_workers)
@@ -180,4 +186,21 @@ def validate(directory: str | Path, *, against: str | Path | None = None, with_s
     megatron_warnings.hide()
     from megatron_qad.checkpoint.validate import validate_nvfp4
 
-    return validate_nvfp4(directory, against=against, with_sums=with_sums)
+    with _arguments_instead_of_flags("against", "with_sums"):
+        return validate_nvfp4(directory, against=against, with_sums=with_sums)
+
+
+@contextlib.contextmanager
+def _arguments_instead_of_flags(*names: str, **names_of_flags: str) -> Iterator[None]:
+    """Errors name an argument where they have its flag: ``--split-on`` is ``split_on``. Other flags stay."""
+    from megatron_qad.engine.errors import QADError
+
+    arguments = {name: name for name in names} | names_of_flags
+
+    def argument(flag: re.Match[str]) -> str:
+        return arguments.get(flag[1].replace("-", "_"), flag[0])
+
+    try:
+        yield
+    except QADError as error:
+        raise QADError(re.sub(r"--([a-z]+(?:-[a-z]+)*)", argument, str(error))) from error

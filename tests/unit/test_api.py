@@ -37,3 +37,18 @@ def test_wrong_options(tmp_path):
         api.prepare_data(["a.txt"], "tokenizer", str(tmp_path / "data"), seq_length=8)
     with pytest.raises(QADError, match="dtype is 'int4'"):
         api.import_hf(tmp_path, tmp_path / "out", dtype="int4")
+
+
+def test_errors_name_arguments_instead_of_flags(tmp_path):
+    """Flags that are no arguments, such as those of a command that is recommended, keep their names."""
+    text = tmp_path / "a.txt"
+    text.write_text("a\n")
+    with pytest.raises(QADError, match=r"^validation_fraction 2: expected a number above 0"):
+        api.prepare_data([str(text)], "tokenizer", str(tmp_path / "data"), validation_fraction=2)
+    with pytest.raises(QADError, match=r"^image_root without images: .*for a model only"):
+        api.prepare_data([str(text)], "tokenizer", str(tmp_path / "data"), image_root=str(tmp_path))
+    with (
+        pytest.raises(QADError, match=r"^inputs x: run megatron-qad plan --gpus 8$"),
+        api._arguments_instead_of_flags(input="inputs"),
+    ):
+        raise QADError("--input x: run megatron-qad plan --gpus 8")
