@@ -1,9 +1,7 @@
 # Shared by the tiny examples; to be sourced with $here (folder of the example) and $out (a new output directory) set.
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 if [ -e "$out" ]; then echo "$out exists; remove it or name another directory: $0 DIRECTORY" >&2; exit 1; fi
-mkdir -p "$out/log" "$out/jobs" "$out/data" "$out/records"
-source examples/ranks.sh
-started=$SECONDS
+source examples/chains.sh
+mkdir -p "$out/data" "$out/records"
 say() { printf '[%3d s] %s\n' "$((SECONDS - started))" "$*"; }
 
 # step NAME ABOUT COMMAND...: runs a command. Its output goes to a log, whose end is shown if it fails.
@@ -11,18 +9,6 @@ step() {
   local name=$1; say "$name: $2"; shift 2
   "$@" >"$out/log/$name.txt" 2>&1 || { tail -n 40 "$out/log/$name.txt"; say "$name failed; complete log: $out/log/$name.txt"; exit 1; }
 }
-
-# job CHAIN NAME ABOUT COMMAND FLAGS...: adds "megatron-qad COMMAND FLAGS" to a chain of jobs, which run_chains runs one after the other.
-# Jobs have one rank, or as many as $job_ranks says.
-job() {
-  local chain=$1 name=$2 about=$3; shift 3
-  printf '%q ' "$name" "${job_ranks:-1}" "$about" "$@" >>"$out/jobs/$chain"
-  echo >>"$out/jobs/$chain"
-}
-
-# run_chains CHAIN[,CHAIN...]...: runs chains, in parallel if they are joined by commas, in forks of one process: the imports take longer
-# than many of these jobs.
-run_chains() { python examples/jobs.py --elapsed "$((SECONDS - started))" "$out" "$@"; }
 
 # prepare_texts: writes texts, a tokenizer and an untrained model (make_inputs.py), and adds chains that tokenize and import them.
 prepare_texts() {

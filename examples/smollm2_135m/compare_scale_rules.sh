@@ -9,13 +9,9 @@ smollm2=${1:-runs/smollm2_135m}
 out=${2:-$smollm2/scale_rules}
 here=examples/smollm2_135m
 [ -d "$smollm2/smoothed" ] || { echo "$smollm2 holds no smoothed teacher: run $here/run.sh $smollm2" >&2; exit 1; }
-source examples/ranks.sh
+seeds=(1)
 source examples/scale_rules.sh
-
-job() {
-  NPROC_PER_NODE=$ranks megatron-qad "$@" --valid-data-path "$smollm2/data/heldout" \
-    --train-data-path 0.75 "$smollm2/data/train-1" 0.25 "$smollm2/data/train-2"
-}
+data=(--valid-data-path "$smollm2/data/heldout" --train-data-path 0.75 "$smollm2/data/train-1" 0.25 "$smollm2/data/train-2")
 
 policy() {
   echo "rules:"
@@ -24,4 +20,5 @@ policy() {
 }
 
 quantize smoothed "$smollm2/smoothed" 1 --train-iters 24
+run_chains rules
 python examples/scale_rules_table.py "$out" smoothed

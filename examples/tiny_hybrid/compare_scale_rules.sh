@@ -12,18 +12,13 @@ seeds=("${@:-1}")
 ptq=yes
 here=examples/tiny_hybrid
 [ -d "$hybrid/teacher-stage2" ] || { echo "$hybrid holds no finished example: run $here/run.sh $hybrid" >&2; exit 1; }
-source examples/ranks.sh
 source examples/scale_rules.sh
-
-job() {
-  NPROC_PER_NODE=$ranks megatron-qad "$@" --expert-model-parallel-size "$ranks" \
-    --train-data-path "$hybrid/data/raw" --valid-data-path "$hybrid/data/heldout"
-}
+data=(--expert-model-parallel-size "$ranks" --train-data-path "$hybrid/data/raw" --valid-data-path "$hybrid/data/heldout")
 
 policy() { sed "s/format: nvfp4}/format: nvfp4, scales: $1, update: $2}/" "$here/policy.yaml"; }
 
-once smooth smooth --config "$here/train.yaml" --qad-teacher "$hybrid/teacher-stage2" --qad-policy "$here/policy.yaml" \
-  --output "$out/smoothed"
+job_ranks=$ranks job rules smooth "smooths the teacher" smooth --config "$here/train.yaml" --qad-teacher "$hybrid/teacher-stage2" \
+  --qad-policy "$here/policy.yaml" --output "$out/smoothed" "${data[@]}"
 for seed in "${seeds[@]}"; do
   for start in plain smoothed; do
     teacher=$hybrid/teacher-stage2
@@ -31,4 +26,5 @@ for seed in "${seeds[@]}"; do
     quantize "$start" "$teacher" "$seed" --train-iters 120 --lr 2e-4
   done
 done
+run_chains rules
 python examples/scale_rules_table.py "$out" plain smoothed
