@@ -1,7 +1,7 @@
 """Time of a step, from operations and bytes and from rates that the caller states. Nothing here is measured.
 
-The phases are added as if nothing overlapped. Not counted: the optimizer's update, fake quantization, reading data,
-validation and saving.
+The phases are added as if nothing overlapped. Not counted: the optimizer's update, fake quantization, the vision
+encoder, reading data, validation and saving.
 """
 
 from dataclasses import dataclass
