@@ -8,7 +8,7 @@ RUN = PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Runs the tests in two processes (distributed by tests/conftest.py).
 RUN_TESTS = $(RUN) pytest -q tests --ignore tests/te -n 2 --dist loadfile
 
-.PHONY: demo tiny-hybrid tiny-vision test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page docs env serve-env test-serve
+.PHONY: demo tiny-hybrid tiny-vision paper-tables test test-all test-kill test-fuzz test-mutations unit lint format test-te test-slurm image smollm2 bench bench-loss bench-colocation gpu-check patches-page docs env serve-env test-serve
 
 env:
 	@VENV="$(VENV)" tools/setup_env.sh dev
@@ -23,6 +23,11 @@ tiny-hybrid: env
 # A tiny vision-language model on pictures that the example draws: QAD with images and with text only.
 tiny-vision: env
 	$(RUN) examples/tiny_vision/run.sh $(VISION_DIR)
+
+# A table of the QAD report on a small model, by its name in examples/paper_tables/experiments.py, or "all".
+TABLE ?= one_stage
+paper-tables: env
+	$(RUN) python examples/paper_tables/run.py $(TABLE) --output $(or $(PAPER_DIR),runs/paper_tables)
 
 test: env lint serve-env
 	$(RUN_TESTS)

@@ -1,0 +1,96 @@
+"""The cells of a table, from the records and answers that ``run.py`` has written.
+
+Intervals are 95 % of 2,000 draws of rows (KL) or of problems (accuracies). With several seeds, a value is the mean over
+the seeds, the range of a KL is that of the seeds, and a problem counts with its mean over the seeds.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from experiments import MODELS, STUDENTS, TABLES
+from problems import is_right
+
+from megatron_qad.evaluation import record
+from megatron_qad.evaluation.bootstrap import Interval, RowBootstrap
+
+DOMAINS = ("sums", "letters")
+MAX_SEEDS = 10
+"""Seeds are smaller."""
+
+
+def label(row: str, seed: int) -> str:
+    """Return the name of a row's run: of a model itself, of PTQ, which needs no seed, always the first."""
+    if row in MODELS:
+        return row
+    return f"{row}-{seed if STUDENTS[row].loss else 1}"
+
+
+def labels(row: str, output: Path) -> list[str]:
+    """Return the finished runs of a row."""
+    names = [row] if row in MODELS else sorted({label(row, seed) for seed in range(MAX_SEEDS)})
+    files = {
+        name: (output / "answers" / f"{name}.jsonl", output / "records" / name / "evaluation.json") for name in names
+    }
+    return [name for name, of_run in files.items() if all(file.is_file() for file in of_run)]
+
+
+def table(name: str, output: Path) -> str:
+    """Return a table as Markdown."""
+    about = TABLES[name]
+    teacher = about.teacher
+    base = np.mean([right(x, output) for x in labels(teacher, output)], axis=0)
+    lines = [f"### {about.title}", "", f"In the report: {about.paper}", ""]
+    lines += ["| | seeds | KL to BF16 | cross entropy | sums right | letters right | all right | difference to BF16 |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for row, title in about.rows.items():
+        runs = labels(row, output)
+        per_problem = np.mean([right(run, output) for run in runs], axis=0)
+        domains = domain_of_problems(runs[0], output)
+        cells = [title, str(len(runs)), *_token_cells(row, teacher, runs, output)]
+        cells += [f"{per_problem[domains == domain].mean():.3f}" for domain in DOMAINS]
+        difference = "" if row == teacher else _cell(mean_of_problems(per_problem - base), 3, "+")
+        cells += [_cell(mean_of_problems(per_problem), 3), difference]
+        lines.append(f"| {' | '.join(cells)} |")
+    floors = [json.loads(file.read_text())["floor"] for file in (output / "records" / teacher).glob("*/noise.json")]
+    if floors:
+        lines += ["", f"Noise floor of the KL: {floors[0]:.5f}."]
+    return "\n".join(lines) + "\n"
+
+
+def _token_cells(row: str, teacher: str, runs: list[str], output: Path) -> list[str]:
+    evaluations = [record.load(output / "records" / run) for run in runs]
+    entropies = np.mean([e.tokens["cross_entropy"].mean(dtype=float) for e in evaluations])
+    if row in MODELS:
+        return ["0" if row == teacher else "", f"{entropies:.4f}"]
+    means = [e.tokens["kl_to_teacher"].mean(dtype=float) for e in evaluations]
+    if len(means) > 1:
+        interval = Interval(float(np.mean(means)), min(means), max(means))
+    else:
+        interval = RowBootstrap(evaluations[0].tokens["row"]).mean(evaluations[0].tokens["kl_to_teacher"])
+    return [_cell(interval, 4), f"{entropies:.4f}"]
+
+
+def _cell(interval: Interval, digits: int, sign: str = "") -> str:
+    values = [
+        f"{value:{sign}.{digits}f}" for value in (interval.value, interval.low, interval.high) if value is not None
+    ]
+    return values[0] + (f" ({values[1]} to {values[2]})" if len(values) == 3 else "")
+
+
+def mean_of_problems(values: np.ndarray) -> Interval:
+    """Return the mean over problems of ``values`` [problems]."""
+    return RowBootstrap(np.arange(len(values))).mean(values)
+
+
+def right(run: str, output: Path) -> np.ndarray:
+    """Return whether each held-out problem was answered right, float [problems]."""
+    return np.array([float(is_right(line)) for line in _answers(run, output)])
+
+
+def domain_of_problems(run: str, output: Path) -> np.ndarray:
+    return np.array([line["domain"] for line in _answers(run, output)])
+
+
+def _answers(run: str, output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / f"answers/{run}.jsonl").read_text().split("\n")[:-1]]
