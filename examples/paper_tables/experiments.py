@@ -92,6 +92,8 @@ class Table:
     """Name of the row by model or student."""
     teacher: str = "rl"
     """The model in BF16 that the others are compared with."""
+    student: str = "rl/qad"
+    """The student that the others are compared with, too."""
 
 
 _METHODS = {"": "BF16", "/ptq": "PTQ", "/qat": "QAT", "/qad": "QAD"}
@@ -113,9 +115,10 @@ TABLES = {
         "QAD is near BF16; QAT is between PTQ and QAD.",
         _methods("two_stages"),
         "two_stages",
+        "two_stages/qad",
     ),
     "one_stage": Table(
-        "Table 10: a model after one stage of SFT", "QAT is about as good as QAD.", _methods("sft"), "sft"
+        "Table 10: a model after one stage of SFT", "QAT is about as good as QAD.", _methods("sft"), "sft", "sft/qad"
     ),
     "domains": Table(
         "Table 4: data of some domains only",
@@ -142,6 +145,7 @@ TABLES = {
         "The student's answers against the teacher's",
         "Not in the report.",
         {"rl": "BF16", "rl/ptq": "PTQ", "rl/qad-generated": "the teacher's answers", "rl/qad-student": "PTQ's answers"},
+        student="rl/qad-generated",
     ),
     "learning_rates": Table(
         "Tables 6 and 7: learning rates",

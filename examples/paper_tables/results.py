@@ -39,18 +39,23 @@ def table(name: str, output: Path) -> str:
     """Return a table as Markdown."""
     about = TABLES[name]
     teacher = about.teacher
-    base = np.mean([right(x, output) for x in labels(teacher, output)], axis=0)
+    bases = {
+        row: np.mean([right(run, output) for run in labels(row, output)], axis=0) for row in (teacher, about.student)
+    }
     lines = [f"### {about.title}", "", f"In the report: {about.paper}", ""]
-    lines += ["| | seeds | KL to BF16 | cross entropy | sums right | letters right | all right | difference to BF16 |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
+    columns = ["", "seeds", "KL to BF16", "cross entropy", "sums right", "letters right", "all right"]
+    columns += [f"difference to {about.rows[row]}" for row in (teacher, about.student)]
+    lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row, title in about.rows.items():
         runs = labels(row, output)
         per_problem = np.mean([right(run, output) for run in runs], axis=0)
         domains = domain_of_problems(runs[0], output)
         cells = [title, str(len(runs)), *_token_cells(row, teacher, runs, output)]
         cells += [f"{per_problem[domains == domain].mean():.3f}" for domain in DOMAINS]
-        difference = "" if row == teacher else _cell(mean_of_problems(per_problem - base), 3, "+")
-        cells += [_cell(mean_of_problems(per_problem), 3), difference]
+        cells.append(_cell(mean_of_problems(per_problem), 3))
+        for other, base in bases.items():
+            is_shown = row != other and not (other in STUDENTS and row in MODELS)
+            cells.append(_cell(mean_of_problems(per_problem - base), 3, "+") if is_shown else "")
         lines.append(f"| {' | '.join(cells)} |")
     floors = [json.loads(file.read_text())["floor"] for file in (output / "records" / teacher).glob("*/noise.json")]
     if floors:
