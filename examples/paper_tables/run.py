@@ -95,6 +95,8 @@ class Plan:
             "--output",
             self.output / "data" / name,
         ]
+        if name == "bos":
+            prepare += ["--max-bad-fraction", 1]  # empty texts: the model may end at once
         return self.add(f"data/{name}", *prepare, needs=(needs,))
 
     def correct(self) -> str:
