@@ -1,5 +1,5 @@
 # Compares rules for the scales of NVFP4 weights; to be sourced by the examples' compare_scale_rules.sh with $here (folder of the
-# example), $out (output directory) and $data (flags of the data) set, and with a function policy RULE UPDATE, which prints a policy with
+# example), $out (output directory) and $seeds set, $data (flags of the data) before quantize is called, and with a function policy RULE UPDATE, which prints a policy with
 # these scales.
 source examples/chains.sh
 # ARMS="mse:frozen ..." in the environment selects some of them.

@@ -192,7 +192,7 @@ def validate(directory: str | Path, *, against: str | Path | None = None, with_s
 
 @contextlib.contextmanager
 def _arguments_instead_of_flags(*names: str, **names_of_flags: str) -> Iterator[None]:
-    """Errors name an argument where they have its flag: ``--split-on`` is ``split_on``. Other flags stay."""
+    """Replace flags by the names of arguments in errors: ``--split-on`` by ``split_on``. Other flags stay."""
     from megatron_qad.engine.errors import QADError
 
     arguments = {name: name for name in names} | names_of_flags

@@ -87,7 +87,7 @@ class Table:
 
     title: str
     paper: str
-    """What the report found."""
+    """What the report found, printed above the table."""
     rows: dict[str, str]
     """Name of the row by model or student."""
     teacher: str = "rl"
@@ -106,29 +106,36 @@ def _methods(teacher: str) -> dict[str, str]:
 TABLES = {
     "rl": Table(
         "Tables 1 and 3: a model after reinforcement learning",
-        "Super V1: KL 0.311 after QAT and 0.004 after QAD, cross entropy 0.408 and 0.416, BF16 0.408. Nemotron 3 "
+        "In the report: Super V1: KL 0.311 after QAT and 0.004 after QAD, cross entropy 0.408 and 0.416, "
+        "BF16 0.408. Nemotron 3 "
         "Nano on AA-LCR: BF16 35.9, PTQ 31.3, QAT 24.8, QAD 34.3.",
         {"sft": "BF16 before reinforcement learning"} | _methods("rl"),
     ),
     "sft": Table(
         "Table 2: a model after two stages of SFT",
-        "QAD is near BF16; QAT is between PTQ and QAD.",
+        "In the report: QAD is near BF16; QAT is between PTQ and QAD.",
         _methods("two_stages"),
         "two_stages",
         "two_stages/qad",
     ),
     "one_stage": Table(
-        "Table 10: a model after one stage of SFT", "QAT is about as good as QAD.", _methods("sft"), "sft", "sft/qad"
+        "Table 10: a model after one stage of SFT",
+        "In the report: QAT is about as good as QAD.",
+        _methods("sft"),
+        "sft",
+        "sft/qad",
     ),
     "domains": Table(
         "Table 4: data of some domains only",
-        "AIME24, AIME25, LiveCodeBench: math only 71.0, 61.7, 53.1; code only 71.0, 62.0, 53.3; both 71.7, 62.0, "
+        "In the report, AIME24, AIME25, LiveCodeBench: math only 71.0, 61.7, 53.1; code only 71.0, 62.0, "
+        "53.3; both 71.7, 62.0, "
         "53.3; PTQ 69.4, 58.7, 52.0.",
         {"rl": "BF16", "rl/ptq": "PTQ", "rl/qad-sums": "sums only", "rl/qad-letters": "letters only", "rl/qad": "all"},
     ),
     "data": Table(
         "Tables 5 and 11: sources of data",
-        "AIME24, AIME25, LiveCodeBench: SFT 71.7, 62.0, 53.3; generated from RL prompts 71.9, 61.3, 52.6; correct "
+        "In the report, AIME24, AIME25, LiveCodeBench: SFT 71.7, 62.0, 53.3; generated from RL prompts "
+        "71.9, 61.3, 52.6; correct "
         "only 70.5, 61.6, 52.3; from BOS 70.1, 60.9, 52.4; random tokens 68.6, 60.0, 51.7; PTQ 69.4, 58.7, 52.0; "
         "BF16 73.0, 63.5, 54.3.",
         {
@@ -149,17 +156,18 @@ TABLES = {
     ),
     "learning_rates": Table(
         "Tables 6 and 7: learning rates",
-        "AceReason: 1e-6 to 1e-4 all work. Nano 9B V2: 1e-6 is best, 1e-4 is worst.",
+        "In the report: AceReason: 1e-6 to 1e-4 all work. Nano 9B V2: 1e-6 is best, 1e-4 is worst.",
         {"rl": "BF16", "rl/ptq": "PTQ", "rl/qad-1e-05": "1e-5", "rl/qad": "1e-4", "rl/qad-0.001": "1e-3"},
     ),
     "losses": Table(
         "Table 8: KL or mean squared error of the logits",
-        "Nano 9B V2 on GPQA-D: KL 62.7, MSE 60.3.",
+        "In the report: Nano 9B V2 on GPQA-D: KL 62.7, MSE 60.3.",
         {"rl": "BF16", "rl/ptq": "PTQ", "rl/qad": "KL", "rl/qad-mse": "MSE"},
     ),
     "teachers": Table(
         "Table 9: a larger teacher",
-        "Nano 9B V2: its own BF16 model as the teacher 80.4, 71.5, 67.8; the 12B model 80.2, 69.8, 66.7.",
+        "In the report: Nano 9B V2: its own BF16 model as the teacher 80.4, 71.5, 67.8; the 12B model "
+        "80.2, 69.8, 66.7.",
         {
             "rl": "BF16",
             "rl_large": "BF16, larger",

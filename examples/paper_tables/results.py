@@ -42,7 +42,7 @@ def table(name: str, output: Path) -> str:
     bases = {
         row: np.mean([right(run, output) for run in labels(row, output)], axis=0) for row in (teacher, about.student)
     }
-    lines = [f"### {about.title}", "", f"In the report: {about.paper}", ""]
+    lines = [f"### {about.title}", "", about.paper, ""]
     columns = ["", "seeds", "KL to BF16", "cross entropy", "sums right", "letters right", "all right"]
     columns += [f"difference to {about.rows[row]}" for row in (teacher, about.student)]
     lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]

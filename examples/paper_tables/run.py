@@ -39,9 +39,9 @@ class Sizes:
     num_generated: int = NUM_GENERATED
     groups: int = 32
     check: str = "is_right"
-    """Of the answers that ``correct`` keeps."""
+    """Function of problems.py that chooses the answers in the data ``correct``."""
     flags: tuple[str, ...] = ()
-    """Of smaller steps and validations."""
+    """More flags of every training, such as a smaller batch."""
 
 
 TRIAL = Sizes(
@@ -58,7 +58,7 @@ TRIAL = Sizes(
 
 
 class Plan:
-    """The jobs that some tables need, each with those that it waits for.
+    """Collects the jobs that the chosen tables need, and which of them must finish before which.
 
     Args:
         output: directory of everything.
@@ -69,7 +69,7 @@ class Plan:
         self.output, self.sizes, self.jobs = output, sizes, {}
 
     def add(self, name: str, *words: object, needs: tuple[str, ...] = (), ranks: int = 1) -> str:
-        """Add a job, unless it is there. Returns its name, for those that need it."""
+        """Add a job, unless one of this name exists. Returns the name."""
         self.jobs.setdefault(name, Job(name, tuple(map(str, words)), needs, ranks))
         return name
 
@@ -79,7 +79,7 @@ class Plan:
         )
 
     def data(self, name: str) -> str:
-        """Prepare one of ``DATA``, or generated data."""
+        """Tokenize one of ``DATA``, or generated data."""
         if name in DATA:
             needs, files = self.inputs(), [self.output / f"inputs/{file}.jsonl" for file in DATA[name]]
         elif name == "correct":
@@ -122,7 +122,7 @@ class Plan:
         return self.sample(f"generated/{name}", model, *words, "--num-documents", count)
 
     def sample(self, name: str, model: str, *words: object) -> str:
-        """Generate texts by the exported model."""
+        """Sample texts from an exported model."""
         directory = self.exported(model)
         job = ["generate", "--model", self.output / "hf" / model, "--output", self.output / f"{name}.jsonl", *words]
         return self.add(name, *job, "--batch-size", BATCH, "--dtype", "float32", "--device", "cpu", needs=(directory,))
@@ -157,12 +157,12 @@ class Plan:
         return self.add(name, *job, needs=(*needs, self.data(data), self.data("heldout")), ranks=ranks)
 
     def settings(self, data: str) -> list[object]:
-        """Return the flags of every job: train.yaml and the data."""
+        """Return the flags that all jobs share: train.yaml and the data."""
         paths = ["--train-data-path", self.output / "data" / data, "--valid-data-path", self.output / "data/heldout"]
         return ["--config", HERE / "train.yaml", *paths, *self.sizes.flags]
 
     def student(self, label: str) -> str:
-        """Quantize and train one of ``STUDENTS`` with a seed: ``results.label``."""
+        """Quantize, and unless it is PTQ train, a student. ``label`` is its name and a seed (``results.label``)."""
         name, seed = label.rsplit("-", 1)
         student, run = STUDENTS[name], f"students/{label}"
         teacher = student.distilled_from or student.teacher
@@ -189,7 +189,7 @@ class Plan:
         return self.add(f"hf/{label}", "export", *words, needs=(run,))
 
     def measured(self, label: str) -> list[str]:
-        """Evaluate a model or a student: the KL on held-out chats, and its answers to held-out problems."""
+        """Measure the KL on held-out chats and sample answers to held-out problems. Returns the jobs."""
         run = self.checkpoint(label)
         teacher = label if label in MODELS else STUDENTS[label.rsplit("-", 1)[0]].teacher
         flags = ["--qad-teacher", self.output / "models" / teacher, *self.settings("sft")]

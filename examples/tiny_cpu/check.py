@@ -18,7 +18,7 @@ from megatron_qad.evaluation import record
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from held_out import divergence_of_export, measured_kl  # noqa: E402
 
-# CPUs train different teachers, because their sums differ in the last bits. Measured: 0.41 to 0.50.
+# CPUs round sums differently and so train different teachers. Measured: 0.41 to 0.50.
 SHARE = 0.6
 # transformers rounds to bfloat16 at other places than Megatron and computes activation scales with a reciprocal, so
 # some NVFP4 codes differ; the job also evaluates other windows of the text. Measured: 1.2 % (0.00327, 0.00323).

@@ -30,7 +30,7 @@ training ptq "quantizes the teacher to NVFP4, without training" ptq "${from_teac
 training qat "trains the quantized model on its task loss" train "${from_teacher[@]}" --qad-loss ce --train-iters 60 --lr 5e-4
 training qad "trains the quantized model with KL to the teacher" train "${from_teacher[@]}" --qad-loss kl --train-iters 200 --lr 3e-4
 
-# Exports, their validation, and the same held-out text, token by token, for the runs and for what was exported.
+# Export and validate QAD's model. Evaluate PTQ, QAT, QAD and the export on the same held-out text.
 export_as() { job "$1" "export-$2" "exports $3 as $2" export --checkpoint "$out/$3" --output "$out/hf-$2" --layout "${4:-$2}"; }
 validate() { job "$1" "validate-$2" "checks the export" validate "$out/hf-$2" --against "$out/hf-teacher"; }
 evaluate() {

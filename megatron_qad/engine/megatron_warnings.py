@@ -1,4 +1,4 @@
-"""Hides warnings of Megatron and transformers that would surround every line of a tool and tell nobody anything."""
+"""Hides warnings of Megatron and transformers that users cannot act on and that each command would print."""
 
 import logging
 import re
@@ -19,8 +19,7 @@ HIDDEN_ON_CPU = ("CPU RNG state changed within GPU RNG context",)
 tells of a difference between tensor-parallel ranks, and is logged."""
 
 TOKENIZER_ONLY = " to instantiate a model of type ``. "
-"""Part of transformers' warning that it does not know the type of a model, of which only the tokenizer is loaded:
-vision-language models with code of their own."""
+"""Part of a warning of transformers. It appears when only the tokenizer of a model with its own code is loaded."""
 
 _LOGGERS = ("megatron.core.dist_checkpointing.strategies.torch", "megatron.core.tensor_parallel.random")
 _LOGGERS += ("transformers.configuration_utils",)

@@ -1,4 +1,4 @@
-"""The experiments of examples/paper_tables, each with few problems and two steps of everything."""
+"""Runs every experiment of examples/paper_tables with few problems and two training steps."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/paper_tables"
 MINUTES = 20
-"""A limit for a machine that is busy; measured: two on two quiet cores."""
+"""Time limit. Measured on busy machines: two to three minutes."""
 
 
 @pytest.fixture(scope="module")
 def example():
-    """The modules of the example."""
+    """Return the example's modules by name."""
     sys.path.insert(0, str(EXAMPLE))
     import experiments
     import problems
@@ -26,7 +26,7 @@ def example():
 
 @pytest.mark.timeout(60 * MINUTES)
 def test_every_table_in_two_steps(tmp_path, example):
-    """Every row of every table has its numbers, and the same command again runs nothing."""
+    """Every table is complete, and a second call runs no job."""
     command = [sys.executable, str(EXAMPLE / "run.py"), "all", "--trial", "--output", str(tmp_path / "out")]
     first, second = (
         subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

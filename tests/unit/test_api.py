@@ -40,7 +40,7 @@ def test_wrong_options(tmp_path):
 
 
 def test_errors_name_arguments_instead_of_flags(tmp_path):
-    """Flags of something else, such as a command that is recommended, keep their names."""
+    """Flags of a recommended command keep their names."""
     text = tmp_path / "a.txt"
     text.write_text("a\n")
     with pytest.raises(QADError, match=r"^validation_fraction 2: expected a number above 0"):
