@@ -17,6 +17,7 @@ DATA = {
     "letters": ("sft_letters",),
     "noisy": ("noisy_sums", "noisy_letters", "noisy_language"),
     "heldout": ("heldout",),
+    "heldout_answers": ("heldout_answers",),
 }
 """Prepared data, and the files of ``make_inputs.py`` in each."""
 
@@ -26,7 +27,7 @@ class Model:
     """A model in BF16 (here: float32) that is trained further from another one."""
 
     start: str
-    """The model that training begins with; a size of ``make_inputs.SIZES`` is an untrained one."""
+    """The model that training begins with; one of ``make_inputs.UNTRAINED`` is an untrained one."""
     data: str = ""
     """Of ``DATA``; empty: reinforcement learning."""
     steps: int = 0
@@ -41,7 +42,16 @@ MODELS = {
     "pretrained_large": Model("large", "pretraining", 1500, 1.5e-3),
     "sft_large": Model("pretrained_large", "sft", 300, 5e-4),
     "rl_large": Model("sft_large", steps=100, lr=1e-4),
+    "pretrained_hybrid": Model("hybrid", "pretraining", 1500, 2e-3),
+    "sft_hybrid": Model("pretrained_hybrid", "sft", 300, 5e-4),
+    "rl_hybrid": Model("sft_hybrid", steps=100, lr=1e-4),
 }
+
+
+def is_hybrid(name: str) -> bool:
+    """Return whether a model, a student or a run of either has layers of Mamba and of experts."""
+    return name.split("/")[0].endswith("hybrid")
+
 
 SAMPLES = {
     "generated": ("rl", "prompts"),
@@ -68,7 +78,7 @@ class Student:
 
 STUDENTS = {
     f"{teacher}/{name}": Student(teacher, loss, data)
-    for teacher, data in {"rl": "sft", "two_stages": "both_stages", "sft": "sft"}.items()
+    for teacher, data in {"rl": "sft", "two_stages": "both_stages", "sft": "sft", "rl_hybrid": "sft"}.items()
     for name, loss in {"ptq": "", "qat": "ce", "qad": "kl"}.items()
 }
 for data in ("sums", "letters", "noisy", "generated", "correct", "bos", "random", "student"):
@@ -175,6 +185,13 @@ TABLES = {
             "rl/qad": "its own teacher",
             "rl/qad-large": "larger teacher",
         },
+    ),
+    "hybrid": Table(
+        "Table 3 with a hybrid of Mamba, attention and experts, after reinforcement learning",
+        "In the report, Nemotron 3 Nano on AA-LCR: BF16 35.9, PTQ 31.3, QAT 24.8, QAD 34.3.",
+        {"sft_hybrid": "BF16 before reinforcement learning"} | _methods("rl_hybrid"),
+        "rl_hybrid",
+        "rl_hybrid/qad",
     ),
     "noise": Table(
         "Label noise: the answers of one chat in ten exchanged",

@@ -1,4 +1,4 @@
-"""Makes the inputs of the experiments without downloads: texts, chats, prompts, a tokenizer, and two untrained models.
+"""Makes the inputs of the experiments without downloads: texts, chats, prompts, a tokenizer, and untrained models.
 
 - ``pretraining_problems``, ``pretraining_text``: for pretraining. Chats of problems (most sums in steps), whose answers
   count in the loss, and CPython's own help (``pydoc_data.topics``).
@@ -9,17 +9,20 @@
 - ``steps_sums``, ``steps_letters``: other problems, all in steps and right, for a second stage of SFT.
 - ``prompts``: problems without answers, for reinforcement learning and for generated data.
 - ``heldout``: chats like those of the cold start, whose problems and sentences no other file has;
-  ``heldout_prompts``: problems only.
+  ``heldout_prompts``: problems only; ``heldout_answers``: these problems with each of their right answers.
 """
 
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 from problems import RANDOM, Problem, spoiled
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 VOCAB_SIZE = 512
 HELDOUT_EVERY = 10
@@ -37,6 +40,42 @@ SIZES = {
     "small": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "large": {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 6},
 }
+"""Shapes of the Llamas."""
+HYBRID = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "ME*EM*E",
+    "num_hidden_layers": 7,
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 64,
+    "n_groups": 1,
+    "ssm_state_size": 32,
+    "conv_kernel": 4,
+    "chunk_size": 128,  # at least the length of all rows: the scan of transformers is wrong beyond it
+    "time_step_min": 0.0,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "moe_shared_expert_intermediate_size": 128,
+    "routed_scaling_factor": 1.0,
+    "mlp_hidden_act": "relu2",
+    "layer_norm_epsilon": 1e-5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "float32",
+}
+"""Mamba, attention and experts."""
+UNTRAINED = (*SIZES, "hybrid")
+"""Names of the untrained models."""
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -54,8 +93,10 @@ def main() -> None:
     texts = write_texts(options.output, options.share)
     for size, shape in SIZES.items():
         write_model(options.output / size, shape)
-        write_tokenizer(options.output / size, texts)
-    print(f"wrote texts, chats, a tokenizer and {len(SIZES)} untrained models to {options.output}")
+    write_hybrid(options.output / "hybrid")
+    for name in UNTRAINED:
+        write_tokenizer(options.output / name, texts)
+    print(f"wrote texts, chats, a tokenizer and {len(UNTRAINED)} untrained models to {options.output}")
 
 
 def write_texts(output: Path, share: float) -> list[str]:
@@ -91,6 +132,12 @@ def write_texts(output: Path, share: float) -> list[str]:
     spoken = list(rng.choice(heldout_sentences, num_sentences, replace=False))
     files["heldout"] = [chat for p in heldout.values() for chat in cold_start(p)] + language(spoken)
     files["heldout_prompts"] = [_prompt(problem) for problems in heldout.values() for problem in problems]
+    files["heldout_answers"] = [
+        _problem_chat(p, answer)
+        for ps in heldout.values()
+        for p in ps
+        for answer in dict.fromkeys((p.at_once, p.in_steps))
+    ]
     files["prompts"] = [_prompt(p) for domain in RANDOM for p in some(domain, int(NUM_PROMPTS * share))]
     for domain in RANDOM:
         files[f"sft_{domain}"] = cold_start(some(domain, int(NUM_SFT * share)))
@@ -104,7 +151,7 @@ def write_texts(output: Path, share: float) -> list[str]:
     ]
     files["pretraining_text"] = [{"text": paragraph} for paragraph in paragraphs]
     for name, records in files.items():
-        if name not in ("heldout_prompts", "prompts"):
+        if name not in ("heldout_prompts", "heldout_answers", "prompts"):
             records = [records[i] for i in rng.permutation(len(records))]
         (output / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     some_worked = worked[:: len(worked) // len(paragraphs) + 1]
@@ -168,6 +215,22 @@ def write_model(directory: Path, shape: dict) -> None:
         **shape,
     )
     LlamaForCausalLM(config).float().save_pretrained(directory)
+
+
+def write_hybrid(directory: Path) -> None:
+    """Write an untrained Nemotron-H under the hub's names of tensors."""
+    import torch
+    from initial_weights import initial
+    from safetensors.torch import save_file
+
+    from megatron_qad.models.families import family_of
+
+    torch.manual_seed(1)
+    directory.mkdir()
+    maps = family_of(HYBRID).tensors(HYBRID)
+    tensors = {name: initial(name, shape) for m in maps for name, shape in zip(m.hf, m.hf_shapes(), strict=True)}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(HYBRID, indent=1))
 
 
 def write_tokenizer(directory: Path, texts: list[str]) -> None:

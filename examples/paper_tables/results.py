@@ -5,10 +5,11 @@ the seeds, the range of a KL is that of the seeds, and a problem counts with its
 """
 
 import json
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from experiments import MODELS, STUDENTS, TABLES
+from experiments import MODELS, STUDENTS, TABLES, is_hybrid
 from problems import is_right
 
 from megatron_qad.evaluation import record
@@ -29,29 +30,27 @@ def label(row: str, seed: int) -> str:
 def labels(row: str, output: Path) -> list[str]:
     """Return the finished runs of a row."""
     names = [row] if row in MODELS else sorted({label(row, seed) for seed in range(MAX_SEEDS)})
-    files = {
-        name: (output / "answers" / f"{name}.jsonl", output / "records" / name / "evaluation.json") for name in names
-    }
-    return [name for name, of_run in files.items() if all(file.is_file() for file in of_run)]
+    suffix = f"/{record.RECORD_FILE}" if is_hybrid(row) else ".jsonl"
+    files = {name: (f"answers/{name}{suffix}", f"records/{name}/{record.RECORD_FILE}") for name in names}
+    return [name for name, of_run in files.items() if all((output / file).is_file() for file in of_run)]
 
 
 def table(name: str, output: Path) -> str:
     """Return a table as Markdown."""
     about = TABLES[name]
     teacher = about.teacher
-    bases = {
-        row: np.mean([right(run, output) for run in labels(row, output)], axis=0) for row in (teacher, about.student)
-    }
+    bases = {row: _mean_right(row, output) for row in (teacher, about.student)}
+    domain_of = domains(output)
     lines = [f"### {about.title}", "", about.paper, ""]
     columns = ["", "seeds", "KL to BF16", "cross entropy", "sums right", "letters right", "all right"]
     columns += [f"difference to {about.rows[row]}" for row in (teacher, about.student)]
     lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row, title in about.rows.items():
         runs = labels(row, output)
-        per_problem = np.mean([right(run, output) for run in runs], axis=0)
-        domains = domain_of_problems(runs[0], output)
+        per_problem = _mean_right(row, output)
+        domain = np.array([domain_of[question] for question in right(runs[0], output)])
         cells = [title, str(len(runs)), *_token_cells(row, teacher, runs, output)]
-        cells += [f"{per_problem[domains == domain].mean():.3f}" for domain in DOMAINS]
+        cells += [f"{per_problem[domain == name].mean():.3f}" for name in DOMAINS]
         cells.append(_cell(mean_of_problems(per_problem), 3))
         for other, base in bases.items():
             is_shown = row != other and not (other in STUDENTS and row in MODELS)
@@ -88,14 +87,44 @@ def mean_of_problems(values: np.ndarray) -> Interval:
     return RowBootstrap(np.arange(len(values))).mean(values)
 
 
-def right(run: str, output: Path) -> np.ndarray:
-    """Return whether each held-out problem was answered right, float [problems]."""
-    return np.array([float(is_right(line)) for line in _answers(run, output)])
+def _mean_right(row: str, output: Path) -> np.ndarray:
+    return np.mean([list(right(run, output).values()) for run in labels(row, output)], axis=0)
 
 
-def domain_of_problems(run: str, output: Path) -> np.ndarray:
-    return np.array([line["domain"] for line in _answers(run, output)])
+def right(run: str, output: Path) -> dict[str, float]:
+    """Return how often each held-out problem is answered right, by question, in the same order for all runs.
+
+    Of sampled answers, 0 or 1. Of a hybrid, the probability that it writes one of the right answers, at once or in
+    steps; problems with an answer that the end of a row cuts are left out.
+    """
+    if not is_hybrid(run):
+        lines = _read(output / f"answers/{run}.jsonl")
+        return {line["messages"][0]["content"]: float(is_right(line)) for line in lines}
+    answers = Counter(line["messages"][0]["content"] for line in _read(output / "inputs/heldout_answers.jsonl"))
+    found = _probabilities(output / "answers" / run, output / "inputs/hybrid")
+    return {question: sum(found[question]) for question, count in answers.items() if len(found[question]) == count}
 
 
-def _answers(run: str, output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / f"answers/{run}.jsonl").read_text().split("\n")[:-1]]
+def _probabilities(directory: Path, tokenizer: Path) -> dict[str, list[float]]:
+    """Return the probability of each whole answer in a record, by question: exp of the sum of its tokens' log p."""
+    from transformers import AutoTokenizer
+
+    evaluation, tokenizer = record.load(directory), AutoTokenizer.from_pretrained(tokenizer)
+    tokens, found = evaluation.tokens, defaultdict(list)
+    for chat in np.unique(np.stack([tokens["row"], tokens["column"] - tokens["position"]]), axis=1).T:
+        of_chat = (tokens["row"] == chat[0]) & (tokens["column"] - tokens["position"] == chat[1])
+        question = tokenizer.decode(evaluation.rows[chat[0], chat[1] : tokens["column"][of_chat][0] + 1])
+        is_whole = question.startswith("<s>") and tokens["label"][of_chat][-1] == tokenizer.eos_token_id
+        if is_whole:
+            log_p = -tokens["cross_entropy"][of_chat].astype(np.float64).sum()
+            found[question.removeprefix("<s><|user|>").removesuffix("<|assistant|>")].append(float(np.exp(log_p)))
+    return found
+
+
+def domains(output: Path) -> dict[str, str]:
+    """Return the domain of each held-out question."""
+    return {line["prompt"]: line["domain"] for line in _read(output / "inputs/heldout_prompts.jsonl")}
+
+
+def _read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]

@@ -16,9 +16,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from experiments import DATA, MODELS, SAMPLES, STUDENTS, TABLES  # noqa: E402
+from experiments import DATA, MODELS, SAMPLES, STUDENTS, TABLES, is_hybrid  # noqa: E402
 from jobs import Job, run_jobs  # noqa: E402
-from make_inputs import SIZES  # noqa: E402
+from make_inputs import UNTRAINED  # noqa: E402
 from results import label, table  # noqa: E402
 
 STEPS = 200
@@ -27,6 +27,12 @@ NUM_GENERATED = 8000
 """Answers of each kind of generated data, about as many chats as those of SFT."""
 BATCH = 300
 """Answers that are sampled together."""
+
+LONG_ROWS = (
+    *("--seq-length", 2048, "--dataloader-inter-document-masking", "--num-workers", 0),
+    *("--micro-batch-size", 1, "--global-batch-size", 1),
+)
+"""Flags of an evaluation in which the ends of rows cut few chats."""
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,13 @@ class Plan:
 
     def model(self, name: str) -> str:
         """Train or import one of ``MODELS``, or an untrained model."""
-        if name in SIZES:
+        if name in UNTRAINED:
             return self.imported(name, self.output / "inputs" / name, self.inputs())
         model = MODELS[name]
         if not model.data:
             return self.imported(name, self.output / "hf" / name, self.reinforced(name))
         words = ["--qad-loss", "ce", "--qad-policy", "bf16", "--qad-student", self.output / "models" / model.start]
+        words += ["--qad-train-router"] if is_hybrid(name) else []
         needs = (self.model(model.start),)
         return self.train(f"models/{name}", model.data, model.steps, model.lr, *words, needs=needs, ranks=2)
 
@@ -147,6 +154,7 @@ class Plan:
         words = ["--model", self.output / "hf" / model.start, "--prompts", self.output / "inputs/prompts.jsonl"]
         words += ["--output", self.output / "hf" / name, "--learning-rate", model.lr, "--groups", self.sizes.groups]
         words += ["--steps", self.sizes.steps or model.steps]
+        words += ["--micro-batch-size", 64] if is_hybrid(name) else []  # the scan of transformers needs much memory
         return self.add(f"hf/{name}", HERE / "grpo.py", *words, needs=(self.exported(model.start),))
 
     def train(
@@ -167,7 +175,7 @@ class Plan:
         student, run = STUDENTS[name], f"students/{label}"
         teacher = student.distilled_from or student.teacher
         needs = (self.model(student.teacher), self.model(teacher))
-        flags = ["--qad-policy", HERE / "policy.yaml", "--qad-teacher", self.output / "models" / teacher]
+        flags = [*self.policy(name), "--qad-teacher", self.output / "models" / teacher]
         if teacher != student.teacher:
             flags += ["--qad-student", self.output / "models" / student.teacher]
         if not student.loss:
@@ -175,6 +183,9 @@ class Plan:
             return self.add(run, *job, needs=(*needs, self.data(student.data), self.data("heldout")))
         flags += ["--qad-loss", student.loss, "--seed", seed]
         return self.train(run, student.data, STEPS, student.lr, *flags, needs=needs)
+
+    def policy(self, label: str) -> list[object]:
+        return ["--qad-policy", HERE / ("policy_hybrid.yaml" if is_hybrid(label) else "policy.yaml")]
 
     def checkpoint(self, label: str) -> str:
         """Train a model or a student. Returns its job, which is also its directory in ``output``."""
@@ -189,17 +200,28 @@ class Plan:
         return self.add(f"hf/{label}", "export", *words, needs=(run,))
 
     def measured(self, label: str) -> list[str]:
-        """Measure the KL on held-out chats and sample answers to held-out problems. Returns the jobs."""
+        """Measure the KL on held-out chats and answers to held-out problems. Returns the jobs.
+
+        Answers are sampled from the export. That of a quantized hybrid cannot be loaded by transformers, so hybrids are
+        evaluated on the right answers instead (``results.right``).
+        """
         run = self.checkpoint(label)
         teacher = label if label in MODELS else STUDENTS[label.rsplit("-", 1)[0]].teacher
         flags = ["--qad-teacher", self.output / "models" / teacher, *self.settings("sft")]
         needs = (run, self.model(teacher), self.data("sft"), self.data("heldout"))
         words = ["--model", self.output / run, "--output", self.output / "records" / label, "--name", label]
         done = [self.add(f"records/{label}", "evaluate", *words, *flags, needs=needs)]
-        prompts = ["--prompts", self.output / "inputs/heldout_prompts.jsonl", "--max-new-tokens", 64]
-        done.append(self.sample(f"answers/{label}", label, *prompts))
+        if is_hybrid(label):
+            words = ["--model", self.output / run, "--output", self.output / "answers" / label, "--name", label]
+            words += ["--qad-teacher", self.output / "models" / teacher, *LONG_ROWS]
+            words += ["--valid-data-path", self.output / "data/heldout_answers"]
+            needs_answers = (run, self.model(teacher), self.data("heldout_answers"))
+            done.append(self.add(f"answers/{label}", "evaluate", *words, needs=needs_answers))
+        else:
+            prompts = ["--prompts", self.output / "inputs/heldout_prompts.jsonl", "--max-new-tokens", 64]
+            done.append(self.sample(f"answers/{label}", label, *prompts))
         if label.endswith("/qad-1"):
-            words = ["--qad-policy", HERE / "policy.yaml", "--qad-student", self.output / run]
+            words = [*self.policy(label), "--qad-student", self.output / run]
             words += ["--output", self.output / f"records/{label}/noise.json", *flags]
             done.append(self.add(f"noise/{label}", "noise-floor", *words, needs=(done[0], *needs)))
         return done

@@ -1,11 +1,13 @@
 """Runs every experiment of examples/paper_tables with few problems and two training steps."""
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from example_modules import imports_of_examples
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/paper_tables"
@@ -16,12 +18,8 @@ MINUTES = 20
 @pytest.fixture(scope="module")
 def example():
     """Return the example's modules by name."""
-    sys.path.insert(0, str(EXAMPLE))
-    import experiments
-    import problems
-
-    yield {"experiments": experiments, "problems": problems}
-    sys.path.remove(str(EXAMPLE))
+    with imports_of_examples("paper_tables"):
+        return {name: importlib.import_module(name) for name in ("experiments", "problems")}
 
 
 @pytest.mark.timeout(60 * MINUTES)

@@ -1,10 +1,10 @@
 """The steps of examples/tiny_vision, with few pictures and two steps of training."""
 
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
+from example_modules import imports_of_examples
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = "examples/tiny_vision"
@@ -47,9 +47,8 @@ def run(tmp_path_factory, server):
 
 @pytest.fixture(scope="module")
 def check():
-    sys.path.insert(0, str(ROOT / EXAMPLE))
-    yield runpy.run_path(str(ROOT / EXAMPLE / "check.py"))
-    sys.path.remove(str(ROOT / EXAMPLE))
+    with imports_of_examples():
+        return runpy.run_path(str(ROOT / EXAMPLE / "check.py"))
 
 
 def test_encoder_and_validations(run):

@@ -5,7 +5,6 @@ differently, and a last bit may decide an NVFP4 code.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import tiny_job
 import torch
+from example_modules import imports_of_examples
 from fork_server import ForkServer
 from launch import ROOT
 
@@ -128,8 +128,8 @@ MAX_NEW_TOKENS = 12
 
 def text_student(server: ForkServer, directory: Path) -> Student:
     """Train a teacher on CPython's help and distill its NVFP4 student, as the demo does, in fewer and smaller steps."""
-    sys.path.insert(0, str(ROOT / "examples/tiny_cpu"))
-    import make_inputs
+    with imports_of_examples("tiny_cpu"):
+        import make_inputs
 
     directory.mkdir()
     hf = directory / "hf"

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from example_modules import imports_of_examples
 from shell_commands import Command, commands_of
 
 from megatron_qad.cli.command_table import COMMANDS, module_of
@@ -96,7 +97,7 @@ def check(monkeypatch, capsys, job_parser):
             accept_placeholders(parser, is_partial)
             raise Parsed(_PARSE_KNOWN(parser, argv)[1], takes_job_flags)
 
-        with monkeypatch.context() as patch:
+        with imports_of_examples(), monkeypatch.context() as patch:
             patch.syspath_prepend(ROOT / "tools")
             patch.setattr(sys, "argv", ["program", *argv])
             patch.setattr(argparse.ArgumentParser, "parse_args", lambda parser, *_, **__: parse(parser, False))
@@ -208,6 +209,16 @@ def test_wrong_commands_are_found(line, check, tmp_path):
     (command,) = commands_of(page)
     with pytest.raises((AssertionError, QADError)):
         check(command)
+
+
+def test_examples_with_modules_of_the_same_name(check, tmp_path):
+    """Commands of one page import different modules of one name, such as make_inputs."""
+    page, path = tmp_path / "page.md", list(sys.path)
+    lines = ["tiny_hybrid/make_inputs.py OUT", "paper_tables/run.py rl --output OUT", "tiny_hybrid/make_inputs.py OUT"]
+    page.write_text("".join(f"    python examples/{line}\n" for line in lines))
+    for command in commands_of(page):
+        check(command)
+    assert sys.path == path and not {"make_inputs", "experiments", "initial_weights"} & sys.modules.keys()
 
 
 def test_commands_of_a_page(tmp_path):
