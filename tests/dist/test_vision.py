@@ -15,8 +15,9 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 
 # As in test_model_parity: float32 sums in another order, 3e-6 there. The features are about 1 here.
 TOLERANCE = 2e-5
-# Gradients of a Mamba layer's decay differ more (test_axes).
-MAMBA_TOLERANCE = 3e-5
+# Gradients with Mamba layers differ by up to 7.4e-6 in the first step. Each step of Adam divides by small gradients and
+# so increases the difference, to 3.5e-5 in the fifth. One wrong feature in a microbatch makes it 0.1 or more.
+MAMBA_TOLERANCES = [2e-5] + 4 * [1e-4]
 
 
 @pytest.mark.parametrize("model", tiny_vision.CONFIGS)
@@ -100,11 +101,13 @@ def test_axes_agree(workshop, model, data):
     wrong = {}
     for axis, (nproc, axis_flags) in axes.items():
         actual, _ = workshop.train(job + axis_flags, nproc)
-        error = max(abs(a["loss"]["kl loss"] / b["loss"]["kl loss"] - 1) for a, b in zip(actual, expected, strict=True))
-        errors = [error, records.largest_error(actual, expected, "grads")[0]]
-        print(f"{model} {data} {axis}: loss {errors[0]:.1e}, gradients {errors[1]:.1e}")
-        if max(errors) > (MAMBA_TOLERANCE if model == "nemotron" else TOLERANCE_OF_STEPS):
-            wrong[axis] = errors
+        steps = list(zip(actual, expected, strict=True))
+        loss = max(abs(a["loss"]["kl loss"] / b["loss"]["kl loss"] - 1) for a, b in steps)
+        errors = [records.largest_error([a], [b], "grads") for a, b in steps]
+        print(f"{model} {data} {axis}: loss {loss:.1e}, gradients {', '.join(f'{error:.1e}' for error, _ in errors)}")
+        tolerances = MAMBA_TOLERANCES if model == "nemotron" else 5 * [TOLERANCE_OF_STEPS]
+        if loss > tolerances[0] or any(e > limit for (e, _), limit in zip(errors, tolerances, strict=True)):
+            wrong[axis] = (loss, errors)
     assert not wrong, wrong
 
 
