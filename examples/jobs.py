@@ -79,7 +79,9 @@ def run_jobs(
     on_finish: Callable[[Set[str]], None] = lambda finished: None,
     elapsed: float = 0,
 ) -> None:
-    """Run jobs, each when those it needs have finished and fewer than ``parallel`` are running. Exits if one fails.
+    """Run jobs, each when those it needs have finished and fewer than ``parallel`` are running.
+
+    If one fails, the others are killed and the process exits.
 
     Args:
         jobs: the first that is ready starts first.
@@ -94,25 +96,30 @@ def run_jobs(
     finished = {job.name for job in jobs if _mark(logs, job).is_file() and _mark(logs, job).read_text() == _text(job)}
     waiting = [job for job in jobs if job.name not in finished]
     running: dict[str, Running] = {}
-    while waiting or running:
-        ready = [job for job in waiting if finished.issuperset(job.needs)][: parallel - len(running)]
-        for job in ready:
-            print(
-                f"[{time.monotonic() - started:3.0f} s] {job.name}: {job.about or Path(job.words[0]).name}", flush=True
-            )
-            running[job.name] = Running(job, logs / f"{job.name}.txt")
-            waiting.remove(job)
-        if not running:
-            sys.exit(f"error: {waiting[0].name} waits for a job that is not in the list: {waiting[0].needs}")
-        time.sleep(POLL)
-        for name, process in list(running.items()):
-            has_ended = process.has_ended()
-            process.print_progress()
-            if has_ended:
-                del running[name]
-                _mark(logs, process.job).write_text(_text(process.job))
-                finished.add(name)
-                on_finish(finished)
+    try:
+        while waiting or running:
+            ready = [job for job in waiting if finished.issuperset(job.needs)][: parallel - len(running)]
+            for job in ready:
+                print(
+                    f"[{time.monotonic() - started:3.0f} s] {job.name}: {job.about or Path(job.words[0]).name}",
+                    flush=True,
+                )
+                running[job.name] = Running(job, logs / f"{job.name}.txt")
+                waiting.remove(job)
+            if not running:
+                sys.exit(f"error: {waiting[0].name} waits for a job that is not in the list: {waiting[0].needs}")
+            time.sleep(POLL)
+            for name, process in list(running.items()):
+                has_ended = process.has_ended()
+                process.print_progress()
+                if has_ended:
+                    del running[name]
+                    _mark(logs, process.job).write_text(_text(process.job))
+                    finished.add(name)
+                    on_finish(finished)
+    finally:
+        for process in running.values():  # if one has failed, or this process was interrupted
+            process.kill()
 
 
 class Running:
@@ -139,10 +146,15 @@ class Running:
                 self._processes.remove(process)
             if found and status:
                 print("\n".join(self._log.read_text().splitlines()[-SHOWN:]))
-                for other in self._processes:
-                    os.kill(other, signal.SIGKILL)
                 sys.exit(f"error: {self.job.name} failed; complete log: {self._log}")
         return not self._processes
+
+    def kill(self) -> None:
+        """Kill all ranks that run."""
+        for process in self._processes:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        self._processes.clear()
 
     def print_progress(self) -> None:
         """Print what is new in the log: iterations and validations."""
