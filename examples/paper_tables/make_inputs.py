@@ -22,7 +22,8 @@ from pydoc_data.topics import topics
 import numpy as np
 from problems import RANDOM, Problem, spoiled
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from random_hybrid import CONFIG, EXPERTS, write_model  # noqa: E402
 
 VOCAB_SIZE = 512
 HELDOUT_EVERY = 10
@@ -42,38 +43,21 @@ SIZES = {
 }
 """Shapes of the Llamas."""
 HYBRID = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
     "hybrid_override_pattern": "ME*EM*E",
     "num_hidden_layers": 7,
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 128,
     "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
     "mamba_num_heads": 4,
     "mamba_head_dim": 64,
     "n_groups": 1,
     "ssm_state_size": 32,
-    "conv_kernel": 4,
     "chunk_size": 128,  # at least the length of all rows: the scan of transformers is wrong beyond it
-    "time_step_min": 0.0,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
-    "moe_shared_expert_intermediate_size": 128,
-    "routed_scaling_factor": 1.0,
-    "mlp_hidden_act": "relu2",
-    "layer_norm_epsilon": 1e-5,
     "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "torch_dtype": "float32",
 }
-"""Mamba, attention and experts."""
+"""Mamba, attention and experts; the rest is in ``random_hybrid.CONFIG`` and ``EXPERTS``."""
 UNTRAINED = (*SIZES, "hybrid")
 """Names of the untrained models."""
 TEMPLATE = (
@@ -92,8 +76,9 @@ def main() -> None:
     options.output.mkdir(parents=True)
     texts = write_texts(options.output, options.share)
     for size, shape in SIZES.items():
-        write_model(options.output / size, shape)
-    write_hybrid(options.output / "hybrid")
+        write_llama(options.output / size, shape)
+    (options.output / "hybrid").mkdir()
+    write_model(options.output / "hybrid", CONFIG | EXPERTS | HYBRID)
     for name in UNTRAINED:
         write_tokenizer(options.output / name, texts)
     print(f"wrote texts, chats, a tokenizer and {len(UNTRAINED)} untrained models to {options.output}")
@@ -199,7 +184,7 @@ def _sentences(paragraph: str) -> list[str]:
     return [s for s in re.split(r"(?<=[.?!]) ", paragraph) if shortest <= len(s) <= longest]
 
 
-def write_model(directory: Path, shape: dict) -> None:
+def write_llama(directory: Path, shape: dict) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -215,22 +200,6 @@ def write_model(directory: Path, shape: dict) -> None:
         **shape,
     )
     LlamaForCausalLM(config).float().save_pretrained(directory)
-
-
-def write_hybrid(directory: Path) -> None:
-    """Write an untrained Nemotron-H under the hub's names of tensors."""
-    import torch
-    from initial_weights import initial
-    from safetensors.torch import save_file
-
-    from megatron_qad.models.families import family_of
-
-    torch.manual_seed(1)
-    directory.mkdir()
-    maps = family_of(HYBRID).tensors(HYBRID)
-    tensors = {name: initial(name, shape) for m in maps for name, shape in zip(m.hf, m.hf_shapes(), strict=True)}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(HYBRID, indent=1))
 
 
 def write_tokenizer(directory: Path, texts: list[str]) -> None:

@@ -16,11 +16,15 @@ A picture and its question take 25 to 32 tokens and a text with an answer of one
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pictures import COLORS, PLACES, SHAPES, SIDE, Picture, random_picture
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from random_hybrid import CONFIG  # noqa: E402
 
 NOUNS = ("tree", "moon", "river", "stone", "cloud", "house", "bird", "lamp", "boat", "leaf", "door", "fish")
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
@@ -32,29 +36,17 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 VOCAB_SIZE = 128
-LANGUAGE_MODEL = {
-    "architectures": ["NemotronHForCausalLM"],
-    "model_type": "nemotron_h",
+LANGUAGE_MODEL = CONFIG | {
     "hybrid_override_pattern": "M-*-",
     "num_hidden_layers": 4,
     "vocab_size": VOCAB_SIZE,
-    "hidden_size": 128,
     "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
     "mamba_num_heads": 8,
     "mamba_head_dim": 32,
     "n_groups": 2,
     "ssm_state_size": 16,
-    "conv_kernel": 4,
     "chunk_size": 256,
-    "time_step_min": 0.0,
-    "mlp_hidden_act": "relu2",
-    "layer_norm_epsilon": 1e-5,
     "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
 }
 PATCH, WIDTH, BLOCKS, HEADS = 8, 96, 2, 4
 

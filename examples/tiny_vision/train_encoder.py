@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.models.radio import RadioModel
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-from initial_weights import initial  # noqa: E402
+from random_hybrid import initial  # noqa: E402
 
 from megatron_qad.models.families import family_of  # noqa: E402
 from megatron_qad.models.families.radio_vision import ENCODER, PROJECTOR, VisionSettings  # noqa: E402

@@ -218,7 +218,7 @@ def test_examples_with_modules_of_the_same_name(check, tmp_path):
     page.write_text("".join(f"    python examples/{line}\n" for line in lines))
     for command in commands_of(page):
         check(command)
-    assert sys.path == path and not {"make_inputs", "experiments", "initial_weights"} & sys.modules.keys()
+    assert sys.path == path and not {"make_inputs", "experiments", "random_hybrid"} & sys.modules.keys()
 
 
 def test_commands_of_a_page(tmp_path):
