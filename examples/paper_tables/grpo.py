@@ -7,12 +7,16 @@ The reward is 1 for an answer that ends with the right result, and 0 otherwise.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from datasets import Dataset
 from problems import is_right
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from megatron_qad.engine.cpu.transformers_mamba import use_own_scan  # noqa: E402
 
 MAX_ANSWER = 64
 """Tokens. The longest right answer has 56."""
@@ -63,8 +67,10 @@ def main() -> None:
         report_to="none",
         seed=1,
     )
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    use_own_scan(model)
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(options.model),
+        model=model,
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_dict(columns),

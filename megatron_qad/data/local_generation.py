@@ -94,6 +94,7 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
     from megatron_qad.engine.cpu.speedups.grouped_attention import register
+    from megatron_qad.engine.cpu.transformers_mamba import use_own_scan
 
     # MLP layers of Nemotron-H have no cache, like its expert layers; transformers 5.14 maps only the latter, 5.15 maps
     # both, and 5.24 neither, because its caches handle both types before they read the mapping.
@@ -116,8 +117,10 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
             model.to(getattr(torch, dtype))
-        if torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation(register())
+        if torch.device(device).type == "cpu":
+            use_own_scan(model)
+            if model.config._attn_implementation == "sdpa":
+                model.set_attn_implementation(register())
     except Exception as error:  # transformers raises errors of any class for damaged files
         raise _cannot_load(model_dir, error) from error
     # Only the EOS ids of generation_config.json are kept: a repetition penalty would change the model's distribution.
