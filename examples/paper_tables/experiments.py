@@ -74,12 +74,21 @@ class Student:
     lr: float = RATE
     distilled_from: str = ""
     """The teacher in training, if it is another model."""
+    policy: str = "policy.yaml"
 
 
+_LOSSES = {"ptq": "", "qat": "ce", "qad": "kl"}
 STUDENTS = {
     f"{teacher}/{name}": Student(teacher, loss, data)
-    for teacher, data in {"rl": "sft", "two_stages": "both_stages", "sft": "sft", "rl_hybrid": "sft"}.items()
-    for name, loss in {"ptq": "", "qat": "ce", "qad": "kl"}.items()
+    for teacher, data in {"rl": "sft", "two_stages": "both_stages", "sft": "sft"}.items()
+    for name, loss in _LOSSES.items()
+}
+STUDENTS |= {
+    f"rl_hybrid/{name}": Student("rl_hybrid", loss, policy="policy_hybrid.yaml") for name, loss in _LOSSES.items()
+}
+STUDENTS |= {
+    f"rl_hybrid/{name}-all": Student("rl_hybrid", _LOSSES[name], policy="policy_all_layers.yaml")
+    for name in ("ptq", "qad")
 }
 for data in ("sums", "letters", "noisy", "generated", "correct", "bos", "random", "student"):
     STUDENTS[f"rl/qad-{data}"] = Student("rl", "kl", data)
@@ -189,7 +198,9 @@ TABLES = {
     "hybrid": Table(
         "Table 3 with a hybrid of Mamba, attention and experts, after reinforcement learning",
         "In the report, Nemotron 3 Nano on AA-LCR: BF16 35.9, PTQ 31.3, QAT 24.8, QAD 34.3.",
-        {"sft_hybrid": "BF16 before reinforcement learning"} | _methods("rl_hybrid"),
+        {"sft_hybrid": "BF16 before reinforcement learning"}
+        | _methods("rl_hybrid")
+        | {"rl_hybrid/ptq-all": "PTQ, all layers", "rl_hybrid/qad-all": "QAD, all layers"},
         "rl_hybrid",
         "rl_hybrid/qad",
     ),

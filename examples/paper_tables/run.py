@@ -175,7 +175,7 @@ class Plan:
         student, run = STUDENTS[name], f"students/{label}"
         teacher = student.distilled_from or student.teacher
         needs = (self.model(student.teacher), self.model(teacher))
-        flags = [*self.policy(name), "--qad-teacher", self.output / "models" / teacher]
+        flags = ["--qad-policy", HERE / student.policy, "--qad-teacher", self.output / "models" / teacher]
         if teacher != student.teacher:
             flags += ["--qad-student", self.output / "models" / student.teacher]
         if not student.loss:
@@ -183,9 +183,6 @@ class Plan:
             return self.add(run, *job, needs=(*needs, self.data(student.data), self.data("heldout")))
         flags += ["--qad-loss", student.loss, "--seed", seed]
         return self.train(run, student.data, STEPS, student.lr, *flags, needs=needs)
-
-    def policy(self, label: str) -> list[object]:
-        return ["--qad-policy", HERE / ("policy_hybrid.yaml" if is_hybrid(label) else "policy.yaml")]
 
     def checkpoint(self, label: str) -> str:
         """Train a model or a student. Returns its job, which is also its directory in ``output``."""
@@ -221,7 +218,8 @@ class Plan:
             prompts = ["--prompts", self.output / "inputs/heldout_prompts.jsonl", "--max-new-tokens", 64]
             done.append(self.sample(f"answers/{label}", label, *prompts))
         if label.endswith("/qad-1"):
-            words = [*self.policy(label), "--qad-student", self.output / run]
+            policy = STUDENTS[label.rsplit("-", 1)[0]].policy
+            words = ["--qad-policy", HERE / policy, "--qad-student", self.output / run]
             words += ["--output", self.output / f"records/{label}/noise.json", *flags]
             done.append(self.add(f"noise/{label}", "noise-floor", *words, needs=(done[0], *needs)))
         return done
