@@ -9,6 +9,7 @@ OUTPUT/log/NAME.txt. A second call leaves out the jobs that have finished (OUTPU
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import re
@@ -34,6 +35,8 @@ SHOWN = 40
 POLL = 0.1
 """Seconds between two looks at the running jobs."""
 ITERATION = re.compile(r" \| (iteration [^|]*) \| ([^|]*) \| grad norm.*\| left: (.*)")
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 VALIDATION = re.compile(r"validation at iteration \d+ \| .*")
 
 
@@ -79,9 +82,9 @@ def run_jobs(
     on_finish: Callable[[Set[str]], None] = lambda finished: None,
     elapsed: float = 0,
 ) -> None:
-    """Run jobs, each when those it needs have finished and fewer than ``parallel`` are running.
+    """Run jobs, each when those it needs have finished and fewer than ``parallel`` are running. Exits if one fails.
 
-    If one fails, the others are killed and the process exits.
+    The jobs that run are killed when this process ends, for whatever reason.
 
     Args:
         jobs: the first that is ready starts first.
@@ -96,30 +99,25 @@ def run_jobs(
     finished = {job.name for job in jobs if _mark(logs, job).is_file() and _mark(logs, job).read_text() == _text(job)}
     waiting = [job for job in jobs if job.name not in finished]
     running: dict[str, Running] = {}
-    try:
-        while waiting or running:
-            ready = [job for job in waiting if finished.issuperset(job.needs)][: parallel - len(running)]
-            for job in ready:
-                print(
-                    f"[{time.monotonic() - started:3.0f} s] {job.name}: {job.about or Path(job.words[0]).name}",
-                    flush=True,
-                )
-                running[job.name] = Running(job, logs / f"{job.name}.txt")
-                waiting.remove(job)
-            if not running:
-                sys.exit(f"error: {waiting[0].name} waits for a job that is not in the list: {waiting[0].needs}")
-            time.sleep(POLL)
-            for name, process in list(running.items()):
-                has_ended = process.has_ended()
-                process.print_progress()
-                if has_ended:
-                    del running[name]
-                    _mark(logs, process.job).write_text(_text(process.job))
-                    finished.add(name)
-                    on_finish(finished)
-    finally:
-        for process in running.values():  # if one has failed, or this process was interrupted
-            process.kill()
+    while waiting or running:
+        ready = [job for job in waiting if finished.issuperset(job.needs)][: parallel - len(running)]
+        for job in ready:
+            print(
+                f"[{time.monotonic() - started:3.0f} s] {job.name}: {job.about or Path(job.words[0]).name}", flush=True
+            )
+            running[job.name] = Running(job, logs / f"{job.name}.txt")
+            waiting.remove(job)
+        if not running:
+            sys.exit(f"error: {waiting[0].name} waits for a job that is not in the list: {waiting[0].needs}")
+        time.sleep(POLL)
+        for name, process in list(running.items()):
+            has_ended = process.has_ended()
+            process.print_progress()
+            if has_ended:
+                del running[name]
+                _mark(logs, process.job).write_text(_text(process.job))
+                finished.add(name)
+                on_finish(finished)
 
 
 class Running:
@@ -149,13 +147,6 @@ class Running:
                 sys.exit(f"error: {self.job.name} failed; complete log: {self._log}")
         return not self._processes
 
-    def kill(self) -> None:
-        """Kill all ranks that run."""
-        for process in self._processes:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-        self._processes.clear()
-
     def print_progress(self) -> None:
         """Print what is new in the log: iterations and validations."""
         with self._log.open() as stream:
@@ -182,6 +173,7 @@ def fork(job: Job, rank: int, port: int, log: Path) -> int:
     """Start a rank of a job, and return its process id."""
     if process := os.fork():
         return process
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -83,16 +83,16 @@ STUDENTS = {
     for teacher, data in {"rl": "sft", "two_stages": "both_stages", "sft": "sft"}.items()
     for name, loss in _LOSSES.items()
 }
+_HYBRID, _ALL_LAYERS = "policy_hybrid.yaml", "policy_all_layers.yaml"
+STUDENTS |= {f"rl_hybrid/{name}": Student("rl_hybrid", loss, policy=_HYBRID) for name, loss in _LOSSES.items()}
 STUDENTS |= {
-    f"rl_hybrid/{name}": Student("rl_hybrid", loss, policy="policy_hybrid.yaml") for name, loss in _LOSSES.items()
-}
-STUDENTS |= {
-    f"rl_hybrid/{name}-all": Student("rl_hybrid", _LOSSES[name], policy="policy_all_layers.yaml")
-    for name in ("ptq", "qad")
+    "rl_hybrid/qad-1e-05": Student("rl_hybrid", "kl", lr=1e-5, policy=_HYBRID),
+    "rl_hybrid/ptq-all": Student("rl_hybrid", policy=_ALL_LAYERS),
+    "rl_hybrid/qad-all": Student("rl_hybrid", "kl", policy=_ALL_LAYERS),
 }
 for data in ("sums", "letters", "noisy", "generated", "correct", "bos", "random", "student"):
     STUDENTS[f"rl/qad-{data}"] = Student("rl", "kl", data)
-STUDENTS |= {f"rl/qad-{lr:g}": Student("rl", "kl", lr=lr) for lr in (1e-5, 1e-3)}
+STUDENTS |= {f"rl/qad-{lr:g}": Student("rl", "kl", lr=lr) for lr in (1e-5, 3e-5, 1e-3)}
 STUDENTS |= {
     "rl/qat-noisy": Student("rl", "ce", "noisy"),
     "rl/qad-mse": Student("rl", "mse"),
@@ -176,7 +176,14 @@ TABLES = {
     "learning_rates": Table(
         "Tables 6 and 7: learning rates",
         "In the report: AceReason: 1e-6 to 1e-4 all work. Nano 9B V2: 1e-6 is best, 1e-4 is worst.",
-        {"rl": "BF16", "rl/ptq": "PTQ", "rl/qad-1e-05": "1e-5", "rl/qad": "1e-4", "rl/qad-0.001": "1e-3"},
+        {
+            "rl": "BF16",
+            "rl/ptq": "PTQ",
+            "rl/qad-1e-05": "1e-5",
+            "rl/qad-3e-05": "3e-5",
+            "rl/qad": "1e-4",
+            "rl/qad-0.001": "1e-3",
+        },
     ),
     "losses": Table(
         "Table 8: KL or mean squared error of the logits",
@@ -200,6 +207,7 @@ TABLES = {
         "In the report, Nemotron 3 Nano on AA-LCR: BF16 35.9, PTQ 31.3, QAT 24.8, QAD 34.3.",
         {"sft_hybrid": "BF16 before reinforcement learning"}
         | _methods("rl_hybrid")
+        | {"rl_hybrid/qad-1e-05": "QAD at 1e-5"}
         | {"rl_hybrid/ptq-all": "PTQ, all layers", "rl_hybrid/qad-all": "QAD, all layers"},
         "rl_hybrid",
         "rl_hybrid/qad",

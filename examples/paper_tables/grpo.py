@@ -36,7 +36,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--groups", type=int, default=32, help="problems in a step (default: 32)")
     parser.add_argument("--group-size", type=int, default=8, help="answers to each problem (default: 8)")
-    parser.add_argument("--micro-batch-size", type=int, help="answers in a pass of the model (default: all of a step)")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     options = parser.parse_args()
     records = [json.loads(line) for line in options.prompts.read_text().split("\n")[:-1]]
@@ -44,7 +43,6 @@ def main() -> None:
     columns = {"prompt": prompts, "result": [record["result"] for record in records]}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     batch = options.groups * options.group_size
-    micro_batch = min(batch, options.micro_batch_size or batch)
     config = GRPOConfig(
         output_dir=f"{options.output}.trainer",
         use_cpu=True,
@@ -54,8 +52,7 @@ def main() -> None:
         learning_rate=options.learning_rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=5,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=batch // micro_batch,
+        per_device_train_batch_size=batch,
         num_generations=options.group_size,
         max_completion_length=MAX_ANSWER,
         temperature=1.0,

@@ -43,15 +43,15 @@ SIZES = {
 }
 """Shapes of the Llamas."""
 HYBRID = {
-    "hybrid_override_pattern": "ME*EM*E",
-    "num_hidden_layers": 7,
+    "hybrid_override_pattern": "MEM*EM*E",
+    "num_hidden_layers": 8,
     "vocab_size": VOCAB_SIZE,
     "intermediate_size": 128,
     "mamba_num_heads": 4,
     "mamba_head_dim": 64,
     "n_groups": 1,
     "ssm_state_size": 32,
-    "chunk_size": 128,  # at least the length of all rows: the scan of transformers is wrong beyond it
+    "chunk_size": 128,
     "max_position_embeddings": 2048,
     "bos_token_id": 0,
     "eos_token_id": 1,

@@ -30,25 +30,25 @@ def label(row: str, seed: int) -> str:
 def labels(row: str, output: Path) -> list[str]:
     """Return the finished runs of a row."""
     names = [row] if row in MODELS else sorted({label(row, seed) for seed in range(MAX_SEEDS)})
-    suffix = f"/{record.RECORD_FILE}" if is_hybrid(row) else ".jsonl"
-    files = {name: (f"answers/{name}{suffix}", f"records/{name}/{record.RECORD_FILE}") for name in names}
-    return [name for name, of_run in files.items() if all((output / file).is_file() for file in of_run)]
+    return [
+        name for name in names if all((output / f"log/{job}/{name}.done").is_file() for job in ("answers", "records"))
+    ]
 
 
 def table(name: str, output: Path) -> str:
     """Return a table as Markdown."""
     about = TABLES[name]
     teacher = about.teacher
-    bases = {row: _mean_right(row, output) for row in (teacher, about.student)}
-    domain_of = domains(output)
+    questions, domain_of = list(right(teacher, output)), domains(output)
+    domain = np.array([domain_of[question] for question in questions])
+    bases = {row: _mean_right(row, questions, output) for row in (teacher, about.student)}
     lines = [f"### {about.title}", "", about.paper, ""]
     columns = ["", "seeds", "KL to BF16", "cross entropy", "sums right", "letters right", "all right"]
     columns += [f"difference to {about.rows[row]}" for row in (teacher, about.student)]
     lines += [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
     for row, title in about.rows.items():
         runs = labels(row, output)
-        per_problem = _mean_right(row, output)
-        domain = np.array([domain_of[question] for question in right(runs[0], output)])
+        per_problem = _mean_right(row, questions, output)
         cells = [title, str(len(runs)), *_token_cells(row, teacher, runs, output)]
         cells += [f"{per_problem[domain == name].mean():.3f}" for name in DOMAINS]
         cells.append(_cell(mean_of_problems(per_problem), 3))
@@ -56,9 +56,9 @@ def table(name: str, output: Path) -> str:
             is_shown = row != other and not (other in STUDENTS and row in MODELS)
             cells.append(_cell(mean_of_problems(per_problem - base), 3, "+") if is_shown else "")
         lines.append(f"| {' | '.join(cells)} |")
-    floors = [json.loads(file.read_text())["floor"] for file in (output / "records" / teacher).glob("*/noise.json")]
-    if floors:
-        lines += ["", f"Noise floor of the KL: {floors[0]:.5f}."]
+    noise = output / "records" / label(f"{teacher}/qad", 1) / "noise.json"
+    if noise.is_file():
+        lines += ["", f"Noise floor of the KL: {json.loads(noise.read_text())['floor']:.5f}."]
     return "\n".join(lines) + "\n"
 
 
@@ -87,8 +87,11 @@ def mean_of_problems(values: np.ndarray) -> Interval:
     return RowBootstrap(np.arange(len(values))).mean(values)
 
 
-def _mean_right(row: str, output: Path) -> np.ndarray:
-    return np.mean([list(right(run, output).values()) for run in labels(row, output)], axis=0)
+def _mean_right(row: str, questions: list[str], output: Path) -> np.ndarray:
+    """Return how often each question is answered right, the mean over the runs of a row, float [questions]."""
+    answers = [right(run, output) for run in labels(row, output)]
+    assert all(list(of_run) == questions for of_run in answers), f"{row}: answers to other questions"
+    return np.mean([list(of_run.values()) for of_run in answers], axis=0)
 
 
 def right(run: str, output: Path) -> dict[str, float]:

@@ -154,7 +154,6 @@ class Plan:
         words = ["--model", self.output / "hf" / model.start, "--prompts", self.output / "inputs/prompts.jsonl"]
         words += ["--output", self.output / "hf" / name, "--learning-rate", model.lr, "--groups", self.sizes.groups]
         words += ["--steps", self.sizes.steps or model.steps]
-        words += ["--micro-batch-size", 64] if is_hybrid(name) else []  # the scan of transformers needs much memory
         return self.add(f"hf/{name}", HERE / "grpo.py", *words, needs=(self.exported(model.start),))
 
     def train(
