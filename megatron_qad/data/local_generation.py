@@ -117,10 +117,9 @@ def load_model(model_dir: str | Path, dtype: str, device: str):
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
             model.to(getattr(torch, dtype))
-        if torch.device(device).type == "cpu":
-            use_own_scan(model)
-            if model.config._attn_implementation == "sdpa":
-                model.set_attn_implementation(register())
+        use_own_scan(model)
+        if torch.device(device).type == "cpu" and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(register())
     except Exception as error:  # transformers raises errors of any class for damaged files
         raise _cannot_load(model_dir, error) from error
     # Only the EOS ids of generation_config.json are kept: a repetition penalty would change the model's distribution.

@@ -1,8 +1,8 @@
-"""Nemotron-H's Mamba layers in transformers on a CPU, with the operations of ``ssd``.
+"""Nemotron-H's Mamba layers in transformers without their GPU kernels, with the operations of ``ssd``.
 
-Without GPU kernels transformers computes another function than with them: its results are right only up to
-``chunk_size`` tokens, and it limits time steps from below by ``time_step_min``, which is for initial values (seen in
-5.14.1). It is slow, too: it multiplies every pair of tokens of a chunk elementwise.
+There transformers computes another function than with the kernels: its results are right only up to ``chunk_size``
+tokens, and it limits time steps from below by ``time_step_min``, which is for initial values (seen in 5.14.1). It is
+slow, too: it multiplies every pair of tokens of a chunk elementwise.
 """
 
 import types
@@ -10,24 +10,23 @@ import types
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
 from megatron_qad.engine.cpu.ssd import chunk_scan_combined
 
 
 def use_own_scan(model: torch.nn.Module) -> None:
-    """Replace the forward pass of the Mamba layers of a transformers model; other models stay as they are."""
+    """Replace the code without kernels in the Mamba layers of a Nemotron-H; other models stay as they are."""
+    if model.config.model_type != "nemotron_h":
+        return
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
     for module in model.modules():
         if isinstance(module, NemotronHMamba2Mixer):
-            module.forward = types.MethodType(_forward, module)
+            module.torch_forward = types.MethodType(_forward, module)
 
 
 def _forward(
-    mixer: NemotronHMamba2Mixer,
-    hidden_states: Tensor,
-    cache_params=None,
-    attention_mask: Tensor | None = None,
-    **_,
+    mixer: torch.nn.Module, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None
 ) -> Tensor:
     """Return the output [b, s, hidden] for inputs [b, s, hidden]. ``attention_mask`` [b, >= s] is 0 for padding."""
     layer, groups, heads, length = mixer.layer_idx, mixer.n_groups, mixer.num_heads, hidden_states.shape[1]
