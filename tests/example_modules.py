@@ -26,7 +26,7 @@ def imports_of_examples(*directories: str) -> Iterator[None]:
 
 
 def _loaded() -> dict:
-    files = {name: getattr(module, "__file__", None) for name, module in sys.modules.items()}
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
     return {name: sys.modules[name] for name, file in files.items() if file and EXAMPLES in Path(file).parents}
 
 
