@@ -14,7 +14,7 @@ from example_modules import imports_of_examples
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/paper_tables"
 MINUTES = 20
-"""Time limit. Measured on busy machines: two to three minutes."""
+"""Time limit. Measured on busy machines: two to five minutes."""
 
 
 @pytest.fixture(scope="module")
