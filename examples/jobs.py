@@ -9,13 +9,11 @@ OUTPUT/log/NAME.txt. A second call leaves out the jobs that have finished (OUTPU
 """
 
 import argparse
-import ctypes
 import gc
 import os
 import re
 import runpy
 import shlex
-import signal
 import sys
 import time
 import traceback
@@ -29,14 +27,13 @@ import torch  # noqa: E402
 
 import pretrain_qad  # noqa: E402, F401
 from megatron_qad.cli.main import main as megatron_qad  # noqa: E402
+from megatron_qad.engine.processes import end_with_parent  # noqa: E402
 
 SHOWN = 40
 """Lines of the log that are printed if a job fails."""
 POLL = 0.1
 """Seconds between two looks at the running jobs."""
 ITERATION = re.compile(r" \| (iteration [^|]*) \| ([^|]*) \| grad norm.*\| left: (.*)")
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl: the signal that a process gets when its parent ends."""
 VALIDATION = re.compile(r"validation at iteration \d+ \| .*")
 
 
@@ -84,7 +81,7 @@ def run_jobs(
 ) -> None:
     """Run jobs, each when those it needs have finished and fewer than ``parallel`` are running. Exits if one fails.
 
-    The jobs that run are killed when this process ends, for whatever reason.
+    Jobs that are still running are killed when this process ends, whatever the cause.
 
     Args:
         jobs: the first that is ready starts first.
@@ -171,9 +168,10 @@ def _text(job: Job) -> str:
 
 def fork(job: Job, rank: int, port: int, log: Path) -> int:
     """Start a rank of a job, and return its process id."""
+    runner = os.getpid()
     if process := os.fork():
         return process
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(runner)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.ranks, "LOCAL_WORLD_SIZE": job.ranks}
     os.environ |= {name: str(value) for name, value in ranks.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

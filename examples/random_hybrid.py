@@ -1,4 +1,4 @@
-"""The untrained Nemotron-H models of the examples: what their configs share, and their initial weights."""
+"""Untrained Nemotron-H models for the examples: the part of the config that they share, and initial weights."""
 
 import json
 import math
@@ -36,7 +36,7 @@ EXPERTS = {
 
 
 def write_model(directory: Path, config: dict) -> None:
-    """Write an untrained model under the hub's names of tensors, which transformers renames when it loads and saves.
+    """Write an untrained model. Its tensors have the names of checkpoints on the hub, not transformers' own names.
 
     Args:
         directory: of the model; it must exist.
@@ -52,7 +52,7 @@ def write_model(directory: Path, config: dict) -> None:
 
 
 def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return initial values as usual for Mamba: decays of 1 to 16, step sizes of 0.001 to 0.1, norms and skips of 1."""
+    """Return a tensor's initial values. Mamba's are the usual ones: decays of 1 to 16, time steps of 0.001 to 0.1."""
     last = name.rsplit(".", 1)[-1]
     if last == "A_log":
         return torch.empty(shape).uniform_(1, 16).log()

@@ -1,4 +1,4 @@
-"""Imports from examples/ that leave nothing behind: several examples have a module of the same name."""
+"""Lets tests import the modules of an example and forget them, because several examples use the same module names."""
 
 import sys
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 @contextmanager
 def imports_of_examples(*directories: str) -> Iterator[None]:
-    """Within it, modules of ``examples/DIRECTORY`` can be imported; afterwards they and its paths are forgotten.
+    """Make modules of ``examples/DIRECTORY`` importable, and restore sys.path and sys.modules afterwards.
 
-    Modules that were imported from examples before do not count within it, and are there again afterwards.
+    Modules that were imported from examples before are hidden within the context.
     """
     path, before = list(sys.path), _loaded()
     _forget(before)

@@ -42,7 +42,7 @@ SIZES = {
     "large": {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 6},
 }
 """Shapes of the Llamas."""
-HYBRID = {
+HYBRID = CONFIG | {
     "hybrid_override_pattern": "MEM*EM*E",
     "num_hidden_layers": 8,
     "vocab_size": VOCAB_SIZE,
@@ -52,12 +52,13 @@ HYBRID = {
     "n_groups": 1,
     "ssm_state_size": 32,
     "chunk_size": 128,
+    **EXPERTS,
     "max_position_embeddings": 2048,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "torch_dtype": "float32",
 }
-"""Mamba, attention and experts; the rest is in ``random_hybrid.CONFIG`` and ``EXPERTS``."""
+"""Config of the model with Mamba, attention and experts."""
 UNTRAINED = (*SIZES, "hybrid")
 """Names of the untrained models."""
 TEMPLATE = (
@@ -78,7 +79,7 @@ def main() -> None:
     for size, shape in SIZES.items():
         write_llama(options.output / size, shape)
     (options.output / "hybrid").mkdir()
-    write_model(options.output / "hybrid", CONFIG | EXPERTS | HYBRID)
+    write_model(options.output / "hybrid", HYBRID)
     for name in UNTRAINED:
         write_tokenizer(options.output / name, texts)
     print(f"wrote texts, chats, a tokenizer and {len(UNTRAINED)} untrained models to {options.output}")

@@ -32,7 +32,7 @@ LONG_ROWS = (
     *("--seq-length", 2048, "--dataloader-inter-document-masking", "--num-workers", 0),
     *("--micro-batch-size", 1, "--global-batch-size", 1),
 )
-"""Flags of an evaluation in which the ends of rows cut few chats."""
+"""Flags of an evaluation with rows so long that few chats are split between two of them."""
 
 
 @dataclass(frozen=True)
@@ -196,13 +196,14 @@ class Plan:
         return self.add(f"hf/{label}", "export", *words, needs=(run,))
 
     def measured(self, label: str) -> list[str]:
-        """Measure the KL on held-out chats and answers to held-out problems. Returns the jobs.
+        """Add the jobs that measure a model's KL on held-out chats and its answers to held-out problems. Returns them.
 
-        Answers are sampled from the export. That of a quantized hybrid cannot be loaded by transformers, so hybrids are
+        Answers are sampled from the export. transformers cannot load the export of a quantized hybrid, so hybrids are
         evaluated on the right answers instead (``results.right``).
         """
         run = self.checkpoint(label)
-        teacher = label if label in MODELS else STUDENTS[label.rsplit("-", 1)[0]].teacher
+        student = None if label in MODELS else STUDENTS[label.rsplit("-", 1)[0]]
+        teacher = student.teacher if student else label
         flags = ["--qad-teacher", self.output / "models" / teacher, *self.settings("sft")]
         needs = (run, self.model(teacher), self.data("sft"), self.data("heldout"))
         words = ["--model", self.output / run, "--output", self.output / "records" / label, "--name", label]
@@ -217,8 +218,7 @@ class Plan:
             prompts = ["--prompts", self.output / "inputs/heldout_prompts.jsonl", "--max-new-tokens", 64]
             done.append(self.sample(f"answers/{label}", label, *prompts))
         if label.endswith("/qad-1"):
-            policy = STUDENTS[label.rsplit("-", 1)[0]].policy
-            words = ["--qad-policy", HERE / policy, "--qad-student", self.output / run]
+            words = ["--qad-policy", HERE / student.policy, "--qad-student", self.output / run]
             words += ["--output", self.output / f"records/{label}/noise.json", *flags]
             done.append(self.add(f"noise/{label}", "noise-floor", *words, needs=(done[0], *needs)))
         return done

@@ -1,4 +1,4 @@
-"""Makes the inputs of the example: the texts and the tokenizer of tiny_cpu, and an untrained tiny Nemotron-H."""
+"""Makes the example's inputs: tiny_cpu's texts and tokenizer, and an untrained Nemotron-H."""
 
 import argparse
 import sys

@@ -15,8 +15,8 @@ from megatron_qad.checkpoint.validate import validate_nvfp4
 
 # As in test_model_parity: float32 sums in another order, 3e-6 there. The features are about 1 here.
 TOLERANCE = 2e-5
-# Gradients with Mamba layers differ by up to 7.4e-6 in the first step. Each step of Adam divides by small gradients and
-# so increases the difference, to 3.5e-5 in the fifth. One wrong feature in a microbatch makes it 0.1 or more.
+# With Mamba layers, the gradients of the first step differ by up to 7.4e-6. Adam divides small gradients by their own
+# size, so the differences grow, to 3.5e-5 in the fifth step. One wrong feature in a microbatch gives 0.1 or more.
 MAMBA_TOLERANCES = [2e-5] + 4 * [1e-4]
 
 

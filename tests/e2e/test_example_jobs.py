@@ -1,4 +1,4 @@
-"""The runner of the examples' jobs (examples/jobs.py)."""
+"""examples/jobs.py: no job runs on after the runner has ended."""
 
 import os
 import signal
@@ -15,10 +15,10 @@ FAILS = """
 import pathlib, sys, time
 while not pathlib.Path(sys.argv[1]).is_file():
     time.sleep(0.05)
-sys.exit("error: on purpose")
+sys.exit("error: this job always fails")
 """
 LIMIT = 60
-"""Seconds, for busy machines: a killed process ends at once."""
+"""Seconds to wait. A killed process ends at once, but a busy machine needs long to start one."""
 
 
 @pytest.mark.parametrize("end", ["a job fails", "SIGTERM", "SIGKILL"])
@@ -36,7 +36,7 @@ def test_no_job_outlives_the_runner(tmp_path, end):
     output, _ = runner.communicate(timeout=LIMIT)
     assert runner.returncode != 0
     if end == "a job fails":
-        assert "error: on purpose" in output and "error: fails failed" in output
+        assert "error: this job always fails" in output and "error: fails failed" in output
     wait_until(lambda: has_ended((tmp_path / "process").read_text()))
 
 

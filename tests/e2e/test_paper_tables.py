@@ -14,7 +14,7 @@ from example_modules import imports_of_examples
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/paper_tables"
 MINUTES = 20
-"""Time limit. Measured on busy machines: two to five minutes."""
+"""Time limit. The run takes two to five minutes on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_answers_in_steps_are_right_and_spoiled_ones_are_not(example):
 
 
 def test_probability_of_right_answers(tmp_path, example):
-    """The probabilities of a question's answers are added; a question with an answer that a row cuts is left out."""
+    """The probabilities of a question's right answers are added. Questions whose answer is split are left out."""
     from transformers import AutoTokenizer
 
     from megatron_qad.distillation.token_metrics import TOKEN_METRICS

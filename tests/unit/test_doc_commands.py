@@ -212,7 +212,7 @@ def test_wrong_commands_are_found(line, check, tmp_path):
 
 
 def test_examples_with_modules_of_the_same_name(check, tmp_path):
-    """Commands of one page import different modules of one name, such as make_inputs."""
+    """A page may run several examples whose modules have the same name, such as make_inputs."""
     page, path = tmp_path / "page.md", list(sys.path)
     lines = ["tiny_hybrid/make_inputs.py OUT", "paper_tables/run.py rl --output OUT", "tiny_hybrid/make_inputs.py OUT"]
     page.write_text("".join(f"    python examples/{line}\n" for line in lines))

@@ -1,8 +1,8 @@
-"""Nemotron-H's Mamba layers in transformers without their GPU kernels, with the operations of ``ssd``.
+"""Computes the Mamba layers of transformers' Nemotron-H with the operations of ``ssd`` if GPU kernels are missing.
 
-There transformers computes another function than with the kernels: its results are right only up to ``chunk_size``
-tokens, and it limits time steps from below by ``time_step_min``, which is for initial values (seen in 5.14.1). It is
-slow, too: it multiplies every pair of tokens of a chunk elementwise.
+transformers' own code for this case (5.14.1) differs from the kernels. It is right only up to ``chunk_size`` tokens,
+and it limits time steps from below by ``time_step_min``, which is for initial values. It is also slow, because it
+multiplies every pair of tokens of a chunk elementwise.
 """
 
 import types
@@ -15,7 +15,7 @@ from megatron_qad.engine.cpu.ssd import chunk_scan_combined
 
 
 def use_own_scan(model: torch.nn.Module) -> None:
-    """Replace the code without kernels in the Mamba layers of a Nemotron-H; other models stay as they are."""
+    """Make the Mamba layers of a Nemotron-H use our scan where they have no GPU kernels. Leaves other models alone."""
     if model.config.model_type != "nemotron_h":
         return
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
@@ -28,7 +28,7 @@ def use_own_scan(model: torch.nn.Module) -> None:
 def _forward(
     mixer: torch.nn.Module, hidden_states: Tensor, cache_params=None, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """Return the output [b, s, hidden] for inputs [b, s, hidden]. ``attention_mask`` [b, >= s] is 0 for padding."""
+    """Replaces ``torch_forward``: [b, s, hidden] to [b, s, hidden]. ``attention_mask`` [b, >= s] is 0 for padding."""
     layer, groups, heads, length = mixer.layer_idx, mixer.n_groups, mixer.num_heads, hidden_states.shape[1]
     is_token = 1 if attention_mask is None else attention_mask[:, -length:, None].to(hidden_states.dtype)
     projected = mixer.in_proj(hidden_states * is_token)

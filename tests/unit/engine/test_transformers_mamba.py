@@ -1,4 +1,4 @@
-"""The Mamba layers of transformers with our scan: equal to transformers' own code where that is right."""
+"""Our code for the Mamba layers of transformers' Nemotron-H equals transformers' own code where that is right."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from megatron_qad.engine.cpu.transformers_mamba import use_own_scan
 
 CHUNK = 16
 TOLERANCE = 1e-4
-"""Of float32 logits of about 1, whose sums have other orders: 1e-5 here. Chunks that are joined wrongly give 0.1."""
+"""Of float32 logits of about 1. The order of sums changes them by 1e-5, wrongly joined chunks by 0.1."""
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def tokens(length: int) -> torch.Tensor:
 
 
 def one_by_one(model, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits for one new token at a time, after one chunk."""
+    """Return the logits of one pass over a chunk and then of one pass for each token."""
     outputs = [model(ids[:, :CHUNK], use_cache=True)]
     for i in range(CHUNK, ids.shape[1]):
         outputs.append(model(ids[:, i : i + 1], past_key_values=outputs[-1].past_key_values, use_cache=True))
@@ -41,7 +41,10 @@ def one_by_one(model, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_more_tokens_than_a_chunk(model):
-    """Whole sequences equal the recurrence, and transformers' own scan does not: then this module can go."""
+    """One pass over several chunks equals one pass for each token. With transformers' own code it does not.
+
+    If the last assertion fails, transformers is right, and the replaced code can be removed.
+    """
     ids = tokens(3 * CHUNK - 5)
     expected = one_by_one(model, ids)
     theirs = model(ids, use_cache=False).logits
@@ -53,7 +56,7 @@ def test_more_tokens_than_a_chunk(model):
 
 
 def test_padding_gradients_and_states(model):
-    """Within one chunk outputs, gradients and the next token's logits equal those of transformers, with padding."""
+    """Within one chunk, and with padding, logits, gradients and the next token's logits equal transformers' own."""
     ids = tokens(CHUNK)
     mask = torch.ones_like(ids)
     mask[0, :5] = mask[1, :1] = 0
